@@ -1,0 +1,157 @@
+"""Finding the encoders that can be accelerated inside any model.
+
+Blocks are recognised by the full dotted path of their class or one of its base classes, so no library is imported
+for it. `LAYOUTS` is the registry: a new model family is a new `Layout` in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from turbovlm.adapters import packed, timm, transformers
+from turbovlm.adapters.layout import Layout, Spelling, fetch, path_of, spell
+from turbovlm.errors import UnsupportedModelError
+
+LAYOUTS: tuple[Layout, ...] = transformers.LAYOUTS + timm.LAYOUTS + packed.LAYOUTS
+_BY_BLOCK = {layout.block: layout for layout in LAYOUTS}
+
+REFUSED = {
+    "timm.models.swin_transformer.SwinTransformerBlock": "windowed attention in hierarchical stages needs its grid",
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": "windowed attention in hierarchical stages needs its grid",
+    "timm.models.vision_transformer.ResPostBlock": "the norm comes after the residual branch, not before it",
+    "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run side by side: no place to merge between",
+    "timm.models.vision_transformer.ParallelThingsBlock": "several attentions and MLPs run side by side",
+    "timm.models.eva.EvaBlockPostNorm": "the norm comes after the residual branch, not before it",
+    "timm.models.beit.Block": "its relative position bias is a table over pairs of grid positions",
+    "transformers.models.swin.modeling_swin.SwinLayer": "windowed attention in hierarchical stages needs its grid",
+    "transformers.models.swinv2.modeling_swinv2.Swinv2Layer": "windowed attention in hierarchical stages needs its grid",
+    "transformers.models.sam.modeling_sam.SamVisionLayer": "windowed attention and relative positions need the grid",
+    "transformers.models.hiera.modeling_hiera.HieraLayer": "mask units pool over the grid between stages",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": "a 2x2 patch merger follows and needs the grid",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock": (
+        "windowed attention and the 2x2 patch merger that follows need the grid"
+    ),
+    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": "a 2x2 patch merger follows and needs the grid",
+    "open_clip.transformer.CustomResidualAttentionBlock": "its attention scales heads or cosines in its own way",
+}
+"""Blocks that are known and cannot lose tokens, with the reason."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An encoder found in a model.
+
+    Attributes:
+        name: its path in the model; empty where it is the model itself.
+        module: the encoder.
+        layout: how its blocks are spelled in general; `spelling`: in this release of its library.
+        blocks: `(path in the model, block)`, in the order of the forward.
+        prefix: CLS, distillation and register tokens at the front.
+        cls: whether token 0 is a CLS token.
+        restore: whether its reader needs every position back.
+        tokens: its native number of tokens, prefix included.
+    """
+
+    name: str
+    module: nn.Module
+    layout: Layout
+    spelling: Spelling
+    blocks: tuple[tuple[str, nn.Module], ...]
+    prefix: int
+    cls: bool
+    restore: bool
+    tokens: int
+
+    @property
+    def patch_weights(self) -> int:
+        """Entries of the patch embedding's kernels."""
+        projection: nn.Module = fetch(self.module, path_of(self.layout, self.module, self.layout.patch))
+        return sum(parameter.numel() for parameter in projection.parameters() if parameter.ndim > 1)
+
+
+def find_towers(model: nn.Module) -> list[Tower]:
+    """Every vision encoder in `model` whose blocks a layout knows.
+
+    Raises:
+        UnsupportedModelError: there is none, or one of them cannot lose tokens; the message says which blocks were
+            found and why.
+    """
+    modules = dict(model.named_modules())
+    grouped: dict[str, list[tuple[str, nn.Module, Layout]]] = {}
+    strays: dict[str, str] = {}
+    for name, module in modules.items():
+        layout = next((_BY_BLOCK[path] for path in class_paths(module) if path in _BY_BLOCK), None)
+        if layout is None:
+            continue
+        tower = next((n for n in _ancestors(name) if set(class_paths(modules[n])) & set(layout.towers)), None)
+        if tower is None:
+            wanted = " or ".join(path.rpartition(".")[2] for path in layout.towers)
+            strays[class_paths(module)[0]] = f"not inside a vision encoder turbovlm knows ({wanted})"
+        else:
+            grouped.setdefault(tower, []).append((name, module, layout))
+    if not grouped:
+        raise UnsupportedModelError(_nothing_found(model, modules, strays))
+    return [_tower(name, modules, blocks) for name, blocks in grouped.items()]
+
+
+def class_paths(module: nn.Module) -> list[str]:
+    """Dotted paths of a module's class and its bases."""
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+
+
+def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.Module, Layout]]) -> Tower:
+    module, layout = modules[name], found[0][2]
+    around = tuple(modules[n] for n in reversed(_ancestors(name)))
+    for ancestor in around:
+        if reason := transformers.placeholders(ancestor):
+            raise UnsupportedModelError(f"{name or type(module).__name__} cannot lose tokens: {reason}")
+    for path, block, _ in found:
+        if layout.refuse is not None and (reason := layout.refuse(module, block, around)):
+            raise UnsupportedModelError(f"{path} ({layout.family}) cannot be accelerated: {reason}")
+    spelling = spell(layout, found[0][1])
+    prefix = layout.prefix(module) if callable(layout.prefix) else layout.prefix
+    return Tower(
+        name=name,
+        module=module,
+        layout=layout,
+        spelling=spelling,
+        blocks=tuple((path, block) for path, block, _ in found),
+        prefix=prefix,
+        cls=layout.cls(module) if callable(layout.cls) else layout.cls,
+        restore=layout.restore(module, around) if callable(layout.restore) else layout.restore,
+        tokens=layout.patches(module) + prefix,
+    )
+
+
+def _ancestors(name: str) -> list[str]:
+    """Paths of a module and all around it, innermost first: `"a.b"` gives `["a.b", "a", ""]`."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
+
+
+def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], strays: dict[str, str]) -> str:
+    lines = [f"{type(model).__name__} has no block that turbovlm can accelerate."]
+    for path, reason in sorted({**_refused(modules), **strays}.items()):
+        lines.append(f"  {path}: {reason}")
+    known = set(strays) | set(REFUSED)
+    repeated = sorted(path for path in _repeated_blocks(modules) if path not in known)
+    if repeated:
+        lines.append(f"  Blocks found: {', '.join(repeated)}")
+    lines.append(f"  Supported: {', '.join(layout.family for layout in LAYOUTS)}")
+    return "\n".join(lines)
+
+
+def _refused(modules: dict[str, nn.Module]) -> dict[str, str]:
+    return {path: REFUSED[path] for module in modules.values() for path in class_paths(module) if path in REFUSED}
+
+
+def _repeated_blocks(modules: dict[str, nn.Module]) -> set[str]:
+    """Classes of which a list or sequence in the model holds several: what a reader would call its blocks."""
+    found = set()
+    for module in modules.values():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            classes = [class_paths(child)[0] for child in module]
+            found |= {path for path in classes if classes.count(path) > 1 and not path.startswith("torch.nn.")}
+    return found or {class_paths(child)[0] for child in modules[""].children()}

@@ -1,0 +1,205 @@
+"""`TurboConfig`: how many tokens to merge, and which."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+from turbovlm.errors import ConfigError
+
+DegreeFunction = Callable[[Tensor, Tensor, int], Tensor]
+"""`(R, A, block) -> E`: redundancy and semantic value of the candidates, `[batch, candidates]` each."""
+
+DEGREES = (
+    "weighted_difference",
+    "coupled_division",
+    "damped",
+    "layered",
+    "redundancy",
+    "semantics",
+    "random",
+)
+SIMILARITIES = ("keys", "queries", "hidden")
+GUIDANCES = ("auto", "cls", "mean")
+PARTITIONS = ("alternate", "random", "grid")
+ORDERS = ("partition", "spatial")
+REDUCTIONS = ("merge", "prune")
+
+PAPER_ALPHA_SCALE = 30.0
+"""The authors' code multiplies the published alpha by 30 before it multiplies A."""
+
+
+@dataclass(frozen=True)
+class TurboConfig:
+    """How much to merge (exactly one of `r`, `keep`, `flops`) and which tokens.
+
+    Args:
+        r: tokens merged in every block, an integer ≥ 0; or a sequence of them, one per block.
+        keep: share of the tokens left after the last block, in (0, 1].
+        flops: share of the encoder's multiply-accumulates left, in (0, 1].
+        min_tokens: a block that starts with fewer tokens does not merge (Turbo, §7.2).
+        degree: the information degree E; the tokens of highest E are merged.
+            `"weighted_difference"` E = R − αA (S1), `"coupled_division"` E = R / (A + 1e-3) (S2),
+            `"damped"` E = R(1 − αA) (S3), `"layered"` E = R − β^|γ−l|·αA (S4, l counts the merging blocks from 0),
+            `"redundancy"` E = R (ToMe), `"semantics"` E = −A, `"random"`, or a callable `(R, A, block) -> E`.
+        alpha: the plain multiplier of A. The authors scale theirs by 30: the paper's α = 6 is `alpha=180`.
+        beta: base of the layered weight, > 0.
+        gamma: the merging block at which the layered weight is 1.
+        similarity: the features whose cosine is the redundancy: `"keys"` (before rotary positions, averaged over
+            heads; the paper's), `"queries"`, or `"hidden"` (the MLP's normed input).
+        guidance: whose attention row is the semantic value: `"cls"`, `"mean"` (the mean query of the patch tokens),
+            or `"auto"`: `"cls"` where the model has one, else `"mean"`.
+        partition: which half may be merged into which: `"alternate"` (even into odd, as published), `"random"`
+            (halves drawn anew in every block from `seed`), `"grid"` (one destination in every 2×2 cell).
+        grid: patch rows and columns, for `partition="grid"` on pictures that are not square.
+        order: order of the tokens left: `"partition"` (unmerged candidates, then partners, as published)
+            or `"spatial"` (that of the picture).
+        proportional: attend in proportion to the patches that a token stands for (equation 16).
+        reduce: `"merge"` averages a token into its partner, weighted by size; `"prune"` drops it.
+        trace: keep, for every block of the last forward, what was merged where, and R, A and E.
+        seed: of `partition="random"` and `degree="random"`; both are the same in every forward.
+
+    Raises:
+        ConfigError: naming the field, the value and what is allowed.
+    """
+
+    r: int | Sequence[int] | None = None
+    _: dataclasses.KW_ONLY
+    keep: float | None = None
+    flops: float | None = None
+    min_tokens: int = 0
+    degree: str | DegreeFunction = "weighted_difference"
+    alpha: float = 6.0
+    beta: float = 1.0
+    gamma: float = 0
+    similarity: str = "hidden"
+    guidance: str = "auto"
+    partition: str = "alternate"
+    grid: tuple[int, int] | None = None
+    order: str = "partition"
+    proportional: bool = True
+    reduce: str = "merge"
+    trace: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_amount()
+        self._set(min_tokens=_integer("min_tokens", self.min_tokens), seed=_integer("seed", self.seed))
+        if not callable(self.degree):
+            _check_choice("degree", self.degree, DEGREES, extra=" or a callable (R, A, block) -> E")
+        self._set(alpha=_number("alpha", self.alpha), beta=_number("beta", self.beta))
+        self._set(gamma=_number("gamma", self.gamma))
+        if self.alpha < 0:
+            raise ConfigError(f"alpha={self.alpha!r}: must be a number ≥ 0")
+        if self.beta <= 0:
+            raise ConfigError(f"beta={self.beta!r}: must be a number > 0")
+        _check_choice("similarity", self.similarity, SIMILARITIES)
+        _check_choice("guidance", self.guidance, GUIDANCES)
+        _check_choice("partition", self.partition, PARTITIONS)
+        _check_choice("order", self.order, ORDERS)
+        _check_choice("reduce", self.reduce, REDUCTIONS)
+        _check_flag("proportional", self.proportional)
+        _check_flag("trace", self.trace)
+        self._check_grid()
+
+    @classmethod
+    def paper(
+        cls,
+        r: int | Sequence[int],
+        alpha: float = 6.0,
+        beta: float = 1.0,
+        gamma: float = 0,
+        min_tokens: int = 0,
+        degree: str = "weighted_difference",
+        *,
+        trace: bool = False,
+    ) -> TurboConfig:
+        """The authors' implementation to the letter: keys, alternate halves, and α multiplied by 30.
+
+        `beta` other than 1 makes `"weighted_difference"` the layered fusion S4, as it does in their code.
+        """
+        if degree == "weighted_difference" and beta != 1:
+            degree = "layered"
+        return cls(
+            r=r,
+            min_tokens=min_tokens,
+            degree=degree,
+            alpha=_number("alpha", alpha) * PAPER_ALPHA_SCALE,
+            beta=beta,
+            gamma=gamma,
+            similarity="keys",
+            guidance="auto",
+            partition="alternate",
+            order="partition",
+            trace=trace,
+        )
+
+    @property
+    def amount(self) -> str:
+        """What was asked for, as it was written: `"r=16"`, `"keep=0.25"` or `"flops=0.6"`."""
+        for name in ("r", "keep", "flops"):
+            value = getattr(self, name)
+            if value is not None:
+                return f"{name}={list(value) if isinstance(value, tuple) else value}"
+        raise AssertionError("a config without an amount cannot be made")
+
+    def _check_amount(self) -> None:
+        given = [name for name in ("r", "keep", "flops") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = ", ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none of them"
+            raise ConfigError(f"give exactly one of r, keep and flops: got {found}")
+        if isinstance(self.r, Sequence) and not isinstance(self.r, str | bytes):
+            if not self.r:
+                raise ConfigError("r=[]: a list of r needs one integer ≥ 0 per block")
+            self._set(r=tuple(_integer("r", value, shown=self.r) for value in self.r))
+        elif self.r is not None:
+            self._set(r=_integer("r", self.r))
+        for name in ("keep", "flops"):
+            if getattr(self, name) is not None:
+                value = _number(name, getattr(self, name))
+                if not 0 < value <= 1:
+                    raise ConfigError(f"{name}={value!r}: must be a share in (0, 1]")
+                self._set(**{name: value})
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_grid(self) -> None:
+        if self.grid is None:
+            return
+        if self.partition != "grid":
+            raise ConfigError(f'grid={self.grid!r}: only partition="grid" uses it, not {self.partition!r}')
+        if not isinstance(self.grid, Sequence) or isinstance(self.grid, str | bytes) or len(self.grid) != 2:
+            raise ConfigError(f"grid={self.grid!r}: must be two integers ≥ 1, patch rows and columns")
+        rows, columns = (_integer("grid", value, minimum=1, shown=self.grid) for value in self.grid)
+        self._set(grid=(rows, columns))
+
+
+def _integer(name: str, value: Any, minimum: int = 0, shown: Any = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        what = "the number of tokens merged per block" if name == "r" else "it"
+        raise ConfigError(f"{name}={value if shown is None else shown!r}: {what} must be an integer ≥ {minimum}")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r}: must be a finite number")
+    return float(value)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: must be True or False")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...], extra: str = "") -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(allowed)}{extra}")

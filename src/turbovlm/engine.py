@@ -1,0 +1,355 @@
+"""The accelerated block, and the state that one forward carries from block to block.
+
+The state is an attribute of the hidden-state tensor itself, so it travels through every library's loop over its blocks
+and belongs to one forward: threads and re-entrant calls never share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from turbovlm.adapters.layout import Spelling, fetch, run_steps
+from turbovlm.config import TurboConfig
+from turbovlm.errors import ConfigError, StateError
+from turbovlm.functional.attention import proportional_attention
+from turbovlm.functional.informativity import (
+    candidates_of,
+    information_degree,
+    mutual_redundancy,
+    needs_semantic,
+    semantic_value,
+)
+from turbovlm.functional.matching import Merge, bipartite_merge
+from turbovlm.functional.partition import Partition, count, partition_tokens, positions
+from turbovlm.schedule import EncoderShape, clamp, requested_amounts
+
+STATE = "_turbovlm"
+"""Name of the attribute of the hidden states that carries the state."""
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """What one block of the last forward did.
+
+    Attributes:
+        name: the block's path in the model; `block`: its index in its encoder.
+        prefix: CLS, distillation and register tokens at the front.
+        source: for every token of the encoder's input, the token it is part of after this block, `[batch, N0]`.
+        sizes: patches that each token stands for after this block, `[batch, M]`.
+        redundancy: R, `[batch, N]` over the tokens before the merge; NaN for tokens that are no candidates.
+        semantic: A, `[batch, N]`.
+        degree: E, `[batch, N]`; NaN for tokens that are no candidates.
+    """
+
+    name: str
+    block: int
+    prefix: int
+    source: Tensor
+    sizes: Tensor
+    redundancy: Tensor
+    semantic: Tensor
+    degree: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """What the tokens of one forward have become after some of the blocks.
+
+    Attributes:
+        block: the block that comes next.
+        amounts: tokens asked of each block.
+        sizes: patches each token stands for, `[batch, tokens]`; None while every token stands for itself.
+        merges: one per merge so far.
+        home: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
+            None before the first merge.
+        partners: positions of the fixed partners of `partition="grid"`, `[batch, partners]`; None before the first merge.
+        traces: one per block so far, with `trace=True`.
+    """
+
+    block: int
+    amounts: tuple[int, ...]
+    sizes: Tensor | None = None
+    merges: tuple[Merge, ...] = ()
+    home: Tensor | None = None
+    partners: Tensor | None = None
+    traces: tuple[BlockTrace, ...] = ()
+
+    def source(self) -> Tensor | None:
+        """For every token of the input, the token it is part of now, `[batch, N0]`; None before the first merge."""
+        if not self.merges:
+            return None
+        source = self.merges[0].source
+        for merge in self.merges[1:]:
+            source = merge.source.gather(1, source)
+        return source
+
+
+@dataclass(eq=False)
+class Plan:
+    """What the blocks of one accelerated encoder share. `last` is the state at the end of the last forward."""
+
+    config: TurboConfig
+    spelling: Spelling
+    shape: EncoderShape
+    tower: str
+    names: tuple[str, ...]
+    native_tokens: int
+    guidance: str
+    restore: bool
+    last: State | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": None}
+
+    @property
+    def guided(self) -> bool:
+        """Whether the merge needs the semantic value."""
+        return needs_semantic(self.config.degree)
+
+
+@torch.compiler.assume_constant_result
+def _solved_amounts(plan: Plan, tokens: int) -> tuple[int, ...]:
+    return requested_amounts(plan.config, plan.shape, tokens, plan.guided)
+
+
+def accelerated_forward(
+    block: nn.Module, plan: Plan, index: int, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The forward of block `index`: attention, merge, MLP, through the block's own modules.
+
+    A block that has nothing to merge, on tokens that were never merged, runs its own forward.
+    """
+    arguments = {**dict(zip(plan.spelling.arguments, args)), **kwargs}
+    state = _begin(plan, hidden) if index == 0 else _resume(plan, index, hidden)
+    config = plan.config
+    r = clamp(state.amounts[index], hidden.shape[1], plan.shape.prefix, config.min_tokens)
+    if r == 0 and not state.merges and not config.trace:
+        out: Tensor = type(block).forward(block, hidden, *args, **kwargs)
+        return _hand_on(plan, replace(state, block=index + 1), out)
+    _check_arguments(plan, index, arguments)
+    if state.sizes is None and plan.spelling.mask is not None:
+        state = replace(state, sizes=_sizes_from_mask(arguments.get(plan.spelling.mask), hidden))
+    x, q, k, content = _attention_half(block, plan.spelling, config, hidden, state, arguments)
+    if r > 0 or config.trace:
+        x, state = _merge(block, plan, index, state, r, x, q, k, content)
+    x = x + run_steps(block, plan.spelling.mlp, x)
+    return _hand_on(plan, replace(state, block=index + 1), x)
+
+
+def _begin(plan: Plan, hidden: Tensor) -> State:
+    if isinstance(plan.config.r, tuple):
+        return State(0, plan.config.r)
+    if plan.config.r is not None:
+        return State(0, (int(plan.config.r),) * plan.shape.depth)
+    return State(0, _solved_amounts(plan, int(hidden.shape[1])))
+
+
+def _resume(plan: Plan, index: int, hidden: Tensor) -> State:
+    state: State | None = getattr(hidden, STATE, None)
+    if state is None or state.block != index:
+        found = "tokens without turbovlm's state" if state is None else f"the tokens of block {state.block - 1}"
+        raise StateError(
+            f"{plan.names[index]} got {found} instead of the output of {plan.names[index - 1]}: something between the "
+            "two blocks replaces the hidden states (re-entrant gradient checkpointing does), so it is not known which "
+            "tokens were merged. Call handle.remove(), or checkpoint with use_reentrant=False"
+        )
+    return state
+
+
+def _hand_on(plan: Plan, state: State, x: Tensor) -> Tensor:
+    """Attach the state for the next block; at the end of the encoder, keep it, and restore what needs restoring."""
+    if state.block == plan.shape.depth:
+        source = state.source() if plan.restore else None
+        if source is not None:
+            x = state.merges[-1].unmerge(x) if len(state.merges) == 1 else _gather_tokens(x, source)
+        if not torch.compiler.is_exporting():
+            plan.last = state
+        return x
+    setattr(x, STATE, state)
+    return x
+
+
+def _check_arguments(plan: Plan, index: int, arguments: Mapping[str, Any]) -> None:
+    known = (*plan.spelling.understood, plan.spelling.mask)
+    for name, value in arguments.items():
+        if name == "output_attentions" and value:
+            raise StateError(
+                f"output_attentions=True: {plan.names[index]} is accelerated and never builds its attention map; "
+                "TurboConfig(trace=True) records the guide's attention row, handle.remove() brings the map back"
+            )
+        if name not in known and (isinstance(value, Tensor) or (name == "is_causal" and value)):
+            raise StateError(f"{plan.names[index]} got {name}, which an accelerated block cannot honour")
+
+
+def _attention_half(
+    block: nn.Module,
+    spelling: Spelling,
+    config: TurboConfig,
+    hidden: Tensor,
+    state: State,
+    arguments: Mapping[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`x + attention(norm1(x))`; also the queries and keys as attention used them, and the unrotated keys (queries)."""
+    normed = fetch(block, spelling.norm1)(hidden)
+    if callable(spelling.project):
+        flat = spelling.project(block, normed)
+    elif len(spelling.project) == 1:
+        flat = fetch(block, spelling.project[0])(normed).chunk(3, dim=-1)
+    else:
+        flat = tuple(fetch(block, path)(normed) for path in spelling.project)
+    heads = fetch(block, spelling.heads)
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in flat)
+    if spelling.query_norm is not None:
+        q = fetch(block, spelling.query_norm)(q)
+    if spelling.key_norm is not None:
+        k = fetch(block, spelling.key_norm)(k)
+    content = q if config.similarity == "queries" else k
+    if spelling.rotary is not None:
+        q, k = spelling.rotary(block, q, k, state.home, arguments)
+    sizes = state.sizes if config.proportional or not state.merges else None
+    dropout = _dropout(block, spelling)
+    mixed = proportional_attention(q, k, v, sizes, dropout_p=dropout)
+    mixed = mixed.transpose(1, 2).flatten(2)
+    return hidden + run_steps(block, spelling.after_attention, mixed), q, k, content
+
+
+def _merge(
+    block: nn.Module,
+    plan: Plan,
+    index: int,
+    state: State,
+    r: int,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    content: Tensor,
+) -> tuple[Tensor, State]:
+    """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
+    config, prefix, tokens = plan.config, plan.shape.prefix, x.shape[1]
+    partition = _partition(plan, state, index, tokens, x.device)
+    features = fetch(block, plan.spelling.mlp[0])(x) if config.similarity == "hidden" else content.mean(dim=1)
+    redundancy, partner = mutual_redundancy(features.detach(), partition)
+    semantic = None
+    if plan.guided or config.trace:
+        guide = _guide(q.detach(), plan.guidance, prefix, state.sizes)
+        semantic = semantic_value(guide, k.detach(), state.sizes if config.proportional else None)
+    e = information_degree(
+        redundancy,
+        None if semantic is None else candidates_of(semantic, partition.candidates),
+        len(state.merges),
+        degree=config.degree,
+        alpha=config.alpha,
+        beta=config.beta,
+        gamma=config.gamma,
+        seed=config.seed,
+    )
+    r = min(r, count(partition.candidates))
+    if r > 0:
+        merge = bipartite_merge(
+            e, partner, partition, r, tokens, sizes=state.sizes, order=config.order, reduce=config.reduce
+        )
+        x = merge.merge(x)
+        state = _follow(plan, state, merge, partition)
+    if config.trace:
+        assert semantic is not None
+        trace = _trace(plan, index, state, x, partition, redundancy, semantic, e, tokens)
+        state = replace(state, traces=(*state.traces, trace))
+    return x, state
+
+
+def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> State:
+    home, partners, prefix = state.home, state.partners, plan.shape.prefix
+    if plan.spelling.rotary is not None:
+        kept = merge.kept[:, prefix:] - prefix
+        home = kept if home is None else home.gather(1, kept)
+    if plan.config.partition == "grid":
+        old = positions(partition.partners, merge.source.device).expand(merge.source.shape[0], -1)
+        partners = merge.source.gather(1, old)
+    return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), home=home, partners=partners)
+
+
+def _partition(plan: Plan, state: State, index: int, tokens: int, device: torch.device) -> Partition:
+    config, prefix = plan.config, plan.shape.prefix
+    if state.partners is None:
+        return partition_tokens(
+            tokens, prefix, config.partition, block=index, seed=config.seed, grid=config.grid, device=device
+        )
+    batch, partners = state.partners.shape
+    taken = torch.zeros(batch, tokens, dtype=torch.int8, device=device)
+    taken = taken.scatter(1, state.partners, 1)
+    taken[:, :prefix] = 1
+    candidates = taken.argsort(dim=1, stable=True)[:, : tokens - prefix - partners]
+    return Partition(candidates, state.partners)
+
+
+def _guide(q: Tensor, guidance: str, prefix: int, sizes: Tensor | None) -> Tensor:
+    """The guide's query, scaled: CLS's, or the mean of the patches', weighted by size."""
+    scale = q.shape[-1] ** -0.5
+    if guidance == "cls":
+        return q[:, :, :1] * scale
+    patches = q[:, :, prefix:]
+    if sizes is None:
+        return patches.mean(dim=2, keepdim=True) * scale
+    weights = sizes[:, prefix:] / sizes[:, prefix:].sum(dim=1, keepdim=True)
+    return (weights.to(q.dtype)[:, None, None, :] @ patches) * scale
+
+
+def _sizes_from_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Padding as tokens of size 0: nobody attends to them, they weigh nothing, and they are merged first."""
+    if mask is None:
+        return None
+    rows = mask[:, 0, -1] if mask.ndim == 4 else mask
+    seen = rows if rows.dtype == torch.bool else rows > -1
+    return seen.to(torch.promote_types(hidden.dtype, torch.float32)).expand(hidden.shape[0], -1)
+
+
+def _dropout(block: nn.Module, spelling: Spelling) -> float:
+    if not block.training or spelling.dropout is None:
+        return 0.0
+    dropout = fetch(block, spelling.dropout)
+    return float(dropout.p if isinstance(dropout, nn.Module) else dropout)
+
+
+def _trace(
+    plan: Plan,
+    index: int,
+    state: State,
+    x: Tensor,
+    partition: Partition,
+    redundancy: Tensor,
+    semantic: Tensor,
+    degree: Tensor,
+    tokens: int,
+) -> BlockTrace:
+    batch, device = x.shape[0], x.device
+    candidates = positions(partition.candidates, device).expand(batch, -1)
+
+    def everywhere(values: Tensor) -> Tensor:
+        return values.new_full((batch, tokens), torch.nan).scatter(1, candidates, values)
+
+    source = state.source()
+    if source is None:
+        source = torch.arange(tokens, device=device).expand(batch, -1)
+    sizes = state.sizes
+    if sizes is None:
+        sizes = torch.ones(batch, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=device)
+    return BlockTrace(
+        name=plan.names[index],
+        block=index,
+        prefix=plan.shape.prefix,
+        source=source,
+        sizes=sizes,
+        redundancy=everywhere(redundancy),
+        semantic=semantic,
+        degree=everywhere(degree),
+    )
+
+
+def _gather_tokens(x: Tensor, source: Tensor) -> Tensor:
+    return x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

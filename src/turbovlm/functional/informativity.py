@@ -1,0 +1,108 @@
+"""How much information a token carries: its redundancy R, its semantic value A, and E, made of both."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbovlm.config import DEGREES, DegreeFunction
+from turbovlm.errors import ConfigError
+from turbovlm.functional.partition import Index, Partition, hashed_uniform, take
+
+COUPLED_DIVISION_EPSILON = 1e-3
+"""Added to A before the division of S2, as in the authors' code."""
+
+
+def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+    """`R_i = max_j cos(f_i, f_j)`, i a candidate and j a partner (Turbo, equation 6 and §6.1).
+
+    Args:
+        features: `[batch, tokens, width]`: keys averaged over heads, or any other features.
+        partition: who may be merged into whom.
+
+    Returns:
+        R in [−1, 1] and the index of the most similar partner among the partners, `[batch, candidates]` each.
+    """
+    units = F.normalize(features, dim=-1)
+    candidates, partners = take(units, partition.candidates), take(units, partition.partners)
+    redundancy, partner = (candidates @ partners.transpose(-1, -2)).max(dim=-1)
+    return redundancy, partner
+
+
+def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """What each token contributes to the guide: the guide's attention row, averaged over heads.
+
+    Args:
+        guide: the guide's query (CLS, or the mean query), `[batch, heads, 1, head_dim]`, already scaled.
+        keys: `[batch, heads, tokens, head_dim]`.
+        sizes: patches each token stands for, `[batch, tokens]`; None before the first merge.
+
+    Returns:
+        `[batch, tokens]`, in the keys' dtype, non-negative, summing to 1. Turbo, equations (8) and (16).
+    """
+    scores = (guide @ keys.transpose(-1, -2)).squeeze(-2)
+    if sizes is not None:
+        scores = scores + sizes.log().clamp_min(torch.finfo(scores.dtype).min).to(scores.dtype)[:, None, :]
+    return scores.softmax(dim=-1).mean(dim=1)
+
+
+def information_degree(
+    redundancy: Tensor,
+    semantic: Tensor | None,
+    block: int = 0,
+    *,
+    degree: str | DegreeFunction = "weighted_difference",
+    alpha: float = 6.0,
+    beta: float = 1.0,
+    gamma: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """E, by which tokens are ranked: those of highest E are merged (Turbo, equations 12 and 17 to 20).
+
+    Args:
+        redundancy: R of the candidates, `[batch, candidates]`.
+        semantic: A of the candidates, `[batch, candidates]`; may be None for `"redundancy"` and `"random"`.
+        block: the index l of the merging block, counted from 0.
+        degree, alpha, beta, gamma, seed: as in `TurboConfig`; `alpha` is the plain multiplier of A.
+
+    Returns:
+        `[batch, candidates]`.
+
+    Raises:
+        ConfigError: an unknown degree, a degree that needs A without it, or a callable whose result has another shape.
+    """
+    if degree == "redundancy":
+        return redundancy
+    if degree == "random":
+        return hashed_uniform(redundancy.shape[-1], seed, block, redundancy.device).to(redundancy).expand_as(redundancy)
+    if semantic is None:
+        raise ConfigError(f"degree={degree!r} needs the semantic value A, got None")
+    if callable(degree):
+        result = degree(redundancy, semantic, block)
+        if not isinstance(result, Tensor) or result.shape != redundancy.shape:
+            found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ConfigError(f"degree={degree!r} must return a tensor of R's shape {tuple(redundancy.shape)}: {found}")
+        return result
+    match degree:
+        case "weighted_difference":
+            return redundancy - alpha * semantic
+        case "coupled_division":
+            return redundancy / (semantic + COUPLED_DIVISION_EPSILON)
+        case "damped":
+            return redundancy * (1 - alpha * semantic)
+        case "layered":
+            return redundancy - beta ** abs(gamma - block) * alpha * semantic
+        case "semantics":
+            return -semantic
+    raise ConfigError(f"degree={degree!r}: must be one of {', '.join(DEGREES)} or a callable (R, A, block) -> E")
+
+
+def needs_semantic(degree: str | DegreeFunction) -> bool:
+    """Whether E depends on A."""
+    return degree not in ("redundancy", "random")
+
+
+def candidates_of(values: Tensor, candidates: Index) -> Tensor:
+    """The candidates' share of a per-token value: `[batch, tokens]` to `[batch, candidates]`."""
+    return take(values.unsqueeze(-1), candidates).squeeze(-1)

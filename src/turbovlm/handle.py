@@ -1,0 +1,281 @@
+"""`apply` puts Turbo into a model; the `Handle` it returns reports, restores and removes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from turbovlm.adapters import Tower, find_towers
+from turbovlm.adapters.layout import fetch
+from turbovlm.config import TurboConfig
+from turbovlm.engine import BlockTrace, Plan, accelerated_forward
+from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
+from turbovlm.schedule import EncoderShape, Schedule, check_depth, make_schedule
+
+
+def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) -> Handle:
+    """Merge tokens in every block of the vision encoders found in `model`, in place.
+
+    No parameter, buffer, class or hook is changed: each accelerated block gets a `forward` of its own.
+
+    Args:
+        model: a `transformers`, `timm`, `torchvision` or `open_clip` model, or any module that contains one.
+        config: the settings; or give them by name instead: `apply(model, r=16)`.
+        settings: the fields of `TurboConfig`.
+
+    Returns:
+        A handle that reports (`print(handle)`), traces, restores and removes; also a context manager.
+
+    Raises:
+        ConfigError: wrong settings; a list of `r` of the wrong length; `guidance="cls"` without a CLS token.
+        UnsupportedModelError: nothing in the model can be accelerated.
+        TurboError: the model is accelerated already.
+    """
+    if config is not None and settings:
+        raise ConfigError(f"give a TurboConfig or settings by name, not both: got {', '.join(settings)} beside a config")
+    if config is None:
+        config = _config(settings)
+    elif not isinstance(config, TurboConfig):
+        raise ConfigError(f"config={config!r}: must be a TurboConfig; an amount goes by name, as in apply(model, r=16)")
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{type(model).__name__} is no torch.nn.Module: apply to the model inside it")
+    towers = find_towers(model)
+    plans = [_plan(tower, config) for tower in towers]
+    _check_untouched(towers)
+    for tower, plan in zip(towers, plans):
+        for index, (_, block) in enumerate(tower.blocks):
+            block.forward = functools.partial(accelerated_forward, block, plan, index)
+    return Handle(model, plans)
+
+
+def get_handle(model: nn.Module) -> Handle:
+    """The handle of an accelerated model, such as a copy or one that was unpickled.
+
+    Raises:
+        TurboError: the model is not accelerated.
+    """
+    plans = list(dict.fromkeys(plan for _, plan in _accelerated(model)))
+    if not plans:
+        raise TurboError(f"this {type(model).__name__} is not accelerated")
+    return Handle(model, plans)
+
+
+class Handle:
+    """What `apply` did to one model, and the way back."""
+
+    def __init__(self, model: nn.Module, plans: list[Plan]) -> None:
+        self._model = model
+        self._plans = plans
+
+    @property
+    def config(self) -> TurboConfig:
+        """The settings in force."""
+        return self._plans[0].config
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still accelerated by this handle."""
+        return any(plan in self._plans for _, plan in _accelerated(self._model))
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """One schedule per accelerated encoder, for its native number of tokens."""
+        return [_schedule(plan, plan.native_tokens) for plan in self._plans]
+
+    def schedule(self, tokens: int) -> Schedule:
+        """The first encoder's schedule for inputs of `tokens` tokens, prefix included."""
+        prefix = self._plans[0].shape.prefix
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens <= prefix:
+            raise ConfigError(f"tokens={tokens!r}: must be an integer > {prefix}, the number of prefix tokens")
+        return _schedule(self._plans[0], tokens)
+
+    @property
+    def trace(self) -> list[BlockTrace]:
+        """Per block of the last forward: what was merged where, and R, A and E.
+
+        Raises:
+            StateError: the config has no `trace=True`, or no forward has ended yet.
+        """
+        if not self.config.trace:
+            raise StateError("nothing is traced: apply with trace=True")
+        if all(plan.last is None for plan in self._plans):
+            raise StateError("nothing is traced yet: run the model first")
+        return [trace for plan in self._plans if plan.last is not None for trace in plan.last.traces]
+
+    def restore(self, tokens: Tensor, *, tower: str | None = None) -> Tensor:
+        """Give every position of the last forward's input the value of the token it became part of.
+
+        For heads that need the full grid: segmentation, saliency, detection. Differentiable.
+
+        Args:
+            tokens: `[batch, M, ...]`, one entry per token that the encoder handed on, prefix included.
+            tower: path of the encoder, where several are accelerated.
+
+        Returns:
+            `[batch, N0, ...]`, in the order of the encoder's input.
+
+        Raises:
+            StateError: no forward has ended yet, or the tokens are not those of the last one.
+            ConfigError: an unknown tower.
+        """
+        plan = self._plan_of(tower)
+        if plan.last is None:
+            raise StateError("nothing to restore yet: run the model first")
+        source = plan.last.source()
+        if source is None:
+            return tokens
+        merged = plan.last.merges[-1].sizes.shape
+        if plan.restore:
+            raise StateError("this encoder's output is already restored: every position has its token's value")
+        if tokens.ndim < 2 or tokens.shape[:2] != merged:
+            raise StateError(
+                f"tokens of shape {tuple(tokens.shape)} are not the last forward's: expected {tuple(merged)} in front "
+                "(batch, tokens with CLS and registers)"
+            )
+        index = source.reshape(*source.shape, *(1,) * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:])
+        return tokens.gather(1, index)
+
+    def remove(self) -> None:
+        """Give the model back as it was. A second call does nothing."""
+        for block, plan in list(_accelerated(self._model)):
+            if plan in self._plans:
+                del block.forward
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "" if self.active else ", removed"
+        lines = [f"Turbo({self.config.amount}, {_describe(self.config)}{state})"]
+        for plan, schedule in zip(self._plans, self.schedules):
+            lines += _report(plan, schedule)
+        return "\n".join(lines)
+
+    def _plan_of(self, tower: str | None) -> Plan:
+        named = {plan.tower: plan for plan in self._plans}
+        if tower is None and len(named) == 1:
+            return self._plans[0]
+        if tower not in named:
+            raise ConfigError(f"tower={tower!r}: must be one of {', '.join(map(repr, named))}")
+        return named[tower]
+
+
+def _config(settings: dict[str, Any]) -> TurboConfig:
+    fields = TurboConfig.__dataclass_fields__
+    unknown = [name for name in settings if name not in fields]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}={settings[unknown[0]]!r}: no such setting; there are {', '.join(fields)}")
+    return TurboConfig(**settings)
+
+
+def _accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Plan]]:
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, functools.partial) and forward.func is accelerated_forward:
+            yield module, forward.args[1]
+
+
+def _check_untouched(towers: list[Tower]) -> None:
+    for tower in towers:
+        for name, block in tower.blocks:
+            forward = block.__dict__.get("forward")
+            if forward is None:
+                continue
+            if isinstance(forward, functools.partial) and forward.func is accelerated_forward:
+                raise TurboError(
+                    f"{name} is accelerated already ({forward.args[1].config.amount}): "
+                    "call handle.remove(), or turbovlm.get_handle(model).remove(), first"
+                )
+            raise TurboError(
+                f"{name} has a forward of its own (set by a hook of another library, such as accelerate's "
+                "dispatch_model): apply turbovlm before it"
+            )
+
+
+def _plan(tower: Tower, config: TurboConfig) -> Plan:
+    check_depth(config, len(tower.blocks), tower.name)
+    if config.guidance == "cls" and not tower.cls:
+        where = tower.name or type(tower.module).__name__
+        raise ConfigError(f"guidance='cls': {where} ({tower.layout.family}) has no CLS token; use 'mean' or 'auto'")
+    guidance = ("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance
+    return Plan(
+        config=config,
+        spelling=tower.spelling,
+        shape=_shape(tower, config),
+        tower=tower.name,
+        names=tuple(name for name, _ in tower.blocks),
+        native_tokens=tower.tokens,
+        guidance=guidance,
+        restore=tower.restore,
+    )
+
+
+def _shape(tower: Tower, config: TurboConfig) -> EncoderShape:
+    spelling = tower.spelling
+    attention, mlp, widths, similarity = [], [], [], []
+    hidden = 0
+    for _, block in tower.blocks:
+        in_mlp = sum(_matrix_entries(fetch(block, path)) for path in spelling.mlp)
+        output = next(p for path in spelling.after_attention for p in _matrices(fetch(block, path)))
+        hidden, width = output.shape[0], output.shape[1]
+        attention.append(_matrix_entries(block) - in_mlp)
+        mlp.append(in_mlp)
+        widths.append(width)
+        similarity.append(hidden if config.similarity == "hidden" else width // fetch(block, spelling.heads))
+    return EncoderShape(
+        attention_weights=tuple(attention),
+        mlp_weights=tuple(mlp),
+        attention_width=tuple(widths),
+        hidden_size=hidden,
+        similarity_width=tuple(similarity),
+        patch_weights=tower.patch_weights,
+        prefix=tower.prefix,
+    )
+
+
+def _matrices(step: Any) -> list[Tensor]:
+    return [p for p in step.parameters() if p.ndim == 2] if isinstance(step, nn.Module) else []
+
+
+def _matrix_entries(step: Any) -> int:
+    return sum(matrix.numel() for matrix in _matrices(step))
+
+
+def _schedule(plan: Plan, tokens: int) -> Schedule:
+    return make_schedule(plan.config, plan.shape, tokens, plan.guided, plan.tower, plan.names)
+
+
+def _describe(config: TurboConfig) -> str:
+    degree = config.degree if isinstance(config.degree, str) else getattr(config.degree, "__name__", "callable")
+    alpha = f", alpha={config.alpha:g}" if degree in ("weighted_difference", "damped", "layered") else ""
+    return f"degree={degree}{alpha}, similarity={config.similarity}, partition={config.partition}, {config.reduce}"
+
+
+def _report(plan: Plan, schedule: Schedule) -> list[str]:
+    tokens, before, after = schedule.tokens, sum(schedule.macs_before), sum(schedule.macs_after)
+    name = schedule.tower or "model"
+    lines = [
+        f"  {name}: {len(schedule.blocks)} blocks, {tokens[0]} → {tokens[-1]} tokens, "
+        f"{before / 1e9:.2f} → {after / 1e9:.2f} GMACs in the blocks, {schedule.ratio:.1%} of the encoder's left, "
+        f"guided by {plan.guidance}"
+    ]
+    lines += [
+        f"    {block}: {tokens[i]} → {tokens[i + 1]} tokens, "
+        f"{schedule.macs_before[i] / 1e9:.3f} → {schedule.macs_after[i] / 1e9:.3f} GMACs"
+        for i, block in enumerate(schedule.blocks)
+    ]
+    if plan.restore:
+        lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens, which the model's head needs")
+    if schedule.note:
+        lines.append(f"    note: {schedule.note}")
+    return lines

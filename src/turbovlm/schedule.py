@@ -1,0 +1,189 @@
+"""How many tokens each block gives up.
+
+`r` is taken as it is; `keep` and `flops` are solved over the schedules that spread one total evenly over the blocks.
+Every amount is then clamped as in the paper: at most half of the tokens that may merge, and nothing in a block that
+starts with fewer than `min_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from turbovlm.config import TurboConfig
+from turbovlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What the cost of one encoder depends on, read off its modules. All counts are per image.
+
+    Args:
+        attention_weights: entries of the projection matrices before the merge, per block.
+        mlp_weights: entries of the MLP's matrices, after the merge, per block.
+        attention_width: heads × head_dim, per block.
+        hidden_size: width of a token.
+        similarity_width: width of the features compared (head_dim for keys, hidden_size for hidden), per block.
+        patch_weights: entries of the patch embedding's kernel.
+        prefix: CLS, distillation and register tokens, which are never merged.
+    """
+
+    attention_weights: tuple[int, ...]
+    mlp_weights: tuple[int, ...]
+    attention_width: tuple[int, ...]
+    hidden_size: int
+    similarity_width: tuple[int, ...]
+    patch_weights: int
+    prefix: int
+
+    @property
+    def depth(self) -> int:
+        return len(self.attention_weights)
+
+    def block_macs(self, block: int, before: int, after: int, guided: bool) -> int:
+        """Multiply-accumulates of one block: projections, attention, similarity and guide row, MLP, and norms."""
+        width = self.attention_width[block]
+        macs = before * self.attention_weights[block] + 2 * before * before * width
+        macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
+        if after < before:
+            half = (before - self.prefix) // 2
+            macs += half * (before - self.prefix - half) * self.similarity_width[block]
+            macs += before * width if guided else 0
+        return macs
+
+    def macs(self, tokens: Sequence[int], guided: bool) -> int:
+        """Multiply-accumulates of the encoder with `tokens[l]` tokens before block l and `tokens[-1]` at its end."""
+        blocks = sum(self.block_macs(i, tokens[i], tokens[i + 1], guided) for i in range(self.depth))
+        return blocks + (tokens[0] - self.prefix) * self.patch_weights + 5 * self.hidden_size * tokens[-1]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one encoder does with a number of tokens.
+
+    Attributes:
+        tower: path of the encoder in the model; empty where it is the model itself.
+        blocks: paths of its blocks.
+        tokens: tokens before the first block, then after each block.
+        macs_before: multiply-accumulates of each block without merging.
+        macs_after: the same with merging.
+        ratio: share of the encoder's multiply-accumulates left, patch embedding and final norm included.
+        asked: the amount asked for, such as `"keep=0.25"`.
+        note: empty, or which part of what was asked for was not possible.
+    """
+
+    tower: str
+    blocks: tuple[str, ...]
+    tokens: tuple[int, ...]
+    macs_before: tuple[int, ...]
+    macs_after: tuple[int, ...]
+    ratio: float
+    asked: str
+    note: str
+
+    @property
+    def merged(self) -> tuple[int, ...]:
+        """Tokens merged in each block."""
+        return tuple(a - b for a, b in zip(self.tokens, self.tokens[1:]))
+
+
+def clamp(r: int, tokens: int, prefix: int, min_tokens: int) -> int:
+    """Tokens that a block with `tokens` tokens can give up when asked for `r`: at most half of those that may merge."""
+    if tokens < min_tokens:
+        return 0
+    return min(r, max(tokens - prefix, 0) // 2)
+
+
+def token_counts(amounts: Sequence[int], tokens: int, prefix: int, min_tokens: int) -> tuple[int, ...]:
+    """Tokens before the first block and after each, when block l is asked for `amounts[l]`."""
+    counts = [tokens]
+    for r in amounts:
+        counts.append(counts[-1] - clamp(r, counts[-1], prefix, min_tokens))
+    return tuple(counts)
+
+
+def spread(total: int, depth: int) -> tuple[int, ...]:
+    """`total` tokens over `depth` blocks, as evenly as integers allow."""
+    return tuple((i + 1) * total // depth - i * total // depth for i in range(depth))
+
+
+def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
+    """Raise `ConfigError` where `r` is a list whose length is not the number of blocks."""
+    if isinstance(config.r, tuple) and len(config.r) != depth:
+        where = f" in {tower!r}" if tower else ""
+        raise ConfigError(f"r has {len(config.r)} entries, but the encoder{where} has {depth} blocks: give one per block")
+
+
+@lru_cache(maxsize=1024)
+def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int, guided: bool) -> tuple[int, ...]:
+    """Tokens asked of each block, before clamping, for an input of `tokens` tokens."""
+    if isinstance(config.r, tuple):
+        return config.r
+    if config.r is not None:
+        return (int(config.r),) * shape.depth
+    if config.keep is not None:
+        target = max(round(config.keep * tokens), shape.prefix)
+        return _closest(config, shape, tokens, target, lambda counts: counts[-1])
+    assert config.flops is not None
+    full = shape.macs((tokens,) * (shape.depth + 1), guided)
+    return _closest(config, shape, tokens, config.flops * full, lambda counts: shape.macs(counts, guided))
+
+
+def _closest(
+    config: TurboConfig,
+    shape: EncoderShape,
+    tokens: int,
+    target: float,
+    cost: Callable[[tuple[int, ...]], int],
+) -> tuple[int, ...]:
+    """The evenly spread amounts whose cost is closest to `target`; of equals, the fewest tokens merged."""
+    best, best_gap = spread(0, shape.depth), abs(cost((tokens,) * (shape.depth + 1)) - target)
+    previous: tuple[int, ...] = ()
+    for total in range(1, shape.depth * (tokens // 2) + 1):
+        amounts = spread(total, shape.depth)
+        counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens)
+        if counts == previous:
+            continue
+        previous = counts
+        gap = abs(cost(counts) - target)
+        if gap < best_gap:
+            best, best_gap = amounts, gap
+    return best
+
+
+def make_schedule(
+    config: TurboConfig, shape: EncoderShape, tokens: int, guided: bool, tower: str, blocks: tuple[str, ...]
+) -> Schedule:
+    """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
+    amounts = requested_amounts(config, shape, tokens, guided)
+    counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens)
+    full = (tokens,) * (shape.depth + 1)
+    ratio = shape.macs(counts, guided) / shape.macs(full, guided)
+    return Schedule(
+        tower=tower,
+        blocks=blocks,
+        tokens=counts,
+        macs_before=tuple(shape.block_macs(i, tokens, tokens, guided) for i in range(shape.depth)),
+        macs_after=tuple(shape.block_macs(i, counts[i], counts[i + 1], guided) for i in range(shape.depth)),
+        ratio=ratio,
+        asked=config.amount,
+        note=_shortfall(config, amounts, counts, ratio),
+    )
+
+
+def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int], ratio: float) -> str:
+    if config.r is not None:
+        short = [i for i, r in enumerate(amounts) if counts[i] - counts[i + 1] < r]
+        if not short:
+            return ""
+        return (
+            f"{config.amount} is more than {len(short)} of {len(amounts)} blocks have to give "
+            f"(from block {short[0]} on): they merge half of their tokens, or none below min_tokens={config.min_tokens}"
+        )
+    if config.keep is not None:
+        reached = counts[-1] / counts[0]
+        missed = abs(counts[-1] - config.keep * counts[0]) > 1
+        return f"keep={config.keep} is out of reach: {reached:.3f} of the tokens are left" if missed else ""
+    assert config.flops is not None
+    return f"flops={config.flops} is out of reach: {ratio:.3f} is the closest" if abs(ratio - config.flops) > 0.01 else ""
