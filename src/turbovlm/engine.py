@@ -120,7 +120,7 @@ def _solved_amounts(plan: Plan, tokens: int) -> tuple[int, ...]:
 
 def accelerated_forward(
     block: nn.Module, plan: Plan, index: int, hidden: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
+) -> Tensor | tuple[Tensor]:
     """The forward of block `index`: attention, merge, MLP, through the block's own modules.
 
     A block that has nothing to merge, on tokens that were never merged, runs its own forward.
@@ -130,8 +130,8 @@ def accelerated_forward(
     config = plan.config
     r = clamp(state.amounts[index], hidden.shape[1], plan.shape.prefix, config.min_tokens)
     if r == 0 and not state.merges and not config.trace:
-        out: Tensor = type(block).forward(block, hidden, *args, **kwargs)
-        return _hand_on(plan, replace(state, block=index + 1), out)
+        out = type(block).forward(block, hidden, *args, **kwargs)
+        return _hand_on(plan, replace(state, block=index + 1), out[0] if plan.spelling.returns_tuple else out)
     _check_arguments(plan, index, arguments)
     if state.sizes is None and plan.spelling.mask is not None:
         state = replace(state, sizes=_sizes_from_mask(arguments.get(plan.spelling.mask), hidden))
@@ -162,17 +162,17 @@ def _resume(plan: Plan, index: int, hidden: Tensor) -> State:
     return state
 
 
-def _hand_on(plan: Plan, state: State, x: Tensor) -> Tensor:
+def _hand_on(plan: Plan, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
     """Attach the state for the next block; at the end of the encoder, keep it, and restore what needs restoring."""
-    if state.block == plan.shape.depth:
-        source = state.source() if plan.restore else None
-        if source is not None:
-            x = state.merges[-1].unmerge(x) if len(state.merges) == 1 else _gather_tokens(x, source)
+    if state.block < plan.shape.depth:
+        setattr(x, STATE, state)
+    else:
+        if plan.restore:
+            for merge in reversed(state.merges):
+                x = merge.unmerge(x)
         if not torch.compiler.is_exporting():
             plan.last = state
-        return x
-    setattr(x, STATE, state)
-    return x
+    return (x,) if plan.spelling.returns_tuple else x
 
 
 def _check_arguments(plan: Plan, index: int, arguments: Mapping[str, Any]) -> None:
@@ -349,7 +349,3 @@ def _trace(
         semantic=semantic,
         degree=everywhere(degree),
     )
-
-
-def _gather_tokens(x: Tensor, source: Tensor) -> Tensor:
-    return x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

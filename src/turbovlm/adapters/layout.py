@@ -8,6 +8,7 @@ of them is written again. A new model family is a new `Layout`.
 from __future__ import annotations
 
 import importlib.metadata as metadata
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,7 +87,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Spelling:
-    """What a forward needs of a layout, with each path as the encoder's blocks spell it. It pickles."""
+    """What a forward needs of a layout, with each path as the encoder's blocks spell it. It pickles.
+
+    `returns_tuple` says whether the block returns its tokens in a tuple, as some releases do; its annotation tells.
+    """
 
     norm1: Path
     project: tuple[Path, ...] | Project
@@ -100,6 +104,7 @@ class Spelling:
     arguments: tuple[str, ...]
     understood: tuple[str, ...]
     mask: str | None
+    returns_tuple: bool
 
 
 def fetch(root: Any, path: Path) -> Any:
@@ -152,6 +157,7 @@ def spell(layout: Layout, block: nn.Module) -> Spelling:
         arguments=layout.arguments,
         understood=layout.understood,
         mask=layout.mask,
+        returns_tuple="tuple" in str(inspect.signature(type(block).forward).return_annotation).lower(),
     )
 
 
