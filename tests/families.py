@@ -35,6 +35,14 @@ def _hidden(out: Any) -> torch.Tensor:
     return out.last_hidden_state
 
 
+def _image_features(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out["image_features"]
+
+
+def _itself(out: torch.Tensor) -> torch.Tensor:
+    return out
+
+
 def _transformers(name: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import transformers
@@ -106,10 +114,6 @@ def _naflex(batch: int) -> dict[str, Any]:
     return {"pixel_values": pixels, "pixel_attention_mask": mask.long(), "spatial_shapes": shapes}
 
 
-def _blip2_settings() -> dict[str, Any]:
-    return {}
-
-
 FAMILIES: dict[str, Family] = {
     "vit": Family(_transformers("ViTModel", "ViTConfig"), _images(), _hidden),
     "deit": Family(_transformers("DeiTModel", "DeiTConfig"), _images(), _hidden),
@@ -133,9 +137,7 @@ FAMILIES: dict[str, Family] = {
         _images(),
         _hidden,
     ),
-    "beit": Family(
-        _transformers("BeitModel", "BeitConfig", use_absolute_position_embeddings=True), _images(), _hidden
-    ),
+    "beit": Family(_transformers("BeitModel", "BeitConfig", use_absolute_position_embeddings=True), _images(), _hidden),
     "data2vec": Family(
         _transformers("Data2VecVisionModel", "Data2VecVisionConfig", use_absolute_position_embeddings=True),
         _images(),
@@ -148,41 +150,41 @@ FAMILIES: dict[str, Family] = {
     ),
     "blip": Family(_transformers("BlipVisionModel", "BlipVisionConfig"), _images(), _hidden, bit_identical=False),
     "blip_2": Family(_transformers("Blip2VisionModel", "Blip2VisionConfig"), _images(), _hidden),
-    "instructblip": Family(
-        _transformers("InstructBlipVisionModel", "InstructBlipVisionConfig"), _images(), _hidden
-    ),
-    "timm_vit": Family(_timm("vit_tiny_patch16_224"), _images(key="x"), lambda out: out),
+    "instructblip": Family(_transformers("InstructBlipVisionModel", "InstructBlipVisionConfig"), _images(), _hidden),
+    "timm_vit": Family(_timm("vit_tiny_patch16_224"), _images(key="x"), _itself),
     "timm_layerscale": Family(
         _timm("vit_tiny_patch16_224", init_values=0.5, qk_norm=True), _images(key="x"), lambda out: out
     ),
-    "timm_registers": Family(_timm("vit_tiny_patch16_224", reg_tokens=3), _images(key="x"), lambda out: out),
+    "timm_registers": Family(_timm("vit_tiny_patch16_224", reg_tokens=3), _images(key="x"), _itself),
     "timm_no_cls": Family(
-        _timm("vit_tiny_patch16_224", class_token=False, global_pool="avg"), _images(key="x"), lambda out: out, cls=False
+        _timm("vit_tiny_patch16_224", class_token=False, global_pool="avg"),
+        _images(key="x"),
+        _itself,
+        cls=False,
     ),
     "timm_map": Family(
-        _timm("vit_tiny_patch16_224", class_token=False, global_pool="map"), _images(key="x"), lambda out: out, cls=False
+        _timm("vit_tiny_patch16_224", class_token=False, global_pool="map"),
+        _images(key="x"),
+        _itself,
+        cls=False,
     ),
-    "timm_distilled": Family(
-        _timm("deit_tiny_distilled_patch16_224"), _images(key="x"), lambda out: out
-    ),
+    "timm_distilled": Family(_timm("deit_tiny_distilled_patch16_224"), _images(key="x"), _itself),
     "timm_eva02": Family(
         _timm("eva02_tiny_patch14_224", global_pool="token", qkv_fused=True, init_values=0.5),
         _images(key="x"),
-        lambda out: out,
+        _itself,
     ),
-    "timm_eva_avg": Family(_timm("eva02_tiny_patch14_224", qkv_fused=False), _images(key="x"), lambda out: out),
+    "timm_eva_avg": Family(_timm("eva02_tiny_patch14_224", qkv_fused=False), _images(key="x"), _itself),
     "timm_rope_mixed": Family(
         _timm("vit_small_patch16_rope_mixed_224", global_pool="token"), _images(key="x"), lambda out: out
     ),
-    "timm_dinov3": Family(_timm("vit_small_patch16_dinov3"), _images(key="x"), lambda out: out, cls=True),
-    "torchvision": Family(_torchvision, _images(key="x"), lambda out: out, bit_identical=False),
-    "open_clip": Family(
-        _open_clip(), _images(key="image"), lambda out: out["image_features"], bit_identical=False
-    ),
+    "timm_dinov3": Family(_timm("vit_small_patch16_dinov3"), _images(key="x"), _itself, cls=True),
+    "torchvision": Family(_torchvision, _images(key="x"), _itself, bit_identical=False),
+    "open_clip": Family(_open_clip(), _images(key="image"), _image_features, bit_identical=False),
     "open_clip_avg": Family(
         _open_clip(pool_type="avg", ls_init_value=0.5),
         _images(key="image"),
-        lambda out: out["image_features"],
+        _image_features,
         bit_identical=False,
     ),
 }

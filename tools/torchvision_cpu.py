@@ -14,7 +14,7 @@ class _DeclareOperators(importlib.abc.MetaPathFinder):
         if name == "torchvision":
             sys.meta_path.remove(self)
             self._declare()
-        return None
+        return
 
     def _declare(self):
         import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from turbovlm.adapters.layout import Spelling, fetch, run_steps
 from turbovlm.config import TurboConfig
-from turbovlm.errors import ConfigError, StateError
+from turbovlm.errors import StateError
 from turbovlm.functional.attention import proportional_attention
 from turbovlm.functional.informativity import (
     candidates_of,
@@ -68,8 +68,9 @@ class State:
         merges: one per merge so far.
         home: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
             None before the first merge.
-        partners: positions of the fixed partners of `partition="grid"`, `[batch, partners]`; None before the first merge.
+        partners: where the fixed partners of `partition="grid"` are, `[batch, partners]`; None before the first merge.
         traces: one per block so far, with `trace=True`.
+        padded: whether some tokens are padding, of size 0.
     """
 
     block: int
@@ -79,6 +80,13 @@ class State:
     home: Tensor | None = None
     partners: Tensor | None = None
     traces: tuple[BlockTrace, ...] = ()
+    padded: bool = False
+
+    def attended(self, proportional: bool) -> Tensor | None:
+        """The sizes that attention goes by: all of them, or only which tokens are padding; None for plain attention."""
+        if proportional or self.sizes is None:
+            return self.sizes
+        return (self.sizes > 0).to(self.sizes.dtype) if self.padded else None
 
     def source(self) -> Tensor | None:
         """For every token of the input, the token it is part of now, `[batch, N0]`; None before the first merge."""
@@ -113,7 +121,7 @@ class Plan:
         return needs_semantic(self.config.degree)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _solved_amounts(plan: Plan, tokens: int) -> tuple[int, ...]:
     return requested_amounts(plan.config, plan.shape, tokens, plan.guided)
 
@@ -134,7 +142,8 @@ def accelerated_forward(
         return _hand_on(plan, replace(state, block=index + 1), out[0] if plan.spelling.returns_tuple else out)
     _check_arguments(plan, index, arguments)
     if state.sizes is None and plan.spelling.mask is not None:
-        state = replace(state, sizes=_sizes_from_mask(arguments.get(plan.spelling.mask), hidden))
+        sizes = _sizes_from_mask(arguments.get(plan.spelling.mask), hidden)
+        state = replace(state, sizes=sizes, padded=sizes is not None)
     x, q, k, content = _attention_half(block, plan.spelling, config, hidden, state, arguments)
     if r > 0 or config.trace:
         x, state = _merge(block, plan, index, state, r, x, q, k, content)
@@ -142,12 +151,21 @@ def accelerated_forward(
     return _hand_on(plan, replace(state, block=index + 1), x)
 
 
+def unmerged_forward(
+    block: nn.Module, spelling: Spelling, config: TurboConfig, x: Tensor, state: State, arguments: Mapping[str, Any]
+) -> Tensor:
+    """Both halves of a block without a merge between them."""
+    x, *_ = _attention_half(block, spelling, config, x, state, arguments)
+    return x + run_steps(block, spelling.mlp, x)
+
+
 def _begin(plan: Plan, hidden: Tensor) -> State:
     if isinstance(plan.config.r, tuple):
         return State(0, plan.config.r)
     if plan.config.r is not None:
-        return State(0, (int(plan.config.r),) * plan.shape.depth)
-    return State(0, _solved_amounts(plan, int(hidden.shape[1])))
+        return State(0, (cast(int, plan.config.r),) * plan.shape.depth)
+    amounts: tuple[int, ...] = _solved_amounts(plan, int(hidden.shape[1]))
+    return State(0, amounts)
 
 
 def _resume(plan: Plan, index: int, hidden: Tensor) -> State:
@@ -204,7 +222,7 @@ def _attention_half(
     else:
         flat = tuple(fetch(block, path)(normed) for path in spelling.project)
     heads = fetch(block, spelling.heads)
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in flat)
+    q, k, v = (part.view(*part.shape[:2], heads, -1).transpose(1, 2) for part in flat)
     if spelling.query_norm is not None:
         q = fetch(block, spelling.query_norm)(q)
     if spelling.key_norm is not None:
@@ -212,9 +230,7 @@ def _attention_half(
     content = q if config.similarity == "queries" else k
     if spelling.rotary is not None:
         q, k = spelling.rotary(block, q, k, state.home, arguments)
-    sizes = state.sizes if config.proportional or not state.merges else None
-    dropout = _dropout(block, spelling)
-    mixed = proportional_attention(q, k, v, sizes, dropout_p=dropout)
+    mixed = proportional_attention(q, k, v, state.attended(config.proportional), dropout_p=_dropout(block, spelling))
     mixed = mixed.transpose(1, 2).flatten(2)
     return hidden + run_steps(block, spelling.after_attention, mixed), q, k, content
 
@@ -238,7 +254,7 @@ def _merge(
     semantic = None
     if plan.guided or config.trace:
         guide = _guide(q.detach(), plan.guidance, prefix, state.sizes)
-        semantic = semantic_value(guide, k.detach(), state.sizes if config.proportional else None)
+        semantic = semantic_value(guide, k.detach(), state.attended(config.proportional))
     e = information_degree(
         redundancy,
         None if semantic is None else candidates_of(semantic, partition.candidates),
@@ -292,20 +308,25 @@ def _guide(q: Tensor, guidance: str, prefix: int, sizes: Tensor | None) -> Tenso
     """The guide's query, scaled: CLS's, or the mean of the patches', weighted by size."""
     scale = q.shape[-1] ** -0.5
     if guidance == "cls":
-        return q[:, :, :1] * scale
-    patches = q[:, :, prefix:]
-    if sizes is None:
-        return patches.mean(dim=2, keepdim=True) * scale
-    weights = sizes[:, prefix:] / sizes[:, prefix:].sum(dim=1, keepdim=True)
-    return (weights.to(q.dtype)[:, None, None, :] @ patches) * scale
+        guide = q[:, :, :1]
+    elif sizes is None:
+        guide = q[:, :, prefix:].mean(dim=2, keepdim=True)
+    else:
+        weights = sizes[:, prefix:] / sizes[:, prefix:].sum(dim=1, keepdim=True)
+        guide = weights.to(q.dtype)[:, None, None, :] @ q[:, :, prefix:]
+    return guide * scale
 
 
 def _sizes_from_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     """Padding as tokens of size 0: nobody attends to them, they weigh nothing, and they are merged first."""
     if mask is None:
         return None
-    rows = mask[:, 0, -1] if mask.ndim == 4 else mask
-    seen = rows if rows.dtype == torch.bool else rows > -1
+    if mask.ndim == 4:
+        alike = mask[:, :1, :1]
+        if not torch.compiler.is_compiling() and not torch.equal(alike.expand_as(mask), mask):
+            raise StateError("the attention mask differs between queries; only padding can be honoured")
+        mask = alike[:, 0, 0]
+    seen = mask if mask.dtype == torch.bool else mask > -1
     return seen.to(torch.promote_types(hidden.dtype, torch.float32)).expand(hidden.shape[0], -1)
 
 
@@ -313,7 +334,7 @@ def _dropout(block: nn.Module, spelling: Spelling) -> float:
     if not block.training or spelling.dropout is None:
         return 0.0
     dropout = fetch(block, spelling.dropout)
-    return float(dropout.p if isinstance(dropout, nn.Module) else dropout)
+    return float(dropout.p if isinstance(dropout, nn.Dropout) else dropout)
 
 
 def _trace(

@@ -10,12 +10,13 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.adapters import Tower, find_towers
+from turbovlm.adapters import Tower, find_towers, matrices
 from turbovlm.adapters.layout import fetch
 from turbovlm.config import TurboConfig
 from turbovlm.engine import BlockTrace, Plan, accelerated_forward
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 from turbovlm.schedule import EncoderShape, Schedule, check_depth, make_schedule
+from turbovlm.verify import verify
 
 
 def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) -> Handle:
@@ -37,7 +38,7 @@ def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) 
         TurboError: the model is accelerated already.
     """
     if config is not None and settings:
-        raise ConfigError(f"give a TurboConfig or settings by name, not both: got {', '.join(settings)} beside a config")
+        raise ConfigError(f"a TurboConfig or settings by name, not both: got {', '.join(settings)} beside a config")
     if config is None:
         config = _config(settings)
     elif not isinstance(config, TurboConfig):
@@ -47,6 +48,8 @@ def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) 
     towers = find_towers(model)
     plans = [_plan(tower, config) for tower in towers]
     _check_untouched(towers)
+    for tower in towers:
+        verify(tower)
     for tower, plan in zip(towers, plans):
         for index, (_, block) in enumerate(tower.blocks):
             block.forward = functools.partial(accelerated_forward, block, plan, index)
@@ -221,34 +224,22 @@ def _plan(tower: Tower, config: TurboConfig) -> Plan:
 
 
 def _shape(tower: Tower, config: TurboConfig) -> EncoderShape:
-    spelling = tower.spelling
-    attention, mlp, widths, similarity = [], [], [], []
-    hidden = 0
-    for _, block in tower.blocks:
-        in_mlp = sum(_matrix_entries(fetch(block, path)) for path in spelling.mlp)
-        output = next(p for path in spelling.after_attention for p in _matrices(fetch(block, path)))
-        hidden, width = output.shape[0], output.shape[1]
-        attention.append(_matrix_entries(block) - in_mlp)
-        mlp.append(in_mlp)
-        widths.append(width)
-        similarity.append(hidden if config.similarity == "hidden" else width // fetch(block, spelling.heads))
+    spelling, width = tower.spelling, tower.attention_width
+    in_mlp = [sum(_entries(fetch(block, path)) for path in spelling.mlp) for _, block in tower.blocks]
+    heads = [int(fetch(block, spelling.heads)) for _, block in tower.blocks]
     return EncoderShape(
-        attention_weights=tuple(attention),
-        mlp_weights=tuple(mlp),
-        attention_width=tuple(widths),
-        hidden_size=hidden,
-        similarity_width=tuple(similarity),
+        attention_weights=tuple(_entries(block) - mlp for (_, block), mlp in zip(tower.blocks, in_mlp)),
+        mlp_weights=tuple(in_mlp),
+        attention_width=width,
+        hidden_size=tower.hidden_size,
+        similarity_width=tuple(tower.hidden_size if config.similarity == "hidden" else width // h for h in heads),
         patch_weights=tower.patch_weights,
         prefix=tower.prefix,
     )
 
 
-def _matrices(step: Any) -> list[Tensor]:
-    return [p for p in step.parameters() if p.ndim == 2] if isinstance(step, nn.Module) else []
-
-
-def _matrix_entries(step: Any) -> int:
-    return sum(matrix.numel() for matrix in _matrices(step))
+def _entries(step: Any) -> int:
+    return sum(matrix.numel() for matrix in matrices(step))
 
 
 def _schedule(plan: Plan, tokens: int) -> Schedule:

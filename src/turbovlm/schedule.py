@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError
@@ -22,7 +23,7 @@ class EncoderShape:
     Args:
         attention_weights: entries of the projection matrices before the merge, per block.
         mlp_weights: entries of the MLP's matrices, after the merge, per block.
-        attention_width: heads × head_dim, per block.
+        attention_width: heads × head_dim.
         hidden_size: width of a token.
         similarity_width: width of the features compared (head_dim for keys, hidden_size for hidden), per block.
         patch_weights: entries of the patch embedding's kernel.
@@ -31,7 +32,7 @@ class EncoderShape:
 
     attention_weights: tuple[int, ...]
     mlp_weights: tuple[int, ...]
-    attention_width: tuple[int, ...]
+    attention_width: int
     hidden_size: int
     similarity_width: tuple[int, ...]
     patch_weights: int
@@ -43,7 +44,7 @@ class EncoderShape:
 
     def block_macs(self, block: int, before: int, after: int, guided: bool) -> int:
         """Multiply-accumulates of one block: projections, attention, similarity and guide row, MLP, and norms."""
-        width = self.attention_width[block]
+        width = self.attention_width
         macs = before * self.attention_weights[block] + 2 * before * before * width
         macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
         if after < before:
@@ -112,7 +113,7 @@ def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
     """Raise `ConfigError` where `r` is a list whose length is not the number of blocks."""
     if isinstance(config.r, tuple) and len(config.r) != depth:
         where = f" in {tower!r}" if tower else ""
-        raise ConfigError(f"r has {len(config.r)} entries, but the encoder{where} has {depth} blocks: give one per block")
+        raise ConfigError(f"r has {len(config.r)} entries, but the encoder{where} has {depth} blocks")
 
 
 @lru_cache(maxsize=1024)
@@ -121,7 +122,7 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int, gui
     if isinstance(config.r, tuple):
         return config.r
     if config.r is not None:
-        return (int(config.r),) * shape.depth
+        return (cast(int, config.r),) * shape.depth
     if config.keep is not None:
         target = max(round(config.keep * tokens), shape.prefix)
         return _closest(config, shape, tokens, target, lambda counts: counts[-1])
@@ -186,4 +187,5 @@ def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int
         missed = abs(counts[-1] - config.keep * counts[0]) > 1
         return f"keep={config.keep} is out of reach: {reached:.3f} of the tokens are left" if missed else ""
     assert config.flops is not None
-    return f"flops={config.flops} is out of reach: {ratio:.3f} is the closest" if abs(ratio - config.flops) > 0.01 else ""
+    missed = abs(ratio - config.flops) > 0.01
+    return f"flops={config.flops} is out of reach: {ratio:.3f} is the closest" if missed else ""

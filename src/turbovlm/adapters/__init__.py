@@ -7,8 +7,10 @@ for it. `LAYOUTS` is the registry: a new model family is a new `Layout` in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn as nn
+from torch import Tensor
 
 from turbovlm.adapters import packed, timm, transformers
 from turbovlm.adapters.layout import Layout, Spelling, fetch, path_of, spell
@@ -17,23 +19,25 @@ from turbovlm.errors import UnsupportedModelError
 LAYOUTS: tuple[Layout, ...] = transformers.LAYOUTS + timm.LAYOUTS + packed.LAYOUTS
 _BY_BLOCK = {layout.block: layout for layout in LAYOUTS}
 
+WINDOWED = "windowed attention in hierarchical stages needs its grid"
+PATCH_MERGER = "the 2x2 patch merger that follows needs the grid"
 REFUSED = {
-    "timm.models.swin_transformer.SwinTransformerBlock": "windowed attention in hierarchical stages needs its grid",
-    "timm.models.swin_transformer_v2.SwinTransformerV2Block": "windowed attention in hierarchical stages needs its grid",
+    "timm.models.swin_transformer.SwinTransformerBlock": WINDOWED,
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": WINDOWED,
     "timm.models.vision_transformer.ResPostBlock": "the norm comes after the residual branch, not before it",
-    "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run side by side: no place to merge between",
+    "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run side by side",
     "timm.models.vision_transformer.ParallelThingsBlock": "several attentions and MLPs run side by side",
     "timm.models.eva.EvaBlockPostNorm": "the norm comes after the residual branch, not before it",
     "timm.models.beit.Block": "its relative position bias is a table over pairs of grid positions",
-    "transformers.models.swin.modeling_swin.SwinLayer": "windowed attention in hierarchical stages needs its grid",
-    "transformers.models.swinv2.modeling_swinv2.Swinv2Layer": "windowed attention in hierarchical stages needs its grid",
+    "transformers.models.swin.modeling_swin.SwinLayer": WINDOWED,
+    "transformers.models.swinv2.modeling_swinv2.Swinv2Layer": WINDOWED,
     "transformers.models.sam.modeling_sam.SamVisionLayer": "windowed attention and relative positions need the grid",
     "transformers.models.hiera.modeling_hiera.HieraLayer": "mask units pool over the grid between stages",
-    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": "a 2x2 patch merger follows and needs the grid",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": PATCH_MERGER,
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock": (
-        "windowed attention and the 2x2 patch merger that follows need the grid"
+        "its windowed attention and the 2x2 patch merger that follows need the grid"
     ),
-    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": "a 2x2 patch merger follows and needs the grid",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": PATCH_MERGER,
     "open_clip.transformer.CustomResidualAttentionBlock": "its attention scales heads or cosines in its own way",
 }
 """Blocks that are known and cannot lose tokens, with the reason."""
@@ -65,6 +69,21 @@ class Tower:
     tokens: int
 
     @property
+    def hidden_size(self) -> int:
+        """Width of a token."""
+        return self._output_projection.shape[0]
+
+    @property
+    def attention_width(self) -> int:
+        """Heads × head_dim."""
+        return self._output_projection.shape[1]
+
+    @property
+    def _output_projection(self) -> Tensor:
+        block = self.blocks[0][1]
+        return next(p for path in self.spelling.after_attention for p in matrices(fetch(block, path)))
+
+    @property
     def patch_weights(self) -> int:
         """Entries of the patch embedding's kernels."""
         projection: nn.Module = fetch(self.module, path_of(self.layout, self.module, self.layout.patch))
@@ -94,6 +113,11 @@ def find_towers(model: nn.Module) -> list[Tower]:
     if not grouped:
         raise UnsupportedModelError(_nothing_found(model, modules, strays))
     return [_tower(name, modules, blocks) for name, blocks in grouped.items()]
+
+
+def matrices(step: Any) -> list[Tensor]:
+    """The weight matrices of a module; none of anything else."""
+    return [p for p in step.parameters() if p.ndim == 2] if isinstance(step, nn.Module) else []
 
 
 def class_paths(module: nn.Module) -> list[str]:

@@ -21,9 +21,9 @@ from turbovlm.errors import UnsupportedModelError
 Path = tuple[str, ...]
 """An attribute path, split at its dots."""
 Project = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""`(block, normed) -> (q, k, v)`, each `[batch, tokens, heads * head_dim]`; a function of a module, so that it pickles."""
+"""`(block, normed) -> (q, k, v)`, each `[batch, tokens, heads * head_dim]`; defined in a module, so that it pickles."""
 Rotary = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Mapping[str, Any]], tuple[Tensor, Tensor]]
-"""`(block, q, k, home, arguments) -> (q, k)`; a function of a module, so that it pickles."""
+"""`(block, q, k, home, arguments) -> (q, k)`; defined in a module, so that it pickles."""
 Around = tuple[nn.Module, ...]
 """The modules around a tower, outermost first."""
 
@@ -59,6 +59,7 @@ class Layout:
         mask: name of the argument that masks keys, if the encoder uses one.
         restore: whether the reader of the tower's output needs every position back, or a function
             `(tower, ancestors)`: the ancestors are the modules around the tower, outermost first.
+        example: `(block, patches)`: arguments with which the block can be tried on random tokens.
         refuse: `(tower, block, ancestors)`: the reason why this model cannot be accelerated, or None.
     """
 
@@ -82,6 +83,7 @@ class Layout:
     understood: tuple[str, ...] = ()
     mask: str | None = None
     restore: bool | Callable[[Any, Around], bool] = False
+    example: Callable[[Any, int], dict[str, Any]] | None = None
     refuse: Callable[[Any, Any, Around], str | None] | None = None
 
 

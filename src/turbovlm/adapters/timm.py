@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -68,6 +67,11 @@ def _eva_rotary(
     return rotate(q), rotate(k)
 
 
+def _eva_example(block: Any, patches: int) -> dict[str, Any]:
+    angles = torch.linspace(0, 3, patches).unsqueeze(1) * torch.linspace(1, 2, block.attn.head_dim)
+    return {"rope": torch.cat((angles.sin(), angles.cos()), dim=-1)}
+
+
 VISION_TRANSFORMER = Layout(
     family="timm VisionTransformer",
     block="timm.models.vision_transformer.Block",
@@ -100,6 +104,7 @@ EVA = variant(
     query_norm="attn.q_norm?",
     key_norm="attn.k_norm?",
     rotary=_eva_rotary,
+    example=_eva_example,
     understood=("rope",),
     arguments=("rope", "attn_mask", "is_causal"),
 )

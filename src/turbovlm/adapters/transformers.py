@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -15,10 +16,10 @@ MODELS = "transformers.models"
 
 
 def _patches(tower: Any) -> int:
-    config = tower.config
+    config: Any = tower.config
     height, width = _pair(config.image_size)
     rows, columns = _pair(config.patch_size)
-    return (height // rows) * (width // columns)
+    return int((height // rows) * (width // columns))
 
 
 def _video_patches(tower: Any) -> int:
@@ -48,17 +49,17 @@ def _inside(*names: str) -> Any:
 
 
 def _backbone(tower: Any, block: Any, ancestors: Around) -> str | None:
-    for module in ancestors:
-        stages = getattr(module, "out_features", None)
-        if type(module).__name__.endswith("Backbone") and list(stages or ()) != list(module.stage_names)[-1:]:
-            return f"{type(module).__name__} hands out the grids of several blocks ({', '.join(stages or ())})"
+    around: tuple[Any, ...] = ancestors
+    for module in around:
+        if type(module).__name__.endswith("Backbone") and list(module.out_features) != list(module.stage_names)[-1:]:
+            return f"{type(module).__name__} hands out the grids of several blocks ({', '.join(module.out_features)})"
     return None
 
 
 def _relative_positions(tower: Any, block: Any, ancestors: Around) -> str | None:
     if tower.config.use_relative_position_bias or tower.config.use_shared_relative_position_bias:
         return (
-            "its relative position bias is a table over pairs of grid positions: merged tokens have no place in it, and "
+            "its relative position bias is a table over pairs of grid positions, in which merged tokens have no place; "
             "gathering it for every picture would build the N×N map that attention avoids"
         )
     return None
@@ -72,6 +73,11 @@ def _rotary(
         cos, sin = cos[home].unsqueeze(1), sin[home].unsqueeze(1)
     rotated: tuple[Tensor, Tensor] = sys.modules[type(block).__module__].apply_rotary_pos_emb(q, k, cos, sin)
     return rotated
+
+
+def _rotary_example(block: Any, patches: int) -> dict[str, Any]:
+    angles = torch.linspace(0, 3, patches).unsqueeze(1) * torch.linspace(1, 2, block.attention.head_dim)
+    return {"position_embeddings": (angles.cos(), angles.sin())}
 
 
 VIT = Layout(
@@ -89,7 +95,8 @@ VIT = Layout(
     mlp=("layernorm_after", "mlp|intermediate", "output.dense?", "dropout|output.dropout"),
     patch="embeddings.patch_embeddings.projection",
     patches=_patches,
-    dropout="attention.attention_dropout|attention.attention.dropout_prob",
+    dropout="attention.attention_dropout|attention.attention.dropout_prob|attention.attention.dropout",
+    mask="attention_mask",
     restore=_inside("ViTForMaskedImageModeling"),
 )
 
@@ -157,6 +164,7 @@ DINOV2 = Layout(
     patch="embeddings.patch_embeddings.projection",
     patches=_patches,
     dropout=VIT.dropout,
+    mask="attention_mask",
     restore=_inside("Dinov2ForImageClassification", "Dinov2Backbone"),
     refuse=_backbone,
 )
@@ -188,6 +196,7 @@ DINOV3 = variant(
     prefix=_registers,
     dropout="attention.dropout",
     rotary=_rotary,
+    example=_rotary_example,
     understood=("position_embeddings",),
     arguments=("attention_mask", "position_embeddings"),
     restore=_inside("DINOv3ViTBackbone"),
@@ -205,7 +214,6 @@ BEIT = variant(
         "drop_path",
     ),
     mlp=("layernorm_after", "mlp|intermediate", "output.dense?", "dropout|output.dropout", "lambda_2", "drop_path"),
-    dropout="attention.attention_dropout|attention.attention.config.attention_probs_dropout_prob",
     arguments=("attention_mask", "interpolate_pos_encoding", "resolution"),
     understood=("interpolate_pos_encoding", "resolution"),
     restore=True,
@@ -232,6 +240,7 @@ CLIP = Layout(
     patches=_patches,
     dropout="self_attn.dropout",
     arguments=("attention_mask", "causal_attention_mask"),
+    mask="attention_mask",
     restore=_inside("CLIPForImageClassification"),
 )
 
@@ -257,7 +266,6 @@ SIGLIP2 = variant(
         f"{MODELS}.siglip2.modeling_siglip2.Siglip2VisionTransformer",
     ),
     patches=lambda tower: int(tower.config.num_patches),
-    mask="attention_mask",
 )
 
 BLIP = variant(
@@ -318,7 +326,7 @@ def placeholders(module: nn.Module) -> str | None:
     for name in ("image_token_id", "image_token_index"):
         if getattr(config, name, None) is not None:
             return (
-                f"{type(module).__name__} puts one placeholder per visual token into the prompt ({name} in its config): "
+                f"{type(module).__name__} has one placeholder per visual token in its prompt ({name} in its config): "
                 "a shorter tower output would not fit them"
             )
     return None

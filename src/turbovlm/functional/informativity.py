@@ -8,6 +8,7 @@ from torch import Tensor
 
 from turbovlm.config import DEGREES, DegreeFunction
 from turbovlm.errors import ConfigError
+from turbovlm.functional.attention import size_bias
 from turbovlm.functional.partition import Index, Partition, hashed_uniform, take
 
 COUPLED_DIVISION_EPSILON = 1e-3
@@ -24,7 +25,7 @@ def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, T
     Returns:
         R in [−1, 1] and the index of the most similar partner among the partners, `[batch, candidates]` each.
     """
-    units = F.normalize(features, dim=-1)
+    units = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     candidates, partners = take(units, partition.candidates), take(units, partition.partners)
     redundancy, partner = (candidates @ partners.transpose(-1, -2)).max(dim=-1)
     return redundancy, partner
@@ -41,10 +42,11 @@ def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> 
     Returns:
         `[batch, tokens]`, in the keys' dtype, non-negative, summing to 1. Turbo, equations (8) and (16).
     """
-    scores = (guide @ keys.transpose(-1, -2)).squeeze(-2)
+    scores = guide @ keys.transpose(-1, -2)
     if sizes is not None:
-        scores = scores + sizes.log().clamp_min(torch.finfo(scores.dtype).min).to(scores.dtype)[:, None, :]
-    return scores.softmax(dim=-1).mean(dim=1)
+        scores = scores + size_bias(sizes, scores.dtype)
+    precise = torch.promote_types(keys.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=precise).mean(dim=(1, 2)).to(keys.dtype)
 
 
 def information_degree(
@@ -92,7 +94,8 @@ def information_degree(
         case "damped":
             return redundancy * (1 - alpha * semantic)
         case "layered":
-            return redundancy - beta ** abs(gamma - block) * alpha * semantic
+            weight: float = alpha * beta ** abs(gamma - block)
+            return redundancy - weight * semantic
         case "semantics":
             return -semantic
     raise ConfigError(f"degree={degree!r}: must be one of {', '.join(DEGREES)} or a callable (R, A, block) -> E")

@@ -81,9 +81,7 @@ def match(
         ConfigError: A is missing where the degree needs it, or the patches do not fill the grid.
     """
     tokens = features.shape[1]
-    split = partition_tokens(
-        tokens, prefix, partition, block=block, seed=seed, grid=grid, device=features.device
-    )
+    split = partition_tokens(tokens, prefix, partition, block=block, seed=seed, grid=grid, device=features.device)
     redundancy, partner = mutual_redundancy(features, split)
     candidate_semantic = None if semantic is None else candidates_of(semantic, split.candidates)
     e = information_degree(

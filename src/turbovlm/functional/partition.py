@@ -66,7 +66,8 @@ def count(index: Index) -> int:
     """How many tokens an index names."""
     if isinstance(index, Tensor):
         return index.shape[-1]
-    return max((index.stop - index.start + index.step - 1) // index.step, 0)
+    length: int = (index.stop - index.start + index.step - 1) // index.step
+    return max(length, 0)
 
 
 def positions(index: Index, device: torch.device) -> Tensor:
