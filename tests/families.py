@@ -114,12 +114,17 @@ def _naflex(batch: int) -> dict[str, Any]:
     return {"pixel_values": pixels, "pixel_attention_mask": mask.long(), "spatial_shapes": shapes}
 
 
+def _masked(batch: int) -> dict[str, Any]:
+    noise = torch.rand(batch, 36, generator=torch.Generator().manual_seed(batch))
+    return {**_images()(batch), "noise": noise}
+
+
 FAMILIES: dict[str, Family] = {
     "vit": Family(_transformers("ViTModel", "ViTConfig"), _images(), _hidden),
     "deit": Family(_transformers("DeiTModel", "DeiTConfig"), _images(), _hidden),
     "vit_msn": Family(_transformers("ViTMSNModel", "ViTMSNConfig"), _images(), _hidden),
     "ijepa": Family(_transformers("IJepaModel", "IJepaConfig"), _images(), _hidden, cls=False),
-    "vit_mae": Family(_transformers("ViTMAEModel", "ViTMAEConfig", mask_ratio=0.0), _images(), _hidden),
+    "vit_mae": Family(_transformers("ViTMAEModel", "ViTMAEConfig", mask_ratio=0.25), _masked, _hidden),
     "video_mae": Family(
         _transformers("VideoMAEModel", "VideoMAEConfig", num_frames=4, tubelet_size=2), _video, _hidden, cls=False
     ),

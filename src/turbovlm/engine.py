@@ -306,7 +306,7 @@ def _partition(plan: Plan, state: State, index: int, tokens: int, device: torch.
 
 def _guide(q: Tensor, guidance: str, prefix: int, sizes: Tensor | None) -> Tensor:
     """The guide's query, scaled: CLS's, or the mean of the patches', weighted by size."""
-    scale = q.shape[-1] ** -0.5
+    scale: float = q.shape[-1] ** -0.5
     if guidance == "cls":
         guide = q[:, :, :1]
     elif sizes is None:

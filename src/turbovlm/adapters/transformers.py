@@ -23,7 +23,7 @@ def _patches(tower: Any) -> int:
 
 
 def _video_patches(tower: Any) -> int:
-    return _patches(tower) * (tower.config.num_frames // tower.config.tubelet_size)
+    return _patches(tower) * int(tower.config.num_frames // tower.config.tubelet_size)
 
 
 def _visible_patches(tower: Any) -> int:

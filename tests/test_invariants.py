@@ -1,0 +1,260 @@
+"""The promises of an accelerated model, on every supported family."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from families import FAMILIES, Family
+from torch._dynamo.testing import CompileCounter
+
+import turbovlm
+from turbovlm import StateError
+
+EACH = pytest.mark.parametrize("name", FAMILIES)
+
+
+class Tower(nn.Module):
+    """One forward that returns a tensor, whatever the library returns."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.model = family.make()
+        self.family = family
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        return self.family.output(self.model(**inputs))
+
+
+@pytest.fixture(scope="module")
+def towers():
+    return {}
+
+
+@pytest.fixture
+def tower(name, towers):
+    if name not in towers:
+        towers[name] = Tower(FAMILIES[name])
+    model = towers[name]
+    yield model
+    assert not [m for m in model.modules() if "forward" in m.__dict__], "a test left the model accelerated"
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    return [
+        (name, type(module), dict(module.__dict__), type(module).forward, len(module._forward_hooks))
+        for name, module in model.named_modules()
+    ]
+
+
+@EACH
+@torch.no_grad()
+def test_r0_changes_nothing(tower, name):
+    inputs = FAMILIES[name].inputs(3)
+    reference = tower(**inputs)
+    with turbovlm.apply(tower, r=0):
+        assert torch.equal(tower(**inputs), reference)
+    with turbovlm.apply(tower, r=0, trace=True):
+        ours = tower(**inputs)
+    if FAMILIES[name].bit_identical:
+        assert torch.equal(ours, reference)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-5)
+
+
+@EACH
+@torch.no_grad()
+def test_remove_restores_everything(tower, name):
+    inputs = FAMILIES[name].inputs(2)
+    reference, before, keys = tower(**inputs), snapshot(tower), list(tower.state_dict())
+    handle = turbovlm.apply(tower, r=4)
+    assert list(tower.state_dict()) == keys
+    assert not torch.equal(tower(**inputs), reference)
+    handle.remove()
+    handle.remove()
+    assert snapshot(tower) == before
+    assert torch.equal(tower(**inputs), reference)
+
+
+@EACH
+@torch.no_grad()
+def test_sizes_and_sources(tower, name):
+    inputs = FAMILIES[name].inputs(3)
+    for settings in ({"r": 5}, {"r": (7, 0, 3, 100)}, {"keep": 0.3, "order": "spatial"}, {"r": 4, "partition": "random"}):
+        with turbovlm.apply(tower, **settings, trace=True) as handle:
+            tower(**inputs)
+            trace, schedule = handle.trace, handle.schedules[0]
+        assert len(trace) == len(schedule.blocks)
+        for entry, tokens in zip(trace, schedule.tokens[1:]):
+            assert entry.sizes.shape == (3, tokens)
+            assert entry.source.min() == 0 and entry.source.max() == tokens - 1
+            counted = torch.zeros_like(entry.sizes).scatter_add(1, entry.source, real_tokens(name, inputs, entry.source))
+            torch.testing.assert_close(entry.sizes, counted)
+            prefix = torch.arange(entry.prefix).expand(3, -1)
+            assert torch.equal(entry.source[:, : entry.prefix], prefix)
+            assert (entry.sizes[:, : entry.prefix] == 1).all()
+
+
+def real_tokens(name, inputs, source):
+    mask = inputs.get("pixel_attention_mask")
+    return torch.ones(source.shape) if mask is None else mask.float()
+
+
+@EACH
+@torch.no_grad()
+def test_compiles_once_per_shape(tower, name):
+    with turbovlm.apply(tower, r=5):
+        three, two = FAMILIES[name].inputs(3), FAMILIES[name].inputs(2)
+        references = tower(**three), tower(**two)
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(tower, fullgraph=True, backend=counter, dynamic=False)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(**three), references[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(compiled(**two), references[1], rtol=0, atol=1e-5)
+        assert counter.frame_count == 2
+
+
+@EACH
+@torch.no_grad()
+def test_exports(tower, name):
+    with turbovlm.apply(tower, r=5):
+        inputs = FAMILIES[name].inputs(2)
+        reference = tower(**inputs)
+        exported = torch.export.export(tower, (), inputs).module()
+        torch.testing.assert_close(exported(**inputs), reference, rtol=0, atol=1e-5)
+
+
+@EACH
+@torch.no_grad()
+def test_pickle_and_deepcopy(tower, name):
+    inputs = FAMILIES[name].inputs(2)
+    handle = turbovlm.apply(tower.model, r=5)
+    reference = tower(**inputs)
+    copies = [copy.deepcopy(tower.model), pickle.loads(pickle.dumps(tower.model))]
+    handle.remove()
+    plain = tower(**inputs)
+    original = tower.model
+    for model in copies:
+        tower.model = model
+        assert torch.equal(tower(**inputs), reference)
+        turbovlm.get_handle(model).remove()
+        assert torch.equal(tower(**inputs), plain)
+    tower.model = original
+
+
+@EACH
+def test_threads_do_not_share_state(tower, name):
+    batches = [FAMILIES[name].inputs(batch) for batch in (1, 2, 3)]
+    wrong = []
+
+    def run(inputs, reference):
+        with torch.no_grad():
+            for _ in range(4):
+                if not torch.allclose(FAMILIES[name].output(tower.model(**inputs)), reference, atol=1e-5):
+                    wrong.append(inputs)
+
+    with turbovlm.apply(tower, r=5):
+        with torch.no_grad():
+            references = [tower(**inputs) for inputs in batches]
+        threads = [threading.Thread(target=run, args=pair) for pair in zip(batches, references)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_and_autocast(tower, name, dtype):
+    inputs = FAMILIES[name].inputs(2)
+    with turbovlm.apply(tower, r=5):
+        reference = tower(**inputs)
+        with torch.autocast("cpu", dtype):
+            autocast = tower(**inputs)
+        half = copy.deepcopy(tower).to(dtype)
+        out = half(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})
+    assert out.dtype == dtype
+    for result in (autocast, out):
+        assert result.isfinite().all()
+        similarity = nn.functional.cosine_similarity(first(result).float().flatten(), first(reference).flatten(), dim=0)
+        assert similarity > 0.9
+
+
+def first(out: torch.Tensor) -> torch.Tensor:
+    """The first token, whose place does not depend on which others were merged."""
+    return out[:, 0] if out.ndim == 3 else out
+
+
+@EACH
+def test_backward(tower, name):
+    inputs = FAMILIES[name].inputs(2)
+    tower.train()
+    with turbovlm.apply(tower, r=5):
+        tower(**inputs).square().mean().backward()
+    tower.eval()
+    blocks = turbovlm.adapters.find_towers(tower)[0].blocks
+    for path, block in blocks:
+        missing = [key for key, p in block.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert not missing, f"{path} has no gradient for {missing}"
+    tower.zero_grad()
+
+
+@EACH
+@torch.no_grad()
+def test_batch_equals_single_images(tower, name):
+    inputs = FAMILIES[name].inputs(3)
+    with turbovlm.apply(tower, r=5, partition="random", degree="weighted_difference"):
+        together = tower(**inputs)
+        for i in range(3):
+            alone = tower(**{key: value[i : i + 1] for key, value in inputs.items()})
+            torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
+
+
+@EACH
+@torch.no_grad()
+def test_an_exception_inside_leaves_the_model_usable(tower, name):
+    inputs = FAMILIES[name].inputs(2)
+    reference = tower(**inputs)
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(module, args):
+        raise Interrupted
+
+    with turbovlm.apply(tower, r=5) as handle:
+        accelerated = tower(**inputs)
+        last = turbovlm.adapters.find_towers(tower)[0].blocks[-1][1]
+        hook = last.register_forward_pre_hook(interrupt)
+        with pytest.raises(Interrupted):
+            tower(**inputs)
+        hook.remove()
+        assert torch.equal(tower(**inputs), accelerated)
+        handle.remove()
+        assert torch.equal(tower(**inputs), reference)
+
+
+@EACH
+@torch.no_grad()
+def test_more_merging_than_tokens(tower, name):
+    inputs = FAMILIES[name].inputs(1)
+    with turbovlm.apply(tower, r=10_000) as handle:
+        out = tower(**inputs)
+        assert "note" in repr(handle)
+        assert out.isfinite().all()
+
+
+def test_lost_state_is_an_error():
+    tower = Tower(FAMILIES["vit"])
+    inputs = FAMILIES["vit"].inputs(1)
+    block = turbovlm.adapters.find_towers(tower)[0].blocks[1][1]
+    block.register_forward_pre_hook(lambda module, args: (args[0].clone(), *args[1:]))
+    with turbovlm.apply(tower, r=2), pytest.raises(StateError, match=r"layers\.1 got tokens without"):
+        tower(**inputs)
