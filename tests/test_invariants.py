@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from families import FAMILIES, Family
 from torch._dynamo.testing import CompileCounter
 
 import turbovlm
+from families import FAMILIES, Family
 from turbovlm import StateError
 
 EACH = pytest.mark.parametrize("name", FAMILIES)
@@ -84,7 +84,12 @@ def test_remove_restores_everything(tower, name):
 @torch.no_grad()
 def test_sizes_and_sources(tower, name):
     inputs = FAMILIES[name].inputs(3)
-    for settings in ({"r": 5}, {"r": (7, 0, 3, 100)}, {"keep": 0.3, "order": "spatial"}, {"r": 4, "partition": "random"}):
+    for settings in (
+        {"r": 5},
+        {"r": (7, 0, 3, 100)},
+        {"keep": 0.3, "order": "spatial"},
+        {"r": 4, "partition": "random"},
+    ):
         with turbovlm.apply(tower, **settings, trace=True) as handle:
             tower(**inputs)
             trace, schedule = handle.trace, handle.schedules[0]
@@ -92,7 +97,9 @@ def test_sizes_and_sources(tower, name):
         for entry, tokens in zip(trace, schedule.tokens[1:]):
             assert entry.sizes.shape == (3, tokens)
             assert entry.source.min() == 0 and entry.source.max() == tokens - 1
-            counted = torch.zeros_like(entry.sizes).scatter_add(1, entry.source, real_tokens(name, inputs, entry.source))
+            counted = torch.zeros_like(entry.sizes).scatter_add(
+                1, entry.source, real_tokens(name, inputs, entry.source)
+            )
             torch.testing.assert_close(entry.sizes, counted)
             prefix = torch.arange(entry.prefix).expand(3, -1)
             assert torch.equal(entry.source[:, : entry.prefix], prefix)

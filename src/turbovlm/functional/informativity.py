@@ -24,9 +24,13 @@ def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, T
 
     Returns:
         R in [−1, 1] and the index of the most similar partner among the partners, `[batch, candidates]` each.
+        Without partners, R is −1.
     """
     units = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     candidates, partners = take(units, partition.candidates), take(units, partition.partners)
+    if partners.shape[1] == 0:
+        alone = candidates.new_full(candidates.shape[:2], -1.0)
+        return alone, torch.zeros_like(alone, dtype=torch.int64)
     redundancy, partner = (candidates @ partners.transpose(-1, -2)).max(dim=-1)
     return redundancy, partner
 

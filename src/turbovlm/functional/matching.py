@@ -124,7 +124,7 @@ def bipartite_merge(
     gone, into = candidates.gather(1, chosen), partners.gather(1, partner.gather(1, chosen))
 
     stays = torch.ones(batch, tokens, dtype=torch.bool, device=device).scatter(1, gone, False)
-    slot = _slots(stays, candidates, partners, order)
+    slot = _slots(stays, candidates, partners, r, order)
     left = tokens - r
     source = slot.scatter(1, gone, slot.gather(1, into))
     spill = torch.where(stays, slot, left)
@@ -137,17 +137,16 @@ def bipartite_merge(
     return Merge(source, kept, weights, merged_sizes)
 
 
-def _slots(stays: Tensor, candidates: Tensor, partners: Tensor, order: str) -> Tensor:
+def _slots(stays: Tensor, candidates: Tensor, partners: Tensor, r: int, order: str) -> Tensor:
     """Where each token that stays comes to lie, `[batch, tokens]`; meaningless for the others."""
     if order == "spatial":
         return stays.long().cumsum(1) - 1
     prefix = stays.shape[1] - candidates.shape[1] - partners.shape[1]
     among_candidates = stays.gather(1, candidates).long().cumsum(1)
-    left = among_candidates[:, -1:]
     slot = torch.arange(stays.shape[1], device=stays.device).expand(stays.shape[0], -1)
     slot = slot.scatter(1, candidates, prefix + among_candidates - 1)
-    behind = torch.arange(partners.shape[1], device=stays.device).expand(partners.shape[0], -1)
-    return slot.scatter(1, partners, prefix + left + behind)
+    behind = prefix + candidates.shape[1] - r + torch.arange(partners.shape[1], device=stays.device)
+    return slot.scatter(1, partners, behind.expand(partners.shape[0], -1))
 
 
 def _flat(index: Tensor, rows: int) -> Tensor:

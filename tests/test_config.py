@@ -1,0 +1,101 @@
+"""What TurboConfig accepts, and how it says no."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from turbovlm import ConfigError, TurboConfig, TurboError
+
+WRONG = [
+    ({}, "exactly one of r, keep and flops"),
+    ({"r": 8, "keep": 0.5}, "r=8, keep=0.5"),
+    ({"keep": 0.5, "flops": 0.5}, "exactly one"),
+    ({"r": -4}, "r=-4: the number of tokens merged per block must be an integer ≥ 0"),
+    ({"r": 2.5}, "r=2.5"),
+    ({"r": 4.0}, "r=4.0"),
+    ({"r": True}, "r=True"),
+    ({"r": "16"}, "r='16'"),
+    ({"r": float("nan")}, "r=nan"),
+    ({"r": []}, "r=\\[\\]"),
+    ({"r": [4, -1]}, "r=\\[4, -1\\]"),
+    ({"r": [4, 2.5]}, "r=\\[4, 2.5\\]"),
+    ({"r": [4, True]}, "r=\\[4, True\\]"),
+    ({"keep": 0}, "keep=0.*must be a share in"),
+    ({"keep": 1.5}, "keep=1.5"),
+    ({"keep": -0.1}, "keep=-0.1"),
+    ({"keep": float("nan")}, "keep=nan"),
+    ({"keep": True}, "keep=True"),
+    ({"keep": "half"}, "keep='half'"),
+    ({"flops": 0.0}, "flops=0.0"),
+    ({"flops": 2}, "flops=2"),
+    ({"flops": float("inf")}, "flops=inf"),
+    ({"r": 1, "min_tokens": -1}, "min_tokens=-1"),
+    ({"r": 1, "min_tokens": 1.5}, "min_tokens=1.5"),
+    ({"r": 1, "degree": "entropy"}, "degree='entropy': must be one of weighted_difference"),
+    ({"r": 1, "degree": None}, "degree=None"),
+    ({"r": 1, "alpha": float("nan")}, "alpha=nan"),
+    ({"r": 1, "alpha": -1}, "alpha=-1"),
+    ({"r": 1, "alpha": "6"}, "alpha='6'"),
+    ({"r": 1, "alpha": False}, "alpha=False"),
+    ({"r": 1, "beta": 0}, "beta=0"),
+    ({"r": 1, "beta": float("inf")}, "beta=inf"),
+    ({"r": 1, "gamma": None}, "gamma=None"),
+    ({"r": 1, "similarity": "values"}, "similarity='values': must be one of keys, queries, hidden"),
+    ({"r": 1, "guidance": "text"}, "guidance='text'"),
+    ({"r": 1, "partition": "halves"}, "partition='halves'"),
+    ({"r": 1, "order": 3}, "order=3"),
+    ({"r": 1, "reduce": "drop"}, "reduce='drop'"),
+    ({"r": 1, "proportional": 1}, "proportional=1: must be True or False"),
+    ({"r": 1, "trace": "yes"}, "trace='yes'"),
+    ({"r": 1, "seed": -1}, "seed=-1"),
+    ({"r": 1, "seed": 0.5}, "seed=0.5"),
+    ({"r": 1, "grid": (4, 4)}, 'only partition="grid"'),
+    ({"r": 1, "partition": "grid", "grid": (4, 0)}, "grid=\\(4, 0\\)"),
+    ({"r": 1, "partition": "grid", "grid": 4}, "grid=4"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=[str(s) for s, _ in WRONG])
+def test_wrong_settings_raise_when_the_config_is_made(settings, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        TurboConfig(**settings)
+    assert isinstance(error.value, TurboError) and isinstance(error.value, ValueError)
+
+
+def test_is_frozen_hashable_and_equal_by_value():
+    config = TurboConfig(r=[4, 2], degree="redundancy")
+    assert config == TurboConfig(r=(4, 2), degree="redundancy") and hash(config) == hash(
+        TurboConfig(r=(4, 2), degree="redundancy")
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 3
+    assert dataclasses.replace(config, r=8).degree == "redundancy"
+    with pytest.raises(ConfigError):
+        dataclasses.replace(config, r=-8)
+
+
+def test_numpy_numbers_are_numbers():
+    config = TurboConfig(r=np.int64(4), alpha=np.float32(2), min_tokens=np.int32(3))
+    assert type(config.r) is int and type(config.alpha) is float and type(config.min_tokens) is int
+    assert TurboConfig(keep=np.float64(0.5)).keep == 0.5
+
+
+def test_paper_multiplies_alpha_by_30():
+    config = TurboConfig.paper(16, alpha=6)
+    assert (config.alpha, config.similarity, config.partition, config.order) == (180, "keys", "alternate", "partition")
+    assert config.degree == "weighted_difference" and config.proportional and config.reduce == "merge"
+    assert TurboConfig.paper(16, beta=0.9, gamma=3).degree == "layered"
+    assert TurboConfig.paper(16, degree="redundancy").degree == "redundancy"
+    with pytest.raises(ConfigError, match="alpha='6'"):
+        TurboConfig.paper(16, alpha="6")
+    with pytest.raises(ConfigError, match="r=-1"):
+        TurboConfig.paper(-1)
+
+
+def test_amount_is_what_was_written():
+    assert TurboConfig(r=16).amount == "r=16"
+    assert TurboConfig(r=[1, 2]).amount == "r=[1, 2]"
+    assert TurboConfig(keep=0.25).amount == "keep=0.25"

@@ -1,0 +1,93 @@
+"""r, keep, flops and min_tokens."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turbovlm import TurboConfig
+from turbovlm.schedule import EncoderShape, clamp, make_schedule, requested_amounts, spread, token_counts
+
+
+def vit(depth=12, width=768, prefix=1):
+    return EncoderShape(
+        attention_weights=(4 * width * width,) * depth,
+        mlp_weights=(8 * width * width,) * depth,
+        attention_width=width,
+        hidden_size=width,
+        similarity_width=(64,) * depth,
+        patch_weights=3 * 16 * 16 * width,
+        prefix=prefix,
+    )
+
+
+def schedule(config, tokens=577, shape=None):
+    shape = shape or vit()
+    return make_schedule(config, shape, tokens, True, "", tuple(f"blocks.{i}" for i in range(shape.depth)))
+
+
+def test_r_is_the_same_in_every_block_and_clamped_to_half():
+    assert schedule(TurboConfig(r=35)).tokens == tuple(range(577, 577 - 12 * 35 - 1, -35))
+    assert token_counts([80] * 6, 145, 1, 0) == (145, 73, 37, 19, 10, 6, 4)
+    assert schedule(TurboConfig(r=35)).note == ""
+    assert "from block 2 on" in schedule(TurboConfig(r=80), 257).note
+
+
+def test_min_tokens_stops_merging():
+    assert schedule(TurboConfig(r=20, min_tokens=70), 145, vit(6)).tokens == (145, 125, 105, 85, 65, 65, 65)
+
+
+def test_published_flops_of_blip():
+    """55.5, 37.0 (r=30) and 31.1 (r=40) GMACs of BLIP-B's encoder at 384 px (Turbo, Table 5)."""
+    full = sum(schedule(TurboConfig(r=0)).macs_before)
+    for r, gmacs in [(0, 55.5), (30, 37.0), (40, 31.1)]:
+        s = schedule(TurboConfig.paper(r))
+        assert s.ratio * (full + 576 * 3 * 256 * 768 + 5 * 768 * 577) / 1e9 == pytest.approx(gmacs, rel=0.008)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(20, 700),
+    depth=st.integers(1, 30),
+    prefix=st.integers(0, 5),
+    keep=st.floats(0.05, 1.0),
+)
+def test_keep_is_met_or_the_note_says_so(tokens, depth, prefix, keep):
+    s = schedule(TurboConfig(keep=keep), tokens, vit(depth, 64, prefix))
+    assert s.tokens[0] == tokens and all(a >= b for a, b in zip(s.tokens, s.tokens[1:]))
+    assert abs(s.tokens[-1] - keep * tokens) <= 1 or "out of reach" in s.note
+
+
+@settings(deadline=None, max_examples=40)
+@given(tokens=st.integers(150, 700), depth=st.integers(4, 24), flops=st.floats(0.4, 1.0))
+def test_flops_is_met_exactly_or_the_note_says_so(tokens, depth, flops):
+    s = schedule(TurboConfig(flops=flops), tokens, vit(depth, 384))
+    assert abs(s.ratio - flops) < 0.01 or "out of reach" in s.note
+
+
+def test_flops_is_solved_to_one_token():
+    shape = vit()
+    config = TurboConfig(flops=0.6)
+    total = sum(requested_amounts(config, shape, 577, True))
+    gap = abs(schedule(config).ratio - 0.6)
+    for other in (total - 1, total + 1):
+        assert abs(schedule(TurboConfig(r=spread(other, 12))).ratio - 0.6) >= gap
+
+
+def test_keep_1_and_flops_1_merge_nothing():
+    assert schedule(TurboConfig(keep=1.0)).merged == (0,) * 12
+    assert schedule(TurboConfig(flops=1.0)).merged == (0,) * 12
+
+
+@given(total=st.integers(0, 1000), depth=st.integers(1, 50))
+def test_spread_is_even_and_complete(total, depth):
+    amounts = spread(total, depth)
+    assert sum(amounts) == total and len(amounts) == depth and max(amounts) - min(amounts) <= 1
+
+
+@given(r=st.integers(0, 100), tokens=st.integers(0, 100), prefix=st.integers(0, 5), least=st.integers(0, 100))
+def test_clamp(r, tokens, prefix, least):
+    merged = clamp(r, tokens, prefix, least)
+    assert 0 <= merged <= r and 2 * merged <= max(tokens - prefix, 0)
+    assert merged == 0 or tokens >= least
