@@ -265,3 +265,19 @@ def test_lost_state_is_an_error():
     block.register_forward_pre_hook(lambda module, args: (args[0].clone(), *args[1:]))
     with turbovlm.apply(tower, r=2), pytest.raises(StateError, match=r"layers\.1 got tokens without"):
         tower(**inputs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    model = FAMILIES["dinov2"].make().train()
+    inputs = FAMILIES["dinov2"].inputs(2)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(**inputs).last_hidden_state.square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.encoder.parameters()])
+
+    with turbovlm.apply(model, r=5):
+        reference = gradient()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        assert torch.equal(gradient(), reference)

@@ -78,9 +78,9 @@ class TurboConfig:
     alpha: float = 6.0
     beta: float = 1.0
     gamma: float = 0
-    similarity: str = "hidden"
+    similarity: str = "keys"
     guidance: str = "auto"
-    partition: str = "alternate"
+    partition: str = "random"
     grid: tuple[int, int] | None = None
     order: str = "partition"
     proportional: bool = True

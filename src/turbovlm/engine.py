@@ -32,6 +32,9 @@ from turbovlm.schedule import EncoderShape, clamp, requested_amounts
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
 
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"""torch 2.6 has no `is_exporting`: there, compiled forwards are not recorded either."""
+
 
 @dataclass(frozen=True)
 class BlockTrace:
@@ -188,7 +191,7 @@ def _hand_on(plan: Plan, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
         if plan.restore:
             for merge in reversed(state.merges):
                 x = merge.unmerge(x)
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             plan.last = state
     return (x,) if plan.spelling.returns_tuple else x
 

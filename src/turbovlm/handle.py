@@ -120,7 +120,8 @@ class Handle:
             tower: path of the encoder, where several are accelerated.
 
         Returns:
-            `[batch, N0, ...]`, in the order of the encoder's input.
+            `[batch, N0, ...]`, in the order of the encoder's input; the tokens themselves where the encoder has
+            already restored them.
 
         Raises:
             StateError: no forward has ended yet, or the tokens are not those of the last one.
@@ -132,9 +133,9 @@ class Handle:
         source = plan.last.source()
         if source is None:
             return tokens
+        if plan.restore and tokens.shape[:2] == source.shape:
+            return tokens
         merged = plan.last.merges[-1].sizes.shape
-        if plan.restore:
-            raise StateError("this encoder's output is already restored: every position has its token's value")
         if tokens.ndim < 2 or tokens.shape[:2] != merged:
             raise StateError(
                 f"tokens of shape {tuple(tokens.shape)} are not the last forward's: expected {tuple(merged)} in front "

@@ -1,0 +1,5 @@
+"""Pretrained models that come as Python packages, for demos, tests and measurements."""
+
+from turbovlm.zoo.saliency import SaliencyHead, SaliencyViT, load_saliency_vit, preprocess
+
+__all__ = ["SaliencyHead", "SaliencyViT", "load_saliency_vit", "preprocess"]
