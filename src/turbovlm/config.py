@@ -39,6 +39,9 @@ PAPER_ALPHA_SCALE = 30.0
 class TurboConfig:
     """How much to merge (exactly one of `r`, `keep`, `flops`) and which tokens.
 
+    The defaults are what kept most of a real ViT's output (docs/defaults.md); `TurboConfig.paper` is the published
+    setting.
+
     Args:
         r: tokens merged in every block, an integer ≥ 0; or a sequence of them, one per block.
         keep: share of the tokens left after the last block, in (0, 1].
@@ -75,14 +78,14 @@ class TurboConfig:
     flops: float | None = None
     min_tokens: int = 0
     degree: str | DegreeFunction = "weighted_difference"
-    alpha: float = 6.0
+    alpha: float = 3.0
     beta: float = 1.0
     gamma: float = 0
     similarity: str = "keys"
     guidance: str = "auto"
     partition: str = "random"
     grid: tuple[int, int] | None = None
-    order: str = "partition"
+    order: str = "spatial"
     proportional: bool = True
     reduce: str = "merge"
     trace: bool = False

@@ -1,0 +1,7 @@
+"""`python -m turbovlm` is the command `turbovlm`."""
+
+import sys
+
+from turbovlm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,109 @@
+"""`turbovlm macs`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from turbovlm.errors import TurboError
+
+_EPILOG = """\
+examples:
+  turbovlm macs timm:vit_base_patch16_384                 the encoder as it is
+  turbovlm macs timm:vit_base_patch16_384 --r 35          and with 35 tokens merged in every block
+  turbovlm macs torchvision:vit_h_14 --image-size 518 --flops 0.5
+  turbovlm macs --paper                                   the Turbo paper's encoder costs beside ours
+
+Counted as the encoder runs once on one image, on the meta device: matrix products, convolutions and attention.
+"""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's parser."""
+    from turbovlm.cli.models import MODEL_HELP, add_amount_options
+
+    parser = subparsers.add_parser(
+        "macs",
+        help="count the multiply-accumulates of an encoder, merged or not",
+        description="Count the multiply-accumulates of a model's vision encoders for one image.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    parser.add_argument("--paper", action="store_true", help="the published encoder costs beside ours")
+    add_amount_options(parser, required=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the counts, and write them as JSON if asked to."""
+    if args.paper == (args.model is not None):
+        raise TurboError("give a MODEL or --paper, one of the two")
+    return _paper(args) if args.paper else _model(args)
+
+
+def _model(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    import turbovlm
+    from turbovlm.adapters import find_towers
+    from turbovlm.cli.models import config_from, example_inputs, load_model, write_json
+
+    config = config_from(args, 0)
+    model = load_model(args.model, args.image_size)
+    table = Table(title=f"{args.model}, one image, {config.amount}")
+    for column in ("encoder", "tokens", "GMACs", "tokens merged", "GMACs merged", "left"):
+        table.add_column(column, justify="left" if column == "encoder" else "right")
+    rows = []
+    for tower in find_towers(model):
+        inputs = example_inputs(tower)
+        call = {} if "x" in inputs else inputs
+        image = [inputs["x"]] if "x" in inputs else []
+        before = turbovlm.profile.macs(tower.module, *image, **call)
+        with turbovlm.apply(tower.module, config) as handle:
+            after = turbovlm.profile.macs(tower.module, *image, **call)
+            tokens = handle.schedules[0].tokens
+        name = tower.name or type(tower.module).__name__
+        rows.append({"encoder": name, "tokens": [tokens[0], tokens[-1]], "macs": before, "macs_merged": after})
+        cells = (str(tokens[0]), f"{before / 1e9:.2f}", str(tokens[-1]), f"{after / 1e9:.2f}")
+        table.add_row(name, *cells, f"{after / before:.1%}")
+    Console().print(table)
+    if args.json:
+        write_json(args.json, {"model": args.model, "amount": config.amount, "encoders": rows})
+    return 0
+
+
+def _paper(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from turbovlm.cli.models import write_json
+    from turbovlm.profile.paper import ROWS, paper_costs
+
+    costs = [cost for row in track(ROWS, description="counting", transient=True) for cost in paper_costs([row])]
+    table = Table(title="Encoder costs that Turbo (ECCV 2024) prints, and ours, in GMACs")
+    for column in ("table, model, data", "r", "printed", "ours", "off by", "ratio", "speed-up\nprinted"):
+        table.add_column(column, justify="left" if column.startswith("table") else "right", no_wrap=True)
+    for cost in costs:
+        row = cost.row
+        table.add_row(
+            f"{row.table} {row.model} {row.dataset}",
+            f"{row.r}{'*' if row.deduced else ''}",
+            "" if row.printed_gmacs is None else f"{row.printed_gmacs:.1f}",
+            f"{cost.gmacs:.2f}",
+            "" if cost.difference is None else f"{cost.difference:+.2%}",
+            f"{cost.full_gmacs / cost.gmacs:.2f}x" if row.r else "",
+            "" if row.printed_speedup is None else f"{row.printed_speedup:.2f}x",
+        )
+    console = Console()
+    console.print(table)
+    console.print("r*: deduced from the printed cost. ratio: the full encoder's MACs over the merged one's.")
+    for row in ROWS:
+        if row.remark:
+            console.print(f"Table {row.table}, {row.model}, {row.dataset}, r={row.r}: {row.remark}")
+    if args.json:
+        rows = [{**dataclasses.asdict(c.row), "gmacs": c.gmacs, "full_gmacs": c.full_gmacs} for c in costs]
+        write_json(args.json, {"rows": rows})
+    return 0
