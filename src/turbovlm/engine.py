@@ -32,6 +32,9 @@ from turbovlm.schedule import EncoderShape, clamp, requested_amounts
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
 
+KEPT_PARTITIONS = 4096
+"""More splits than this, as with many image sizes, and they are made anew."""
+
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 """torch 2.6 has no `is_exporting`: there, compiled forwards are not recorded either."""
 
@@ -103,7 +106,11 @@ class State:
 
 @dataclass(eq=False)
 class Plan:
-    """What the blocks of one accelerated encoder share. `last` is the state at the end of the last forward."""
+    """What the blocks of one accelerated encoder share.
+
+    `last` is the state at the end of the last forward; `partitions` keeps the splits that depend on nothing but the
+    block and the number of tokens. Neither is copied or pickled.
+    """
 
     config: TurboConfig
     spelling: Spelling
@@ -114,9 +121,10 @@ class Plan:
     guidance: str
     restore: bool
     last: State | None = field(default=None, repr=False)
+    partitions: dict[tuple[int, int, torch.device], Partition] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None}
+        return {**self.__dict__, "last": None, "partitions": {}}
 
     @property
     def guided(self) -> bool:
@@ -251,7 +259,7 @@ def _merge(
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
     config, prefix, tokens = plan.config, plan.shape.prefix, x.shape[1]
-    partition = _partition(plan, state, index, tokens, x.device)
+    partition = _partition(plan, state, index, x)
     features = fetch(block, plan.spelling.mlp[0])(x) if config.similarity == "hidden" else content.mean(dim=1)
     redundancy, partner = mutual_redundancy(features.detach(), partition)
     semantic = None
@@ -293,18 +301,30 @@ def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> Sta
     return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), home=home, partners=partners)
 
 
-def _partition(plan: Plan, state: State, index: int, tokens: int, device: torch.device) -> Partition:
-    config, prefix = plan.config, plan.shape.prefix
+def _partition(plan: Plan, state: State, index: int, x: Tensor) -> Partition:
+    prefix, tokens, device = plan.shape.prefix, x.shape[1], x.device
     if state.partners is None:
-        return partition_tokens(
-            tokens, prefix, config.partition, block=index, seed=config.seed, grid=config.grid, device=device
-        )
+        if type(x) is not Tensor or torch.compiler.is_compiling():  # traced and fake tensors must not be kept
+            return _new_partition(plan.config, prefix, index, tokens, device)
+        key = (index, tokens, device)
+        if key not in plan.partitions:
+            if len(plan.partitions) >= KEPT_PARTITIONS:
+                plan.partitions.clear()
+            with torch.inference_mode(False):
+                plan.partitions[key] = _new_partition(plan.config, prefix, index, tokens, device)
+        return plan.partitions[key]
     batch, partners = state.partners.shape
     taken = torch.zeros(batch, tokens, dtype=torch.int8, device=device)
     taken = taken.scatter(1, state.partners, 1)
     taken[:, :prefix] = 1
     candidates = taken.argsort(dim=1, stable=True)[:, : tokens - prefix - partners]
     return Partition(candidates, state.partners)
+
+
+def _new_partition(config: TurboConfig, prefix: int, index: int, tokens: int, device: torch.device) -> Partition:
+    return partition_tokens(
+        tokens, prefix, config.partition, block=index, seed=config.seed, grid=config.grid, device=device
+    )
 
 
 def _guide(q: Tensor, guidance: str, prefix: int, sizes: Tensor | None) -> Tensor:

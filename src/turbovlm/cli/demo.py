@@ -97,7 +97,9 @@ def _measure_and_show(args: argparse.Namespace, out: Path, json_file: Path | Non
     out.write_text(html_report(result), encoding="utf-8")
     if json_file is not None:
         json_file.write_text(json.dumps(to_json(result), indent=2) + "\n", encoding="utf-8")
-    console.print(f"Report: {out}" + ("" if json_file is None else f"   JSON: {json_file}"), highlight=False)
+    console.print(
+        f"Report: {out}" + ("" if json_file is None else f"   JSON: {json_file}"), highlight=False, soft_wrap=True
+    )
 
 
 def _writable(option: str, name: str) -> Path:

@@ -85,7 +85,7 @@ def _paper(args: argparse.Namespace) -> int:
     costs = [cost for row in track(ROWS, description="counting", transient=True) for cost in paper_costs([row])]
     table = Table(title="Encoder costs that Turbo (ECCV 2024) prints, and ours, in GMACs")
     for column in ("table, model, data", "r", "printed", "ours", "off by", "ratio", "speed-up\nprinted"):
-        table.add_column(column, justify="left" if column.startswith("table") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column.startswith("table") else "right")
     for cost in costs:
         row = cost.row
         table.add_row(
