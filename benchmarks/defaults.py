@@ -12,6 +12,7 @@ Differences to ToMe are paired, picture by picture: mean ± standard error.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -74,12 +75,12 @@ def main() -> None:
             case: compare(look(model, pixels, SETTINGS[case[1]](case[0])), full)
             for case in track(cases, description="settings")
         }
-    machine = describe_machine()
-    text = report(rows, args.r, len(pixels), str(machine))
+    machine = dataclasses.asdict(describe_machine())
+    text = report(rows, args.r, len(pixels), ", ".join(f"{key} {value}" for key, value in machine.items()))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "defaults.md").write_text(text)
     numbers = [{"r": r, "setting": name, **summary(rows, r, name)} for r, name in rows]
-    (RESULTS / "defaults.json").write_text(json.dumps({"machine": str(machine), "rows": numbers}, indent=1) + "\n")
+    (RESULTS / "defaults.json").write_text(json.dumps({"machine": machine, "rows": numbers}, indent=1) + "\n")
     print(text)
 
 
