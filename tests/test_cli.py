@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -60,9 +61,14 @@ def test_inspect_and_macs_by_name(spec, tokens, tmp_path, capsys):
     capsys.readouterr()
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 def test_macs_of_families_with_inputs_of_their_own(tmp_path, capsys):
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = SMALL
     made = {
+        "BlipVisionModel": transformers.BlipVisionConfig(**small, image_size=48, patch_size=8),
+        "Blip2VisionModel": transformers.Blip2VisionConfig(**small, image_size=48, patch_size=8),
         "Siglip2VisionModel": transformers.Siglip2VisionConfig(**small, num_patches=36, patch_size=8),
         "VideoMAEModel": transformers.VideoMAEConfig(**small, image_size=48, patch_size=16, num_frames=4),
     }
@@ -73,10 +79,95 @@ def test_macs_of_families_with_inputs_of_their_own(tmp_path, capsys):
         assert "GMACs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vit_so150m_patch16_reg4_map_256"])
+def test_macs_with_a_convolutional_stem_or_a_pooling_query(name, capsys):
+    pytest.importorskip("timm")
+    assert main(["macs", f"timm:{name}", "--r", "2"]) == 0
+    assert "GMACs left" in capsys.readouterr().out
+
+
+def test_the_papers_numbers_beside_ours(tmp_path, capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    out = tmp_path / "paper.json"
+    assert main(["macs", "--paper", "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "717.5" in text and "r=39" in text
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 17 and rows[0]["image_size"] == 480
+    assert rows[0]["gmacs"] == pytest.approx(rows[0]["printed_gmacs"], rel=0.008)
+
+
+def test_without_rich_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["inspect", "timm:vit_tiny_patch16_224"]) == 2
+    assert "pip install 'turbovlm[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "library"), [(["inspect", "timm:x"], "timm"), (["macs", "--paper"], "torchvision")])
+def test_without_a_library_it_says_what_to_install(argv, library, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else found(name))
+    assert main(argv) == 2
+    assert f"pip install 'turbovlm[{library}]'" in capsys.readouterr().err
+
+
+def test_no_weights_are_fetched(monkeypatch, capsys):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("open_clip")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights asked for")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    assert main(["inspect", "torchvision:fasterrcnn_resnet50_fpn"]) == 2
+    assert "no block that turbovlm can accelerate" in capsys.readouterr().err
+    asked = {}
+    monkeypatch.setattr("open_clip.create_model", lambda name, **settings: asked.update(settings) or refuse())
+    assert main(["inspect", "open_clip:roberta-ViT-B-32"]) == 2
+    assert asked["load_weights"] is False and asked["pretrained_text"] is False
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("spec", ["timm:vit_tiny_patch16_224", "open_clip:ViT-B-32"])
+def test_nothing_but_the_result_is_written(spec, capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("open_clip")
+    assert main(["inspect", spec]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "blocks would be accelerated" in captured.out
+
+
+def test_a_folder_without_a_usable_config(tmp_path, capsys):
+    for content, message in [
+        (None, "could not build it"),
+        ({"model_type": "vit", "hidden_size": "wide"}, "'hidden_size' expected int"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "could not build it"),
+    ]:
+        if content is not None:
+            (tmp_path / "config.json").write_text(json.dumps(content))
+        assert main(["inspect", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and str(tmp_path) in error and error.count("\n") == 1
+
+
+def test_an_image_size_where_there_is_none(tmp_path, capsys):
+    config = transformers.Siglip2VisionConfig(**SMALL, num_patches=36, patch_size=8)
+    config.architectures = ["Siglip2VisionModel"]
+    config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--image-size", "96"]) == 2
+    assert "--image-size 96" in capsys.readouterr().err
+
+
 BAD = [
     (["inspect", "timm:no_such_model"], "Unknown model"),
     (["inspect", "timm:swin_tiny_patch4_window7_224"], "windowed attention"),
     (["inspect", "/no/such/folder"], "no such folder"),
+    (["inspect", "open_clip:no_such_model"], "no_such_model"),
+    (["inspect", "open_clip:hf-hub:me/mine"], "'open_clip:hf-hub:me/mine'"),
+    (["inspect", "torchvision:no_such_model"], "Unknown model"),
+    (["macs", "--paper", "--r", "4"], "--r has no place beside --paper"),
+    (["macs", "--paper", "--image-size", "96"], "--image-size has no place beside --paper"),
     (["inspect", "keras:vit"], "'keras' is none of transformers, timm"),
     (["inspect", "timm:vit_tiny_patch16_224", "--r", "-3"], "r=-3"),
     (["inspect", "timm:vit_tiny_patch16_224", "--keep", "1.5"], "keep=1.5"),

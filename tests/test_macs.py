@@ -2,42 +2,110 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn as nn
 
 import turbovlm
 from families import FAMILIES
-from turbovlm import TurboConfig
 from turbovlm.adapters import find_towers
+from turbovlm.cli.models import example_inputs
 from turbovlm.profile import macs
-from turbovlm.profile.paper import ROWS, paper_costs
+from turbovlm.profile.paper import ENCODERS, ROWS, encoder_macs, paper_costs
 
 
 def test_plain_modules():
     assert macs(nn.Linear(8, 5), torch.zeros(3, 8)) == 3 * 8 * 5
     assert macs(nn.Conv2d(3, 4, 2, 2), torch.zeros(1, 3, 8, 8)) == 16 * 4 * 3 * 4
+    assert macs(nn.Linear(8, 5, bias=False), torch.zeros(8)) == 8 * 5
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.zeros(4, 8))
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+PRODUCTS = {
+    "matrix-vector": (lambda a, b: a @ b, [(4, 8), (8,)], 4 * 8),
+    "vector-vector": (lambda a, b: a @ b, [(8,), (8,)], 8),
+    "addmv": (torch.addmv, [(4,), (4, 8), (8,)], 4 * 8),
+    "addbmm": (torch.addbmm, [(4, 5), (3, 4, 8), (3, 8, 5)], 3 * 4 * 8 * 5),
+    "einsum": (lambda a, b: torch.einsum("bij,bkj->bik", a, b), [(2, 4, 8), (2, 5, 8)], 2 * 4 * 5 * 8),
+}
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("sizes", [False, True])
-def test_attention_counts_on_every_device(device, sizes):
-    class Attention(nn.Module):
-        def forward(self, q):
-            bias = torch.ones(2, 50, device=device) if sizes else None
-            return turbovlm.functional.proportional_attention(q, q, q, bias)
-
-    assert macs(Attention(), torch.zeros(2, 3, 50, 16, device=device)) == 2 * 3 * 2 * 50 * 50 * 16
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_every_product_counts(name, device):
+    function, shapes, expected = PRODUCTS[name]
+    assert macs(Calls(function), *(torch.zeros(shape, device=device) for shape in shapes)) == expected
 
 
-def test_the_fused_multihead_attention_is_counted_and_left_on():
-    attention = nn.MultiheadAttention(32, 2, batch_first=True).eval()
-    x = torch.zeros(1, 50, 32)
-    assert macs(attention, x, x, x, need_weights=False) == 50 * 32 * 32 * 4 + 2 * 50 * 50 * 32
-    assert torch.backends.mha.get_fastpath_enabled()
-    with pytest.raises((RuntimeError, AssertionError)):
-        macs(attention, x, x, torch.zeros(50, 1, 3))
-    assert torch.backends.mha.get_fastpath_enabled()
+ATEN = torch.ops.aten
+KERNELS = {
+    "flash": lambda q, k, v: ATEN._scaled_dot_product_flash_attention(q, k, v),
+    "efficient": lambda q, k, v: ATEN._scaled_dot_product_efficient_attention(q, k, v, None, False),
+    "cudnn": lambda q, k, v: ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, False),
+    "math": lambda q, k, v: ATEN._scaled_dot_product_attention_math(q, k, v),
+    "cpu": lambda q, k, v: ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_attention_kernel_counts_the_same(kernel):
+    q, k = torch.zeros(2, 4, 10, 16, device="meta"), torch.zeros(2, 4, 20, 16, device="meta")
+    assert macs(Calls(KERNELS[kernel]), q, k, k) == 2 * 4 * 10 * 20 * (16 + 16)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_with_a_mask_counts_all_of_it(device):
+    q, mask = torch.zeros(2, 4, 10, 16, device=device), torch.zeros(2, 1, 1, 10, device=device)
+    attend = nn.functional.scaled_dot_product_attention
+    assert macs(Calls(attend), q, q, q, mask) == 2 * 2 * 4 * 10 * 10 * 16
+    assert macs(Calls(lambda x: attend(x, x, x, is_causal=True)), q) == 2 * 2 * 4 * 10 * 10 * 16
+    fewer = torch.zeros(2, 2, 10, 16, device=device)
+    assert macs(Calls(lambda x, y: attend(x, y, y, enable_gqa=True)), q, fewer) == 2 * 2 * 4 * 10 * 10 * 16
+
+
+def test_a_parameter_may_be_a_modules_input():
+    class Pool(Calls):
+        def forward(self, x):
+            return self.function(self.weight)
+
+    model = Pool(nn.Linear(8, 5))
+    assert macs(model, torch.zeros(1)) == 4 * 8 * 5
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_mode_hooks_and_grad_state_are_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    before = dict(nn.modules.module._global_forward_pre_hooks)
+    assert macs(model, torch.zeros(3, 8)) == 3 * 8 * 8
+    assert model.training and torch.is_grad_enabled()
+    assert dict(nn.modules.module._global_forward_pre_hooks) == before
+
+
+def test_a_fused_encoder_layer_is_counted():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    assert macs(layer, torch.zeros(1, 10, 32)) == 4 * 10 * 32 * 32 + 2 * 10 * 10 * 32 + 2 * 10 * 32 * 64
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_meta_device_counts_as_the_cpu(name):
+    model = FAMILIES[name].make()
+    turbovlm.apply(model, r=5)
+    tower = find_towers(model)[0].module
+    inputs = example_inputs(find_towers(model)[0])
+    real = {key: torch.zeros(x.shape) if x is not None and x.is_meta else x for key, x in inputs.items()}
+    counted = macs(tower, **real)
+    model.to("meta")
+    assert macs(tower, **inputs) == counted > 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -75,21 +143,30 @@ class Counted:
         return outs[0]
 
 
-def test_a_whole_encoder_costs_what_the_method_says():
-    """Per block 4ND² + 2N²D + ⌈N/2⌉⌊N/2⌋d + 2N'·D·D_mlp, and the guide's row ND; plus the patch embedding."""
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        model = timm.create_model("vit_base_patch16_384", num_classes=0).eval()
-    image = torch.empty(1, 3, 384, 384, device="meta")
-    for r in (0, 35):
-        total, n = 576 * 3 * 256 * 768, 577
-        for _ in range(12):
-            after = n - r
-            total += 4 * n * 768**2 + 2 * n * n * 768 + 2 * after * 768 * 3072
-            total += ((n + 1) // 2 * (n // 2) * 64 + n * 768) if r else 0
-            n = after
-        with turbovlm.apply(model, TurboConfig.paper(r)):
-            assert macs(model, image) == pytest.approx(total, rel=0.001)
+SHAPES = {
+    "blip-384": (16, 12, 768, 3072, 64),
+    "blip-480": (16, 12, 768, 3072, 64),
+    "blip2-364": (14, 39, 1408, 6144, 88),
+    "augreg-s": (16, 12, 384, 1536, 64),
+    "augreg-b": (16, 12, 768, 3072, 64),
+    "augreg-l": (16, 24, 1024, 4096, 64),
+    "swag-b": (16, 12, 768, 3072, 64),
+    "swag-l": (16, 24, 1024, 4096, 64),
+    "swag-h": (14, 32, 1280, 5120, 80),
+}
+
+
+@pytest.mark.parametrize("encoder", SHAPES)
+def test_a_whole_encoder_costs_what_the_method_says(encoder):
+    """The formula with its norms, against the count without them."""
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    pytest.importorskip("transformers")
+    names = ("patch_size", "depth", "width", "mlp_width", "head_dim")
+    shape = {"image_size": ENCODERS[encoder][0], **dict(zip(names, SHAPES[encoder]))}
+    for cost in paper_costs([row for row in ROWS if row.encoder == encoder]):
+        assert cost.full_gmacs * 1e9 == pytest.approx(encoder_macs(**shape), rel=0.003)
+        assert cost.gmacs * 1e9 == pytest.approx(encoder_macs(**shape, r=cost.row.r), rel=0.003)
 
 
 def test_flops_setting_is_met_by_the_count():
@@ -103,14 +180,21 @@ def test_flops_setting_is_met_by_the_count():
             assert macs(model, image) / full == pytest.approx(share, abs=0.005)
 
 
-@pytest.mark.parametrize("encoder", ["blip-384", "blip-480", "blip2-364"])
-def test_published_encoder_costs(encoder):
-    rows = [row for row in ROWS if row.encoder == encoder]
-    for cost in paper_costs(rows):
-        if "r=39" not in cost.row.remark:
-            assert abs(cost.difference) < 0.008, cost
+PRINTED = [row for row in ROWS if row.printed_gmacs is not None]
 
 
-def test_published_speedups_are_below_the_arithmetic():
+@pytest.mark.parametrize("row", PRINTED, ids=lambda row: f"{row.model}-{row.dataset}-{row.r}")
+def test_published_encoder_costs(row):
+    """All within 0.8 %, but for one whose printed cost fits r=39 better than the printed r=40."""
+    (cost,) = paper_costs([row])
+    if (row.dataset, row.r) == ("VQAv2", 40):
+        assert 0.008 < abs(cost.difference) < 0.01 and row.remark
+        row = dataclasses.replace(row, r=39)
+        (cost,) = paper_costs([row])
+        assert abs(cost.difference) < 0.001
+    assert abs(cost.difference) < 0.008
+
+
+def test_published_speedups_stay_below_the_arithmetic():
     for cost in paper_costs([row for row in ROWS if row.encoder in ("augreg-s", "swag-b")]):
         assert cost.row.printed_speedup <= cost.full_gmacs / cost.gmacs < 1.25 * cost.row.printed_speedup

@@ -122,8 +122,7 @@ def heatmap(
     below = np.asarray(image.convert("RGB").resize(size, pillow.Resampling.BICUBIC), dtype=np.float64)
     pixels = np.rint(opacity * colors + (1 - opacity) * below).astype(np.uint8)
     if outline is not None and values.max() > 0:
-        inside = (values >= outline * values.max()).astype(np.int64)
-        pixels[_borders(inside) & (inside == 1)] = 255
+        pixels[_rim(values >= outline * values.max())] = 255
     return pillow.fromarray(pixels)
 
 
@@ -180,6 +179,15 @@ def _borders(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
     border[:-1, :] |= labels[:-1, :] != labels[1:, :]
     border[:-1, :-1] |= labels[:-1, :-1] != labels[1:, 1:]
     return border
+
+
+def _rim(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The pixels of a region with a neighbour outside it, sideways or up and down; the picture's edge is no border."""
+    import numpy as np
+
+    around = np.pad(inside, 1, mode="edge")
+    enclosed = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    return inside & ~enclosed
 
 
 def _strip(panels: list[Image], captions: list[str]) -> Image:

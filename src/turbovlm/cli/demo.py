@@ -30,8 +30,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "demo",
         help="measure on photographs what merging saves and costs, and write a report",
-        description="Run a pretrained ViT on photographs, merged and unmodified: tokens, multiply-accumulates, time, "
-        "and how close the results stay, for turbovlm's default, ToMe and random choice.",
+        description="Run a pretrained ViT on photographs, merged and unmodified: tokens, multiply-accumulates,\n"
+        "time, and how close the results stay, for turbovlm's default, ToMe and random choice.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
         tower = towers[schedule.tower]
         before, after = sum(schedule.macs_before) / 1e9, sum(schedule.macs_after) / 1e9
         table = Table(title=f"{args.model}: {schedule.tower or 'the model'} ({tower.layout.family}), {schedule.asked}")
-        for column in ("block", "tokens before", "tokens after", "GMACs before", "GMACs after"):
-            table.add_column(column, justify="left" if column == "block" else "right")
+        table.add_column("block", overflow="fold")
+        for column in ("tokens\nbefore", "tokens\nafter", "GMACs\nbefore", "GMACs\nafter"):
+            table.add_column(column, justify="right", no_wrap=True)
         for i, block in enumerate(schedule.blocks):
             gmacs = (f"{schedule.macs_before[i] / 1e9:.3f}", f"{schedule.macs_after[i] / 1e9:.3f}")
             table.add_row(block, str(schedule.tokens[i]), str(schedule.tokens[i + 1]), *gmacs)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 from turbovlm.errors import TurboError
+
+if TYPE_CHECKING:
+    from turbovlm.profile.paper import PaperCost
 
 _EPILOG = """\
 examples:
@@ -39,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the counts, and write them as JSON if asked to."""
     if args.paper == (args.model is not None):
         raise TurboError("give a MODEL or --paper, one of the two")
+    if args.paper:
+        _check_paper(args)
     return _paper(args) if args.paper else _model(args)
 
 
@@ -51,30 +58,40 @@ def _model(args: argparse.Namespace) -> int:
     from turbovlm.cli.models import config_from, example_inputs, load_model, write_json
 
     config = config_from(args, 0)
+    merging = config.r != 0
     model = load_model(args.model, args.image_size)
-    table = Table(title=f"{args.model}, one image, {config.amount}")
-    for column in ("encoder", "tokens", "GMACs", "tokens merged", "GMACs merged", "left"):
+    table = Table(title=f"{args.model}, one image" + (f", {config.amount}" if merging else ""))
+    for column in ("encoder", "tokens", "GMACs", *(("tokens left", "GMACs left", "ratio") if merging else ())):
         table.add_column(column, justify="left" if column == "encoder" else "right")
     rows = []
     for tower in find_towers(model):
         inputs = example_inputs(tower)
-        call = {} if "x" in inputs else inputs
-        image = [inputs["x"]] if "x" in inputs else []
-        before = turbovlm.profile.macs(tower.module, *image, **call)
+        before = turbovlm.profile.macs(tower.module, **inputs)
         with turbovlm.apply(tower.module, config) as handle:
-            after = turbovlm.profile.macs(tower.module, *image, **call)
+            after = turbovlm.profile.macs(tower.module, **inputs)
             tokens = handle.schedules[0].tokens
         name = tower.name or type(tower.module).__name__
         rows.append({"encoder": name, "tokens": [tokens[0], tokens[-1]], "macs": before, "macs_merged": after})
-        cells = (str(tokens[0]), f"{before / 1e9:.2f}", str(tokens[-1]), f"{after / 1e9:.2f}")
-        table.add_row(name, *cells, f"{after / before:.1%}")
+        merged = (str(tokens[-1]), f"{after / 1e9:.2f}", f"{after / before:.1%}") if merging else ()
+        table.add_row(name, str(tokens[0]), f"{before / 1e9:.2f}", *merged)
     Console().print(table)
     if args.json:
         write_json(args.json, {"model": args.model, "amount": config.amount, "encoders": rows})
     return 0
 
 
+def _check_paper(args: argparse.Namespace) -> None:
+    given = [name for name in ("r", "keep", "flops", "image_size") if getattr(args, name) is not None]
+    given += ["min_tokens"] if args.min_tokens else []
+    if given:
+        raise TurboError(f"--{given[0].replace('_', '-')} has no place beside --paper, which counts as published")
+    missing = [name for name in ("transformers", "timm", "torchvision") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TurboError(f"--paper needs {', '.join(missing)}: pip install 'turbovlm[{','.join(missing)}]'")
+
+
 def _paper(args: argparse.Namespace) -> int:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -82,8 +99,9 @@ def _paper(args: argparse.Namespace) -> int:
     from turbovlm.cli.models import write_json
     from turbovlm.profile.paper import ROWS, paper_costs
 
-    costs = [cost for row in track(ROWS, description="counting", transient=True) for cost in paper_costs([row])]
-    table = Table(title="Encoder costs that Turbo (ECCV 2024) prints, and ours, in GMACs")
+    progress = track(ROWS, description="counting", console=Console(stderr=True), transient=True)
+    costs = [cost for row in progress for cost in paper_costs([row])]
+    table = Table(title="Encoder costs that Turbo (ECCV 2024) prints, and ours, in GMACs", box=SIMPLE_HEAD, padding=0)
     for column in ("table, model, data", "r", "printed", "ours", "off by", "ratio", "speed-up\nprinted"):
         table.add_column(column, justify="left" if column.startswith("table") else "right")
     for cost in costs:
@@ -99,11 +117,22 @@ def _paper(args: argparse.Namespace) -> int:
         )
     console = Console()
     console.print(table)
-    console.print("r*: deduced from the printed cost. ratio: the full encoder's MACs over the merged one's.")
+    console.print("r*: deduced, not printed. ratio: the full encoder's MACs over the merged one's.")
     for row in ROWS:
         if row.remark:
             console.print(f"Table {row.table}, {row.model}, {row.dataset}, r={row.r}: {row.remark}")
     if args.json:
-        rows = [{**dataclasses.asdict(c.row), "gmacs": c.gmacs, "full_gmacs": c.full_gmacs} for c in costs]
-        write_json(args.json, {"rows": rows})
+        write_json(args.json, {"rows": [_record(cost) for cost in costs]})
     return 0
+
+
+def _record(cost: PaperCost) -> dict[str, Any]:
+    from turbovlm.profile.paper import ENCODERS
+
+    return {
+        **dataclasses.asdict(cost.row),
+        "image_size": ENCODERS[cost.row.encoder][0],
+        "gmacs": cost.gmacs,
+        "full_gmacs": cost.full_gmacs,
+        "difference": cost.difference,
+    }

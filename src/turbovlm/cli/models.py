@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import inspect
 import json
-from collections.abc import Callable
+import logging
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.adapters import Tower
+from turbovlm.adapters.layout import fetch, path_of
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, TurboError
 
@@ -38,16 +43,18 @@ def load_model(spec: str, image_size: int | None = None) -> nn.Module:
         library, name = "transformers", spec
     if library not in _LOADERS:
         raise TurboError(f"{spec!r}: {library!r} is none of {', '.join(_LOADERS)}")
-    if library == "transformers" and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    if library == "transformers" and name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise TurboError(f"{spec!r}: there is no such folder")
     if importlib.util.find_spec(library) is None:
         raise TurboError(f"{spec!r} needs {library}: pip install 'turbovlm[{library}]'")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _without_warnings():
             return _LOADERS[library](name, image_size).eval()
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise TurboError(f"{spec!r}: {library} could not build it: {reason}") from error
+    except TurboError:
+        raise
+    except Exception as error:  # whatever the library raises for a name, a size or a file that it does not like
+        reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(".") or type(error).__name__
+        raise TurboError(f"{spec!r}: {library} could not build it: {reason}{_hint(spec)}") from error
 
 
 def example_inputs(tower: Tower) -> dict[str, Tensor | None]:
@@ -56,20 +63,20 @@ def example_inputs(tower: Tower) -> dict[str, Tensor | None]:
     patches = tower.tokens - tower.prefix
     family = tower.layout.family
     if family == "transformers SigLIP 2":
-        config = module.config
+        projection: Any = fetch(module, path_of(tower.layout, module, tower.layout.patch))
         return {
-            "pixel_values": torch.empty(1, patches, config.num_channels * config.patch_size**2, device="meta"),
+            "pixel_values": torch.empty(1, patches, projection.in_features, device="meta"),
             "pixel_attention_mask": None,
             "spatial_shapes": torch.full((1, 2), int(patches**0.5)),
         }
     if family.startswith("transformers"):
-        size = module.config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        frames = (module.config.num_frames,) if family == "transformers VideoMAE" else ()
-        return {"pixel_values": torch.empty(1, *frames, module.config.num_channels, height, width, device="meta")}
-    size = module.patch_embed.img_size if hasattr(module, "patch_embed") else module.image_size
+        key, size = "pixel_values", module.config.image_size
+    else:
+        key, size = "x", module.patch_embed.img_size if hasattr(module, "patch_embed") else module.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return {"x": torch.empty(1, 3, height, width, device="meta")}
+    frames = (module.config.num_frames,) if family == "transformers VideoMAE" else ()
+    channels = next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    return {key: torch.empty(1, *frames, channels, height, width, device="meta")}
 
 
 def add_amount_options(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -103,12 +110,33 @@ def write_json(path: str, content: Any) -> None:
         raise TurboError(f"--json {path}: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without the libraries' remarks on random weights and on failed downloads, which end in an error anyway."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _hint(spec: str) -> str:
+    if ":" in spec or Path(spec).expanduser().exists():
+        return ""
+    return f"; there is no folder {spec} either, and models of other libraries are timm:NAME, torchvision:NAME, …"
+
+
 def _transformers(name: str, image_size: int | None) -> nn.Module:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(str(Path(name).expanduser()) if name.startswith("~") else name)
+    where = str(Path(name).expanduser()) if name.startswith("~") else name
+    config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
     if image_size is not None:
-        getattr(config, "vision_config", config).image_size = image_size
+        vision = getattr(config, "vision_config", config)
+        if not hasattr(vision, "image_size"):
+            raise TurboError(f"--image-size {image_size}: a {type(vision).__name__} has no image size")
+        vision.image_size = image_size
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     model: nn.Module = architecture(config) if architecture else transformers.AutoModel.from_config(config)
     return model
@@ -125,15 +153,21 @@ def _timm(name: str, image_size: int | None) -> nn.Module:
 def _torchvision(name: str, image_size: int | None) -> nn.Module:
     from torchvision import models
 
-    size = {} if image_size is None else {"image_size": image_size}
-    model: nn.Module = models.get_model(name, weights=None, **size)
+    settings: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        settings["weights_backbone"] = None
+    model: nn.Module = models.get_model(name, weights=None, **settings)
     return model
 
 
 def _open_clip(name: str, image_size: int | None) -> nn.Module:
     import open_clip
 
-    model: nn.Module = open_clip.create_model(name, pretrained=None, force_image_size=image_size, device="meta")
+    if name.startswith("hf-hub:"):
+        raise TurboError(f"'open_clip:{name}': open_clip fetches the weights as well; name the architecture instead")
+    model: nn.Module = open_clip.create_model(
+        name, load_weights=False, pretrained_text=False, force_image_size=image_size, device="meta"
+    )
     return model
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 460, 320
-LEFT, RIGHT, TOP, BOTTOM = 52, 20, 16, 46
+LEFT, RIGHT, TOP, BOTTOM = 80, 20, 16, 46
 NICE_STEPS = (1, 2, 2.5, 5, 10)
 
 
@@ -52,7 +52,8 @@ def line_chart(curves: Sequence[Curve], x_label: str, y_label: str, description:
             parts.append(_mark(curve, x, y, f"{curve.name}, {label}"))
         last_x, last_y = places[-1]
         parts.append(
-            f'<text x="{last_x:.1f}" y="{last_y + 17:.1f}" text-anchor="end" fill="{curve.color}">'
+            f'<text x="{last_x:.1f}" y="{last_y + (-10 if number % 2 else 18):.1f}" text-anchor="end" '
+            f'fill="{curve.color}">'
             f"{escape(curve.points[-1][2])}</text>"
         )
         parts += _legend_entry(curve, number, len(curves))

@@ -31,7 +31,7 @@ body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c; background: #fff; 
 h1 { font-size: 1.7em; line-height: 1.25; margin: 0 0 .4em; }
 h2 { font-size: 1.25em; margin: 2em 0 .5em; }
 h3 { font-size: 1em; margin: 1.8em 0 .4em; }
-p, li { max-width: 74ch; }
+p, li { max-width: 46rem; }
 .lead { font-size: 1.08em; }
 .note { color: #555; font-size: .9em; }
 .warning { background: #fff6df; border-left: 4px solid #d99a00; padding: 6px 12px; }
@@ -44,7 +44,8 @@ tr.method td { text-align: left; padding-top: 14px; white-space: normal; border-
 small { color: #666; font-size: .86em; }
 .charts, .pictures { display: grid; gap: 16px; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
-.pictures { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; margin-bottom: 10px; }
+.pictures { grid-template-columns: repeat(5, 1fr); gap: 10px; margin-bottom: 10px; }
+@media (max-width: 700px) { .pictures { grid-template-columns: repeat(2, 1fr); } th, td { padding: 4px 6px; } }
 .chart { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 .chart .grid { stroke: #e6e6e6; }
 figure { margin: 0; }
@@ -73,7 +74,7 @@ def terminal_table(result: Result) -> Table:
     from rich.table import Table
 
     baseline = result.baseline
-    table = Table(title=f"ViT-S/14 on {len(result.photos)} pictures", caption=machine_line(result), title_style="bold")
+    table = Table(title=f"ViT-S/14 on {_pictures(result)}", caption=machine_line(result), title_style="bold")
     table.add_column("method", no_wrap=True)
     for heading in _HEADINGS:
         table.add_column(heading.replace(" ", "\n", 1), justify="right", vertical="bottom")
@@ -97,7 +98,7 @@ def machine_line(result: Result) -> str:
 
 
 def summary(result: Result) -> list[str]:
-    """The largest speed-up and what it cost, and the same at the r that the pictures show, one sentence each."""
+    """What every method saved and cost at the r that the pictures show and at the largest, one sentence each."""
     amounts = {row.r for row in result.rows if row.r > 0}
     chosen = sorted({result.settings.shown_amount, max(amounts)} & amounts) if amounts else []
     return [_sentence(result, r) for r in chosen]
@@ -110,10 +111,14 @@ def warnings(result: Result) -> list[str]:
         low, high = baseline.ms_range
         found.append(
             f"Something else was using the processor: the unmodified model itself took between {low:.0f} and "
-            f"{high:.0f} ms per picture, so the times and speed-ups are not to be relied on."
+            f"{high:.0f} ms per picture (10th and 90th percentile), so read the times and speed-ups with care."
+        )
+    if baseline.rounds < result.settings.rounds:
+        found.append(
+            f"Timed in {baseline.rounds} rounds instead of {result.settings.rounds}: the machine is slow or busy."
         )
     if len(result.photos) < 10:
-        found.append(f"Quality is measured on {len(result.photos)} pictures only.")
+        found.append(f"Quality is measured on {_pictures(result)} only.")
     return found
 
 
@@ -133,8 +138,9 @@ def html_report(result: Result) -> str:
 </head>
 <body>
 <h1>What merging tokens saves, and what it costs</h1>
-<p class="lead">A pretrained ViT-S/14 with a saliency head, run on {len(result.photos)} pictures with three ways of
-choosing which tokens to merge. Nothing was retrained.</p>
+<p class="lead">A pretrained ViT-S/14 with a saliency head, run on {_pictures(result)} with three ways of
+choosing which tokens to merge. Nothing was retrained. Speed is that of the encoder; CLS cosine and saliency IoU say how
+far the results agree with the unmodified model's, 1 being the same.</p>
 <ul>{"".join(f"<li>{escape(sentence)}</li>" for sentence in summary(result))}</ul>
 {"".join(f"<p class='warning'>{escape(warning)}</p>" for warning in warnings(result))}
 <p class="note">{escape(machine_line(result))}</p>
@@ -146,9 +152,10 @@ in every block; the last point of each curve is labelled.</p>
 
 <h2>All measurements</h2>
 <div class="wide">{_html_table(result)}</div>
-<p class="note">Speed-up: median over {result.settings.rounds} rounds, in small type the slowest and the fastest round.
-CLS cosine and saliency IoU: mean over the pictures, in small type the worst picture. r = 0 merges nothing: its speed-up
-shows how far the timing can be trusted.</p>
+<p class="note">Speed-up: median over {result.baseline.rounds} rounds, in small type its quartiles.
+CLS cosine: mean over the pictures, in small type the worst picture. Saliency IoU: mean, in small type the median and
+the worst picture; in a picture without a clear subject a small change can flip the region, and move the mean far more
+than the median. r = 0 merges nothing: its speed-up shows how far the timing can be trusted.</p>
 
 <h2>What it looks like, at r = {shown}</h2>
 <p>First row: the picture, and which of its 256 patches the default settings have made one token after some of the
@@ -169,6 +176,10 @@ Second row: the saliency that the head predicts from the tokens, dark to light; 
 """
 
 
+def _pictures(result: Result) -> str:
+    return "1 picture" if len(result.photos) == 1 else f"{len(result.photos)} pictures"
+
+
 def _method_notes(result: Result) -> str:
     settings, baseline = result.settings, result.baseline
     between = (
@@ -187,7 +198,7 @@ def _method_notes(result: Result) -> str:
 <li><b>Tokens left</b> after the last block, CLS included, of {baseline.tokens}.</li>
 <li><b>GMACs</b>: 10⁹ multiply-accumulates of the encoder, per picture.</li>
 <li><b>Time</b> is the encoder's alone, float32, in batches of {settings.batch}, per picture. All settings are timed in
-turn, in one process, {settings.rounds} times over after a round of warming up, each of them right after the unmodified
+turn, in one process, {baseline.rounds} times over after a round of warming up, each of them right after the unmodified
 model (PyTorch's fused attention). A <b>speed-up</b> is the unmodified model's time over that of the setting just after
 it; the median of the rounds is given. The saliency head always sees all 256 positions, so merging does
 not make it faster: it takes {baseline.head_ms:.1f} ms per picture beside the encoder's {baseline.ms:.1f} ms.</li>
@@ -204,15 +215,12 @@ the same photograph are alike: small differences between methods mean little.</l
 
 def _sentence(result: Result, r: int) -> str:
     rows = {row.method: row for row in result.rows if row.r == r}
-    ours = rows[METHODS[0].key]
-    others = ", ".join(f"{m.label} {rows[m.key].speedup:.2f}×" for m in METHODS[1:])
-    cls = ", ".join(f"{m.label} {rows[m.key].cls:.4f}" for m in METHODS)
-    iou = ", ".join(f"{m.label} {rows[m.key].iou:.3f}" for m in METHODS)
-    return (
-        f"r = {r}: {ours.tokens} of {result.baseline.tokens} tokens are left after the last block, and the encoder ran "
-        f"{ours.speedup:.2f}× as fast with the default settings ({others}). Agreement with the unmodified model, where "
-        f"1 is the same: CLS cosine {cls}; overlap of the salient region {iou}."
+    found = "; ".join(
+        f"{m.label} {rows[m.key].speedup:.2f}× as fast, CLS cosine {rows[m.key].cls:.4f}, saliency IoU "
+        f"{rows[m.key].iou:.3f}"
+        for m in METHODS
     )
+    return f"r = {r} ({rows[METHODS[0].key].tokens} of {result.baseline.tokens} tokens left at the end): {found}."
 
 
 def _rows_of(result: Result, method: Method) -> list[Row]:
@@ -233,7 +241,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _settings(method: Method) -> str:
     config = method.config(1)
-    names = ("degree", "alpha", "similarity", "partition", "guidance")
+    names = ("degree", "alpha", "similarity", "partition", "order", "guidance")
     return ", ".join(f"{name}={getattr(config, name)}" for name in names if name != "alpha" or method.key == "turbo")
 
 
@@ -254,7 +262,7 @@ def _html_table(result: Result) -> str:
                 f"<tr><td>{r}</td><td>{tokens}</td><td>{gmacs}</td><td>{ms}</td>"
                 f"<td>{speedup}× <small>{slow:.2f}–{fast:.2f}</small></td>"
                 f"<td>{cls} <small>{row.cls_worst:.4f}</small></td>"
-                f"<td>{iou} <small>{row.iou_worst:.3f}</small></td></tr>"
+                f"<td>{iou} <small>{row.iou_median:.3f} / {row.iou_worst:.3f}</small></td></tr>"
             )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 

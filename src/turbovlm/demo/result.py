@@ -29,6 +29,10 @@ SALIENT = 0.5
 """A pixel is salient where the heat map is at least this share of its largest value."""
 
 
+MIN_ROUNDS = 2
+"""Rounds of timing that are run however slow the machine is."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A way of choosing which tokens to merge: `settings` are those of `TurboConfig`."""
@@ -42,30 +46,41 @@ class Method:
         return TurboConfig(r=r, trace=trace, **self.settings)
 
 
+_TOME = {"similarity": "keys", "partition": "alternate", "order": "partition"}
+
 METHODS = (
     Method("turbo", "turbovlm", "the library's default settings"),
     Method(
         "redundancy",
         "ToMe",
         "the most redundant tokens, by the cosine of their keys (Token Merging, 2023)",
-        {"degree": "redundancy", "similarity": "keys"},
+        {"degree": "redundancy", **_TOME},
     ),
     Method(
         "random",
         "random",
         "tokens drawn at random, each still merged into the partner of most similar key: the control",
-        {"degree": "random", "similarity": "keys"},
+        {"degree": "random", **_TOME},
     ),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo runs: `amounts` are the values of r, `rounds` how often everything is timed, `batch` its batch."""
+    """What the demo runs.
+
+    Args:
+        amounts: the values of r.
+        batch: pictures per batch.
+        rounds: how often everything is timed.
+        timing_seconds: no further round begins after this time, on a slow or busy machine, but `MIN_ROUNDS` are run.
+        shown: photographs whose pictures the report shows; `shown_amount` is their r.
+    """
 
     amounts: tuple[int, ...] = (0, 4, 8, 12, 16, 20)
     batch: int = 4
     rounds: int = 7
+    timing_seconds: float = 100
     shown: int = 4
     shown_amount: int = 16
 
@@ -98,8 +113,9 @@ class Baseline:
     Attributes:
         tokens: that the encoder handles, CLS included.
         gmacs: 10⁹ multiply-accumulates of the encoder per picture.
-        ms: median milliseconds of the encoder per picture; `ms_range` its fastest and slowest run.
+        ms: median milliseconds of the encoder per picture; `ms_range` the 10th and the 90th percentile.
         head_ms: median milliseconds of the saliency head per picture.
+        rounds: rounds of timing that were run.
         cls_between: cosine between the CLS tokens of different pictures, after block 9, mean; None for one picture.
     """
 
@@ -108,6 +124,7 @@ class Baseline:
     ms: float
     ms_range: tuple[float, float]
     head_ms: float
+    rounds: int
     cls_between: float | None
 
     @property
@@ -124,12 +141,12 @@ class Row:
         tokens: left after the last block, CLS included.
         gmacs: 10⁹ multiply-accumulates of the encoder per picture.
         ms: median milliseconds of the encoder per picture.
-        speedup: median over the rounds of (time of the unmodified model just before / time); `speedup_range` its
-            smallest and largest value.
+        speedup: median over the rounds of (time of the unmodified model just before / time); `speedup_range` the
+            quartiles.
         cls: cosine to the full model's CLS after block 9, mean over the pictures; `cls_worst` the smallest.
         cls_last: the same of the encoder's final CLS.
-        iou: overlap of the salient region with the full model's, intersection over union, mean; `iou_worst` the
-            smallest; `iou_each` per picture.
+        iou: overlap of the salient region with the full model's, intersection over union, mean; `iou_median`
+            and `iou_worst`, the smallest, beside it; `iou_each` per picture.
     """
 
     method: str
@@ -143,6 +160,7 @@ class Row:
     cls_worst: float
     cls_last: float
     iou: float
+    iou_median: float
     iou_worst: float
     iou_each: tuple[float, ...]
 

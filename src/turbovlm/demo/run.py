@@ -17,6 +17,7 @@ import turbovlm
 from turbovlm.demo.photos import Photo
 from turbovlm.demo.result import (
     METHODS,
+    MIN_ROUNDS,
     SALIENT,
     SEMANTIC_BLOCK,
     Baseline,
@@ -87,7 +88,7 @@ def measure(model: SaliencyViT, photos: Sequence[Photo], settings: Settings, adv
                 seen[method.key, r] = _look(model, pixels, settings.batch, handle)
                 macs[method.key, r] = _macs(model.backbone, pixels)
             advance(f"quality: {method.label}, r={r}")
-        baseline_seconds, times = _time(model.backbone, timed, cases, settings.rounds, advance)
+        baseline_seconds, times = _time(model.backbone, timed, cases, settings, advance)
         head_seconds = _time_head(model, timed, settings.rounds)
         advance("time: the saliency head")
         examples = _examples(model, photos, pixels, settings)
@@ -96,7 +97,8 @@ def measure(model: SaliencyViT, photos: Sequence[Photo], settings: Settings, adv
         tokens=full.tokens,
         gmacs=full_macs / 1e9,
         ms=1e3 * statistics.median(baseline_seconds) / settings.batch,
-        ms_range=(1e3 * min(baseline_seconds) / settings.batch, 1e3 * max(baseline_seconds) / settings.batch),
+        ms_range=_range([1e3 * seconds / settings.batch for seconds in baseline_seconds], 0.1),
+        rounds=len(baseline_seconds) // len(cases),
         cls_between=_between(full.cls),
         head_ms=1e3 * head_seconds / settings.batch,
     )
@@ -157,16 +159,21 @@ def _macs(backbone: nn.Module, pixels: Tensor) -> int:
 
 
 def _time(
-    backbone: nn.Module, pixels: Tensor, cases: Sequence[Case], rounds: int, advance: Callable[[str], None]
+    backbone: nn.Module, pixels: Tensor, cases: Sequence[Case], settings: Settings, advance: Callable[[str], None]
 ) -> tuple[list[float], dict[tuple[str, int], _Times]]:
     """Time every case once per round, each time right after the unmodified model, in an order that shifts.
 
     A first round warms up and is not counted.
     """
+    started = time.perf_counter()
     unmodified: list[float] = []
     times = {(method.key, r): _Times([], []) for method, r in cases}
-    for turn in range(rounds + 1):
-        shift = turn * len(cases) // (rounds + 1)
+    for turn in range(settings.rounds + 1):
+        late = time.perf_counter() - started > settings.timing_seconds
+        if turn > MIN_ROUNDS and late:
+            advance("time: no further round on this slow or busy machine")
+            continue
+        shift = turn * len(cases) // (settings.rounds + 1)
         for method, r in (*cases[shift:], *cases[:shift]):
             own = _seconds(backbone, pixels)
             with turbovlm.apply(backbone, method.config(r)):
@@ -176,7 +183,7 @@ def _time(
                 times[method.key, r].seconds.append(merged)
                 times[method.key, r].speedups.append(own / merged)
         if turn > 0:
-            advance(f"time: round {turn} of {rounds}")
+            advance(f"time: round {turn} of {settings.rounds}")
     return unmodified, times
 
 
@@ -194,6 +201,12 @@ def _time_head(model: SaliencyViT, pixels: Tensor, rounds: int) -> float:
         model.head(patches)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:])
+
+
+def _range(values: Sequence[float], outside: float) -> tuple[float, float]:
+    """The quantiles that leave a share `outside` of the values below and above."""
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([outside, 1 - outside]).double())
+    return low.item(), high.item()
 
 
 def _between(cls: Tensor) -> float | None:
@@ -216,11 +229,12 @@ def _row(case: Case, seen: _Seen, full: _Seen, macs: int, times: _Times, setting
         gmacs=macs / 1e9,
         ms=1e3 * statistics.median(times.seconds) / settings.batch,
         speedup=statistics.median(times.speedups),
-        speedup_range=(min(times.speedups), max(times.speedups)),
+        speedup_range=_range(times.speedups, 0.25),
         cls=cls.mean().item(),
         cls_worst=cls.min().item(),
         cls_last=torch.cosine_similarity(seen.cls_last, full.cls_last, dim=-1).mean().item(),
         iou=iou.mean().item(),
+        iou_median=statistics.median(iou.tolist()),
         iou_worst=iou.min().item(),
         iou_each=tuple(iou.tolist()),
     )

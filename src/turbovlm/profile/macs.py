@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 Shape = Sequence[int]
-
-
-def _attention_flops(queries: Shape, keys: Shape, values: Shape, *args: Any, **kwargs: Any) -> int:
-    batch, heads, tokens, width = queries
-    return 2 * batch * heads * tokens * keys[-2] * (width + values[-1])
 
 
 def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
@@ -23,7 +19,7 @@ def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 
     Counts matrix products, convolutions and attention (2·N²·D per block), on any device, `meta` included: there a
     model of any size costs nothing to count. Norms, softmax and other elementwise work, about 0.1 % of a vision
-    transformer, are left out. A compiled model must be given uncompiled.
+    transformer, are left out, and so are operators from outside PyTorch (xformers, quantised kernels).
 
     Args:
         model: any module; it runs once, without gradients, in the mode it is in.
@@ -32,7 +28,9 @@ def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     Returns:
         One multiplication with its addition counts as 1; published FLOPs of vision transformers mostly count this way.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
+    # Only the total is wanted; the tracker of submodules would hook autograd, which fails on a parameter as an input.
+    counter.mod_tracker = _Untracked()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused nn.MultiheadAttention is one opaque operator
     try:
@@ -41,3 +39,45 @@ def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     return counter.get_total_flops() // 2
+
+
+class _Untracked(ModuleTracker):
+    """Tracks nothing but the total."""
+
+    def __enter__(self) -> _Untracked:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+def _attention_flops(queries: Shape, keys: Shape, values: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
+
+
+def _product_flops(left: Shape, right: Shape, **kwargs: Any) -> int:
+    return 2 * prod(left) * prod(right[1:])
+
+
+def _added_product_flops(addend: Shape, left: Shape, right: Shape, **kwargs: Any) -> int:
+    return _product_flops(left, right)
+
+
+def _summed_batch_flops(addend: Shape, left: Shape, right: Shape, **kwargs: Any) -> int:
+    return 2 * prod(left) * right[-1]
+
+
+_ATEN = torch.ops.aten
+_FLOPS = {
+    _ATEN._scaled_dot_product_flash_attention: _attention_flops,
+    _ATEN._scaled_dot_product_efficient_attention: _attention_flops,
+    _ATEN._scaled_dot_product_cudnn_attention: _attention_flops,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _ATEN._scaled_dot_product_attention_math_for_mps: _attention_flops,
+    _ATEN._scaled_dot_product_fused_attention_overrideable: _attention_flops,
+    _ATEN.mv: _product_flops,
+    _ATEN.dot: _product_flops,
+    _ATEN.addmv: _added_product_flops,
+    _ATEN.addbmm: _summed_batch_flops,
+}
+"""Operators that `FlopCounterMode` counts as 0, or refuses with grouped queries, in some releases of PyTorch."""
