@@ -22,7 +22,7 @@ _LOOKS = {
     "redundancy": ("#c2410c", "square", "7 3"),
     "random": ("#666666", "triangle", "2 3"),
 }
-_HEADINGS = ("r", "tokens left", "GMACs", "ms per image", "speed-up", "CLS cosine", "saliency IoU")
+_HEADINGS = ("r", "tokens left", "GMACs", "ms per image", "speed-up", "CLS cosine", "final CLS", "saliency IoU")
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -79,7 +79,7 @@ def terminal_table(result: Result) -> Table:
     for heading in _HEADINGS:
         table.add_column(heading.replace(" ", "\n", 1), justify="right", vertical="bottom")
     table.add_row(
-        "unmodified", "", str(baseline.tokens), f"{baseline.gmacs:.2f}", f"{baseline.ms:.1f}", "1.00", "1", "1"
+        "unmodified", "", str(baseline.tokens), f"{baseline.gmacs:.2f}", f"{baseline.ms:.1f}", "1.00", "1", "1", "1"
     )
     for method in METHODS:
         table.add_section()
@@ -204,7 +204,7 @@ it; the median of the rounds is given. The saliency head always sees all 256 pos
 not make it faster: it takes {baseline.head_ms:.1f} ms per picture beside the encoder's {baseline.ms:.1f} ms.</li>
 <li><b>CLS cosine</b>: between the merged and the full model's CLS token after block {SEMANTIC_BLOCK}. The two blocks
 after it were changed most by the fine-tuning for saliency, so their CLS token says less about the picture.
-{between}</li>
+{between} <b>Final CLS</b>: the same cosine after the last block and the final norm, of what the encoder hands on.</li>
 <li><b>Saliency IoU</b>: each position is given back its token's value, the head predicts the heat map, and the region
 where it reaches half its largest value is compared with the full model's: intersection over union.</li>
 <li>Both are agreement with the unmodified model, not with a truth marked by people. The pictures are few, and crops of
@@ -235,6 +235,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.ms:.1f}",
         f"{row.speedup:.2f}",
         f"{row.cls:.4f}",
+        f"{row.cls_last:.4f}",
         f"{row.iou:.3f}",
     )
 
@@ -250,18 +251,18 @@ def _html_table(result: Result) -> str:
     head = "".join(f"<th scope='col'>{heading}</th>" for heading in _HEADINGS)
     lines = [
         f"<tr><td>unmodified</td><td>{b.tokens}</td><td>{b.gmacs:.2f}</td><td>{b.ms:.1f}</td>"
-        "<td>1</td><td>1</td><td>1</td></tr>"
+        "<td>1</td><td>1</td><td>1</td><td>1</td></tr>"
     ]
     for method in METHODS:
         explanation = f"<b>{escape(method.label)}</b> <small>{escape(method.explanation)}</small>"
         lines.append(f"<tr class='method'><td colspan='{len(_HEADINGS)}'>{explanation}</td></tr>")
         for row in _rows_of(result, method):
-            r, tokens, gmacs, ms, speedup, cls, iou = _cells(row)
+            r, tokens, gmacs, ms, speedup, cls, last, iou = _cells(row)
             slow, fast = row.speedup_range
             lines.append(
                 f"<tr><td>{r}</td><td>{tokens}</td><td>{gmacs}</td><td>{ms}</td>"
                 f"<td>{speedup}× <small>{slow:.2f}–{fast:.2f}</small></td>"
-                f"<td>{cls} <small>{row.cls_worst:.4f}</small></td>"
+                f"<td>{cls} <small>{row.cls_worst:.4f}</small></td><td>{last}</td>"
                 f"<td>{iou} <small>{row.iou_median:.3f} / {row.iou_worst:.3f}</small></td></tr>"
             )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
