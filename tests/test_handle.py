@@ -405,6 +405,15 @@ def test_heads_that_need_every_position_get_it(name, config, settings, restored,
             assert value.isfinite().all()
 
 
+def test_a_convolutional_stem_is_not_guessed():
+    with torch.device("meta"):
+        model = timm.create_model("vit_small_r26_s32_224")
+    with turbovlm.apply(model, r=4) as handle:
+        assert "convolutional network before the blocks is not counted" in repr(handle)
+    with pytest.raises(ConfigError, match=r"flops=0\.7: VisionTransformer begins with a convolutional network"):
+        turbovlm.apply(model, flops=0.7)
+
+
 def test_works_on_the_meta_device():
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224")

@@ -120,6 +120,7 @@ class Plan:
     native_tokens: int
     guidance: str
     restore: bool
+    plain_stem: bool
     last: State | None = field(default=None, repr=False)
     partitions: dict[tuple[int, int, torch.device], Partition] = field(default_factory=dict, repr=False)
 

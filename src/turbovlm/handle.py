@@ -211,6 +211,11 @@ def _plan(tower: Tower, config: TurboConfig) -> Plan:
     if config.guidance == "cls" and not tower.cls:
         where = tower.name or type(tower.module).__name__
         raise ConfigError(f"guidance='cls': {where} ({tower.layout.family}) has no CLS token; use 'mean' or 'auto'")
+    if config.flops is not None and not tower.plain_stem:
+        raise ConfigError(
+            f"flops={config.flops}: {tower.name or type(tower.module).__name__} begins with a convolutional network "
+            "whose cost does not follow from its shape; use r or keep"
+        )
     guidance = ("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance
     return Plan(
         config=config,
@@ -221,6 +226,7 @@ def _plan(tower: Tower, config: TurboConfig) -> Plan:
         native_tokens=tower.tokens,
         guidance=guidance,
         restore=tower.restore,
+        plain_stem=tower.plain_stem,
     )
 
 
@@ -268,6 +274,8 @@ def _report(plan: Plan, schedule: Schedule) -> list[str]:
     ]
     if plan.restore:
         lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens, which the model's head needs")
+    if not plan.plain_stem:
+        lines.append("    note: the convolutional network before the blocks is not counted")
     if schedule.note:
         lines.append(f"    note: {schedule.note}")
     return lines

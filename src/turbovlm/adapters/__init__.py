@@ -85,9 +85,20 @@ class Tower:
 
     @property
     def patch_weights(self) -> int:
-        """Entries of the patch embedding's kernels."""
+        """Entries of the patch embedding's kernel."""
+        return sum(parameter.numel() for parameter in self._patch_projection.parameters() if parameter.ndim > 1)
+
+    @property
+    def plain_stem(self) -> bool:
+        """Whether the patch embedding is one projection of each patch, and not a convolutional network of its own."""
+        in_blocks = {id(module) for _, block in self.blocks for module in block.modules()}
+        convolutions = [m for m in self.module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+        return all(m is self._patch_projection or id(m) in in_blocks for m in convolutions)
+
+    @property
+    def _patch_projection(self) -> nn.Module:
         projection: nn.Module = fetch(self.module, path_of(self.layout, self.module, self.layout.patch))
-        return sum(parameter.numel() for parameter in projection.parameters() if parameter.ndim > 1)
+        return projection
 
 
 def find_towers(model: nn.Module) -> list[Tower]:

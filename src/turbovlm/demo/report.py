@@ -71,10 +71,11 @@ def to_json(result: Result) -> dict[str, Any]:
 
 def terminal_table(result: Result) -> Table:
     """The measurements as a `rich` table, grouped by method."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     baseline = result.baseline
-    table = Table(title=f"ViT-S/14 on {_pictures(result)}", caption=machine_line(result), title_style="bold")
+    table = Table(title=f"ViT-S/14 on {_pictures(result)}", caption=machine_line(result), box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("method", no_wrap=True)
     for heading in _HEADINGS:
         table.add_column(heading.replace(" ", "\n", 1), justify="right", vertical="bottom")
