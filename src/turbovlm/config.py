@@ -78,7 +78,7 @@ class TurboConfig:
     flops: float | None = None
     min_tokens: int = 0
     degree: str | DegreeFunction = "weighted_difference"
-    alpha: float = 3.0
+    alpha: float = 2.0
     beta: float = 1.0
     gamma: float = 0
     similarity: str = "keys"

@@ -186,8 +186,8 @@ def _resume(plan: Plan, index: int, hidden: Tensor) -> State:
         found = "tokens without turbovlm's state" if state is None else f"the tokens of block {state.block - 1}"
         raise StateError(
             f"{plan.names[index]} got {found} instead of the output of {plan.names[index - 1]}: something between the "
-            "two blocks replaces the hidden states (re-entrant gradient checkpointing does), so it is not known which "
-            "tokens were merged. Call handle.remove(), or checkpoint with use_reentrant=False"
+            "two blocks replaces the hidden states, so it is not known which tokens were merged; "
+            "handle.remove() gives the model back"
         )
     return state
 

@@ -59,7 +59,7 @@ def information_degree(
     block: int = 0,
     *,
     degree: str | DegreeFunction = "weighted_difference",
-    alpha: float = 3.0,
+    alpha: float = 2.0,
     beta: float = 1.0,
     gamma: float = 0.0,
     seed: int = 0,

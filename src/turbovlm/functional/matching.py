@@ -55,7 +55,7 @@ def match(
     prefix: int = 0,
     block: int = 0,
     degree: str | DegreeFunction = "weighted_difference",
-    alpha: float = 3.0,
+    alpha: float = 2.0,
     beta: float = 1.0,
     gamma: float = 0.0,
     partition: str = "alternate",
