@@ -75,7 +75,9 @@ def terminal_table(result: Result) -> Table:
     from rich.table import Table
 
     baseline = result.baseline
-    table = Table(title=f"ViT-S/14 on {_pictures(result)}", caption=machine_line(result), box=SIMPLE_HEAD, collapse_padding=True)
+    table = Table(
+        title=f"ViT-S/14 on {_pictures(result)}", caption=machine_line(result), box=SIMPLE_HEAD, collapse_padding=True
+    )
     table.add_column("method", no_wrap=True)
     for heading in _HEADINGS:
         table.add_column(heading.replace(" ", "\n", 1), justify="right", vertical="bottom")
