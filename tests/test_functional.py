@@ -70,7 +70,6 @@ def test_every_merge_keeps_its_books(batch, tokens, prefix, r, partition, order,
     torch.testing.assert_close(
         merge.unmerge(merge.merge(x)), merge.merge(x).gather(1, merge.source[..., None].expand_as(x))
     )
-    assert torch.equal(merge.select(x), x.gather(1, merge.kept[..., None].expand(-1, -1, x.shape[-1])))
 
 
 @settings(deadline=None, max_examples=60)

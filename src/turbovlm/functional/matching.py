@@ -37,13 +37,10 @@ class Merge:
         out = weighted.new_zeros(batch * merged, width).index_add(0, rows, weighted)
         return out.view(batch, merged, width).to(x.dtype)
 
-    def select(self, x: Tensor) -> Tensor:
-        """The rows of `x`, `[batch, N, width]`, that keep their place, unmixed: `[batch, M, width]`."""
-        return _rows(x, self.kept)
-
     def unmerge(self, y: Tensor) -> Tensor:
         """Give every one of the N tokens its destination's row of `y`: `[batch, M, width]` to `[batch, N, width]`."""
-        return _rows(y, self.source)
+        rows = y.flatten(0, 1).index_select(0, _flat(self.source, y.shape[1]))
+        return rows.view(*self.source.shape, y.shape[-1])
 
 
 def match(
@@ -152,8 +149,3 @@ def _slots(stays: Tensor, candidates: Tensor, partners: Tensor, r: int, order: s
 def _flat(index: Tensor, rows: int) -> Tensor:
     """`[batch, k]` row numbers per picture as one list into the flattened batch."""
     return (index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * rows).flatten()
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    rows = x.flatten(0, 1).index_select(0, _flat(index, x.shape[1]))
-    return rows.view(*index.shape, x.shape[-1])
