@@ -26,14 +26,11 @@ from turbovlm.functional.informativity import (
     semantic_value,
 )
 from turbovlm.functional.matching import Merge, bipartite_merge
-from turbovlm.functional.partition import Partition, count, partition_tokens, positions
+from turbovlm.functional.partition import Partition, count, kept_partition, partition_tokens, positions
 from turbovlm.schedule import EncoderShape, clamp, requested_amounts
 
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
-
-KEPT_PARTITIONS = 4096
-"""More splits than this, as with many image sizes, and they are made anew."""
 
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 """torch 2.6 has no `is_exporting`: there, compiled forwards are not recorded either."""
@@ -108,8 +105,7 @@ class State:
 class Plan:
     """What the blocks of one accelerated encoder share.
 
-    `last` is the state at the end of the last forward; `partitions` keeps the splits that depend on nothing but the
-    block and the number of tokens. Neither is copied or pickled.
+    `last` is the state at the end of the last forward; it is not copied or pickled.
     """
 
     config: TurboConfig
@@ -122,10 +118,9 @@ class Plan:
     restore: bool
     plain_stem: bool
     last: State | None = field(default=None, repr=False)
-    partitions: dict[tuple[int, int, torch.device], Partition] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None, "partitions": {}}
+        return {**self.__dict__, "last": None}
 
     @property
     def guided(self) -> bool:
@@ -305,27 +300,16 @@ def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> Sta
 def _partition(plan: Plan, state: State, index: int, x: Tensor) -> Partition:
     prefix, tokens, device = plan.shape.prefix, x.shape[1], x.device
     if state.partners is None:
-        if type(x) is not Tensor or torch.compiler.is_compiling():  # traced and fake tensors must not be kept
-            return _new_partition(plan.config, prefix, index, tokens, device)
-        key = (index, tokens, device)
-        if key not in plan.partitions:
-            if len(plan.partitions) >= KEPT_PARTITIONS:
-                plan.partitions.clear()
-            with torch.inference_mode(False):
-                plan.partitions[key] = _new_partition(plan.config, prefix, index, tokens, device)
-        return plan.partitions[key]
+        traced = type(x) is not Tensor or torch.compiler.is_compiling()  # such tensors must not be kept
+        split = partition_tokens if traced else kept_partition
+        config = plan.config
+        return split(tokens, prefix, config.partition, block=index, seed=config.seed, grid=config.grid, device=device)
     batch, partners = state.partners.shape
     taken = torch.zeros(batch, tokens, dtype=torch.int8, device=device)
     taken = taken.scatter(1, state.partners, 1)
     taken[:, :prefix] = 1
     candidates = taken.argsort(dim=1, stable=True)[:, : tokens - prefix - partners]
     return Partition(candidates, state.partners)
-
-
-def _new_partition(config: TurboConfig, prefix: int, index: int, tokens: int, device: torch.device) -> Partition:
-    return partition_tokens(
-        tokens, prefix, config.partition, block=index, seed=config.seed, grid=config.grid, device=device
-    )
 
 
 def _guide(q: Tensor, guidance: str, prefix: int, sizes: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -60,6 +61,22 @@ def partition_tokens(
     partners = (rows + 1) // 2 * ((columns + 1) // 2)
     order = (~corner).to(torch.int8).argsort(stable=True) + prefix
     return Partition(order[partners:], order[:partners])
+
+
+@lru_cache(maxsize=4096)
+def kept_partition(
+    tokens: int,
+    prefix: int,
+    kind: str,
+    *,
+    block: int,
+    seed: int,
+    grid: tuple[int, int] | None,
+    device: torch.device,
+) -> Partition:
+    """`partition_tokens`, made once for all forwards; not for use while tracing, whose tensors must not be kept."""
+    with torch.inference_mode(False):
+        return partition_tokens(tokens, prefix, kind, block=block, seed=seed, grid=grid, device=device)
 
 
 def count(index: Index) -> int:
