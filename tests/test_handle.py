@@ -259,7 +259,14 @@ def test_grid_partition_keeps_one_token_per_cell(vit, images):
 
 
 def test_the_schedule_matches_what_happens(vit, images):
-    for settings in ({"r": (3, 0, 50, 2)}, {"keep": 0.4}, {"flops": 0.6}, {"r": 5, "min_tokens": 30}):
+    for settings in (
+        {"r": (3, 0, 50, 2)},
+        {"keep": 0.4},
+        {"flops": 0.6},
+        {"r": 5, "min_tokens": 30},
+        {"r": 100, "partition": "grid"},
+        {"keep": 0.4, "partition": "grid"},
+    ):
         with torch.no_grad(), turbovlm.apply(vit, **settings, trace=True) as handle:
             vit(images)
             assert tuple(t.sizes.shape[1] for t in handle.trace) == handle.schedules[0].tokens[1:]

@@ -7,6 +7,7 @@ starts with fewer than `min_tokens`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,12 +97,24 @@ def clamp(r: int, tokens: int, prefix: int, min_tokens: int) -> int:
     return min(r, max(tokens - prefix, 0) // 2)
 
 
-def token_counts(amounts: Sequence[int], tokens: int, prefix: int, min_tokens: int) -> tuple[int, ...]:
-    """Tokens before the first block and after each, when block l is asked for `amounts[l]`."""
+def token_counts(amounts: Sequence[int], tokens: int, prefix: int, min_tokens: int, fixed: int = 0) -> tuple[int, ...]:
+    """Tokens before the first block and after each, when block l is asked for `amounts[l]`.
+
+    `fixed` tokens beside the prefix can never merge: the partners of `partition="grid"`.
+    """
     counts = [tokens]
     for r in amounts:
-        counts.append(counts[-1] - clamp(r, counts[-1], prefix, min_tokens))
+        left = counts[-1]
+        counts.append(left - min(clamp(r, left, prefix, min_tokens), left - prefix - fixed))
     return tuple(counts)
+
+
+def fixed_partners(config: TurboConfig, patches: int) -> int:
+    """Patches that stay partners in every block: one per 2×2 cell with `partition="grid"`, else none."""
+    if config.partition != "grid":
+        return 0
+    rows, columns = config.grid or (math.isqrt(patches), math.isqrt(patches))
+    return min((rows + 1) // 2 * ((columns + 1) // 2), patches)
 
 
 def spread(total: int, depth: int) -> tuple[int, ...]:
@@ -141,9 +154,10 @@ def _closest(
     """The evenly spread amounts whose cost is closest to `target`; of equals, the fewest tokens merged."""
     best, best_gap = spread(0, shape.depth), abs(cost((tokens,) * (shape.depth + 1)) - target)
     previous: tuple[int, ...] = ()
+    fixed = fixed_partners(config, tokens - shape.prefix)
     for total in range(1, shape.depth * (tokens // 2) + 1):
         amounts = spread(total, shape.depth)
-        counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens)
+        counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens, fixed)
         if counts == previous:
             continue
         previous = counts
@@ -158,7 +172,8 @@ def make_schedule(
 ) -> Schedule:
     """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
     amounts = requested_amounts(config, shape, tokens, guided)
-    counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens)
+    fixed = fixed_partners(config, tokens - shape.prefix)
+    counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens, fixed)
     full = (tokens,) * (shape.depth + 1)
     ratio = shape.macs(counts, guided) / shape.macs(full, guided)
     return Schedule(
@@ -180,7 +195,7 @@ def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int
             return ""
         return (
             f"{config.amount} is more than {len(short)} of {len(amounts)} blocks have to give "
-            f"(from block {short[0]} on): they merge half of their tokens, or none below min_tokens={config.min_tokens}"
+            f"(from block {short[0]} on): half of a block's tokens at most, none below min_tokens={config.min_tokens}"
         )
     if config.keep is not None:
         reached = counts[-1] / counts[0]
