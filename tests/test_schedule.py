@@ -24,7 +24,7 @@ def vit(depth=12, width=768, prefix=1):
 
 def schedule(config, tokens=577, shape=None):
     shape = shape or vit()
-    return make_schedule(config, shape, tokens, True, "", tuple(f"blocks.{i}" for i in range(shape.depth)))
+    return make_schedule(config, shape, tokens, "", tuple(f"blocks.{i}" for i in range(shape.depth)))
 
 
 def test_r_is_the_same_in_every_block_and_clamped_to_half():
@@ -69,7 +69,7 @@ def test_flops_is_met_exactly_or_the_note_says_so(tokens, depth, flops):
 def test_flops_is_solved_to_one_token():
     shape = vit()
     config = TurboConfig(flops=0.6)
-    total = sum(requested_amounts(config, shape, 577, True))
+    total = sum(requested_amounts(config, shape, 577))
     gap = abs(schedule(config).ratio - 0.6)
     for other in (total - 1, total + 1):
         assert abs(schedule(TurboConfig(r=spread(other, 12))).ratio - 0.6) >= gap

@@ -17,23 +17,20 @@ from torch import Tensor
 from turbovlm.adapters.layout import Spelling, fetch, run_steps
 from turbovlm.config import TurboConfig
 from turbovlm.errors import StateError
-from turbovlm.functional.attention import proportional_attention
+from turbovlm.functional.attention import attend, size_bias
 from turbovlm.functional.informativity import (
+    attention_row,
     candidates_of,
     information_degree,
     mutual_redundancy,
     needs_semantic,
-    semantic_value,
 )
-from turbovlm.functional.matching import Merge, bipartite_merge
-from turbovlm.functional.partition import Partition, count, kept_partition, partition_tokens, positions
+from turbovlm.functional.matching import Merge, bipartite_merge, padding_first
+from turbovlm.functional.partition import Partition, count, is_exporting, partition_tokens, positions
 from turbovlm.schedule import EncoderShape, clamp, requested_amounts
 
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
-
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-"""torch 2.6 has no `is_exporting`: there, compiled forwards are not recorded either."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,36 @@ class State:
         return source
 
 
+@dataclass(frozen=True)
+class Heads:
+    """What a block attends with.
+
+    Attributes:
+        q, k, v: queries, keys (both rotated, where the model rotates) and values, `[batch, heads, tokens, head_dim]`.
+        content: the unrotated keys, or queries for `similarity="queries"`.
+        bias: what attention adds to its scores, `[batch, 1, 1, tokens]`, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    content: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Clues:
+    """What the heads say about the tokens, small beside them.
+
+    Attributes:
+        features: what is compared, `[batch, tokens, head_dim]`; None for `similarity="hidden"`.
+        semantic: A, `[batch, tokens]`; None where the degree does not need it.
+    """
+
+    features: Tensor | None
+    semantic: Tensor | None
+
+
 @dataclass(eq=False)
 class Plan:
     """What the blocks of one accelerated encoder share.
@@ -130,7 +157,7 @@ class Plan:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _solved_amounts(plan: Plan, tokens: int) -> tuple[int, ...]:
-    return requested_amounts(plan.config, plan.shape, tokens, plan.guided)
+    return requested_amounts(plan.config, plan.shape, tokens)
 
 
 def accelerated_forward(
@@ -151,9 +178,13 @@ def accelerated_forward(
     if state.sizes is None and plan.spelling.mask is not None:
         sizes = _sizes_from_mask(arguments.get(plan.spelling.mask), hidden)
         state = replace(state, sizes=sizes, padded=sizes is not None)
-    x, q, k, content = _attention_half(block, plan.spelling, config, hidden, state, arguments)
-    if r > 0 or config.trace:
-        x, state = _merge(block, plan, index, state, r, x, q, k, content)
+    heads = _heads(block, plan.spelling, config, hidden, state, arguments)
+    clues = _clues(plan, state, heads) if r > 0 or config.trace else None
+    mixed = _attend(block, plan.spelling, heads)
+    del heads  # the largest tensors of this half: gone before the merge and the MLP need memory
+    x = hidden + run_steps(block, plan.spelling.after_attention, mixed)
+    if clues is not None:
+        x, state = _merge(block, plan, index, state, r, x, clues)
     x = x + run_steps(block, plan.spelling.mlp, x)
     return _hand_on(plan, replace(state, block=index + 1), x)
 
@@ -162,7 +193,8 @@ def unmerged_forward(
     block: nn.Module, spelling: Spelling, config: TurboConfig, x: Tensor, state: State, arguments: Mapping[str, Any]
 ) -> Tensor:
     """Both halves of a block without a merge between them."""
-    x, *_ = _attention_half(block, spelling, config, x, state, arguments)
+    mixed = _attend(block, spelling, _heads(block, spelling, config, x, state, arguments))
+    x = x + run_steps(block, spelling.after_attention, mixed)
     return x + run_steps(block, spelling.mlp, x)
 
 
@@ -212,15 +244,15 @@ def _check_arguments(plan: Plan, index: int, arguments: Mapping[str, Any]) -> No
             raise StateError(f"{plan.names[index]} got {name}, which an accelerated block cannot honour")
 
 
-def _attention_half(
+def _heads(
     block: nn.Module,
     spelling: Spelling,
     config: TurboConfig,
     hidden: Tensor,
     state: State,
     arguments: Mapping[str, Any],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`x + attention(norm1(x))`; also the queries and keys as attention used them, and the unrotated keys (queries)."""
+) -> Heads:
+    """Queries, keys and values of `norm1(hidden)`, and attention's bias."""
     normed = fetch(block, spelling.norm1)(hidden)
     if callable(spelling.project):
         flat = spelling.project(block, normed)
@@ -237,9 +269,25 @@ def _attention_half(
     content = q if config.similarity == "queries" else k
     if spelling.rotary is not None:
         q, k = spelling.rotary(block, q, k, state.home, arguments)
-    mixed = proportional_attention(q, k, v, state.attended(config.proportional), dropout_p=_dropout(block, spelling))
-    mixed = mixed.transpose(1, 2).flatten(2)
-    return hidden + run_steps(block, spelling.after_attention, mixed), q, k, content
+    attended = state.attended(config.proportional)
+    return Heads(q, k, v, content, None if attended is None else size_bias(attended, q.dtype))
+
+
+def _attend(block: nn.Module, spelling: Spelling, heads: Heads) -> Tensor:
+    """Attention before its output projection, `[batch, tokens, heads * head_dim]`."""
+    mixed = attend(heads.q, heads.k, heads.v, heads.bias, dropout_p=_dropout(block, spelling))
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _clues(plan: Plan, state: State, heads: Heads) -> Clues:
+    features = semantic = None
+    if plan.config.similarity != "hidden":  # the sum over heads: its cosine is the mean's
+        content = heads.content.detach()
+        features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
+    if plan.guided or plan.config.trace:
+        guide = _guide(heads.q.detach(), plan.guidance, plan.shape.prefix, state.sizes)
+        semantic = attention_row(guide, heads.k.detach(), heads.bias)
+    return Clues(features, semantic)
 
 
 def _merge(
@@ -249,19 +297,15 @@ def _merge(
     state: State,
     r: int,
     x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    content: Tensor,
+    clues: Clues,
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
-    config, prefix, tokens = plan.config, plan.shape.prefix, x.shape[1]
+    config, tokens = plan.config, x.shape[1]
     partition = _partition(plan, state, index, x)
-    features = fetch(block, plan.spelling.mlp[0])(x) if config.similarity == "hidden" else content.mean(dim=1)
-    redundancy, partner = mutual_redundancy(features.detach(), partition)
-    semantic = None
-    if plan.guided or config.trace:
-        guide = _guide(q.detach(), plan.guidance, prefix, state.sizes)
-        semantic = semantic_value(guide, k.detach(), state.attended(config.proportional))
+    features, semantic = clues.features, clues.semantic
+    if features is None:
+        features = fetch(block, plan.spelling.mlp[0])(x).detach()
+    redundancy, partner = mutual_redundancy(features, partition)
     e = information_degree(
         redundancy,
         None if semantic is None else candidates_of(semantic, partition.candidates),
@@ -272,6 +316,8 @@ def _merge(
         gamma=config.gamma,
         seed=config.seed,
     )
+    if state.padded and state.sizes is not None:
+        e = padding_first(e, state.sizes, partition)
     r = min(r, count(partition.candidates))
     if r > 0:
         merge = bipartite_merge(
@@ -300,10 +346,8 @@ def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> Sta
 def _partition(plan: Plan, state: State, index: int, x: Tensor) -> Partition:
     prefix, tokens, device = plan.shape.prefix, x.shape[1], x.device
     if state.partners is None:
-        traced = type(x) is not Tensor or torch.compiler.is_compiling()  # such tensors must not be kept
-        split = partition_tokens if traced else kept_partition
-        config = plan.config
-        return split(tokens, prefix, config.partition, block=index, seed=config.seed, grid=config.grid, device=device)
+        kind, seed, grid = plan.config.partition, plan.config.seed, plan.config.grid
+        return partition_tokens(tokens, prefix, kind, block=index, seed=seed, grid=grid, device=device)
     batch, partners = state.partners.shape
     taken = torch.zeros(batch, tokens, dtype=torch.int8, device=device)
     taken = taken.scatter(1, state.partners, 1)
@@ -321,7 +365,7 @@ def _guide(q: Tensor, guidance: str, prefix: int, sizes: Tensor | None) -> Tenso
         guide = q[:, :, prefix:].mean(dim=2, keepdim=True)
     else:
         weights = sizes[:, prefix:] / sizes[:, prefix:].sum(dim=1, keepdim=True)
-        guide = weights.to(q.dtype)[:, None, None, :] @ q[:, :, prefix:]
+        guide = (q[:, :, prefix:] * weights.to(q.dtype)[:, None, :, None]).sum(dim=2, keepdim=True)
     return guide * scale
 
 

@@ -62,7 +62,7 @@ def get_handle(model: nn.Module) -> Handle:
     Raises:
         TurboError: the model is not accelerated.
     """
-    plans = list(dict.fromkeys(plan for _, plan in _accelerated(model)))
+    plans = list(dict.fromkeys(plan for _, plan in accelerated(model)))
     if not plans:
         raise TurboError(f"this {type(model).__name__} is not accelerated")
     return Handle(model, plans)
@@ -83,7 +83,7 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the model is still accelerated by this handle."""
-        return any(plan in self._plans for _, plan in _accelerated(self._model))
+        return any(plan in self._plans for _, plan in accelerated(self._model))
 
     @property
     def schedules(self) -> list[Schedule]:
@@ -146,7 +146,7 @@ class Handle:
 
     def remove(self) -> None:
         """Give the model back as it was. A second call does nothing."""
-        for block, plan in list(_accelerated(self._model)):
+        for block, plan in list(accelerated(self._model)):
             if plan in self._plans:
                 del block.forward
 
@@ -182,7 +182,7 @@ def _config(settings: dict[str, Any]) -> TurboConfig:
     return TurboConfig(**settings)
 
 
-def _accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Plan]]:
+def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Plan]]:
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, functools.partial) and forward.func is accelerated_forward:
@@ -250,7 +250,7 @@ def _entries(step: Any) -> int:
 
 
 def _schedule(plan: Plan, tokens: int) -> Schedule:
-    return make_schedule(plan.config, plan.shape, tokens, plan.guided, plan.tower, plan.names)
+    return make_schedule(plan.config, plan.shape, tokens, plan.tower, plan.names)
 
 
 def _describe(config: TurboConfig) -> str:

@@ -43,20 +43,19 @@ class EncoderShape:
     def depth(self) -> int:
         return len(self.attention_weights)
 
-    def block_macs(self, block: int, before: int, after: int, guided: bool) -> int:
-        """Multiply-accumulates of one block: projections, attention, similarity and guide row, MLP, and norms."""
+    def block_macs(self, block: int, before: int, after: int) -> int:
+        """Multiply-accumulates of one block: projections, attention, similarity, MLP, and norms."""
         width = self.attention_width
         macs = before * self.attention_weights[block] + 2 * before * before * width
         macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
         if after < before:
             half = (before - self.prefix) // 2
             macs += half * (before - self.prefix - half) * self.similarity_width[block]
-            macs += before * width if guided else 0
         return macs
 
-    def macs(self, tokens: Sequence[int], guided: bool) -> int:
+    def macs(self, tokens: Sequence[int]) -> int:
         """Multiply-accumulates of the encoder with `tokens[l]` tokens before block l and `tokens[-1]` at its end."""
-        blocks = sum(self.block_macs(i, tokens[i], tokens[i + 1], guided) for i in range(self.depth))
+        blocks = sum(self.block_macs(i, tokens[i], tokens[i + 1]) for i in range(self.depth))
         return blocks + (tokens[0] - self.prefix) * self.patch_weights + 5 * self.hidden_size * tokens[-1]
 
 
@@ -130,7 +129,7 @@ def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
 
 
 @lru_cache(maxsize=1024)
-def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int, guided: bool) -> tuple[int, ...]:
+def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int) -> tuple[int, ...]:
     """Tokens asked of each block, before clamping, for an input of `tokens` tokens."""
     if isinstance(config.r, tuple):
         return config.r
@@ -140,8 +139,8 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int, gui
         target = max(round(config.keep * tokens), shape.prefix)
         return _closest(config, shape, tokens, target, lambda counts: counts[-1])
     assert config.flops is not None
-    full = shape.macs((tokens,) * (shape.depth + 1), guided)
-    return _closest(config, shape, tokens, config.flops * full, lambda counts: shape.macs(counts, guided))
+    full = shape.macs((tokens,) * (shape.depth + 1))
+    return _closest(config, shape, tokens, config.flops * full, shape.macs)
 
 
 def _closest(
@@ -168,20 +167,20 @@ def _closest(
 
 
 def make_schedule(
-    config: TurboConfig, shape: EncoderShape, tokens: int, guided: bool, tower: str, blocks: tuple[str, ...]
+    config: TurboConfig, shape: EncoderShape, tokens: int, tower: str, blocks: tuple[str, ...]
 ) -> Schedule:
     """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
-    amounts = requested_amounts(config, shape, tokens, guided)
+    amounts = requested_amounts(config, shape, tokens)
     fixed = fixed_partners(config, tokens - shape.prefix)
     counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens, fixed)
     full = (tokens,) * (shape.depth + 1)
-    ratio = shape.macs(counts, guided) / shape.macs(full, guided)
+    ratio = shape.macs(counts) / shape.macs(full)
     return Schedule(
         tower=tower,
         blocks=blocks,
         tokens=counts,
-        macs_before=tuple(shape.block_macs(i, tokens, tokens, guided) for i in range(shape.depth)),
-        macs_after=tuple(shape.block_macs(i, counts[i], counts[i + 1], guided) for i in range(shape.depth)),
+        macs_before=tuple(shape.block_macs(i, tokens, tokens) for i in range(shape.depth)),
+        macs_after=tuple(shape.block_macs(i, counts[i], counts[i + 1]) for i in range(shape.depth)),
         ratio=ratio,
         asked=config.amount,
         note=_shortfall(config, amounts, counts, ratio),

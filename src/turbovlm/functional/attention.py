@@ -42,4 +42,17 @@ def proportional_attention(
         `[batch, heads, tokens, head_dim]`.
     """
     bias = None if sizes is None else size_bias(sizes, queries.dtype)
+    return attend(queries, keys, values, bias, scale=scale, dropout_p=dropout_p)
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`softmax(QKᵀ·scale + bias) V`; `bias` as `size_bias` gives it, the rest as in `proportional_attention`."""
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout_p, scale=scale)

@@ -11,6 +11,9 @@ from turbovlm.errors import ConfigError
 from turbovlm.functional.attention import size_bias
 from turbovlm.functional.partition import Index, Partition, hashed_uniform, take
 
+SIMILARITY_ROWS = 1024
+"""Candidates compared at a time: the similarity in memory is never larger than this times the partners."""
+
 COUPLED_DIVISION_EPSILON = 1e-3
 """Added to A before the division of S2, as in the authors' code."""
 
@@ -31,8 +34,10 @@ def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, T
     if partners.shape[1] == 0:
         alone = candidates.new_full(candidates.shape[:2], -1.0)
         return alone, torch.zeros_like(alone, dtype=torch.int64)
-    redundancy, partner = (candidates @ partners.transpose(-1, -2)).max(dim=-1)
-    return redundancy, partner
+    best = [(rows @ partners.transpose(-1, -2)).max(dim=-1) for rows in torch.split(candidates, SIMILARITY_ROWS, dim=1)]
+    if len(best) == 1:
+        return best[0].values, best[0].indices
+    return torch.cat([part.values for part in best], dim=1), torch.cat([part.indices for part in best], dim=1)
 
 
 def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -46,11 +51,18 @@ def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> 
     Returns:
         `[batch, tokens]`, in the keys' dtype, non-negative, summing to 1. Turbo, equations (8) and (16).
     """
-    scores = guide @ keys.transpose(-1, -2)
-    if sizes is not None:
-        scores = scores + size_bias(sizes, scores.dtype)
-    precise = torch.promote_types(keys.dtype, torch.float32)
-    return scores.softmax(dim=-1, dtype=precise).mean(dim=(1, 2)).to(keys.dtype)
+    return attention_row(guide, keys, None if sizes is None else size_bias(sizes, keys.dtype)).to(keys.dtype)
+
+
+def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """`semantic_value` in float32 or better, with the bias of attention itself, `[batch, 1, 1, tokens]`, or None.
+
+    Heads are strides apart in memory, where a matrix product would first copy all keys; a product and a sum do not.
+    """
+    scores = (keys * guide).sum(dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
+    if bias is not None:
+        scores = scores + bias[:, 0]
+    return scores.softmax(dim=-1).mean(dim=1)
 
 
 def information_degree(
@@ -92,7 +104,7 @@ def information_degree(
         return result
     match degree:
         case "weighted_difference":
-            return redundancy - alpha * semantic
+            return torch.sub(redundancy, semantic, alpha=alpha)
         case "coupled_division":
             return redundancy / (semantic + COUPLED_DIVISION_EPSILON)
         case "damped":
@@ -112,4 +124,6 @@ def needs_semantic(degree: str | DegreeFunction) -> bool:
 
 def candidates_of(values: Tensor, candidates: Index) -> Tensor:
     """The candidates' share of a per-token value: `[batch, tokens]` to `[batch, candidates]`."""
-    return take(values.unsqueeze(-1), candidates).squeeze(-1)
+    if isinstance(candidates, slice):
+        return values[:, candidates]
+    return values.index_select(1, candidates) if candidates.ndim == 1 else values.gather(1, candidates)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.config import DegreeFunction
 from turbovlm.functional.informativity import candidates_of, information_degree, mutual_redundancy
-from turbovlm.functional.partition import Partition, count, partition_tokens, positions
+from turbovlm.functional.partition import Partition, count, is_exporting, look_up, partition_tokens, positions
 
 
 @dataclass(frozen=True)
@@ -17,30 +18,55 @@ class Merge:
     """Which token went where in one merge of N tokens into M.
 
     Attributes:
-        source: for each of the N tokens, the token it became part of, `[batch, N]`, int64.
-        kept: for each of the M tokens, the one of the N whose place it took, `[batch, M]`, int64.
+        rows: for each of the batch's tokens, the row of the `batch · M` left that it became part of, `[batch · N]`,
+            int64.
+        gone: the r tokens of each picture that have no place of their own any more, `[batch, r]`, int64.
         weights: the share of each of the N in its destination, `[batch, N]`; 0 for a token that is dropped.
         sizes: patches that each of the M stands for, `[batch, M]`.
     """
 
-    source: Tensor
-    kept: Tensor
+    rows: Tensor
+    gone: Tensor
     weights: Tensor
     sizes: Tensor
 
+    @property
+    def source(self) -> Tensor:
+        """For each of the N tokens, the token it became part of, `[batch, N]`, int64."""
+        return self.rows.view(self.weights.shape) - _first_rows(self.sizes)
+
+    @property
+    def kept(self) -> Tensor:
+        """For each of the M tokens, the one of the N whose place it took, `[batch, M]`, int64."""
+        tokens, left = self.weights.shape[1], self.sizes.numel()
+        gone = (self.gone + _first_rows(self.weights)).flatten()
+        everyone = torch.arange(len(self.rows), device=self.rows.device)
+        spill = self.rows.new_empty(left + 1).scatter(0, self.rows.index_fill(0, gone, left), everyone)
+        return spill[:left].view(self.sizes.shape) % tokens
+
     def merge(self, x: Tensor) -> Tensor:
         """Average the tokens of `x`, `[batch, N, width]`, by size: `[batch, M, width]` in the same dtype."""
-        batch, _, width = x.shape
-        merged = self.sizes.shape[1]
+        if x.device.type in ("cpu", "cuda") and not is_exporting():
+            return self._gathered(x)
+        return self._scattered(x)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        """One pass over `x`: each of the M is a bag of weighted rows, and no weighted copy of `x` is made."""
+        row, bag = self.rows.sort(stable=True)
+        starts = torch.searchsorted(row, torch.arange(self.sizes.numel(), device=row.device))
+        weights = self.weights.flatten().index_select(0, bag).to(x.dtype)
+        out = F.embedding_bag(bag, x.flatten(0, 1), starts, mode="sum", per_sample_weights=weights)
+        return out.view(*self.sizes.shape, x.shape[-1])
+
+    def _scattered(self, x: Tensor) -> Tensor:
+        """The same in operators that every backend and exporter has."""
         weighted = (x * self.weights.unsqueeze(-1)).flatten(0, 1)
-        rows = _flat(self.source, merged)
-        out = weighted.new_zeros(batch * merged, width).index_add(0, rows, weighted)
-        return out.view(batch, merged, width).to(x.dtype)
+        out = weighted.new_zeros(self.sizes.numel(), x.shape[-1]).index_add(0, self.rows, weighted)
+        return out.view(*self.sizes.shape, x.shape[-1]).to(x.dtype)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Give every one of the N tokens its destination's row of `y`: `[batch, M, width]` to `[batch, N, width]`."""
-        rows = y.flatten(0, 1).index_select(0, _flat(self.source, y.shape[1]))
-        return rows.view(*self.source.shape, y.shape[-1])
+        return y.flatten(0, 1).index_select(0, self.rows).view(*self.weights.shape, y.shape[-1])
 
 
 def match(
@@ -84,8 +110,15 @@ def match(
     e = information_degree(
         redundancy, candidate_semantic, block, degree=degree, alpha=alpha, beta=beta, gamma=gamma, seed=seed
     )
+    if sizes is not None:
+        e = padding_first(e, sizes, split)
     limit = count(split.candidates) if partition == "grid" else (tokens - prefix) // 2
     return bipartite_merge(e, partner, split, min(r, limit), tokens, sizes=sizes, order=order, reduce=reduce)
+
+
+def padding_first(degree: Tensor, sizes: Tensor, partition: Partition) -> Tensor:
+    """E, `[batch, candidates]`, but infinite for candidates of size 0, so that padding is merged before all else."""
+    return degree.masked_fill(candidates_of(sizes, partition.candidates) == 0, torch.inf)
 
 
 def bipartite_merge(
@@ -102,50 +135,53 @@ def bipartite_merge(
     """Merge the `r` candidates of highest `degree` into their partners.
 
     Args:
-        degree, partner: E, and the index among the partners of each candidate's own, `[batch, candidates]`.
+        degree, partner: E, and the index among the partners of each candidate's own, `[batch, candidates]`; where
+            there is padding, E as `padding_first` gives it.
         partition: the split that both refer to.
         r: tokens to merge, at most the number of candidates.
         tokens: N, the prefix included.
-        sizes: patches each token stands for, `[batch, tokens]`; ones if None. Tokens of size 0 (padding) go first.
+        sizes: patches each token stands for, `[batch, tokens]`; ones if None.
         order: `"partition"`: prefix, candidates left, partners; or `"spatial"`: the order before.
         reduce: `"merge"`, or `"prune"`: the destination keeps its own value and size.
     """
-    device, batch = degree.device, degree.shape[0]
-    candidates = positions(partition.candidates, device).expand(batch, -1)
-    partners = positions(partition.partners, device).expand(batch, -1)
+    batch = degree.shape[0]
     if sizes is None:
-        sizes = torch.ones(batch, tokens, dtype=torch.promote_types(degree.dtype, torch.float32), device=device)
-    else:
-        degree = degree.masked_fill(sizes.gather(1, candidates) == 0, torch.inf)
+        sizes = torch.ones(batch, tokens, dtype=torch.promote_types(degree.dtype, torch.float32), device=degree.device)
     chosen = degree.topk(r, dim=1, sorted=False).indices
-    gone, into = candidates.gather(1, chosen), partners.gather(1, partner.gather(1, chosen))
+    gone = look_up(partition.candidates, chosen)
+    first = _first_rows(sizes)
+    gone_rows = (gone + first).flatten()
+    into_rows = (look_up(partition.partners, partner.gather(1, chosen)) + first).flatten()
 
-    stays = torch.ones(batch, tokens, dtype=torch.bool, device=device).scatter(1, gone, False)
-    slot = _slots(stays, candidates, partners, r, order)
-    left = tokens - r
-    source = slot.scatter(1, gone, slot.gather(1, into))
-    spill = torch.where(stays, slot, left)
-    everyone = torch.arange(tokens, device=device).expand(batch, -1)
-    kept = torch.empty(batch, left + 1, dtype=torch.int64, device=device).scatter(1, spill, everyone)[:, :left]
-    if reduce == "prune":
-        return Merge(source, kept, stays.to(sizes.dtype), sizes.gather(1, kept))
-    merged_sizes = torch.zeros(batch, left, dtype=sizes.dtype, device=device).scatter_add(1, source, sizes)
-    weights = sizes / merged_sizes.gather(1, source).clamp_min(1e-6)
-    return Merge(source, kept, weights, merged_sizes)
+    stays = torch.ones(batch * tokens, dtype=torch.bool, device=degree.device).index_fill_(0, gone_rows, False)
+    slots = _slots(stays, partition, batch, r, order)
+    rows = slots.index_copy_(0, gone_rows, slots.index_select(0, into_rows))
+    counted = sizes.flatten() if reduce == "merge" else sizes.flatten() * stays
+    merged_sizes = sizes.new_zeros(batch * (tokens - r)).scatter_add_(0, rows, counted)
+    if reduce == "merge":
+        weights = counted / merged_sizes.index_select(0, rows).clamp_min(1e-6)
+    else:
+        weights = stays.to(sizes.dtype)
+    return Merge(rows, gone, weights.view(batch, tokens), merged_sizes.view(batch, tokens - r))
 
 
-def _slots(stays: Tensor, candidates: Tensor, partners: Tensor, r: int, order: str) -> Tensor:
-    """Where each token that stays comes to lie, `[batch, tokens]`; meaningless for the others."""
+def _slots(stays: Tensor, partition: Partition, batch: int, r: int, order: str) -> Tensor:
+    """The row that each token comes to lie in, `[batch · tokens]`; meaningless for tokens that do not stay."""
     if order == "spatial":
-        return stays.long().cumsum(1) - 1
-    prefix = stays.shape[1] - candidates.shape[1] - partners.shape[1]
-    among_candidates = stays.gather(1, candidates).long().cumsum(1)
-    slot = torch.arange(stays.shape[1], device=stays.device).expand(stays.shape[0], -1)
+        return stays.cumsum(0).sub_(1)
+    candidates = positions(partition.candidates, stays.device).expand(batch, -1)
+    partners = positions(partition.partners, stays.device).expand(batch, -1)
+    tokens = len(stays) // batch
+    prefix = tokens - candidates.shape[1] - partners.shape[1]
+    among_candidates = stays.view(batch, tokens).gather(1, candidates).cumsum(1)
+    slot = torch.arange(tokens, device=stays.device).expand(batch, -1)
     slot = slot.scatter(1, candidates, prefix + among_candidates - 1)
     behind = prefix + candidates.shape[1] - r + torch.arange(partners.shape[1], device=stays.device)
-    return slot.scatter(1, partners, behind.expand(partners.shape[0], -1))
+    slot = slot.scatter(1, partners, behind.expand(batch, -1))
+    return (slot + torch.arange(batch, device=stays.device).unsqueeze(1) * (tokens - r)).flatten()
 
 
-def _flat(index: Tensor, rows: int) -> Tensor:
-    """`[batch, k]` row numbers per picture as one list into the flattened batch."""
-    return (index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * rows).flatten()
+def _first_rows(values: Tensor) -> Tensor:
+    """The row at which each picture begins when `values`, `[batch, k]`, is flattened, `[batch, 1]`."""
+    batch, length = values.shape
+    return torch.arange(0, batch * length, length, device=values.device).unsqueeze(1)

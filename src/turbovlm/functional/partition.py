@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from turbovlm.errors import ConfigError
+
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"""torch 2.6 has no `is_exporting`: there, whatever compiles is treated as if it were exported."""
+
+DRAWN_LIMIT = 4096
+_DRAWN: dict[tuple[int, int, int, torch.device | None], Tensor] = {}
+"""The random halves drawn so far, by number of patches, block, seed and device."""
 
 Index = slice | Tensor
 """Token indices: a slice with start, stop and step, `[k]` for all pictures of the batch, or `[batch, k]`."""
@@ -50,33 +56,57 @@ def partition_tokens(
         first = prefix + prefix % 2
         return Partition(slice(first, tokens, 2), slice(2 * prefix + 1 - first, tokens, 2))
     if kind == "random":
-        order = hashed_uniform(patches, seed, block, device).argsort() + prefix
-        half = patches // 2
-        return Partition(order[half:].sort().values, order[:half].sort().values)
-    rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
-    if rows * columns != patches:
-        raise ConfigError(f"grid={grid}: {rows}x{columns} patches expected, {patches} found; give grid=(rows, columns)")
-    index = torch.arange(patches, device=device)
-    corner = (index // columns % 2 == 0) & (index % columns % 2 == 0)
-    partners = (rows + 1) // 2 * ((columns + 1) // 2)
-    order = (~corner).to(torch.int8).argsort(stable=True) + prefix
+        partners = patches // 2
+        order = _random_order(patches, block, seed, device)
+    else:
+        rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
+        if rows * columns != patches:
+            raise ConfigError(
+                f"grid={grid}: {rows}x{columns} patches expected, {patches} found; give grid=(rows, columns)"
+            )
+        partners = (rows + 1) // 2 * ((columns + 1) // 2)
+        order = _grid_order(patches, columns, device)
+    order = order + prefix
     return Partition(order[partners:], order[:partners])
 
 
-@lru_cache(maxsize=4096)
-def kept_partition(
-    tokens: int,
-    prefix: int,
-    kind: str,
-    *,
-    block: int,
-    seed: int,
-    grid: tuple[int, int] | None,
-    device: torch.device,
-) -> Partition:
-    """`partition_tokens`, made once for all forwards; not for use while tracing, whose tensors must not be kept."""
+def _random_order(patches: int, block: int, seed: int, device: torch.device | None) -> Tensor:
+    """A random half of the patches, then the others, each in ascending order, `[patches]`."""
+    make = _drawn_order if type(patches) is int and not is_exporting() else _draw_order
+    order: Tensor = make(patches, block, seed, device)
+    return order
+
+
+def _draw_order(patches: int, block: int, seed: int, device: torch.device | None) -> Tensor:
+    order = hashed_uniform(patches, seed, block, device).argsort()
+    half = patches // 2
+    return torch.cat([order[:half].sort().values, order[half:].sort().values])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _drawn_order(patches: int, block: int, seed: int, device: torch.device | None) -> Tensor:
+    """`_draw_order`, kept for all forwards; a constant where a graph is compiled.
+
+    Nothing is kept of a capture: its memory is the CUDA graph's.
+    """
+    key = (patches, block, seed, device)
+    fake = type(torch.empty(0, device=device)) is not Tensor
+    if key in _DRAWN and not fake:
+        return _DRAWN[key]
     with torch.inference_mode(False):
-        return partition_tokens(tokens, prefix, kind, block=block, seed=seed, grid=grid, device=device)
+        order = _draw_order(patches, block, seed, device)
+    if not fake and not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if len(_DRAWN) >= DRAWN_LIMIT:
+            _DRAWN.clear()
+        _DRAWN[key] = order
+    return order
+
+
+def _grid_order(patches: int, columns: int, device: torch.device | None) -> Tensor:
+    """The top left patch of every 2×2 cell, then the others, `[patches]`."""
+    index = torch.arange(patches, device=device)
+    corner = (index // columns % 2 == 0) & (index % columns % 2 == 0)
+    return (~corner).to(torch.int8).argsort(stable=True)
 
 
 def count(index: Index) -> int:
@@ -92,6 +122,14 @@ def positions(index: Index, device: torch.device) -> Tensor:
     if isinstance(index, Tensor):
         return index
     return torch.arange(index.start, index.stop, index.step, device=device)
+
+
+def look_up(index: Index, chosen: Tensor) -> Tensor:
+    """The token positions that `chosen`, `[batch, r]`, points at among those that `index` names."""
+    if isinstance(index, slice):
+        step: int = index.step
+        return chosen * step + index.start
+    return index.take(chosen) if index.ndim == 1 else index.gather(1, chosen)
 
 
 def take(x: Tensor, index: Index) -> Tensor:
