@@ -178,13 +178,7 @@ def accelerated_forward(
     if state.sizes is None and plan.spelling.mask is not None:
         sizes = _sizes_from_mask(arguments.get(plan.spelling.mask), hidden)
         state = replace(state, sizes=sizes, padded=sizes is not None)
-    heads = _heads(block, plan.spelling, config, hidden, state, arguments)
-    clues = _clues(plan, state, heads) if r > 0 or config.trace else None
-    mixed = _attend(block, plan.spelling, heads)
-    del heads  # the largest tensors of this half: gone before the merge and the MLP need memory
-    x = hidden + run_steps(block, plan.spelling.after_attention, mixed)
-    if clues is not None:
-        x, state = _merge(block, plan, index, state, r, x, clues)
+    x, state = _attend_and_merge(block, plan, index, state, r, hidden, arguments)
     x = x + run_steps(block, plan.spelling.mlp, x)
     return _hand_on(plan, replace(state, block=index + 1), x)
 
@@ -193,8 +187,7 @@ def unmerged_forward(
     block: nn.Module, spelling: Spelling, config: TurboConfig, x: Tensor, state: State, arguments: Mapping[str, Any]
 ) -> Tensor:
     """Both halves of a block without a merge between them."""
-    mixed = _attend(block, spelling, _heads(block, spelling, config, x, state, arguments))
-    x = x + run_steps(block, spelling.after_attention, mixed)
+    x = _attend(block, spelling, x, _heads(block, spelling, config, x, state, arguments))
     return x + run_steps(block, spelling.mlp, x)
 
 
@@ -244,6 +237,17 @@ def _check_arguments(plan: Plan, index: int, arguments: Mapping[str, Any]) -> No
             raise StateError(f"{plan.names[index]} got {name}, which an accelerated block cannot honour")
 
 
+def _attend_and_merge(
+    block: nn.Module, plan: Plan, index: int, state: State, r: int, hidden: Tensor, arguments: Mapping[str, Any]
+) -> tuple[Tensor, State]:
+    """A function of its own, so that what it computed is gone from memory before the MLP needs some."""
+    heads = _heads(block, plan.spelling, plan.config, hidden, state, arguments)
+    if r == 0 and not plan.config.trace:
+        return _attend(block, plan.spelling, hidden, heads), state
+    clues = _clues(plan, state, heads)
+    return _merge(block, plan, index, state, r, _attend(block, plan.spelling, hidden, heads), clues)
+
+
 def _heads(
     block: nn.Module,
     spelling: Spelling,
@@ -273,10 +277,10 @@ def _heads(
     return Heads(q, k, v, content, None if attended is None else size_bias(attended, q.dtype))
 
 
-def _attend(block: nn.Module, spelling: Spelling, heads: Heads) -> Tensor:
-    """Attention before its output projection, `[batch, tokens, heads * head_dim]`."""
+def _attend(block: nn.Module, spelling: Spelling, hidden: Tensor, heads: Heads) -> Tensor:
+    """`hidden + attention`, `[batch, tokens, width]`."""
     mixed = attend(heads.q, heads.k, heads.v, heads.bias, dropout_p=_dropout(block, spelling))
-    return mixed.transpose(1, 2).flatten(2)
+    return hidden + run_steps(block, spelling.after_attention, mixed.transpose(1, 2).flatten(2))
 
 
 def _clues(plan: Plan, state: State, heads: Heads) -> Clues:

@@ -1,4 +1,4 @@
-"""Models by name, with random weights on the meta device: for questions that shapes alone answer."""
+"""Models by name: on the meta device for questions that shapes alone answer, or with weights, to be run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import logging
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -28,15 +28,19 @@ MODEL_HELP = (
 )
 
 
-def load_model(spec: str, image_size: int | None = None) -> nn.Module:
-    """Build a model from its config, in eval mode, on the meta device.
+def load_model(
+    spec: str, image_size: int | None = None, *, device: str | torch.device = "meta", pretrained: bool = False
+) -> nn.Module:
+    """Build a model from its config, in eval mode, with random weights unless `pretrained`.
 
     Args:
         spec: see `MODEL_HELP`.
         image_size: pixels per side, instead of the model's own.
+        device: where to build it.
+        pretrained: load the weights as the library does: from its cache, the folder, or the hub.
 
     Raises:
-        TurboError: the library is not installed, or does not know the model.
+        TurboError: the library is not installed, or does not know the model, or has no weights for it.
     """
     library, separator, name = spec.partition(":")
     if not separator:
@@ -45,16 +49,33 @@ def load_model(spec: str, image_size: int | None = None) -> nn.Module:
         raise TurboError(f"{spec!r}: {library!r} is none of {', '.join(_LOADERS)}")
     if library == "transformers" and name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise TurboError(f"{spec!r}: there is no such folder")
-    if importlib.util.find_spec(library) is None:
+    if importlib.util.find_spec("turbovlm.zoo" if library == "zoo" else library) is None:
         raise TurboError(f"{spec!r} needs {library}: pip install 'turbovlm[{library}]'")
     try:
-        with torch.device("meta"), _without_warnings():
-            return _LOADERS[library](name, image_size).eval()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_without_warnings())
+            if not pretrained:
+                stack.enter_context(torch.device(device))
+            return _LOADERS[library](name, image_size, pretrained).eval().to(device)
     except TurboError:
         raise
     except Exception as error:  # whatever the library raises for a name, a size or a file that it does not like
         reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(".") or type(error).__name__
         raise TurboError(f"{spec!r}: {library} could not build it: {reason}{_hint(spec)}") from error
+
+
+def random_inputs(tower: Tower, batch: int, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
+    """`example_inputs` of `batch` images of seeded noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        if value.device.type != "meta":
+            return value.expand(batch, *value.shape[1:]).to(device)
+        return torch.randn(batch, *value.shape[1:], generator=generator).to(device, dtype)
+
+    return {name: noise(value) for name, value in example_inputs(tower).items()}
 
 
 def example_inputs(tower: Tower) -> dict[str, Tensor | None]:
@@ -67,7 +88,7 @@ def example_inputs(tower: Tower) -> dict[str, Tensor | None]:
         return {
             "pixel_values": torch.empty(1, patches, projection.in_features, device="meta"),
             "pixel_attention_mask": None,
-            "spatial_shapes": torch.full((1, 2), int(patches**0.5)),
+            "spatial_shapes": torch.full((1, 2), int(patches**0.5), device="cpu"),
         }
     if family.startswith("transformers"):
         key, size = "pixel_values", module.config.image_size
@@ -127,7 +148,7 @@ def _hint(spec: str) -> str:
     return f"; there is no folder {spec} either, and models of other libraries are timm:NAME, torchvision:NAME, …"
 
 
-def _transformers(name: str, image_size: int | None) -> nn.Module:
+def _transformers(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
     import transformers
 
     where = str(Path(name).expanduser()) if name.startswith("~") else name
@@ -137,43 +158,67 @@ def _transformers(name: str, image_size: int | None) -> nn.Module:
         if not hasattr(vision, "image_size"):
             raise TurboError(f"--image-size {image_size}: a {type(vision).__name__} has no image size")
         vision.image_size = image_size
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    model: nn.Module = architecture(config) if architecture else transformers.AutoModel.from_config(config)
+    architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+    if pretrained:
+        model: nn.Module = architecture.from_pretrained(where, config=config)
+    elif architecture is transformers.AutoModel:
+        model = architecture.from_config(config)
+    else:
+        model = architecture(config)
     return model
 
 
-def _timm(name: str, image_size: int | None) -> nn.Module:
+def _timm(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
     import timm
 
     size = {} if image_size is None else {"img_size": image_size}
-    model: nn.Module = timm.create_model(name, pretrained=False, **size)
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **size)
     return model
 
 
-def _torchvision(name: str, image_size: int | None) -> nn.Module:
+def _torchvision(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
     from torchvision import models
 
     settings: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         settings["weights_backbone"] = None
-    model: nn.Module = models.get_model(name, weights=None, **settings)
+    model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **settings)
     return model
 
 
-def _open_clip(name: str, image_size: int | None) -> nn.Module:
+def _open_clip(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
     import open_clip
 
-    if name.startswith("hf-hub:"):
-        raise TurboError(f"'open_clip:{name}': open_clip fetches the weights as well; name the architecture instead")
+    if pretrained != name.startswith(("hf-hub:", "local-dir:")):
+        form = "hf-hub:ID or local-dir:FOLDER, which have weights" if pretrained else "the architecture's name"
+        raise TurboError(f"'open_clip:{name}': for {'pretrained' if pretrained else 'random'} weights give {form}")
     model: nn.Module = open_clip.create_model(
-        name, load_weights=False, pretrained_text=False, force_image_size=image_size, device="meta"
+        name,
+        load_weights=pretrained,
+        pretrained_text=False,
+        force_image_size=image_size,
+        device=str(torch.get_default_device()),
     )
     return model
 
 
-_LOADERS: dict[str, Callable[[str, int | None], nn.Module]] = {
+def _zoo(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
+    from turbovlm.zoo import load_saliency_vit
+
+    if name != "saliency":
+        raise TurboError(f"'zoo:{name}': there is zoo:saliency")
+    if not pretrained:
+        raise TurboError("'zoo:saliency' is a pretrained model: give --pretrained")
+    model: Any = load_saliency_vit()
+    if image_size is not None:
+        model.backbone.config.image_size = image_size
+    return cast(nn.Module, model.backbone)
+
+
+_LOADERS: dict[str, Callable[[str, int | None, bool], nn.Module]] = {
     "transformers": _transformers,
     "timm": _timm,
     "torchvision": _torchvision,
     "open_clip": _open_clip,
+    "zoo": _zoo,
 }

@@ -34,10 +34,24 @@ def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, T
     if partners.shape[1] == 0:
         alone = candidates.new_full(candidates.shape[:2], -1.0)
         return alone, torch.zeros_like(alone, dtype=torch.int64)
-    best = [(rows @ partners.transpose(-1, -2)).max(dim=-1) for rows in torch.split(candidates, SIMILARITY_ROWS, dim=1)]
+    parts = _compared(candidates.shape[1], partners.shape[1], partition.windows)
+    best = [(candidates[:, rows] @ partners[:, columns].transpose(-1, -2)).max(dim=-1) for rows, columns in parts]
     if len(best) == 1:
         return best[0].values, best[0].indices
-    return torch.cat([part.values for part in best], dim=1), torch.cat([part.indices for part in best], dim=1)
+    indices = [found.indices + columns.start for found, (_, columns) in zip(best, parts)]
+    return torch.cat([found.values for found in best], dim=1), torch.cat(indices, dim=1)
+
+
+def _compared(candidates: int, partners: int, windows: int) -> list[tuple[slice, slice]]:
+    """Which candidates are compared with which partners, one product at a time."""
+    if windows == 1:
+        starts = range(0, max(candidates, 1), SIMILARITY_ROWS)
+        return [(slice(start, start + SIMILARITY_ROWS), slice(0, partners)) for start in starts]
+
+    def part(length: int, window: int) -> slice:
+        return slice(length * window // windows, length * (window + 1) // windows)
+
+    return [(part(candidates, window), part(partners, window)) for window in range(windows)]
 
 
 def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:

@@ -14,8 +14,12 @@ is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compili
 """torch 2.6 has no `is_exporting`: there, whatever compiles is treated as if it were exported."""
 
 DRAWN_LIMIT = 4096
-_DRAWN: dict[tuple[int, int, int, torch.device | None], Tensor] = {}
-"""The random halves drawn so far, by number of patches, block, seed and device."""
+_DRAWN: dict[tuple[int, int, int, int, torch.device | None], Tensor] = {}
+"""The random halves drawn so far, by number of tokens, prefix, block, seed and device."""
+
+WINDOW = 512
+WINDOWED_FROM = 1025
+"""From so many patches on, `"random"` lets a token merge only within its window of about 512 patches."""
 
 Index = slice | Tensor
 """Token indices: a slice with start, stop and step, `[k]` for all pictures of the batch, or `[batch, k]`."""
@@ -23,10 +27,14 @@ Index = slice | Tensor
 
 @dataclass(frozen=True)
 class Partition:
-    """Candidates may be merged, each into one of the partners. Both in ascending order; prefix tokens are neither."""
+    """Candidates may be merged, each into one of the partners. Both in ascending order; prefix tokens are neither.
+
+    With several windows, the k-th part of the candidates may only be merged into the k-th part of the partners.
+    """
 
     candidates: Index
     partners: Index
+    windows: int = 1
 
 
 def partition_tokens(
@@ -45,7 +53,8 @@ def partition_tokens(
         tokens: N, the prefix included.
         prefix: tokens at the front that are never merged and never merged into.
         kind: `"alternate"`: even indices are candidates, odd ones partners, as published. `"random"`: halves drawn
-            from `seed` and `block`. `"grid"`: the top left patch of every 2×2 cell is a partner.
+            from `seed` and `block`; from 1,025 patches on, merged within windows of about 512 patches, which costs N
+            instead of N². `"grid"`: the top left patch of every 2×2 cell is a partner.
         grid: patch rows and columns for `"grid"`; a square if None.
 
     Raises:
@@ -56,57 +65,48 @@ def partition_tokens(
         first = prefix + prefix % 2
         return Partition(slice(first, tokens, 2), slice(2 * prefix + 1 - first, tokens, 2))
     if kind == "random":
-        partners = patches // 2
-        order = _random_order(patches, block, seed, device)
-    else:
-        rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
-        if rows * columns != patches:
-            raise ConfigError(
-                f"grid={grid}: {rows}x{columns} patches expected, {patches} found; give grid=(rows, columns)"
-            )
-        partners = (rows + 1) // 2 * ((columns + 1) // 2)
-        order = _grid_order(patches, columns, device)
-    order = order + prefix
+        draw = _kept_halves if type(tokens) is int and not is_exporting() else _draw_halves
+        order = draw(tokens, prefix, block, seed, device)
+        return Partition(order[patches // 2 :], order[: patches // 2], window_count(patches))
+    rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
+    if rows * columns != patches:
+        raise ConfigError(f"grid={grid}: {rows}x{columns} patches expected, {patches} found; give grid=(rows, columns)")
+    index = torch.arange(patches, device=device)
+    corner = (index // columns % 2 == 0) & (index % columns % 2 == 0)
+    partners = (rows + 1) // 2 * ((columns + 1) // 2)
+    order = (~corner).to(torch.int8).argsort(stable=True) + prefix
     return Partition(order[partners:], order[:partners])
 
 
-def _random_order(patches: int, block: int, seed: int, device: torch.device | None) -> Tensor:
-    """A random half of the patches, then the others, each in ascending order, `[patches]`."""
-    make = _drawn_order if type(patches) is int and not is_exporting() else _draw_order
-    order: Tensor = make(patches, block, seed, device)
-    return order
+def window_count(patches: int) -> int:
+    """Into how many windows `"random"` divides the patches."""
+    return 1 if patches < WINDOWED_FROM else -(-patches // WINDOW)
 
 
-def _draw_order(patches: int, block: int, seed: int, device: torch.device | None) -> Tensor:
-    order = hashed_uniform(patches, seed, block, device).argsort()
-    half = patches // 2
-    return torch.cat([order[:half].sort().values, order[half:].sort().values])
+def _draw_halves(tokens: int, prefix: int, block: int, seed: int, device: torch.device | None) -> Tensor:
+    """A random half of the patch tokens, then the others, each in ascending order, `[patches]`."""
+    patches = tokens - prefix
+    order = hashed_uniform(patches, seed, block, device).argsort() + prefix
+    return torch.cat([order[: patches // 2].sort().values, order[patches // 2 :].sort().values])
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _drawn_order(patches: int, block: int, seed: int, device: torch.device | None) -> Tensor:
-    """`_draw_order`, kept for all forwards; a constant where a graph is compiled.
+def _kept_halves(tokens: int, prefix: int, block: int, seed: int, device: torch.device | None) -> Tensor:
+    """`_draw_halves`, kept for all forwards; a constant where a graph is compiled.
 
     Nothing is kept of a capture: its memory is the CUDA graph's.
     """
-    key = (patches, block, seed, device)
+    key = (tokens, prefix, block, seed, device)
     fake = type(torch.empty(0, device=device)) is not Tensor
     if key in _DRAWN and not fake:
         return _DRAWN[key]
     with torch.inference_mode(False):
-        order = _draw_order(patches, block, seed, device)
+        order = _draw_halves(tokens, prefix, block, seed, device)
     if not fake and not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
         if len(_DRAWN) >= DRAWN_LIMIT:
             _DRAWN.clear()
         _DRAWN[key] = order
     return order
-
-
-def _grid_order(patches: int, columns: int, device: torch.device | None) -> Tensor:
-    """The top left patch of every 2×2 cell, then the others, `[patches]`."""
-    index = torch.arange(patches, device=device)
-    corner = (index // columns % 2 == 0) & (index % columns % 2 == 0)
-    return (~corner).to(torch.int8).argsort(stable=True)
 
 
 def count(index: Index) -> int:
@@ -127,8 +127,8 @@ def positions(index: Index, device: torch.device) -> Tensor:
 def look_up(index: Index, chosen: Tensor) -> Tensor:
     """The token positions that `chosen`, `[batch, r]`, points at among those that `index` names."""
     if isinstance(index, slice):
-        step: int = index.step
-        return chosen * step + index.start
+        moved: Tensor = chosen * index.step + index.start
+        return moved
     return index.take(chosen) if index.ndim == 1 else index.gather(1, chosen)
 
 

@@ -117,12 +117,18 @@ class Comparison:
         about = {name: getattr(self, name) for name in ("batch", "device", "dtype", "threads", "clock", "compiled")}
         return {**about, "rounds": len(self.baseline.seconds), "runs": runs}
 
-    def __str__(self) -> str:
+    @property
+    def conditions(self) -> str:
+        """How it was measured, in one line."""
+        device = f"{self.device}, {self.threads} threads" if self.clock == CLOCKS["cpu"] else self.device
         how = "compiled" if self.compiled else "eager"
         rounds = len(self.baseline.seconds)
+        return f"{device}, {self.dtype}, batch {self.batch}, {how}, {rounds} rounds, {self.clock}"
+
+    def __str__(self) -> str:
         width = max(len(run.name) for run in self.runs) + 1
         lines = [
-            f"{self.device}, {self.dtype}, batch {self.batch}, {how}; {rounds} rounds, {self.clock}",
+            self.conditions,
             f"{'':{width}}{'s/batch':>9}{'images/s':>10}{'GMACs':>9}{'speed-up':>10}{'quartiles':>15}"
             f"{'MACs ratio':>12}{'efficiency':>12}{'peak MB':>9}",
         ]
