@@ -25,7 +25,7 @@ def folder(tmp_path):
     return str(tmp_path / "model")
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"], ["macs"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"], ["bench"], ["macs"]])
 def test_help_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -159,7 +159,44 @@ def test_an_image_size_where_there_is_none(tmp_path, capsys):
     assert "--image-size 96" in capsys.readouterr().err
 
 
+def test_bench_measures_prints_and_writes(folder, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    plot = tmp_path / "bench.png"
+    argv = ["bench", folder, "--r", "2", "1", "--batch", "2", "--rounds", "2", "--warmup", "0"]
+    assert main([*argv, "--json", str(out), "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    assert "r=2" in printed and "process CPU time" in printed and "…" not in printed
+    encoder = json.loads(out.read_text())["encoders"]["Dinov2Model"]
+    assert encoder["batch"] == 2 and encoder["rounds"] == 2 and encoder["dtype"] == "float32"
+    assert [run["name"] for run in encoder["runs"]] == ["model", "r=2", "r=1"]
+    assert plot.stat().st_size > 10_000
+
+
+def test_bench_loads_weights_where_asked(tmp_path, capsys, monkeypatch):
+    config = transformers.Dinov2Config(**{**SMALL, "image_size": 56, "patch_size": 14})
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    asked = []
+    load = transformers.Dinov2Model.from_pretrained
+    monkeypatch.setattr(
+        transformers.Dinov2Model, "from_pretrained", lambda *a, **k: (asked.append(a), load(*a, **k))[1]
+    )
+    argv = ["bench", str(tmp_path), "--r", "2", "--batch", "1", "--rounds", "1", "--warmup", "0", "--dtype", "bfloat16"]
+    assert main(argv) == 0 and not asked
+    assert main([*argv, "--pretrained"]) == 0 and asked == [(str(tmp_path),)]
+    assert "bfloat16" in capsys.readouterr().out
+
+
 BAD = [
+    (["bench", "timm:vit_tiny_patch16_224", "--batch", "0"], "--batch 0"),
+    (["bench", "timm:vit_tiny_patch16_224", "--rounds", "0"], "--rounds 0"),
+    (["bench", "timm:vit_tiny_patch16_224", "--warmup", "0", "--compile"], "--warmup 0"),
+    (["bench", "timm:vit_tiny_patch16_224", "--r", "4", "-4"], "r=-4"),
+    (["bench", "timm:vit_tiny_patch16_224", "--device", "gpu"], "--device gpu"),
+    (["bench", "timm:vit_tiny_patch16_224", "--device", "meta"], "--device meta"),
+    (["bench", "timm:vit_tiny_patch16_224", "--plot", "x.bmp"], "--plot x.bmp"),
+    (["bench", "zoo:saliency"], "give --pretrained"),
+    (["bench", "zoo:nothing"], "there is zoo:saliency"),
+    (["bench", "open_clip:ViT-B-32", "--pretrained"], "hf-hub:ID or local-dir:FOLDER"),
     (["inspect", "timm:no_such_model"], "Unknown model"),
     (["inspect", "timm:swin_tiny_patch4_window7_224"], "windowed attention"),
     (["inspect", "/no/such/folder"], "no such folder"),
@@ -196,7 +233,7 @@ def test_unknown_options_exit_with_2(capsys):
 def test_importing_the_library_imports_nothing_optional():
     code = (
         "import sys, turbovlm, turbovlm.functional\n"
-        "names = ('transformers', 'timm', 'torchvision', 'open_clip', 'rich', 'PIL', 'onnx')\n"
+        "names = ('transformers', 'timm', 'torchvision', 'open_clip', 'rich', 'PIL', 'onnx', 'matplotlib')\n"
         "print([n for n in names if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,6 +18,7 @@ from turbovlm.adapters.layout import Spelling, fetch, run_steps
 from turbovlm.config import TurboConfig
 from turbovlm.errors import StateError
 from turbovlm.functional.attention import attend, size_bias
+from turbovlm.functional.backend import is_exporting
 from turbovlm.functional.informativity import (
     attention_row,
     candidates_of,
@@ -25,8 +26,8 @@ from turbovlm.functional.informativity import (
     mutual_redundancy,
     needs_semantic,
 )
-from turbovlm.functional.matching import Merge, bipartite_merge, padding_first
-from turbovlm.functional.partition import Partition, count, is_exporting, partition_tokens, positions
+from turbovlm.functional.matching import Merge, merge_tokens, padding_first
+from turbovlm.functional.partition import Partition, count, partition_tokens, positions
 from turbovlm.schedule import EncoderShape, clamp, requested_amounts
 
 STATE = "_turbovlm"
@@ -324,10 +325,9 @@ def _merge(
         e = padding_first(e, state.sizes, partition)
     r = min(r, count(partition.candidates))
     if r > 0:
-        merge = bipartite_merge(
-            e, partner, partition, r, tokens, sizes=state.sizes, order=config.order, reduce=config.reduce
+        x, merge = merge_tokens(
+            x, e, partner, partition, r, sizes=state.sizes, order=config.order, reduce=config.reduce
         )
-        x = merge.merge(x)
         state = _follow(plan, state, merge, partition)
     if config.trace:
         assert semantic is not None

@@ -9,7 +9,8 @@ from torch import Tensor
 from turbovlm.config import DEGREES, DegreeFunction
 from turbovlm.errors import ConfigError
 from turbovlm.functional.attention import size_bias
-from turbovlm.functional.partition import Index, Partition, hashed_uniform, take
+from turbovlm.functional.backend import fused_kernels
+from turbovlm.functional.partition import Index, Partition, count, hashed_uniform, part, take
 
 SIMILARITY_ROWS = 1024
 """Candidates compared at a time: the similarity in memory is never larger than this times the partners."""
@@ -29,17 +30,23 @@ def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, T
         R in [−1, 1] and the index of the most similar partner among the partners, `[batch, candidates]` each.
         Without partners, R is −1.
     """
-    units = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    candidates, partners = take(units, partition.candidates), take(units, partition.partners)
-    if partners.shape[1] == 0:
-        alone = candidates.new_full(candidates.shape[:2], -1.0)
+    candidates, partners, precise = partition.candidates, partition.partners, _precise(features)
+    if count(partners) == 0:
+        alone = features.new_full((features.shape[0], count(candidates)), -1.0, dtype=precise)
         return alone, torch.zeros_like(alone, dtype=torch.int64)
-    parts = _compared(candidates.shape[1], partners.shape[1], partition.windows)
-    best = [(candidates[:, rows] @ partners[:, columns].transpose(-1, -2)).max(dim=-1) for rows, columns in parts]
+    parts = _compared(count(candidates), count(partners), partition.windows)
+    kernels = fused_kernels(features)
+    if kernels is not None:
+        pairs = [(part(candidates, i, features.device), part(partners, j, features.device)) for i, j in parts]
+        best = [kernels.most_similar(features, *pair) for pair in pairs]
+    else:
+        units = F.normalize(features.to(precise), dim=-1)
+        rows, columns = take(units, candidates), take(units, partners)
+        best = [(rows[:, i] @ columns[:, j].transpose(-1, -2)).max(dim=-1) for i, j in parts]
     if len(best) == 1:
-        return best[0].values, best[0].indices
-    indices = [found.indices + columns.start for found, (_, columns) in zip(best, parts)]
-    return torch.cat([found.values for found in best], dim=1), torch.cat(indices, dim=1)
+        return best[0][0], best[0][1]
+    indices = [found[1] + j.start for found, (_, j) in zip(best, parts)]
+    return torch.cat([found[0] for found in best], dim=1), torch.cat(indices, dim=1)
 
 
 def _compared(candidates: int, partners: int, windows: int) -> list[tuple[slice, slice]]:
@@ -48,10 +55,14 @@ def _compared(candidates: int, partners: int, windows: int) -> list[tuple[slice,
         starts = range(0, max(candidates, 1), SIMILARITY_ROWS)
         return [(slice(start, start + SIMILARITY_ROWS), slice(0, partners)) for start in starts]
 
-    def part(length: int, window: int) -> slice:
+    def share(length: int, window: int) -> slice:
         return slice(length * window // windows, length * (window + 1) // windows)
 
-    return [(part(candidates, window), part(partners, window)) for window in range(windows)]
+    return [(share(candidates, window), share(partners, window)) for window in range(windows)]
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -73,7 +84,7 @@ def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
 
     Heads are strides apart in memory, where a matrix product would first copy all keys; a product and a sum do not.
     """
-    scores = (keys * guide).sum(dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
+    scores = (keys * guide).sum(dim=-1, dtype=_precise(keys))
     if bias is not None:
         scores = scores + bias[:, 0]
     return scores.softmax(dim=-1).mean(dim=1)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.config import DegreeFunction
+from turbovlm.functional.backend import fused_kernels, has_bags
 from turbovlm.functional.informativity import candidates_of, information_degree, mutual_redundancy
-from turbovlm.functional.partition import Partition, count, is_exporting, look_up, partition_tokens, positions
+from turbovlm.functional.partition import Partition, count, look_up, partition_tokens, positions
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ class Merge:
 
     def merge(self, x: Tensor) -> Tensor:
         """Average the tokens of `x`, `[batch, N, width]`, by size: `[batch, M, width]` in the same dtype."""
-        if x.device.type in ("cpu", "cuda") and not is_exporting():
-            return self._gathered(x)
-        return self._scattered(x)
+        return self._gathered(x) if has_bags(x) else self._scattered(x)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """One pass over `x`: each of the M is a bag of weighted rows, and no weighted copy of `x` is made."""
@@ -144,16 +143,53 @@ def bipartite_merge(
         order: `"partition"`: prefix, candidates left, partners; or `"spatial"`: the order before.
         reduce: `"merge"`, or `"prune"`: the destination keeps its own value and size.
     """
-    batch = degree.shape[0]
+    gone, into = _choose(degree, partner, partition, r)
     if sizes is None:
-        sizes = torch.ones(batch, tokens, dtype=torch.promote_types(degree.dtype, torch.float32), device=degree.device)
-    chosen = degree.topk(r, dim=1, sorted=False).indices
-    gone = look_up(partition.candidates, chosen)
-    first = _first_rows(sizes)
-    gone_rows = (gone + first).flatten()
-    into_rows = (look_up(partition.partners, partner.gather(1, chosen)) + first).flatten()
+        precise = torch.promote_types(degree.dtype, torch.float32)
+        sizes = torch.ones(degree.shape[0], tokens, dtype=precise, device=degree.device)
+    return _merge_of(gone, into, partition, sizes, order, reduce)
 
-    stays = torch.ones(batch * tokens, dtype=torch.bool, device=degree.device).index_fill_(0, gone_rows, False)
+
+def merge_tokens(
+    x: Tensor,
+    degree: Tensor,
+    partner: Tensor,
+    partition: Partition,
+    r: int,
+    *,
+    sizes: Tensor | None = None,
+    order: str = "partition",
+    reduce: str = "merge",
+) -> tuple[Tensor, Merge]:
+    """`bipartite_merge` and its `.merge(x)`, `[batch, tokens, width]`, in one launch where there are kernels for it."""
+    kernels = fused_kernels(x)
+    if kernels is None:
+        merge = bipartite_merge(degree, partner, partition, r, x.shape[1], sizes=sizes, order=order, reduce=reduce)
+        return merge.merge(x), merge
+    gone, into = _choose(degree, partner, partition, r)
+    layout = None if order == "spatial" else _layout(partition, x)
+    merged, source, weights, merged_sizes = kernels.merge_tokens(x, sizes, gone, into, layout, reduce == "prune")
+    return merged, Merge((source + _first_rows(merged_sizes)).flatten(), gone, weights, merged_sizes)
+
+
+def _choose(degree: Tensor, partner: Tensor, partition: Partition, r: int) -> tuple[Tensor, Tensor]:
+    """The r candidates of highest degree, and the partners that they go into, `[batch, r]` each."""
+    chosen = degree.topk(r, dim=1, sorted=False).indices
+    return look_up(partition.candidates, chosen), look_up(partition.partners, partner.gather(1, chosen))
+
+
+def _layout(partition: Partition, x: Tensor) -> Tensor:
+    """Where each token lies in prefix, candidates, partners, `[batch, tokens]`."""
+    batch, tokens, device = x.shape[0], x.shape[1], x.device
+    halves = [positions(index, device).expand(batch, -1) for index in (partition.candidates, partition.partners)]
+    prefix = torch.arange(tokens - sum(half.shape[1] for half in halves), device=device).expand(batch, -1)
+    return torch.cat([prefix, *halves], dim=1).argsort(dim=1)
+
+
+def _merge_of(gone: Tensor, into: Tensor, partition: Partition, sizes: Tensor, order: str, reduce: str) -> Merge:
+    (batch, tokens), r, first = sizes.shape, gone.shape[1], _first_rows(sizes)
+    gone_rows, into_rows = (gone + first).flatten(), (into + first).flatten()
+    stays = torch.ones(batch * tokens, dtype=torch.bool, device=gone.device).index_fill_(0, gone_rows, False)
     slots = _slots(stays, partition, batch, r, order)
     rows = slots.index_copy_(0, gone_rows, slots.index_select(0, into_rows))
     counted = sizes.flatten() if reduce == "merge" else sizes.flatten() * stays

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.errors import ConfigError
-
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-"""torch 2.6 has no `is_exporting`: there, whatever compiles is treated as if it were exported."""
+from turbovlm.functional.backend import is_exporting
 
 DRAWN_LIMIT = 4096
 _DRAWN: dict[tuple[int, int, int, int, torch.device | None], Tensor] = {}
@@ -122,6 +120,11 @@ def positions(index: Index, device: torch.device) -> Tensor:
     if isinstance(index, Tensor):
         return index
     return torch.arange(index.start, index.stop, index.step, device=device)
+
+
+def part(index: Index, where: slice, device: torch.device) -> Tensor:
+    """Some of the token positions that `index` names, `[k]` or `[batch, k]`."""
+    return positions(index, device)[..., where]
 
 
 def look_up(index: Index, chosen: Tensor) -> Tensor:

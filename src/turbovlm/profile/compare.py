@@ -179,6 +179,7 @@ def compare(
             raise ConfigError(f"{name}={value!r}: must be an integer ≥ {least}")
     if any(True for _ in accelerated(model)):
         raise TurboError("this model is accelerated already: compare against the model itself, after handle.remove()")
+    batch = _batch(inputs)
     weights = next(model.parameters(), None)
     if weights is None:
         raise TurboError(f"this {type(model).__name__} has no parameters, so no device and dtype to measure on")
@@ -196,7 +197,7 @@ def compare(
     runs = [Run(n, c, tuple(s), tuple(w), p) for n, c, s, w, p in zip(names, costs, clock, wall, peaks)]
     return Comparison(
         runs=tuple(runs),
-        batch=_batch(inputs),
+        batch=batch,
         device=_describe(device),
         dtype=str(weights.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),

@@ -1,0 +1,25 @@
+"""Which operators may be used for a tensor: fused ones where its device has them, plain ones elsewhere."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"""torch 2.6 has no `is_exporting`: there, whatever compiles is treated as if it were exported."""
+
+
+def fused_kernels(x: Tensor) -> ModuleType | None:
+    """`turbovlm.kernels` where its Triton kernels take `x`; None on other devices, and for exported programs."""
+    if not x.is_cuda or is_exporting():
+        return None
+    from turbovlm import kernels
+
+    return kernels if kernels.usable(x) else None
+
+
+def has_bags(x: Tensor) -> bool:
+    """Whether `embedding_bag` is there and fast; exporters and some devices lack it."""
+    return x.device.type in ("cpu", "cuda") and not is_exporting()

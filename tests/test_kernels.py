@@ -1,0 +1,314 @@
+"""The Triton kernels against the plain path: compiled where there is a GPU, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+import turbovlm  # noqa: E402
+from turbovlm import kernels  # noqa: E402
+from turbovlm.functional import informativity, matching, mutual_redundancy, partition_tokens  # noqa: E402
+from turbovlm.functional.matching import Merge, bipartite_merge  # noqa: E402
+from turbovlm.functional.partition import Partition, count, positions  # noqa: E402
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CPU = torch.device("cpu")
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def split(tokens, prefix=1, kind="alternate"):
+    """A partition whose indices are tensors, `[k]`, on the device."""
+    found = partition_tokens(tokens, prefix, kind)
+    return Partition(positions(found.candidates, CPU).to(DEVICE), positions(found.partners, CPU).to(DEVICE))
+
+
+def own_split(batch, tokens, partners, prefix=1):
+    """A partition of its own for each picture, `[batch, k]`, cut out of a wider tensor."""
+    order = torch.rand(batch, tokens - prefix, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    halves = order[:, :partners].sort(dim=1).values, order[:, partners:].sort(dim=1).values
+    order = (torch.cat(halves, dim=1) + prefix).to(DEVICE)
+    return Partition(order[:, partners:], order[:, :partners])
+
+
+def check_similarity(features, partition):
+    """R as on the plain path, and reached by the partner named."""
+    redundancy, partner = kernels.most_similar(features, partition.candidates, partition.partners)
+    expected, _ = mutual_redundancy(features.double(), partition)
+    assert redundancy.dtype == torch.float32 and partner.dtype == torch.int64
+    assert redundancy.shape == partner.shape == expected.shape
+    torch.testing.assert_close(redundancy.double(), expected, rtol=0, atol=5e-6)
+    units = torch.nn.functional.normalize(features.double(), dim=-1)
+    everyone = torch.arange(len(features), device=DEVICE).unsqueeze(1)
+    candidates = partition.candidates.expand(len(features), -1)
+    chosen = partition.partners.expand(len(features), -1).gather(1, partner)
+    reached = (units[everyone, candidates] * units[everyone, chosen]).sum(dim=-1)
+    torch.testing.assert_close(reached, expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "width", "kind"),
+    [(197, 64, "alternate"), (50, 72, "random"), (17, 384, "grid"), (17, 1100, "alternate"), (3, 64, "alternate")],
+)
+def test_redundancy_is_that_of_the_plain_path(tokens, width, kind, dtype):
+    check_similarity(randn(2, tokens, width, dtype=dtype), split(tokens, kind=kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "partners"), [(50, 1), (50, 48), (131, 65)])
+def test_each_picture_may_have_a_partition_of_its_own(tokens, partners, dtype):
+    check_similarity(randn(3, tokens, 72, dtype=dtype), own_split(3, tokens, partners))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_may_have_any_strides(dtype):
+    partition = split(50)
+    fused = randn(2, 50, 3 * 72, dtype=dtype)
+    check_similarity(fused[:, :, 72:144], partition)
+    check_similarity(fused.view(2, 50, 3, 72).transpose(1, 2).mean(dim=1), partition)
+    check_similarity(randn(2, 72, 50, dtype=dtype).transpose(1, 2), partition)
+    check_similarity(randn(50, 2, 72, dtype=dtype).transpose(0, 1), partition)
+    check_similarity(randn(1, 50, 72, dtype=dtype).expand(2, -1, -1), partition)
+
+
+def test_short_features_are_normalised_as_by_torch():
+    features = randn(1, 17, 64)
+    features[:, ::3] *= 1e-14
+    features[:, 5] = 0
+    partition = split(17)
+    redundancy, _ = kernels.most_similar(features, partition.candidates, partition.partners)
+    torch.testing.assert_close(redundancy, mutual_redundancy(features, partition)[0], rtol=0, atol=5e-6)
+
+
+def test_of_equally_similar_partners_the_first_is_chosen():
+    features = randn(1, 200, 64).sign()
+    partners = torch.arange(100, 200, device=DEVICE)
+    features[:, 120:] = features[:, 100:180].clone()  # each partner again 20 columns on, and past the block of 64
+    features[:, 0] = 0
+    features[:, 1:21] = features[:, 100:120]
+    redundancy, partner = kernels.most_similar(features, torch.arange(21, device=DEVICE), partners)
+    assert redundancy.tolist() == [[0.0] + [pytest.approx(1.0)] * 20]
+    assert partner.tolist() == [[0, *range(20)]]
+
+
+def merged(batch, tokens, partition, r, *, sizes=None, order="partition", prune=False, seed=0, everyone_into=None):
+    """The plain path's merge, with random choices, and what the kernel is told of it."""
+    degree = randn(batch, count(partition.candidates), seed=seed + 1)
+    if everyone_into is None:
+        picks = torch.rand(degree.shape, generator=torch.Generator().manual_seed(seed + 2)).to(DEVICE)
+        partner = (picks * count(partition.partners)).long()
+    else:
+        partner = torch.full(degree.shape, everyone_into, device=DEVICE)
+    reduce = "prune" if prune else "merge"
+    plain = bipartite_merge(degree, partner, partition, r, tokens, sizes=sizes, order=order, reduce=reduce)
+    into = plain.kept.gather(1, plain.source.gather(1, plain.gone))
+    return plain, (sizes, plain.gone, into, slots_of(partition, tokens) if order == "partition" else None, prune)
+
+
+def slots_of(partition, tokens):
+    """The place of each token among prefix, candidates and partners, `[N]` or `[batch, N]`."""
+    middle = torch.cat([partition.candidates, partition.partners], dim=-1)
+    prefix = torch.arange(tokens - middle.shape[-1], device=DEVICE).expand(*middle.shape[:-1], -1)
+    return torch.cat([prefix, middle], dim=-1).argsort(dim=-1)
+
+
+def check_merge(x, plain: Merge, told):
+    """All outputs as on the plain path; y is the exact average rounded once."""
+    y, source, weights, merged_sizes = kernels.merge_tokens(x, *told)
+    assert source.dtype == torch.int64
+    assert torch.equal(source, plain.source)
+    torch.testing.assert_close(weights, plain.weights, rtol=1e-6, atol=0)
+    torch.testing.assert_close(merged_sizes, plain.sizes, rtol=1e-6, atol=0)
+    expected = plain.merge(x.double())
+    assert y.dtype == x.dtype and y.shape == expected.shape and y.is_contiguous()
+    truncates = DEVICE == "cpu" and x.dtype == torch.bfloat16  # only the interpreter does
+    once = torch.finfo(x.dtype).eps / (1 if truncates else 2)
+    torch.testing.assert_close(y.double(), expected, rtol=once + 1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["partition", "spatial"])
+@pytest.mark.parametrize("prune", [False, True], ids=["merge", "prune"])
+@pytest.mark.parametrize("sized", [False, True], ids=["ones", "sizes"])
+def test_the_merge_is_that_of_the_plain_path(order, prune, sized, dtype):
+    sizes = torch.randint(0, 5, (2, 50), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
+    plain, told = merged(2, 50, split(50), 16, sizes=sizes if sized else None, order=order, prune=prune)
+    check_merge(randn(2, 50, 72, dtype=dtype), plain, told)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width", "r", "kind"),
+    [
+        (1, 197, 64, 98, "random"),
+        (2, 17, 384, 1, "grid"),
+        (2, 17, 384, 12, "grid"),
+        (1, 17, 1100, 8, "alternate"),
+        (1, 300, 20, 149, "alternate"),
+        (3, 3, 64, 1, "alternate"),
+    ],
+)
+@pytest.mark.parametrize("order", ["partition", "spatial"])
+def test_the_merge_at_awkward_sizes(batch, tokens, width, r, kind, order):
+    plain, told = merged(batch, tokens, split(tokens, kind=kind), r, order=order)
+    check_merge(randn(batch, tokens, width), plain, told)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_candidates_may_go_into_one_destination(dtype):
+    sizes = torch.rand(1, 300, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    plain, told = merged(1, 300, split(300), 149, sizes=sizes, everyone_into=7)
+    check_merge(randn(1, 300, 24, dtype=dtype), plain, told)
+
+
+def test_padding_weighs_nothing():
+    sizes = torch.ones(2, 17, device=DEVICE)
+    sizes[:, 5:] = 0
+    plain, told = merged(2, 17, split(17), 8, sizes=sizes)
+    check_merge(randn(2, 17, 64), plain, told)
+    nothing = kernels.merge_tokens(randn(2, 17, 64), *told)[0][plain.sizes == 0]
+    assert len(nothing) > 0 and not nothing.any()
+
+
+@pytest.mark.parametrize("order", ["partition", "spatial"])
+def test_nothing_disappears_with_r_0(order):
+    plain, told = merged(2, 17, split(17), 0, order=order)
+    check_merge(randn(2, 17, 64), plain, told)
+
+
+def test_the_merge_takes_any_strides():
+    sizes = torch.randint(1, 5, (1, 50), generator=torch.Generator().manual_seed(3)).float().to(DEVICE).expand(2, -1)
+    plain, (_, gone, into, slots, prune) = merged(2, 50, own_split(2, 50, 20), 16, sizes=sizes)
+    wide = torch.stack([gone, into], dim=-1)
+    apart = torch.stack([slots, slots], dim=-1)
+    for x in (
+        randn(2, 50, 3 * 72)[:, :, 72:144],
+        randn(2, 72, 50).transpose(1, 2),
+        randn(50, 2, 72).transpose(0, 1),
+    ):
+        check_merge(x, plain, (sizes, wide[..., 0], wide[..., 1], apart[..., 0], prune))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prune", [False, True], ids=["merge", "prune"])
+def test_the_gradient_is_that_of_the_plain_path(prune, dtype):
+    sizes = torch.randint(0, 5, (2, 17), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
+    plain, told = merged(2, 17, split(17), 6, sizes=sizes, prune=prune)
+    x = randn(2, 17, 64, dtype=dtype).requires_grad_()
+    y, _, weights, merged_sizes = kernels.merge_tokens(x, *told)
+    assert y.requires_grad and not weights.requires_grad and not merged_sizes.requires_grad
+    grad = randn(*y.shape, seed=5, dtype=dtype)
+    (found,) = torch.autograd.grad(y, x, grad)
+    exact = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(plain.merge(exact), exact, grad.double())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-7)
+
+
+def test_the_operators_keep_to_their_contracts():
+    partition = split(17)
+    for index in (partition, own_split(2, 17, 8)):
+        torch.library.opcheck(kernels.most_similar, (randn(2, 17, 64), index.candidates, index.partners))
+    sizes = torch.ones(2, 17, device=DEVICE)
+    for order, prune, known in (("partition", False, sizes), ("spatial", True, None)):
+        _, told = merged(2, 17, partition, 6, sizes=known, order=order, prune=prune)
+        torch.library.opcheck(kernels.merge_tokens, (randn(2, 17, 64), *told))
+        torch.library.opcheck(kernels.merge_tokens, (randn(2, 17, 64).requires_grad_(), *told))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_outputs_look_like_real_ones(dtype):
+    partition = split(17)
+    _, told = merged(2, 17, partition, 6)
+    x = randn(2, 17, 64, dtype=dtype)
+    with FakeTensorMode() as mode:
+        fakes = tuple(mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in (x, *told))
+        candidates, partners = mode.from_tensor(partition.candidates), mode.from_tensor(partition.partners)
+        fake = (*kernels.most_similar(fakes[0], candidates, partners), *kernels.merge_tokens(*fakes))
+    real = (*kernels.most_similar(x, partition.candidates, partition.partners), *kernels.merge_tokens(x, *told))
+    assert len(fake) == len(real) == 6
+    for one, other in zip(fake, real):
+        assert (one.shape, one.dtype, one.stride(), one.device) == (
+            other.shape,
+            other.dtype,
+            other.stride(),
+            other.device,
+        )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_block_compiles_into_one_graph(backend):
+    partition = split(17)
+    slots = slots_of(partition, 17)
+
+    def block(x):
+        redundancy, partner = kernels.most_similar(x.detach(), partition.candidates, partition.partners)
+        chosen = redundancy.topk(5, dim=1).indices
+        gone, into = partition.candidates[chosen], partition.partners[partner.gather(1, chosen)]
+        y, source, weights, _ = kernels.merge_tokens(x * 2, None, gone, into, slots, False)
+        return y.square(), source, weights
+
+    x = randn(2, 17, 64).requires_grad_()
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    results = []
+    for run in (block, compiled):
+        y, source, weights = run(x)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        results.append((y, source, weights, grad))
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected)
+
+
+def test_only_what_the_kernels_take_is_usable():
+    assert kernels.usable(randn(1)) == (DEVICE == "cuda" and torch.version.hip is None)
+    assert not kernels.usable(torch.zeros(1))
+    assert not kernels.usable(randn(1, dtype=torch.float64))
+
+
+def test_the_module_can_be_imported_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from turbovlm import kernels; "
+        "assert not kernels.HAS_TRITON and not kernels.usable(torch.zeros(1))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"partition": "alternate", "order": "partition"},
+        {"partition": "grid"},
+        {"similarity": "hidden", "reduce": "prune"},
+    ],
+    ids=["default", "published", "grid", "hidden and prune"],
+)
+def test_an_encoder_on_the_kernels_is_the_encoder_on_the_plain_path(setting, monkeypatch):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=3, img_size=96, embed_dim=48).eval()
+    images = torch.randn(2, 3, 96, 96)
+    with turbovlm.apply(vit, r=6, trace=True, **setting) as handle, torch.no_grad():
+        plain, plain_trace = vit.forward_features(images), handle.trace
+        used = []
+        for module in (informativity, matching):
+            monkeypatch.setattr(module, "fused_kernels", lambda x: (used.append(x), kernels)[1])
+        fused, fused_trace = vit.forward_features(images), handle.trace
+    assert len(used) >= 6
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-5)
+    for a, b in zip(plain_trace, fused_trace):
+        assert torch.equal(a.source, b.source) and torch.equal(a.sizes, b.sizes)
