@@ -1,12 +1,14 @@
-"""Token merging as others ship it, on the same blocks, to be compared with.
+"""Token merging as others ship it, on the same blocks, to be compared with; and what merging for free would cost.
 
-Both follow published code in what they compute and in which operators they use, written for any block that turbovlm's
-adapters know, so that every model of the benchmark has them:
+Each is written for any block that turbovlm's adapters know, so that every model of the benchmark has it. The first two
+follow published code in what they compute and in which operators they use:
 
 - `published`: ToMe as released (Bolya et al., ICLR 2023), which is also how the Turbo paper's code runs: attention as
   softmax over a stored N×N map, a full argsort, gathers and scatters with expanded indices, x and sizes merged in turn.
 - `with_sdpa`: the same matching, attention through SDPA with the sizes as a mask, x and sizes merged together, as in
   Pruna 0.3.4's `token_merging` (which itself knows one class, `ViTForImageClassification` of older transformers).
+- `sliced`: no merging. The last r tokens are cut off, which costs nothing: what the schedule's arithmetic takes on this
+  machine, the most that any way of merging can gain.
 """
 
 from __future__ import annotations
@@ -38,6 +40,11 @@ def with_sdpa(r: int) -> Callable[[nn.Module], None]:
     return functools.partial(_install, r=r, attend=_sdpa, merge=_merge_together)
 
 
+def sliced(r: int) -> Callable[[nn.Module], None]:
+    """Prepares a model that drops its last `r` tokens in every block."""
+    return functools.partial(_install, r=r, attend=_sdpa, merge=None)
+
+
 def _install(model: nn.Module, r: int, attend: Any, merge: Any) -> None:
     for tower in find_towers(model):
         shared: dict[str, Any] = {"size": None}
@@ -63,8 +70,10 @@ def _forward(
     heads = _heads(block, spelling, CONFIG, hidden, State(0, ()), {})
     mixed = attend(heads.q, heads.k, heads.v, shared["size"]).transpose(1, 2).flatten(2)
     x = hidden + run_steps(block, spelling.after_attention, mixed)
-    merge_into = _matched(heads.k.mean(dim=1), r, tower.prefix > 0)
-    x, shared["size"] = merge(merge_into, x, shared["size"])
+    if merge is None:
+        x = x[:, : x.shape[1] - min(r, (x.shape[1] - tower.prefix) // 2)]
+    else:
+        x, shared["size"] = merge(_matched(heads.k.mean(dim=1), r, tower.prefix > 0), x, shared["size"])
     x = x + run_steps(block, spelling.mlp, x)
     return (x,) if spelling.returns_tuple else x
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -128,6 +129,12 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     source, weights = ctx.saved_tensors
     gathered = grad.gather(1, source.unsqueeze(-1).expand(-1, -1, grad.shape[-1]))
     return (gathered * weights.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
+
+
+@register_flop_formula(torch.ops.turbovlm.most_similar)
+def _(features: Any, candidates: Any, partners: Any, *args: Any, **kwargs: Any) -> int:
+    flops: int = 2 * features[0] * candidates[-1] * partners[-1] * features[-1]
+    return flops
 
 
 most_similar.register_fake(_most_similar_outputs)

@@ -42,7 +42,7 @@ def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, T
     else:
         units = F.normalize(features.to(precise), dim=-1)
         rows, columns = take(units, candidates), take(units, partners)
-        best = [(rows[:, i] @ columns[:, j].transpose(-1, -2)).max(dim=-1) for i, j in parts]
+        best = [torch.bmm(rows[:, i], columns[:, j].transpose(1, 2)).max(dim=-1) for i, j in parts]
     if len(best) == 1:
         return best[0][0], best[0][1]
     indices = [found[1] + j.start for found, (_, j) in zip(best, parts)]

@@ -1,0 +1,99 @@
+"""The encoders that the benchmarks run: architectures of the libraries, random weights from a seed, nothing fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from turbovlm.demo.result import describe_machine
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One encoder at one resolution: its name as printed, pixels per side, tokens, and tokens merged per block."""
+
+    name: str
+    pixels: int
+    tokens: int
+    r: int
+    build: Callable[[], nn.Module]
+
+
+def _timm(name: str, pixels: int) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name, pretrained=False, img_size=pixels, num_classes=0)
+    return model
+
+
+def _clip() -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    model: nn.Module = CLIPVisionModel(CLIPVisionConfig(image_size=336, patch_size=14, **size))
+    return model
+
+
+def _eva(pixels: int) -> nn.Module:
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    model: nn.Module = Blip2VisionModel(Blip2VisionConfig(image_size=pixels))
+    return model
+
+
+CASES = {
+    "vit-b-384": Case("ViT-B/16-384", 384, 577, 35, lambda: _timm("vit_base_patch16_384", 384)),
+    "dinov2-s-224": Case("DINOv2-S/14-224", 224, 257, 16, lambda: _timm("vit_small_patch14_dinov2", 224)),
+    "dinov2-s-518": Case("DINOv2-S/14-518", 518, 1370, 64, lambda: _timm("vit_small_patch14_dinov2", 518)),
+    "vit-l-384": Case("ViT-L/16-384", 384, 577, 16, lambda: _timm("vit_large_patch16_384", 384)),
+    "clip-l-336": Case("CLIP-L/14-336", 336, 577, 16, _clip),
+    "eva-g-364": Case("EVA-g/14-364", 364, 677, 16, lambda: _eva(364)),
+    "eva-g-448": Case("EVA-g/14-448", 448, 1025, 16, lambda: _eva(448)),
+}
+CPU_CASES = tuple(name for name in CASES if name != "eva-g-448")
+
+
+def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """The encoder in eval mode, its random weights from seed 0."""
+    torch.manual_seed(0)
+    return case.build().eval().to(device, dtype)
+
+
+def images(case: Case, batch: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Noise from seed 0, `[batch, 3, pixels, pixels]`."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 3, case.pixels, case.pixels, generator=generator).to(device, dtype)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what this runs, and the instruction sets that decide how fast bf16 is."""
+    return {**asdict(describe_machine()), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def described(machine: dict[str, Any]) -> str:
+    """`machine()` as one line of Markdown."""
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A JSON file's content, or nothing where there is none yet."""
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return content
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole, or leave the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(path)
