@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,9 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from turbovlm.demo.result import describe_machine
+from turbovlm.profile import Comparison, compare
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,6 +77,14 @@ def images(case: Case, batch: int, dtype: torch.dtype, device: str = "cpu") -> T
     """Noise from seed 0, `[batch, 3, pixels, pixels]`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, 3, case.pixels, case.pixels, generator=generator).to(device, dtype)
+
+
+def compare_shown(model: nn.Module, inputs: Any, versions: Any, label: str, rounds: int, **settings: Any) -> Comparison:
+    """`compare`, with a progress bar on the terminal."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=(settings.get("warmup", 2) + rounds) * (len(versions) + 1))
+        advance = functools.partial(progress.advance, task)
+        return compare(model, inputs, versions, rounds=rounds, progress=advance, **settings)
 
 
 def machine() -> dict[str, Any]:

@@ -36,7 +36,7 @@ MODES = {"eager": 8, "compiled": 8, "b1": 1, "b32": 32}
 """Batch size of each mode."""
 SECONDS, FEWEST, MOST = 40, 3, 20
 """Rounds are as many as the model itself does in this time, within these bounds."""
-PROCESSES, LONG = 3, 5
+PROCESSES, LONG = 3, 2
 """Fresh processes that share the rounds, where the model's own forward takes less than so many seconds."""
 FILE = RESULTS / "speed.json"
 RIVALS = {"published": published, "SDPA": with_sdpa, "sliced": sliced}

@@ -6,6 +6,7 @@ and belongs to one forward: threads and re-entrant calls never share it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -18,7 +19,7 @@ from turbovlm.adapters.layout import Spelling, fetch, run_steps
 from turbovlm.config import TurboConfig
 from turbovlm.errors import StateError
 from turbovlm.functional.attention import attend, size_bias
-from turbovlm.functional.backend import is_exporting
+from turbovlm.functional.backend import is_exporting, is_readable
 from turbovlm.functional.informativity import (
     attention_row,
     candidates_of,
@@ -197,7 +198,7 @@ def _begin(plan: Plan, hidden: Tensor) -> State:
         return State(0, plan.config.r)
     if plan.config.r is not None:
         return State(0, (cast(int, plan.config.r),) * plan.shape.depth)
-    amounts: tuple[int, ...] = _solved_amounts(plan, int(hidden.shape[1]))
+    amounts: tuple[int, ...] = _solved_amounts(plan, operator.index(hidden.shape[1]))
     return State(0, amounts)
 
 
@@ -379,8 +380,7 @@ def _sizes_from_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
         return None
     if mask.ndim == 4:
         alike = mask[:, :1, :1]
-        readable = mask.device.type != "meta" and not torch.compiler.is_compiling()
-        if readable and not torch.equal(alike.expand_as(mask), mask):
+        if is_readable(mask) and not torch.equal(alike.expand_as(mask), mask):
             raise StateError("the attention mask differs between queries; only padding can be honoured")
         mask = alike[:, 0, 0]
     seen = mask if mask.dtype == torch.bool else mask > -1

@@ -23,3 +23,9 @@ def fused_kernels(x: Tensor) -> ModuleType | None:
 def has_bags(x: Tensor) -> bool:
     """Whether `embedding_bag` is there and fast; exporters and some devices lack it."""
     return x.device.type in ("cpu", "cuda") and not is_exporting()
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether Python may look at the values of `x`: not while a program is traced or a CUDA graph is captured."""
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x.device.type != "meta" and not captured and not torch.compiler.is_compiling()

@@ -110,7 +110,7 @@ def _kept_halves(tokens: int, prefix: int, block: int, seed: int, device: torch.
 def count(index: Index) -> int:
     """How many tokens an index names."""
     if isinstance(index, Tensor):
-        return index.shape[-1]
+        return index.size(-1)
     length: int = (index.stop - index.start + index.step - 1) // index.step
     return max(length, 0)
 

@@ -133,23 +133,29 @@ def load_saliency_vit() -> SaliencyViT:
     return SaliencyViT(backbone, head).eval()
 
 
-def preprocess(images: Sequence[Image]) -> Tensor:
-    """The centre square of each picture, resized to 224 × 224 and normalised with ImageNet's mean and deviation.
+def preprocess(images: Sequence[Image], size: int = IMAGE_SIZE) -> Tensor:
+    """The centre square of each picture, resized and normalised with ImageNet's mean and deviation.
+
+    Args:
+        images: any pictures.
+        size: pixels per side, a multiple of the patch's 14; the model was fine-tuned at 224.
 
     Returns:
-        `[images, 3, 224, 224]`, float32.
+        `[images, 3, size, size]`, float32.
 
     Raises:
-        ConfigError: no images.
+        ConfigError: no images, or a size that is no multiple of 14.
     """
     if not images:
         raise ConfigError("images=[]: at least one picture is needed")
+    if size < PATCH_SIZE or size % PATCH_SIZE:
+        raise ConfigError(f"size={size}: must be a multiple of {PATCH_SIZE}")
     import numpy as np
     from PIL.Image import Resampling
 
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    pixels = np.stack([np.asarray(centre_square(image).resize(size, Resampling.BICUBIC)) for image in images])
+    squares = [centre_square(image).resize((size, size), Resampling.BICUBIC) for image in images]
+    pixels = np.stack([np.asarray(square) for square in squares])
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 

@@ -1,0 +1,266 @@
+"""Everything that must be measured on a GPU, in one command.
+
+    python benchmarks/gpu.py                            # about fifteen minutes; writes benchmarks/results/gpu.{json,md}
+    python benchmarks/gpu.py --parts routes --dtypes bf16 fp16
+    python benchmarks/gpu.py --device cpu --small       # the same path on a tiny model, to see that it runs
+
+Parts: `checks`: the kernels against the plain path, every attention route against float64, and a whole encoder in a
+CUDA graph against itself outside of one. `routes`: which exact way of attending is fastest, per shape and dtype; what
+wins here belongs in `turbovlm.functional.routes.fastest`. `kernels`: similarity and merge, Triton against the plain
+path. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, over every route and beside ToMe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cases import CASES, DTYPES, RESULTS, Case, build, described, images, load, machine, save
+from rich.progress import track
+from rivals import published, with_sdpa
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import turbovlm
+from turbovlm import TurboConfig
+from turbovlm.functional import informativity, matching, mutual_redundancy, partition_tokens, routes, size_bias
+from turbovlm.functional.matching import bipartite_merge, merge_tokens
+from turbovlm.profile import compare
+from turbovlm.profile.timing import interleaved
+
+ROUTES = {"masked": routes.masked, "channel": routes.channel, "flex": routes.flex}
+BACKENDS = {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+SHAPES = {"ViT-L/16-384": (64, 16, 577, 64), "EVA-g/14-448": (64, 16, 1025, 88), "DINOv2-S/14-518": (64, 6, 1370, 64)}
+"""Batch, heads, tokens and head_dim."""
+SMALL_SHAPES = {"small": (2, 3, 65, 64)}
+
+
+def _tiny() -> torch.nn.Module:
+    import timm
+
+    model: torch.nn.Module = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0)
+    return model
+
+
+SMALL = Case("ViT-Ti/16-224", 224, 197, 8, _tiny)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS))
+    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16"), default=("bf16",))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="a tiny model and tiny shapes; nothing is written")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "no CUDA device here: run this on a machine with one, or see --device cpu --small\n")
+    file = RESULTS / "gpu.json"
+    results = {} if args.small else load(file)
+    results["machine"] = {"gpu": _name(args.device), **machine()}
+    for part in args.parts:
+        results[part] = PARTS[part](args)
+        if not args.small:
+            save(file, results)
+    if not args.small:
+        (RESULTS / "gpu.md").write_text(report(results))
+    print(report(results))
+
+
+@contextmanager
+def attending_by(route: routes.Route) -> Iterator[None]:
+    """Let every accelerated block attend by `route`."""
+    original = routes.fastest
+    routes.fastest = lambda q, k, v: route
+    try:
+        yield
+    finally:
+        routes.fastest = original
+
+
+def heads(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values as one projection gives them, and sizes of 1 to 8."""
+    batch, count, tokens, head_dim = shape
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(batch, tokens, 3, count, head_dim, generator=generator).to(device, dtype)
+    q, k, v = flat.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v, torch.randint(1, 9, (batch, tokens), generator=generator).to(device, torch.float32)
+
+
+def check(args: argparse.Namespace) -> dict[str, float]:
+    """Largest differences; each should be rounding."""
+    found = {}
+    for dtype in args.dtypes:
+        q, k, v, sizes = heads((2, 4, 145, 64), DTYPES[dtype], args.device)
+        bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
+        exact = routes.masked(q.double(), k.double(), v.double(), bias.double(), scale)
+        for name, route in ROUTES.items():
+            found[f"route {name}, {dtype}"] = float((route(q, k, v, bias, scale) - exact).abs().max())
+        x = k.transpose(1, 2).flatten(2)
+        split = partition_tokens(145, 1, "random", device=x.device)
+        redundancy, partner = mutual_redundancy(x, split)
+        plain_redundancy, _ = _plainly(functools.partial(mutual_redundancy, x, split))
+        found[f"similarity, {dtype}"] = float((redundancy - plain_redundancy).abs().max())
+        y, merge = merge_tokens(x, redundancy, partner, split, 40, sizes=sizes)
+        plain = bipartite_merge(redundancy, partner, split, 40, 145, sizes=sizes)
+        found[f"merge, {dtype}"] = float((y - plain.merge(x)).abs().max())
+        assert torch.equal(merge.rows, plain.rows), "the kernel and the plain path place tokens differently"
+        if args.device == "cuda":
+            found[f"CUDA graph, {dtype}"] = _graph_difference(DTYPES[dtype])
+    return found
+
+
+def _graph_difference(dtype: torch.dtype) -> float:
+    """A forward captured in a CUDA graph and replayed on another picture, against the same forward in eager."""
+    model = build(CASES["vit-b-384"], dtype, "cuda")
+    first, second = images(CASES["vit-b-384"], 4, dtype, "cuda").chunk(2)
+    with turbovlm.apply(model, TurboConfig(35)), torch.inference_mode():
+        model(second.clone())
+        static = first.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(static)
+        static.copy_(second)
+        graph.replay()
+        return float((out - model(second)).abs().max())
+
+
+def _seconds(functions: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of each, in turn."""
+    with torch.inference_mode():
+        clock, _ = interleaved(list(functions.values()), torch.device(args.device), args.rounds, 3, lambda _: None)
+    return {name: statistics.median(samples) for name, samples in zip(functions, clock)}
+
+
+def route_candidates(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> dict[str, Callable[[], object]]:
+    """Attention without a bias, and every way to attend with one that this device and release have."""
+    bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
+    wanted: dict[str, Callable[[], object]] = {"no bias": lambda: routes.masked(q, k, v, None, scale)}
+    for name, route in ROUTES.items():
+        wanted[name] = lambda route=route: route(q, k, v, bias, scale)
+
+    def on(backend: SDPBackend) -> object:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+    for name, backend in BACKENDS.items():
+        wanted[f"masked, {name}"] = lambda backend=backend: on(backend)
+    usable = {}
+    for name, function in wanted.items():
+        try:
+            function()
+            usable[name] = function
+        except RuntimeError as error:
+            print(f"{name}: not here: {str(error).splitlines()[0]}")
+    return usable
+
+
+def time_routes(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of attention, by shape and dtype, over the ways to do it."""
+    found = {}
+    for dtype, name, shape in track(_shapes(args), description="routes"):
+        found[f"{name} {dtype}"] = _seconds(route_candidates(*heads(shape, DTYPES[dtype], args.device)), args)
+    return found
+
+
+def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of similarity and of the merge, by Triton's kernels (where they run) and by the plain path."""
+    found = {}
+    for dtype, name, shape in track(_shapes(args), description="kernels"):
+        _, k, _, sizes = heads(shape, DTYPES[dtype], args.device)
+        features, x = k.sum(dim=1, dtype=torch.float32), k.transpose(1, 2).flatten(2)
+        split = partition_tokens(shape[2], 1, "random", device=x.device)
+        redundancy, partner = mutual_redundancy(features, split)
+        steps: dict[str, Callable[[], object]] = {
+            "similarity": functools.partial(mutual_redundancy, features, split),
+            "merge": functools.partial(merge_tokens, x, redundancy, partner, split, 16, sizes=sizes),
+        }
+        plain = {f"{step}, plain": functools.partial(_plainly, function) for step, function in steps.items()}
+        found[f"{name} {dtype}"] = _seconds({**steps, **plain}, args)
+    return found
+
+
+def _plainly(function: Callable[[], Any]) -> Any:
+    """Run it without the kernels."""
+    before = informativity.fused_kernels, matching.fused_kernels
+    informativity.fused_kernels = matching.fused_kernels = lambda x: None
+    try:
+        return function()
+    finally:
+        informativity.fused_kernels, matching.fused_kernels = before
+
+
+def time_models(args: argparse.Namespace) -> dict[str, Any]:
+    """Whole encoders over every route, eager and compiled; eager beside token merging as others ship it."""
+    found = {}
+    cases = [SMALL] if args.small else [CASES["vit-l-384"], CASES["eva-g-448"]]
+    todo = [(case, dtype, compiled) for case in cases for dtype in args.dtypes for compiled in (False, True)]
+    for case, dtype, compiled in track(todo, description="models"):
+        model = build(case, DTYPES[dtype], args.device)
+        pictures = images(case, 2 if args.small else args.batch, DTYPES[dtype], args.device)
+        for route in ROUTES:
+            versions: dict[str, Any] = {"turbo": TurboConfig(case.r)}
+            if route == "masked" and not compiled:
+                versions |= {"published": published(case.r), "SDPA": with_sdpa(case.r)}
+            with attending_by(ROUTES[route]):
+                comparison = compare(model, pictures, versions, rounds=args.rounds, warmup=3, compile=compiled)
+            key = f"{case.name} {dtype} {'compiled' if compiled else 'eager'} {route}"
+            found[key] = comparison.to_dict()
+            print(f"{key}\n{comparison}")
+            torch.compiler.reset()
+    return found
+
+
+def report(results: dict[str, Any]) -> str:
+    """Everything as tables in Markdown."""
+    lines = ["# On a GPU", "", described(results["machine"]), ""]
+    if "models" in results:
+        lines += ["## Encoders", "", "Speed-ups are over the model on SDPA in the same mode, by CUDA events.", ""]
+        lines += ["| model, dtype, mode, route | images/s | with turbo | MACs | speed-up | efficiency | ToMe |"]
+        lines += ["|---|--:|--:|--:|--:|--:|---|"]
+        for key, comparison in results["models"].items():
+            model, turbo, *others = comparison["runs"]
+            rivals = ", ".join(f"{run['name']} {run['speedup']:.2f}×" for run in others)
+            lines.append(
+                f"| {key} | {model['images_per_second']:.0f} | {turbo['images_per_second']:.0f} "
+                f"| {turbo['macs_ratio']:.3f}× | **{turbo['speedup']:.3f}×** | {turbo['efficiency']:.3f} | {rivals} |"
+            )
+        lines.append("")
+    for part, title in (("routes", "Attention, ms"), ("kernels", "Similarity and merge, ms")):
+        if part in results:
+            lines += [f"## {title}", ""]
+            for key, seconds in results[part].items():
+                lines += [f"- {key}: " + ", ".join(f"{name} {1e3 * s:.3f}" for name, s in seconds.items())]
+            lines.append("")
+    if "checks" in results:
+        lines += ["## Largest differences to the plain path", ""]
+        lines += [f"- {name}: {value:.2g}" for name, value in results["checks"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _shapes(args: argparse.Namespace) -> list[tuple[str, str, tuple[int, int, int, int]]]:
+    shapes = SMALL_SHAPES if args.small else {name: (args.batch, *shape[1:]) for name, shape in SHAPES.items()}
+    return [(dtype, name, shape) for dtype in args.dtypes for name, shape in shapes.items()]
+
+
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"none ({device})"
+
+
+PARTS = {"checks": check, "routes": time_routes, "kernels": time_kernels, "models": time_models}
+
+if __name__ == "__main__":
+    main()

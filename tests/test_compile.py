@@ -1,0 +1,95 @@
+"""Compiled with dynamic shapes, exported to ONNX: still the same results."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from families import FAMILIES
+from torch._dynamo.testing import CompileCounter
+
+import turbovlm
+from turbovlm import TurboConfig
+
+EACH = pytest.mark.parametrize("name", FAMILIES)
+SETTINGS = {
+    "r": TurboConfig(r=5),
+    "keep": TurboConfig(keep=0.5),
+    "flops": TurboConfig(flops=0.7),
+    "published": TurboConfig.paper(5),
+    "pruned by hidden states": TurboConfig(r=5, similarity="hidden", reduce="prune", partition="grid"),
+}
+
+
+@pytest.fixture
+def tower(name):
+    model = FAMILIES[name].make().eval()
+    yield model
+    torch._dynamo.reset()
+
+
+@EACH
+@torch.no_grad()
+def test_compiles_once_for_all_batch_sizes(tower, name):
+    with turbovlm.apply(tower, r=5):
+        inputs = [FAMILIES[name].inputs(batch) for batch in (3, 2, 5)]
+        references = [FAMILIES[name].output(tower(**one)) for one in inputs]
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(tower, fullgraph=True, backend=counter, dynamic=True)
+        for one, reference in [*zip(inputs, references)] * 2:
+            torch.testing.assert_close(FAMILIES[name].output(compiled(**one)), reference, rtol=0, atol=1e-5)
+        assert counter.frame_count == 1
+
+
+@pytest.fixture
+def vit():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    settings = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0}
+    model = timm.models.VisionTransformer(**settings, dynamic_img_size=True).eval()
+    yield model
+    torch._dynamo.reset()
+
+
+def images(batch, size):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(size))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("setting", SETTINGS)
+@torch.no_grad()
+def test_compiles_for_other_image_sizes(vit, setting, dynamic):
+    with turbovlm.apply(vit, SETTINGS[setting]):
+        inputs = [images(2, 48), images(2, 64), images(3, 80)]
+        references = [vit(x) for x in inputs]
+        counter = CompileCounter()
+        compiled = torch.compile(vit, fullgraph=True, backend=counter, dynamic=dynamic)
+        for _ in range(2):
+            for x, reference in zip(inputs, references):
+                torch.testing.assert_close(compiled(x), reference, rtol=0, atol=1e-5)
+        assert counter.frame_count <= len(inputs)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_runs_in_onnxruntime(vit, setting):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pictures = images(2, 48)
+    with turbovlm.apply(vit, SETTINGS[setting]) as handle:
+        reference = vit(pictures)
+        assert handle.schedules[0].tokens[-1] < 37
+        program = torch.onnx.export(vit, (pictures,), dynamo=True, verbose=False)
+    file = io.BytesIO()
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    other = images(2, 48).roll(7, dims=-1)
+    with turbovlm.apply(vit, SETTINGS[setting]):
+        expected = vit(other)
+    name = session.get_inputs()[0].name
+    for given, wanted in ((pictures, reference), (other, expected)):
+        (found,) = session.run(None, {name: given.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-4)
