@@ -25,7 +25,8 @@ from torch import Tensor
 from turbovlm import TurboConfig
 from turbovlm.adapters import Tower, find_towers
 from turbovlm.adapters.layout import run_steps
-from turbovlm.engine import State, _heads
+from turbovlm.engine import _heads
+from turbovlm.state import State
 
 CONFIG = TurboConfig(0)
 

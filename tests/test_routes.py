@@ -86,7 +86,9 @@ def test_stored_is_counted_as_attention_is():
             return self.route(q, k, v, None, 0.25)
 
     q, k, v = heads()
-    assert macs(Attention(routes.stored), q, k, v) == macs(Attention(routes.masked), q, k, v) == 2 * 2 * 3 * 50 * 50 * 16
+    assert (
+        macs(Attention(routes.stored), q, k, v) == macs(Attention(routes.masked), q, k, v) == 2 * 2 * 3 * 50 * 50 * 16
+    )
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from types import ModuleType
 
 from turbovlm import functional
 from turbovlm.config import TurboConfig
-from turbovlm.engine import BlockTrace
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 from turbovlm.handle import Handle, apply, get_handle
 from turbovlm.schedule import Schedule
+from turbovlm.state import BlockTrace
 
 __version__ = "0.1.0"
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from turbovlm.adapters import Tower, find_towers, matrices
 from turbovlm.adapters.layout import fetch
 from turbovlm.config import TurboConfig
-from turbovlm.engine import BlockTrace, Plan, accelerated_forward
+from turbovlm.engine import Plan, accelerated_forward
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 from turbovlm.schedule import EncoderShape, Schedule, check_depth, make_schedule
+from turbovlm.state import BlockTrace
 from turbovlm.verify import verify
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from turbovlm.adapters import Tower
 from turbovlm.adapters.layout import library_version
 from turbovlm.config import TurboConfig
-from turbovlm.engine import State, unmerged_forward
+from turbovlm.engine import unmerged_forward
 from turbovlm.errors import UnsupportedModelError
+from turbovlm.state import State
 
 PATCHES = 6
 """Patches of the random input."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,10 @@ def partition_tokens(
         first = prefix + prefix % 2
         return Partition(slice(first, tokens, 2), slice(2 * prefix + 1 - first, tokens, 2))
     if kind == "random":
-        draw = _kept_halves if type(tokens) is int and not is_exporting() else _draw_halves
-        order = draw(tokens, prefix, block, seed, device)
+        if is_exporting():
+            order = _draw_halves(tokens, prefix, block, seed, device)
+        else:
+            order = _kept_halves(operator.index(tokens), prefix, block, seed, device)
         return Partition(order[patches // 2 :], order[: patches // 2], window_count(patches))
     rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
     if rows * columns != patches:
