@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from turbovlm.demo.result import describe_machine
-from turbovlm.profile import Comparison, compare
+
+if TYPE_CHECKING:
+    from turbovlm.profile import Comparison
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,6 +83,8 @@ def images(case: Case, batch: int, dtype: torch.dtype, device: str = "cpu") -> T
 
 def compare_shown(model: nn.Module, inputs: Any, versions: Any, label: str, rounds: int, **settings: Any) -> Comparison:
     """`compare`, with a progress bar on the terminal."""
+    from turbovlm.profile import compare
+
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=(settings.get("warmup", 2) + rounds) * (len(versions) + 1))
         advance = functools.partial(progress.advance, task)

@@ -126,6 +126,18 @@ def test_the_schedules_cost_is_the_counted_one(name, settings):
     assert sum(counts) == pytest.approx(sum(schedule.macs_after) - norms, rel=0.003)
 
 
+@pytest.mark.parametrize("partition", ["random", "alternate"])
+def test_the_schedule_knows_of_windows(partition):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        settings = {"img_size": 296, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 1, "num_classes": 0}
+        model = timm.models.VisionTransformer(**settings).eval()
+        image = torch.zeros(1, 3, 296, 296)
+    full = macs(model, image)
+    with turbovlm.apply(model, r=100, partition=partition) as handle:
+        assert macs(model, image) / full == pytest.approx(handle.schedules[0].ratio, abs=0.002)
+
+
 class Counted:
     """A forward that appends its own count."""
 

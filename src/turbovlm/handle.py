@@ -243,6 +243,7 @@ def _shape(tower: Tower, config: TurboConfig) -> EncoderShape:
         similarity_width=tuple(tower.hidden_size if config.similarity == "hidden" else width // h for h in heads),
         patch_weights=tower.patch_weights,
         prefix=tower.prefix,
+        windowed=config.partition == "random",
     )
 
 

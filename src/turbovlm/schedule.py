@@ -15,6 +15,7 @@ from typing import cast
 
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError
+from turbovlm.functional.partition import window_count
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class EncoderShape:
         similarity_width: width of the features compared (head_dim for keys, hidden_size for hidden), per block.
         patch_weights: entries of the patch embedding's kernel.
         prefix: CLS, distillation and register tokens, which are never merged.
+        windowed: whether many patches are compared within windows only.
     """
 
     attention_weights: tuple[int, ...]
@@ -38,6 +40,7 @@ class EncoderShape:
     similarity_width: tuple[int, ...]
     patch_weights: int
     prefix: int
+    windowed: bool = False
 
     @property
     def depth(self) -> int:
@@ -49,8 +52,9 @@ class EncoderShape:
         macs = before * self.attention_weights[block] + 2 * before * before * width
         macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
         if after < before:
-            half = (before - self.prefix) // 2
-            macs += half * (before - self.prefix - half) * self.similarity_width[block]
+            patches = before - self.prefix
+            pairs = patches // 2 * (patches - patches // 2)
+            macs += pairs // (window_count(patches) if self.windowed else 1) * self.similarity_width[block]
         return macs
 
     def macs(self, tokens: Sequence[int]) -> int:
