@@ -283,10 +283,9 @@ def _partition(plan: Plan, state: State, index: int, x: Tensor) -> Partition:
         kind, seed, grid = plan.config.partition, plan.config.seed, plan.config.grid
         return partition_tokens(tokens, prefix, kind, block=index, seed=seed, grid=grid, device=device)
     batch, partners = state.partners.shape
-    taken = torch.zeros(batch, tokens, dtype=torch.int8, device=device)
-    taken = taken.scatter(1, state.partners, 1)
-    taken[:, :prefix] = 1
-    candidates = taken.argsort(dim=1, stable=True)[:, : tokens - prefix - partners]
+    place = torch.arange(tokens, device=device).expand(batch, -1).scatter(1, state.partners, tokens)
+    place[:, :prefix] = tokens
+    candidates = place.sort(dim=1).values[:, : tokens - prefix - partners]
     return Partition(candidates, state.partners)
 
 

@@ -75,7 +75,7 @@ def partition_tokens(
     index = torch.arange(patches, device=device)
     corner = (index // columns % 2 == 0) & (index % columns % 2 == 0)
     partners = (rows + 1) // 2 * ((columns + 1) // 2)
-    order = (~corner).to(torch.int8).argsort(stable=True) + prefix
+    order = (index + patches * ~corner).argsort() + prefix
     return Partition(order[partners:], order[:partners])
 
 
