@@ -93,7 +93,7 @@ def test_stored_is_counted_as_attention_is():
 
 @pytest.fixture
 def fast_products(monkeypatch):
-    monkeypatch.setattr(routes, "_has_fast_bfloat16_products", lambda: True)
+    monkeypatch.setattr(routes, "FAST_BFLOAT16_PRODUCTS", True)
 
 
 def test_the_fastest_by_dtype_and_gradient(fast_products, monkeypatch):
@@ -106,7 +106,7 @@ def test_the_fastest_by_dtype_and_gradient(fast_products, monkeypatch):
     assert routes.fastest(*differentiable) is routes.masked
     with torch.no_grad():
         assert routes.fastest(*differentiable) is routes.stored
-    monkeypatch.setattr(routes, "_has_fast_bfloat16_products", lambda: False)
+    monkeypatch.setattr(routes, "FAST_BFLOAT16_PRODUCTS", False)
     assert routes.fastest(*low) is routes.masked
 
 
@@ -125,9 +125,9 @@ def test_an_encoder_in_bf16_on_plain_products(vit, monkeypatch):
         vit.bfloat16()
         found = {}
         for fast in (True, False):
-            monkeypatch.setattr(routes, "_has_fast_bfloat16_products", lambda fast=fast: fast)
+            monkeypatch.setattr(routes, "FAST_BFLOAT16_PRODUCTS", fast)
             found[fast] = 1 - torch.cosine_similarity(vit(images.bfloat16()).float(), exact, dim=-1)
-        monkeypatch.setattr(routes, "_has_fast_bfloat16_products", lambda: True)
+        monkeypatch.setattr(routes, "FAST_BFLOAT16_PRODUCTS", True)
         compiled = torch.compile(vit, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images.bfloat16()), vit(images.bfloat16()), rtol=0, atol=1e-2)
     assert not torch.equal(found[True], found[False])

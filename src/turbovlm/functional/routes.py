@@ -20,6 +20,11 @@ from turbovlm.functional.backend import is_exporting
 STORED_SCORES = 1 << 20
 """Scores that `stored` holds at a time, at most: 2 MiB, which a core's cache still serves."""
 
+_CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+FAST_BFLOAT16_PRODUCTS = bool(_CPU.get("avx512_bf16")) and not _CPU.get("amx_bf16")
+"""Whether this CPU multiplies bfloat16 matrices faster than float32 ones, but not within PyTorch's fused attention.
+Read at import, so that compilers see a constant. Releases of PyTorch that do not tell what the CPU has count as no."""
+
 Route = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
@@ -27,19 +32,12 @@ def fastest(q: Tensor, k: Tensor, v: Tensor) -> Route:
     """`stored` for bfloat16 on CPUs where it is known to win, `masked` everywhere else.
 
     On x86 CPUs with bfloat16 products but no tiles for them (AMX), PyTorch's fused attention is no faster in bfloat16
-    than in float32, while plain matrix products are.
+    than in float32, while plain matrix products are (`FAST_BFLOAT16_PRODUCTS`).
     """
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not differentiated and not is_exporting():
-        return stored if _has_fast_bfloat16_products() else masked
+        return stored if FAST_BFLOAT16_PRODUCTS else masked
     return masked
-
-
-@functools.cache
-def _has_fast_bfloat16_products() -> bool:
-    """Releases of PyTorch that do not tell have none."""
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(has.get("avx512_bf16")) and not has.get("amx_bf16")
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
