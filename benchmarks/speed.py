@@ -17,20 +17,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from itertools import chain
-from multiprocessing import get_context
 from typing import Any
 
 import torch
-from cases import CASES, CPU_CASES, DTYPES, RESULTS, Case, build, described, images, load, machine, save
+from cases import CASES, CPU_CASES, DTYPES, RESULTS, Case, build, described, images, load, machine, pooled, save
 from rich.console import Console
 from rich.progress import Progress
 from rivals import published, sliced, with_sdpa
 
 from turbovlm import TurboConfig
-from turbovlm.profile import Comparison, Quartiles, compare
+from turbovlm.profile import Comparison, compare
 
 MODES = {"eager": 8, "compiled": 8, "b1": 1, "b32": 32}
 """Batch size of each mode."""
@@ -57,25 +53,14 @@ def main() -> None:
             key = f"{case} {dtype} {mode}"
             if args.again or key not in measured:
                 Console(stderr=True).print(f"{time.strftime('%H:%M:%S')} {key}", highlight=False)
-                measured[key] = {**pooled(case, dtype, mode).to_dict(), "machine": machine()}
+                measured[key] = {
+                    **pooled(measure, case, dtype, mode, processes=PROCESSES, long=LONG).to_dict(),
+                    "machine": machine(),
+                }
                 save(FILE, measured)
     (RESULTS / "speed.md").write_text(report(measured))
     plot(measured)
     print(report(measured))
-
-
-def pooled(case: str, dtype: str, mode: str) -> Comparison:
-    """The rounds of as many fresh processes as the case calls for."""
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
-        found = [fresh.submit(measure, case, dtype, mode).result()]
-        if Quartiles.of(found[0].baseline.wall_seconds).median < LONG:
-            found += [fresh.submit(measure, case, dtype, mode).result() for _ in range(PROCESSES - 1)]
-    runs = []
-    for same in zip(*(comparison.runs for comparison in found)):
-        seconds, wall = (tuple(chain(*(getattr(run, name) for run in same))) for name in ("seconds", "wall_seconds"))
-        peak = max((run.peak_bytes for run in same if run.peak_bytes is not None), default=None)
-        runs.append(replace(same[0], seconds=seconds, wall_seconds=wall, peak_bytes=peak))
-    return replace(found[0], runs=tuple(runs))
 
 
 def measure(name: str, dtype: str, mode: str) -> Comparison:

@@ -30,6 +30,10 @@ GUIDANCES = ("auto", "cls", "mean")
 PARTITIONS = ("alternate", "random", "grid")
 ORDERS = ("partition", "spatial")
 REDUCTIONS = ("merge", "prune")
+VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "uniform", "pooling")
+
+AMOUNTS = ("r", "keep", "flops")
+"""The fields that say how much is merged inside the encoders."""
 
 PAPER_ALPHA_SCALE = 30.0
 """The authors' code multiplies the published alpha by 30 before it multiplies A."""
@@ -37,7 +41,7 @@ PAPER_ALPHA_SCALE = 30.0
 
 @dataclass(frozen=True)
 class TurboConfig:
-    """How much to merge (exactly one of `r`, `keep`, `flops`) and which tokens.
+    """How much to merge (exactly one of `r`, `keep`, `flops`, or none beside `visual_keep`) and which tokens.
 
     The defaults are what kept most of a real ViT's output (docs/defaults.md); `TurboConfig.paper` is the published
     setting.
@@ -66,7 +70,13 @@ class TurboConfig:
         proportional: attend in proportion to the patches that a token stands for (equation 16).
         reduce: `"merge"` averages a token into its partner, weighted by size; `"prune"` drops it.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.
-        seed: of `partition="random"` and `degree="random"`; both are the same in every forward.
+        seed: of `partition="random"`, `degree="random"` and `visual_select="random"`; each is the same in every
+            forward.
+        visual_keep: how many of each image's visual tokens the language model reads: a share in (0, 1], or a count,
+            an integer ≥ 1. Alone it leaves the vision tower as it is.
+        visual_select: which of them: `"information"` goes by the degree, R from the projected features and A from the
+            tower's attention; `"redundancy"`, `"attention"`, `"random"`, `"uniform"` (every k-th) and `"pooling"`
+            (averages of 2×2) are the baselines.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
@@ -90,6 +100,8 @@ class TurboConfig:
     reduce: str = "merge"
     trace: bool = False
     seed: int = 0
+    visual_keep: float | int | None = None
+    visual_select: str = "information"
 
     def __post_init__(self) -> None:
         self._check_amount()
@@ -109,6 +121,8 @@ class TurboConfig:
         _check_choice("reduce", self.reduce, REDUCTIONS)
         _check_flag("proportional", self.proportional)
         _check_flag("trace", self.trace)
+        _check_choice("visual_select", self.visual_select, VISUAL_SELECTIONS)
+        self._check_visual_keep()
         self._check_grid()
 
     @classmethod
@@ -145,16 +159,20 @@ class TurboConfig:
 
     @property
     def amount(self) -> str:
-        """What was asked for, as it was written: `"r=16"`, `"keep=0.25"` or `"flops=0.6"`."""
-        for name in ("r", "keep", "flops"):
-            value = getattr(self, name)
-            if value is not None:
-                return f"{name}={list(value) if isinstance(value, tuple) else value}"
-        raise AssertionError("a config without an amount cannot be made")
+        """What was asked for, as it was written: `"r=16"`, `"keep=0.25"`, `"flops=0.6, visual_keep=0.5"`."""
+        given = {name: getattr(self, name) for name in (*AMOUNTS, "visual_keep") if getattr(self, name) is not None}
+        return ", ".join(
+            f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in given.items()
+        )
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens are merged inside the encoders."""
+        return any(getattr(self, name) is not None for name in AMOUNTS)
 
     def _check_amount(self) -> None:
-        given = [name for name in ("r", "keep", "flops") if getattr(self, name) is not None]
-        if len(given) != 1:
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) != 1 and (given or self.visual_keep is None):
             found = ", ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none of them"
             raise ConfigError(f"give exactly one of r, keep and flops: got {found}")
         if isinstance(self.r, Sequence) and not isinstance(self.r, str | bytes):
@@ -173,6 +191,19 @@ class TurboConfig:
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def _check_visual_keep(self) -> None:
+        value = self.visual_keep
+        if value is None:
+            if self.visual_select != "information":
+                raise ConfigError(f"visual_select={self.visual_select!r}: give visual_keep with it")
+            return
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            self._set(visual_keep=_integer("visual_keep", value, minimum=1))
+        elif isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+            raise ConfigError(f"visual_keep={value!r}: must be a share in (0, 1] or an integer ≥ 1, a count per image")
+        else:
+            self._set(visual_keep=float(value))
 
     def _check_grid(self) -> None:
         if self.grid is None:

@@ -122,6 +122,31 @@ def unmerged_forward(
     return x + run_steps(block, spelling.mlp, x)
 
 
+@torch.no_grad()
+def attention_of_guide(
+    block: nn.Module,
+    spelling: Spelling,
+    config: TurboConfig,
+    prefix: int,
+    guidance: str,
+    hidden: Tensor,
+    arguments: Mapping[str, Any],
+) -> Tensor:
+    """A of every patch, `[batch, patches]`, in a block that attends to `hidden`, `[batch, tokens, width]`.
+
+    Where tokens were merged before, the patches of one share what it gets.
+    """
+    state: State = getattr(hidden, STATE, State(0, ()))
+    if state.sizes is None and spelling.mask is not None:
+        state = replace(state, sizes=_sizes_from_mask(arguments.get(spelling.mask), hidden))
+    heads = _heads(block, spelling, config, hidden, state, arguments)
+    row = attention_row(_guide(heads.q, guidance, prefix, state.sizes), heads.k, heads.bias)
+    source = state.source()
+    if source is not None and state.sizes is not None:
+        row = (row / state.sizes).gather(1, source)
+    return row[:, prefix:]
+
+
 def _begin(plan: Plan, hidden: Tensor) -> State:
     if isinstance(plan.config.r, tuple):
         return State(0, plan.config.r)

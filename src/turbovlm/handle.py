@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,10 @@ from turbovlm.adapters.layout import fetch
 from turbovlm.config import TurboConfig
 from turbovlm.engine import Plan, accelerated_forward
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
+from turbovlm.language.attention import guiding_forward
+from turbovlm.language.install import OVERRIDES, install_reading, plan_reading
+from turbovlm.language.plan import ReadingPlan
+from turbovlm.language.select import Selection, needs_attention
 from turbovlm.schedule import EncoderShape, Schedule, check_depth, make_schedule
 from turbovlm.state import BlockTrace
 from turbovlm.verify import verify
@@ -46,15 +51,19 @@ def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) 
         raise ConfigError(f"config={config!r}: must be a TurboConfig; an amount goes by name, as in apply(model, r=16)")
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"{type(model).__name__} is no torch.nn.Module: apply to the model inside it")
-    towers = find_towers(model)
+    _check_untouched(model)
+    towers = find_towers(model) if config.merges else []
     plans = [_plan(tower, config) for tower in towers]
-    _check_untouched(towers)
+    _check_unhooked(towers)
+    reading = None if config.visual_keep is None else plan_reading(model, config)
     for tower in towers:
         verify(tower)
     for tower, plan in zip(towers, plans):
         for index, (_, block) in enumerate(tower.blocks):
             block.forward = functools.partial(accelerated_forward, block, plan, index)
-    return Handle(model, plans)
+    if reading is not None:
+        install_reading(model, reading)
+    return Handle(model, plans, reading)
 
 
 def get_handle(model: nn.Module) -> Handle:
@@ -63,28 +72,31 @@ def get_handle(model: nn.Module) -> Handle:
     Raises:
         TurboError: the model is not accelerated.
     """
-    plans = list(dict.fromkeys(plan for _, plan in accelerated(model)))
-    if not plans:
+    found = list(dict.fromkeys(override.plan for override in overrides(model)))
+    if not found:
         raise TurboError(f"this {type(model).__name__} is not accelerated")
-    return Handle(model, plans)
+    plans = [plan for plan in found if isinstance(plan, Plan)]
+    return Handle(model, plans, next((plan for plan in found if isinstance(plan, ReadingPlan)), None))
 
 
 class Handle:
     """What `apply` did to one model, and the way back."""
 
-    def __init__(self, model: nn.Module, plans: list[Plan]) -> None:
+    def __init__(self, model: nn.Module, plans: list[Plan], reading: ReadingPlan | None = None) -> None:
         self._model = model
         self._plans = plans
+        self._reading = reading
 
     @property
     def config(self) -> TurboConfig:
         """The settings in force."""
-        return self._plans[0].config
+        plan = self._plans[0] if self._reading is None else self._reading
+        return plan.config
 
     @property
     def active(self) -> bool:
         """Whether the model is still accelerated by this handle."""
-        return any(plan in self._plans for _, plan in accelerated(self._model))
+        return any(self._owns(override) for override in overrides(self._model))
 
     @property
     def schedules(self) -> list[Schedule]:
@@ -110,6 +122,19 @@ class Handle:
         if all(plan.last is None for plan in self._plans):
             raise StateError("nothing is traced yet: run the model first")
         return [trace for plan in self._plans if plan.last is not None for trace in plan.last.traces]
+
+    @property
+    def visual(self) -> tuple[Selection, ...]:
+        """What became of each image's visual tokens in the last prompt, in the order of the prompts.
+
+        Raises:
+            StateError: the config has no `visual_keep`, or no prompt with an image has been read yet.
+        """
+        if self._reading is None:
+            raise StateError("no visual tokens are chosen: apply with visual_keep")
+        if self._reading.last is None:
+            raise StateError("no visual tokens have been chosen yet: run the model first")
+        return self._reading.last
 
     def restore(self, tokens: Tensor, *, tower: str | None = None) -> Tensor:
         """Give every position of the last forward's input the value of the token it became part of.
@@ -147,9 +172,9 @@ class Handle:
 
     def remove(self) -> None:
         """Give the model back as it was. A second call does nothing."""
-        for block, plan in list(accelerated(self._model)):
-            if plan in self._plans:
-                del block.forward
+        for override in list(overrides(self._model)):
+            if self._owns(override):
+                override.module.__dict__.pop(override.name, None)
 
     def __enter__(self) -> Handle:
         return self
@@ -164,7 +189,12 @@ class Handle:
         lines = [f"Turbo({self.config.amount}, {_describe(self.config)}{state})"]
         for plan, schedule in zip(self._plans, self.schedules):
             lines += _report(plan, schedule)
+        if self._reading is not None:
+            lines += _report_reading(self._reading)
         return "\n".join(lines)
+
+    def _owns(self, override: Override) -> bool:
+        return override.plan in self._plans or override.plan is self._reading
 
     def _plan_of(self, tower: str | None) -> Plan:
         named = {plan.tower: plan for plan in self._plans}
@@ -183,28 +213,44 @@ def _config(settings: dict[str, Any]) -> TurboConfig:
     return TurboConfig(**settings)
 
 
-def accelerated(model: nn.Module) -> Iterator[tuple[nn.Module, Plan]]:
+@dataclass(frozen=True)
+class Override:
+    """A method that one module has of its own: where, what it is called, and by which plan."""
+
+    module: nn.Module
+    name: str
+    plan: Plan | ReadingPlan
+
+
+def overrides(model: nn.Module) -> Iterator[Override]:
+    """Everything that `apply` put into `model`."""
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, functools.partial) and forward.func is accelerated_forward:
-            yield module, forward.args[1]
+        for name, method in list(module.__dict__.items()):
+            while isinstance(method, functools.partial) and method.func in (accelerated_forward, *OVERRIDES):
+                yield Override(module, name, method.args[1])
+                method = method.args[2] if method.func is guiding_forward else None
 
 
-def _check_untouched(towers: list[Tower]) -> None:
+def _check_untouched(model: nn.Module) -> None:
+    for override in overrides(model):
+        raise TurboError(
+            f"{_name_of(model, override.module)} is accelerated already ({override.plan.config.amount}): "
+            "call handle.remove(), or turbovlm.get_handle(model).remove(), first"
+        )
+
+
+def _check_unhooked(towers: list[Tower]) -> None:
     for tower in towers:
         for name, block in tower.blocks:
-            forward = block.__dict__.get("forward")
-            if forward is None:
-                continue
-            if isinstance(forward, functools.partial) and forward.func is accelerated_forward:
+            if "forward" in block.__dict__:
                 raise TurboError(
-                    f"{name} is accelerated already ({forward.args[1].config.amount}): "
-                    "call handle.remove(), or turbovlm.get_handle(model).remove(), first"
+                    f"{name} has a forward of its own (set by a hook of another library, such as accelerate's "
+                    "dispatch_model): apply turbovlm before it"
                 )
-            raise TurboError(
-                f"{name} has a forward of its own (set by a hook of another library, such as accelerate's "
-                "dispatch_model): apply turbovlm before it"
-            )
+
+
+def _name_of(model: nn.Module, sought: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is sought) or type(model).__name__
 
 
 def _plan(tower: Tower, config: TurboConfig) -> Plan:
@@ -259,6 +305,14 @@ def _describe(config: TurboConfig) -> str:
     degree = config.degree if isinstance(config.degree, str) else getattr(config.degree, "__name__", "callable")
     alpha = f", alpha={config.alpha:g}" if degree in ("weighted_difference", "damped", "layered") else ""
     return f"degree={degree}{alpha}, similarity={config.similarity}, partition={config.partition}, {config.reduce}"
+
+
+def _report_reading(plan: ReadingPlan) -> list[str]:
+    keep, where = plan.config.visual_keep, f"{plan.name}." if plan.name else ""
+    much = f"{keep} visual tokens" if isinstance(keep, int) else f"{keep:.0%} of the visual tokens"
+    guided = f", guided by {plan.guidance} in {where}{plan.guide}" if needs_attention(plan.config) else ""
+    how = f"visual_select={plan.config.visual_select}, {plan.config.reduce}"
+    return [f"  {plan.name or 'model'} ({plan.reader.family}): reads {much} of each image ({how}){guided}"]
 
 
 def _report(plan: Plan, schedule: Schedule) -> list[str]:

@@ -15,12 +15,13 @@ from torch import Tensor
 from turbovlm.adapters import packed, timm, transformers
 from turbovlm.adapters.layout import Layout, Spelling, fetch, path_of, spell
 from turbovlm.errors import UnsupportedModelError
+from turbovlm.language.readers import reader_of, several_layers
 
 LAYOUTS: tuple[Layout, ...] = transformers.LAYOUTS + timm.LAYOUTS + packed.LAYOUTS
 _BY_BLOCK = {layout.block: layout for layout in LAYOUTS}
 
 WINDOWED = "windowed attention in hierarchical stages needs its grid"
-PATCH_MERGER = "the 2x2 patch merger that follows needs the grid"
+PATCH_MERGER = "the 2x2 patch merger that follows needs the grid; visual_keep shortens what the language model reads"
 REFUSED = {
     "timm.models.swin_transformer.SwinTransformerBlock": WINDOWED,
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": WINDOWED,
@@ -35,7 +36,7 @@ REFUSED = {
     "transformers.models.hiera.modeling_hiera.HieraLayer": "mask units pool over the grid between stages",
     "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": PATCH_MERGER,
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock": (
-        "its windowed attention and the 2x2 patch merger that follows need the grid"
+        f"its windowed attention needs the grid, and {PATCH_MERGER}"
     ),
     "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": PATCH_MERGER,
     "open_clip.transformer.CustomResidualAttentionBlock": "its attention scales heads or cosines in its own way",
@@ -112,7 +113,7 @@ def find_towers(model: nn.Module) -> list[Tower]:
     grouped: dict[str, list[tuple[str, nn.Module, Layout]]] = {}
     strays: dict[str, str] = {}
     for name, module in modules.items():
-        layout = next((_BY_BLOCK[path] for path in class_paths(module) if path in _BY_BLOCK), None)
+        layout = layout_of(module)
         if layout is None:
             continue
         tower = next((n for n in _ancestors(name) if set(class_paths(modules[n])) & set(layout.towers)), None)
@@ -124,6 +125,11 @@ def find_towers(model: nn.Module) -> list[Tower]:
     if not grouped:
         raise UnsupportedModelError(_nothing_found(model, modules, strays))
     return [_tower(name, modules, blocks) for name, blocks in grouped.items()]
+
+
+def layout_of(block: nn.Module) -> Layout | None:
+    """The layout that knows a block, or None."""
+    return next((_BY_BLOCK[path] for path in class_paths(block) if path in _BY_BLOCK), None)
 
 
 def matrices(step: Any) -> list[Tensor]:
@@ -139,9 +145,21 @@ def class_paths(module: nn.Module) -> list[str]:
 def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.Module, Layout]]) -> Tower:
     module, layout = modules[name], found[0][2]
     around = tuple(modules[n] for n in reversed(_ancestors(name)))
-    for ancestor in around:
-        if reason := transformers.placeholders(ancestor):
-            raise UnsupportedModelError(f"{name or type(module).__name__} cannot lose tokens: {reason}")
+    part = next((ancestor for ancestor in around if reader_of(ancestor)), None)
+    reader = None if part is None else reader_of(part)
+    if part is not None and reader is not None and reader.inside:
+        if several_layers(part):
+            raise UnsupportedModelError(
+                f"{name} cannot lose tokens: {reader.family} reads several blocks' outputs; visual_keep shortens what "
+                "the language model reads"
+            )
+        found = found[: len(found) + reader.guide(part) + 1]
+        restore = True
+    else:
+        for ancestor in around:
+            if reason := transformers.placeholders(ancestor):
+                raise UnsupportedModelError(f"{name or type(module).__name__} cannot lose tokens: {reason}")
+        restore = layout.restore(module, around) if callable(layout.restore) else layout.restore
     for path, block, _ in found:
         if layout.refuse is not None and (reason := layout.refuse(module, block, around)):
             raise UnsupportedModelError(f"{path} ({layout.family}) cannot be accelerated: {reason}")
@@ -155,7 +173,7 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         blocks=tuple((path, block) for path, block, _ in found),
         prefix=prefix,
         cls=layout.cls(module) if callable(layout.cls) else layout.cls,
-        restore=layout.restore(module, around) if callable(layout.restore) else layout.restore,
+        restore=restore,
         tokens=layout.patches(module) + prefix,
     )
 

@@ -294,6 +294,49 @@ INSTRUCT_BLIP = variant(
     towers=(f"{MODELS}.instructblip.modeling_instructblip.InstructBlipVisionModel",),
 )
 
+
+def _needs_grid(tower: Any, block: Any, ancestors: Around) -> str | None:
+    return (
+        "the squares of patches that its visual tokens are made of need the grid; visual_keep shortens what the "
+        "language model reads"
+    )
+
+
+def _internvl_project(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attention = block.attention
+    return attention.q_norm(attention.q_proj(x)), attention.k_norm(attention.k_proj(x)), attention.v_proj(x)
+
+
+INTERN_VL = Layout(
+    family="transformers InternVL vision",
+    block=f"{MODELS}.internvl.modeling_internvl.InternVLVisionLayer",
+    towers=(f"{MODELS}.internvl.modeling_internvl.InternVLVisionModel",),
+    norm1="layernorm_before",
+    project=_internvl_project,
+    heads="attention.num_heads",
+    after_attention=("attention.projection_layer", "attention.projection_dropout", "lambda_1"),
+    mlp=("layernorm_after", "mlp", "dropout", "lambda_2"),
+    patch="embeddings.patch_embeddings.projection",
+    patches=_patches,
+    dropout="attention.attention_dropout",
+    refuse=_needs_grid,
+)
+
+IDEFICS3 = variant(
+    SIGLIP,
+    family="transformers Idefics3 vision",
+    block=f"{MODELS}.idefics3.modeling_idefics3.Idefics3EncoderLayer",
+    towers=(f"{MODELS}.idefics3.modeling_idefics3.Idefics3VisionTransformer",),
+    refuse=_needs_grid,
+)
+
+SMOL_VLM = variant(
+    IDEFICS3,
+    family="transformers SmolVLM vision",
+    block=f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMEncoderLayer",
+    towers=(f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer",),
+)
+
 LAYOUTS = (
     VIT,
     DEIT,
@@ -312,6 +355,9 @@ LAYOUTS = (
     BLIP,
     BLIP_2,
     INSTRUCT_BLIP,
+    INTERN_VL,
+    IDEFICS3,
+    SMOL_VLM,
 )
 
 FIXED_READERS = ("blip-2", "instructblip", "instructblipvideo")
@@ -327,6 +373,6 @@ def placeholders(module: nn.Module) -> str | None:
         if getattr(config, name, None) is not None:
             return (
                 f"{type(module).__name__} has one placeholder per visual token in its prompt ({name} in its config): "
-                "a shorter tower output would not fit them"
+                "a shorter tower output would not fit them; visual_keep shortens what the language model reads"
             )
     return None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, TurboError
-from turbovlm.handle import accelerated, apply
+from turbovlm.handle import apply, overrides
 from turbovlm.profile.macs import macs
 from turbovlm.profile.timing import CLOCKS, Forward, Quartiles, interleaved, peak_memory
 
@@ -177,7 +177,7 @@ def compare(
     for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 1 if compile else 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: must be an integer ≥ {least}")
-    if any(True for _ in accelerated(model)):
+    if any(True for _ in overrides(model)):
         raise TurboError("this model is accelerated already: compare against the model itself, after handle.remove()")
     batch = _batch(inputs)
     weights = next(model.parameters(), None)

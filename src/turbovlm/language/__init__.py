@@ -1,0 +1,1 @@
+"""Between the vision tower and the language model: which visual tokens it reads, and the prompt that fits them."""

@@ -1,0 +1,112 @@
+"""The tower's attention A, taken down on the way through one of its blocks and handed on with the features.
+
+`get_image_features` runs the tower; the block that guides adds its attention row to what that call collects. The rows
+become one number per visual token and travel as one more plane of `deepstack_features`, which the library repeats for
+beams as it does the features themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbovlm.adapters.layout import fetch
+from turbovlm.engine import attention_of_guide
+from turbovlm.language.plan import ReadingPlan
+from turbovlm.language.readers import cells, packed_row
+
+SCORED = "_turbovlm_scored"
+"""Attribute of the library's outputs whose last deepstack plane is A."""
+
+_ROWS: ContextVar[list[Tensor] | None] = ContextVar("rows", default=None)
+"""What the encoding under way in this thread has collected."""
+
+
+def guiding_forward(block: nn.Module, plan: ReadingPlan, inner: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the tower's block that guides: its own (`inner`, where it is accelerated), and its row of A."""
+    rows = _ROWS.get()
+    if rows is not None:
+        rows.append(_row(block, plan, hidden, args, kwargs))
+    return type(block).forward(block, hidden, *args, **kwargs) if inner is None else inner(hidden, *args, **kwargs)
+
+
+def _row(block: Any, plan: ReadingPlan, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if plan.spelling is None:
+        return packed_row(block, hidden, kwargs)
+    arguments = {**dict(zip(plan.spelling.arguments, args)), **kwargs}
+    return attention_of_guide(block, plan.spelling, plan.config, plan.prefix, plan.guidance, hidden, arguments)
+
+
+def encoding(model: Any, plan: ReadingPlan, modality: str, *args: Any, **kwargs: Any) -> Any:
+    """`get_image_features` or `get_video_features`, with A as one more plane of features."""
+    method = getattr(type(model), f"get_{modality}_features")
+    rows: list[Tensor] = []
+    token = _ROWS.set(rows)
+    try:
+        outputs = method(model, *args, **kwargs)
+    finally:
+        _ROWS.reset(token)
+    if rows and not isinstance(outputs, tuple):
+        attach(outputs, _scores(model, plan, modality, torch.cat(rows), outputs, args, kwargs))
+    return outputs
+
+
+def rearranging(model: Any, plan: ReadingPlan, name: str, features: Any, *args: Any, **kwargs: Any) -> Any:
+    """A method that rearranges features after the projector; what A has been collected is rearranged alike."""
+    method = getattr(type(model), name)
+    rows = _ROWS.get()
+    if rows:
+        collected = torch.cat(rows).unsqueeze(-1)
+        alone = {k: (v.new_zeros(1) if k == "image_newline" and v is not None else v) for k, v in kwargs.items()}
+        if isinstance(features, Tensor):
+            rows[:] = [method(model, collected, *args, **alone).squeeze(-1)]
+        else:
+            packed, _ = method(model, torch.split(collected, [len(feature) for feature in features]), *args, **alone)
+            rows[:] = [values.squeeze(-1) for values in packed]
+    return method(model, features, *args, **kwargs)
+
+
+def attach(outputs: Any, scores: list[Tensor]) -> None:
+    """Add A, one tensor `[tokens]` per entry of `pooler_output`, as a plane of `[tokens, 1]`."""
+    planes = getattr(outputs, "deepstack_features", None) or []
+    outputs.deepstack_features = [*planes, [values.unsqueeze(-1) for values in scores]]
+    setattr(outputs, SCORED, True)
+
+
+def detach(outputs: Any) -> tuple[list[Any], list[Tensor] | None]:
+    """The planes that the library made itself, and A, `[tokens]` per entry, or None where there is none."""
+    planes = list(getattr(outputs, "deepstack_features", None) or [])
+    if not getattr(outputs, SCORED, False):
+        return planes, None
+    return planes[:-1], [values.squeeze(-1) for values in planes[-1]]
+
+
+def _scores(
+    model: Any,
+    plan: ReadingPlan,
+    modality: str,
+    rows: Tensor,
+    outputs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[Tensor]:
+    """A of every visual token, `[tokens]` per entry of `pooler_output`."""
+    reader, lengths = plan.reader, [len(entry) for entry in outputs.pooler_output]
+    side = reader.cell(model)
+    if reader.packed:
+        values = rows.view(-1, side * side).sum(dim=1)
+        if reader.order is not None:
+            method = getattr(type(model), f"get_{modality}_features")
+            grid = inspect.signature(method).bind(model, *args, **kwargs).arguments[f"{modality}_grid_thw"]
+            values = values[reader.order(fetch(model, tuple(reader.tower.split("."))), grid)]
+    else:
+        values = (cells(rows, side) if side > 1 else rows).flatten()
+    if len(values) != sum(lengths):  # a token that separates videos ends each
+        values = F.pad(values.view(len(lengths), -1), (0, 1)).flatten()
+    return list(torch.split(values, lengths))

@@ -1,0 +1,239 @@
+"""Small vision-language models made of the library's own configs, and prompts for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+IMAGE, VIDEO, PAD, EOS = 90, 91, 0, 1
+SPECIAL = [IMAGE, VIDEO]
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": 2,
+}
+CLIP = {
+    "image_size": 48,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+"""36 patches."""
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """One family: how to make a small model, and how to encode prompts for it.
+
+    `types` names its argument of token types, 1 for visual tokens; where `answer` is given, 0 for the whole prompt and
+    `answer` behind it. `first` is the position of a prompt's first token.
+    `inputs(rows)`: each row is a list of integers (text tokens) and `"image"`s; ragged rows are padded on the left.
+    """
+
+    make: Callable[[], Any]
+    image: Callable[[int], tuple[int, dict[str, torch.Tensor]]]
+    token: int = IMAGE
+    types: str | None = None
+    first: int = 0
+    answer: int | None = None
+
+    def inputs(self, *rows: list[Any]) -> dict[str, Any]:
+        sequences, pixels, count = [], [], 0
+        for row in rows:
+            sequence: list[int] = []
+            for item in row:
+                if item == "image":
+                    tokens, one = self.image(count)
+                    sequence += [self.token] * tokens
+                    pixels.append(one)
+                    count += 1
+                else:
+                    sequence.append(item)
+            sequences.append(sequence)
+        longest = max(map(len, sequences))
+        ids = torch.tensor([[PAD] * (longest - len(s)) + s for s in sequences])
+        mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
+        found = {"input_ids": ids, "attention_mask": mask}
+        for name in pixels[0] if pixels else ():
+            found[name] = torch.cat([one[name] for one in pixels])
+        if self.types is not None:
+            found[self.types] = ((ids == self.token) & (self.answer is None)).int()
+        return found
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def llava() -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**TEXT), image_token_id=IMAGE)
+    )
+
+
+def qwen_image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
+    height, width = ((8, 8), (4, 12), (8, 4))[index % 3]
+    pixels = noise(index, height * width, 3 * 2 * 14 * 14)
+    return height * width // 4, {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, height, width]])}
+
+
+def qwen2_5() -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {"depth": 4, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32}
+    vision |= {"window_size": 56, "fullatt_block_indexes": [1, 3]}
+    text = TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
+    height, width = ((8, 8), (4, 12), (8, 4))[index % 3]
+    pixels = noise(index, height * width, 3 * 2 * 16 * 16)
+    return height * width // 4, {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, height, width]])}
+
+
+def qwen3() -> Any:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {"depth": 4, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32}
+    vision |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
+    text = TEXT | {"head_dim": 8}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO)
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def internvl() -> Any:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+
+    vision = InternVLVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=[48, 48],
+        patch_size=[6, 6],
+    )
+    return InternVLForConditionalGeneration(
+        InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE)
+    )
+
+
+def square(tokens: int, pixels: int) -> Callable[[int], tuple[int, dict[str, torch.Tensor]]]:
+    def image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
+        return tokens, {"pixel_values": noise(index, 1, 3, pixels, pixels)}
+
+    return image
+
+
+def anyres_image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
+    """A base tile and 2×1 tiles of 6×6 patches, in rows that end in a newline."""
+    pixels = noise(index, 1, 3, 3, 48, 48)
+    return 36 + 12 * 6 + 12, {"pixel_values": pixels, "image_sizes": torch.tensor([[96, 48]])}
+
+
+ANYRES = {"image_grid_pinpoints": [[48, 48], [96, 48]], "image_token_id": IMAGE}
+
+
+def llava_next() -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    config = LlavaNextConfig(vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**TEXT), **ANYRES)
+    return LlavaNextForConditionalGeneration(config)
+
+
+def llava_onevision() -> Any:
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    vision, text = SiglipVisionConfig(**CLIP), Qwen2Config(**TEXT)
+    config = LlavaOnevisionConfig(vision_config=vision, text_config=text, video_token_id=VIDEO, **ANYRES)
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
+def qwen2() -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"depth": 3, "embed_dim": 32, "num_heads": 4, "mlp_ratio": 2, "hidden_size": 32}
+    text = TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+    config = Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO)
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def idefics3_image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
+    return 9, {"pixel_values": noise(index, 1, 1, 3, 48, 48)}
+
+
+def idefics3() -> Any:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
+
+    text = LlamaConfig(**TEXT)
+    config = Idefics3Config(vision_config=CLIP, text_config=text, image_token_id=IMAGE, scale_factor=2)
+    return Idefics3ForConditionalGeneration(config)
+
+
+def smolvlm() -> Any:
+    from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    config = SmolVLMConfig(vision_config=CLIP, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2)
+    return SmolVLMForConditionalGeneration(config)
+
+
+def paligemma() -> Any:
+    from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+
+    text = GemmaConfig(**TEXT, head_dim=8)
+    vision = SiglipVisionConfig(**CLIP, projection_dim=32)
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, projection_dim=32)
+    return PaliGemmaForConditionalGeneration(config)
+
+
+def gemma3() -> Any:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+
+    text = Gemma3TextConfig(**TEXT, head_dim=8, layer_types=["full_attention"] * 3)
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**CLIP), text_config=text, image_token_id=IMAGE, mm_tokens_per_image=9
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+VLMS = {
+    "llava": Vlm(llava, square(36, 48)),
+    "qwen2_5_vl": Vlm(qwen2_5, qwen_image, types="mm_token_type_ids"),
+    "qwen3_vl": Vlm(qwen3, qwen3_image, types="mm_token_type_ids"),
+    "internvl": Vlm(internvl, square(16, 48)),
+    "llava_next": Vlm(llava_next, anyres_image),
+    "llava_onevision": Vlm(llava_onevision, anyres_image),
+    "qwen2_vl": Vlm(qwen2, qwen_image, types="mm_token_type_ids"),
+    "idefics3": Vlm(idefics3, idefics3_image),
+    "smolvlm": Vlm(smolvlm, idefics3_image),
+    "paligemma": Vlm(paligemma, square(36, 48), types="token_type_ids", first=1, answer=1),
+    "gemma3": Vlm(gemma3, square(9, 48), types="token_type_ids"),
+}
