@@ -237,3 +237,52 @@ VLMS = {
     "paligemma": Vlm(paligemma, square(36, 48), types="token_type_ids", first=1, answer=1),
     "gemma3": Vlm(gemma3, square(9, 48), types="token_type_ids"),
 }
+
+
+def blip(task: str) -> Any:
+    import transformers
+
+    vision = CLIP | {"initializer_range": 0.05}
+    text = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"} | {
+        "encoder_hidden_size": 32,
+        "sep_token_id": EOS,
+    }
+    config = transformers.BlipConfig(
+        vision_config=vision, text_config=text, projection_dim=16, image_text_hidden_size=16
+    )
+    return getattr(transformers, f"BlipFor{task}")(config)
+
+
+def blip2() -> Any:
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+
+    vision = CLIP | {"initializer_range": 0.05}
+    qformer = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    qformer |= {"intermediate_size": 48, "encoder_hidden_size": 32, "cross_attention_frequency": 1}
+    text = OPTConfig(
+        vocab_size=100,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=128,
+        pad_token_id=PAD,
+        bos_token_id=2,
+        eos_token_id=EOS,
+    )
+    config = Blip2Config(
+        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=4, image_token_index=IMAGE
+    )
+    return Blip2ForConditionalGeneration(config)
+
+
+def vision_encoder_decoder() -> Any:
+    from transformers import BertConfig, BertLMHeadModel, VisionEncoderDecoderModel, ViTConfig, ViTModel
+
+    text = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+    decoder = BertLMHeadModel(BertConfig(**text, is_decoder=True, add_cross_attention=True))
+    model = VisionEncoderDecoderModel(encoder=ViTModel(ViTConfig(**CLIP)), decoder=decoder)
+    model.config.decoder_start_token_id, model.config.pad_token_id = 2, PAD
+    model.generation_config.decoder_start_token_id, model.generation_config.pad_token_id = 2, PAD
+    return model

@@ -170,14 +170,13 @@ def _resume(plan: Plan, index: int, hidden: Tensor) -> State:
 
 def _hand_on(plan: Plan, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
     """Attach the state for the next block; at the end of the encoder, keep it, and restore what needs restoring."""
-    if state.block < plan.shape.depth:
+    if state.block < plan.shape.depth or not plan.restore:
         setattr(x, STATE, state)
     else:
-        if plan.restore:
-            for merge in reversed(state.merges):
-                x = merge.unmerge(x)
-        if not is_exporting():
-            plan.last = state
+        for merge in reversed(state.merges):
+            x = merge.unmerge(x)
+    if state.block == plan.shape.depth and not is_exporting():
+        plan.last = state
     return (x,) if plan.spelling.returns_tuple else x
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,20 +21,46 @@ from turbovlm.adapters.layout import fetch
 from turbovlm.engine import attention_of_guide
 from turbovlm.language.plan import ReadingPlan
 from turbovlm.language.readers import cells, packed_row
+from turbovlm.language.select import kept_count, needs_attention, select
+from turbovlm.state import STATE, State
 
 SCORED = "_turbovlm_scored"
 """Attribute of the library's outputs whose last deepstack plane is A."""
 
-_ROWS: ContextVar[list[Tensor] | None] = ContextVar("rows", default=None)
+
+@dataclass(frozen=True)
+class Row:
+    """A of each image's patches, `[images, patches]`, or of a packed sequence of them, `[patches]`.
+
+    Of a tower that hands on merged tokens, A of those, and the patches that each stands for, `[images, M]`.
+    """
+
+    values: Tensor
+    sizes: Tensor | None = None
+
+
+_ROWS: ContextVar[list[Row] | None] = ContextVar("rows", default=None)
 """What the encoding under way in this thread has collected."""
 
 
 def guiding_forward(block: nn.Module, plan: ReadingPlan, inner: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The forward of the tower's block that guides: its own (`inner`, where it is accelerated), and its row of A."""
+    out = type(block).forward(block, hidden, *args, **kwargs) if inner is None else inner(hidden, *args, **kwargs)
     rows = _ROWS.get()
     if rows is not None:
-        rows.append(_row(block, plan, hidden, args, kwargs))
-    return type(block).forward(block, hidden, *args, **kwargs) if inner is None else inner(hidden, *args, **kwargs)
+        row = _row(block, plan, hidden, args, kwargs)
+        state = getattr(out[0] if isinstance(out, tuple) else out, STATE, None)
+        rows.append(Row(row) if state is None else _of_merged(row, plan.prefix, state))
+    return out
+
+
+def _of_merged(row: Tensor, prefix: int, state: State) -> Row:
+    """A of the tokens that an accelerated tower hands on, from that of every patch, `[images, patches]`."""
+    source = state.source()
+    if source is None or state.sizes is None:
+        return Row(row)
+    sizes = state.sizes[:, prefix:]
+    return Row(row.new_zeros(sizes.shape).scatter_add(1, source[:, prefix:] - prefix, row), sizes)
 
 
 def _row(block: Any, plan: ReadingPlan, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -46,14 +73,36 @@ def _row(block: Any, plan: ReadingPlan, hidden: Tensor, args: tuple[Any, ...], k
 def encoding(model: Any, plan: ReadingPlan, modality: str, *args: Any, **kwargs: Any) -> Any:
     """`get_image_features` or `get_video_features`, with A as one more plane of features."""
     method = getattr(type(model), f"get_{modality}_features")
-    rows: list[Tensor] = []
+    rows: list[Row] = []
     token = _ROWS.set(rows)
     try:
         outputs = method(model, *args, **kwargs)
     finally:
         _ROWS.reset(token)
     if rows and not isinstance(outputs, tuple):
-        attach(outputs, _scores(model, plan, modality, torch.cat(rows), outputs, args, kwargs))
+        attach(outputs, _scores(model, plan, modality, torch.cat([row.values for row in rows]), outputs, args, kwargs))
+    return outputs
+
+
+def reading_across(tower: Any, plan: ReadingPlan, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a tower whose tokens are read by cross-attention: those in front, and the patches that stay."""
+    rows: list[Row] = []
+    token = _ROWS.set(rows)
+    try:
+        outputs = type(tower).forward(tower, *args, **kwargs)
+    finally:
+        _ROWS.reset(token)
+    tokens, keep = outputs[0], plan.config.visual_keep
+    assert keep is not None
+    front, patches = tokens[:, : plan.prefix], tokens[:, plan.prefix :]
+    semantic = rows[0].values if needs_attention(plan.config) else None
+    k = kept_count(keep, patches.shape[1])
+    selection = select(patches.detach(), semantic, k, plan.config, rows[0].sizes)
+    plan.last = (selection,)
+    left = torch.cat([front, selection.take(patches)], dim=1)
+    if isinstance(outputs, tuple):
+        return (left, *outputs[1:])
+    outputs.last_hidden_state = left
     return outputs
 
 
@@ -62,13 +111,13 @@ def rearranging(model: Any, plan: ReadingPlan, name: str, features: Any, *args: 
     method = getattr(type(model), name)
     rows = _ROWS.get()
     if rows:
-        collected = torch.cat(rows).unsqueeze(-1)
+        collected = torch.cat([row.values for row in rows]).unsqueeze(-1)
         alone = {k: (v.new_zeros(1) if k == "image_newline" and v is not None else v) for k, v in kwargs.items()}
         if isinstance(features, Tensor):
-            rows[:] = [method(model, collected, *args, **alone).squeeze(-1)]
+            rows[:] = [Row(method(model, collected, *args, **alone).squeeze(-1))]
         else:
             packed, _ = method(model, torch.split(collected, [len(feature) for feature in features]), *args, **alone)
-            rows[:] = [values.squeeze(-1) for values in packed]
+            rows[:] = [Row(values.squeeze(-1)) for values in packed]
     return method(model, features, *args, **kwargs)
 
 

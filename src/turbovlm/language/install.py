@@ -12,12 +12,12 @@ from turbovlm.adapters import layout_of
 from turbovlm.adapters.layout import fetch, library_version, spell
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, UnsupportedModelError
-from turbovlm.language.attention import encoding, guiding_forward, rearranging
+from turbovlm.language.attention import encoding, guiding_forward, reading_across, rearranging
 from turbovlm.language.plan import ReadingPlan
 from turbovlm.language.readers import PIXELS, READERS, Reader, blocks_of, reader_of
 from turbovlm.language.reading import preparing, reading_forward
 
-OVERRIDES = (guiding_forward, encoding, rearranging, reading_forward, preparing)
+OVERRIDES = (guiding_forward, encoding, reading_across, rearranging, reading_forward, preparing)
 """The functions that take a method's place on one module."""
 
 
@@ -32,11 +32,11 @@ def plan_reading(model: nn.Module, config: TurboConfig) -> ReadingPlan:
     found = [(name, module, reader) for name, module in model.named_modules() if (reader := reader_of(module))]
     if not found:
         raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model that reads visual tokens "
-            f"in its prompt, as far as turbovlm knows; supported: {', '.join(reader.family for reader in READERS)}"
+            f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model that reads visual tokens, "
+            f"as far as turbovlm knows; supported: {', '.join(reader.family for reader in READERS)}"
         )
     name, part, reader = found[0]
-    if "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
+    if not reader.across and "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
         raise UnsupportedModelError(
             f"visual_keep={config.visual_keep}: {reader.family} of {library_version(type(part))} does not take encoded "
             "images apart from the prompt; transformers ≥ 5.18 does"
@@ -72,6 +72,9 @@ def install_reading(model: nn.Module, plan: ReadingPlan) -> None:
     part: Any = model.get_submodule(plan.name) if plan.name else model
     guide = part.get_submodule(plan.guide)
     guide.forward = functools.partial(guiding_forward, guide, plan, guide.__dict__.get("forward"))
+    if plan.reader.across:
+        _override(fetch(part, tuple(plan.reader.tower.split("."))), "forward", reading_across, plan)
+        return
     _override(part, "forward", reading_forward, plan)
     for modality in PIXELS:
         if hasattr(type(part), f"get_{modality}_features"):

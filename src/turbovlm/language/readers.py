@@ -1,7 +1,7 @@
-"""Vision-language models whose language model reads visual tokens in place of placeholders in the prompt, as data.
+"""Vision-language models, as data: where the tower is, whose attention says what matters, how patches become tokens.
 
-A new family is a new `Reader`: where its tower is, whose attention says what matters, and how the tower's patches
-become the tokens that are read.
+A language model reads visual tokens in place of placeholders in its prompt, or by cross-attention. A new family is a
+new `Reader`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class Reader:
 
     Args:
         family: name for people.
-        model: dotted path of the class that puts visual features in place of placeholders.
+        models: dotted paths of the classes that put visual features in place of placeholders, or attend to them.
         tower: path of the vision encoder in it.
         guide: index of the tower's block whose attention is the semantic value: the last one that the features pass.
         cell: side of the square of patches that one visual token is made of.
+        across: whether visual tokens are read by cross-attention, so that no prompt has placeholders for them.
         inside: whether tokens can be merged in the tower as well, and restored for the projector.
         packed: whether the tower runs all images as one sequence, as Qwen's do.
         order: `(tower, grid)`: for such a tower, the place of each token among those the tower's blocks see, where
@@ -41,10 +42,11 @@ class Reader:
     """
 
     family: str
-    model: str
+    models: tuple[str, ...]
     tower: str
     guide: Callable[[Any], int] = lambda model: -1
     cell: Callable[[Any], int] = lambda model: 1
+    across: bool = False
     inside: bool = False
     packed: bool = False
     order: Callable[[Any, Tensor], Tensor] | None = None
@@ -118,10 +120,10 @@ def _gemma_cell(model: Any) -> int:
     return int(model.multi_modal_projector.kernel_size)
 
 
-LLAVA = Reader("LLaVA", f"{MODELS}.llava.modeling_llava.LlavaModel", "vision_tower", _read_layer, inside=True)
+LLAVA = Reader("LLaVA", (f"{MODELS}.llava.modeling_llava.LlavaModel",), "vision_tower", _read_layer, inside=True)
 LLAVA_NEXT = Reader(
     "LLaVA-NeXT",
-    f"{MODELS}.llava_next.modeling_llava_next.LlavaNextModel",
+    (f"{MODELS}.llava_next.modeling_llava_next.LlavaNextModel",),
     "vision_tower",
     _read_layer,
     inside=True,
@@ -129,18 +131,18 @@ LLAVA_NEXT = Reader(
 )
 LLAVA_ONEVISION = Reader(
     "LLaVA-OneVision",
-    f"{MODELS}.llava_onevision.modeling_llava_onevision.LlavaOnevisionModel",
+    (f"{MODELS}.llava_onevision.modeling_llava_onevision.LlavaOnevisionModel",),
     "vision_tower",
     _read_layer,
     inside=True,
     rearrange=("pack_image_features", "apply_pooling"),
 )
 QWEN2_VL = Reader(
-    "Qwen2-VL", f"{MODELS}.qwen2_vl.modeling_qwen2_vl.Qwen2VLModel", "visual", cell=_merge_side, packed=True
+    "Qwen2-VL", (f"{MODELS}.qwen2_vl.modeling_qwen2_vl.Qwen2VLModel",), "visual", cell=_merge_side, packed=True
 )
 QWEN2_5_VL = Reader(
     "Qwen2.5-VL",
-    f"{MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLModel",
+    (f"{MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLModel",),
     "visual",
     _last_full_attention,
     _merge_side,
@@ -148,31 +150,64 @@ QWEN2_5_VL = Reader(
     order=_windows,
 )
 QWEN3_VL = Reader(
-    "Qwen3-VL", f"{MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLModel", "visual", cell=_merge_side, packed=True
+    "Qwen3-VL", (f"{MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLModel",), "visual", cell=_merge_side, packed=True
 )
-INTERN_VL = Reader("InternVL", f"{MODELS}.internvl.modeling_internvl.InternVLModel", "vision_tower", cell=_shuffle)
+INTERN_VL = Reader("InternVL", (f"{MODELS}.internvl.modeling_internvl.InternVLModel",), "vision_tower", cell=_shuffle)
 IDEFICS3 = Reader(
     "Idefics3",
-    f"{MODELS}.idefics3.modeling_idefics3.Idefics3Model",
+    (f"{MODELS}.idefics3.modeling_idefics3.Idefics3Model",),
     "vision_model",
     cell=lambda model: int(model.config.scale_factor),
     per_image=lambda model: int(model.image_seq_len),
 )
 SMOL_VLM = Reader(
     "SmolVLM",
-    f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMModel",
+    (f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMModel",),
     "vision_model",
     cell=lambda model: int(model.config.scale_factor),
     per_image=lambda model: int(model.image_seq_len),
 )
 PALI_GEMMA = Reader(
     "PaliGemma",
-    f"{MODELS}.paligemma.modeling_paligemma.PaliGemmaModel",
+    (f"{MODELS}.paligemma.modeling_paligemma.PaliGemmaModel",),
     "vision_tower",
     inside=True,
     first_position=1,
 )
-GEMMA3 = Reader("Gemma 3", f"{MODELS}.gemma3.modeling_gemma3.Gemma3Model", "vision_tower", cell=_gemma_cell)
+GEMMA3 = Reader("Gemma 3", (f"{MODELS}.gemma3.modeling_gemma3.Gemma3Model",), "vision_tower", cell=_gemma_cell)
+BLIP = Reader(
+    "BLIP",
+    tuple(
+        f"{MODELS}.blip.modeling_blip.BlipFor{task}"
+        for task in ("ConditionalGeneration", "QuestionAnswering", "ImageTextRetrieval")
+    ),
+    "vision_model",
+    across=True,
+)
+BLIP_2 = Reader(
+    "BLIP-2",
+    tuple(
+        f"{MODELS}.blip_2.modeling_blip_2.Blip2{name}"
+        for name in ("Model", "ForConditionalGeneration", "ForImageTextRetrieval")
+    ),
+    "vision_model",
+    across=True,
+)
+INSTRUCT_BLIP = Reader(
+    "InstructBLIP",
+    tuple(
+        f"{MODELS}.instructblip.modeling_instructblip.InstructBlip{name}"
+        for name in ("Model", "ForConditionalGeneration")
+    ),
+    "vision_model",
+    across=True,
+)
+VISION_ENCODER_DECODER = Reader(
+    "VisionEncoderDecoderModel",
+    (f"{MODELS}.vision_encoder_decoder.modeling_vision_encoder_decoder.VisionEncoderDecoderModel",),
+    "encoder",
+    across=True,
+)
 
 READERS = (
     LLAVA,
@@ -186,10 +221,14 @@ READERS = (
     SMOL_VLM,
     PALI_GEMMA,
     GEMMA3,
+    BLIP,
+    BLIP_2,
+    INSTRUCT_BLIP,
+    VISION_ENCODER_DECODER,
 )
 
 
-_BY_MODEL = {reader.model: reader for reader in READERS}
+_BY_MODEL = {path: reader for reader in READERS for path in reader.models}
 
 
 def reader_of(module: nn.Module) -> Reader | None:

@@ -67,7 +67,9 @@ def needs_attention(config: TurboConfig) -> bool:
     )
 
 
-def select(features: Tensor, semantic: Tensor | None, k: int, config: TurboConfig) -> Selection:
+def select(
+    features: Tensor, semantic: Tensor | None, k: int, config: TurboConfig, sizes: Tensor | None = None
+) -> Selection:
     """Choose `k` of the n tokens of each image.
 
     `"information"`: rounds of bipartite matching by the information degree (Turbo, equation 12), R from the features
@@ -79,6 +81,7 @@ def select(features: Tensor, semantic: Tensor | None, k: int, config: TurboConfi
         semantic: A of every token, `[images, n]`; None where `needs_attention(config)` is false.
         k: tokens left, 1 ≤ k ≤ n.
         config: `visual_select`, `reduce`, `degree`, `alpha`, `beta`, `gamma` and `seed` are used.
+        sizes: patches that each token stands for, `[images, n]`; ones if None.
 
     Raises:
         ConfigError: `"pooling"` of tokens that are no square grid, or that cells of 2×2 do not bring down to `k`.
@@ -91,13 +94,15 @@ def select(features: Tensor, semantic: Tensor | None, k: int, config: TurboConfi
             return _drop_all_but(_drawn(features, k, config.seed), features)
         case "pooling":
             return _pool(features, k)
-    return _by_rounds(features, semantic, k, config)
+    return _by_rounds(features, semantic, k, config, sizes)
 
 
-def _by_rounds(features: Tensor, semantic: Tensor | None, k: int, config: TurboConfig) -> Selection:
+def _by_rounds(
+    features: Tensor, semantic: Tensor | None, k: int, config: TurboConfig, sizes: Tensor | None
+) -> Selection:
     degree = {"redundancy": "redundancy", "attention": "semantics"}.get(config.visual_select, config.degree)
     merges: list[Merge] = []
-    sizes, x = None, features
+    x = features
     while (tokens := x.shape[1]) > k:
         found = match(
             x,
