@@ -310,7 +310,7 @@ REFUSED = [
         lambda: transformers.BeitModel(transformers.BeitConfig(**SMALL, use_relative_position_bias=True)),
         "relative position bias",
     ),
-    (lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)), "not inside a vision encoder"),
+    (lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)), "its attention is causal"),
     (
         lambda: transformers.Dinov2Backbone(
             transformers.Dinov2Config(
@@ -340,14 +340,14 @@ def test_refusals_name_what_was_found(index):
     assert isinstance(error.value, TurboError)
 
 
-def test_a_vlm_with_placeholders_is_refused():
+def test_an_unknown_vlm_with_placeholders_is_refused():
     vision = transformers.CLIPVisionConfig(**SMALL)
     text = transformers.LlamaConfig(**TEXT)
-    llava = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=39)
+    unknown = transformers.VipLlavaForConditionalGeneration(
+        transformers.VipLlavaConfig(vision_config=vision, text_config=text, image_token_index=39)
     )
     with pytest.raises(UnsupportedModelError, match="one placeholder per visual token"):
-        turbovlm.apply(llava, r=4)
+        turbovlm.apply(unknown, r=4)
 
 
 @torch.no_grad()

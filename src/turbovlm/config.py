@@ -25,7 +25,7 @@ DEGREES = (
     "semantics",
     "random",
 )
-SIMILARITIES = ("keys", "queries", "hidden")
+SIMILARITIES = ("keys", "queries", "hidden", "auto")
 GUIDANCES = ("auto", "cls", "mean")
 PARTITIONS = ("alternate", "random", "grid")
 ORDERS = ("partition", "spatial")
@@ -59,7 +59,8 @@ class TurboConfig:
         beta: base of the layered weight, > 0.
         gamma: the merging block at which the layered weight is 1.
         similarity: the features whose cosine is the redundancy: `"keys"` (before rotary positions, averaged over
-            heads; the paper's), `"queries"`, or `"hidden"` (the MLP's normed input).
+            heads; the paper's), `"queries"`, `"hidden"` (the normed tokens that the MLP reads), or `"auto"`: `"keys"`
+            for images, `"hidden"` for text.
         guidance: whose attention row is the semantic value: `"cls"`, `"mean"` (the mean query of the patch tokens),
             or `"auto"`: `"cls"` where the model has one, else `"mean"`.
         partition: which half may be merged into which: `"alternate"` (even into odd, as published), `"random"`
@@ -91,7 +92,7 @@ class TurboConfig:
     alpha: float = 2.0
     beta: float = 1.0
     gamma: float = 0
-    similarity: str = "keys"
+    similarity: str = "auto"
     guidance: str = "auto"
     partition: str = "random"
     grid: tuple[int, int] | None = None

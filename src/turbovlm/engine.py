@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.adapters.layout import Spelling, fetch, run_steps
+from turbovlm.adapters.layout import Path, Spelling, fetch, run_steps
 from turbovlm.config import TurboConfig
 from turbovlm.errors import StateError
 from turbovlm.functional.attention import attend, size_bias
@@ -73,6 +73,7 @@ class Plan:
     names: tuple[str, ...]
     native_tokens: int
     guidance: str
+    similarity: str
     restore: bool
     plain_stem: bool
     last: State | None = field(default=None, repr=False)
@@ -110,8 +111,7 @@ def accelerated_forward(
         sizes = _sizes_from_mask(arguments.get(plan.spelling.mask), hidden)
         state = replace(state, sizes=sizes, padded=sizes is not None)
     x, state = _attend_and_merge(block, plan, index, state, r, hidden, arguments)
-    x = x + run_steps(block, plan.spelling.mlp, x)
-    return _hand_on(plan, replace(state, block=index + 1), x)
+    return _hand_on(plan, replace(state, block=index + 1), _second_half(block, plan.spelling, x))
 
 
 def unmerged_forward(
@@ -119,7 +119,7 @@ def unmerged_forward(
 ) -> Tensor:
     """Both halves of a block without a merge between them."""
     x = _attend(block, spelling, x, _heads(block, spelling, config, x, state, arguments))
-    return x + run_steps(block, spelling.mlp, x)
+    return _second_half(block, spelling, x)
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def _heads(
     arguments: Mapping[str, Any],
 ) -> Heads:
     """Queries, keys and values of `norm1(hidden)`, and attention's bias."""
-    normed = fetch(block, spelling.norm1)(hidden)
+    normed = _normed(block, spelling.norm1, hidden)
     if callable(spelling.project):
         flat = spelling.project(block, normed)
     elif len(spelling.project) == 1:
@@ -233,14 +233,26 @@ def _heads(
 
 
 def _attend(block: nn.Module, spelling: Spelling, hidden: Tensor, heads: Heads) -> Tensor:
-    """`hidden + attention`, `[batch, tokens, width]`."""
+    """The first half: `hidden + attention`, `[batch, tokens, width]`."""
     mixed = attend(heads.q, heads.k, heads.v, heads.bias, dropout_p=_dropout(block, spelling))
-    return hidden + run_steps(block, spelling.after_attention, mixed.transpose(1, 2).flatten(2))
+    out = hidden + run_steps(block, spelling.after_attention, mixed.transpose(1, 2).flatten(2))
+    return _normed(block, spelling.norm_after_attention, out)
+
+
+def _second_half(block: nn.Module, spelling: Spelling, x: Tensor) -> Tensor:
+    return _normed(block, spelling.norm_after_mlp, x + run_steps(block, spelling.mlp, x))
+
+
+def _normed(block: nn.Module, norm: Path | None, x: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    normed: Tensor = fetch(block, norm)(x)
+    return normed
 
 
 def _clues(plan: Plan, state: State, heads: Heads) -> Clues:
     features = semantic = None
-    if plan.config.similarity != "hidden":  # the sum over heads: its cosine is the mean's
+    if plan.similarity != "hidden":  # the sum over heads: its cosine is the mean's
         content = heads.content.detach()
         features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
     if plan.guided or plan.config.trace:
@@ -263,7 +275,8 @@ def _merge(
     partition = _partition(plan, state, index, x)
     features, semantic = clues.features, clues.semantic
     if features is None:
-        features = fetch(block, plan.spelling.mlp[0])(x).detach()
+        norm2 = plan.spelling.mlp[0] if plan.spelling.norm_after_attention is None else None
+        features = _normed(block, norm2, x).detach()
     redundancy, partner = mutual_redundancy(features, partition)
     e = information_degree(
         redundancy,

@@ -264,20 +264,22 @@ def _plan(tower: Tower, config: TurboConfig) -> Plan:
             "whose cost does not follow from its shape; use r or keep"
         )
     guidance = ("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance
+    similarity = ("hidden" if tower.layout.text else "keys") if config.similarity == "auto" else config.similarity
     return Plan(
         config=config,
         spelling=tower.spelling,
-        shape=_shape(tower, config),
+        shape=_shape(tower, config, similarity),
         tower=tower.name,
         names=tuple(name for name, _ in tower.blocks),
         native_tokens=tower.tokens,
         guidance=guidance,
+        similarity=similarity,
         restore=tower.restore,
         plain_stem=tower.plain_stem,
     )
 
 
-def _shape(tower: Tower, config: TurboConfig) -> EncoderShape:
+def _shape(tower: Tower, config: TurboConfig, similarity: str) -> EncoderShape:
     spelling, width = tower.spelling, tower.attention_width
     in_mlp = [sum(_entries(fetch(block, path)) for path in spelling.mlp) for _, block in tower.blocks]
     heads = [int(fetch(block, spelling.heads)) for _, block in tower.blocks]
@@ -286,7 +288,7 @@ def _shape(tower: Tower, config: TurboConfig) -> EncoderShape:
         mlp_weights=tuple(in_mlp),
         attention_width=width,
         hidden_size=tower.hidden_size,
-        similarity_width=tuple(tower.hidden_size if config.similarity == "hidden" else width // h for h in heads),
+        similarity_width=tuple(tower.hidden_size if similarity == "hidden" else width // h for h in heads),
         patch_weights=tower.patch_weights,
         prefix=tower.prefix,
         windowed=config.partition == "random",
@@ -304,7 +306,7 @@ def _schedule(plan: Plan, tokens: int) -> Schedule:
 def _describe(config: TurboConfig) -> str:
     degree = config.degree if isinstance(config.degree, str) else getattr(config.degree, "__name__", "callable")
     alpha = f", alpha={config.alpha:g}" if degree in ("weighted_difference", "damped", "layered") else ""
-    return f"degree={degree}{alpha}, similarity={config.similarity}, partition={config.partition}, {config.reduce}"
+    return f"degree={degree}{alpha}, partition={config.partition}, {config.reduce}"
 
 
 def _report_reading(plan: ReadingPlan) -> list[str]:
@@ -321,7 +323,7 @@ def _report(plan: Plan, schedule: Schedule) -> list[str]:
     lines = [
         f"  {name}: {len(schedule.blocks)} blocks, {tokens[0]} → {tokens[-1]} tokens, "
         f"{before / 1e9:.2f} → {after / 1e9:.2f} GMACs in the blocks, {schedule.ratio:.1%} of the encoder's left, "
-        f"guided by {plan.guidance}"
+        f"guided by {plan.guidance}, similarity of {plan.similarity}"
     ]
     lines += [
         f"    {block}: {tokens[i]} → {tokens[i + 1]} tokens, "

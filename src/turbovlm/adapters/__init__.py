@@ -87,23 +87,28 @@ class Tower:
     @property
     def patch_weights(self) -> int:
         """Entries of the patch embedding's kernel."""
+        if self.layout.patch is None:
+            return 0
         return sum(parameter.numel() for parameter in self._patch_projection.parameters() if parameter.ndim > 1)
 
     @property
     def plain_stem(self) -> bool:
         """Whether the patch embedding is one projection of each patch, and not a convolutional network of its own."""
+        if self.layout.patch is None:
+            return True
         in_blocks = {id(module) for _, block in self.blocks for module in block.modules()}
         convolutions = [m for m in self.module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
         return all(m is self._patch_projection or id(m) in in_blocks for m in convolutions)
 
     @property
     def _patch_projection(self) -> nn.Module:
+        assert self.layout.patch is not None
         projection: nn.Module = fetch(self.module, path_of(self.layout, self.module, self.layout.patch))
         return projection
 
 
 def find_towers(model: nn.Module) -> list[Tower]:
-    """Every vision encoder in `model` whose blocks a layout knows.
+    """Every vision encoder in `model` whose blocks a layout knows; where there is none, every text encoder.
 
     Raises:
         UnsupportedModelError: there is none, or one of them cannot lose tokens; the message says which blocks were
@@ -119,12 +124,15 @@ def find_towers(model: nn.Module) -> list[Tower]:
         tower = next((n for n in _ancestors(name) if set(class_paths(modules[n])) & set(layout.towers)), None)
         if tower is None:
             wanted = " or ".join(path.rpartition(".")[2] for path in layout.towers)
-            strays[class_paths(module)[0]] = f"not inside a vision encoder turbovlm knows ({wanted})"
+            causal = any(set(class_paths(modules[n])) & transformers.CAUSAL_TOWERS for n in _ancestors(name))
+            reason = transformers.CAUSAL if causal else f"not inside an encoder turbovlm knows ({wanted})"
+            strays[class_paths(module)[0]] = reason
         else:
             grouped.setdefault(tower, []).append((name, module, layout))
     if not grouped:
         raise UnsupportedModelError(_nothing_found(model, modules, strays))
-    return [_tower(name, modules, blocks) for name, blocks in grouped.items()]
+    images = {name: blocks for name, blocks in grouped.items() if not blocks[0][2].text}
+    return [_tower(name, modules, blocks) for name, blocks in (images or grouped).items()]
 
 
 def layout_of(block: nn.Module) -> Layout | None:

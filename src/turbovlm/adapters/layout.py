@@ -1,6 +1,7 @@
-"""How one library spells a pre-norm transformer block, as data.
+"""How one library spells a transformer block, as data.
 
-A block is two halves, `x + attention(norm1(x))` and `x + mlp(norm2(x))`, and merging happens between them. A `Layout`
+A block is two halves, `x + attention(norm1(x))` and `x + mlp(norm2(x))`, or, where norms come after the residual,
+`norm1(x + attention(x))` and `norm2(x + mlp(x))`. Merging happens between them. A `Layout`
 names the sub-modules of both halves by their attribute paths, so that the block's own modules are called and nothing
 of them is written again. A new model family is a new `Layout`.
 """
@@ -39,17 +40,19 @@ class Layout:
         family: name for people, such as `"transformers ViT"`.
         block: dotted path of the block's class.
         towers: dotted paths of the classes inside which such blocks form a vision encoder.
-        norm1: the norm before attention.
+        norm1: the norm before attention, or None.
         project: paths of the query, key and value projections, or a function `(block, normed) -> (q, k, v)`,
             each `[batch, tokens, heads * head_dim]`.
         heads: path of the number of heads.
         after_attention: what is applied to attention's `[batch, tokens, heads * head_dim]` before the residual, in
             order: modules are called, tensors and numbers multiply, None is skipped.
         mlp: the second half's steps, in the same way; the first is the norm before the MLP.
-        patch: path, from the tower, of the patch embedding's projection.
+        patch: path, from the tower, of the patch embedding's projection; None for tokens that are looked up.
         patches: native number of patches of a tower, before any are merged.
         prefix: number of CLS, distillation and register tokens at the front, or a function of the tower.
         cls: whether token 0 is a CLS token, or a function of the tower.
+        norm_after_attention, norm_after_mlp: what normalises each half's sum with the residual.
+        text: whether it encodes text, and so stays as it is in a model that also encodes images.
         query_norm, key_norm: paths of the norms of each head's queries and keys.
         dropout: path of attention's dropout, a number or an `nn.Dropout`.
         rotary: `(block, q, k, home, arguments) -> (q, k)`: rotate by the positions of the patches `home`,
@@ -66,15 +69,18 @@ class Layout:
     family: str
     block: str
     towers: tuple[str, ...]
-    norm1: str
+    norm1: str | None
     project: tuple[str, str, str] | tuple[str] | Project
     heads: str
     after_attention: tuple[str, ...]
     mlp: tuple[str, ...]
-    patch: str
+    patch: str | None
     patches: Callable[[Any], int]
     prefix: int | Callable[[Any], int] = 1
     cls: bool | Callable[[Any], bool] = True
+    norm_after_attention: str | None = None
+    norm_after_mlp: str | None = None
+    text: bool = False
     query_norm: str | None = None
     key_norm: str | None = None
     dropout: str | None = None
@@ -94,11 +100,13 @@ class Spelling:
     `returns_tuple` says whether the block returns its tokens in a tuple, as some releases do; its annotation tells.
     """
 
-    norm1: Path
+    norm1: Path | None
     project: tuple[Path, ...] | Project
     heads: Path
     after_attention: tuple[Path, ...]
     mlp: tuple[Path, ...]
+    norm_after_attention: Path | None
+    norm_after_mlp: Path | None
     query_norm: Path | None
     key_norm: Path | None
     dropout: Path | None
@@ -147,11 +155,13 @@ def spell(layout: Layout, block: nn.Module) -> Spelling:
         return None if path is None else one(path)
 
     return Spelling(
-        norm1=required(layout.norm1),
+        norm1=maybe(layout.norm1),
         project=layout.project if callable(layout.project) else chain(layout.project),
         heads=required(layout.heads),
         after_attention=chain(layout.after_attention),
         mlp=chain(layout.mlp),
+        norm_after_attention=maybe(layout.norm_after_attention),
+        norm_after_mlp=maybe(layout.norm_after_mlp),
         query_norm=maybe(layout.query_norm),
         key_norm=maybe(layout.key_norm),
         dropout=maybe(layout.dropout),

@@ -83,6 +83,8 @@ def example_inputs(tower: Tower) -> dict[str, Tensor | None]:
     module: Any = tower.module
     patches = tower.tokens - tower.prefix
     family = tower.layout.family
+    if tower.layout.patch is None:
+        return {"input_ids": torch.arange(tower.tokens).unsqueeze(0) % module.config.vocab_size}
     if family == "transformers SigLIP 2":
         projection: Any = fetch(module, path_of(tower.layout, module, tower.layout.patch))
         return {
