@@ -92,9 +92,9 @@ def test_the_papers_numbers_beside_ours(tmp_path, capsys):
     out = tmp_path / "paper.json"
     assert main(["macs", "--paper", "--json", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "717.5" in text and "r=39" in text
+    assert "717.5" in text and "r=39" in text and "330.2" in text
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 17 and rows[0]["image_size"] == 480
+    assert len(rows) == 24 and rows[0]["image_size"] == 480
     assert rows[0]["gmacs"] == pytest.approx(rows[0]["printed_gmacs"], rel=0.008)
 
 

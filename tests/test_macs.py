@@ -14,6 +14,7 @@ from turbovlm.adapters import find_towers
 from turbovlm.cli.models import example_inputs
 from turbovlm.profile import macs
 from turbovlm.profile.paper import ENCODERS, ROWS, encoder_macs, paper_costs
+from turbovlm.profile.paper_models import WHOLE_ROWS, whole_costs
 
 
 def test_plain_modules():
@@ -210,3 +211,11 @@ def test_published_encoder_costs(row):
 def test_published_speedups_stay_below_the_arithmetic():
     for cost in paper_costs([row for row in ROWS if row.encoder in ("augreg-s", "swag-b")]):
         assert cost.row.printed_speedup <= cost.full_gmacs / cost.gmacs < 1.25 * cost.row.printed_speedup
+
+
+@pytest.mark.parametrize("row", WHOLE_ROWS, ids=lambda row: f"{row.encoder}-{row.r}")
+def test_whole_models_cost_what_the_paper_prints(row):
+    pytest.importorskip("transformers")
+    cost = whole_costs(row)
+    assert abs(cost.difference) < 0.003
+    assert (cost.full_gmacs > cost.gmacs) == (row.r > 0)

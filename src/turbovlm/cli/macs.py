@@ -98,10 +98,12 @@ def _paper(args: argparse.Namespace) -> int:
 
     from turbovlm.cli.models import write_json
     from turbovlm.profile.paper import ROWS, paper_costs
+    from turbovlm.profile.paper_models import COUNTS, WHOLE_ROWS, whole_costs
 
-    progress = track(ROWS, description="counting", console=Console(stderr=True), transient=True)
-    costs = [cost for row in progress for cost in paper_costs([row])]
-    table = Table(title="Encoder costs that Turbo (ECCV 2024) prints, and ours, in GMACs", box=SIMPLE_HEAD, padding=0)
+    rows = (*ROWS, *WHOLE_ROWS)
+    progress = track(rows, description="counting", console=Console(stderr=True), transient=True)
+    costs = [whole_costs(row) if row.encoder in COUNTS else paper_costs([row])[0] for row in progress]
+    table = Table(title="Costs that Turbo (ECCV 2024) prints, and ours, in GMACs", box=SIMPLE_HEAD, padding=0)
     for column in ("table, model, data", "r", "printed", "ours", "off by", "ratio", "speed-up\nprinted"):
         table.add_column(column, justify="left" if column.startswith("table") else "right")
     for cost in costs:
@@ -117,8 +119,9 @@ def _paper(args: argparse.Namespace) -> int:
         )
     console = Console()
     console.print(table)
-    console.print("r*: deduced, not printed. ratio: the full encoder's MACs over the merged one's.")
-    for row in ROWS:
+    console.print("r*: deduced, not printed. ratio: the full model's MACs over the merged one's.")
+    console.print("Tables 1 and 3 are of whole models, the others of image encoders.")
+    for row in rows:
         if row.remark:
             console.print(f"Table {row.table}, {row.model}, {row.dataset}, r={row.r}: {row.remark}")
     if args.json:
@@ -131,7 +134,7 @@ def _record(cost: PaperCost) -> dict[str, Any]:
 
     return {
         **dataclasses.asdict(cost.row),
-        "image_size": ENCODERS[cost.row.encoder][0],
+        "image_size": ENCODERS[cost.row.encoder][0] if cost.row.encoder in ENCODERS else None,
         "gmacs": cost.gmacs,
         "full_gmacs": cost.full_gmacs,
         "difference": cost.difference,

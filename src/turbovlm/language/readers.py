@@ -202,6 +202,7 @@ INSTRUCT_BLIP = Reader(
     "vision_model",
     across=True,
 )
+BLIP_NLVR2 = Reader("BLIP for NLVR2", ("turbovlm.models.blip_nlvr2.BlipForNLVR2",), "vision_model", across=True)
 VISION_ENCODER_DECODER = Reader(
     "VisionEncoderDecoderModel",
     (f"{MODELS}.vision_encoder_decoder.modeling_vision_encoder_decoder.VisionEncoderDecoderModel",),
@@ -224,6 +225,7 @@ READERS = (
     BLIP,
     BLIP_2,
     INSTRUCT_BLIP,
+    BLIP_NLVR2,
     VISION_ENCODER_DECODER,
 )
 
