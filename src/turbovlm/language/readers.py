@@ -31,7 +31,7 @@ class Reader:
         tower: path of the vision encoder in it.
         guide: index of the tower's block whose attention is the semantic value: the last one that the features pass.
         cell: side of the square of patches that one visual token is made of.
-        across: whether visual tokens are read by cross-attention, so that no prompt has placeholders for them.
+        across: whether no prompt has placeholders for visual tokens, as where they are read by cross-attention.
         inside: whether tokens can be merged in the tower as well, and restored for the projector.
         packed: whether the tower runs all images as one sequence, as Qwen's do.
         order: `(tower, grid)`: for such a tower, the place of each token among those the tower's blocks see, where
@@ -203,6 +203,7 @@ INSTRUCT_BLIP = Reader(
     across=True,
 )
 BLIP_NLVR2 = Reader("BLIP for NLVR2", ("turbovlm.models.blip_nlvr2.BlipForNLVR2",), "vision_model", across=True)
+MINIGPT_V2 = Reader("MiniGPT-v2", ("turbovlm.models.minigpt_v2.MiniGPTv2",), "vision_model", across=True)
 VISION_ENCODER_DECODER = Reader(
     "VisionEncoderDecoderModel",
     (f"{MODELS}.vision_encoder_decoder.modeling_vision_encoder_decoder.VisionEncoderDecoderModel",),
@@ -226,6 +227,7 @@ READERS = (
     BLIP_2,
     INSTRUCT_BLIP,
     BLIP_NLVR2,
+    MINIGPT_V2,
     VISION_ENCODER_DECODER,
 )
 

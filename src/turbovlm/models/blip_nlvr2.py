@@ -17,7 +17,7 @@ from transformers.models.bert.modeling_bert import BertAttention, BertCrossAtten
 from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings
 
 from turbovlm.errors import ConfigError
-from turbovlm.models.checkpoint import load_checkpoint
+from turbovlm.models.checkpoint import load_checkpoint, read_checkpoint
 
 ENCODE_TOKEN = 30523
 """`[ENC]`: stands in the sentence's first place, and its output is classified."""
@@ -35,7 +35,8 @@ RENAMES = (
     (r"text_encoder\.embeddings\.", "embeddings."),
 )
 """How the authors' checkpoint names what is below."""
-IGNORED = r".*position_ids|visual_encoder\.head\..*"
+WANTED = r"(?!.*position_ids)(?!visual_encoder\.head\.).*"
+"""Their buffers, and the tower's unused classifier, are left out."""
 
 
 class BlipForNLVR2(nn.Module):
@@ -82,7 +83,7 @@ class BlipForNLVR2(nn.Module):
             TurboError: there is no such file, or it does not fit.
         """
         model = cls(**settings)
-        load_checkpoint(model, path, RENAMES, IGNORED)
+        load_checkpoint(model, read_checkpoint(path, WANTED), RENAMES)
         return model.eval()
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -16,29 +16,36 @@ Renames = Sequence[tuple[str, str]]
 """Pairs of a regular expression, to be matched at a name's beginning, and what replaces it; the first match counts."""
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, renames: Renames, ignored: str) -> None:
-    """Load the tensors of a file into `model`, every one of them.
-
-    Args:
-        path: a file of `torch.save`: a state dict, or one under `"model"`.
-        renames: how the model names what the file names otherwise.
-        ignored: a regular expression for names in the file that the model has no use for.
+def read_checkpoint(path: str | Path, wanted: str = ".*") -> dict[str, Tensor]:
+    """The tensors of a file of `torch.save`, a state dict or one under `"model"`, whose whole names match `wanted`.
 
     Raises:
-        TurboError: there is no such file; tensors are missing, left over, or of another shape.
+        TurboError: there is no such file.
     """
     if not Path(path).is_file():
         raise TurboError(f"{path}: there is no such file")
     content = torch.load(path, map_location="cpu", weights_only=True)
     stored: dict[str, Tensor] = content.get("model", content)
-    found = {_renamed(name, renames): value for name, value in stored.items() if not re.fullmatch(ignored, name)}
+    return {name: value for name, value in stored.items() if re.fullmatch(wanted, name)}
+
+
+def load_checkpoint(model: nn.Module, stored: dict[str, Tensor], renames: Renames) -> None:
+    """Load all tensors of `stored` into `model`, and nothing less than all of its own.
+
+    Args:
+        renames: how the model names what `stored` names otherwise.
+
+    Raises:
+        TurboError: tensors are missing, unknown, or of another shape.
+    """
+    found = {_renamed(name, renames): value for name, value in stored.items()}
     wanted = model.state_dict()
-    missing, left_over = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    shapes = [name for name in set(wanted) & set(found) if wanted[name].shape != found[name].shape]
-    problems = [("missing", missing), ("unknown", left_over), ("of another shape", sorted(shapes))]
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    shapes = sorted(name for name in set(wanted) & set(found) if wanted[name].shape != found[name].shape)
+    problems = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
     said = [f"{len(names)} {what}, such as {names[0]}" for what, names in problems if names]
     if said:
-        raise TurboError(f"{path} does not fit {type(model).__name__}: tensors {'; '.join(said)}")
+        raise TurboError(f"the checkpoint does not fit {type(model).__name__}: tensors {'; '.join(said)}")
     model.load_state_dict(found)
 
 
