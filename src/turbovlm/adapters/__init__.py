@@ -12,12 +12,12 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.adapters import packed, timm, transformers
+from turbovlm.adapters import packed, text, timm, transformers
 from turbovlm.adapters.layout import Layout, Spelling, fetch, path_of, spell
 from turbovlm.errors import UnsupportedModelError
 from turbovlm.language.readers import reader_of, several_layers
 
-LAYOUTS: tuple[Layout, ...] = transformers.LAYOUTS + timm.LAYOUTS + packed.LAYOUTS
+LAYOUTS: tuple[Layout, ...] = transformers.LAYOUTS + timm.LAYOUTS + packed.LAYOUTS + text.LAYOUTS
 _BY_BLOCK = {layout.block: layout for layout in LAYOUTS}
 
 WINDOWED = "windowed attention in hierarchical stages needs its grid"
@@ -124,8 +124,8 @@ def find_towers(model: nn.Module) -> list[Tower]:
         tower = next((n for n in _ancestors(name) if set(class_paths(modules[n])) & set(layout.towers)), None)
         if tower is None:
             wanted = " or ".join(path.rpartition(".")[2] for path in layout.towers)
-            causal = any(set(class_paths(modules[n])) & transformers.CAUSAL_TOWERS for n in _ancestors(name))
-            reason = transformers.CAUSAL if causal else f"not inside an encoder turbovlm knows ({wanted})"
+            causal = any(set(class_paths(modules[n])) & text.CAUSAL_TOWERS for n in _ancestors(name))
+            reason = text.CAUSAL if causal else f"not inside an encoder turbovlm knows ({wanted})"
             strays[class_paths(module)[0]] = reason
         else:
             grouped.setdefault(tower, []).append((name, module, layout))
