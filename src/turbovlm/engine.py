@@ -26,7 +26,7 @@ from turbovlm.functional.informativity import (
 from turbovlm.functional.matching import Merge, merge_tokens, padding_first
 from turbovlm.functional.partition import Partition, count, partition_tokens, positions
 from turbovlm.schedule import EncoderShape, clamp, requested_amounts
-from turbovlm.state import STATE, BlockTrace, State
+from turbovlm.state import PREFIX, STATE, BlockTrace, State
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Plan:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _solved_amounts(plan: Plan, tokens: int) -> tuple[int, ...]:
-    return requested_amounts(plan.config, plan.shape, tokens)
+def _solved_amounts(plan: Plan, tokens: int, prefix: int) -> tuple[int, ...]:
+    return requested_amounts(plan.config, replace(plan.shape, prefix=prefix), tokens)
 
 
 def accelerated_forward(
@@ -102,7 +102,7 @@ def accelerated_forward(
     arguments = {**dict(zip(plan.spelling.arguments, args)), **kwargs}
     state = _begin(plan, hidden) if index == 0 else _resume(plan, index, hidden)
     config = plan.config
-    r = clamp(state.amounts[index], hidden.shape[1], plan.shape.prefix, config.min_tokens)
+    r = clamp(state.amounts[index], hidden.shape[1], state.prefix, config.min_tokens)
     if r == 0 and not state.merges and not config.trace:
         out = type(block).forward(block, hidden, *args, **kwargs)
         return _hand_on(plan, replace(state, block=index + 1), out[0] if plan.spelling.returns_tuple else out)
@@ -136,7 +136,7 @@ def attention_of_guide(
 
     Where tokens were merged before, the patches of one share what it gets.
     """
-    state: State = getattr(hidden, STATE, State(0, ()))
+    state: State = getattr(hidden, STATE, State(0, (), prefix))
     if state.sizes is None and spelling.mask is not None:
         state = replace(state, sizes=_sizes_from_mask(arguments.get(spelling.mask), hidden))
     heads = _heads(block, spelling, config, hidden, state, arguments)
@@ -148,12 +148,13 @@ def attention_of_guide(
 
 
 def _begin(plan: Plan, hidden: Tensor) -> State:
+    prefix: int = getattr(hidden, PREFIX, plan.shape.prefix)
     if isinstance(plan.config.r, tuple):
-        return State(0, plan.config.r)
+        return State(0, plan.config.r, prefix)
     if plan.config.r is not None:
-        return State(0, (cast(int, plan.config.r),) * plan.shape.depth)
-    amounts: tuple[int, ...] = _solved_amounts(plan, operator.index(hidden.shape[1]))
-    return State(0, amounts)
+        return State(0, (cast(int, plan.config.r),) * plan.shape.depth, prefix)
+    amounts: tuple[int, ...] = _solved_amounts(plan, operator.index(hidden.shape[1]), operator.index(prefix))
+    return State(0, amounts, prefix)
 
 
 def _resume(plan: Plan, index: int, hidden: Tensor) -> State:
@@ -256,7 +257,7 @@ def _clues(plan: Plan, state: State, heads: Heads) -> Clues:
         content = heads.content.detach()
         features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
     if plan.guided or plan.config.trace:
-        guide = _guide(heads.q.detach(), plan.guidance, plan.shape.prefix, state.sizes)
+        guide = _guide(heads.q.detach(), plan.guidance, state.prefix, state.sizes)
         semantic = attention_row(guide, heads.k.detach(), heads.bias)
     return Clues(features, semantic)
 
@@ -304,7 +305,7 @@ def _merge(
 
 
 def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> State:
-    home, partners, prefix = state.home, state.partners, plan.shape.prefix
+    home, partners, prefix = state.home, state.partners, state.prefix
     if plan.spelling.rotary is not None:
         kept = merge.kept[:, prefix:] - prefix
         home = kept if home is None else home.gather(1, kept)
@@ -315,7 +316,7 @@ def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> Sta
 
 
 def _partition(plan: Plan, state: State, index: int, x: Tensor) -> Partition:
-    prefix, tokens, device = plan.shape.prefix, x.shape[1], x.device
+    prefix, tokens, device = state.prefix, x.shape[1], x.device
     if state.partners is None:
         kind, seed, grid = plan.config.partition, plan.config.seed, plan.config.grid
         return partition_tokens(tokens, prefix, kind, block=index, seed=seed, grid=grid, device=device)
@@ -385,7 +386,7 @@ def _trace(
     return BlockTrace(
         name=plan.names[index],
         block=index,
-        prefix=plan.shape.prefix,
+        prefix=state.prefix,
         source=source,
         sizes=sizes,
         redundancy=everywhere(redundancy),

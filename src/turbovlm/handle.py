@@ -12,7 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.adapters import Tower, find_towers, matrices
-from turbovlm.adapters.layout import fetch
+from turbovlm.adapters.joint import joining_forward
+from turbovlm.adapters.layout import fetch, path_of
 from turbovlm.config import TurboConfig
 from turbovlm.engine import Plan, accelerated_forward
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
@@ -61,6 +62,9 @@ def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) 
     for tower, plan in zip(towers, plans):
         for index, (_, block) in enumerate(tower.blocks):
             block.forward = functools.partial(accelerated_forward, block, plan, index)
+        if tower.layout.joint is not None:
+            joint = fetch(tower.module, path_of(tower.layout, tower.module, tower.layout.joint))
+            joint.forward = functools.partial(joining_forward, joint, plan)
     if reading is not None:
         install_reading(model, reading)
     return Handle(model, plans, reading)
@@ -213,6 +217,10 @@ def _config(settings: dict[str, Any]) -> TurboConfig:
     return TurboConfig(**settings)
 
 
+_FORWARDS = (accelerated_forward, joining_forward, *OVERRIDES)
+"""The functions that take a method's place on one module."""
+
+
 @dataclass(frozen=True)
 class Override:
     """A method that one module has of its own: where, what it is called, and by which plan."""
@@ -226,7 +234,11 @@ def overrides(model: nn.Module) -> Iterator[Override]:
     """Everything that `apply` put into `model`."""
     for module in model.modules():
         for name, method in list(module.__dict__.items()):
-            while isinstance(method, functools.partial) and method.func in (accelerated_forward, *OVERRIDES):
+            while isinstance(method, functools.partial) and method.func in (
+                accelerated_forward,
+                joining_forward,
+                *OVERRIDES,
+            ):
                 yield Override(module, name, method.args[1])
                 method = method.args[2] if method.func is guiding_forward else None
 

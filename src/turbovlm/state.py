@@ -14,6 +14,8 @@ from turbovlm.functional.matching import Merge
 
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
+PREFIX = "_turbovlm_prefix"
+"""Name of the attribute of an encoder's input that says how many tokens in front never merge, where that varies."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class State:
     Attributes:
         block: the block that comes next.
         amounts: tokens asked of each block.
+        prefix: tokens in front that are never merged.
         sizes: patches each token stands for, `[batch, tokens]`; None while every token stands for itself.
         merges: one per merge so far.
         home: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
@@ -58,6 +61,7 @@ class State:
 
     block: int
     amounts: tuple[int, ...]
+    prefix: int
     sizes: Tensor | None = None
     merges: tuple[Merge, ...] = ()
     home: Tensor | None = None

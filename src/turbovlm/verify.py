@@ -41,7 +41,7 @@ def verify(tower: Tower) -> None:
         block.eval()
         with torch.no_grad():
             own = type(block).forward(block, x, **_required(block), **arguments)
-            ours = unmerged_forward(block, tower.spelling, TurboConfig(r=0), x, State(0, ()), arguments)
+            ours = unmerged_forward(block, tower.spelling, TurboConfig(r=0), x, State(0, (), tower.prefix), arguments)
     finally:
         for module in training:
             module.training = True

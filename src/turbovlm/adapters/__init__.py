@@ -12,12 +12,12 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.adapters import packed, text, timm, transformers
+from turbovlm.adapters import joint, packed, text, timm, transformers
 from turbovlm.adapters.layout import Layout, Spelling, fetch, path_of, spell
 from turbovlm.errors import UnsupportedModelError
 from turbovlm.language.readers import reader_of, several_layers
 
-LAYOUTS: tuple[Layout, ...] = transformers.LAYOUTS + timm.LAYOUTS + packed.LAYOUTS + text.LAYOUTS
+LAYOUTS: tuple[Layout, ...] = transformers.LAYOUTS + timm.LAYOUTS + packed.LAYOUTS + text.LAYOUTS + joint.LAYOUTS
 _BY_BLOCK = {layout.block: layout for layout in LAYOUTS}
 
 WINDOWED = "windowed attention in hierarchical stages needs its grid"

@@ -52,6 +52,10 @@ class Layout:
         prefix: number of CLS, distillation and register tokens at the front, or a function of the tower.
         cls: whether token 0 is a CLS token, or a function of the tower.
         norm_after_attention, norm_after_mlp: what normalises each half's sum with the residual.
+        joint: path, from the tower, of the module that puts text tokens in front of an image's; they are never merged,
+            and `prefix` counts the longest text.
+        returns_tuple: whether the block returns its tokens in a tuple; None to go by its annotation, as where
+            releases differ.
         text: whether it encodes text, and so stays as it is in a model that also encodes images.
         query_norm, key_norm: paths of the norms of each head's queries and keys.
         dropout: path of attention's dropout, a number or an `nn.Dropout`.
@@ -80,6 +84,8 @@ class Layout:
     cls: bool | Callable[[Any], bool] = True
     norm_after_attention: str | None = None
     norm_after_mlp: str | None = None
+    joint: str | None = None
+    returns_tuple: bool | None = None
     text: bool = False
     query_norm: str | None = None
     key_norm: str | None = None
@@ -95,10 +101,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Spelling:
-    """What a forward needs of a layout, with each path as the encoder's blocks spell it. It pickles.
-
-    `returns_tuple` says whether the block returns its tokens in a tuple, as some releases do; its annotation tells.
-    """
+    """What a forward needs of a layout, with each path as the encoder's blocks spell it. It pickles."""
 
     norm1: Path | None
     project: tuple[Path, ...] | Project
@@ -154,6 +157,7 @@ def spell(layout: Layout, block: nn.Module) -> Spelling:
     def maybe(path: str | None) -> Path | None:
         return None if path is None else one(path)
 
+    annotated = "tuple" in str(inspect.signature(type(block).forward).return_annotation).lower()
     return Spelling(
         norm1=maybe(layout.norm1),
         project=layout.project if callable(layout.project) else chain(layout.project),
@@ -169,7 +173,7 @@ def spell(layout: Layout, block: nn.Module) -> Spelling:
         arguments=layout.arguments,
         understood=layout.understood,
         mask=layout.mask,
-        returns_tuple="tuple" in str(inspect.signature(type(block).forward).return_annotation).lower(),
+        returns_tuple=annotated if layout.returns_tuple is None else layout.returns_tuple,
     )
 
 

@@ -15,7 +15,8 @@ from turbovlm.adapters.layout import Around, Layout, variant
 MODELS = "transformers.models"
 
 
-def _patches(tower: Any) -> int:
+def native_patches(tower: Any) -> int:
+    """Patches of an image of the size in the tower's config."""
     config: Any = tower.config
     height, width = _pair(config.image_size)
     rows, columns = _pair(config.patch_size)
@@ -23,11 +24,11 @@ def _patches(tower: Any) -> int:
 
 
 def _video_patches(tower: Any) -> int:
-    return _patches(tower) * int(tower.config.num_frames // tower.config.tubelet_size)
+    return native_patches(tower) * int(tower.config.num_frames // tower.config.tubelet_size)
 
 
 def _visible_patches(tower: Any) -> int:
-    return int(_patches(tower) * (1 - tower.config.mask_ratio))
+    return int(native_patches(tower) * (1 - tower.config.mask_ratio))
 
 
 def _registers(tower: Any) -> int:
@@ -94,7 +95,7 @@ VIT = Layout(
     after_attention=("attention.o_proj|attention.output.dense", "dropout|attention.output.dropout"),
     mlp=("layernorm_after", "mlp|intermediate", "output.dense?", "dropout|output.dropout"),
     patch="embeddings.patch_embeddings.projection",
-    patches=_patches,
+    patches=native_patches,
     dropout="attention.attention_dropout|attention.attention.dropout_prob|attention.attention.dropout",
     mask="attention_mask",
     restore=_inside("ViTForMaskedImageModeling"),
@@ -162,7 +163,7 @@ DINOV2 = Layout(
     ),
     mlp=("norm2", "mlp", "layer_scale2", "drop_path"),
     patch="embeddings.patch_embeddings.projection",
-    patches=_patches,
+    patches=native_patches,
     dropout=VIT.dropout,
     mask="attention_mask",
     restore=_inside("Dinov2ForImageClassification", "Dinov2Backbone"),
@@ -237,7 +238,7 @@ CLIP = Layout(
     after_attention=("self_attn.out_proj",),
     mlp=("layer_norm2", "mlp"),
     patch="embeddings.patch_embedding",
-    patches=_patches,
+    patches=native_patches,
     dropout="self_attn.dropout",
     arguments=("attention_mask", "causal_attention_mask"),
     mask="attention_mask",
@@ -317,7 +318,7 @@ INTERN_VL = Layout(
     after_attention=("attention.projection_layer", "attention.projection_dropout", "lambda_1"),
     mlp=("layernorm_after", "mlp", "dropout", "lambda_2"),
     patch="embeddings.patch_embeddings.projection",
-    patches=_patches,
+    patches=native_patches,
     dropout="attention.attention_dropout",
     refuse=_needs_grid,
 )

@@ -99,7 +99,8 @@ def example_inputs(tower: Tower) -> dict[str, Tensor | None]:
     height, width = size if isinstance(size, list | tuple) else (size, size)
     frames = (module.config.num_frames,) if family == "transformers VideoMAE" else ()
     channels = next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-    return {key: torch.empty(1, *frames, channels, height, width, device="meta")}
+    words = {} if tower.layout.joint is None else {"input_ids": torch.zeros(1, tower.prefix - 1, dtype=torch.long)}
+    return {**words, key: torch.empty(1, *frames, channels, height, width, device="meta")}
 
 
 def add_amount_options(parser: argparse.ArgumentParser, required: bool) -> None:
