@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from turbovlm.cli import main
+from vlms import VLMS, blip, blip2, seeded, vision_encoder_decoder
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("rich")
@@ -39,6 +40,32 @@ def test_inspect_a_folder(folder, tmp_path, capsys):
     assert "encoder.layer.2" in capsys.readouterr().out.replace("\n", "")
     encoder = json.loads(out.read_text())["encoders"][0]
     assert encoder["tokens"] == [17, 15, 13, 11] and len(encoder["blocks"]) == 3
+
+
+ACROSS = {
+    "blip": lambda: blip("ConditionalGeneration"),
+    "blip2": blip2,
+    "vision_encoder_decoder": vision_encoder_decoder,
+}
+
+
+@pytest.mark.parametrize("family", [*VLMS, *ACROSS])
+def test_inspect_says_what_is_read(family, tmp_path, capsys):
+    """For one square image or tile, as many tokens as the model itself makes of it."""
+    build = VLMS[family].make if family in VLMS else ACROSS[family]
+    model = seeded(build)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    out = tmp_path / "plan.json"
+    size = "112" if family in ("qwen2_vl", "qwen2_5_vl") else "128"
+    sized = ["--image-size", size] if "qwen" in family else []
+    assert main(["inspect", str(tmp_path), "--visual-keep", "0.5", *sized, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    tokens = {"llava_next": 36, "llava_onevision": 36, "qwen2_vl": 16, "qwen2_5_vl": 16, "qwen3_vl": 16}.get(family)
+    if tokens is None:
+        tokens = VLMS[family].image(0)[0] if family in VLMS else 36
+    assert found["reading"]["tokens"] == [tokens, (tokens + 1) // 2] and found["encoders"] == []
+    assert f"{(tokens + 1) // 2} of the {tokens} visual tokens" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -130,3 +131,17 @@ def test_copies_and_pickles_are_accelerated():
         turbovlm.get_handle(twin).remove()
         assert torch.equal(run(twin, given).logits, plain)
         assert all("forward" not in module.__dict__ for module in twin.modules())
+
+
+def test_inspect_and_macs(tmp_path, capsys):
+    pytest.importorskip("rich")
+    from turbovlm.cli import main
+
+    model = make()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--r", "2"]) == 0
+    assert "49" in capsys.readouterr().out
+    assert main(["macs", str(tmp_path), "--flops", "0.8", "--json", str(tmp_path / "macs.json")]) == 0
+    (row,) = json.loads((tmp_path / "macs.json").read_text())["encoders"]
+    assert row["macs_merged"] / row["macs"] == pytest.approx(0.8, abs=0.02)

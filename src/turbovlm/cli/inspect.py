@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+    from rich.console import Console
+
+    from turbovlm.config import TurboConfig
+    from turbovlm.schedule import Schedule
 
 DEFAULT_R = 16
 
@@ -14,6 +22,7 @@ examples:
   turbovlm inspect open_clip:ViT-B-16
   turbovlm inspect facebook/dinov2-base --keep 0.25       a transformers hub id (only its config is read)
   turbovlm inspect ./my-model --json plan.json            a folder with a config.json
+  turbovlm inspect Qwen/Qwen2.5-VL-7B-Instruct --visual-keep 0.5 --image-size 896
 
 Without an amount, r={DEFAULT_R}. A model that cannot be accelerated is said to be so, with the reason: exit code 2.
 """
@@ -32,44 +41,98 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_amount_options(parser, required=False)
+    parser.add_argument(
+        "--visual-keep",
+        type=_share_or_count,
+        metavar="K",
+        help="share (0.5) or count (128) of each image's visual tokens that the language model reads",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the schedule of every encoder found, and write it as JSON if asked to."""
+    """Print the schedule of every encoder found and what a language model reads of it, and write both as JSON."""
     from rich.console import Console
-    from rich.table import Table
 
     import turbovlm
-    from turbovlm.adapters import find_towers
     from turbovlm.cli.models import config_from, load_model, write_json
 
-    config = config_from(args, DEFAULT_R)
-    model = load_model(args.model, args.image_size)
-    towers = {tower.name: tower for tower in find_towers(model)}
+    config = config_from(args, None if args.visual_keep is not None else DEFAULT_R)
+    model = load_model(args.model, args.image_size if config.merges else None)
     schedules = turbovlm.apply(model, config).schedules
     console = Console()
     for schedule in schedules:
-        tower = towers[schedule.tower]
-        before, after = sum(schedule.macs_before) / 1e9, sum(schedule.macs_after) / 1e9
-        table = Table(title=f"{args.model}: {schedule.tower or 'the model'} ({tower.layout.family}), {schedule.asked}")
-        table.add_column("block", overflow="fold")
-        for column in ("tokens\nbefore", "tokens\nafter", "GMACs\nbefore", "GMACs\nafter"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for i, block in enumerate(schedule.blocks):
-            gmacs = (f"{schedule.macs_before[i] / 1e9:.3f}", f"{schedule.macs_after[i] / 1e9:.3f}")
-            table.add_row(block, str(schedule.tokens[i]), str(schedule.tokens[i + 1]), *gmacs)
-        table.add_section()
-        table.add_row("all blocks", str(schedule.tokens[0]), str(schedule.tokens[-1]), f"{before:.3f}", f"{after:.3f}")
-        console.print(table)
-        console.print(
-            f"{len(schedule.blocks)} blocks would be accelerated: {schedule.ratio:.1%} of the encoder's "
-            f"multiply-accumulates left, at best {1 / schedule.ratio:.2f}x faster."
-        )
-        if tower.restore:
-            console.print(f"Its output is restored to {schedule.tokens[0]} tokens, which the model's head needs.")
-        if schedule.note:
-            console.print(f"Note: {schedule.note}.")
+        _print_schedule(console, args.model, model, schedule)
+    reading = None if config.visual_keep is None else _reading(model, config, args.image_size)
+    if reading is not None:
+        _print_reading(console, reading)
     if args.json:
-        write_json(args.json, {"model": args.model, "encoders": [dataclasses.asdict(s) for s in schedules]})
+        encoders = [dataclasses.asdict(schedule) for schedule in schedules]
+        write_json(args.json, {"model": args.model, "encoders": encoders, "reading": reading})
     return 0
+
+
+def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Schedule) -> None:
+    from rich.table import Table
+
+    from turbovlm.adapters import find_towers
+
+    tower = next(tower for tower in find_towers(model) if tower.name == schedule.tower)
+    before, after = sum(schedule.macs_before) / 1e9, sum(schedule.macs_after) / 1e9
+    table = Table(title=f"{name}: {schedule.tower or 'the model'} ({tower.layout.family}), {schedule.asked}")
+    table.add_column("block", overflow="fold")
+    for column in ("tokens\nbefore", "tokens\nafter", "GMACs\nbefore", "GMACs\nafter"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for i, block in enumerate(schedule.blocks):
+        gmacs = (f"{schedule.macs_before[i] / 1e9:.3f}", f"{schedule.macs_after[i] / 1e9:.3f}")
+        table.add_row(block, str(schedule.tokens[i]), str(schedule.tokens[i + 1]), *gmacs)
+    table.add_section()
+    table.add_row("all blocks", str(schedule.tokens[0]), str(schedule.tokens[-1]), f"{before:.3f}", f"{after:.3f}")
+    console.print(table)
+    console.print(
+        f"{len(schedule.blocks)} blocks would be accelerated: {schedule.ratio:.1%} of the encoder's "
+        f"multiply-accumulates left, at best {1 / schedule.ratio:.2f}x faster."
+    )
+    if tower.restore:
+        console.print(f"Its output is restored to {schedule.tokens[0]} tokens, which the model's head needs.")
+    if schedule.note:
+        console.print(f"Note: {schedule.note}.")
+
+
+def _reading(model: Any, config: TurboConfig, pixels: int | None) -> dict[str, Any]:
+    """What the language model reads of one image, by words and numbers."""
+    from turbovlm.language.install import plan_reading
+    from turbovlm.language.readers import native_pixels, tokens_per_image
+    from turbovlm.language.select import kept_count
+
+    plan = plan_reading(model, config)
+    part = model.get_submodule(plan.name) if plan.name else model
+    pixels = native_pixels(plan.reader, part) if pixels is None else pixels
+    tokens = tokens_per_image(plan.reader, part, pixels)
+    assert config.visual_keep is not None
+    return {
+        "family": plan.reader.family,
+        "guide": f"{plan.name}.{plan.guide}".lstrip("."),
+        "guidance": plan.guidance,
+        "pixels": pixels,
+        "tokens": [tokens, kept_count(config.visual_keep, tokens)],
+    }
+
+
+def _print_reading(console: Console, reading: dict[str, Any]) -> None:
+    before, after = reading["tokens"]
+    console.print(
+        f"{reading['family']}: its language model would read {after} of the {before} visual tokens of an image of "
+        f"{reading['pixels']}x{reading['pixels']} pixels, guided by the {GUIDES[reading['guidance']]} of "
+        f"{reading['guide']}. Keys, values and cache shrink by as much, and so does the prompt's share of prefill."
+    )
+
+
+GUIDES = {"cls": "CLS token's attention", "mean": "mean query's attention"}
+
+
+def _share_or_count(text: str) -> float | int:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

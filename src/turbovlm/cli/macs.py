@@ -35,7 +35,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    parser.add_argument("--paper", action="store_true", help="the published encoder costs beside ours")
+    parser.add_argument("--paper", action="store_true", help="the published costs beside ours")
     add_amount_options(parser, required=False)
     parser.set_defaults(run=run)
 
@@ -50,22 +50,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> int:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
     import turbovlm
     from turbovlm.adapters import find_towers
-    from turbovlm.cli.models import config_from, example_inputs, load_model, write_json
+    from turbovlm.cli.models import config_from, example_inputs, load_model, random_inputs, write_json
 
     config = config_from(args, 0)
     merging = config.r != 0
     model = load_model(args.model, args.image_size)
+    if any(tower.layout.joint for tower in find_towers(model)):  # how long its sequence is depends on values
+        model = load_model(args.model, args.image_size, device="cpu")
     table = Table(title=f"{args.model}, one image" + (f", {config.amount}" if merging else ""))
     for column in ("encoder", "tokens", "GMACs", *(("tokens left", "GMACs left", "ratio") if merging else ())):
         table.add_column(column, justify="left" if column == "encoder" else "right")
     rows = []
     for tower in find_towers(model):
-        inputs = example_inputs(tower)
+        inputs = random_inputs(tower, 1, torch.float32, "cpu") if tower.layout.joint else example_inputs(tower)
         before = turbovlm.profile.macs(tower.module, **inputs)
         with turbovlm.apply(tower.module, config) as handle:
             after = turbovlm.profile.macs(tower.module, **inputs)

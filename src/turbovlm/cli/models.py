@@ -114,12 +114,13 @@ def add_amount_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
 
 
-def config_from(args: argparse.Namespace, default_r: int) -> TurboConfig:
-    """The settings that `add_amount_options` read; `r=default_r` where no amount was given."""
+def config_from(args: argparse.Namespace, default_r: int | None) -> TurboConfig:
+    """The settings that the options say; `r=default_r` where no amount was given."""
     if args.image_size is not None and args.image_size < 1:
         raise ConfigError(f"--image-size {args.image_size}: must be an integer ≥ 1")
     given = {name: getattr(args, name) for name in ("r", "keep", "flops") if getattr(args, name) is not None}
-    return TurboConfig(**(given or {"r": default_r}), min_tokens=args.min_tokens)
+    visual_keep = getattr(args, "visual_keep", None)
+    return TurboConfig(**(given or {"r": default_r}), min_tokens=args.min_tokens, visual_keep=visual_keep)
 
 
 def write_json(path: str, content: Any) -> None:

@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.adapters.layout import fetch
+
 MODELS = "transformers.models"
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """The argument that carries the pixels of each modality."""
@@ -85,6 +87,25 @@ def blocks_of(tower: nn.Module) -> nn.ModuleList:
     """A tower's blocks: its longest list of modules of one class."""
     lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
     return max(lists, key=len)
+
+
+def native_pixels(reader: Reader, model: Any) -> int:
+    """Side of the images, or tiles of them, that a family's tower is made for; 448 where images keep their own."""
+    size = getattr(_tower_config(reader, model), "image_size", None) or 448
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def tokens_per_image(reader: Reader, model: Any, pixels: int) -> int:
+    """Visual tokens of a square image, or tile of one, of `pixels` a side; `model` is the part that reads them."""
+    if reader.per_image is not None:
+        return reader.per_image(model)
+    patch = _tower_config(reader, model).patch_size
+    side = int(patch[0] if isinstance(patch, list | tuple) else patch) * reader.cell(model)
+    return int((pixels // side) ** 2)
+
+
+def _tower_config(reader: Reader, model: Any) -> Any:
+    return fetch(model, tuple(reader.tower.split("."))).config
 
 
 def several_layers(model: Any) -> bool:
