@@ -34,6 +34,8 @@ VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "unifor
 
 AMOUNTS = ("r", "keep", "flops")
 """The fields that say how much is merged inside the encoders."""
+READINGS = ("visual_keep", "cross_keep")
+"""The fields that say how much is read of what they hand on."""
 
 PAPER_ALPHA_SCALE = 30.0
 """The authors' code multiplies the published alpha by 30 before it multiplies A."""
@@ -41,7 +43,7 @@ PAPER_ALPHA_SCALE = 30.0
 
 @dataclass(frozen=True)
 class TurboConfig:
-    """How much to merge (exactly one of `r`, `keep`, `flops`, or none beside `visual_keep`) and which tokens.
+    """How much to merge (one of `r`, `keep`, `flops`, or none beside `visual_keep` or `cross_keep`) and which tokens.
 
     The defaults are what kept most of a real ViT's output (docs/defaults.md); `TurboConfig.paper` is the published
     setting.
@@ -78,6 +80,8 @@ class TurboConfig:
         visual_select: which of them: `"information"` goes by the degree, R from the projected features and A from the
             tower's attention; `"redundancy"`, `"attention"`, `"random"`, `"uniform"` (every k-th) and `"pooling"`
             (averages of 2×2) are the baselines.
+        cross_keep: how many of each image's tokens the last cross-attention layer of a text model reads: a share, or a
+            count. Every layer reads as many fewer than the one before it, A being the attention that its words pay.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
@@ -103,6 +107,7 @@ class TurboConfig:
     seed: int = 0
     visual_keep: float | int | None = None
     visual_select: str = "information"
+    cross_keep: float | int | None = None
 
     def __post_init__(self) -> None:
         self._check_amount()
@@ -123,7 +128,7 @@ class TurboConfig:
         _check_flag("proportional", self.proportional)
         _check_flag("trace", self.trace)
         _check_choice("visual_select", self.visual_select, VISUAL_SELECTIONS)
-        self._check_visual_keep()
+        self._check_readings()
         self._check_grid()
 
     @classmethod
@@ -161,7 +166,7 @@ class TurboConfig:
     @property
     def amount(self) -> str:
         """What was asked for, as it was written: `"r=16"`, `"keep=0.25"`, `"flops=0.6, visual_keep=0.5"`."""
-        given = {name: getattr(self, name) for name in (*AMOUNTS, "visual_keep") if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in (*AMOUNTS, *READINGS) if getattr(self, name) is not None}
         return ", ".join(
             f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in given.items()
         )
@@ -173,7 +178,8 @@ class TurboConfig:
 
     def _check_amount(self) -> None:
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
-        if len(given) != 1 and (given or self.visual_keep is None):
+        reads = any(getattr(self, name) is not None for name in READINGS)
+        if len(given) != 1 and (given or not reads):
             found = ", ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none of them"
             raise ConfigError(f"give exactly one of r, keep and flops: got {found}")
         if isinstance(self.r, Sequence) and not isinstance(self.r, str | bytes):
@@ -193,18 +199,19 @@ class TurboConfig:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def _check_visual_keep(self) -> None:
-        value = self.visual_keep
-        if value is None:
-            if self.visual_select != "information":
-                raise ConfigError(f"visual_select={self.visual_select!r}: give visual_keep with it")
-            return
-        if isinstance(value, Integral) and not isinstance(value, bool):
-            self._set(visual_keep=_integer("visual_keep", value, minimum=1))
-        elif isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-            raise ConfigError(f"visual_keep={value!r}: must be a share in (0, 1] or an integer ≥ 1, a count per image")
-        else:
-            self._set(visual_keep=float(value))
+    def _check_readings(self) -> None:
+        if all(getattr(self, name) is None for name in READINGS) and self.visual_select != "information":
+            raise ConfigError(f"visual_select={self.visual_select!r}: give visual_keep or cross_keep with it")
+        if self.cross_keep is not None and self.visual_select == "pooling":
+            raise ConfigError("visual_select='pooling': cross_keep takes tokens layer by layer, not squares of them")
+        for name in READINGS:
+            value: Any = getattr(self, name)
+            if value is None:
+                continue
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if not whole and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1):
+                raise ConfigError(f"{name}={value!r}: must be a share in (0, 1] or an integer ≥ 1, a count per image")
+            self._set(**{name: _integer(name, value, minimum=1) if whole else float(value)})
 
     def _check_grid(self) -> None:
         if self.grid is None:

@@ -18,9 +18,17 @@ from turbovlm.config import TurboConfig
 from turbovlm.engine import Plan, accelerated_forward
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 from turbovlm.language.attention import guiding_forward
+from turbovlm.language.grounding import (
+    GroundingPlan,
+    cross_forward,
+    install_grounding,
+    layer_forward,
+    plan_grounding,
+)
 from turbovlm.language.install import OVERRIDES, install_reading, plan_reading
 from turbovlm.language.plan import ReadingPlan
-from turbovlm.language.select import Selection, needs_attention
+from turbovlm.language.select import Selection
+from turbovlm.report import describe, report_encoder, report_grounding, report_reading
 from turbovlm.schedule import EncoderShape, Schedule, check_depth, make_schedule
 from turbovlm.state import BlockTrace
 from turbovlm.verify import verify
@@ -57,17 +65,20 @@ def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) 
     plans = [_plan(tower, config) for tower in towers]
     _check_unhooked(towers)
     reading = None if config.visual_keep is None else plan_reading(model, config)
+    grounding = None if config.cross_keep is None else plan_grounding(model, config)
     for tower in towers:
         verify(tower)
     for tower, plan in zip(towers, plans):
         for index, (_, block) in enumerate(tower.blocks):
             block.forward = functools.partial(accelerated_forward, block, plan, index)
         if tower.layout.joint is not None:
-            joint = fetch(tower.module, path_of(tower.layout, tower.module, tower.layout.joint))
+            joint = fetch(tower.module, path_of(tower.layout.family, tower.module, tower.layout.joint))
             joint.forward = functools.partial(joining_forward, joint, plan)
     if reading is not None:
         install_reading(model, reading)
-    return Handle(model, plans, reading)
+    if grounding is not None:
+        install_grounding(model, grounding)
+    return Handle(model, [*plans, *(plan for plan in (reading, grounding) if plan is not None)])
 
 
 def get_handle(model: nn.Module) -> Handle:
@@ -79,28 +90,28 @@ def get_handle(model: nn.Module) -> Handle:
     found = list(dict.fromkeys(override.plan for override in overrides(model)))
     if not found:
         raise TurboError(f"this {type(model).__name__} is not accelerated")
-    plans = [plan for plan in found if isinstance(plan, Plan)]
-    return Handle(model, plans, next((plan for plan in found if isinstance(plan, ReadingPlan)), None))
+    return Handle(model, found)
 
 
 class Handle:
     """What `apply` did to one model, and the way back."""
 
-    def __init__(self, model: nn.Module, plans: list[Plan], reading: ReadingPlan | None = None) -> None:
+    def __init__(self, model: nn.Module, plans: list[AnyPlan]) -> None:
         self._model = model
-        self._plans = plans
-        self._reading = reading
+        self._all = plans
+        self._plans = [plan for plan in plans if isinstance(plan, Plan)]
+        self._reading = next((plan for plan in plans if isinstance(plan, ReadingPlan)), None)
+        self._grounding = next((plan for plan in plans if isinstance(plan, GroundingPlan)), None)
 
     @property
     def config(self) -> TurboConfig:
         """The settings in force."""
-        plan = self._plans[0] if self._reading is None else self._reading
-        return plan.config
+        return self._all[0].config
 
     @property
     def active(self) -> bool:
         """Whether the model is still accelerated by this handle."""
-        return any(self._owns(override) for override in overrides(self._model))
+        return any(override.plan in self._all for override in overrides(self._model))
 
     @property
     def schedules(self) -> list[Schedule]:
@@ -140,6 +151,19 @@ class Handle:
             raise StateError("no visual tokens have been chosen yet: run the model first")
         return self._reading.last
 
+    @property
+    def cross(self) -> tuple[Selection, ...]:
+        """Which image tokens each cross-attention layer left to the next one, in the last forward over a whole text.
+
+        Raises:
+            StateError: the config has no `cross_keep`, or no image has been read yet.
+        """
+        if self._grounding is None:
+            raise StateError("cross-attention reads all tokens: apply with cross_keep")
+        if self._grounding.last is None:
+            raise StateError("no image has been read yet: run the model first")
+        return self._grounding.last
+
     def restore(self, tokens: Tensor, *, tower: str | None = None) -> Tensor:
         """Give every position of the last forward's input the value of the token it became part of.
 
@@ -177,7 +201,7 @@ class Handle:
     def remove(self) -> None:
         """Give the model back as it was. A second call does nothing."""
         for override in list(overrides(self._model)):
-            if self._owns(override):
+            if override.plan in self._all:
                 override.module.__dict__.pop(override.name, None)
 
     def __enter__(self) -> Handle:
@@ -190,15 +214,14 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "" if self.active else ", removed"
-        lines = [f"Turbo({self.config.amount}, {_describe(self.config)}{state})"]
+        lines = [f"Turbo({self.config.amount}, {describe(self.config)}{state})"]
         for plan, schedule in zip(self._plans, self.schedules):
-            lines += _report(plan, schedule)
+            lines += report_encoder(plan, schedule)
         if self._reading is not None:
-            lines += _report_reading(self._reading)
+            lines += report_reading(self._reading)
+        if self._grounding is not None:
+            lines += report_grounding(self._grounding)
         return "\n".join(lines)
-
-    def _owns(self, override: Override) -> bool:
-        return override.plan in self._plans or override.plan is self._reading
 
     def _plan_of(self, tower: str | None) -> Plan:
         named = {plan.tower: plan for plan in self._plans}
@@ -217,7 +240,8 @@ def _config(settings: dict[str, Any]) -> TurboConfig:
     return TurboConfig(**settings)
 
 
-_FORWARDS = (accelerated_forward, joining_forward, *OVERRIDES)
+AnyPlan = Plan | ReadingPlan | GroundingPlan
+_FORWARDS = (accelerated_forward, joining_forward, layer_forward, cross_forward, *OVERRIDES)
 """The functions that take a method's place on one module."""
 
 
@@ -227,18 +251,14 @@ class Override:
 
     module: nn.Module
     name: str
-    plan: Plan | ReadingPlan
+    plan: AnyPlan
 
 
 def overrides(model: nn.Module) -> Iterator[Override]:
     """Everything that `apply` put into `model`."""
     for module in model.modules():
         for name, method in list(module.__dict__.items()):
-            while isinstance(method, functools.partial) and method.func in (
-                accelerated_forward,
-                joining_forward,
-                *OVERRIDES,
-            ):
+            while isinstance(method, functools.partial) and method.func in _FORWARDS:
                 yield Override(module, name, method.args[1])
                 method = method.args[2] if method.func is guiding_forward else None
 
@@ -313,39 +333,3 @@ def _entries(step: Any) -> int:
 
 def _schedule(plan: Plan, tokens: int) -> Schedule:
     return make_schedule(plan.config, plan.shape, tokens, plan.tower, plan.names)
-
-
-def _describe(config: TurboConfig) -> str:
-    degree = config.degree if isinstance(config.degree, str) else getattr(config.degree, "__name__", "callable")
-    alpha = f", alpha={config.alpha:g}" if degree in ("weighted_difference", "damped", "layered") else ""
-    return f"degree={degree}{alpha}, partition={config.partition}, {config.reduce}"
-
-
-def _report_reading(plan: ReadingPlan) -> list[str]:
-    keep, where = plan.config.visual_keep, f"{plan.name}." if plan.name else ""
-    much = f"{keep} visual tokens" if isinstance(keep, int) else f"{keep:.0%} of the visual tokens"
-    guided = f", guided by {plan.guidance} in {where}{plan.guide}" if needs_attention(plan.config) else ""
-    how = f"visual_select={plan.config.visual_select}, {plan.config.reduce}"
-    return [f"  {plan.name or 'model'} ({plan.reader.family}): reads {much} of each image ({how}){guided}"]
-
-
-def _report(plan: Plan, schedule: Schedule) -> list[str]:
-    tokens, before, after = schedule.tokens, sum(schedule.macs_before), sum(schedule.macs_after)
-    name = schedule.tower or "model"
-    lines = [
-        f"  {name}: {len(schedule.blocks)} blocks, {tokens[0]} → {tokens[-1]} tokens, "
-        f"{before / 1e9:.2f} → {after / 1e9:.2f} GMACs in the blocks, {schedule.ratio:.1%} of the encoder's left, "
-        f"guided by {plan.guidance}, similarity of {plan.similarity}"
-    ]
-    lines += [
-        f"    {block}: {tokens[i]} → {tokens[i + 1]} tokens, "
-        f"{schedule.macs_before[i] / 1e9:.3f} → {schedule.macs_after[i] / 1e9:.3f} GMACs"
-        for i, block in enumerate(schedule.blocks)
-    ]
-    if plan.restore:
-        lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens, which the model's head needs")
-    if not plan.plain_stem:
-        lines.append("    note: the convolutional network before the blocks is not counted")
-    if schedule.note:
-        lines.append(f"    note: {schedule.note}")
-    return lines

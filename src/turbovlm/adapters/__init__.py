@@ -103,7 +103,7 @@ class Tower:
     @property
     def _patch_projection(self) -> nn.Module:
         assert self.layout.patch is not None
-        projection: nn.Module = fetch(self.module, path_of(self.layout, self.module, self.layout.patch))
+        projection: nn.Module = fetch(self.module, path_of(self.layout.family, self.module, self.layout.patch))
         return projection
 
 

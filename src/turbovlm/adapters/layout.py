@@ -177,13 +177,13 @@ def spell(layout: Layout, block: nn.Module) -> Spelling:
     )
 
 
-def path_of(layout: Layout, tower: nn.Module, paths: str) -> Path:
+def path_of(family: str, tower: nn.Module, paths: str) -> Path:
     """The first of the `|`-separated `paths` that `tower` has."""
     for spelled in paths.split("|"):
         if _exists(tower, spelled):
             return tuple(spelled.split("."))
     raise UnsupportedModelError(
-        f"{layout.family}: {type(tower).__name__} of {library_version(type(tower))} has no {paths.replace('|', ' or ')}"
+        f"{family}: {type(tower).__name__} of {library_version(type(tower))} has no {paths.replace('|', ' or ')}"
     )
 
 

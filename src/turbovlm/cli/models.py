@@ -86,7 +86,7 @@ def example_inputs(tower: Tower) -> dict[str, Tensor | None]:
     if tower.layout.patch is None:
         return {"input_ids": torch.arange(tower.tokens).unsqueeze(0) % module.config.vocab_size}
     if family == "transformers SigLIP 2":
-        projection: Any = fetch(module, path_of(tower.layout, module, tower.layout.patch))
+        projection: Any = fetch(module, path_of(tower.layout.family, module, tower.layout.patch))
         return {
             "pixel_values": torch.empty(1, patches, projection.in_features, device="meta"),
             "pixel_attention_mask": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,3 +38,13 @@ class ReadingPlan:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}
+
+
+def arguments_by_name(method: Any, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, without those left out."""
+    bound = inspect.signature(method).bind(owner, *args, **kwargs)
+    named = dict(bound.arguments)
+    rest = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    extra = named.pop(rest, {}) if rest is not None else {}
+    del named[next(iter(bound.signature.parameters))]
+    return {**named, **extra}

@@ -41,6 +41,8 @@ class Reader:
         rearrange: methods that rearrange features after the projector; they rearrange the attention too.
         per_image: tokens of one image, where the library joins those of one prompt.
         first_position: position of a prompt's first token.
+        grounded: path of the layers of the text model that cross-attends to the image, for `cross_keep`; several
+            spellings are separated by `|`.
     """
 
     family: str
@@ -55,6 +57,7 @@ class Reader:
     rearrange: tuple[str, ...] = ()
     per_image: Callable[[Any], int] | None = None
     first_position: int = 0
+    grounded: str | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], Reader], tuple[str]]:
         return family, (self.family,)
@@ -204,6 +207,7 @@ BLIP = Reader(
     ),
     "vision_model",
     across=True,
+    grounded="text_encoder.encoder.layer|text_decoder.bert.encoder.layer",
 )
 BLIP_2 = Reader(
     "BLIP-2",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from turbovlm.errors import StateError
 from turbovlm.language.attention import SCORED, detach
-from turbovlm.language.plan import ReadingPlan
+from turbovlm.language.plan import ReadingPlan, arguments_by_name
 from turbovlm.language.prompt import Shortened, Shortening, places, shorten
 from turbovlm.language.readers import PIXELS
 from turbovlm.language.select import Selection, kept_count, needs_attention, select
@@ -33,7 +33,7 @@ BESIDE = ("mm_token_type_ids", "token_type_ids")
 def reading_forward(model: Any, plan: ReadingPlan, *args: Any, **kwargs: Any) -> Any:
     """The forward of the part that puts visual features in place of placeholders."""
     method = type(model).forward
-    inputs = _named(method, model, args, kwargs)
+    inputs = arguments_by_name(method, model, args, kwargs)
     encoded = _encoded(model, inputs)
     if any(getattr(outputs, READY, False) for outputs in encoded.values()):
         return method(model, **inputs)
@@ -58,7 +58,7 @@ def reading_forward(model: Any, plan: ReadingPlan, *args: Any, **kwargs: Any) ->
 def preparing(owner: Any, plan: ReadingPlan, path: str, *args: Any, **kwargs: Any) -> Any:
     """`prepare_inputs_for_generation`, of the shorter prompt; `path` leads to the part that reads visual tokens."""
     method = type(owner).prepare_inputs_for_generation
-    inputs = _named(method, owner, args, kwargs)
+    inputs = arguments_by_name(method, owner, args, kwargs)
     cache, step = inputs.get("past_key_values"), inputs.get("next_sequence_length")
     behind = _behind(cache)
     first, cached = inputs.get("is_first_iteration"), inputs.get("use_cache", True)
@@ -210,16 +210,6 @@ def _given_back(encoded: dict[str, Any]) -> dict[str, Any]:
         setattr(plain[modality], SCORED, False)
         setattr(plain[modality], READY, True)
     return plain
-
-
-def _named(method: Any, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, without those left out."""
-    bound = inspect.signature(method).bind(owner, *args, **kwargs)
-    named = dict(bound.arguments)
-    rest = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    extra = named.pop(rest, {}) if rest is not None else {}
-    del named[next(iter(bound.signature.parameters))]
-    return {**named, **extra}
 
 
 def _behind(cache: Any) -> Shortened | None:

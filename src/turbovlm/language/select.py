@@ -45,17 +45,17 @@ class Selection:
         return weighted.new_zeros(images, k, width).scatter_add(1, index, weighted).to(x.dtype)
 
 
-def kept_count(visual_keep: float | int, tokens: int) -> int:
+def kept_count(keep: float | int, tokens: int, name: str = "visual_keep") -> int:
     """How many of an image's `tokens` stay: a share of them, rounded, or a count; at most all.
 
     Raises:
-        ConfigError: the share is less than one token.
+        ConfigError: the share is less than one token; `name` is the setting's.
     """
-    wanted = visual_keep if isinstance(visual_keep, int) else math.floor(visual_keep * tokens + 0.5)
+    wanted = keep if isinstance(keep, int) else math.floor(keep * tokens + 0.5)
     if wanted < 1:
         raise ConfigError(
-            f"visual_keep={visual_keep}: not one of an image's {tokens} visual tokens would be left; "
-            f"at least {1 / tokens:.3g} keeps one, and visual_keep=1 does for every image"
+            f"{name}={keep}: not one of an image's {tokens} visual tokens would be left; "
+            f"at least {1 / tokens:.3g} keeps one, and {name}=1 does for every image"
         )
     return min(wanted, tokens)
 
