@@ -123,7 +123,7 @@ def _paper(args: argparse.Namespace) -> int:
     console = Console()
     console.print(table)
     console.print("r*: deduced, not printed. ratio: the full model's MACs over the merged one's.")
-    console.print("Tables 1 and 3 are of whole models, the others of image encoders.")
+    console.print("Tables 1, 3 and 4 are of whole models, the others of image encoders.")
     for row in rows:
         if row.remark:
             console.print(f"Table {row.table}, {row.model}, {row.dataset}, r={row.r}: {row.remark}")
