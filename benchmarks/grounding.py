@@ -1,4 +1,4 @@
-"""Re-ranking by BLIP's image-text matching, with fewer image tokens from layer to layer of its text encoder.
+"""Re-ranking by BLIP's image-text matching, with fewer image tokens in the later layers of its text encoder.
 
     python benchmarks/grounding.py                      # writes benchmarks/results/grounding.{json,md}
 
@@ -62,7 +62,7 @@ def blip() -> Ranking:
 
 
 def report(results: dict[str, Any]) -> str:
-    lines = ["# Fewer image tokens from one cross-attention layer to the next", "", described(results["machine"]), ""]
+    lines = ["# Fewer image tokens in later cross-attention layers", "", described(results["machine"]), ""]
     lines += [f"BLIP-base's shape, random weights, fp32; {WORDS} words with each of {PICTURES} pictures. Medians.", ""]
     lines += ["| cross_keep | GMACs | MACs ratio | s | speed-up | peak MB |", "|--:|--:|--:|--:|--:|--:|"]
     for run in results["re-ranking"]["runs"]:

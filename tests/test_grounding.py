@@ -13,6 +13,7 @@ import turbovlm
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from vlms import blip, llava, noise, seeded
 
+transformers = pytest.importorskip("transformers")
 PICTURES = noise(0, 2, 3, 48, 48)
 IDS = torch.tensor([[2, 5, 6, 7], [2, 8, 9, 10]])
 TASKS = ("ConditionalGeneration", "QuestionAnswering", "ImageTextRetrieval")
@@ -166,7 +167,7 @@ def test_works_beside_the_others(model):
     with turbovlm.apply(model, r=2, visual_keep=0.5, cross_keep=0.5, visual_select="attention") as handle:
         assert words(model).shape == plain.shape
         assert [s.kept.shape[1] for s in handle.cross] == [10, 7] and len(handle.visual) == 1
-        assert "the last of which cross-attends to 50% of the image tokens" in repr(handle)
+        assert "the last third of which cross-attends to 50% of the image tokens" in repr(handle)
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
         assert all(torch.equal(words(twin), words(model)) for twin in twins)
     assert torch.equal(words(model), plain)
@@ -184,6 +185,22 @@ def test_controls(select):
         assert [selection.kept.shape[1] for selection in handle.cross] == [24, 12]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("depth", "read"), [(2, [36, 9]), (4, [36, 36, 22, 9]), (6, [36, 36, 22, 22, 9, 9])])
+def test_reads_in_three_stages(depth, read):
+    def make():
+        config = blip("ImageTextRetrieval").config
+        config.text_config.num_hidden_layers = depth
+        return transformers.BlipForImageTextRetrieval(config)
+
+    model, found = seeded(make), []
+    for layer in text_layers(model):
+        layer.crossattention.self.key.register_forward_hook(lambda module, inputs, out: found.append(out.shape[1] - 1))
+    with turbovlm.apply(model, cross_keep=0.25):
+        words(model)
+    assert found == read
+
+
 def test_backward():
     model = seeded(lambda: blip("ImageTextRetrieval"))
     with turbovlm.apply(model, cross_keep=0.3):
@@ -194,6 +211,10 @@ def test_backward():
 def test_what_cannot_be_done_says_why():
     with pytest.raises(UnsupportedModelError, match=r"cross_keep=0.5: LlavaFor.*supported: BLIP"):
         turbovlm.apply(seeded(llava), cross_keep=0.5)
+    shallow = blip("ImageTextRetrieval").config
+    shallow.text_config.num_hidden_layers = 1
+    with pytest.raises(UnsupportedModelError, match="encoder.layer has one layer"):
+        turbovlm.apply(transformers.BlipForImageTextRetrieval(shallow), cross_keep=0.5)
     with pytest.raises(ConfigError, match="cross_keep=0: it must be an integer"):
         turbovlm.TurboConfig(cross_keep=0)
     with pytest.raises(ConfigError, match=r"cross_keep=1\.5: must be a share"):

@@ -80,8 +80,8 @@ class TurboConfig:
         visual_select: which of them: `"information"` goes by the degree, R from the projected features and A from the
             tower's attention; `"redundancy"`, `"attention"`, `"random"`, `"uniform"` (every k-th) and `"pooling"`
             (averages of 2×2) are the baselines.
-        cross_keep: how many of each image's tokens the last cross-attention layer of a text model reads: a share, or a
-            count. Every layer reads as many fewer than the one before it, A being the attention that its words pay.
+        cross_keep: how many of each image's tokens the last third of a text model's cross-attention layers reads: a
+            share, or a count. The first third reads all of them; A is the attention that the words have paid.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.

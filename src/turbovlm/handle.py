@@ -153,7 +153,7 @@ class Handle:
 
     @property
     def cross(self) -> tuple[Selection, ...]:
-        """Which image tokens each cross-attention layer left to the next one, in the last forward over a whole text.
+        """Which image tokens were left from one stage of cross-attention layers to the next, in the last forward.
 
         Raises:
             StateError: the config has no `cross_keep`, or no image has been read yet.

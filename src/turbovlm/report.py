@@ -31,7 +31,7 @@ def report_grounding(plan: GroundingPlan) -> list[str]:
     keep = plan.config.cross_keep
     much = f"{keep} image tokens" if isinstance(keep, int) else f"{keep:.0%} of the image tokens"
     return [
-        f"  {plan.layers} ({plan.family}): {plan.depth} layers, the last of which cross-attends to {much}, "
+        f"  {plan.layers} ({plan.family}): {plan.depth} layers, the last third of which cross-attends to {much}, "
         f"guided by the words ({plan.config.reduce})"
     ]
 

@@ -1,8 +1,9 @@
 """Image tokens reduced between the cross-attention layers of a text model: the text's attention says what matters.
 
-Every layer reads fewer image tokens than the one before. A is the attention that a layer's words have just paid, R is
-the image tokens'; what is chosen so depends on the text. The tokens left travel on the words' hidden states from layer
-to layer; in generation the cache holds each layer's keys and values, and the sizes of their tokens.
+The first third of the layers reads all of them, the last third as few as asked for, the layers between half way. A is
+the attention that a layer's words have just paid, R is the image tokens'; what is chosen so depends on the text. The
+tokens left travel on the words' hidden states from layer to layer; in generation the cache holds each layer's keys and
+values, and the sizes of their tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ IMAGE = "_turbovlm_image"
 SIZES = "_turbovlm_sizes"
 """Attribute of a cache: for each layer, the sizes of the image tokens whose keys it holds."""
 
+STAGES = 3
+"""Groups of layers that read equally many tokens."""
+
 
 @dataclass(eq=False)
 class GroundingPlan:
@@ -41,7 +45,7 @@ class GroundingPlan:
         layers: path of the text model's layers.
         depth: how many there are.
         prefix: image tokens in front that always stay: CLS.
-        last: what each layer but the last left to the next one, in the last forward; not copied or pickled.
+        last: what was left from stage to stage in the last forward; not copied or pickled.
     """
 
     config: TurboConfig
@@ -55,10 +59,11 @@ class GroundingPlan:
         return {**self.__dict__, "last": None}
 
     def patches(self, layer: int, patches: int) -> int:
-        """How many of an image's `patches` that layer reads: as many fewer each time, `cross_keep` in the last one."""
+        """How many of an image's `patches` that layer reads."""
         assert self.config.cross_keep is not None
         fewest = kept_count(self.config.cross_keep, patches, "cross_keep")
-        return patches - round((patches - fewest) * layer / max(self.depth - 1, 1))
+        stages = min(STAGES, self.depth)
+        return patches - round((patches - fewest) * (layer * stages // self.depth) / (stages - 1))
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Image:
         sizes: how many of the image's tokens each stands for, `[batch, M]`.
         words: which of the words are no padding, `[batch or 1, words]`, bool; None for all.
         native: image tokens at first.
-        selections: what the layers before have left out.
+        selections: what was left from stage to stage.
     """
 
     tokens: Tensor
@@ -143,6 +148,8 @@ def _left(plan: GroundingPlan, index: int, image: Image, attention: Tensor) -> I
     front, patches = image.tokens[:, : plan.prefix], image.tokens[:, plan.prefix :]
     sizes = image.sizes[:, plan.prefix :]
     k = plan.patches(index + 1, image.native - plan.prefix)
+    if k == patches.shape[1]:
+        return image
     semantic = _row(attention.detach(), image.words)[:, plan.prefix :]
     selection = select(patches.detach(), semantic, k, plan.config, sizes)
     counted = sizes * (selection.weights > 0)
@@ -177,14 +184,16 @@ def plan_grounding(model: nn.Module, config: TurboConfig) -> GroundingPlan:
         if reader is None or not reader.grounded:
             continue
         path = path_of(reader.family, part, reader.grounded)
-        layers = fetch(part, path)
+        layers, place = fetch(part, path), ".".join((name, *path)).lstrip(".")
+        if len(layers) < 2:
+            raise UnsupportedModelError(f"{asked}: {place} has one layer, and cross_keep needs one behind it")
         taken = inspect.signature(type(layers[0].crossattention.self).forward).parameters
         if not {"encoder_hidden_states", "encoder_attention_mask", "past_key_values"} <= set(taken):
             raise UnsupportedModelError(
                 f"{asked}: the cross-attention of {reader.family} in {library_version(type(part))} takes "
                 f"{', '.join(taken)}, which turbovlm does not know"
             )
-        return GroundingPlan(config, reader.family, ".".join((name, *path)).lstrip("."), len(layers))
+        return GroundingPlan(config, reader.family, place, len(layers))
     known = ", ".join(reader.family for reader in READERS if reader.grounded)
     raise UnsupportedModelError(
         f"{asked}: {type(model).__name__} has no text model that reads an image by cross-attention, as far as turbovlm "
