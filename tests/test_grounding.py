@@ -213,7 +213,7 @@ def test_what_cannot_be_done_says_why():
         turbovlm.apply(seeded(llava), cross_keep=0.5)
     shallow = blip("ImageTextRetrieval").config
     shallow.text_config.num_hidden_layers = 1
-    with pytest.raises(UnsupportedModelError, match="encoder.layer has one layer"):
+    with pytest.raises(UnsupportedModelError, match=r"encoder\.layer has one layer"):
         turbovlm.apply(transformers.BlipForImageTextRetrieval(shallow), cross_keep=0.5)
     with pytest.raises(ConfigError, match="cross_keep=0: it must be an integer"):
         turbovlm.TurboConfig(cross_keep=0)
