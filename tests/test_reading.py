@@ -11,7 +11,17 @@ import torch
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
-from vlms import SPECIAL, VLMS, seeded
+from vlms import (
+    NEW,
+    SPECIAL,
+    VLMS,
+    dropped,
+    full_positions,
+    generated,
+    masked_forward,
+    masked_generate,
+    seeded,
+)
 
 PROMPTS = {
     "one": [[5, 6, "image", 7, 8, 9]],
@@ -19,7 +29,6 @@ PROMPTS = {
     "two images": [[5, "image", 7, 8, "image", 9]],
     "text only beside": [[5, 6, "image", 7, 8], [3, 4, 5, 6], [7, "image", 9, 10, "image", 11]],
 }
-NEW = 5
 
 
 @pytest.fixture(params=VLMS)
@@ -30,58 +39,6 @@ def family(request):
 @pytest.fixture
 def model(family):
     return seeded(family.make)
-
-
-def dropped(handle, inputs, family):
-    """Where the prompts lose tokens, `[batch, N]`, as the handle tells."""
-    gone = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    places = (inputs["input_ids"] == family.token).flatten().nonzero().squeeze(1)
-    counts = [selection.destination.shape[1] for selection in handle.visual]
-    for where, selection in zip(places.split(counts), handle.visual):
-        stays = torch.zeros(len(where), dtype=torch.bool)
-        stays[selection.kept[0]] = True
-        gone.view(-1)[where[~stays]] = True
-    return gone
-
-
-def full_positions(model, inputs, family):
-    mask = inputs["attention_mask"]
-    if hasattr(model.model, "compute_3d_position_ids"):
-        return model.model.get_rope_index(**{k: v for k, v in inputs.items() if k != "pixel_values"})[0]
-    return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0) + family.first
-
-
-def masked_forward(model, inputs, gone, family):
-    """The logits of the full prompt with the dropped positions masked, and its positions."""
-    positions = full_positions(model, inputs, family)
-    mask = inputs["attention_mask"] * ~gone
-    return model(**{**inputs, "attention_mask": mask, "position_ids": positions}).logits
-
-
-def masked_generate(model, inputs, gone, family):
-    """Greedy decoding without a cache, of the full prompt with the dropped positions masked."""
-    inputs = {**inputs, "position_ids": full_positions(model, inputs, family)}
-    inputs["attention_mask"] = inputs["attention_mask"] * ~gone
-    found = []
-    for _ in range(NEW):
-        logits = model(**inputs).logits[:, -1].index_fill(1, torch.tensor(SPECIAL), -torch.inf)
-        found.append(logits.argmax(-1, keepdim=True))
-        one = torch.ones_like(found[-1])
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], found[-1]], dim=1)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], one], dim=1)
-        positions = inputs["position_ids"]
-        inputs["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
-        if family.types is not None:
-            inputs[family.types] = torch.cat([inputs[family.types], one.int() * (family.answer or 0)], dim=1)
-    return torch.cat(found, dim=1)
-
-
-def generated(model, inputs, **settings):
-    settings = {"do_sample": False, "eos_token_id": None, "suppress_tokens": SPECIAL, **settings}
-    out = model.generate(**inputs, max_new_tokens=NEW, **settings)
-    sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    assert torch.equal(sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
-    return sequences[:, inputs["input_ids"].shape[1] :]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

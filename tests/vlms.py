@@ -11,6 +11,8 @@ import torch
 
 IMAGE, VIDEO, PAD, EOS = 90, 91, 0, 1
 SPECIAL = [IMAGE, VIDEO]
+NEW = 5
+"""Tokens that tests generate."""
 TEXT = {
     "vocab_size": 100,
     "hidden_size": 32,
@@ -38,9 +40,10 @@ CLIP = {
 class Vlm:
     """One family: how to make a small model, and how to encode prompts for it.
 
-    `types` names its argument of token types, 1 for visual tokens; where `answer` is given, 0 for the whole prompt and
-    `answer` behind it. `first` is the position of a prompt's first token.
-    `inputs(rows)`: each row is a list of integers (text tokens) and `"image"`s; ragged rows are padded on the left.
+    `types` names its argument of token types, 1 for images' tokens and 2 for videos'; where `answer` is given, 0 for
+    the whole prompt and `answer` behind it. `first` is the position of a prompt's first token.
+    `inputs(rows)`: each row is a list of integers (text tokens), `"image"`s and `"video"`s; ragged rows are padded on
+    the left.
     """
 
     make: Callable[[], Any]
@@ -49,28 +52,37 @@ class Vlm:
     types: str | None = None
     first: int = 0
     answer: int | None = None
+    video: Callable[[int], tuple[list[int], dict[str, torch.Tensor]]] | None = None
 
     def inputs(self, *rows: list[Any]) -> dict[str, Any]:
-        sequences, pixels, count = [], [], 0
+        sequences: list[list[int]] = []
+        pixels: dict[str, list[torch.Tensor]] = {}
+        images = videos = 0
         for row in rows:
             sequence: list[int] = []
             for item in row:
+                one: dict[str, torch.Tensor] = {}
                 if item == "image":
-                    tokens, one = self.image(count)
+                    tokens, one = self.image(images)
                     sequence += [self.token] * tokens
-                    pixels.append(one)
-                    count += 1
+                    images += 1
+                elif item == "video":
+                    placed, one = self.video(videos)
+                    sequence += placed
+                    videos += 1
                 else:
                     sequence.append(item)
+                for name, value in one.items():
+                    pixels.setdefault(name, []).append(value)
             sequences.append(sequence)
         longest = max(map(len, sequences))
         ids = torch.tensor([[PAD] * (longest - len(s)) + s for s in sequences])
         mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
         found = {"input_ids": ids, "attention_mask": mask}
-        for name in pixels[0] if pixels else ():
-            found[name] = torch.cat([one[name] for one in pixels])
+        found |= {name: torch.cat(values) for name, values in pixels.items()}
         if self.types is not None:
-            found[self.types] = ((ids == self.token) & (self.answer is None)).int()
+            types = (ids == self.token).int() + 2 * (ids == VIDEO).int()
+            found[self.types] = types * (self.answer is None)
         return found
 
 
@@ -96,6 +108,20 @@ def qwen_image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
     height, width = ((8, 8), (4, 12), (8, 4))[index % 3]
     pixels = noise(index, height * width, 3 * 2 * 14 * 14)
     return height * width // 4, {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, height, width]])}
+
+
+def qwen_video(pixels: int, separated: bool = False) -> Callable[[int], tuple[list[int], dict[str, torch.Tensor]]]:
+    """Videos of 3 or 2 frames of `pixels`² patches; a frame's tokens stand behind its time, where `separated`."""
+
+    def video(index: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+        frames, height, width = ((3, 4, 8), (2, 8, 4))[index % 2]
+        patches = noise(50 + index, frames * height * width, 3 * 2 * pixels * pixels)
+        placed: list[int] = []
+        for frame in range(frames):
+            placed += [20 + frame] * separated + [VIDEO] * (height * width // 4)
+        return placed, {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[frames, height, width]])}
+
+    return video
 
 
 def qwen2_5() -> Any:
@@ -152,6 +178,11 @@ def anyres_image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
     """A base tile and 2×1 tiles of 6×6 patches, in rows that end in a newline."""
     pixels = noise(index, 1, 3, 3, 48, 48)
     return 36 + 12 * 6 + 12, {"pixel_values": pixels, "image_sizes": torch.tensor([[96, 48]])}
+
+
+def anyres_video(index: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """3 frames of 6×6 patches, halved to 3×3 tokens, and a newline."""
+    return [VIDEO] * (3 * 9 + 1), {"pixel_values_videos": noise(50 + index, 1, 3, 3, 48, 48)}
 
 
 ANYRES = {"image_grid_pinpoints": [[48, 48], [96, 48]], "image_token_id": IMAGE}
@@ -226,12 +257,12 @@ def gemma3() -> Any:
 
 VLMS = {
     "llava": Vlm(llava, square(36, 48)),
-    "qwen2_5_vl": Vlm(qwen2_5, qwen_image, types="mm_token_type_ids"),
-    "qwen3_vl": Vlm(qwen3, qwen3_image, types="mm_token_type_ids"),
+    "qwen2_5_vl": Vlm(qwen2_5, qwen_image, types="mm_token_type_ids", video=qwen_video(14)),
+    "qwen3_vl": Vlm(qwen3, qwen3_image, types="mm_token_type_ids", video=qwen_video(16, separated=True)),
     "internvl": Vlm(internvl, square(16, 48)),
     "llava_next": Vlm(llava_next, anyres_image),
-    "llava_onevision": Vlm(llava_onevision, anyres_image),
-    "qwen2_vl": Vlm(qwen2, qwen_image, types="mm_token_type_ids"),
+    "llava_onevision": Vlm(llava_onevision, anyres_image, video=anyres_video),
+    "qwen2_vl": Vlm(qwen2, qwen_image, types="mm_token_type_ids", video=qwen_video(14)),
     "idefics3": Vlm(idefics3, idefics3_image),
     "smolvlm": Vlm(smolvlm, idefics3_image),
     "paligemma": Vlm(paligemma, square(36, 48), types="token_type_ids", first=1, answer=1),
@@ -286,3 +317,65 @@ def vision_encoder_decoder() -> Any:
     model.config.decoder_start_token_id, model.config.pad_token_id = 2, PAD
     model.generation_config.decoder_start_token_id, model.generation_config.pad_token_id = 2, PAD
     return model
+
+
+def dropped(handle, inputs, family):
+    """Where the prompts lose tokens, `[batch, N]`, as the handle tells."""
+    gone = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    tokens = [family.token] if family.video is None else [family.token, VIDEO]
+    places = torch.cat([(inputs["input_ids"] == token).flatten().nonzero().squeeze(1) for token in tokens])
+    counts = [selection.destination.shape[1] for selection in handle.visual]
+    for where, selection in zip(places.split(counts), handle.visual):
+        stays = torch.zeros(len(where), dtype=torch.bool)
+        stays[selection.kept[0]] = True
+        gone.view(-1)[where[~stays]] = True
+    return gone
+
+
+def full_positions(model, inputs, family):
+    mask = inputs["attention_mask"]
+    if hasattr(model.model, "compute_3d_position_ids"):
+        return model.model.get_rope_index(**{k: v for k, v in inputs.items() if "pixel" not in k})[0]
+    return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0) + family.first
+
+
+def masked_forward(model, inputs, gone, family):
+    """The logits of the full prompt with the dropped positions masked, and its positions."""
+    positions = full_positions(model, inputs, family)
+    mask = inputs["attention_mask"] * ~gone
+    return model(**{**inputs, "attention_mask": mask, "position_ids": positions}).logits
+
+
+def masked_generate(model, inputs, gone, family):
+    """Greedy decoding without a cache, of the full prompt with the dropped positions masked."""
+    inputs = {**inputs, "position_ids": full_positions(model, inputs, family)}
+    inputs["attention_mask"] = inputs["attention_mask"] * ~gone
+    found = []
+    for _ in range(NEW):
+        logits = model(**inputs).logits[:, -1].index_fill(1, torch.tensor(SPECIAL), -torch.inf)
+        found.append(logits.argmax(-1, keepdim=True))
+        one = torch.ones_like(found[-1])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], found[-1]], dim=1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], one], dim=1)
+        positions = inputs["position_ids"]
+        inputs["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+        if family.types is not None:
+            inputs[family.types] = torch.cat([inputs[family.types], one.int() * (family.answer or 0)], dim=1)
+    return torch.cat(found, dim=1)
+
+
+def generated(model, inputs, **settings):
+    settings = {"do_sample": False, "eos_token_id": None, "suppress_tokens": SPECIAL, **settings}
+    out = model.generate(**inputs, max_new_tokens=NEW, **settings)
+    sequences = out if isinstance(out, torch.Tensor) else out.sequences
+    assert torch.equal(sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    return sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def made(name):
+    return VLMS[name], seeded(VLMS[name].make)
+
+
+def visual_of(inputs, family):
+    """The pixels, and the sizes beside them."""
+    return {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", family.types)}
