@@ -27,10 +27,13 @@ DEGREES = (
 )
 SIMILARITIES = ("keys", "queries", "hidden", "auto")
 GUIDANCES = ("auto", "cls", "mean")
-PARTITIONS = ("alternate", "random", "grid")
+PARTITIONS = ("alternate", "random", "grid", "auto")
 ORDERS = ("partition", "spatial")
 REDUCTIONS = ("merge", "prune")
 VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "uniform", "pooling")
+
+COMPONENTS = ("attention", "cross_attention", "ffn")
+"""The parts of a block that reads merged tokens and gives all of them back, in image generation."""
 
 AMOUNTS = ("r", "keep", "flops")
 """The fields that say how much is merged inside the encoders."""
@@ -66,11 +69,13 @@ class TurboConfig:
         guidance: whose attention row is the semantic value: `"cls"`, `"mean"` (the mean query of the patch tokens),
             or `"auto"`: `"cls"` where the model has one, else `"mean"`.
         partition: which half may be merged into which: `"alternate"` (even into odd, as published), `"random"`
-            (halves drawn anew in every block from `seed`), `"grid"` (one destination in every 2×2 cell).
-        grid: patch rows and columns, for `partition="grid"` on pictures that are not square.
+            (halves drawn anew in every block from `seed`), `"grid"` (one destination in every 2×2 cell), or `"auto"`:
+            `"random"` in encoders, `"grid"` in image generation.
+        grid: patch rows and columns, for `"grid"` on pictures that are not square.
         order: order of the tokens left: `"partition"` (unmerged candidates, then partners, as published)
             or `"spatial"` (that of the picture).
-        proportional: attend in proportion to the patches that a token stands for (equation 16).
+        proportional: attend in proportion to the patches that a token stands for (equation 16); not in image
+            generation, where every token is restored at once.
         reduce: `"merge"` averages a token into its partner, weighted by size; `"prune"` drops it.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.
         seed: of `partition="random"`, `degree="random"` and `visual_select="random"`; each is the same in every
@@ -82,6 +87,8 @@ class TurboConfig:
             (averages of 2×2) are the baselines.
         cross_keep: how many of each image's tokens the last third of a text model's cross-attention layers reads: a
             share, or a count. The first third reads all of them; A is the attention that the words have paid.
+        components: in image generation, which parts of a block read merged tokens: some of `"attention"`,
+            `"cross_attention"` and `"ffn"`.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
@@ -98,7 +105,7 @@ class TurboConfig:
     gamma: float = 0
     similarity: str = "auto"
     guidance: str = "auto"
-    partition: str = "random"
+    partition: str = "auto"
     grid: tuple[int, int] | None = None
     order: str = "spatial"
     proportional: bool = True
@@ -108,6 +115,7 @@ class TurboConfig:
     visual_keep: float | int | None = None
     visual_select: str = "information"
     cross_keep: float | int | None = None
+    components: Sequence[str] = COMPONENTS
 
     def __post_init__(self) -> None:
         self._check_amount()
@@ -129,6 +137,7 @@ class TurboConfig:
         _check_flag("trace", self.trace)
         _check_choice("visual_select", self.visual_select, VISUAL_SELECTIONS)
         self._check_readings()
+        self._check_components()
         self._check_grid()
 
     @classmethod
@@ -213,10 +222,16 @@ class TurboConfig:
                 raise ConfigError(f"{name}={value!r}: must be a share in (0, 1] or an integer ≥ 1, a count per image")
             self._set(**{name: _integer(name, value, minimum=1) if whole else float(value)})
 
+    def _check_components(self) -> None:
+        given = self.components
+        if isinstance(given, str) or not isinstance(given, Sequence) or not given or set(given) - set(COMPONENTS):
+            raise ConfigError(f"components={given!r}: must be some of {', '.join(COMPONENTS)}")
+        self._set(components=tuple(name for name in COMPONENTS if name in given))
+
     def _check_grid(self) -> None:
         if self.grid is None:
             return
-        if self.partition != "grid":
+        if self.partition != "grid" and (self.partition != "auto" or self.keep is None):
             raise ConfigError(f'grid={self.grid!r}: only partition="grid" uses it, not {self.partition!r}')
         if not isinstance(self.grid, Sequence) or isinstance(self.grid, str | bytes) or len(self.grid) != 2:
             raise ConfigError(f"grid={self.grid!r}: must be two integers ≥ 1, patch rows and columns")

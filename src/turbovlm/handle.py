@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch import Tensor
 from turbovlm.adapters import Tower, find_towers, matrices
 from turbovlm.adapters.joint import joining_forward
 from turbovlm.adapters.layout import fetch, path_of
-from turbovlm.config import TurboConfig
+from turbovlm.config import COMPONENTS, TurboConfig
+from turbovlm.diffusion.install import OVERRIDES as DIFFUSION_OVERRIDES
+from turbovlm.diffusion.install import denoiser_of, install_diffusion, is_denoiser, plan_diffusion
+from turbovlm.diffusion.plan import DiffusionPlan
 from turbovlm.engine import Plan, accelerated_forward
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 from turbovlm.language.attention import guiding_forward
@@ -28,19 +31,20 @@ from turbovlm.language.grounding import (
 from turbovlm.language.install import OVERRIDES, install_reading, plan_reading
 from turbovlm.language.plan import ReadingPlan
 from turbovlm.language.select import Selection
-from turbovlm.report import describe, report_encoder, report_grounding, report_reading
+from turbovlm.report import describe, report_diffusion, report_encoder, report_grounding, report_reading
 from turbovlm.schedule import EncoderShape, Schedule, check_depth, make_schedule
 from turbovlm.state import BlockTrace
 from turbovlm.verify import verify
 
 
-def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) -> Handle:
+def apply(model: Any, config: TurboConfig | None = None, **settings: Any) -> Handle:
     """Merge tokens in every block of the vision encoders found in `model`, in place.
 
     No parameter, buffer, class or hook is changed: each accelerated block gets a `forward` of its own.
 
     Args:
-        model: a `transformers`, `timm`, `torchvision` or `open_clip` model, or any module that contains one.
+        model: a `transformers`, `timm`, `torchvision` or `open_clip` model, or any module that contains one; or a
+            `diffusers` pipeline, UNet or transformer.
         config: the settings; or give them by name instead: `apply(model, r=16)`.
         settings: the fields of `TurboConfig`.
 
@@ -58,9 +62,12 @@ def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) 
         config = _config(settings)
     elif not isinstance(config, TurboConfig):
         raise ConfigError(f"config={config!r}: must be a TurboConfig; an amount goes by name, as in apply(model, r=16)")
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"{type(model).__name__} is no torch.nn.Module: apply to the model inside it")
+    model = _module_of(model)
     _check_untouched(model)
+    if is_denoiser(model):
+        painting = plan_diffusion(model, config)
+        install_diffusion(model, painting)
+        return Handle(model, [painting])
     towers = find_towers(model) if config.merges else []
     plans = [_plan(tower, config) for tower in towers]
     _check_unhooked(towers)
@@ -81,12 +88,22 @@ def apply(model: nn.Module, config: TurboConfig | None = None, **settings: Any) 
     return Handle(model, [*plans, *(plan for plan in (reading, grounding) if plan is not None)])
 
 
-def get_handle(model: nn.Module) -> Handle:
+def _module_of(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    denoiser = denoiser_of(model)
+    if denoiser is None:
+        raise UnsupportedModelError(f"{type(model).__name__} is no torch.nn.Module: apply to the model inside it")
+    return denoiser
+
+
+def get_handle(model: Any) -> Handle:
     """The handle of an accelerated model, such as a copy or one that was unpickled.
 
     Raises:
         TurboError: the model is not accelerated.
     """
+    model = _module_of(model)
     found = list(dict.fromkeys(override.plan for override in overrides(model)))
     if not found:
         raise TurboError(f"this {type(model).__name__} is not accelerated")
@@ -202,7 +219,7 @@ class Handle:
         """Give the model back as it was. A second call does nothing."""
         for override in list(overrides(self._model)):
             if override.plan in self._all:
-                override.module.__dict__.pop(override.name, None)
+                override.remove()
 
     def __enter__(self) -> Handle:
         return self
@@ -215,10 +232,13 @@ class Handle:
     def __repr__(self) -> str:
         state = "" if self.active else ", removed"
         lines = [f"Turbo({self.config.amount}, {describe(self.config)}{state})"]
-        for plan, schedule in zip(self._plans, self.schedules):
-            lines += report_encoder(plan, schedule)
+        for encoder, schedule in zip(self._plans, self.schedules):
+            lines += report_encoder(encoder, schedule)
         if self._reading is not None:
             lines += report_reading(self._reading)
+        for plan in self._all:
+            if isinstance(plan, DiffusionPlan):
+                lines += report_diffusion(plan)
         if self._grounding is not None:
             lines += report_grounding(self._grounding)
         return "\n".join(lines)
@@ -240,18 +260,25 @@ def _config(settings: dict[str, Any]) -> TurboConfig:
     return TurboConfig(**settings)
 
 
-AnyPlan = Plan | ReadingPlan | GroundingPlan
-_FORWARDS = (accelerated_forward, joining_forward, layer_forward, cross_forward, *OVERRIDES)
+AnyPlan = Plan | ReadingPlan | GroundingPlan | DiffusionPlan
+_FORWARDS = (accelerated_forward, joining_forward, layer_forward, cross_forward, *OVERRIDES, *DIFFUSION_OVERRIDES)
 """The functions that take a method's place on one module."""
 
 
 @dataclass(frozen=True)
 class Override:
-    """A method that one module has of its own: where, what it is called, and by which plan."""
+    """A method that one module has of its own: where, what it is called, by which plan, and what was there before."""
 
     module: nn.Module
     name: str
     plan: AnyPlan
+    before: Any = None
+
+    def remove(self) -> None:
+        """Put back what was there."""
+        self.module.__dict__.pop(self.name, None)
+        if self.before is not None:
+            setattr(self.module, self.name, self.before)
 
 
 def overrides(model: nn.Module) -> Iterator[Override]:
@@ -259,7 +286,8 @@ def overrides(model: nn.Module) -> Iterator[Override]:
     for module in model.modules():
         for name, method in list(module.__dict__.items()):
             while isinstance(method, functools.partial) and method.func in _FORWARDS:
-                yield Override(module, name, method.args[1])
+                before = method.args[2] if method.func in DIFFUSION_OVERRIDES else None
+                yield Override(module, name, method.args[1], before)
                 method = method.args[2] if method.func is guiding_forward else None
 
 
@@ -286,6 +314,7 @@ def _name_of(model: nn.Module, sought: nn.Module) -> str:
 
 
 def _plan(tower: Tower, config: TurboConfig) -> Plan:
+    config = _for_encoder(config)
     check_depth(config, len(tower.blocks), tower.name)
     if config.guidance == "cls" and not tower.cls:
         where = tower.name or type(tower.module).__name__
@@ -309,6 +338,16 @@ def _plan(tower: Tower, config: TurboConfig) -> Plan:
         restore=tower.restore,
         plain_stem=tower.plain_stem,
     )
+
+
+def _for_encoder(config: TurboConfig) -> TurboConfig:
+    if config.components != COMPONENTS:
+        raise ConfigError(f"components={config.components!r}: only image generation has them")
+    if config.partition != "auto":
+        return config
+    if config.grid is not None:
+        raise ConfigError(f'grid={config.grid!r}: only partition="grid" uses it')
+    return replace(config, partition="random")
 
 
 def _shape(tower: Tower, config: TurboConfig, similarity: str) -> EncoderShape:

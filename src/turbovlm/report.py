@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from turbovlm.config import TurboConfig
+from turbovlm.diffusion.plan import DiffusionPlan
 from turbovlm.engine import Plan
 from turbovlm.language.grounding import GroundingPlan
 from turbovlm.language.plan import ReadingPlan
@@ -56,4 +57,17 @@ def report_encoder(plan: Plan, schedule: Schedule) -> list[str]:
         lines.append("    note: the convolutional network before the blocks is not counted")
     if schedule.note:
         lines.append(f"    note: {schedule.note}")
+    return lines
+
+
+def report_diffusion(plan: DiffusionPlan) -> list[str]:
+    """Which blocks merge, by the groups that merge alike."""
+    groups: dict[str, list[str]] = {}
+    for spot in plan.spots:
+        groups.setdefault(spot.group, []).append(spot.name.removesuffix(f".{spot.part.path}"))
+    lines = [f"  {plan.family}: {plan.config.keep:.0%} of the tokens in {', '.join(plan.config.components)}"]
+    for blocks in groups.values():
+        named = list(dict.fromkeys(blocks))
+        alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks merge alike"
+        lines.append(f"    {named[0]}{alike}")
     return lines

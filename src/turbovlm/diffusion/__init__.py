@@ -1,0 +1,1 @@
+"""Image generation: tokens are merged before a part of a block and restored behind it (Turbo, §6.2)."""

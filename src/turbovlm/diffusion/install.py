@@ -1,0 +1,127 @@
+"""Finding the blocks of a denoiser, and putting the merges into them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch.nn as nn
+
+from turbovlm.config import TurboConfig
+from turbovlm.diffusion.merging import part_forward, picture_forward, sequence_forward
+from turbovlm.diffusion.parts import BLOCKS, Block
+from turbovlm.diffusion.plan import DiffusionPlan, Spot
+from turbovlm.errors import ConfigError
+
+OVERRIDES = (part_forward, picture_forward, sequence_forward)
+"""The functions that take a method's place on one module."""
+
+SHARED_BY = 4
+"""How many blocks in a row merge alike."""
+
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "partition": ("grid", "auto"),
+    "similarity": ("hidden", "auto"),
+    "guidance": ("mean", "auto"),
+    "order": ("spatial",),
+    "trace": (False,),
+    "visual_keep": (None,),
+    "cross_keep": (None,),
+}
+"""Settings of encoders, and what they may be here."""
+
+DENOISERS = ("unet", "transformer")
+"""Where a pipeline keeps its denoiser."""
+
+TRANSFORMERS = "diffusers.models.transformers"
+PICTURES = {
+    f"{TRANSFORMERS}.transformer_2d.Transformer2DModel",
+    f"{TRANSFORMERS}.pixart_transformer_2d.PixArtTransformer2DModel",
+    f"{TRANSFORMERS}.dit_transformer_2d.DiTTransformer2DModel",
+    f"{TRANSFORMERS}.transformer_sd3.SD3Transformer2DModel",
+}
+"""What holds blocks and is given a picture, `[batch, channels, rows, columns]`."""
+SEQUENCES = {f"{TRANSFORMERS}.transformer_flux.FluxTransformer2DModel"}
+"""What is given tokens, and where they stand."""
+
+
+def paths_of(module: nn.Module) -> list[str]:
+    """Dotted paths of a module's class and its bases."""
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+
+
+_BY_BLOCK = {block.block: block for block in BLOCKS}
+
+
+def block_of(module: nn.Module) -> Block | None:
+    """What kind of block a module is, or None."""
+    return next((_BY_BLOCK[path] for path in paths_of(module) if path in _BY_BLOCK), None)
+
+
+def is_denoiser(model: nn.Module) -> bool:
+    """Whether there are blocks in it whose tokens can be merged and restored."""
+    return any(block_of(module) is not None for module in model.modules())
+
+
+def denoiser_of(pipe: Any) -> nn.Module | None:
+    """A pipeline's denoiser, or None where it has none."""
+    found = (getattr(pipe, name, None) for name in DENOISERS)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def plan_diffusion(model: nn.Module, config: TurboConfig) -> DiffusionPlan:
+    """How the tokens of `model`'s blocks will be merged.
+
+    Raises:
+        ConfigError: an amount that is no `keep`.
+    """
+    if config.keep is None:
+        raise ConfigError(f"{config.amount}: image generation takes keep, the share of its tokens that a block reads")
+    for name, allowed in ALLOWED.items():
+        if getattr(config, name) not in allowed:
+            raise ConfigError(f"{name}={getattr(config, name)!r}: image generation allows {allowed[0]!r} only")
+    if config.keep < 0.25:
+        raise ConfigError(f"keep={config.keep}: one token in every 2×2 cell stays, so keep must be ≥ 0.25")
+    stages: dict[str, list[tuple[str, nn.Module, Block]]] = {}
+    for name, module in model.named_modules():
+        block = block_of(module)
+        if block is not None:
+            stages.setdefault(_stage(name), []).append((name, module, block))
+    spots: list[Spot] = []
+    for stage, blocks in stages.items():
+        for index, (name, module, block) in enumerate(blocks):
+            group = f"{stage}:{index // SHARED_BY}"
+            leads = index % SHARED_BY == 0
+            for part in block.parts:
+                if part.component in config.components and getattr(module, part.path, None) is not None:
+                    spots.append(Spot(f"{name}.{part.path}", part, group, leads, f"{name}.{block.guide}"))
+                    leads = False
+    families = dict.fromkeys(block.family for blocks in stages.values() for _, _, block in blocks)
+    return DiffusionPlan(config, ", ".join(families), tuple(spots))
+
+
+def _stage(name: str) -> str:
+    """The part of a denoiser in which all blocks have equally many tokens."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0].endswith("_blocks") and len(parts) > 3 else parts[0]
+
+
+def install_diffusion(model: nn.Module, plan: DiffusionPlan) -> None:
+    """Put the overrides in place."""
+    for spot in plan.spots:
+        module = model.get_submodule(spot.name)
+        _override(module, part_forward, plan, spot, model.get_submodule(spot.guide))
+    for module in model.modules():
+        paths = set(paths_of(module))
+        if paths & PICTURES:
+            config: Any = module.config
+            _override(module, picture_forward, plan, int(config.get("patch_size") or 1))
+        elif paths & SEQUENCES:
+            _override(module, sequence_forward, plan)
+
+
+def _override(module: nn.Module, function: Any, plan: DiffusionPlan, *fixed: Any) -> None:
+    method = type(module).forward  # looked up here: Dynamo does not look it up on classes that are allowed in graphs
+    forward = functools.partial(function, module, plan, module.__dict__.get("forward"), method, *fixed)
+    functools.update_wrapper(forward, method.__get__(module))
+    module.forward = forward

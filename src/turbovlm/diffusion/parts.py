@@ -1,0 +1,80 @@
+"""The blocks of `diffusers`' denoisers, as data: which of their parts can read merged tokens, and where the text is.
+
+A part takes the image's tokens and gives as many back, to which the block adds what came before; so each part can
+merge what it reads and restore what it gives. A new family is a new `Block`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of a block whose forward takes the image's tokens first, `[batch, tokens, width]`.
+
+    Args:
+        path: of the module, from the block; a block may lack it.
+        component: what it is, one of `turbovlm.config.COMPONENTS`.
+        text_in_front: whether the text's tokens stand in front of the image's.
+        restored: which of its outputs are of the image's tokens, where it gives several.
+        restores: whether its own output is restored; if not, a later part of the block does that.
+        merges: whether it merges what it reads; if not, it reads what an earlier part has merged.
+    """
+
+    path: str
+    component: str
+    text_in_front: bool = False
+    restored: tuple[int, ...] = (0,)
+    restores: bool = True
+    merges: bool = True
+
+
+@dataclass(frozen=True)
+class Block:
+    """One kind of block.
+
+    Args:
+        family: name for people.
+        block: dotted path of its class.
+        guide: path of the self-attention, whose queries and keys say what matters.
+        parts: in the order in which the block calls them.
+    """
+
+    family: str
+    block: str
+    guide: str
+    parts: tuple[Part, ...]
+
+
+DIFFUSERS = "diffusers.models"
+
+BASIC = Block(
+    "transformer block of UNets, PixArt and DiT",
+    f"{DIFFUSERS}.attention.BasicTransformerBlock",
+    "attn1",
+    (Part("attn1", "attention"), Part("attn2", "cross_attention"), Part("ff", "ffn")),
+)
+SD3 = Block(
+    "Stable Diffusion 3's joint block",
+    f"{DIFFUSERS}.attention.JointTransformerBlock",
+    "attn",
+    (Part("attn", "attention"), Part("attn2", "attention"), Part("ff", "ffn")),
+)
+FLUX = Block(
+    "FLUX's joint block",
+    f"{DIFFUSERS}.transformers.transformer_flux.FluxTransformerBlock",
+    "attn",
+    (Part("attn", "attention", restored=(0, 2)), Part("ff", "ffn")),
+)
+FLUX_SINGLE = Block(
+    "FLUX's single block",
+    f"{DIFFUSERS}.transformers.transformer_flux.FluxSingleTransformerBlock",
+    "attn",
+    (
+        Part("proj_mlp", "attention", text_in_front=True, restores=False),
+        Part("attn", "attention", text_in_front=True, restores=False),
+        Part("proj_out", "attention", text_in_front=True, merges=False),
+    ),
+)
+BLOCKS = (BASIC, SD3, FLUX, FLUX_SINGLE)

@@ -1,0 +1,228 @@
+"""Image generation: merged before, restored behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import turbovlm
+from denoisers import DENOISERS, noise, unet_inputs
+from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
+
+pytest.importorskip("diffusers")
+ROWS, COLUMNS = 32, 32
+
+
+@pytest.fixture(params=DENOISERS)
+def family(request):
+    return DENOISERS[request.param]
+
+
+@pytest.fixture
+def model(family):
+    return family()
+
+
+@torch.no_grad()
+def run(model, inputs):
+    return model(**inputs, return_dict=False)[0]
+
+
+def test_all_tokens_kept_is_the_model_itself(family, model):
+    inputs = family.inputs(2, ROWS, COLUMNS)
+    plain = run(model, inputs)
+    with turbovlm.apply(model, keep=1.0):
+        assert torch.equal(run(model, inputs), plain)
+
+
+def test_merges_and_comes_back(family, model):
+    inputs = family.inputs(2, ROWS, COLUMNS)
+    plain, keys = run(model, inputs), list(model.state_dict())
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    with turbovlm.apply(model, keep=0.5) as handle:
+        merged = run(model, inputs)
+        assert handle.active and "50% of the tokens" in repr(handle)
+        assert torch.equal(run(model, inputs), merged)
+        assert list(model.state_dict()) == keys
+    assert merged.shape == plain.shape and merged.isfinite().all()
+    assert 1e-4 * plain.std() < (merged - plain).abs().mean() < plain.std()
+    assert torch.equal(run(model, inputs), plain)
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    handle.remove()
+
+
+@pytest.mark.parametrize("size", [(32, 20), (24, 40), (33, 27)])
+def test_any_size(request, family, model, size):
+    name = request.node.callspec.params["family"]
+    if name == "dit":
+        size = (size[0] // 2 * 2,) * 2  # the library's own model takes squares only
+    elif name not in ("sd15", "sdxl"):
+        size = size[0] // 2 * 2, size[1] // 2 * 2
+    inputs = family.inputs(1, *size)
+    plain = run(model, inputs)
+    with turbovlm.apply(model, keep=0.5):
+        merged = run(model, inputs)
+    assert merged.shape == plain.shape and not torch.equal(merged, plain)
+
+
+def test_a_batch_is_as_single_pictures(family, model):
+    inputs = family.inputs(3, ROWS, COLUMNS)
+    with turbovlm.apply(model, keep=0.5):
+        together = run(model, inputs)
+        for i in range(3):
+            alone = run(model, one(inputs, i))
+            torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=1e-4 * float(alone.abs().max()))
+
+
+def one(inputs, index):
+    def pick(name, value):
+        if isinstance(value, dict):
+            return {k: pick(k, v) for k, v in value.items()}
+        shared = (
+            not isinstance(value, torch.Tensor) or value.ndim == 0 or (name.endswith("_ids") and value.shape[0] != 3)
+        )
+        return value if shared else value[index : index + 1]
+
+    return {name: pick(name, value) for name, value in inputs.items()}
+
+
+def test_less_kept_differs_more(family, model):
+    inputs = family.inputs(1, ROWS, COLUMNS)
+    plain, gaps = run(model, inputs), []
+    for keep in (0.9, 0.6, 0.3):
+        with turbovlm.apply(model, keep=keep):
+            gaps.append(float((run(model, inputs) - plain).abs().mean()))
+    assert gaps == sorted(gaps)
+
+
+def test_copies_and_pickles_merge(family, model):
+    inputs = family.inputs(1, ROWS, COLUMNS)
+    plain = run(model, inputs)
+    with turbovlm.apply(model, keep=0.5):
+        merged = run(model, inputs)
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for twin in twins:
+        assert torch.equal(run(twin, inputs), merged)
+        turbovlm.get_handle(twin).remove()
+        assert torch.equal(run(twin, inputs), plain)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_compiles_as_one_graph(name):
+    model, inputs = DENOISERS[name](), DENOISERS[name].inputs(1, ROWS, COLUMNS)
+    torch.compiler.reset()
+    with turbovlm.apply(model, keep=0.5):
+        eager = run(model, inputs)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(run(compiled, inputs), eager, rtol=0, atol=1e-5)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            torch.testing.assert_close(run(compiled, inputs), eager, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("component", ["attention", "cross_attention", "ffn"])
+def test_cells_of_equal_tokens_change_nothing(component):
+    """Where the four tokens of every cell are equal, merging them and restoring them is exact."""
+    model = DENOISERS["sd15"]().double()
+    block = model.down_blocks[0].attentions[0].transformer_blocks[0]
+    cells = noise(3, 1, 8, 8, 32).double().repeat_interleave(2, 1).repeat_interleave(2, 2)
+    x, text = cells.reshape(1, 256, 32), noise(4, 1, 7, 32).double()
+    plain = block(x, encoder_hidden_states=text)
+    with turbovlm.apply(model, keep=0.25, components=[component]):
+        merged = block(x, encoder_hidden_states=text)
+    torch.testing.assert_close(merged, plain, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("components", [["attention"], ["ffn"], ["cross_attention", "ffn"]])
+def test_components(components):
+    model, inputs = DENOISERS["sd15"](), unet_inputs(1, ROWS, COLUMNS)
+    read = {}
+    for part, path in {"attention": "attn1.to_q", "cross_attention": "attn2.to_q", "ffn": "ff.net.0.proj"}.items():
+        module = model.get_submodule(f"down_blocks.0.attentions.1.transformer_blocks.0.{path}")
+        module.register_forward_hook(lambda m, i, o, part=part: read.__setitem__(part, o.shape[1]))
+    with turbovlm.apply(model, keep=0.5, components=components):
+        run(model, inputs)
+    assert read == {part: 512 if part in components else 1024 for part in ("attention", "cross_attention", "ffn")}
+
+
+def pipeline():
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    decoder = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **kinds)
+    parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
+    pipe = StableDiffusionPipeline(
+        vae=decoder, unet=DENOISERS["sd15"](), scheduler=DDIMScheduler(), **parts, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(pipe, **settings):
+    prompt = {"prompt_embeds": noise(5, 1, 7, 32), "negative_prompt_embeds": noise(6, 1, 7, 32)}
+    out = pipe(
+        **prompt, num_inference_steps=4, output_type="latent", generator=torch.Generator().manual_seed(0), **settings
+    )
+    return out.images
+
+
+def test_a_pipeline_makes_the_same_picture_for_a_seed():
+    pipe = pipeline()
+    plain = picture(pipe)
+    with turbovlm.apply(pipe, keep=0.5):
+        merged = picture(pipe)
+        assert torch.equal(picture(pipe), merged) and not torch.equal(merged, plain)
+        assert turbovlm.get_handle(pipe).config.keep == 0.5
+        wide = picture(pipe, height=40, width=88)
+        assert wide.shape[-2:] == (20, 44)
+    assert torch.equal(picture(pipe), plain)
+
+
+def test_what_cannot_be_done_says_why():
+    model = DENOISERS["sd15"]()
+    with pytest.raises(ConfigError, match="r=4: image generation takes keep"):
+        turbovlm.apply(model, r=4)
+    with pytest.raises(ConfigError, match=r"keep=0\.2: one token in every 2×2 cell"):
+        turbovlm.apply(model, keep=0.2)
+    for setting in ({"guidance": "cls"}, {"partition": "alternate"}, {"trace": True}, {"similarity": "keys"}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(setting))}=.*: image generation allows"):
+            turbovlm.apply(model, keep=0.5, **setting)
+    with pytest.raises(ConfigError, match="components='ffn'"):
+        turbovlm.TurboConfig(keep=0.5, components="ffn")
+    with pytest.raises(ConfigError, match=r"components=\['mlp'\]: must be some of attention, cross_attention, ffn"):
+        turbovlm.TurboConfig(keep=0.5, components=["mlp"])
+    with turbovlm.apply(model, keep=0.5), pytest.raises(TurboError, match="accelerated already"):
+        turbovlm.apply(model, keep=0.5)
+    from diffusers import AutoencoderKL, UNet2DModel
+
+    with pytest.raises(UnsupportedModelError, match="no block that turbovlm can accelerate"):
+        turbovlm.apply(AutoencoderKL(), keep=0.5)
+    convolutions = UNet2DModel(
+        block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+    )
+    with pytest.raises(UnsupportedModelError, match="no block that turbovlm can accelerate"):
+        turbovlm.apply(convolutions, keep=0.5)
+    with pytest.raises(UnsupportedModelError, match=r"no torch\.nn\.Module"):
+        turbovlm.apply(object(), keep=0.5)
+    with pytest.raises(ConfigError, match="only image generation has them"):
+        turbovlm.apply(torch.nn.Sequential(vit()), keep=0.5, components=["ffn"])
+
+
+def vit():
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+
+
+def test_control_beside_it():
+    """What a ControlNet adds comes in between, and nothing is lost of it."""
+    model, inputs = DENOISERS["sd15"](), unet_inputs(1, ROWS, COLUMNS)
+    shapes = [(32, 32), (32, 32), (32, 32), (32, 16), (64, 16), (64, 16)]
+    residual = {"down_block_additional_residuals": [noise(i, 1, c, side, side) for i, (c, side) in enumerate(shapes)]}
+    residual["mid_block_additional_residual"] = noise(7, 1, 64, 16, 16)
+    with turbovlm.apply(model, keep=0.5):
+        assert (run(model, {**inputs, **residual}) - run(model, inputs)).abs().max() > 1e-3
