@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import turbovlm
-from turbovlm.errors import StateError, TurboError
+from turbovlm.errors import StateError
 from vlms import SPECIAL, VLMS, dropped, full_positions, generated, made, noise, seeded, visual_of
 
 transformers = pytest.importorskip("transformers")
@@ -19,12 +19,6 @@ REPEATING = [[5, 6, 5, 6, 3, "image", 5, 6, 5]]
 QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 OTHERS = [name for name in VLMS if name != "paligemma"]
 """PaliGemma reads what follows its first prompt, and an assistant's candidates, otherwise than as one prompt."""
-
-
-def broken(names, but, reason, raises=None):
-    """Parameters, of which those in `but` are known to fail."""
-    mark = pytest.mark.xfail(strict=True, reason=reason, raises=raises)
-    return [pytest.param(name, marks=mark) if name in but else name for name in names]
 
 
 def answers(model, inputs, **settings):
@@ -86,11 +80,8 @@ def test_generates_from_embeddings(name):
         assert_same(answers(model, inputs), wanted)
 
 
-TYPES = "the library leaves assisted decoding's candidates out of mm_token_type_ids"
-
-
 @pytest.mark.parametrize("assistant", ["prompt lookup", "accelerated", "plain"])
-@pytest.mark.parametrize("name", broken(OTHERS, QWENS, TYPES, raises=RuntimeError))
+@pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
 def test_assisted_decoding(name, assistant):
     family, model = made(name)
@@ -126,19 +117,8 @@ def in_turns(model, family, second):
     return found, answers(model, both | visual)
 
 
-SECOND = {"text": (*QWENS, "gemma3"), "image": ("gemma3",)}
-"""What a second turn holds, and the families that are known to fail at it."""
-PLACES = "token types are looked up in the cache's columns, of which there are fewer"
-
-
-@pytest.mark.parametrize(
-    ("second", "name"),
-    [
-        pytest.param(second, name, marks=pytest.mark.xfail(strict=True, reason=PLACES) if name in but else ())
-        for second, but in SECOND.items()
-        for name in OTHERS
-    ],
-)
+@pytest.mark.parametrize("second", ["text", "image"])
+@pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
 def test_a_second_turn_on_a_copy_of_the_cache(name, second):
     family, model = made(name)
@@ -147,7 +127,6 @@ def test_a_second_turn_on_a_copy_of_the_cache(name, second):
         assert_same(*in_turns(model, family, second))
 
 
-@pytest.mark.xfail(strict=True, reason="what a cache has behind it outlives its reset")
 @pytest.mark.parametrize("kind", ["DynamicCache", "StaticCache"])
 @torch.no_grad()
 def test_a_cache_that_is_reset(kind):
@@ -162,7 +141,6 @@ def test_a_cache_that_is_reset(kind):
             assert torch.equal(generated(model, inputs, past_key_values=cache), generated(model, inputs))
 
 
-@pytest.mark.xfail(strict=True, reason="what a cache has behind it does not follow its rows")
 @pytest.mark.parametrize(
     ("change", "argument", "rows"),
     [
@@ -189,7 +167,7 @@ def test_a_cache_whose_rows_change(change, argument, rows):
         torch.testing.assert_close(continued(inputs), wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", broken(VLMS, set(VLMS) - {"internvl"}, "forward hands back zeros for dropped columns"))
+@pytest.mark.parametrize("name", VLMS)
 @torch.no_grad()
 def test_what_follows_an_image_at_the_end(name):
     """`forward` says of the next token what `generate` goes by."""
@@ -201,20 +179,17 @@ def test_what_follows_an_image_at_the_end(name):
             torch.testing.assert_close(model(**inputs).logits[:, -1], wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("select", broken(["information", "uniform"], ["information", "uniform"], "chunks of images"))
+@pytest.mark.parametrize("select", ["information", "uniform"])
 @pytest.mark.parametrize("chunk", [10, 100])
 @torch.no_grad()
-def test_chunked_prefill_is_the_same_or_refused(select, chunk):
+def test_chunked_prefill_of_images_is_refused(select, chunk):
     family, model = made("llava")
     inputs = family.inputs([5, "image", 7, 8, "image", 9])
     with turbovlm.apply(model, visual_keep=0.4, visual_select=select):
         wanted = answers(model, inputs)
-        try:
-            found = answers(model, inputs, prefill_chunk_size=chunk)
-        except TurboError as error:
-            assert "prefill_chunk_size" in str(error)
-        else:
-            assert_same(found, wanted)
+        with pytest.raises(StateError, match="prefill_chunk_size"):
+            answers(model, inputs, prefill_chunk_size=chunk)
+        assert_same(answers(model, inputs), wanted)
 
 
 @torch.no_grad()
@@ -226,7 +201,7 @@ def test_chunked_prefill_of_text():
         assert_same(answers(model, inputs, prefill_chunk_size=3), wanted)
 
 
-@pytest.mark.parametrize("name", broken(OTHERS, ["gemma3"], PLACES))
+@pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
 def test_prefill_in_two_parts(name):
     family, model = made(name)
@@ -245,7 +220,6 @@ def test_prefill_in_two_parts(name):
     handle.remove()
 
 
-@pytest.mark.xfail(strict=True, reason="an image behind a cache gets positions of text")
 @pytest.mark.parametrize("name", QWENS)
 @torch.no_grad()
 def test_an_image_behind_a_cache_needs_positions(name):

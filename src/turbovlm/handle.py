@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -28,7 +28,7 @@ from turbovlm.language.grounding import (
     layer_forward,
     plan_grounding,
 )
-from turbovlm.language.install import OVERRIDES, install_reading, plan_reading
+from turbovlm.language.install import OVERRIDES, install_reading, plan_reading, replaced
 from turbovlm.language.plan import ReadingPlan
 from turbovlm.language.select import Selection
 from turbovlm.report import describe, report_diffusion, report_encoder, report_grounding, report_reading
@@ -70,9 +70,14 @@ def apply(model: Any, config: TurboConfig | None = None, **settings: Any) -> Han
         return Handle(model, [painting])
     towers = find_towers(model) if config.merges else []
     plans = [_plan(tower, config) for tower in towers]
-    _check_unhooked(towers)
+    _check_unhooked(block for tower in towers for block in tower.blocks)
     reading = None if config.visual_keep is None else plan_reading(model, config)
     grounding = None if config.cross_keep is None else plan_grounding(model, config)
+    if reading is not None:
+        _check_unhooked(replaced(model, reading))
+    if grounding is not None:
+        layers = model.get_submodule(grounding.layers)
+        _check_unhooked((f"{grounding.layers}.{name}", layer) for name, layer in layers.named_children())
     for tower in towers:
         verify(tower)
     for tower, plan in zip(towers, plans):
@@ -299,14 +304,13 @@ def _check_untouched(model: nn.Module) -> None:
         )
 
 
-def _check_unhooked(towers: list[Tower]) -> None:
-    for tower in towers:
-        for name, block in tower.blocks:
-            if "forward" in block.__dict__:
-                raise TurboError(
-                    f"{name} has a forward of its own (set by a hook of another library, such as accelerate's "
-                    "dispatch_model): apply turbovlm before it"
-                )
+def _check_unhooked(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    for name, module in modules:
+        if "forward" in module.__dict__:
+            raise TurboError(
+                f"{name or 'the model'} has a forward of its own (set by a hook of another library, such as "
+                "accelerate's dispatch_model): apply turbovlm before it"
+            )
 
 
 def _name_of(model: nn.Module, sought: nn.Module) -> str:

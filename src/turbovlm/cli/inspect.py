@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     for schedule in schedules:
         _print_schedule(console, args.model, model, schedule)
-    reading = None if config.visual_keep is None else _reading(model, config, args.image_size)
+    reading = None if config.visual_keep is None else _reading(model, config, args.image_size, schedules)
     if reading is not None:
         _print_reading(console, reading)
     if args.json:
@@ -99,7 +99,7 @@ def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Sch
         console.print(f"Note: {schedule.note}.")
 
 
-def _reading(model: Any, config: TurboConfig, pixels: int | None) -> dict[str, Any]:
+def _reading(model: Any, config: TurboConfig, pixels: int | None, schedules: list[Schedule]) -> dict[str, Any]:
     """What the language model reads of one image, by words and numbers."""
     from turbovlm.language.install import plan_reading
     from turbovlm.language.readers import native_pixels, tokens_per_image
@@ -109,6 +109,8 @@ def _reading(model: Any, config: TurboConfig, pixels: int | None) -> dict[str, A
     part = model.get_submodule(plan.name) if plan.name else model
     pixels = native_pixels(plan.reader, part) if pixels is None else pixels
     tokens = tokens_per_image(plan.reader, part, pixels)
+    if plan.reader.across and schedules:  # merged in the tower, and not restored
+        tokens = schedules[0].tokens[-1] - plan.prefix
     assert config.visual_keep is not None
     return {
         "family": plan.reader.family,
@@ -122,9 +124,9 @@ def _reading(model: Any, config: TurboConfig, pixels: int | None) -> dict[str, A
 def _print_reading(console: Console, reading: dict[str, Any]) -> None:
     before, after = reading["tokens"]
     console.print(
-        f"{reading['family']}: its language model would read {after} of the {before} visual tokens of an image of "
+        f"{reading['family']}: {after} of the {before} visual tokens would be read of an image of "
         f"{reading['pixels']}x{reading['pixels']} pixels, guided by the {GUIDES[reading['guidance']]} of "
-        f"{reading['guide']}. Keys, values and cache shrink by as much, and so does the prompt's share of prefill."
+        f"{reading['guide']}."
     )
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from turbovlm.adapters.layout import fetch
 from turbovlm.engine import attention_of_guide
-from turbovlm.language.plan import ReadingPlan
+from turbovlm.language.plan import ReadingPlan, arguments_by_name
 from turbovlm.language.readers import cells, packed_row
 from turbovlm.language.select import kept_count, needs_attention, select
 from turbovlm.state import STATE, State
 
-SCORED = "_turbovlm_scored"
-"""Attribute of the library's outputs whose last deepstack plane is A."""
+SCORES = "_turbovlm_scores"
+"""Attribute of the library's outputs: A, `[tokens]` per entry of `pooler_output`."""
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,29 @@ def rearranging(model: Any, plan: ReadingPlan, name: str, features: Any, *args: 
 
 
 def attach(outputs: Any, scores: list[Tensor]) -> None:
-    """Add A, one tensor `[tokens]` per entry of `pooler_output`, as a plane of `[tokens, 1]`."""
-    planes = getattr(outputs, "deepstack_features", None) or []
-    outputs.deepstack_features = [*planes, [values.unsqueeze(-1) for values in scores]]
-    setattr(outputs, SCORED, True)
+    """Add A, one tensor `[tokens]` per entry of `pooler_output`."""
+    setattr(outputs, SCORES, scores)
 
 
 def detach(outputs: Any) -> tuple[list[Any], list[Tensor] | None]:
     """The planes that the library made itself, and A, `[tokens]` per entry, or None where there is none."""
-    planes = list(getattr(outputs, "deepstack_features", None) or [])
-    if not getattr(outputs, SCORED, False):
-        return planes, None
-    return planes[:-1], [values.squeeze(-1) for values in planes[-1]]
+    return list(getattr(outputs, "deepstack_features", None) or []), getattr(outputs, SCORES, None)
+
+
+def expanding(owner: Any, plan: ReadingPlan, *args: Any, **kwargs: Any) -> Any:
+    """`_expand_multimodal_outputs`: the library repeats A for beams as it does planes of features."""
+    method = type(owner)._expand_multimodal_outputs
+    inputs = arguments_by_name(method, owner, args, kwargs)
+    scored = [outputs for outputs in inputs["mm_encoder_output"].values() if getattr(outputs, SCORES, None)]
+    for outputs in scored:
+        planes = getattr(outputs, "deepstack_features", None) or []
+        outputs.deepstack_features = [*planes, [values.unsqueeze(-1) for values in getattr(outputs, SCORES)]]
+    found = method(owner, **inputs)
+    for outputs in scored:
+        *planes, last = outputs.deepstack_features
+        setattr(outputs, SCORES, [values.squeeze(-1) for values in last])
+        outputs.deepstack_features = planes or None
+    return found
 
 
 def _scores(

@@ -12,12 +12,26 @@ from turbovlm.adapters import layout_of
 from turbovlm.adapters.layout import fetch, library_version, spell
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, UnsupportedModelError
-from turbovlm.language.attention import encoding, guiding_forward, reading_across, rearranging
+from turbovlm.language.attention import encoding, expanding, guiding_forward, reading_across, rearranging
 from turbovlm.language.plan import ReadingPlan
 from turbovlm.language.readers import PIXELS, READERS, Reader, blocks_of, reader_of
-from turbovlm.language.reading import preparing, reading_forward
+from turbovlm.language.reading import positioning, prefilling, preparing, reading_forward
 
-OVERRIDES = (guiding_forward, encoding, reading_across, rearranging, reading_forward, preparing)
+GENERATING = {
+    "_expand_multimodal_outputs": expanding,
+    "_prefill": prefilling,
+    "_prepare_position_ids_for_generation": positioning,
+}
+"""What `generate` calls on the model."""
+OVERRIDES = (
+    guiding_forward,
+    encoding,
+    reading_across,
+    rearranging,
+    reading_forward,
+    preparing,
+    *GENERATING.values(),
+)
 """The functions that take a method's place on one module."""
 
 
@@ -84,6 +98,16 @@ def install_reading(model: nn.Module, plan: ReadingPlan) -> None:
     for owner in _generating(model, part):
         path = next(path for path, module in owner.named_modules() if module is part)
         _override(owner, "prepare_inputs_for_generation", preparing, plan, path)
+        for name, function in GENERATING.items():
+            if hasattr(type(owner), name):
+                _override(owner, name, function, plan)
+
+
+def replaced(model: nn.Module, plan: ReadingPlan) -> list[tuple[str, nn.Module]]:
+    """The modules whose forward `install_reading` replaces, with their paths."""
+    paths = [plan.guide, plan.reader.tower if plan.reader.across else ""]
+    names = [".".join(filter(None, (plan.name, path))) for path in paths]
+    return [(name, model.get_submodule(name)) for name in names]
 
 
 def _generating(model: nn.Module, part: nn.Module) -> list[nn.Module]:

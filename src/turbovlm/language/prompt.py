@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import StateError
@@ -36,11 +37,12 @@ class Shortening:
         return values.gather(1, self.index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """`[batch, M, width]` to `[batch, N, width]`: zeros where columns were dropped."""
-        width = hidden.shape[-1]
-        spare = torch.where(self.seen, self.index, self.columns).unsqueeze(-1).expand(-1, -1, width)
-        out = hidden.new_zeros(len(hidden), self.columns + 1, width).scatter(1, spare, hidden)
-        return out[:, : self.columns]
+        """`[batch, M, width]` to `[batch, N, width]`: a dropped column gets the last one before it that is left."""
+        spare = torch.where(self.seen, self.index, self.columns)
+        number = torch.arange(1, hidden.shape[1] + 1, device=hidden.device).expand_as(spare)
+        at = spare.new_zeros(len(hidden), self.columns + 1).scatter(1, spare, number)[:, : self.columns]
+        last = at.cummax(dim=1).values.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return F.pad(hidden, (0, 0, 1, 0)).gather(1, last)
 
 
 def shorten(mask: Tensor, dropped: Tensor) -> Shortening:

@@ -9,14 +9,17 @@ the full prompt; what is in the cache is remembered on the cache itself, and mas
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import StateError
-from turbovlm.language.attention import SCORED, detach
+from turbovlm.language.attention import SCORES, detach
 from turbovlm.language.plan import ReadingPlan, arguments_by_name
 from turbovlm.language.prompt import Shortened, Shortening, places, shorten
 from turbovlm.language.readers import PIXELS
@@ -26,6 +29,8 @@ BEHIND = "_turbovlm"
 """Attribute of a cache that says which prompts are behind it."""
 READY = "_turbovlm_ready"
 """Attribute of the library's outputs whose features fit the prompt as it is."""
+ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+"""Methods of a cache that change its rows."""
 BESIDE = ("mm_token_type_ids", "token_type_ids")
 """Arguments with one number per token of the prompt."""
 
@@ -48,7 +53,7 @@ def reading_forward(model: Any, plan: ReadingPlan, *args: Any, **kwargs: Any) ->
     as_tuple = inputs.get("return_dict") is False
     outputs = method(model, **{**shorter, "return_dict": True})
     if outputs.past_key_values is not None:
-        setattr(outputs.past_key_values, BEHIND, after)
+        _remember(outputs.past_key_values, after)
     outputs.last_hidden_state = shortening.restore(outputs.last_hidden_state)
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(shortening.restore(hidden) for hidden in outputs.hidden_states)
@@ -75,13 +80,44 @@ def preparing(owner: Any, plan: ReadingPlan, path: str, *args: Any, **kwargs: An
         ids = inputs["input_ids"] if read is not inputs else shorter["input_ids"]
         prepared = method(owner, **{**shorter, "input_ids": ids, "next_sequence_length": None})
         if cache is not None:
-            setattr(cache, BEHIND, after)
+            _remember(cache, after)
         return prepared
     if behind is not None:
         full = inputs.get("attention_mask")
         columns = full.shape[1] if full is not None else inputs["input_ids"].shape[1]
         inputs["attention_mask"] = behind.mask(full, columns - behind.columns).long()
+        inputs = {**inputs, **_types_behind(inputs, behind)}
     return method(owner, **inputs)
+
+
+def positioning(owner: Any, plan: ReadingPlan, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+    """`_prepare_position_ids_for_generation`, which looks for new images behind as many tokens as the cache holds."""
+    behind, types = _behind(model_kwargs.get("past_key_values")), model_kwargs.get("mm_token_type_ids")
+    if behind is not None and types is not None and not types[:, behind.columns :].any():
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mm_token_type_ids"}
+    return type(owner)._prepare_position_ids_for_generation(owner, inputs_tensor, model_kwargs)
+
+
+def prefilling(owner: Any, plan: ReadingPlan, *args: Any, **kwargs: Any) -> Any:
+    """`generate`'s prefill, which cannot cut a prompt into chunks whose images become shorter."""
+    method = type(owner)._prefill
+    inputs = arguments_by_name(method, owner, args, kwargs)
+    model_kwargs = inputs["model_kwargs"]
+    shortened = model_kwargs.get("mm_encoder_outputs") or _behind(model_kwargs.get("past_key_values")) is not None
+    if inputs["generation_config"].prefill_chunk_size is not None and shortened:
+        raise StateError(
+            "prefill_chunk_size: visual_keep shortens the prompt as a whole, and cannot in chunks: leave it out, as "
+            "the prompt that is prefilled is shorter already"
+        )
+    return method(owner, **inputs)
+
+
+def _types_behind(inputs: dict[str, Any], behind: Shortened) -> dict[str, Any]:
+    """Token types by their place in the cache, whose own are text to all that follows."""
+    types = inputs.get("token_type_ids")
+    if types is None or types.shape[-1] <= behind.columns:
+        return {}
+    return {"token_type_ids": F.pad(types[..., behind.columns :], (behind.seen.shape[1], 0))}
 
 
 def shorten_inputs(
@@ -131,6 +167,10 @@ def shorten_inputs(
         seen = torch.cat([earlier, seen], dim=1)
     positions = inputs.get("position_ids")
     if positions is None:
+        if past and hasattr(model, "compute_3d_position_ids"):
+            raise StateError(
+                "position_ids: give those of the new columns with an image behind a cache; the model cannot tell them"
+            )
         positions = _positions(model, plan, inputs, mask, past)
     shorter = {**inputs, "attention_mask": seen.to(mask.dtype), "mm_encoder_outputs": reduced}
     shorter["position_ids"] = shortening.take(positions[..., -new:])
@@ -140,8 +180,13 @@ def shorten_inputs(
     if embeds is not None:
         shorter["inputs_embeds"] = shortening.take_vectors(embeds) * shortening.seen.unsqueeze(-1)
     for name in BESIDE:
-        if inputs.get(name) is not None:
-            shorter[name] = shortening.take(inputs[name][..., -new:])
+        types = inputs.get(name)
+        if types is not None:
+            types = types[..., past:] if types.shape[-1] > new else types
+            # assisted decoding leaves its candidates, which are text, out of mm_token_type_ids
+            shorter[name] = shortening.take(F.pad(types, (0, new - types.shape[-1])))
+    if shorter.get("token_type_ids") is not None:
+        shorter["token_type_ids"] = F.pad(shorter["token_type_ids"], (seen.shape[1] - shortening.seen.shape[1], 0))
     after_images = new - 1 - int(dropped.any(dim=0).nonzero().max()) if dropped.any() else new
     return shorter, shortening, Shortened(past + new, seen, after_images)
 
@@ -181,9 +226,9 @@ def reduce_features(model: Any, plan: ReadingPlan, outputs: Any) -> tuple[Any, l
 
     left = copy.copy(outputs)
     left.pooler_output = _like(outputs.pooler_output, taken(features))
-    if hasattr(outputs, "deepstack_features"):
+    if planes:
         left.deepstack_features = [taken(list(plane)) for plane in planes]
-    setattr(left, SCORED, False)
+    setattr(left, SCORES, None)
     setattr(left, READY, True)
     return left, chosen
 
@@ -205,19 +250,42 @@ def _given_back(encoded: dict[str, Any]) -> dict[str, Any]:
     plain = {}
     for modality, outputs in encoded.items():
         plain[modality] = copy.copy(outputs)
-        if getattr(outputs, SCORED, False):
-            plain[modality].deepstack_features = detach(outputs)[0]
-        setattr(plain[modality], SCORED, False)
         setattr(plain[modality], READY, True)
     return plain
+
+
+def _remember(cache: Any, after: Shortened) -> None:
+    """Put on the cache what is behind it, and have it follow the cache's rows."""
+    setattr(cache, BEHIND, after)
+    for name in ROWS:
+        if hasattr(type(cache), name):
+            setattr(cache, name, functools.partial(_following, cache, name))
+
+
+def _following(cache: Any, name: str, rows: Tensor | int) -> None:
+    getattr(type(cache), name)(cache, rows)
+    behind: Shortened | None = getattr(cache, BEHIND, None)
+    if behind is not None:
+        seen = (
+            behind.seen.repeat_interleave(rows, dim=0)
+            if isinstance(rows, int)
+            else behind.seen[rows.to(behind.seen.device)]
+        )
+        setattr(cache, BEHIND, replace(behind, seen=seen))
 
 
 def _behind(cache: Any) -> Shortened | None:
     """What is behind a cache now; generation with an assistant takes tokens back out of it."""
     behind: Shortened | None = getattr(cache, BEHIND, None)
-    if behind is None or cache.is_compileable:
+    if behind is None or torch.compiler.is_compiling():
         return behind
-    lost = behind.seen.shape[1] - int(cache.get_seq_length())
+    held = int(cache.get_seq_length())
+    if held == 0:  # reset, to be used again
+        delattr(cache, BEHIND)
+        return None
+    if cache.is_compileable:
+        return behind
+    lost = behind.seen.shape[1] - held
     if lost > 0:
         behind = behind.without_last(lost)
         setattr(cache, BEHIND, behind)
@@ -297,7 +365,8 @@ def _continued(model: Any, plan: ReadingPlan, inputs: dict[str, Any], cache: Any
     if positions is None:
         positions = _positions(model, plan, inputs, mask, past)[..., -new:]
     translated = behind.mask(mask, past + new - behind.columns).to(mask.dtype)
-    return {**inputs, "attention_mask": translated, "position_ids": positions}
+    beside = _types_behind(inputs, behind)
+    return {**inputs, **beside, "attention_mask": translated, "position_ids": positions}
 
 
 def _check_mask(mask: Any, columns: int) -> None:
