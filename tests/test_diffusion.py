@@ -10,7 +10,7 @@ import torch
 
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
-from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
+from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 
 pytest.importorskip("diffusers")
 ROWS, COLUMNS = 32, 32
@@ -210,6 +210,13 @@ def test_what_cannot_be_done_says_why():
         turbovlm.apply(object(), keep=0.5)
     with pytest.raises(ConfigError, match="only image generation has them"):
         turbovlm.apply(torch.nn.Sequential(vit()), keep=0.5, components=["ffn"])
+
+
+def test_a_block_without_the_one_that_decides_says_so():
+    model = DENOISERS["sd15"]()
+    block = model.down_blocks[0].attentions[1].transformer_blocks[0]
+    with turbovlm.apply(model, keep=0.5), pytest.raises(StateError, match="something skips blocks"):
+        block(noise(3, 1, 256, 32), encoder_hidden_states=noise(4, 1, 7, 32))
 
 
 def vit():

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
-from turbovlm.errors import ConfigError
+from turbovlm.errors import ConfigError, StateError
 from turbovlm.functional.backend import is_readable
 from turbovlm.functional.informativity import attention_row, needs_semantic
 from turbovlm.functional.matching import Merge, match
@@ -41,7 +41,7 @@ def part_forward(
     kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     if spot.leads:
         plan.held[spot.group] = decide(plan, spot, guide, x)
-    merge = plan.held[spot.group]
+    merge = _held(plan, spot, x)
     if merge is None:
         return forward(x, *rest, **kwargs)
     if not spot.part.merges:
@@ -53,6 +53,24 @@ def part_forward(
     else:
         out = forward(x, *rest, **kwargs)
     return _restored(spot, merge, out) if spot.part.restores else out
+
+
+def _held(plan: DiffusionPlan, spot: Spot, x: Tensor) -> Merge | None:
+    """The merge of the part's group, which a part before it has decided in this forward.
+
+    Raises:
+        StateError: none has, or of other pictures.
+    """
+    merge = plan.held.get(spot.group, _NEVER)
+    if merge is _NEVER or (isinstance(merge, Merge) and len(merge.weights) != len(x)):
+        raise StateError(
+            f"{spot.name} runs without the block before it that decides what is merged: something skips blocks, such "
+            "as a cache between steps; handle.remove() gives the model back"
+        )
+    return cast("Merge | None", merge)
+
+
+_NEVER = object()
 
 
 @torch.no_grad()
