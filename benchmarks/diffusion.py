@@ -39,11 +39,9 @@ def main() -> None:
     for size in args.sizes:
         batch, side = SIZES[size], size // 8
         generator = torch.Generator().manual_seed(0)
-        inputs = {
-            "sample": torch.randn(batch, 4, side, side, generator=generator),
-            "timestep": torch.tensor(500),
-            "encoder_hidden_states": torch.randn(batch, 77, 768, generator=generator),
-        }
+        latent = torch.randn(batch, 4, side, side, generator=generator)
+        text = torch.randn(batch, 77, 768, generator=generator)
+        inputs = (latent, torch.tensor(500), text)
         compared: dict[str, Any] = {}
         for keep in args.keeps:
             compared[f"turbovlm, keep={keep:g}"] = TurboConfig(keep=keep)
