@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
+from turbovlm.adapters import class_paths
 from turbovlm.config import TurboConfig
 from turbovlm.diffusion.merging import part_forward, picture_forward, sequence_forward
 from turbovlm.diffusion.parts import BLOCKS, Block
@@ -45,17 +46,12 @@ SEQUENCES = {f"{TRANSFORMERS}.transformer_flux.FluxTransformer2DModel"}
 """What is given tokens, and where they stand."""
 
 
-def paths_of(module: nn.Module) -> list[str]:
-    """Dotted paths of a module's class and its bases."""
-    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
-
-
 _BY_BLOCK = {block.block: block for block in BLOCKS}
 
 
 def block_of(module: nn.Module) -> Block | None:
     """What kind of block a module is, or None."""
-    return next((_BY_BLOCK[path] for path in paths_of(module) if path in _BY_BLOCK), None)
+    return next((_BY_BLOCK[path] for path in class_paths(module) if path in _BY_BLOCK), None)
 
 
 def is_denoiser(model: nn.Module) -> bool:
@@ -112,7 +108,7 @@ def install_diffusion(model: nn.Module, plan: DiffusionPlan) -> None:
         module = model.get_submodule(spot.name)
         _override(module, part_forward, plan, spot, model.get_submodule(spot.guide))
     for module in model.modules():
-        paths = set(paths_of(module))
+        paths = set(class_paths(module))
         if paths & PICTURES:
             config: Any = module.config
             _override(module, picture_forward, plan, int(config.get("patch_size") or 1))
