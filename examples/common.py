@@ -24,7 +24,7 @@ def parser_of(doc: str, model: str, r: int | None = None, visual_keep: float | N
     parser.add_argument("--r", type=int, default=r, help=f"tokens merged in every block of the tower (default: {r})")
     parser.add_argument(
         "--visual-keep",
-        type=lambda text: float(text) if "." in text else int(text),
+        type=share_or_count,
         default=visual_keep,
         help=f"share (0.5) or count (128) of the visual tokens that are read (default: {visual_keep})",
     )
@@ -32,6 +32,14 @@ def parser_of(doc: str, model: str, r: int | None = None, visual_keep: float | N
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3, help="how often each version is timed (default: 3)")
     return parser
+
+
+def share_or_count(text: str) -> float | int:
+    """What `--visual-keep` says."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 0.5 nor a count such as 128") from None
 
 
 def load(parser: argparse.ArgumentParser, args: argparse.Namespace, auto: Any) -> tuple[Any, Any]:

@@ -181,6 +181,7 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, photos, capsys):
         "--model /no/such: ": (photos, "--model", "/no/such"),
         "r=-1: the number of tokens": (photos, "--model", folder, "--r", "-1"),
         "visual_keep=1.5: must be a share": (photos, "--model", folder, "--visual-keep", "1.5"),
+        "'half' is neither a share such as 0.5 nor a count": (photos, "--visual-keep", "half"),
     }
     for message, argv in wrong.items():
         with pytest.raises(SystemExit) as stop:

@@ -135,6 +135,6 @@ GUIDES = {"cls": "CLS token's attention", "mean": "mean query's attention"}
 
 def _share_or_count(text: str) -> float | int:
     try:
-        return int(text)
+        return float(text) if "." in text else int(text)
     except ValueError:
-        return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 0.5 nor a count such as 128") from None
