@@ -219,6 +219,30 @@ def test_a_block_without_the_one_that_decides_says_so():
         block(noise(3, 1, 256, 32), encoder_hidden_states=noise(4, 1, 7, 32))
 
 
+def test_blocks_of_other_models_are_refused():
+    from diffusers import PriorTransformer, TransformerTemporalModel
+
+    size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
+    for model in (PriorTransformer(embedding_dim=32, **size), TransformerTemporalModel(in_channels=32, **size)):
+        with pytest.raises(UnsupportedModelError, match=f"is in a {type(model).__name__}, of which"):
+            turbovlm.apply(model, keep=0.5)
+
+
+@pytest.mark.parametrize(("dim", "given"), [(0, r"\(1, 1024\)"), (1, r"\(2, 256\)")])
+def test_a_forward_in_chunks_is_refused(dim, given):
+    model, inputs = DENOISERS["sd15"](), unet_inputs(2, ROWS, COLUMNS)
+    blocks = [module for module in model.modules() if hasattr(module, "set_chunk_feed_forward")]
+    with turbovlm.apply(model, keep=0.5):
+        whole = run(model, inputs)
+        for block in blocks:
+            block.set_chunk_feed_forward(1 if dim == 0 else 256, dim=dim)
+        with pytest.raises(StateError, match=rf"was given {given} of \(2, 1024\)"):
+            run(model, inputs)
+        for block in blocks:
+            block.set_chunk_feed_forward(None)
+        assert torch.equal(run(model, inputs), whole)
+
+
 def vit():
     import timm
 

@@ -12,7 +12,7 @@ from turbovlm.config import TurboConfig
 from turbovlm.diffusion.merging import part_forward, picture_forward, sequence_forward
 from turbovlm.diffusion.parts import BLOCKS, Block
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
-from turbovlm.errors import ConfigError
+from turbovlm.errors import ConfigError, UnsupportedModelError
 
 OVERRIDES = (part_forward, picture_forward, sequence_forward)
 """The functions that take a method's place on one module."""
@@ -69,7 +69,8 @@ def plan_diffusion(model: nn.Module, config: TurboConfig) -> DiffusionPlan:
     """How the tokens of `model`'s blocks will be merged.
 
     Raises:
-        ConfigError: an amount that is no `keep`.
+        ConfigError: an amount that is no `keep`, or a setting that only encoders have.
+        UnsupportedModelError: blocks in a model that turbovlm does not know, such as a video's.
     """
     if config.keep is None:
         raise ConfigError(f"{config.amount}: image generation takes keep, the share of its tokens that a block reads")
@@ -79,9 +80,11 @@ def plan_diffusion(model: nn.Module, config: TurboConfig) -> DiffusionPlan:
     if config.keep < 0.25:
         raise ConfigError(f"keep={config.keep}: one token in every 2×2 cell stays, so keep must be ≥ 0.25")
     stages: dict[str, list[tuple[str, nn.Module, Block]]] = {}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         block = block_of(module)
         if block is not None:
+            _check_holder(name, modules)
             stages.setdefault(_stage(name), []).append((name, module, block))
     spots: list[Spot] = []
     for stage, blocks in stages.items():
@@ -94,6 +97,19 @@ def plan_diffusion(model: nn.Module, config: TurboConfig) -> DiffusionPlan:
                     leads = False
     families = dict.fromkeys(block.family for blocks in stages.values() for _, _, block in blocks)
     return DiffusionPlan(config, ", ".join(families), tuple(spots))
+
+
+def _check_holder(block: str, modules: dict[str, nn.Module]) -> None:
+    """Blocks are the same in models of videos or embeddings; only of pictures is it known how their tokens lie."""
+    parts = block.split(".")
+    around = [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)]
+    holder = next((m for m in around if not isinstance(m, nn.ModuleList)), None)
+    if holder is None or not set(class_paths(holder)) & (PICTURES | SEQUENCES):
+        found = type(modules[""] if holder is None else holder).__name__
+        raise UnsupportedModelError(
+            f"{block} is in a {found}, of which turbovlm does not know how its tokens lie; known are "
+            f"{', '.join(sorted(path.rpartition('.')[2] for path in PICTURES | SEQUENCES))}"
+        )
 
 
 def _stage(name: str) -> str:

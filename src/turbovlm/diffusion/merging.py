@@ -62,10 +62,16 @@ def _held(plan: DiffusionPlan, spot: Spot, x: Tensor) -> Merge | None:
         StateError: none has, or of other pictures.
     """
     merge = plan.held.get(spot.group, _NEVER)
-    if merge is _NEVER or (isinstance(merge, Merge) and len(merge.weights) != len(x)):
+    if merge is _NEVER:
         raise StateError(
             f"{spot.name} runs without the block before it that decides what is merged: something skips blocks, such "
             "as a cache between steps; handle.remove() gives the model back"
+        )
+    if isinstance(merge, Merge) and not spot.part.text_in_front and merge.weights.shape != x.shape[:2]:
+        raise StateError(
+            f"{spot.name} was given {tuple(x.shape[:2])} of {tuple(merge.weights.shape)} (batch, tokens): something "
+            "skips the block that decides what is merged, or cuts the tokens into chunks; handle.remove() gives the "
+            "model back"
         )
     return cast("Merge | None", merge)
 
