@@ -208,7 +208,7 @@ def test_what_cannot_be_done_says_why():
         turbovlm.apply(convolutions, keep=0.5)
     with pytest.raises(UnsupportedModelError, match=r"no torch\.nn\.Module"):
         turbovlm.apply(object(), keep=0.5)
-    with pytest.raises(ConfigError, match="only image generation has them"):
+    with pytest.raises(ConfigError, match="only image generation has it"):
         turbovlm.apply(torch.nn.Sequential(vit()), keep=0.5, components=["ffn"])
 
 

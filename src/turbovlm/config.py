@@ -35,6 +35,9 @@ VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "unifor
 COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a block that reads merged tokens and gives all of them back, in image generation."""
 
+GENERATION = ("components", "refresh", "share_guidance")
+"""The fields that only image generation has."""
+
 AMOUNTS = ("r", "keep", "flops")
 """The fields that say how much is merged inside the encoders."""
 READINGS = ("visual_keep", "cross_keep")
@@ -89,6 +92,8 @@ class TurboConfig:
             share, or a count. The first third reads all of them; A is the attention that the words have paid.
         components: in image generation, which parts of a block read merged tokens: some of `"attention"`,
             `"cross_attention"` and `"ffn"`.
+        refresh: in image generation, how many denoising steps share what was decided in the first of them, ≥ 1.
+        share_guidance: in image generation, whether both halves of classifier-free guidance merge alike.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
@@ -116,6 +121,8 @@ class TurboConfig:
     visual_select: str = "information"
     cross_keep: float | int | None = None
     components: Sequence[str] = COMPONENTS
+    refresh: int = 1
+    share_guidance: bool = True
 
     def __post_init__(self) -> None:
         self._check_amount()
@@ -135,6 +142,8 @@ class TurboConfig:
         _check_choice("reduce", self.reduce, REDUCTIONS)
         _check_flag("proportional", self.proportional)
         _check_flag("trace", self.trace)
+        _check_flag("share_guidance", self.share_guidance)
+        self._set(refresh=_integer("refresh", self.refresh, minimum=1))
         _check_choice("visual_select", self.visual_select, VISUAL_SELECTIONS)
         self._check_readings()
         self._check_components()

@@ -14,10 +14,11 @@ from torch import Tensor
 from turbovlm.adapters import Tower, find_towers, matrices
 from turbovlm.adapters.joint import joining_forward
 from turbovlm.adapters.layout import fetch, path_of
-from turbovlm.config import COMPONENTS, TurboConfig
+from turbovlm.config import GENERATION, TurboConfig
 from turbovlm.diffusion.install import OVERRIDES as DIFFUSION_OVERRIDES
 from turbovlm.diffusion.install import denoiser_of, install_diffusion, is_denoiser, plan_diffusion
 from turbovlm.diffusion.plan import DiffusionPlan
+from turbovlm.diffusion.steps import follow, unfollow
 from turbovlm.engine import Plan, accelerated_forward
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 from turbovlm.language.attention import guiding_forward
@@ -62,10 +63,11 @@ def apply(model: Any, config: TurboConfig | None = None, **settings: Any) -> Han
         config = _config(settings)
     elif not isinstance(config, TurboConfig):
         raise ConfigError(f"config={config!r}: must be a TurboConfig; an amount goes by name, as in apply(model, r=16)")
-    model = _module_of(model)
+    given, model = model, _module_of(model)
     _check_untouched(model)
     if is_denoiser(model):
-        painting = plan_diffusion(model, config)
+        painting = plan_diffusion(model, config, given)
+        follow(painting)
         install_diffusion(model, painting)
         return Handle(model, [painting])
     towers = find_towers(model) if config.merges else []
@@ -225,6 +227,9 @@ class Handle:
         for override in list(overrides(self._model)):
             if override.plan in self._all:
                 override.remove()
+        for plan in self._all:
+            if isinstance(plan, DiffusionPlan):
+                unfollow(plan)
 
     def __enter__(self) -> Handle:
         return self
@@ -345,8 +350,10 @@ def _plan(tower: Tower, config: TurboConfig) -> Plan:
 
 
 def _for_encoder(config: TurboConfig) -> TurboConfig:
-    if config.components != COMPONENTS:
-        raise ConfigError(f"components={config.components!r}: only image generation has them")
+    for name in GENERATION:
+        value = getattr(config, name)
+        if value != TurboConfig.__dataclass_fields__[name].default:
+            raise ConfigError(f"{name}={value!r}: only image generation has it")
     if config.partition != "auto":
         return config
     if config.grid is not None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
 
 from turbovlm.adapters import class_paths
 from turbovlm.config import TurboConfig
-from turbovlm.diffusion.merging import part_forward, picture_forward, sequence_forward
+from turbovlm.diffusion.merging import denoiser_forward, part_forward
 from turbovlm.diffusion.parts import BLOCKS, Block
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
 from turbovlm.errors import ConfigError, UnsupportedModelError
 
-OVERRIDES = (part_forward, picture_forward, sequence_forward)
+OVERRIDES = (part_forward, denoiser_forward)
 """The functions that take a method's place on one module."""
 
 SHARED_BY = 4
@@ -34,6 +35,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 DENOISERS = ("unet", "transformer")
 """Where a pipeline keeps its denoiser."""
 
+MODEL = "diffusers.models.modeling_utils.ModelMixin"
+"""What every denoiser is."""
 TRANSFORMERS = "diffusers.models.transformers"
 PICTURES = {
     f"{TRANSFORMERS}.transformer_2d.Transformer2DModel",
@@ -65,20 +68,17 @@ def denoiser_of(pipe: Any) -> nn.Module | None:
     return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
-def plan_diffusion(model: nn.Module, config: TurboConfig) -> DiffusionPlan:
+def plan_diffusion(model: nn.Module, config: TurboConfig, pipe: Any = None) -> DiffusionPlan:
     """How the tokens of `model`'s blocks will be merged.
 
+    Args:
+        pipe: the pipeline that the denoiser is from, if there is one.
+
     Raises:
-        ConfigError: an amount that is no `keep`, or a setting that only encoders have.
+        ConfigError: an amount that is no `keep`, a setting that only encoders have, or `refresh` without a pipeline.
         UnsupportedModelError: blocks in a model that turbovlm does not know, such as a video's.
     """
-    if config.keep is None:
-        raise ConfigError(f"{config.amount}: image generation takes keep, the share of its tokens that a block reads")
-    for name, allowed in ALLOWED.items():
-        if getattr(config, name) not in allowed:
-            raise ConfigError(f"{name}={getattr(config, name)!r}: image generation allows {allowed[0]!r} only")
-    if config.keep < 0.25:
-        raise ConfigError(f"keep={config.keep}: one token in every 2×2 cell stays, so keep must be ≥ 0.25")
+    _check(config, pipe)
     stages: dict[str, list[tuple[str, nn.Module, Block]]] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -87,16 +87,35 @@ def plan_diffusion(model: nn.Module, config: TurboConfig) -> DiffusionPlan:
             _check_holder(name, modules)
             stages.setdefault(_stage(name), []).append((name, module, block))
     spots: list[Spot] = []
+    groups: list[str] = []
     for stage, blocks in stages.items():
         for index, (name, module, block) in enumerate(blocks):
-            group = f"{stage}:{index // SHARED_BY}"
-            leads = index % SHARED_BY == 0
+            if index % SHARED_BY == 0:
+                groups.append(f"{stage}:{index // SHARED_BY}")
+                led: set[str] = set()
             for part in block.parts:
                 if part.component in config.components and getattr(module, part.path, None) is not None:
-                    spots.append(Spot(f"{name}.{part.path}", part, group, leads, f"{name}.{block.guide}"))
-                    leads = False
+                    path = f"{name}.{part.path}"
+                    spot = Spot(path, part, groups[-1], len(groups) - 1, True, f"{name}.{block.guide}")
+                    spots.append(replace(spot, leads=spot.merge not in led))
+                    led.add(spot.merge)
     families = dict.fromkeys(block.family for blocks in stages.values() for _, _, block in blocks)
-    return DiffusionPlan(config, ", ".join(families), tuple(spots))
+    return DiffusionPlan(config, ", ".join(families), tuple(spots), pipe if config.refresh > 1 else None)
+
+
+def _check(config: TurboConfig, pipe: Any) -> None:
+    if config.keep is None:
+        raise ConfigError(f"{config.amount}: image generation takes keep, the share of its tokens that a block reads")
+    for name, allowed in ALLOWED.items():
+        if getattr(config, name) not in allowed:
+            raise ConfigError(f"{name}={getattr(config, name)!r}: image generation allows {allowed[0]!r} only")
+    if config.keep < 0.25:
+        raise ConfigError(f"keep={config.keep}: one token in every 2×2 cell stays, so keep must be ≥ 0.25")
+    if config.refresh > 1 and not hasattr(pipe, "scheduler"):
+        raise ConfigError(
+            f"refresh={config.refresh}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to "
+            "its denoiser"
+        )
 
 
 def _check_holder(block: str, modules: dict[str, nn.Module]) -> None:
@@ -123,13 +142,16 @@ def install_diffusion(model: nn.Module, plan: DiffusionPlan) -> None:
     for spot in plan.spots:
         module = model.get_submodule(spot.name)
         _override(module, part_forward, plan, spot, model.get_submodule(spot.guide))
-    for module in model.modules():
+    roots: list[str] = []
+    for name, module in model.named_modules():
         paths = set(class_paths(module))
-        if paths & PICTURES:
-            config: Any = module.config
-            _override(module, picture_forward, plan, int(config.get("patch_size") or 1))
-        elif paths & SEQUENCES:
-            _override(module, sequence_forward, plan)
+        begins = MODEL in paths and not any(f"{name}.".startswith(f"{root}." if root else "") for root in roots)
+        if begins and is_denoiser(module):
+            roots.append(name)
+        elif not paths & PICTURES:
+            continue
+        config: Any = module.config
+        _override(module, denoiser_forward, plan, begins, int(config.get("patch_size") or 1) if paths & PICTURES else 0)
 
 
 def _override(module: nn.Module, function: Any, plan: DiffusionPlan, *fixed: Any) -> None:

@@ -29,6 +29,11 @@ class Part:
     restores: bool = True
     merges: bool = True
 
+    @property
+    def by_text(self) -> bool:
+        """Whether A is the attention that the text pays, and not that of the image's own tokens."""
+        return self.component == "cross_attention"
+
 
 @dataclass(frozen=True)
 class Block:

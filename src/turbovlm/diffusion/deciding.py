@@ -1,0 +1,134 @@
+"""Which tokens of a picture are merged: R from their features, A from the image's own attention or the text's.
+
+One token in every 2×2 cell is a destination, so what is restored is never far from its place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
+from turbovlm.errors import ConfigError
+from turbovlm.functional.informativity import candidates_of, information_degree, mutual_redundancy, needs_semantic
+from turbovlm.functional.matching import Merge, bipartite_merge
+from turbovlm.functional.partition import count, partition_tokens
+
+FEWEST = 64
+"""Tokens below which nothing is merged."""
+
+
+@torch.no_grad()
+def decide(
+    plan: DiffusionPlan, spot: Spot, guide: Any, part: Any, x: Tensor, text: Any, bias: Tensor | None
+) -> Merge | None:
+    """Which tokens of `x`, `[batch, tokens, width]`, are merged, text in front left out; None where there are too few.
+
+    Args:
+        plan, spot: of the part that reads `x`.
+        guide: the block's self-attention.
+        part: the part itself.
+        text: what it attends to, `[batch, words, width]`, where it does; the first, where there are several.
+        bias: added to the attention's logits, `[batch, 1, words]`: words of −10,000 are padding.
+
+    Raises:
+        ConfigError: the tokens fill no grid that is known.
+    """
+    config = plan.config
+    assert config.keep is not None
+    rows, columns = plan.grid or config.grid or _square(x)
+    tokens = rows * columns
+    features = x[:, x.shape[1] - tokens :] if spot.part.text_in_front else x
+    r = tokens - math.floor(config.keep * tokens + 0.5)
+    if r == 0 or tokens < max(config.min_tokens, FEWEST):
+        return None
+    if spot.group not in plan.pairs:
+        split = partition_tokens(tokens, kind="grid", grid=(rows, columns), device=x.device)
+        plan.pairs[spot.group] = Pairs(split, *mutual_redundancy(_shared(plan, features), split))
+    pairs = plan.pairs[spot.group]
+    semantic = None
+    if needs_semantic(config.degree):
+        by_text = text is not None and bool(getattr(part, "is_cross_attention", False))
+        semantic = text_attention(part, features, text, bias) if by_text else mean_attention(guide, features)
+        semantic = candidates_of(_shared(plan, semantic), pairs.split.candidates)
+    e = information_degree(
+        pairs.redundancy,
+        semantic,
+        spot.index,
+        degree=config.degree,
+        alpha=config.alpha,
+        beta=config.beta,
+        gamma=config.gamma,
+        seed=config.seed,
+    )
+    r = min(r, count(pairs.split.candidates))
+    return bipartite_merge(e, pairs.partner, pairs.split, r, tokens, order="spatial", reduce=config.reduce)
+
+
+def twins_of(latent: Tensor) -> Tensor:
+    """For each picture of a batch, the share of each that has the same latent, `[batch, batch]`; rows sum to 1.
+
+    Both halves of classifier-free guidance denoise one latent, so this says which pictures belong together without
+    asking the pipeline, and never takes two pictures for one.
+    """
+    flat = latent.flatten(1)
+    same = (flat.unsqueeze(0) == flat.unsqueeze(1)).all(dim=-1) | torch.eye(len(flat), dtype=torch.bool).to(flat.device)
+    return same / same.sum(dim=-1, keepdim=True)
+
+
+def _shared(plan: DiffusionPlan, x: Tensor) -> Tensor:
+    """The average over pictures with the same latent: `[batch, …]`."""
+    if plan.twins is None:
+        return x
+    return (plan.twins.to(x.dtype) @ x.flatten(1)).view_as(x)
+
+
+def mean_attention(attention: Any, x: Tensor) -> Tensor:
+    """A: the attention that the mean query pays to each token of `x`, `[batch, tokens]`, sums to 1."""
+    query = attention.to_q(x.mean(dim=1, keepdim=True)).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+    norms = getattr(attention, "norm_q", None), getattr(attention, "norm_k", None)
+    return _attention_row(attention.to_k, norms[1], query if norms[0] is None else norms[0](query), x)
+
+
+def text_attention(attention: Any, x: Tensor, text: Any, bias: Tensor | None) -> Tensor:
+    """A: the attention that the mean word pays to each token of `x`, `[batch, tokens]`, sums to 1.
+
+    The image's tokens ask and the words answer in cross-attention; here their product is read the other way round.
+    """
+    words = text[0] if isinstance(text, tuple | list) else text
+    if bias is None:
+        word = words.mean(dim=1, keepdim=True)
+    else:
+        word = torch.matmul(bias.reshape(len(words), 1, -1).softmax(dim=-1).to(words.dtype), words)
+    key = attention.to_k(word).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+    norms = getattr(attention, "norm_q", None), getattr(attention, "norm_k", None)
+    return _attention_row(attention.to_q, norms[0], key if norms[1] is None else norms[1](key), x)
+
+
+def _attention_row(project: Any, norm: Any, guide: Tensor, x: Tensor) -> Tensor:
+    """The attention of `guide`, `[batch, heads, 1, head_dim]`, to the projected tokens of `x`, averaged over heads.
+
+    A projection is linear in the tokens, so it is not made of all of them: its product with the guide is that of the
+    token with one vector per head.
+    """
+    heads, width = guide.shape[1], guide.shape[-1]
+    guide = guide * width**-0.5
+    if type(project) is nn.Linear and norm is None:
+        along = torch.einsum("bhqd,hdc->bhc", guide, project.weight.view(heads, width, -1))
+        scores = torch.matmul(x, along.transpose(1, 2))
+    else:
+        made = project(x).unflatten(-1, (heads, width))
+        made = made if norm is None else norm(made.transpose(1, 2)).transpose(1, 2)
+        scores = (made * guide.transpose(1, 2)).sum(dim=-1)
+    return scores.float().softmax(dim=1).mean(dim=2)
+
+
+def _square(x: Tensor) -> tuple[int, int]:
+    side = math.isqrt(x.shape[1])
+    if side * side != x.shape[1]:
+        raise ConfigError(f"{x.shape[1]} tokens are no square: give grid=(rows, columns)")
+    return side, side

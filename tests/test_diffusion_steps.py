@@ -1,0 +1,173 @@
+"""What is decided once and used often: by several steps, by both halves of guidance, by all parts of a group."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import turbovlm
+from denoisers import DENOISERS, noise, unet_inputs, words
+from test_diffusion import picture, pipeline, run
+from turbovlm.diffusion import deciding
+from turbovlm.diffusion.deciding import mean_attention, text_attention, twins_of
+from turbovlm.errors import ConfigError, TurboError
+
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def decisions(monkeypatch):
+    """The number of tokens compared, at each comparison."""
+    seen, compare = [], deciding.mutual_redundancy
+
+    def counted(features, split):
+        seen.append(features.shape[1])
+        return compare(features, split)
+
+    monkeypatch.setattr(deciding, "mutual_redundancy", counted)
+    return seen
+
+
+def plan_of(model):
+    return turbovlm.get_handle(model)._all[0]
+
+
+@pytest.mark.parametrize(("refresh", "steps"), [(1, 4), (2, 2), (3, 2), (9, 1)])
+def test_refresh_decides_every_kth_step(decisions, refresh, steps):
+    pipe = pipeline()
+    with turbovlm.apply(pipe, keep=0.5, refresh=refresh):
+        first = picture(pipe)
+        groups = len({spot.group for spot in plan_of(pipe).spots})
+        assert len(decisions) == steps * groups
+        assert torch.equal(picture(pipe), first) and len(decisions) == 2 * steps * groups
+        other = picture(pipe, height=40, width=88)
+        assert len(decisions) == 3 * steps * groups and other.isfinite().all()
+
+
+def test_a_scheduler_is_followed_and_given_back(decisions):
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipe = pipeline()
+    first, plain = pipe.scheduler, picture(pipe)
+    before = dict(first.__dict__)
+    handle = turbovlm.apply(pipe, keep=0.5, refresh=4)
+    assert {"step", "set_timesteps"} <= set(first.__dict__)
+    pipe.scheduler = second = DPMSolverMultistepScheduler.from_config(first.config)
+    picture(pipe)
+    assert len(decisions) == len({spot.group for spot in plan_of(pipe).spots})
+    assert not {"step", "set_timesteps"} & set(first.__dict__)
+    handle.remove()
+    assert not {"step", "set_timesteps"} & set(second.__dict__)
+    pipe.scheduler = first
+    assert torch.equal(picture(pipe), plain)
+    assert set(first.__dict__) == set(before)
+
+
+def test_a_forward_that_nobody_counts_decides(decisions):
+    pipe, inputs = pipeline(), unet_inputs(1, 32, 32)
+    with turbovlm.apply(pipe, keep=0.5, refresh=4):
+        run(pipe.unet, inputs)
+        once = len(decisions)
+        run(pipe.unet, inputs)
+        assert len(decisions) == 2 * once
+        run(copy.deepcopy(pipe.unet), inputs)
+        assert len(decisions) == 3 * once
+
+
+def test_refresh_needs_a_pipeline():
+    pipe = pipeline()
+    with pytest.raises(ConfigError, match="refresh=2: a pipeline's scheduler says when a step ends"):
+        turbovlm.apply(pipe.unet, keep=0.5, refresh=2)
+    with pytest.raises(ConfigError, match=r"refresh=0: it must be an integer ≥ 1"):
+        turbovlm.apply(pipe, keep=0.5, refresh=0)
+    with turbovlm.apply(pipe, keep=0.5, refresh=2):
+        twin = pipeline()
+        twin.scheduler = pipe.scheduler
+        with pytest.raises(TurboError, match="set_timesteps of this DDIMScheduler is replaced already"):
+            turbovlm.apply(twin, keep=0.5, refresh=2)
+        with pytest.raises(TurboError, match="not accelerated"):
+            turbovlm.get_handle(twin)
+
+
+def test_a_compiled_denoiser_has_one_graph_that_decides_and_one_that_does_not():
+    pipe = pipeline()
+    with turbovlm.apply(pipe, keep=0.5, refresh=2):
+        eager = picture(pipe)
+        torch.compiler.reset()
+        pipe.unet.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(picture(pipe), eager, rtol=0, atol=1e-4)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            torch.testing.assert_close(picture(pipe), eager, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_both_halves_of_guidance_merge_alike(share):
+    pipe = pipeline()
+    with turbovlm.apply(pipe, keep=0.5, share_guidance=share):
+        picture(pipe)
+        held = [merge for merge in plan_of(pipe).held.values() if merge is not None]
+        assert held and all(len(merge.source) == 2 for merge in held)
+        alike = [torch.equal(merge.source[0], merge.source[1]) for merge in held]
+    assert all(alike) if share else not all(alike)
+
+
+def test_other_pictures_never_merge_alike():
+    pipe = pipeline()
+    prompt = {"prompt_embeds": noise(5, 2, 7, 32), "negative_prompt_embeds": noise(6, 2, 7, 32)}
+
+    def pictures(rows):
+        seeds = [torch.Generator().manual_seed(row) for row in rows]
+        embeds = {name: value[rows] for name, value in prompt.items()}
+        return pipe(**embeds, num_inference_steps=3, output_type="latent", generator=seeds).images
+
+    with turbovlm.apply(pipe, keep=0.5):
+        together = pictures([0, 1])
+        source = next(iter(plan_of(pipe).held.values())).source
+        assert torch.equal(source[0], source[2]) and not torch.equal(source[0], source[1])
+        for row in (0, 1):
+            torch.testing.assert_close(
+                pictures([row])[0], together[row], rtol=0, atol=1e-4 * float(together.abs().max())
+            )
+
+
+def test_twins():
+    latent = noise(0, 2, 4, 8, 8)
+    twins = twins_of(torch.cat([latent, latent[1:]]))
+    assert torch.equal(twins, torch.tensor([[1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]]))
+    assert torch.equal(twins_of(torch.full((2, 4), torch.nan)), torch.eye(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lora", [False, True])
+def test_attention_rows_are_those_of_the_definition(lora):
+    """Both ways of computing them: by one vector per head, and by all projected tokens, for projections not plain."""
+    block = DENOISERS["sd15"]().down_blocks[0].attentions[0].transformer_blocks[0]
+    x, text = noise(1, 2, 256, 32), words(2)
+    rows = {}
+    for path, guide, asked in (("attn1", x, "to_k"), ("attn2", text, "to_q")):
+        attention = getattr(block, path)
+        mean = guide.mean(dim=1, keepdim=True)
+        query = (attention.to_q(mean) if path == "attn1" else attention.to_k(mean)).view(2, 1, 8, 4)
+        made = getattr(attention, asked)(x).view(2, 256, 8, 4)
+        rows[path] = (made * query).sum(-1).mul(4**-0.5).softmax(dim=1).mean(dim=2)
+        if lora:
+            setattr(attention, asked, torch.nn.Sequential(getattr(attention, asked)))
+    torch.testing.assert_close(mean_attention(block.attn1, x), rows["attn1"])
+    torch.testing.assert_close(text_attention(block.attn2, x, text, None), rows["attn2"])
+    padded = torch.cat([text, noise(9, 2, 3, 32)], dim=1)
+    bias = torch.zeros(2, 1, 10)
+    bias[..., 7:] = -10000.0
+    torch.testing.assert_close(text_attention(block.attn2, x, padded, bias), rows["attn2"])
+
+
+def test_cross_attention_is_guided_by_the_text():
+    model, inputs = DENOISERS["sd15"](), unet_inputs(1, 32, 32)
+    with turbovlm.apply(model, keep=0.5, alpha=1000):
+        run(model, inputs)
+        first = {name: merge.rows.clone() for name, merge in plan_of(model).held.items() if merge is not None}
+        run(model, {**inputs, "encoder_hidden_states": noise(8, 1, 7, 32)})
+        second = {name: merge.rows for name, merge in plan_of(model).held.items() if merge is not None}
+    own, text = "down_blocks.0:0", "down_blocks.0:0, by the text"
+    assert torch.equal(first[own], second[own]) and not torch.equal(first[text], second[text])
