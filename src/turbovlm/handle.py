@@ -111,7 +111,7 @@ def get_handle(model: Any) -> Handle:
         TurboError: the model is not accelerated.
     """
     model = _module_of(model)
-    found = list(dict.fromkeys(override.plan for override in overrides(model)))
+    found = [plan for plan in dict.fromkeys(o.plan for o in overrides(model)) if getattr(plan, "active", True)]
     if not found:
         raise TurboError(f"this {type(model).__name__} is not accelerated")
     return Handle(model, found)
@@ -135,7 +135,8 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the model is still accelerated by this handle."""
-        return any(override.plan in self._all for override in overrides(self._model))
+        found = {override.plan for override in overrides(self._model)}
+        return any(plan in found and getattr(plan, "active", True) for plan in self._all)
 
     @property
     def schedules(self) -> list[Schedule]:
@@ -229,6 +230,7 @@ class Handle:
                 override.remove()
         for plan in self._all:
             if isinstance(plan, DiffusionPlan):
+                plan.active = False
                 unfollow(plan)
 
     def __enter__(self) -> Handle:
@@ -289,6 +291,8 @@ class Override:
         self.module.__dict__.pop(self.name, None)
         if self.before is not None:
             setattr(self.module, self.name, self.before)
+        elif not hasattr(type(self.module), self.name):  # where a library that came later, such as accelerate, keeps it
+            setattr(self.module, self.name, type(self.module).forward.__get__(self.module))
 
 
 def overrides(model: nn.Module) -> Iterator[Override]:
@@ -302,7 +306,10 @@ def overrides(model: nn.Module) -> Iterator[Override]:
 
 
 def _check_untouched(model: nn.Module) -> None:
-    for override in overrides(model):
+    for override in list(overrides(model)):
+        if not getattr(override.plan, "active", True):  # hidden by another library's hooks when its plan was removed
+            override.remove()
+            continue
         raise TurboError(
             f"{_name_of(model, override.module)} is accelerated already ({override.plan.config.amount}): "
             "call handle.remove(), or turbovlm.get_handle(model).remove(), first"

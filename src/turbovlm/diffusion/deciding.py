@@ -113,11 +113,12 @@ def _attention_row(project: Any, norm: Any, guide: Tensor, x: Tensor) -> Tensor:
     """The attention of `guide`, `[batch, heads, 1, head_dim]`, to the projected tokens of `x`, averaged over heads.
 
     A projection is linear in the tokens, so it is not made of all of them: its product with the guide is that of the
-    token with one vector per head.
+    token with one vector per head. Unless there is more to it: a norm, LoRA, or weights that are elsewhere, or in
+    another dtype, until it is called.
     """
     heads, width = guide.shape[1], guide.shape[-1]
     guide = guide * width**-0.5
-    if type(project) is nn.Linear and norm is None:
+    if norm is None and type(project) is nn.Linear and "forward" not in project.__dict__:
         along = torch.einsum("bhqd,hdc->bhc", guide, project.weight.view(heads, width, -1))
         scores = torch.matmul(x, along.transpose(1, 2))
     else:

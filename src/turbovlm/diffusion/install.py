@@ -13,7 +13,7 @@ from turbovlm.config import TurboConfig
 from turbovlm.diffusion.merging import denoiser_forward, part_forward
 from turbovlm.diffusion.parts import BLOCKS, Block
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
-from turbovlm.errors import ConfigError, UnsupportedModelError
+from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 
 OVERRIDES = (part_forward, denoiser_forward)
 """The functions that take a method's place on one module."""
@@ -100,7 +100,7 @@ def plan_diffusion(model: nn.Module, config: TurboConfig, pipe: Any = None) -> D
                     spots.append(replace(spot, leads=spot.merge not in led))
                     led.add(spot.merge)
     families = dict.fromkeys(block.family for blocks in stages.values() for _, _, block in blocks)
-    return DiffusionPlan(config, ", ".join(families), tuple(spots), pipe if config.refresh > 1 else None)
+    return DiffusionPlan(config, ", ".join(families), tuple(spots), pipe=pipe if config.refresh > 1 else None)
 
 
 def _check(config: TurboConfig, pipe: Any) -> None:
@@ -138,7 +138,13 @@ def _stage(name: str) -> str:
 
 
 def install_diffusion(model: nn.Module, plan: DiffusionPlan) -> None:
-    """Put the overrides in place."""
+    """Put the overrides in place.
+
+    Raises:
+        TurboError: a part has a cache already.
+    """
+    for spot in plan.spots:
+        _check_cache(model, spot.name)
     for spot in plan.spots:
         module = model.get_submodule(spot.name)
         _override(module, part_forward, plan, spot, model.get_submodule(spot.guide))
@@ -152,6 +158,17 @@ def install_diffusion(model: nn.Module, plan: DiffusionPlan) -> None:
             continue
         config: Any = module.config
         _override(module, denoiser_forward, plan, begins, int(config.get("patch_size") or 1) if paths & PICTURES else 0)
+
+
+def _check_cache(model: nn.Module, name: str) -> None:
+    """A cache below the merge would give back what it was given in another step, where other tokens were merged."""
+    registry: Any = getattr(model.get_submodule(name), "_diffusers_hook", None)
+    caches = [hook for hook in registry.hooks.values() if hook._is_stateful] if registry is not None else []
+    if caches:
+        raise TurboError(
+            f"{name} has a {type(caches[0]).__name__}, which keeps what it gave in earlier steps: enable the cache "
+            "after turbovlm.apply"
+        )
 
 
 def _override(module: nn.Module, function: Any, plan: DiffusionPlan, *fixed: Any) -> None:

@@ -32,6 +32,8 @@ def part_forward(
 ) -> Any:
     """The forward of one part of a block: its class's (`method`), or `inner`, where another library has set one."""
     forward = functools.partial(method, module) if inner is None else inner
+    if not plan.active:
+        return forward(*args, **kwargs)
     x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
     kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     if spot.leads and (plan.decides or not _fits(plan.held.get(spot.merge), spot, x)):
@@ -42,6 +44,7 @@ def part_forward(
         return forward(x, *rest, **kwargs)
     if not spot.part.merges:
         return _restored(spot, merge, forward(x, *rest, **kwargs))
+    _check_positions(spot, kwargs)
     text = x.shape[1] - merge.weights.shape[1]
     x = merge.merge(x) if text == 0 else torch.cat([x[:, :text], merge.merge(x[:, text:])], dim=1)
     if kwargs.get("image_rotary_emb") is not None:
@@ -66,8 +69,8 @@ def _held(plan: DiffusionPlan, spot: Spot, x: Tensor) -> Merge | None:
     if isinstance(merge, Merge) and spot.part.merges and not _fits(merge, spot, x):
         raise StateError(
             f"{spot.name} was given {tuple(x.shape[:2])} of {tuple(merge.weights.shape)} (batch, tokens): something "
-            "skips the block that decides what is merged, or cuts the tokens into chunks; handle.remove() gives the "
-            "model back"
+            "skips the block that decides what is merged, runs it again, as gradient checkpointing does, or cuts the "
+            "tokens into chunks; handle.remove() gives the model back"
         )
     return cast("Merge | None", merge)
 
@@ -81,6 +84,20 @@ def _fits(merge: Merge | None, spot: Spot, x: Tensor) -> bool:
         return False
     batch, tokens = merge.weights.shape
     return batch == x.shape[0] and (tokens <= x.shape[1] if spot.part.text_in_front else tokens == x.shape[1])
+
+
+def _check_positions(spot: Spot, kwargs: dict[str, Any]) -> None:
+    """Refuse what speaks of the positions that are merged.
+
+    Raises:
+        StateError: naming it.
+    """
+    spoken = "ip_adapter_masks" if spot.part.by_text else "attention_mask"
+    if kwargs.get(spoken) is not None:
+        raise StateError(
+            f"{spot.name} was given {spoken}, which are of the picture's positions, and these are merged: leave "
+            f"{spot.part.component!r} out of components"
+        )
 
 
 def _one_by_one(forward: Any, merge: Merge, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -123,6 +140,8 @@ def denoiser_forward(
         patch: latent pixels a side of a token; 0 where the module is given no picture, or splits it later.
     """
     forward = functools.partial(method, module) if inner is None else inner
+    if not plan.active:
+        return forward(*args, **kwargs)
     picture: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
     if begins:
         _begin(plan, picture)

@@ -56,6 +56,7 @@ class DiffusionPlan:
         config: the settings.
         family: for people: the kinds of blocks found.
         spots: the parts, in the order of the denoiser.
+        active: whether anything is merged; not after removal, for forwards that another library holds on to.
         pipe: the pipeline, whose scheduler says when a step ends; None where only the denoiser was given.
         grid: rows and columns of the tokens under way; None where nothing says.
         twins: for each picture of the batch under way, the share of each that has the same latent, `[batch, batch]`:
@@ -72,6 +73,7 @@ class DiffusionPlan:
     config: TurboConfig
     family: str
     spots: tuple[Spot, ...]
+    active: bool = True
     pipe: Any = field(default=None, repr=False)
     grid: tuple[int, int] | None = None
     twins: Tensor | None = field(default=None, repr=False)
@@ -83,4 +85,4 @@ class DiffusionPlan:
     decides: bool = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(DiffusionPlan(self.config, self.family, self.spots).__dict__)
+        return dict(DiffusionPlan(self.config, self.family, self.spots, self.active).__dict__)

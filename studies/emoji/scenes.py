@@ -1,0 +1,61 @@
+"""Scenes: an emoji on white or on a photograph, and the prompt that names it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PLACES = ("on white", "on a photo")
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """The prepared pictures.
+
+    Attributes:
+        names: of the emoji.
+        styles: words for the vendors.
+        pictures: `[styles, names, 4, 64, 64]`, uint8, RGB and alpha.
+        photos: `[crops, 3, 64, 64]`, uint8.
+    """
+
+    names: list[str]
+    styles: list[str]
+    pictures: Tensor
+    photos: Tensor
+
+    @property
+    def prompts(self) -> list[str]:
+        """All of them, in the order of `scenes`' index: by style, name and place."""
+        return [f"{name}, {style}, {place}" for style in self.styles for name in self.names for place in PLACES]
+
+
+def load_emoji(file: Path) -> Emoji:
+    """What `prepare.py` has written."""
+    return Emoji(**torch.load(file))
+
+
+def scenes(emoji: Emoji, index: Tensor, generator: torch.Generator) -> Tensor:
+    """A picture of each of the prompts that `index`, `[batch]`, points at: `[batch, 3, 64, 64]` in [−1, 1].
+
+    The emoji is 70 to 100 % of the picture's side, anywhere in it, half of the photographs mirrored.
+    """
+    style, rest = index // (len(emoji.names) * 2), index % (len(emoji.names) * 2)
+    drawn = emoji.pictures[style, rest // 2].float() / 255
+    chance = torch.rand(4, len(index), generator=generator)
+    scale = 0.7 + 0.3 * chance[0]
+    shift = (2 * chance[1:3] - 1) * (1 - scale) / scale
+    affine = torch.zeros(len(index), 2, 3)
+    affine[:, 0, 0] = affine[:, 1, 1] = 1 / scale
+    affine[:, :, 2] = shift.T
+    drawn[:, :3] *= drawn[:, 3:]
+    grid = F.affine_grid(affine, list(drawn.shape), align_corners=False)
+    drawn = F.grid_sample(drawn, grid, align_corners=False)
+    behind = emoji.photos[torch.randint(len(emoji.photos), (len(index),), generator=generator)].float() / 255
+    behind = torch.where((chance[3] < 0.5).view(-1, 1, 1, 1), behind, behind.flip(3))
+    behind = torch.where((rest % 2 == 0).view(-1, 1, 1, 1), torch.ones(()), behind)
+    return (drawn[:, :3] + (1 - drawn[:, 3:]) * behind).clamp(0, 1) * 2 - 1
