@@ -87,7 +87,7 @@ def pixart_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
     }
 
 
-def dit() -> Any:
+def dit(num_embeds_ada_norm: int = 10) -> Any:
     from diffusers import DiTTransformer2DModel
 
     return DiTTransformer2DModel(
@@ -98,7 +98,7 @@ def dit() -> Any:
         num_layers=3,
         sample_size=16,
         patch_size=2,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=num_embeds_ada_norm,
     )
 
 
