@@ -1,179 +1,261 @@
-"""Small pipelines of `diffusers` around the small denoisers, each with the call that makes pictures of a size."""
+"""Small pipelines of `diffusers`, made from configs, that take embeddings in place of prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from denoisers import DENOISERS, dit, noise, unet
+import denoisers
+from denoisers import DENOISERS, noise
+from families import _livelier as livelier
 
-NO_TEXT = {"text_encoder": None, "tokenizer": None}
-NO_TEXT_2 = {**NO_TEXT, "text_encoder_2": None, "tokenizer_2": None}
-UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+FACTOR = 8
+"""Pixels a side of a latent pixel."""
+
+
+def vae(channels: int = 4) -> Any:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    made = AutoencoderKL(
+        block_out_channels=(4,) * 4, norm_num_groups=2, layers_per_block=1, latent_channels=channels, **kinds
+    )
+    return made.eval()
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _named(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
 
 
 @dataclass(frozen=True)
 class Pipe:
-    """How to make a pipeline, and what its call takes for a picture of `height`×`width`."""
+    """How to make one and how to call it.
+
+    Args:
+        make: gives a new one.
+        prompt: for the rows of the prompts in one call: what the pipeline is given for them.
+        settings: of every call.
+        pictures: what else it is given for latents of rows × columns: pictures and masks.
+        multiple: what the sides of the latent are a multiple of.
+    """
 
     make: Callable[[], Any]
-    inputs: Callable[[int, int], dict[str, Any]]
+    prompt: Callable[[list[int]], dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    pictures: Callable[[int, int], dict[str, Any]] = lambda rows, columns: {}
+    multiple: int = 1
+    sized: bool = True
 
     def __call__(self) -> Any:
-        torch.manual_seed(0)
-        pipe = self.make()
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return _quiet(self.make())
+
+    def run(
+        self,
+        pipe: Any,
+        rows: int = 32,
+        columns: int = 32,
+        which: tuple[int, ...] = (0,),
+        seeds: tuple[int, ...] | None = None,
+        **more: Any,
+    ) -> torch.Tensor:
+        """The latents that it makes for some of the prompts, each picture from a seed of its own."""
+        seeds = which if seeds is None else seeds
+        size = {"height": rows * FACTOR, "width": columns * FACTOR} if self.sized else {}
+        given: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", **size}
+        given |= self.prompt(list(which)) | self.pictures(rows, columns) | self.settings
+        given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(**{**given, **more}).images
 
 
-def vae(**settings: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    size = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
-    return AutoencoderKL(**size, **kinds, **settings).eval()
+def words(which: list[int], seed: int, width: int = 32) -> torch.Tensor:
+    return torch.cat([noise(100 * seed + i, 1, 7, width) for i in which])
 
 
-def stable_diffusion(kind: str, denoiser: Callable[[], Any], **parts: Any) -> Any:
-    import diffusers
-
-    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-    return getattr(diffusers, kind)(
-        vae=vae(), unet=denoiser(), scheduler=scheduler, **{**NO_TEXT, **UNCHECKED, **parts}
-    )
+def pooled(which: list[int], seed: int) -> torch.Tensor:
+    return torch.cat([noise(100 * seed + i, 1, 32) for i in which])
 
 
-def of_words(height: int, width: int) -> dict[str, Any]:
-    text = {"prompt_embeds": noise(5, 1, 7, 32), "negative_prompt_embeds": noise(6, 1, 7, 32)}
-    return {**text, "height": height, "width": width}
+def guided(which: list[int]) -> dict[str, Any]:
+    return {"prompt_embeds": words(which, 5), "negative_prompt_embeds": words(which, 6)}
 
 
-def of_pictures(height: int, width: int, *names: str, **more: Any) -> dict[str, Any]:
-    made = {name: noise(8 + i, 1, 3, height, width).sigmoid() for i, name in enumerate(names)}
-    text = {name: value for name, value in of_words(height, width).items() if name.endswith("embeds")}
-    return {**text, **made, **more}
+def pooled_too(which: list[int]) -> dict[str, Any]:
+    given = {"pooled_prompt_embeds": pooled(which, 7), "negative_pooled_prompt_embeds": pooled(which, 8)}
+    return guided(which) | given
 
 
-def inpainted(height: int, width: int) -> dict[str, Any]:
-    mask = (torch.arange(height * width).view(1, 1, height, width) % width > width // 2).float()
-    return {**of_pictures(height, width, "image", mask_image=mask), "height": height, "width": width}
+def unguided(which: list[int]) -> dict[str, Any]:
+    return {"prompt_embeds": words(which, 5), "pooled_prompt_embeds": pooled(which, 7)}
 
 
-def controlled(count: int) -> Any:
-    from diffusers import ControlNetModel
-
-    model = DENOISERS["sd15"]()
-    nets = [ControlNetModel.from_unet(model, conditioning_embedding_out_channels=(8, 16)) for _ in range(count)]
-    for parameter in (p for net in nets for p in net.parameters()):
-        torch.nn.init.normal_(parameter, std=0.05)
-    return stable_diffusion(
-        "StableDiffusionControlNetPipeline", lambda: model, controlnet=nets if count > 1 else nets[0]
-    )
-
-
-def adapted() -> Any:
-    from diffusers import T2IAdapter
-
-    adapter = T2IAdapter(in_channels=3, channels=[32, 64], num_res_blocks=1, downscale_factor=2)
-    return stable_diffusion("StableDiffusionAdapterPipeline", DENOISERS["sd15"], adapter=adapter)
-
-
-def xl(kind: str = "StableDiffusionXLPipeline") -> Any:
-    import diffusers
-
-    scheduler = diffusers.EulerDiscreteScheduler()
-    return getattr(diffusers, kind)(
-        vae=vae(), unet=DENOISERS["sdxl"](), scheduler=scheduler, **NO_TEXT_2, add_watermarker=False
-    )
-
-
-def pooled(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **inputs,
-        "pooled_prompt_embeds": noise(7, 1, 32),
-        "negative_pooled_prompt_embeds": noise(8, 1, 32),
+def masked(which: list[int]) -> dict[str, Any]:
+    mask = torch.ones(len(which), 7)
+    mask[:, 5:] = 0
+    return guided(which) | {
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_attention_mask": mask,
+        "negative_prompt_attention_mask": mask,
+        "use_resolution_binning": False,
     }
 
 
-def sd3(kind: str = "StableDiffusion3Pipeline") -> Any:
-    import diffusers
+def picture(seed: int, rows: int, columns: int) -> torch.Tensor:
+    return noise(seed, 1, 3, rows * FACTOR, columns * FACTOR).sigmoid()
 
-    texts = {**NO_TEXT_2, "text_encoder_3": None, "tokenizer_3": None}
-    return getattr(diffusers, kind)(
-        transformer=DENOISERS["sd3"](),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae(shift_factor=0.0),
-        **texts,
+
+def with_picture(rows: int, columns: int) -> dict[str, Any]:
+    return {"image": picture(11, rows, columns)}
+
+
+def with_mask(rows: int, columns: int) -> dict[str, Any]:
+    mask = torch.zeros(1, 1, rows * FACTOR, columns * FACTOR)
+    mask[..., : columns * 4] = 1
+    return {"image": picture(11, rows, columns), "mask_image": mask}
+
+
+def stable(name: str, scheduler: str = "DDIMScheduler", **unet: Any) -> Callable[[], Any]:
+    """A pipeline around Stable Diffusion's UNet."""
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
+        model = livelier(denoisers.unet(sample_size=32, **unet))
+        return _named(name)(
+            vae=vae(), unet=model, scheduler=_named(scheduler)(), requires_safety_checker=False, **parts
+        )
+
+    return make
+
+
+def controlled(count: int) -> Callable[[], Any]:
+    def control(seed: int) -> Any:
+        from diffusers import ControlNetModel
+
+        torch.manual_seed(seed)
+        size = {"block_out_channels": (32, 64), "layers_per_block": 2, "cross_attention_dim": 32}
+        size |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": 8}
+        return livelier(ControlNetModel(norm_num_groups=8, conditioning_embedding_out_channels=(8, 8, 8, 8), **size))
+
+    def make() -> Any:
+        from diffusers import StableDiffusionControlNetPipeline
+
+        found = stable("StableDiffusionPipeline")().components
+        found |= {"controlnet": [control(i) for i in range(count)] if count > 1 else control(0)}
+        return StableDiffusionControlNetPipeline(**found, requires_safety_checker=False)
+
+    return make
+
+
+def adapted() -> Any:
+    from diffusers import StableDiffusionAdapterPipeline, T2IAdapter
+
+    torch.manual_seed(0)
+    adapter = T2IAdapter(channels=[32, 64], num_res_blocks=2, downscale_factor=8, adapter_type="full_adapter")
+    found = stable("StableDiffusionPipeline")().components
+    return StableDiffusionAdapterPipeline(
+        **{k: v for k, v in found.items() if k != "image_encoder"},
+        adapter=livelier(adapter),
+        requires_safety_checker=False,
     )
 
 
-def flux() -> Any:
-    import diffusers
+def sdxl(name: str, channels: int = 4, ids: int = 6, **more: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        torch.manual_seed(0)
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True}
+        added |= {"projection_class_embeddings_input_dim": ids * 8 + 32, "transformer_layers_per_block": (1, 5)}
+        kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+        kinds |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+        unet = livelier(denoisers.unet(sample_size=32, in_channels=channels, **added, **kinds))
+        parts = {"text_encoder": None, "text_encoder_2": Projection(), "tokenizer": None, "tokenizer_2": None}
+        return _named(name)(vae=vae(), unet=unet, scheduler=_named("EulerDiscreteScheduler")(), **parts, **more)
 
-    return diffusers.FluxPipeline(
-        transformer=DENOISERS["flux"](),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae(shift_factor=0.0),
-        **NO_TEXT_2,
-    )
-
-
-def of_flux(height: int, width: int) -> dict[str, Any]:
-    text = {"prompt_embeds": noise(5, 1, 7, 32), "pooled_prompt_embeds": noise(7, 1, 32)}
-    return {**text, "height": height, "width": width}
+    return make
 
 
-def pixart() -> Any:
-    import diffusers
+class Projection(torch.nn.Module):
+    """Stands for the second text encoder, of which only the width is asked."""
 
-    return diffusers.PixArtAlphaPipeline(
-        transformer=DENOISERS["pixart"](), scheduler=diffusers.DPMSolverMultistepScheduler(), vae=vae(), **NO_TEXT
-    )
-
-
-def of_pixart(height: int, width: int) -> dict[str, Any]:
-    masks = {"prompt_attention_mask": torch.ones(1, 7), "negative_prompt_attention_mask": torch.ones(1, 7)}
-    return {**of_words(height, width), **masks, "negative_prompt": None, "use_resolution_binning": False}
+    config = type("Config", (), {"projection_dim": 32})()
+    dtype = torch.float32
 
 
-def classes() -> Any:
-    import diffusers
+def transformer(name: str, family: str, scheduler: str, channels: int = 4, **more: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        parts = {"transformer": DENOISERS[family](), "vae": vae(channels), "scheduler": _named(scheduler)()}
+        return _named(name)(**parts, **more)
 
-    return diffusers.DiTPipeline(
-        transformer=dit(num_embeds_ada_norm=1000), vae=vae(), scheduler=diffusers.DDIMScheduler()
-    )
+    return make
 
 
-SD = "StableDiffusion"
+NO_T5 = {"text_encoder": None, "tokenizer": None}
+NO_CLIP = NO_T5 | {"text_encoder_2": None, "tokenizer_2": None}
+NO_CLIPS = NO_CLIP | {"text_encoder_3": None, "tokenizer_3": None}
+
+
+def flux(name: str, channels: int = 16) -> Callable[[], Any]:
+    def make() -> Any:
+        torch.manual_seed(0)
+        size = {"patch_size": 1, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16}
+        size |= {"num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32}
+        model = _named("FluxTransformer2DModel")(
+            in_channels=channels, out_channels=16, axes_dims_rope=(4, 4, 8), guidance_embeds=True, **size
+        )
+        parts = {"transformer": livelier(model), "vae": vae(), "scheduler": _named("FlowMatchEulerDiscreteScheduler")()}
+        return _named(name)(**parts, **NO_CLIP)
+
+    return make
+
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
 PIPES = {
-    "text to image": Pipe(lambda: stable_diffusion(f"{SD}Pipeline", DENOISERS["sd15"]), of_words),
-    "image to image": Pipe(
-        lambda: stable_diffusion(f"{SD}Img2ImgPipeline", DENOISERS["sd15"]),
-        lambda h, w: of_pictures(h, w, "image", strength=0.9),
+    "sd": Pipe(stable("StableDiffusionPipeline"), guided),
+    "sd-lcm": Pipe(stable("StableDiffusionPipeline", "LCMScheduler", time_cond_proj_dim=16), guided),
+    "sd-heun": Pipe(stable("StableDiffusionPipeline", "HeunDiscreteScheduler"), guided),
+    "sd-img2img": Pipe(stable("StableDiffusionImg2ImgPipeline"), guided, {}, with_picture, sized=False),
+    "sd-inpaint": Pipe(stable("StableDiffusionInpaintPipeline"), guided, {}, with_mask),
+    "sd-inpaint9": Pipe(stable("StableDiffusionInpaintPipeline", in_channels=9), guided, {}, with_mask),
+    "sd-pix2pix": Pipe(
+        stable("StableDiffusionInstructPix2PixPipeline", in_channels=8), guided, {}, with_picture, sized=False
     ),
-    "inpainting": Pipe(lambda: stable_diffusion(f"{SD}InpaintPipeline", DENOISERS["sd15"]), inpainted),
-    "inpainting, 9 channels": Pipe(
-        lambda: stable_diffusion(f"{SD}InpaintPipeline", lambda: unet(in_channels=9)), inpainted
+    "sd-control": Pipe(controlled(1), guided, {}, with_picture),
+    "sd-controls": Pipe(controlled(2), guided, {}, lambda r, c: {"image": [picture(i, r, c) for i in (1, 2)]}),
+    "sd-adapter": Pipe(adapted, guided, {}, with_picture),
+    "sdxl": Pipe(sdxl("StableDiffusionXLPipeline"), pooled_too),
+    "sdxl-refiner": Pipe(
+        sdxl("StableDiffusionXLImg2ImgPipeline", ids=5, requires_aesthetics_score=True),
+        pooled_too,
+        {},
+        with_picture,
+        sized=False,
     ),
-    "ControlNet": Pipe(lambda: controlled(1), lambda h, w: of_pictures(h, w, "image")),
-    "two ControlNets": Pipe(
-        lambda: controlled(2), lambda h, w: {**of_pictures(h, w), "image": [noise(8, 1, 3, h, w).sigmoid()] * 2}
+    "sdxl-inpaint": Pipe(sdxl("StableDiffusionXLInpaintPipeline", channels=9), pooled_too, {}, with_mask),
+    "pixart": Pipe(
+        transformer("PixArtAlphaPipeline", "pixart", "DPMSolverMultistepScheduler", **NO_T5), masked, multiple=2
     ),
-    "T2I-Adapter": Pipe(adapted, lambda h, w: {**of_words(h, w), **of_pictures(h, w, "image")}),
-    "SDXL": Pipe(xl, lambda h, w: pooled(of_words(h, w))),
-    "SDXL image to image": Pipe(
-        lambda: xl("StableDiffusionXLImg2ImgPipeline"),
-        lambda h, w: pooled(of_pictures(h, w, "image", strength=0.9)),
+    "sd3": Pipe(transformer("StableDiffusion3Pipeline", "sd3", FLOW, **NO_CLIPS), pooled_too, multiple=2),
+    "sd3.5": Pipe(transformer("StableDiffusion3Pipeline", "sd35", FLOW, **NO_CLIPS), pooled_too, multiple=2),
+    "sd3-img2img": Pipe(
+        transformer("StableDiffusion3Img2ImgPipeline", "sd3", FLOW, **NO_CLIPS), pooled_too, {}, with_picture, 2
     ),
-    "SD3": Pipe(sd3, lambda h, w: pooled(of_words(h, w))),
-    "SD3 image to image": Pipe(
-        lambda: sd3("StableDiffusion3Img2ImgPipeline"),
-        lambda h, w: pooled({**of_pictures(h, w, "image"), "height": h, "width": w}),
+    "flux": Pipe(flux("FluxPipeline"), unguided, multiple=2),
+    "flux-cfg": Pipe(flux("FluxPipeline"), pooled_too, {"true_cfg_scale": 3.0}, multiple=2),
+    "flux-img2img": Pipe(flux("FluxImg2ImgPipeline"), unguided, {}, with_picture, 2),
+    "flux-fill": Pipe(flux("FluxFillPipeline", 16 + 16 + 4 * FACTOR**2), unguided, {}, with_mask, 2),
+    "flux-control": Pipe(
+        flux("FluxControlPipeline", 32), unguided, {}, lambda r, c: {"control_image": picture(1, r, c)}, 2
     ),
-    "FLUX": Pipe(flux, of_flux),
-    "PixArt": Pipe(pixart, of_pixart),
-    "DiT": Pipe(classes, lambda h, w: {"class_labels": [3]}),
+    "flux-kontext": Pipe(flux("FluxKontextPipeline"), unguided, {"_auto_resize": False}, with_picture, 2),
 }
