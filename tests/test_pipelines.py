@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pipes import PIPES
-
 import pytest
 import torch
 
 import turbovlm
+from pipelines import PIPES
 
 pytest.importorskip("diffusers")
 
