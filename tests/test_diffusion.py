@@ -212,6 +212,19 @@ def test_what_cannot_be_done_says_why():
         turbovlm.apply(torch.nn.Sequential(vit()), keep=0.5, components=["ffn"])
 
 
+def test_too_small_a_latent_is_said_to_be():
+    model = DENOISERS["sd15"]()
+    with turbovlm.apply(model, keep=0.5) as handle:
+        run(model, unet_inputs(1, 32, 32))
+        assert "1024 → 512 tokens" in repr(handle) and "256 → 128 tokens" in repr(handle)
+        run(model, unet_inputs(1, 12, 12))
+        assert "144 → 72 tokens" in repr(handle) and "36 tokens: fewer than 64 are left" in repr(handle)
+        with pytest.warns(UserWarning, match="its blocks read at most 36 tokens, and those of fewer than 64"):
+            run(model, unet_inputs(1, 6, 6))
+    with turbovlm.apply(model, keep=0.5, min_tokens=2000), pytest.warns(UserWarning, match="fewer than 2000"):
+        run(model, unet_inputs(1, 32, 32))
+
+
 def test_a_block_without_the_one_that_decides_says_so():
     model = DENOISERS["sd15"]()
     block = model.down_blocks[0].attentions[1].transformer_blocks[0]

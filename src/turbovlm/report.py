@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from turbovlm.config import TurboConfig
+from turbovlm.diffusion.deciding import fewest
 from turbovlm.diffusion.plan import DiffusionPlan
 from turbovlm.engine import Plan
 from turbovlm.language.grounding import GroundingPlan
@@ -61,13 +62,27 @@ def report_encoder(plan: Plan, schedule: Schedule) -> list[str]:
 
 
 def report_diffusion(plan: DiffusionPlan) -> list[str]:
-    """Which blocks merge, by the groups that merge alike."""
-    groups: dict[str, list[str]] = {}
+    """Which blocks merge, by the groups that merge alike, and how many tokens they read in the last forward."""
+    config, groups = plan.config, dict[str, list[str]]()
     for spot in plan.spots:
         groups.setdefault(spot.group, []).append(spot.name.removesuffix(f".{spot.part.path}"))
-    lines = [f"  {plan.family}: {plan.config.keep:.0%} of the tokens in {', '.join(plan.config.components)}"]
-    for blocks in groups.values():
+    often = "" if config.refresh == 1 else f", decided in every {_nth(config.refresh)} step"
+    lines = [f"  {plan.family}: {config.keep:.0%} of the tokens in {', '.join(config.components)}{often}"]
+    for group, blocks in groups.items():
         named = list(dict.fromkeys(blocks))
         alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks merge alike"
-        lines.append(f"    {named[0]}{alike}")
+        lines.append(f"    {named[0]}{alike}{_tokens(plan, group)}")
     return lines
+
+
+def _tokens(plan: DiffusionPlan, group: str) -> str:
+    if group not in plan.seen:
+        return ""
+    before, after = plan.seen[group]
+    if before < fewest(plan.config):
+        return f", {before} tokens: fewer than {fewest(plan.config)} are left as they are"
+    return f", {before} → {after} tokens"
+
+
+def _nth(number: int) -> str:
+    return {2: "second", 3: "third"}.get(number, f"{number}th")

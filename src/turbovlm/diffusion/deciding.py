@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.config import TurboConfig
 from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
 from turbovlm.errors import ConfigError
 from turbovlm.functional.informativity import candidates_of, information_degree, mutual_redundancy, needs_semantic
@@ -19,7 +20,12 @@ from turbovlm.functional.matching import Merge, bipartite_merge
 from turbovlm.functional.partition import count, partition_tokens
 
 FEWEST = 64
-"""Tokens below which nothing is merged."""
+"""Tokens below which nothing is merged, unless `min_tokens` asks for more."""
+
+
+def fewest(config: TurboConfig) -> int:
+    """Tokens below which nothing is merged."""
+    return max(config.min_tokens, FEWEST)
 
 
 @torch.no_grad()
@@ -44,7 +50,11 @@ def decide(
     tokens = rows * columns
     features = x[:, x.shape[1] - tokens :] if spot.part.text_in_front else x
     r = tokens - math.floor(config.keep * tokens + 0.5)
-    if r == 0 or tokens < max(config.min_tokens, FEWEST):
+    if tokens < fewest(config):
+        r = 0
+    if not torch.compiler.is_compiling():
+        plan.seen[spot.group] = tokens, tokens - r
+    if r == 0:
         return None
     if spot.group not in plan.pairs:
         split = partition_tokens(tokens, kind="grid", grid=(rows, columns), device=x.device)

@@ -6,13 +6,14 @@ The merge is decided once for a group of blocks, on what its first part reads, a
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.diffusion.deciding import decide, twins_of
+from turbovlm.diffusion.deciding import decide, fewest, twins_of
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
 from turbovlm.diffusion.steps import follow
 from turbovlm.errors import StateError
@@ -151,7 +152,21 @@ def denoiser_forward(
     elif places is not None and is_readable(places):
         rows, columns = (places.reshape(-1, places.shape[-1])[:, 1:].amax(dim=0) + 1).long().tolist()
         plan.grid = (rows, columns)
-    return forward(*args, **kwargs)
+    out = forward(*args, **kwargs)
+    if begins and not torch.compiler.is_compiling():
+        _warn_of_nothing(plan)
+    return out
+
+
+def _warn_of_nothing(plan: DiffusionPlan) -> None:
+    """Where a forward has merged nothing at all, though it should have."""
+    tokens = [tokens for tokens, _ in plan.seen.values()]
+    if plan.config.keep != 1 and tokens and max(tokens) < fewest(plan.config):
+        warnings.warn(
+            f"turbovlm merges nothing in this denoiser: its blocks read at most {max(tokens)} tokens, and those of "
+            f"fewer than {fewest(plan.config)} are left as they are",
+            stacklevel=2,
+        )
 
 
 def _begin(plan: DiffusionPlan, latent: Tensor) -> None:

@@ -64,6 +64,7 @@ class DiffusionPlan:
         pairs: what each group's tokens were found to be most similar to, in the forward under way.
         held: the merges in force, by `Spot.merge`.
         scheduler: the one whose steps are counted, and `steps` how many there were.
+        seen: of each group, the tokens that it last read, before and after; of eager forwards.
         again: whether the next forward may merge as the last did.
         decides: whether the forward under way decides anew.
 
@@ -81,6 +82,7 @@ class DiffusionPlan:
     held: dict[str, Merge | None] = field(default_factory=dict, repr=False)
     scheduler: Any = field(default=None, repr=False)
     steps: int = 0
+    seen: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     again: bool = False
     decides: bool = True
 
