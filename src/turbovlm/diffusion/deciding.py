@@ -6,6 +6,7 @@ One token in every 2×2 cell is a destination, so what is restored is never far 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from turbovlm.functional.partition import count, partition_tokens
 
 FEWEST = 64
 """Tokens below which nothing is merged, unless `min_tokens` asks for more."""
+
+BAND = 4096
+"""Larger pictures are cut into bands of about as many tokens, from top to bottom, and merged within them: to compare
+all tokens with all would cost their square."""
 
 
 def fewest(config: TurboConfig) -> int:
@@ -58,6 +63,7 @@ def decide(
         return None
     if spot.group not in plan.pairs:
         split = partition_tokens(tokens, kind="grid", grid=(rows, columns), device=x.device)
+        split = replace(split, windows=max(1, tokens // BAND))
         plan.pairs[spot.group] = Pairs(split, *mutual_redundancy(_shared(plan, features), split))
     pairs = plan.pairs[spot.group]
     semantic = None
