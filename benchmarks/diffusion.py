@@ -1,10 +1,13 @@
-"""One denoising step of Stable Diffusion 1.5's UNet, merged and not, beside tomesd (pip install tomesd).
+"""One denoising step of Stable Diffusion's UNets, merged and not, beside tomesd (pip install --no-deps tomesd).
 
     python benchmarks/diffusion.py                      # writes benchmarks/results/diffusion.{json,md}
+    python benchmarks/diffusion.py --device cuda --dtype bf16 --models sd15 sdxl --out diffusion_gpu
+    python benchmarks/diffusion.py --device cuda --dtype bf16 --models sd15 sdxl --out diffusion_gpu_compiled --compile
+    python benchmarks/diffusion.py --small --out tried  # the same path on a tiny UNet, to see that it runs
 
-Full size, random weights, fp32 on a CPU: speed does not depend on the weights. Every version merges in all three
-components; tomesd by its default in the largest resolution alone, and in the two largest. Interleaved; the speed-ups
-are medians of ratios of process CPU time.
+Full size, random weights: speed does not depend on the weights. Every version merges in all three components; tomesd by
+its default in the largest resolution alone, and in the two largest. Interleaved; the speed-ups are medians of ratios of
+process CPU time, or of CUDA events.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import RESULTS, compare_shown, described, machine, save
+from cases import DTYPES, RESULTS, compare_shown, described, machine, save
 
 from turbovlm import TurboConfig
 
@@ -27,39 +30,90 @@ KEEPS = (0.9, 0.7, 0.5, 0.3)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=tuple(UNETS), default=("sd15",))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", choices=tuple(SIZES), default=tuple(SIZES), metavar="PIXELS")
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, metavar="SHARE")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="every version, the UNet itself too; without tomesd")
+    parser.add_argument("--small", action="store_true", help="a tiny UNet of 64 pixels")
+    parser.add_argument("--out", default="diffusion", metavar="NAME", help="of the files under results")
     args = parser.parse_args()
     if importlib.util.find_spec("tomesd") is None:
         parser.error("tomesd is compared with: pip install --no-deps tomesd")
-    model = unet()
     versions = {name: importlib.metadata.version(name) for name in ("diffusers", "tomesd")}
-    results: dict[str, Any] = {"machine": {**machine(), **versions}}
-    for size in args.sizes:
-        batch, side = SIZES[size], size // 8
-        generator = torch.Generator().manual_seed(0)
-        latent = torch.randn(batch, 4, side, side, generator=generator)
-        text = torch.randn(batch, 77, 768, generator=generator)
-        inputs = (latent, torch.tensor(500), text)
-        compared: dict[str, Any] = {}
-        for keep in args.keeps:
-            compared[f"turbovlm, keep={keep:g}"] = TurboConfig(keep=keep)
-            compared[f"tomesd, keep={keep:g}"] = tomesd(keep, 1)
-            compared[f"tomesd, two resolutions, keep={keep:g}"] = tomesd(keep, 2)
-        name = f"{size}×{size}, batch {batch}"
-        results[name] = compare_shown(model, inputs, compared, name, args.rounds).to_dict()
-        save(RESULTS / "diffusion.json", results)
-    (RESULTS / "diffusion.md").write_text(report(results))
+    results: dict[str, Any] = {"machine": {**machine(), **versions}, "dtype": args.dtype, "compiled": args.compile}
+    if args.device.startswith("cuda"):
+        results["machine"]["cpu"] = f"{torch.cuda.get_device_name(args.device)}; {results['machine']['cpu']}"
+    results["runs"] = {}
+    for model in args.models:
+        torch.manual_seed(0)
+        denoiser = UNETS[model](args.small).eval().to(args.device, DTYPES[args.dtype])
+        for size in args.sizes:
+            name = f"{model}, {size}×{size}, batch {SIZES[size]}"
+            inputs = _inputs(denoiser, SIZES[size], 16 if args.small else size // 8)
+            comparison = compare_shown(denoiser, inputs, versions_of(args), name, args.rounds, compile=args.compile)
+            results["runs"][name] = comparison.to_dict()
+            save(RESULTS / f"{args.out}.json", results)
+    (RESULTS / f"{args.out}.md").write_text(report(results))
     print(report(results))
 
 
-def unet() -> Any:
-    """Stable Diffusion 1.5's, with random weights."""
+def versions_of(args: argparse.Namespace) -> dict[str, Any]:
+    compared: dict[str, Any] = {}
+    for keep in args.keeps:
+        compared[f"turbovlm, keep={keep:g}"] = TurboConfig(keep=keep)
+        if not args.compile:
+            compared[f"tomesd, keep={keep:g}"] = tomesd(keep, 1)
+            compared[f"tomesd, two resolutions, keep={keep:g}"] = tomesd(keep, 2)
+    return compared
+
+
+def sd15(small: bool) -> Any:
+    """Stable Diffusion 1.5's."""
     from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(0)
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()
+    size = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": 4} if small else {}
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, **size)
+
+
+def sdxl(small: bool) -> Any:
+    """SDXL's, whose largest resolution has no attention."""
+    from diffusers import UNet2DConditionModel
+
+    size: dict[str, Any] = {"block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20)}
+    if small:
+        size = {"block_out_channels": (32, 32, 32), "attention_head_dim": 4}
+    return UNet2DConditionModel(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1 if small else (1, 2, 10),
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+        **size,
+    )
+
+
+UNETS = {"sd15": sd15, "sdxl": sdxl}
+
+
+def _inputs(denoiser: Any, batch: int, side: int) -> list[Any]:
+    """By position, as tomesd wants the latent."""
+    generator, like = torch.Generator().manual_seed(0), next(denoiser.parameters())
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(like)
+
+    text = noise(batch, 77, denoiser.config.cross_attention_dim)
+    inputs = [noise(batch, 4, side, side), torch.tensor(500, device=like.device), text]
+    if denoiser.config.addition_embed_type == "text_time":
+        inputs += [None] * 4 + [{"text_embeds": noise(batch, 1280), "time_ids": noise(batch, 6)}]
+    return inputs
 
 
 def tomesd(keep: float, downsampling: int) -> Callable[[Any], None]:
@@ -74,11 +128,12 @@ def tomesd(keep: float, downsampling: int) -> Callable[[Any], None]:
 
 
 def report(results: dict[str, Any]) -> str:
-    lines = ["# A denoising step of Stable Diffusion 1.5's UNet", "", described(results["machine"]), ""]
-    lines += ["fp32, random weights, attention, cross-attention and FFN. Medians.", ""]
-    for name in (name for name in results if name != "machine"):
+    lines = ["# A denoising step of Stable Diffusion's UNets", "", described(results["machine"]), ""]
+    how = "compiled" if results["compiled"] else "eager"
+    lines += [f"{results['dtype']}, {how}, random weights, attention, cross-attention and FFN. Medians.", ""]
+    for name, compared in results["runs"].items():
         lines += [f"## {name}", "", "| | GMACs | MACs ratio | s | speed-up | peak MB |", "|---|--:|--:|--:|--:|--:|"]
-        for run in results[name]["runs"]:
+        for run in compared["runs"]:
             seconds = sorted(run["wall_seconds"])[len(run["wall_seconds"]) // 2]
             lines.append(
                 f"| {run['name']} | {run['macs'] / 1e9:.0f} | {run['macs_ratio']:.2f}× | {seconds:.2f} "

@@ -25,11 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from turbovlm.demo.photos import load_photos
+from turbovlm.zoo.emoji import NAMES, STYLES
 
 DATA = Path(__file__).parent / "data" / "emoji.pt"
 SIDE = 64
-STYLES = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat"}
-"""The word that a prompt says, and the set it means."""
+PACKAGES = dict(zip(STYLES, ("noto", "twemoji", "fluent-emoji-flat")))
 CATEGORIES = ("Animals & Nature", "Food & Drink")
 BACKGROUNDS = 1024
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DATA, metavar="FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sets = {style: fetch(package, Path(folder)) for style, package in STYLES.items()}
+        sets = {style: fetch(package, Path(folder)) for style, package in PACKAGES.items()}
     shared = set.intersection(*(set(icons["codes"]) for icons in sets.values()))
     codes = sorted(shared & set(sets["fluent"]["wanted"]))
     names = [sets["noto"]["codes"][code].replace("-", " ") for code in codes]
@@ -47,6 +47,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"names": names, "styles": list(STYLES), "pictures": torch.stack([torch.stack(row) for row in drawn])}
     torch.save({**content, "photos": backgrounds()}, args.out)
+    NAMES.parent.mkdir(exist_ok=True)
+    NAMES.write_text("\n".join(names) + "\n")
     print(f"{len(names)} emoji in {len(STYLES)} styles, {BACKGROUNDS} backgrounds: {args.out}")
 
 

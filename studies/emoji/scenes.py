@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLACES = ("on white", "on a photo")
+from turbovlm.zoo.emoji import PLACES
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Train the small text-to-image model on emoji.
 
-    python studies/emoji/train.py --minutes 180    # goes on from where it was stopped
+    python studies/emoji/train.py --minutes 180    # goes on from the last checkpoint, or else from the weights
     python studies/emoji/train.py --minutes 0      # only writes the weights of the last checkpoint
 
 v-prediction on a cosine schedule, min-SNR weights (γ = 5), 10 % of the prompts empty, bf16 autocast, an average of the
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from prepare import DATA
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scenes import load_emoji, scenes
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,6 +45,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.99))
     state = {"unet": unet, "average": average, "optimizer": optimizer}
     step, fade_from = 0, None
+    if args.weights.exists():
+        for model in (unet, average):
+            model.load_state_dict({name: value.float() for name, value in load_file(args.weights).items()})
     if CHECKPOINT.exists():
         saved = torch.load(CHECKPOINT)
         for name, part in state.items():

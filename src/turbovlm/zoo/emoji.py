@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 WEIGHTS = Path(__file__).parent / "weights" / "emoji_unet.safetensors"
+NAMES = WEIGHTS.with_name("emoji_names.txt")
+STYLES, PLACES = ("noto", "twemoji", "fluent"), ("on white", "on a photo")
 WORDS = 16
 """Tokens of a prompt."""
 CELL = 2
@@ -117,6 +119,12 @@ def load_emoji_pipeline(weights: Path | str = WEIGHTS) -> StableDiffusionPipelin
     unet = emoji_unet()
     unet.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     return emoji_pipeline(unet)
+
+
+def emoji_prompts() -> list[str]:
+    """All prompts that the model has learnt: every name in every style on every ground."""
+    names = NAMES.read_text().splitlines()
+    return [f"{name}, {style}, {place}" for style in STYLES for name in names for place in PLACES]
 
 
 def emoji_pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
