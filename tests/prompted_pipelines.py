@@ -1,4 +1,4 @@
-"""Small pipelines of `diffusers`, made from configs, that take embeddings in place of prompts."""
+"""Small pipelines of `diffusers` that are given embeddings of prompts, one for each picture, and their seeds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ def vae(channels: int = 4) -> Any:
     torch.manual_seed(0)
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     made = AutoencoderKL(
-        block_out_channels=(4,) * 4, norm_num_groups=2, layers_per_block=1, latent_channels=channels, **kinds
+        block_out_channels=(4,) * 4,
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=channels,
+        shift_factor=0.1,
+        **kinds,
     )
     return made.eval()
 
@@ -48,6 +53,7 @@ class Pipe:
         settings: of every call.
         pictures: what else it is given for latents of rows × columns: pictures and masks.
         multiple: what the sides of the latent are a multiple of.
+        sized: whether it is told the size of the picture.
     """
 
     make: Callable[[], Any]
@@ -190,6 +196,7 @@ class Projection(torch.nn.Module):
 
     config = type("Config", (), {"projection_dim": 32})()
     dtype = torch.float32
+    device = torch.device("cpu")
 
 
 def transformer(name: str, family: str, scheduler: str, channels: int = 4, **more: Any) -> Callable[[], Any]:
@@ -237,7 +244,7 @@ PIPES = {
     "sdxl-refiner": Pipe(
         sdxl("StableDiffusionXLImg2ImgPipeline", ids=5, requires_aesthetics_score=True),
         pooled_too,
-        {},
+        {"strength": 0.8},
         with_picture,
         sized=False,
     ),
