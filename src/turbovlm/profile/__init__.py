@@ -1,7 +1,18 @@
-"""What a model costs: multiply-accumulates of one forward, and measured time and memory."""
+"""What a model costs: multiply-accumulates, measured time and memory, and how far merging changes its pictures."""
 
 from turbovlm.profile.compare import Comparison, Run, compare
 from turbovlm.profile.macs import macs
+from turbovlm.profile.pictures import Drift, PictureComparison, PictureRun, compare_pictures
 from turbovlm.profile.timing import Quartiles
 
-__all__ = ["Comparison", "Quartiles", "Run", "compare", "macs"]
+__all__ = [
+    "Comparison",
+    "Drift",
+    "PictureComparison",
+    "PictureRun",
+    "Quartiles",
+    "Run",
+    "compare",
+    "compare_pictures",
+    "macs",
+]

@@ -81,7 +81,7 @@ class Comparison:
 
     def speedup(self, name: str) -> Quartiles:
         """How many times faster than the model itself, over the rounds."""
-        return _ratios(self.baseline.seconds, self.run(name).seconds)
+        return ratios(self.baseline.seconds, self.run(name).seconds)
 
     def macs_ratio(self, name: str) -> float:
         """How many times fewer multiply-accumulates than the model itself."""
@@ -173,10 +173,8 @@ def compare(
         ConfigError: no config, a `rounds` or `warmup` that is no integer in range, or a config named `"model"`.
         TurboError: the model is accelerated already, or has no parameters.
     """
-    versions = _named(configs)
-    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 1 if compile else 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r}: must be an integer ≥ {least}")
+    versions = {name: _preparation(name, config) for name, config in named(configs).items()}
+    check_integers(rounds=(rounds, 1), warmup=(warmup, 1 if compile else 0))
     if any(True for _ in overrides(model)):
         raise TurboError("this model is accelerated already: compare against the model itself, after handle.remove()")
     batch = _batch(inputs)
@@ -185,7 +183,7 @@ def compare(
         raise TurboError(f"this {type(model).__name__} has no parameters, so no device and dtype to measure on")
     device, forwards, costs = weights.device, [], []
     for prepare in (_nothing, *versions.values()):
-        version = _twin(model)
+        version = twin(model)
         prepare(version)
         costs.append(macs(version, *_arguments(inputs)[0], **_arguments(inputs)[1]))
         forwards.append(_forward(torch.compile(version) if compile else version, inputs))
@@ -198,7 +196,7 @@ def compare(
     return Comparison(
         runs=tuple(runs),
         batch=batch,
-        device=_describe(device),
+        device=describe_device(device),
         dtype=str(weights.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         clock=CLOCKS.get(device.type, "wall-clock time"),
@@ -206,7 +204,12 @@ def compare(
     )
 
 
-def _named(configs: Any) -> dict[str, Prepare]:
+def named(configs: Any) -> dict[str, Any]:
+    """The versions to compare by name: a config alone, several, or a mapping, as `compare` takes them.
+
+    Raises:
+        ConfigError: none, several of one name, or one named as the model itself.
+    """
     if isinstance(configs, TurboConfig):
         configs = [configs]
     if not isinstance(configs, Mapping):
@@ -218,7 +221,18 @@ def _named(configs: Any) -> dict[str, Prepare]:
         raise ConfigError("configs: give at least one TurboConfig to compare the model with")
     if BASELINE in configs:
         raise ConfigError(f"configs: the name {BASELINE!r} is the model's own")
-    return {name: _preparation(name, config) for name, config in configs.items()}
+    return dict(configs)
+
+
+def check_integers(**values: tuple[Any, int]) -> None:
+    """Refuse a value that is no integer, or less than it may be: `name=(value, least)`.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    for name, (value, least) in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r}: must be an integer ≥ {least}")
 
 
 def _preparation(name: str, config: Any) -> Prepare:
@@ -234,7 +248,7 @@ def _nothing(_: Any) -> None:
     pass
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """A copy that shares the model's parameters and buffers."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared).eval()
@@ -264,11 +278,13 @@ def _batch(inputs: Any) -> int:
     raise ConfigError("inputs: no tensor among them, so the number of images per forward is not known")
 
 
-def _ratios(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
+def ratios(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
+    """How many times less the other took, round by round."""
     return Quartiles.of([a / b for a, b in zip(baseline, other)])
 
 
-def _describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
+    """For people: the GPU's name, or the kind of CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU" if device.type == "cpu" else str(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -28,17 +29,24 @@ def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     Returns:
         One multiplication with its addition counts as 1; published FLOPs of vision transformers mostly count this way.
     """
+    with torch.no_grad(), counting() as total:
+        model(*args, **kwargs)
+    return total()
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Callable[[], int]]:
+    """Counts what runs inside, as `macs` does; gives a function that tells the multiply-accumulates so far."""
     counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
     # Only the total is wanted; the tracker of submodules would hook autograd, which fails on a parameter as an input.
     counter.mod_tracker = _Untracked()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused nn.MultiheadAttention is one opaque operator
     try:
-        with torch.no_grad(), counter:
-            model(*args, **kwargs)
+        with counter:
+            yield lambda: counter.get_total_flops() // 2
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-    return counter.get_total_flops() // 2
 
 
 class _Untracked(ModuleTracker):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from turbovlm.errors import TurboError
 from turbovlm.profile.compare import Comparison
+from turbovlm.profile.pictures import PictureComparison
+from turbovlm.profile.timing import Quartiles
 
 TURBO, ARITHMETIC = "#0b6e99", "#c8102e"
 
@@ -60,6 +63,56 @@ def save_speedups(comparisons: Mapping[str, Comparison], path: str | Path, *, ti
         for axis in (speed, memory):
             axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def save_drifts(comparisons: Mapping[str, PictureComparison], path: str | Path, *, title: str = "") -> None:
+    """Draw what speed costs: drift of the latent against the step's speed-up, PSNR against the picture's.
+
+    Args:
+        comparisons: by the pictures' size; a row of the figure each.
+        path: a `.png`, `.svg` or `.pdf` file.
+        title: above the figure.
+
+    Raises:
+        TurboError: the file cannot be written.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.6 + 3.3 * len(comparisons)), layout="constrained")
+    axes = figure.subplots(len(comparisons), 2, squeeze=False)
+    for (name, comparison), (latent, decoded) in zip(comparisons.items(), axes):
+        runs = comparison.runs[1:]
+        drifts = [run.drift.latent for run in runs]
+        ratios = [run.drift.psnr for run in runs]
+        _curve(latent, [run.name for run in runs], [comparison.step_speedup(run.name) for run in runs], drifts)
+        _curve(decoded, [run.name for run in runs], [comparison.speedup(run.name) for run in runs], ratios)
+        latent.set_ylim(bottom=0)
+        latent.set_xlabel(f"speed-up of a denoising step ({comparison.clock})")
+        latent.set_ylabel("drift of the last latent")
+        decoded.set_xlabel("speed-up of a picture")
+        decoded.set_ylabel("PSNR of the picture [dB]")
+        latent.set_title(f"{name} pixels\n{comparison.conditions}", fontsize=9, loc="left")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _curve(axis: Any, names: list[str], speedups: list[Quartiles], values: list[float]) -> None:
+    """Versions as points joined in the order of their speed, with quartiles."""
+    medians = [q.median for q in speedups]
+    whiskers = [[q.median - q.low for q in speedups], [q.high - q.median for q in speedups]]
+    axis.errorbar(medians, values, xerr=whiskers, fmt="none", ecolor=TURBO, capsize=3)
+    order = sorted(range(len(names)), key=lambda i: medians[i])
+    axis.plot([medians[i] for i in order], [values[i] for i in order], marker="o", color=TURBO)
+    for name, x, y in zip(names, medians, values):
+        axis.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.margins(x=0.15, y=0.15)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, path: str | Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

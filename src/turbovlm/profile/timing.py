@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -98,23 +99,34 @@ def _highest_sum(changes: Iterable[int]) -> int:
     return highest
 
 
+def mark(device: torch.device) -> Any:
+    """A moment on the device's clock, for `elapsed`; free of waiting where the device keeps its own time."""
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def elapsed(start: Any, end: Any) -> float:
+    """Seconds between two marks, once the device has passed both."""
+    if isinstance(start, torch.cuda.Event):
+        return float(start.elapsed_time(end)) / 1e3
+    return float(end - start)
+
+
 def _seconds(forward: Forward, device: torch.device) -> tuple[float, float]:
     """One run's seconds by the device's clock and by the wall's."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
-        begun = time.perf_counter()
-        start.record()
-        forward()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3, time.perf_counter() - begun
-    begun, used = time.perf_counter(), time.process_time()
+    begun, start = time.perf_counter(), mark(device)
     forward()
-    if device.type == "mps":
-        torch.mps.synchronize()
-    used, wall = time.process_time() - used, time.perf_counter() - begun
-    return (used if device.type == "cpu" else wall), wall
+    end = mark(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return elapsed(start, end), time.perf_counter() - begun
 
 
 @contextlib.contextmanager

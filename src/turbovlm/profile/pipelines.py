@@ -1,0 +1,259 @@
+"""A pipeline of `diffusers` that is watched as it makes pictures: when its denoiser ran, and what it ended in."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from turbovlm.config import TurboConfig
+from turbovlm.diffusion.install import DENOISERS
+from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
+from turbovlm.handle import apply, overrides
+from turbovlm.profile.compare import twin
+from turbovlm.profile.macs import counting
+from turbovlm.profile.timing import elapsed, mark, peak_memory
+
+PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "a bowl of fruit on a wooden table, oil painting",
+    "a lighthouse at dusk, waves against the rocks",
+    "a red fox in the snow, close up",
+)
+"""What pictures are made of where nothing else is asked for."""
+CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)
+"""The same for ImageNet's classes: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox."""
+
+Prompt = str | int | Sequence[str | int] | None
+
+
+@dataclass
+class Call:
+    """One call of the pipeline: marks before and after each forward of its denoiser, and its scheduler's steps."""
+
+    marks: list[tuple[Any, Any]] = field(default_factory=list)
+    steps: int = 0
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds in the denoiser per step of the scheduler."""
+        return sum(elapsed(start, end) for start, end in self.marks) / self.steps
+
+
+class WatchedPipeline:
+    """A twin of a pipeline: the same weights, but a denoiser and a scheduler that are objects of its own.
+
+    So what is put into one leaves the others, and the pipeline itself, as they are. It draws no progress bar, and has
+    no safety checker, which would turn a picture black.
+
+    Attributes:
+        calls: of `draw`, in order.
+        latent: what the scheduler gave last, `[batch, …]`.
+        picture: what the last `draw` gave, `[batch, 3, height, width]` in [0, 1].
+    """
+
+    def __init__(
+        self, pipe: Any, inputs: Mapping[str, Any], seeds: Sequence[int], config: TurboConfig | None = None
+    ) -> None:
+        self._name, denoiser = find_denoiser(pipe)
+        self._inputs, self._seeds = inputs, seeds
+        self._pipe, self._denoiser = copy.copy(pipe), twin(denoiser)
+        setattr(self._pipe, self._name, self._denoiser)
+        self._pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        self._pipe.set_progress_bar_config(disable=True)
+        if getattr(pipe, "safety_checker", None) is not None:
+            self._pipe.safety_checker = None
+        if config is not None:
+            apply(self._pipe, config)
+        step = self._pipe.scheduler.step
+        self._pipe.scheduler.step = functools.update_wrapper(functools.partial(self._step, step), step)
+        self.device = execution_device(self._pipe)
+        self.calls: list[Call] = []
+        self.latent: Tensor
+        self.picture: Tensor
+        self._arguments: tuple[Any, Any] = (), {}
+
+    def count(self, steps: int) -> float:
+        """Multiply-accumulates of a step's forwards of the denoiser, on average over the first `steps` of a picture.
+
+        They are counted as the picture is made; call it before `watch`.
+        """
+        total, forward = 0, self._denoiser.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal total
+            self._arguments = args, kwargs
+            with counting() as so_far:
+                out = forward(*args, **kwargs)
+            total += so_far()
+            return out
+
+        own = self._denoiser.__dict__.get("forward")
+        self._denoiser.forward = counted
+        self.calls.append(Call())
+        self._call(steps)
+        taken = self.calls.pop().steps
+        del self._denoiser.forward
+        if own is not None:
+            self._denoiser.forward = own
+        return total / taken
+
+    def watch(self, compile: bool) -> None:
+        """Compile the denoiser if that is wanted, and note from now on when it runs."""
+        module: Any = torch.compile(self._denoiser) if compile else self._denoiser
+        setattr(self._pipe, self._name, module)
+        module.register_forward_pre_hook(lambda *_: self.calls[-1].marks.append((mark(self.device), None)))
+        module.register_forward_hook(self._ended)
+
+    def draw(self) -> None:
+        """Make the pictures; the same ones every time."""
+        self.calls.append(Call())
+        self.picture = self._call()
+
+    def peak(self, steps: int) -> int | None:
+        """`peak_memory` of a picture of so few steps, which take as much as many."""
+        self.calls.append(Call())
+        peak = peak_memory(lambda: self._call(steps), self.device)
+        self.calls.pop()
+        return peak
+
+    @torch.no_grad()
+    def peak_of_step(self) -> int | None:
+        """`peak_memory` of one forward of the denoiser, that decides anew what is merged."""
+        args, kwargs = self._arguments
+        module = getattr(self._pipe, self._name)
+        self.calls.append(Call())
+        module(*args, **kwargs)  # may merge as the step before it did; the next one does not
+        peak = peak_memory(lambda: module(*args, **kwargs), self.device)
+        self.calls.pop()
+        return peak
+
+    def _call(self, steps: int | None = None) -> Tensor:
+        few = {} if steps is None else {"num_inference_steps": steps}
+        # One generator per picture, on the CPU: the same noise on every device and in every batch.
+        generator = [torch.Generator().manual_seed(seed) for seed in self._seeds]
+        picture: Tensor = self._pipe(**{**self._inputs, **few}, generator=generator).images
+        return picture
+
+    def _step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls[-1].steps += 1
+        out = method(*args, **kwargs)
+        self.latent = out[0]
+        return out
+
+    def _ended(self, *_: Any) -> None:
+        marks = self.calls[-1].marks
+        marks[-1] = marks[-1][0], mark(self.device)
+
+
+def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
+    """A pipeline's denoiser, and what the pipeline calls it.
+
+    Raises:
+        UnsupportedModelError: it has none.
+        TurboError: the denoiser is accelerated already.
+    """
+    for name in DENOISERS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module) and not isinstance(pipe, nn.Module):
+            if any(True for _ in overrides(module)):
+                raise TurboError(
+                    "this pipeline is accelerated already: compare against it itself, after handle.remove()"
+                )
+            return name, module
+    raise UnsupportedModelError(
+        f"{type(pipe).__name__} is no pipeline with a denoiser ({' or '.join(DENOISERS)}); "
+        "turbovlm.profile.compare measures a model alone"
+    )
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Where it computes, be its weights elsewhere until then."""
+    device: torch.device = pipe._execution_device
+    return device
+
+
+def inputs_of(
+    pipe: Any, size: tuple[int, int] | None, batch: int, steps: int, prompt: Prompt, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a pipeline's call takes, by name.
+
+    Args:
+        pipe: any pipeline from text or classes to pictures.
+        size: height and width in pixels; None for its own.
+        batch: pictures.
+        steps: denoising steps.
+        prompt: one or several, taken in turn; class numbers where it makes pictures of classes; None for some.
+        more: what else it is given, or in place of these.
+
+    Raises:
+        ConfigError: a size that the pipeline refuses or would change, or a prompt of the wrong kind.
+        TurboError: the pipeline takes neither words nor classes, or has no text encoder.
+    """
+    accepted = _accepted(pipe)
+    inputs: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt"}
+    if size is not None:
+        check_size(pipe, size)
+        inputs |= {"height": size[0], "width": size[1]}
+    if "use_resolution_binning" in accepted:
+        inputs["use_resolution_binning"] = False  # else the size would be another, and the picture resized
+    if takes_classes(pipe):
+        inputs["class_labels"] = _in_turn(prompt, CLASSES, int, batch)
+    elif "prompt_embeds" not in more:
+        if "prompt" not in accepted:
+            raise TurboError(f"{type(pipe).__name__} takes neither a prompt nor class labels")
+        if all(part is None for name, part in pipe.components.items() if name.startswith("text_encoder")):
+            raise TurboError(f"this {type(pipe).__name__} has no text encoder: give inputs with prompt_embeds")
+        inputs["prompt"] = _in_turn(prompt, PROMPTS, str, batch)
+    return {**inputs, **more}
+
+
+def takes_classes(pipe: Any) -> bool:
+    """Whether it makes pictures of class numbers, and not of texts."""
+    return "class_labels" in _accepted(pipe)
+
+
+def _accepted(pipe: Any) -> Mapping[str, Any]:
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def _in_turn(prompt: Prompt, default: Sequence[Any], kind: type, batch: int) -> list[Any]:
+    given = default if prompt is None else [prompt] if isinstance(prompt, str | int) else list(prompt)
+    if not given or any(not isinstance(one, kind) for one in given):
+        what = "class numbers" if kind is int else "texts"
+        raise ConfigError(f"prompt={prompt!r}: this pipeline makes pictures of {what}")
+    return [given[i % len(given)] for i in range(batch)]
+
+
+def check_size(pipe: Any, size: tuple[int, int]) -> None:
+    """Refuse a size that the pipeline refuses, or that it would change.
+
+    Raises:
+        ConfigError: naming what is allowed.
+    """
+    shown = f"size={size!r}"
+    if "height" not in _accepted(pipe):
+        raise ConfigError(f"{shown}: {type(pipe).__name__} makes pictures of one size only")
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
+    if len(size) != 2 or not whole:
+        raise ConfigError(f"{shown}: must be two integers ≥ 1, height and width in pixels")
+    multiple = size_multiple(pipe)
+    if any(side % multiple for side in size):
+        raise ConfigError(f"{shown}: {type(pipe).__name__} makes pictures of multiples of {multiple} pixels a side")
+
+
+def size_multiple(pipe: Any) -> int:
+    """What the sides of its pictures are multiples of, in pixels: of 8, and of what makes a token."""
+    per_latent = int(getattr(pipe, "vae_scale_factor", 8))
+    patch = int(find_denoiser(pipe)[1].config.get("patch_size") or 1)  # type: ignore[union-attr, operator]
+    processor = getattr(getattr(pipe, "image_processor", None), "config", None)
+    packed = 1 if processor is None else int(processor.get("vae_scale_factor") or 1)
+    return math.lcm(8, per_latent * patch, packed)
