@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -49,17 +50,25 @@ def load_model(
         raise TurboError(f"{spec!r}: {library!r} is none of {', '.join(_LOADERS)}")
     if library == "transformers" and name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise TurboError(f"{spec!r}: there is no such folder")
+    with loading(spec, library), contextlib.nullcontext() if pretrained else torch.device(device):
+        return _LOADERS[library](name, image_size, pretrained).eval().to(device)
+
+
+@contextlib.contextmanager
+def loading(spec: str, library: str) -> Iterator[None]:
+    """Whatever a library raises for a name, a size or a file that it does not like becomes a `TurboError`.
+
+    Raises:
+        TurboError: also where the library is not installed.
+    """
     if importlib.util.find_spec("turbovlm.zoo" if library == "zoo" else library) is None:
         raise TurboError(f"{spec!r} needs {library}: pip install 'turbovlm[{library}]'")
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_without_warnings())
-            if not pretrained:
-                stack.enter_context(torch.device(device))
-            return _LOADERS[library](name, image_size, pretrained).eval().to(device)
+        with _without_warnings():
+            yield
     except TurboError:
         raise
-    except Exception as error:  # whatever the library raises for a name, a size or a file that it does not like
+    except Exception as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(".") or type(error).__name__
         raise TurboError(f"{spec!r}: {library} could not build it: {reason}{_hint(spec)}") from error
 
@@ -137,11 +146,13 @@ def write_json(path: str, content: Any) -> None:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Without the libraries' remarks on random weights and on failed downloads, which end in an error anyway."""
+    """Without the libraries' remarks on random weights, deprecations, and failed downloads, which end in an error."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.disable(before)
 
@@ -210,7 +221,7 @@ def _zoo(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
     from turbovlm.zoo import load_saliency_vit
 
     if name != "saliency":
-        raise TurboError(f"'zoo:{name}': there is zoo:saliency")
+        raise TurboError(f"'zoo:{name}': there is zoo:saliency, and zoo:emoji for turbovlm bench")
     if not pretrained:
         raise TurboError("'zoo:saliency' is a pretrained model: give --pretrained")
     model: Any = load_saliency_vit()

@@ -1,0 +1,81 @@
+"""What every kind of `turbovlm bench` asks for: a device, a progress bar, the versions of what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from turbovlm.errors import ConfigError, TurboError
+
+
+def check_numbers(args: argparse.Namespace, *names: str) -> None:
+    """Refuse counts that are none; `--warmup` may be 0 where nothing is compiled.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name in names:
+        value, least = getattr(args, name), 0 if name == "warmup" and not args.compile else 1
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: must be an integer ≥ {least}")
+
+
+def check_plot(path: str | None) -> None:
+    """Refuse a plot that could not be drawn.
+
+    Raises:
+        TurboError: naming what is missing.
+    """
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TurboError("--plot needs matplotlib: pip install 'turbovlm[plot]'")
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise TurboError(f"--plot {path}: must end in .png, .svg or .pdf")
+
+
+def device_named(name: str | None) -> str:
+    """A device to measure on: CUDA where there is one, unless another is named.
+
+    Raises:
+        TurboError: PyTorch cannot use it.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise TurboError(f"--device {name}: PyTorch {torch.__version__} cannot use it: {reason}") from error
+    if name == "meta":
+        raise TurboError("--device meta: computes nothing that could be timed")
+    return name
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, what: str = "measuring") -> Iterator[Callable[[int], object]]:
+    """On standard error; gives a function that advances it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def versions_used(*libraries: str) -> dict[str, str]:
+    """Of turbovlm, PyTorch, Python and these libraries."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    from turbovlm import __version__
+
+    own = {"turbovlm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in libraries}
