@@ -250,11 +250,12 @@ def test_the_command_line_with_random_weights(folder, tmp_path, capsys):
 
 def test_the_command_line_with_weights(folder, tmp_path, capsys):
     plot, out = tmp_path / "drift.png", tmp_path / "bench.json"
-    argv = [f"diffusers:{folder}", "--pretrained", "--keep", "0.5", "1.0", "--steps", "2", "--batch", "2"]
+    argv = [f"diffusers:{folder}", "--pretrained", "--keep", "0.5", "1.0", "0.9999", "--steps", "2", "--batch", "2"]
     more = ["--prompt", "a cat", "7", "--seed", "3", "--guidance-scale", "0", "--components", "attention", "ffn"]
     assert bench(*argv, *more, "--plot", plot, "--json", out) == 0
     printed = capsys.readouterr().out
     assert "attention and ffn alone" in printed and "PSNR" in printed and "same" in printed
+    assert "…" not in printed
     assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("diffusers:"))
     found = json.loads(out.read_text())
     half = found["pictures"]["64x64"]["runs"][1]

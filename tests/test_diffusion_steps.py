@@ -9,7 +9,7 @@ import torch
 
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs, words
-from test_diffusion import picture, pipeline, run
+from test_diffusion import picture, pipeline, run, under_way
 from turbovlm.diffusion import deciding
 from turbovlm.diffusion.deciding import mean_attention, text_attention, twins_of
 from turbovlm.errors import ConfigError, TurboError
@@ -134,8 +134,9 @@ def test_other_pictures_never_merge_alike():
 
 def test_twins():
     latent = noise(0, 2, 4, 8, 8)
-    twins = twins_of(torch.cat([latent, latent[1:]]))
-    assert torch.equal(twins, torch.tensor([[1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]]))
+    halves = twins_of(torch.cat([latent, latent[1:], latent[1:]]))
+    assert torch.equal(halves, torch.tensor([[1, 0, 0, 0], [0, 0.5, 0, 0.5], [0, 0, 1, 0], [0, 0.5, 0, 0.5]]))
+    assert torch.equal(twins_of(latent[:1].expand(3, 4, 8, 8)), torch.full((3, 3), 1 / 3))
     assert torch.equal(twins_of(torch.full((2, 4), torch.nan)), torch.eye(2))
 
 
@@ -176,7 +177,8 @@ def test_cross_attention_is_guided_by_the_text():
 @torch.no_grad()
 def test_large_pictures_merge_within_bands():
     model = DENOISERS["sd15"]()
-    with turbovlm.apply(model, keep=0.3):
+    with turbovlm.apply(model, keep=0.3) as handle:
+        under_way(handle)
         block = model.down_blocks[0].attentions[0].transformer_blocks[0]
         block(noise(3, 1, 96 * 96, 32), encoder_hidden_states=words(1))
         merge = plan_of(model).held["down_blocks.0:0"]

@@ -65,7 +65,7 @@ def _pictures(pipe: Any, configs: dict[str, TurboConfig], sizes: list[Any], args
         console.print(
             f"{args.model}, {width}x{height} pixels{_settings(args)}", highlight=False, markup=False, soft_wrap=True
         )
-        console.print(picture_table(comparison, drift=args.pretrained))
+        console.print(picture_table(comparison, drift=args.pretrained), "")
     if args.plot:
         from turbovlm.profile.plot import save_drifts
 
@@ -150,33 +150,36 @@ def picture_table(comparison: PictureComparison, drift: bool) -> Any:
     from rich.table import Table
 
     without = "" if drift else "\nrandom weights: of drift and PSNR only --pretrained tells"
-    table = Table(
-        box=SIMPLE_HEAD, caption=comparison.conditions + without, caption_justify="left", padding=(0, 1, 0, 0)
-    )
+    caption = comparison.conditions + without
+    table = Table(box=SIMPLE_HEAD, show_edge=False, caption=caption, caption_justify="left", padding=(0, 1, 0, 0))
     for _ in range(2):
         table.add_column("", no_wrap=True)
     columns = ["s", "speed-up", "quartiles", "MACs\nratio", "peak\nMB", *(["drift", "PSNR\ndB"] if drift else [])]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for run in comparison.runs:
-        psnr = "same" if math.isinf(run.drift.psnr) else f"{run.drift.psnr:.2f}"
+        psnr = "same" if math.isinf(run.drift.psnr) else f"{run.drift.psnr:.1f}"
         changed = (f"{run.drift.latent:.4f}", psnr) if drift else ()
         seconds = comparison.seconds_per_picture(run.name), comparison.seconds_per_step(run.name)
         picture, step = comparison.speedup(run.name), comparison.step_speedup(run.name)
         table.add_row(
-            run.name, "picture", f"{seconds[0]:.4g}", *_quartiles(picture), "", _megabytes(run.peak_bytes), *changed
+            run.name, "picture", _short(seconds[0]), *_quartiles(picture), "", _megabytes(run.peak_bytes), *changed
         )
         ratio = f"{comparison.macs_ratio(run.name):.3f}x"
-        table.add_row("", "step", f"{seconds[1]:.4g}", *_quartiles(step), ratio, _megabytes(run.step_peak_bytes))
+        table.add_row("", "step", _short(seconds[1]), *_quartiles(step), ratio, _megabytes(run.step_peak_bytes))
     return table
 
 
 def _quartiles(found: Any) -> tuple[str, str]:
-    return f"{found.median:.3f}x", f"{found.low:.3f}–{found.high:.3f}"
+    return f"{found.median:.3f}x", f"{found.low:.2f}–{found.high:.2f}"
 
 
 def _megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.1f}"
+    return "" if count is None else _short(count / 1e6)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _configs(args: argparse.Namespace) -> dict[str, TurboConfig]:

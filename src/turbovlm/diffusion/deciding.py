@@ -15,7 +15,7 @@ from torch import Tensor
 
 from turbovlm.config import TurboConfig
 from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
-from turbovlm.errors import ConfigError
+from turbovlm.errors import ConfigError, StateError
 from turbovlm.functional.informativity import candidates_of, information_degree, mutual_redundancy, needs_semantic
 from turbovlm.functional.matching import Merge, bipartite_merge
 from turbovlm.functional.partition import count, partition_tokens
@@ -48,12 +48,18 @@ def decide(
 
     Raises:
         ConfigError: the tokens fill no grid that is known.
+        StateError: only some of them were given.
     """
     config = plan.config
     assert config.keep is not None
     rows, columns = plan.grid or config.grid or _square(x)
     tokens = rows * columns
-    features = x[:, x.shape[1] - tokens :] if spot.part.text_in_front else x
+    if x.shape[1] != tokens and not spot.part.text_in_front:
+        raise StateError(
+            f"{spot.name} was given {x.shape[1]} of {tokens} tokens: something cuts them into chunks, which cannot be "
+            "merged"
+        )
+    features = x[:, x.shape[1] - tokens :]
     r = tokens - math.floor(config.keep * tokens + 0.5)
     if tokens < fewest(config):
         r = 0
@@ -68,8 +74,12 @@ def decide(
     pairs = plan.pairs[spot.group]
     semantic = None
     if needs_semantic(config.degree):
-        by_text = text is not None and bool(getattr(part, "is_cross_attention", False))
-        semantic = text_attention(part, features, text, bias) if by_text else mean_attention(guide, features)
+        if text is not None and getattr(part, "is_cross_attention", False):
+            semantic = text_attention(part, features, text, bias)
+        elif getattr(guide, "is_cross_attention", False):  # a block without self-attention: nothing says what matters
+            semantic = features.new_zeros(features.shape[:2])
+        else:
+            semantic = mean_attention(guide, features)
         semantic = candidates_of(_shared(plan, semantic), pairs.split.candidates)
     e = information_degree(
         pairs.redundancy,
@@ -85,14 +95,18 @@ def decide(
     return bipartite_merge(e, pairs.partner, pairs.split, r, tokens, order="spatial", reduce=config.reduce)
 
 
-def twins_of(latent: Tensor) -> Tensor:
-    """For each picture of a batch, the share of each that has the same latent, `[batch, batch]`; rows sum to 1.
+def twins_of(latents: Tensor) -> Tensor:
+    """For each latent of a batch, the share of each that is the same one, `[batch, batch]`; rows sum to 1.
 
-    Both halves of classifier-free guidance denoise one latent, so this says which pictures belong together without
-    asking the pipeline, and never takes two pictures for one.
+    Both halves of classifier-free guidance denoise one latent, and so do the thirds of some other kinds. This tells
+    which belong together without asking the pipeline; other latents are never taken for the same.
     """
-    flat = latent.flatten(1)
-    same = (flat.unsqueeze(0) == flat.unsqueeze(1)).all(dim=-1) | torch.eye(len(flat), dtype=torch.bool).to(flat.device)
+    flat, batch = latents.flatten(1), len(latents)
+    place = torch.arange(batch, device=flat.device)
+    apart = place.unsqueeze(0) - place.unsqueeze(1)
+    parts = [batch // count for count in (2, 3) if batch % count == 0]
+    allowed = torch.stack([apart % part == 0 for part in parts or [batch]]).any(dim=0)
+    same = (flat.unsqueeze(0) == flat.unsqueeze(1)).all(dim=-1) & allowed | (apart == 0)
     return same / same.sum(dim=-1, keepdim=True)
 
 
@@ -134,7 +148,7 @@ def _attention_row(project: Any, norm: Any, guide: Tensor, x: Tensor) -> Tensor:
     """
     heads, width = guide.shape[1], guide.shape[-1]
     guide = guide * width**-0.5
-    if norm is None and type(project) is nn.Linear and "forward" not in project.__dict__:
+    if norm is None and type(project) is nn.Linear and "forward" not in project.__dict__ and _is_plain(project.weight):
         along = torch.einsum("bhqd,hdc->bhc", guide, project.weight.view(heads, width, -1))
         scores = torch.matmul(x, along.transpose(1, 2))
     else:
@@ -142,6 +156,11 @@ def _attention_row(project: Any, norm: Any, guide: Tensor, x: Tensor) -> Tensor:
         made = made if norm is None else norm(made.transpose(1, 2)).transpose(1, 2)
         scores = (made * guide.transpose(1, 2)).sum(dim=-1)
     return scores.float().softmax(dim=1).mean(dim=2)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is a tensor of PyTorch's own, not one that a quantiser or FSDP has put there."""
+    return type(weight) is nn.Parameter
 
 
 def _square(x: Tensor) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+import inspect
 from typing import Any
 
 import torch.nn as nn
@@ -79,28 +79,37 @@ def plan_diffusion(model: nn.Module, config: TurboConfig, pipe: Any = None) -> D
         UnsupportedModelError: blocks in a model that turbovlm does not know, such as a video's.
     """
     _check(config, pipe)
-    stages: dict[str, list[tuple[str, nn.Module, Block]]] = {}
-    modules = dict(model.named_modules())
+    stages: dict[str, list[tuple[str, Block]]] = {}
+    modules, roots = dict(model.named_modules()), [f"{root}." if root else "" for root in _roots(model)]
     for name, module in modules.items():
         block = block_of(module)
         if block is not None:
             _check_holder(name, modules)
-            stages.setdefault(_stage(name), []).append((name, module, block))
+            root = next((root for root in roots if name.startswith(root)), "")
+            stages.setdefault(root + _stage(name.removeprefix(root)), []).append((name, block))
     spots: list[Spot] = []
     groups: list[str] = []
     for stage, blocks in stages.items():
-        for index, (name, module, block) in enumerate(blocks):
+        for index, (name, block) in enumerate(blocks):
             if index % SHARED_BY == 0:
                 groups.append(f"{stage}:{index // SHARED_BY}")
-                led: set[str] = set()
-            for part in block.parts:
-                if part.component in config.components and getattr(module, part.path, None) is not None:
-                    path = f"{name}.{part.path}"
-                    spot = Spot(path, part, groups[-1], len(groups) - 1, True, f"{name}.{block.guide}")
-                    spots.append(replace(spot, leads=spot.merge not in led))
-                    led.add(spot.merge)
-    families = dict.fromkeys(block.family for blocks in stages.values() for _, _, block in blocks)
+            spots += [
+                Spot(f"{name}.{part.path}", part, groups[-1], len(groups) - 1, f"{name}.{block.guide}")
+                for part in block.parts
+                if part.component in config.components and getattr(modules[name], part.path, None) is not None
+            ]
+    families = dict.fromkeys(block.family for blocks in stages.values() for _, block in blocks)
     return DiffusionPlan(config, ", ".join(families), tuple(spots), pipe=pipe if config.refresh > 1 else None)
+
+
+def _roots(model: nn.Module) -> list[str]:
+    """Paths of the outermost denoisers in it."""
+    roots: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(f"{name}.".startswith(f"{root}.") or root == "" for root in roots)
+        if not inside and MODEL in class_paths(module) and is_denoiser(module):
+            roots.append(name)
+    return roots
 
 
 def _check(config: TurboConfig, pipe: Any) -> None:
@@ -148,16 +157,14 @@ def install_diffusion(model: nn.Module, plan: DiffusionPlan) -> None:
     for spot in plan.spots:
         module = model.get_submodule(spot.name)
         _override(module, part_forward, plan, spot, model.get_submodule(spot.guide))
-    roots: list[str] = []
+    roots = _roots(model)
     for name, module in model.named_modules():
-        paths = set(class_paths(module))
-        begins = MODEL in paths and not any(f"{name}.".startswith(f"{root}." if root else "") for root in roots)
-        if begins and is_denoiser(module):
-            roots.append(name)
-        elif not paths & PICTURES:
-            continue
-        config: Any = module.config
-        _override(module, denoiser_forward, plan, begins, int(config.get("patch_size") or 1) if paths & PICTURES else 0)
+        pictured = bool(set(class_paths(module)) & PICTURES)
+        if name in roots or pictured:
+            config: Any = module.config
+            names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+            patch = int(config.get("patch_size") or 1) if pictured else 0
+            _override(module, denoiser_forward, plan, name in roots, patch, names)
 
 
 def _check_cache(model: nn.Module, name: str) -> None:
@@ -172,7 +179,9 @@ def _check_cache(model: nn.Module, name: str) -> None:
 
 
 def _override(module: nn.Module, function: Any, plan: DiffusionPlan, *fixed: Any) -> None:
+    """Put `function` in the place of the module's forward, below the hook that accelerate has put around it."""
     method = type(module).forward  # looked up here: Dynamo does not look it up on classes that are allowed in graphs
-    forward = functools.partial(function, module, plan, module.__dict__.get("forward"), method, *fixed)
+    name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    forward = functools.partial(function, module, plan, module.__dict__.get(name), method, *fixed)
     functools.update_wrapper(forward, method.__get__(module))
-    module.forward = forward
+    setattr(module, name, forward)

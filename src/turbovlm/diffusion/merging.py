@@ -6,8 +6,9 @@ The merge is decided once for a group of blocks, on what its first part reads, a
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,7 @@ from torch import Tensor
 from turbovlm.diffusion.deciding import decide, fewest, twins_of
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
 from turbovlm.diffusion.steps import follow
-from turbovlm.errors import StateError
+from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.functional.backend import is_readable
 from turbovlm.functional.matching import Merge
 
@@ -35,54 +36,59 @@ def part_forward(
     forward = functools.partial(method, module) if inner is None else inner
     if not plan.active:
         return forward(*args, **kwargs)
+    _check_running(plan, spot)
     x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
     kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    if spot.leads and (plan.decides or not _fits(plan.held.get(spot.merge), spot, x)):
-        text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
-        plan.held[spot.merge] = decide(plan, spot, guide, module, x, text, kwargs.get("attention_mask"))
-    merge = _held(plan, spot, x)
+    text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
+    merge = _merge_of(plan, spot, guide, module, x, text, kwargs.get("attention_mask"))
     if merge is None:
         return forward(x, *rest, **kwargs)
-    if not spot.part.merges:
-        return _restored(spot, merge, forward(x, *rest, **kwargs))
     _check_positions(spot, kwargs)
-    text = x.shape[1] - merge.weights.shape[1]
-    x = merge.merge(x) if text == 0 else torch.cat([x[:, :text], merge.merge(x[:, text:])], dim=1)
+    front = x.shape[1] - merge.weights.shape[1]
+    x = merge.merge(x) if front == 0 else torch.cat([x[:, :front], merge.merge(x[:, front:])], dim=1)
     if kwargs.get("image_rotary_emb") is not None:
         out = _one_by_one(forward, merge, x, rest, kwargs)
     else:
         out = forward(x, *rest, **kwargs)
-    return _restored(spot, merge, out) if spot.part.restores else out
+    return _restored(spot, merge, out)
 
 
-def _held(plan: DiffusionPlan, spot: Spot, x: Tensor) -> Merge | None:
-    """The merge of the part's group, which a part before it has decided in this forward.
+def _check_running(plan: DiffusionPlan, spot: Spot) -> None:
+    """Refuse to go by what an earlier forward has left; but gradient checkpointing runs a part of it once more.
 
     Raises:
-        StateError: none has, or of other pictures.
+        StateError: no forward of the denoiser is under way that is known of.
     """
-    merge = plan.held.get(spot.merge, _NEVER)
-    if merge is _NEVER:
+    if not plan.running and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
         raise StateError(
-            f"{spot.name} runs without the block before it that decides what is merged: something skips blocks, such "
-            "as a cache between steps; handle.remove() gives the model back"
+            f"{spot.name} runs outside of its denoiser's forward, or that was replaced since turbovlm.apply: remove "
+            "and apply again"
         )
-    if isinstance(merge, Merge) and spot.part.merges and not _fits(merge, spot, x):
+
+
+def _merge_of(
+    plan: DiffusionPlan, spot: Spot, guide: Any, part: Any, x: Tensor, text: Any, bias: Tensor | None
+) -> Merge | None:
+    """The merge of the part's group, decided by the first of it that runs in a forward.
+
+    Raises:
+        StateError: some of the latents only.
+    """
+    if x.shape[0] != plan.batch:
         raise StateError(
-            f"{spot.name} was given {tuple(x.shape[:2])} of {tuple(merge.weights.shape)} (batch, tokens): something "
-            "skips the block that decides what is merged, runs it again, as gradient checkpointing does, or cuts the "
-            "tokens into chunks; handle.remove() gives the model back"
+            f"{spot.name} was given {x.shape[0]} of {plan.batch} latents: something cuts the batch into chunks, which "
+            "cannot be merged"
         )
-    return cast("Merge | None", merge)
+    held = plan.held.get(spot.merge)
+    if spot.merge not in plan.decided or (held is not None and not _fits(held, spot, x)):
+        held = decide(plan, spot, guide, part, x, text, bias)
+        plan.held[spot.merge] = held
+        plan.decided.add(spot.merge)
+    return held
 
 
-_NEVER = object()
-
-
-def _fits(merge: Merge | None, spot: Spot, x: Tensor) -> bool:
+def _fits(merge: Merge, spot: Spot, x: Tensor) -> bool:
     """Whether a merge is of as many pictures and tokens as `x`."""
-    if merge is None:
-        return False
     batch, tokens = merge.weights.shape
     return batch == x.shape[0] and (tokens <= x.shape[1] if spot.part.text_in_front else tokens == x.shape[1])
 
@@ -111,7 +117,7 @@ def _one_by_one(forward: Any, merge: Merge, x: Tensor, rest: tuple[Any, ...], kw
     for i, tokens in enumerate(torch.split(x, 1)):
         text = len(kwargs["image_rotary_emb"][0]) - merge.weights.shape[1]
         index = torch.cat([torch.arange(text, device=x.device), kept[i] + text])
-        own = {name: value[i : i + 1] if _of_batch(value, x) else value for name, value in kwargs.items()}
+        own = {name: _of_one(value, i, len(x)) for name, value in kwargs.items()}
         own["image_rotary_emb"] = tuple(angles[index] for angles in kwargs["image_rotary_emb"])
         outs.append(forward(tokens, *rest, **own))
     if isinstance(outs[0], Tensor):
@@ -119,8 +125,11 @@ def _one_by_one(forward: Any, merge: Merge, x: Tensor, rest: tuple[Any, ...], kw
     return tuple(torch.cat(parts) for parts in zip(*outs))
 
 
-def _of_batch(value: Any, x: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(x)
+def _of_one(value: Any, index: int, batch: int) -> Any:
+    """What belongs to one picture of an argument: of tensors with an entry for each, also in lists."""
+    if isinstance(value, Tensor):
+        return value[index : index + 1] if value.ndim > 1 and len(value) == batch else value
+    return [_of_one(one, index, batch) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _restored(spot: Spot, merge: Merge, out: Any) -> Any:
@@ -133,29 +142,81 @@ def _restored(spot: Spot, merge: Merge, out: Any) -> Any:
 
 
 def denoiser_forward(
-    module: nn.Module, plan: DiffusionPlan, inner: Any, method: Any, begins: bool, patch: int, *args: Any, **kwargs: Any
+    module: nn.Module,
+    plan: DiffusionPlan,
+    inner: Any,
+    method: Any,
+    begins: bool,
+    patch: int,
+    names: tuple[str, ...],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """The forward of what knows how tokens lie: a denoiser, which `begins` a step, or what holds blocks inside it.
+    """The forward of what knows how tokens lie: a denoiser, or what holds blocks inside it.
 
     Args:
+        begins: whether it is a denoiser, and not what is inside.
         patch: latent pixels a side of a token; 0 where the module is given no picture, or splits it later.
+        names: of the arguments.
     """
     forward = functools.partial(method, module) if inner is None else inner
     if not plan.active:
         return forward(*args, **kwargs)
-    picture: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-    if begins:
-        _begin(plan, picture)
-    places = kwargs.get("img_ids")
-    if patch:
-        plan.grid = (picture.shape[-2] // patch, picture.shape[-1] // patch)
-    elif places is not None and is_readable(places):
-        rows, columns = (places.reshape(-1, places.shape[-1])[:, 1:].amax(dim=0) + 1).long().tolist()
-        plan.grid = (rows, columns)
-    out = forward(*args, **kwargs)
-    if begins and not torch.compiler.is_compiling():
+    given: dict[str, Any] = {**dict(zip(names, args)), **kwargs}
+    latent = given["sample"] if "sample" in given else given["hidden_states"]
+    if not begins:
+        plan.grid = latent.shape[-2] // patch, latent.shape[-1] // patch
+        return forward(*args, **kwargs)
+    _begin(plan, latent)
+    try:
+        if patch:
+            plan.grid = latent.shape[-2] // patch, latent.shape[-1] // patch
+        elif given.get("img_ids") is not None and is_readable(given["img_ids"]):
+            plan.grid = _grid_of(given["img_ids"], latent)
+        out = forward(*args, **kwargs)
+    finally:
+        plan.running, plan.thread = False, None
+    if not torch.compiler.is_compiling():
         _warn_of_nothing(plan)
     return out
+
+
+def _begin(plan: DiffusionPlan, latent: Tensor) -> None:
+    """A forward of the denoiser: whether it decides anew, and which latents belong together.
+
+    Raises:
+        StateError: another thread's forward is under way.
+    """
+    if not torch.compiler.is_compiling():
+        if plan.running and plan.thread != threading.get_ident():
+            raise StateError(
+                "another thread's forward of this denoiser is under way: let one run at a time, or copy it"
+            )
+        plan.thread = threading.get_ident()
+        follow(plan)
+    plan.running, plan.batch = True, len(latent)
+    if plan.due or not plan.counting:
+        plan.decided.clear()
+    plan.due = False
+    plan.pairs.clear()
+    plan.grid = None
+    plan.twins = twins_of(latent) if plan.config.share_guidance and len(latent) > 1 else None
+
+
+def _grid_of(places: Tensor, latent: Tensor) -> tuple[int, int]:
+    """Rows and columns of FLUX's tokens, which come with the places where they stand, `[tokens, 3]`.
+
+    Raises:
+        UnsupportedModelError: they are not those of one picture.
+    """
+    flat = places.reshape(-1, places.shape[-1])
+    rows, columns = (flat.amax(dim=0) - flat.amin(dim=0) + 1).long().tolist()[1:]
+    if rows * columns != latent.shape[1] or bool((flat[:, 0] != flat[0, 0]).any()):
+        raise UnsupportedModelError(
+            f"img_ids place {latent.shape[1]} tokens on {rows}×{columns} positions: not one picture, row by row, so "
+            "turbovlm does not know how they lie"
+        )
+    return rows, columns
 
 
 def _warn_of_nothing(plan: DiffusionPlan) -> None:
@@ -167,12 +228,3 @@ def _warn_of_nothing(plan: DiffusionPlan) -> None:
             f"fewer than {fewest(plan.config)} are left as they are",
             stacklevel=2,
         )
-
-
-def _begin(plan: DiffusionPlan, latent: Tensor) -> None:
-    """A denoising step: whether it decides anew, and which pictures belong together."""
-    if not torch.compiler.is_compiling():
-        follow(plan)
-    plan.decides, plan.again = not plan.again, False
-    plan.pairs = {}
-    plan.twins = twins_of(latent) if plan.config.share_guidance and len(latent) > 1 else None

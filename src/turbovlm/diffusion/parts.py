@@ -18,16 +18,12 @@ class Part:
         component: what it is, one of `turbovlm.config.COMPONENTS`.
         text_in_front: whether the text's tokens stand in front of the image's.
         restored: which of its outputs are of the image's tokens, where it gives several.
-        restores: whether its own output is restored; if not, a later part of the block does that.
-        merges: whether it merges what it reads; if not, it reads what an earlier part has merged.
     """
 
     path: str
     component: str
     text_in_front: bool = False
     restored: tuple[int, ...] = (0,)
-    restores: bool = True
-    merges: bool = True
 
     @property
     def by_text(self) -> bool:
@@ -77,9 +73,9 @@ FLUX_SINGLE = Block(
     f"{DIFFUSERS}.transformers.transformer_flux.FluxSingleTransformerBlock",
     "attn",
     (
-        Part("proj_mlp", "attention", text_in_front=True, restores=False),
-        Part("attn", "attention", text_in_front=True, restores=False),
-        Part("proj_out", "attention", text_in_front=True, merges=False),
+        Part("proj_mlp", "ffn", text_in_front=True),
+        Part("attn", "attention", text_in_front=True),
+        Part("proj_out", "ffn", text_in_front=True),
     ),
 )
 BLOCKS = (BASIC, SD3, FLUX, FLUX_SINGLE)

@@ -22,7 +22,6 @@ class Spot:
         part: what it is.
         group: names the blocks that compare their tokens once.
         index: of the group in the denoiser, from 0.
-        leads: whether it is the group's first part of its kind, on whose tokens the merge is decided.
         guide: path of the self-attention whose queries and keys say what matters, from the denoiser.
     """
 
@@ -30,7 +29,6 @@ class Spot:
     part: Part
     group: str
     index: int
-    leads: bool
     guide: str
 
     @property
@@ -57,16 +55,17 @@ class DiffusionPlan:
         family: for people: the kinds of blocks found.
         spots: the parts, in the order of the denoiser.
         active: whether anything is merged; not after removal, for forwards that another library holds on to.
-        pipe: the pipeline, whose scheduler says when a step ends; None where only the denoiser was given.
-        grid: rows and columns of the tokens under way; None where nothing says.
-        twins: for each picture of the batch under way, the share of each that has the same latent, `[batch, batch]`:
-            both halves of guidance denoise one latent; None where each merges by itself.
-        pairs: what each group's tokens were found to be most similar to, in the forward under way.
-        held: the merges in force, by `Spot.merge`.
-        scheduler: the one whose steps are counted, and `steps` how many there were.
+        pipe: the pipeline, whose scheduler says when a step ends; None where nobody counts.
+        scheduler: the one whose steps are counted, `steps` how many there were in this run, `counting` whether a run
+            is under way, and `due` whether its next forward decides anew.
+        thread: the thread whose forward is under way, where it is known; `running` whether there is one.
+        batch: latents in it.
+        grid: rows and columns of the tokens at hand; None where nothing says.
+        twins: for each latent of the batch, the share of each that is the same, `[batch, batch]`: both halves of
+            guidance denoise one; None where each merges by itself.
+        pairs: what each group's tokens were found to be most similar to, in this forward.
+        held: the merges in force, by `Spot.merge`, and `decided` those that need not be decided again.
         seen: of each group, the tokens that it last read, before and after; of eager forwards.
-        again: whether the next forward may merge as the last did.
-        decides: whether the forward under way decides anew.
 
     The state of a run is neither copied nor pickled.
     """
@@ -76,15 +75,19 @@ class DiffusionPlan:
     spots: tuple[Spot, ...]
     active: bool = True
     pipe: Any = field(default=None, repr=False)
+    scheduler: Any = field(default=None, repr=False)
+    steps: int = 0
+    counting: bool = False
+    due: bool = True
+    thread: int | None = None
+    running: bool = False
+    batch: int = 0
     grid: tuple[int, int] | None = None
     twins: Tensor | None = field(default=None, repr=False)
     pairs: dict[str, Pairs] = field(default_factory=dict, repr=False)
     held: dict[str, Merge | None] = field(default_factory=dict, repr=False)
-    scheduler: Any = field(default=None, repr=False)
-    steps: int = 0
+    decided: set[str] = field(default_factory=set, repr=False)
     seen: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
-    again: bool = False
-    decides: bool = True
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(DiffusionPlan(self.config, self.family, self.spots, self.active).__dict__)

@@ -1,13 +1,14 @@
 """Merges that hold for several denoising steps: the pipeline's scheduler says when a step ends.
 
-A forward decides anew unless a step of the scheduler has allowed it to merge as the last one did. So what nobody
-counts, such as a forward outside of the pipeline, is decided anew.
+Forwards outside of a run, which nobody counts, decide for themselves.
 """
 
 from __future__ import annotations
 
 import functools
 from typing import Any
+
+from torch import Tensor
 
 from turbovlm.diffusion.plan import DiffusionPlan
 from turbovlm.errors import TurboError
@@ -22,6 +23,7 @@ def follow(plan: DiffusionPlan) -> None:
     scheduler = None if plan.pipe is None else plan.pipe.scheduler
     if scheduler is plan.scheduler:
         return
+    replaced = plan.scheduler is not None
     unfollow(plan)
     for name, function in _FOLLOWED.items():
         if name in scheduler.__dict__:
@@ -32,26 +34,45 @@ def follow(plan: DiffusionPlan) -> None:
             )
         method = getattr(scheduler, name)
         setattr(scheduler, name, functools.update_wrapper(functools.partial(function, plan, method), method))
-    plan.scheduler = scheduler
+    plan.counting = replaced  # in the middle of a run
+    plan.steps, plan.due, plan.scheduler = 0, True, scheduler
 
 
 def unfollow(plan: DiffusionPlan) -> None:
     """Give the scheduler back as it was."""
-    for name in _FOLLOWED if plan.scheduler is not None else ():
-        plan.scheduler.__dict__.pop(name, None)
+    if plan.scheduler is not None:
+        _give_back(plan.scheduler)
     plan.scheduler = None
-    plan.again = False
+    plan.counting = False
+
+
+def _give_back(scheduler: Any) -> None:
+    for name in _FOLLOWED:
+        scheduler.__dict__.pop(name, None)
 
 
 def _set_timesteps(plan: DiffusionPlan, method: Any, *args: Any, **kwargs: Any) -> Any:
-    plan.steps, plan.again = 0, False
+    if plan.scheduler is None:  # a copy of a pipeline: its steps are not counted
+        _give_back(method.__self__)
+    else:
+        plan.steps, plan.counting, plan.due = 0, True, True
     return method(*args, **kwargs)
 
 
 def _step(plan: DiffusionPlan, method: Any, *args: Any, **kwargs: Any) -> Any:
     plan.steps += 1
-    plan.again = plan.steps % plan.config.refresh != 0
+    plan.due = plan.steps % plan.config.refresh == 0
+    if _is_last(method.__self__, kwargs["timestep"] if "timestep" in kwargs else args[1]):
+        plan.counting = False
     return method(*args, **kwargs)
+
+
+def _is_last(scheduler: Any, timestep: Any) -> bool:
+    """Whether a run's last step is under way, told without waiting for a GPU: by where the timestep lies in memory."""
+    last = scheduler.timesteps[-1]
+    if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+        return bool(timestep.data_ptr() == last.data_ptr())
+    return float(timestep) == float(last)
 
 
 _FOLLOWED = {"set_timesteps": _set_timesteps, "step": _step}
