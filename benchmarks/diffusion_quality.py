@@ -1,13 +1,13 @@
 """What merging costs in pictures: drift from the unmerged run of the same seed, and Fréchet distance, beside tomesd.
 
-    python benchmarks/diffusion_quality.py                       # drift and time of all settings
-    python benchmarks/diffusion_quality.py --frechet 2000        # and Fréchet distances, hours
+    python benchmarks/diffusion_quality.py                   # drift and time of all settings, and their plot
+    python benchmarks/diffusion_quality.py --frechet 2000    # Fréchet distances, hours; goes on where it was stopped
 
 On the small text-to-image model trained on emoji (turbovlm.zoo.emoji), 64×64 pixels, 12 steps, guidance 3, fp32. Drift
 is the relative error of the last latent, per picture; its mean and standard error. Time is process CPU time of whole
 calls without the text encoder, settings in turn, as a ratio to the pipeline's own; medians. The Fréchet distance is
 between features of a ViT-S/14 (CLS after block 9, of pictures scaled to 112 pixels) of the pictures made and of as many
-drawn ones.
+drawn ones, which studies/emoji/prepare.py fetches; smaller is better.
 tomesd (pip install --no-deps tomesd) merges in all components, by its deterministic partition.
 """
 
@@ -20,18 +20,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from cases import RESULTS, machine, save
+import torch.nn.functional as F
+from cases import RESULTS, described, load, machine, save
 from torch import Tensor
 from tqdm import tqdm
 
 import turbovlm
+from turbovlm.zoo import load_saliency_vit
 from turbovlm.zoo.emoji import emoji_prompts, load_emoji_pipeline
 
 KEEPS = (0.9, 0.8, 0.7, 0.5, 0.3)
 STEPS, GUIDANCE, BATCH = 12, 3.0, 16
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Within = Callable[[Any], contextlib.AbstractContextManager[Any]]
 
 
@@ -39,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=96, metavar="N", help="for drift (default 96)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of timing (default 5); 0 for none")
+    parser.add_argument("--frechet", type=int, metavar="N", help="pictures per setting, instead of drift and time")
     parser.add_argument("--only", metavar="TEXT", help="settings whose name contains it")
     parser.add_argument("--out", default="diffusion_quality", metavar="NAME", help="of the files under results")
     args = parser.parse_args()
@@ -46,22 +51,78 @@ def main() -> None:
         parser.error("tomesd is compared with: pip install --no-deps tomesd")
     pipe = load_emoji_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    chosen = {name: within for name, within in settings().items() if not args.only or args.only in name}
     file = RESULTS / f"{args.out}.json"
-    results: dict[str, Any] = {"machine": machine(), "pictures": args.pictures, "settings": {}}
-    texts = embedded(pipe, prompts(args.pictures))
+    results = load(file)
+    results["machine"] = machine()
+    if args.frechet:
+        measure_frechet(pipe, args.frechet, args.only, results, file)
+    else:
+        measure_drift(pipe, args.pictures, args.rounds, args.only, results)
+        save(file, results)
+        plot(results["settings"], file.with_suffix(".png"))
+    (RESULTS / f"{args.out}.md").write_text(report(results))
+    print(report(results))
+
+
+def measure_drift(pipe: Any, pictures: int, rounds: int, only: str | None, results: dict[str, Any]) -> None:
+    chosen = {name: within for name, within in settings().items() if not only or only in name}
+    results |= {"pictures": pictures, "settings": {}}
+    texts = embedded(pipe, prompts(pictures))
     plain = latents(pipe, texts)
     for name, within in tqdm(chosen.items(), unit=" settings"):
         with within(pipe):
             drifts = relative_error(latents(pipe, texts), plain)
-        results["settings"][name] = {
-            "drift": float(drifts.mean()),
-            "standard_error": float(drifts.std() / len(drifts) ** 0.5),
-        }
-        print(name, f"{drifts.mean():.4f} ± {drifts.std() / len(drifts) ** 0.5:.4f}", file=sys.stderr, flush=True)
-    for name, ratio in times(pipe, texts, chosen, args.rounds).items():
+        found = {"drift": float(drifts.mean()), "standard_error": float(drifts.std() / len(drifts) ** 0.5)}
+        results["settings"][name] = found
+        tqdm.write(f"{name}: {found['drift']:.4f} ± {found['standard_error']:.4f}", file=sys.stderr)
+    for name, ratio in times(pipe, texts, chosen, rounds).items():
         results["settings"][name]["speedup"] = ratio
-    save(file, results)
+
+
+def measure_frechet(pipe: Any, count: int, only: str | None, results: dict[str, Any], file: Path) -> None:
+    """Of the model's own pictures, and of each share kept."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "emoji"))
+    from prepare import DATA
+    from scenes import load_emoji, scenes
+
+    emoji = load_emoji(DATA)
+    index = torch.arange(count) * len(emoji.prompts) // count
+    vit = load_saliency_vit().backbone
+    drawn = features(vit, scenes(emoji, index, torch.Generator().manual_seed(1)))
+    versions: dict[str, Within] = {"the model itself": lambda pipe: contextlib.nullcontext()}
+    versions |= {f"turbovlm, keep={keep:g}": merged(keep=keep) for keep in KEEPS}
+    versions |= {f"tomesd, keep={keep:g}": by_tomesd(keep, 1) for keep in KEEPS}
+    done = results.setdefault("frechet", {}).setdefault(str(count), {})
+    texts = embedded(pipe, [emoji.prompts[i] for i in index])
+    for name, within in tqdm(versions.items(), unit=" settings"):
+        if name in done or (only and only not in name):
+            continue
+        with within(pipe):
+            made = latents(pipe, texts)
+        done[name] = frechet_distance(features(vit, pipe.vae.decode(made)[0].clamp(-1, 1)), drawn)
+        save(file, results)
+
+
+@torch.inference_mode()
+def features(vit: Any, pictures: Tensor) -> Tensor:
+    """CLS after block 9 of a ViT-S/14, `[pictures, 384]`, of pictures in [−1, 1]."""
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in IMAGENET)
+    found = []
+    for some in torch.split(pictures, 64):
+        larger = F.interpolate((some + 1) / 2, size=(112, 112), mode="bicubic", align_corners=False)
+        out = vit(pixel_values=(larger - mean) / deviation, output_hidden_states=True)
+        found.append(out.hidden_states[10][:, 0])
+    return torch.cat(found)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Between normal distributions of the means and covariances of `a` and `b`, `[samples, width]`."""
+    first, second = (torch.cov(x.double().T) for x in (a, b))
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()
+    gap = (a.double().mean(dim=0) - b.double().mean(dim=0)).square().sum()
+    return float(gap + first.trace() + second.trace() - 2 * cross)
 
 
 def settings() -> dict[str, Within]:
@@ -155,6 +216,40 @@ def times(pipe: Any, texts: tuple[Tensor, Tensor], chosen: dict[str, Within], ro
         return {}
     ratios = {name: [a / b for a, b in zip(spent["plain"][1:], spent[name][1:])] for name in chosen}
     return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Drift against speed-up, a curve per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for method in ("turbovlm", "turbovlm, refresh=3", "tomesd", "tomesd, two resolutions"):
+        points = [found[name] for keep in KEEPS if (name := f"{method}, keep={keep:g}") in found]
+        if points and all("speedup" in point for point in points):
+            drawn = sorted((point["speedup"], point["drift"]) for point in points)
+            axes.plot(*zip(*drawn), marker="o", label=method)
+    axes.set(xlabel="speed-up of a picture", ylabel="drift of the latent")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+
+
+def report(results: dict[str, Any]) -> str:
+    lines = ["# What merging costs in pictures", "", described(results["machine"]), ""]
+    lines += ["The small model trained on emoji, 64×64 pixels, 12 steps, guidance 3, fp32.", ""]
+    if "settings" in results:
+        lines += [f"Drift of {results['pictures']} pictures, mean ± standard error; speed-up of a whole picture.", ""]
+        lines += ["| | drift | speed-up |", "|---|--:|--:|"]
+        for name, found in results["settings"].items():
+            speedup = f"{found['speedup']:.2f}×" if "speedup" in found else ""
+            lines.append(f"| {name} | {found['drift']:.4f} ± {found['standard_error']:.4f} | {speedup} |")
+    for count, distances in results.get("frechet", {}).items():
+        lines += ["", f"Fréchet distance of {count} pictures to as many drawn ones.", "", "| | |", "|---|--:|"]
+        lines += [f"| {name} | {distance:.2f} |" for name, distance in distances.items()]
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
