@@ -1,4 +1,4 @@
-"""Scenes: an emoji on white or on a photograph, and the prompt that names it."""
+"""Scenes: an emoji on white or on a photograph out of focus, and the prompt that names it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.zoo.emoji import PLACES
+
+BLUR = 2.5
+"""Standard deviation, in pixels, of how far out of focus the photographs are."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,16 @@ class Emoji:
 
 
 def load_emoji(file: Path) -> Emoji:
-    """What `prepare.py` has written."""
-    return Emoji(**torch.load(file))
+    """What `prepare.py` has written, the photographs out of focus."""
+    content = torch.load(file)
+    return Emoji(**{**content, "photos": blurred(content["photos"])})
+
+
+def blurred(photos: Tensor) -> Tensor:
+    """`[crops, 3, 64, 64]`, uint8, out of focus."""
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    return gaussian_blur(photos, kernel_size=[2 * round(3 * BLUR) + 1] * 2, sigma=[BLUR] * 2)
 
 
 def scenes(emoji: Emoji, index: Tensor, generator: torch.Generator) -> Tensor:
