@@ -26,11 +26,13 @@ def gap(a, b):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_as_single_runs(kind):
     pipe, given = PIPES[kind](), PIPES[kind]
+    if kind == "sd-pix2pix":  # makes much of rounding, merged or not
+        pipe.to(torch.float64)
     size = (16, 20)
     with turbovlm.apply(pipe, keep=0.5):
         together = given.run(pipe, *size, which=(0, 1), num_inference_steps=3)
         for row in (0, 1):
-            assert gap(together[row], given.run(pipe, *size, which=(row,), num_inference_steps=3)[0]) < 5e-4
+            assert gap(together[row], given.run(pipe, *size, which=(row,), num_inference_steps=3)[0]) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart", "flux"])

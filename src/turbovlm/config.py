@@ -35,7 +35,8 @@ VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "unifor
 COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a block that reads merged tokens and gives all of them back, in image generation."""
 
-GENERATION = ("components", "refresh", "share_guidance")
+RESTORES = ("linear", "copy")
+GENERATION = ("components", "refresh", "share_guidance", "restore")
 """The fields that only image generation has."""
 
 AMOUNTS = ("r", "keep", "flops")
@@ -77,8 +78,7 @@ class TurboConfig:
         grid: patch rows and columns, for `"grid"` on pictures that are not square.
         order: order of the tokens left: `"partition"` (unmerged candidates, then partners, as published)
             or `"spatial"` (that of the picture).
-        proportional: attend in proportion to the patches that a token stands for (equation 16); not in image
-            generation, where every token is restored at once.
+        proportional: attend in proportion to the patches that a token stands for (equation 16).
         reduce: `"merge"` averages a token into its partner, weighted by size; `"prune"` drops it.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.
         seed: of `partition="random"`, `degree="random"` and `visual_select="random"`; each is the same in every
@@ -93,6 +93,8 @@ class TurboConfig:
         components: in image generation, which parts of a block read merged tokens: some of `"attention"`,
             `"cross_attention"` and `"ffn"`.
         refresh: in image generation, how many denoising steps share what was decided in the first of them, ≥ 1.
+        restore: in image generation, what a position gets back from a feed-forward: `"copy"`, what its token came to;
+            or `"linear"`, that and what linear regression over the tokens says of the difference.
         share_guidance: in image generation, whether both halves of classifier-free guidance merge alike.
 
     Raises:
@@ -122,6 +124,7 @@ class TurboConfig:
     cross_keep: float | int | None = None
     components: Sequence[str] = COMPONENTS
     refresh: int = 1
+    restore: str = "linear"
     share_guidance: bool = True
 
     def __post_init__(self) -> None:
@@ -142,6 +145,7 @@ class TurboConfig:
         _check_choice("reduce", self.reduce, REDUCTIONS)
         _check_flag("proportional", self.proportional)
         _check_flag("trace", self.trace)
+        _check_choice("restore", self.restore, RESTORES)
         _check_flag("share_guidance", self.share_guidance)
         self._set(refresh=_integer("refresh", self.refresh, minimum=1))
         _check_choice("visual_select", self.visual_select, VISUAL_SELECTIONS)

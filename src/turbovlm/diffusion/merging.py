@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.diffusion.deciding import decide, fewest, twins_of
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
+from turbovlm.diffusion.restoring import restore_linear
 from turbovlm.diffusion.steps import follow
 from turbovlm.errors import StateError, UnsupportedModelError
+from turbovlm.functional.attention import size_bias
 from turbovlm.functional.backend import is_readable
 from turbovlm.functional.matching import Merge
 
@@ -45,11 +48,16 @@ def part_forward(
         return forward(x, *rest, **kwargs)
     _check_positions(spot, kwargs)
     front = x.shape[1] - merge.weights.shape[1]
+    if plan.config.proportional and _takes_bias(spot, module):
+        kwargs["attention_mask"] = _size_bias(spot, merge, text, front, x.dtype)
+    whole = x
     x = merge.merge(x) if front == 0 else torch.cat([x[:, :front], merge.merge(x[:, front:])], dim=1)
     if kwargs.get("image_rotary_emb") is not None:
         out = _one_by_one(forward, merge, x, rest, kwargs)
     else:
         out = forward(x, *rest, **kwargs)
+    if spot.part.smooth and plan.config.restore == "linear":
+        return restore_linear(merge, whole, x, out)
     return _restored(spot, merge, out)
 
 
@@ -105,6 +113,22 @@ def _check_positions(spot: Spot, kwargs: dict[str, Any]) -> None:
             f"{spot.name} was given {spoken}, which are of the picture's positions, and these are merged: leave "
             f"{spot.part.component!r} out of components"
         )
+
+
+def _takes_bias(spot: Spot, attention: Any) -> bool:
+    """Whether its keys are merged tokens, and its processor takes a bias on them.
+
+    Those of perturbed attention guidance cut the batch in two, but not the bias.
+    """
+    cut = type(getattr(attention, "processor", None)).__name__.startswith("PAG")
+    return spot.part.bias > 0 and not cut and not getattr(attention, "is_cross_attention", False)
+
+
+def _size_bias(spot: Spot, merge: Merge, text: Any, front: int, dtype: torch.dtype) -> Tensor:
+    """log s of every key, so that a merged token counts as many times as it stands for (equation 16); 0 for words."""
+    words = front if text is None else text.shape[1]
+    bias = F.pad(size_bias(merge.sizes, dtype), (words, 0))
+    return bias if spot.part.bias == bias.ndim else bias.squeeze(1)
 
 
 def _one_by_one(forward: Any, merge: Merge, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

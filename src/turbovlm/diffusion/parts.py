@@ -18,12 +18,16 @@ class Part:
         component: what it is, one of `turbovlm.config.COMPONENTS`.
         text_in_front: whether the text's tokens stand in front of the image's.
         restored: which of its outputs are of the image's tokens, where it gives several.
+        bias: how many axes a bias on its keys has, `[batch, …, keys]`, which it takes as `attention_mask`; 0 if none.
+        smooth: whether it is a feed-forward, of one token at a time.
     """
 
     path: str
     component: str
     text_in_front: bool = False
     restored: tuple[int, ...] = (0,)
+    bias: int = 0
+    smooth: bool = False
 
     @property
     def by_text(self) -> bool:
@@ -54,19 +58,19 @@ BASIC = Block(
     "transformer block of UNets, PixArt and DiT",
     f"{DIFFUSERS}.attention.BasicTransformerBlock",
     "attn1",
-    (Part("attn1", "attention"), Part("attn2", "cross_attention"), Part("ff", "ffn")),
+    (Part("attn1", "attention", bias=3), Part("attn2", "cross_attention"), Part("ff", "ffn", smooth=True)),
 )
 SD3 = Block(
     "Stable Diffusion 3's joint block",
     f"{DIFFUSERS}.attention.JointTransformerBlock",
     "attn",
-    (Part("attn", "attention"), Part("attn2", "attention"), Part("ff", "ffn")),
+    (Part("attn", "attention"), Part("attn2", "attention"), Part("ff", "ffn", smooth=True)),
 )
 FLUX = Block(
     "FLUX's joint block",
     f"{DIFFUSERS}.transformers.transformer_flux.FluxTransformerBlock",
     "attn",
-    (Part("attn", "attention", restored=(0, 2)), Part("ff", "ffn")),
+    (Part("attn", "attention", restored=(0, 2), bias=4), Part("ff", "ffn", smooth=True)),
 )
 FLUX_SINGLE = Block(
     "FLUX's single block",
@@ -74,7 +78,7 @@ FLUX_SINGLE = Block(
     "attn",
     (
         Part("proj_mlp", "ffn", text_in_front=True),
-        Part("attn", "attention", text_in_front=True),
+        Part("attn", "attention", text_in_front=True, bias=4),
         Part("proj_out", "ffn", text_in_front=True),
     ),
 )

@@ -1,0 +1,144 @@
+"""What the positions get back: linear regression behind feed-forwards, and attention in proportion to sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import turbovlm
+from denoisers import DENOISERS, noise, unet_inputs
+from turbovlm.diffusion.restoring import linear_map, restore_linear
+from turbovlm.errors import ConfigError
+from turbovlm.functional import bipartite_merge, partition_tokens
+from turbovlm.functional.informativity import mutual_redundancy
+
+pytest.importorskip("diffusers")
+BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
+
+
+def merge_of(x, r, reduce="merge"):
+    split = partition_tokens(x.shape[1], kind="grid")
+    redundancy, partner = mutual_redundancy(x, split)
+    return bipartite_merge(redundancy, partner, split, r, x.shape[1], order="spatial", reduce=reduce)
+
+
+@pytest.mark.parametrize("reduce", ["merge", "prune"])
+@pytest.mark.parametrize("width", [12, 100])
+def test_a_linear_map_is_found(reduce, width, monkeypatch):
+    """More tokens than directions, and fewer; then the tokens must lie in fewer directions than there are tokens."""
+    monkeypatch.setattr("turbovlm.diffusion.restoring.RIDGE", 0)
+    torch.manual_seed(0)
+    x = torch.randn(3, 64, 8).double() @ torch.randn(8, width).double() + 1
+    linear = torch.nn.Linear(width, 20).double().requires_grad_(False)
+    merge = merge_of(x, 32, reduce)
+    merged = merge.merge(x)
+    back = restore_linear(merge, x, merged, linear(merged))
+    torch.testing.assert_close(back, linear(x), rtol=0, atol=2e-3)
+    assert (merge.unmerge(linear(merged)) - linear(x)).abs().max() > 0.1
+
+
+def test_both_systems_have_one_solution(monkeypatch):
+    torch.manual_seed(0)
+    z, y = torch.randn(2, 40, 40).double(), torch.randn(2, 40, 5).double()
+    primal = linear_map(z, y)
+    wide = F.pad(z, (0, 1))  # one direction more, of zeros: the dual system, and a ridge of 40/41
+    monkeypatch.setattr("turbovlm.diffusion.restoring.RIDGE", 0.03 * 41 / 40)
+    dual = linear_map(wide, y)
+    torch.testing.assert_close(dual[:, :-1], primal)
+    assert not dual[:, -1].any()
+
+
+def test_equal_tokens_are_no_trouble():
+    x = torch.ones(1, 64, 8)
+    merge = merge_of(x, 32)
+    torch.testing.assert_close(restore_linear(merge, x, merge.merge(x), merge.merge(2 * x)), 2 * x)
+
+
+def test_a_picture_that_is_not_finite_spoils_no_other():
+    x = noise(0, 2, 64, 8)
+    merge = merge_of(x, 32)
+    merged = merge.merge(x)
+    good = restore_linear(merge, x, merged, merged**2)
+    x[0] = float("nan")
+    merged = merge.merge(x)
+    back = restore_linear(merge, x, merged, merged**2)
+    assert back[0].isnan().all() and torch.equal(back[1], good[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "pixart"])
+def test_a_smooth_feed_forward_drifts_less(name):
+    """The families' own feed-forwards, on tokens that differ little, as neighbours of a picture do."""
+    model, inputs = DENOISERS[name](), DENOISERS[name].inputs(2, 32, 32)
+    plain = model(**inputs, return_dict=False)[0]
+    gap = {}
+    for restore in ("copy", "linear"):
+        with turbovlm.apply(model, keep=0.5, components=["ffn"], restore=restore):
+            gap[restore] = float((model(**inputs, return_dict=False)[0] - plain).square().mean())
+    assert gap["linear"] < 0.9 * gap["copy"]
+
+
+def test_restore_is_checked():
+    with pytest.raises(ConfigError, match="restore='blend': must be one of linear, copy"):
+        turbovlm.TurboConfig(keep=0.5, restore="blend")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision(dtype):
+    """The systems are solved in fp32, under autocast too, and what is read may be more precise than what comes out."""
+    x = noise(0, 2, 256, 32) + 3
+    merge, far = merge_of(x, 128), torch.finfo(dtype).eps * 8
+    merged = merge.merge(x)
+    out = F.gelu(merged @ noise(1, 32, 32) / 6)
+    exact = restore_linear(merge, x, merged, out)
+    with torch.autocast("cpu", dtype=dtype):
+        cast = restore_linear(merge, x, merged, out.to(dtype))
+    low = restore_linear(merge, x.to(dtype), merged.to(dtype), out.to(dtype))
+    for other in (cast, low):
+        assert other.dtype == dtype and (other - exact).abs().max() < far * exact.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("proportional", [True, False])
+def test_attention_in_proportion(proportional):
+    """A merged token counts as many times as it stands for: like that many equal keys."""
+    model, inputs = DENOISERS["sd15"](), unet_inputs(1, 32, 32)
+    attention, seen = model.get_submodule(f"{BLOCK}.attn1"), {}
+    attention.to_k.register_forward_hook(lambda m, i, o: seen.update(x=i[0], keys=o))
+    attention.to_v.register_forward_hook(lambda m, i, o: seen.update(values=o))
+    attention.to_q.register_forward_hook(lambda m, i, o: seen.update(queries=o))
+    attention.to_out[0].register_forward_hook(lambda m, i, o: seen.update(attended=i[0]))
+    with turbovlm.apply(model, keep=0.5, components=["attention"], proportional=proportional) as handle:
+        model(**inputs)
+        spot = next(spot for spot in handle._all[0].spots if spot.name == f"{BLOCK}.attn1")
+        sizes = handle._all[0].held[spot.merge].sizes
+    assert sizes.shape == (1, 512) and sizes.sum() == 1024
+    times = sizes[0].long() if proportional else torch.ones(512, dtype=torch.long)
+    queries, keys, values = (
+        seen[name].unflatten(-1, (attention.heads, -1)).transpose(1, 2) for name in ("queries", "keys", "values")
+    )
+    repeated = (value.repeat_interleave(times, dim=2) for value in (keys, values))
+    expected = F.scaled_dot_product_attention(queries, *repeated).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(seen["attended"], expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_joint_attention_in_proportion(monkeypatch):
+    """FLUX: of the picture's keys only, not of the words'."""
+    model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
+    biases, attend = [], F.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):
+        biases.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    with turbovlm.apply(model, keep=0.5):
+        model(**inputs)
+    words, tokens = inputs["encoder_hidden_states"].shape[1], inputs["hidden_states"].shape[1]
+    assert len(biases) == 2 * sum(name.endswith(".attn") for name, _ in model.named_modules())
+    for bias in biases:
+        assert bias.shape[-1] == words + tokens // 2
+        assert not bias[..., :words].any()
+        assert bias[..., words:].exp().sum().round() == tokens
