@@ -25,7 +25,7 @@ from turbovlm import TurboConfig
 
 SIZES = {512: 2, 1024: 1}
 """Pixels a side, and pictures in a batch."""
-KEEPS = (0.9, 0.7, 0.5, 0.3)
+KEEPS = (0.9, 0.8, 0.7, 0.5)
 
 
 def main() -> None:

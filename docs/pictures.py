@@ -1,26 +1,38 @@
 """Draws the pictures of README and docs:  python docs/pictures.py
 
-Each row: the photograph; which patches have become one token after blocks 3, 6, 9 and 12; the saliency map of the full
-model; the saliency map from the merged tokens, restored to the grid. White lines enclose the salient region.
+groups.png, each row: the photograph; which patches have become one token after blocks 3, 6, 9 and 12; the saliency map
+of the full model; that from the merged tokens, restored to the grid. White lines enclose the salient region.
+
+emoji.png: what the small text-to-image model makes of eight prompts, each from one seed, at four values of keep.
 """
 
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import turbovlm
 from turbovlm.demo.photos import load_photos
 from turbovlm.visualize import groups, heatmap
 from turbovlm.zoo import load_saliency_vit, preprocess
+from turbovlm.zoo.emoji import PLACES, load_emoji_pipeline
 
+IMAGES = Path(__file__).parent / "images"
 SHOWN = ("chelsea", "coffee", "flower")
 BLOCKS = (2, 5, 8, 11)
 GAP = 6
+PROMPTS = ("red apple", "dog face", "tulip", "penguin", "hamburger", "watermelon", "frog", "cactus")
+KEEPS = (1.0, 0.8, 0.7, 0.5)
+
+
+def main() -> None:
+    IMAGES.mkdir(exist_ok=True)
+    groups_sheet().quantize(255).save(IMAGES / "groups.png", optimize=True)
+    emoji_sheet().save(IMAGES / "emoji.png", optimize=True)
 
 
 @torch.inference_mode()
-def main() -> None:
+def groups_sheet() -> Image.Image:
     model = load_saliency_vit()
     photos = [photo for photo in load_photos() if photo.name in SHOWN]
     pixels = preprocess([photo.image for photo in photos])
@@ -39,9 +51,26 @@ def main() -> None:
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * step, y * step))
-    target = Path(__file__).parent / "images" / "groups.png"
-    target.parent.mkdir(exist_ok=True)
-    sheet.quantize(255).save(target, optimize=True)
+    return sheet
+
+
+def emoji_sheet() -> Image.Image:
+    """Prompts in columns, on white and on photographs in turn; shares kept in rows."""
+    side, margin = 128, 84
+    pipe = load_emoji_pipeline()
+    prompts = [f"{name}, noto, {PLACES[i % 2]}" for i, name in enumerate(PROMPTS)]
+    sheet = Image.new("RGB", (margin + (side + GAP) * len(PROMPTS) - GAP, (side + GAP) * len(KEEPS) - GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for row, keep in enumerate(KEEPS):
+        seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        with turbovlm.apply(pipe, keep=keep):
+            made = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=seeds).images
+        y = row * (side + GAP)
+        draw.text((0, y + side // 2), f"keep={keep:g}", fill="black", font=font, anchor="lm")
+        for column, picture in enumerate(made):
+            large = picture.resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(large, (margin + column * (side + GAP), y))
+    return sheet
 
 
 if __name__ == "__main__":

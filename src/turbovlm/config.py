@@ -35,7 +35,7 @@ VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "unifor
 COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a block that reads merged tokens and gives all of them back, in image generation."""
 
-RESTORES = ("linear", "copy")
+RESTORES = ("auto", "linear", "copy", "weighted")
 GENERATION = ("components", "refresh", "share_guidance", "restore")
 """The fields that only image generation has."""
 
@@ -93,8 +93,9 @@ class TurboConfig:
         components: in image generation, which parts of a block read merged tokens: some of `"attention"`,
             `"cross_attention"` and `"ffn"`.
         refresh: in image generation, how many denoising steps share what was decided in the first of them, ≥ 1.
-        restore: in image generation, what a position gets back from a feed-forward: `"copy"`, what its token came to;
-            or `"linear"`, that and what linear regression over the tokens says of the difference.
+        restore: in image generation, what a position gets back: `"copy"`, what its token came to; `"linear"`, from a
+            feed-forward also what linear regression over the tokens says of the difference; `"weighted"`, less of it
+            the less it is like its token (equation 14); `"auto"`, `"linear"` on the CPU and `"copy"` elsewhere.
         share_guidance: in image generation, whether both halves of classifier-free guidance merge alike.
 
     Raises:
@@ -124,7 +125,7 @@ class TurboConfig:
     cross_keep: float | int | None = None
     components: Sequence[str] = COMPONENTS
     refresh: int = 1
-    restore: str = "linear"
+    restore: str = "auto"
     share_guidance: bool = True
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from turbovlm.diffusion.deciding import decide, fewest, twins_of
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
-from turbovlm.diffusion.restoring import restore_linear
+from turbovlm.diffusion.restoring import likeness, restore_linear
 from turbovlm.diffusion.steps import follow
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.functional.attention import size_bias
@@ -50,15 +50,19 @@ def part_forward(
     front = x.shape[1] - merge.weights.shape[1]
     if plan.config.proportional and _takes_bias(spot, module):
         kwargs["attention_mask"] = _size_bias(spot, merge, text, front, x.dtype)
-    whole = x
-    x = merge.merge(x) if front == 0 else torch.cat([x[:, :front], merge.merge(x[:, front:])], dim=1)
+    image = x[:, front:]
+    merged = merge.merge(image)
+    x = merged if front == 0 else torch.cat([x[:, :front], merged], dim=1)
     if kwargs.get("image_rotary_emb") is not None:
         out = _one_by_one(forward, merge, x, rest, kwargs)
     else:
         out = forward(x, *rest, **kwargs)
-    if spot.part.smooth and plan.config.restore == "linear":
-        return restore_linear(merge, whole, x, out)
-    return _restored(spot, merge, out)
+    restore = plan.config.restore
+    if restore == "auto":
+        restore = "linear" if x.device.type == "cpu" else "copy"
+    if restore == "linear" and spot.part.smooth:
+        return restore_linear(merge, image, merged, out)
+    return _restored(spot, merge, out, likeness(merge, image, merged) if restore == "weighted" else None)
 
 
 def _check_running(plan: DiffusionPlan, spot: Spot) -> None:
@@ -156,13 +160,16 @@ def _of_one(value: Any, index: int, batch: int) -> Any:
     return [_of_one(one, index, batch) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _restored(spot: Spot, merge: Merge, out: Any) -> Any:
+def _restored(spot: Spot, merge: Merge, out: Any, share: Tensor | None) -> Any:
+    """Every position its token's result, or a `share` of it, `[batch, N, 1]`; the text's as they are."""
+
+    def back(tokens: Tensor) -> Tensor:
+        return merge.unmerge(tokens) if share is None else merge.unmerge(tokens) * share.to(tokens.dtype)
+
     if isinstance(out, Tensor):
         text = out.shape[1] - merge.sizes.shape[1]
-        if text == 0:
-            return merge.unmerge(out)
-        return torch.cat([out[:, :text], merge.unmerge(out[:, text:])], dim=1)
-    return tuple(merge.unmerge(part) if i in spot.part.restored else part for i, part in enumerate(out))
+        return back(out) if text == 0 else torch.cat([out[:, :text], back(out[:, text:])], dim=1)
+    return tuple(back(part) if i in spot.part.restored else part for i, part in enumerate(out))
 
 
 def denoiser_forward(

@@ -1,4 +1,4 @@
-"""Giving every position back what its token came to, and what linear regression says of the difference.
+"""What a position gets back besides its token's result: what linear regression says of the difference, or less of it.
 
 A feed-forward is smooth: tokens that are close come to results that are close, and how these differ is nearly linear in
 how the tokens do. The merged tokens and their results, which are there anyway, tell that linear map.
@@ -7,44 +7,20 @@ how the tokens do. The merged tokens and their results, which are there anyway, 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.functional.matching import Merge
 
-RIDGE = 0.03
+RIDGE = 0.3
 """Added to the variance of every direction, as a share of the mean one."""
 
-SAMPLES = 4
+SAMPLES = 0.5
 """Tokens that the regression sees, per direction; more tell it hardly more."""
 
 
-@torch.no_grad()
-def linear_map(merged: Tensor, out: Tensor) -> Tensor:
-    """W of the ridge regression of `out`, `[batch, M, out_width]`, on `merged`, `[batch, M, width]`, both centred.
-
-    Returns:
-        `[batch, width, out_width]`, in fp32 at least.
-    """
-    precise = torch.promote_types(out.dtype, torch.float32)
-    with torch.autocast(out.device.type, enabled=False):
-        apart = max(1, merged.shape[1] // (SAMPLES * merged.shape[2]))
-        seen = merged[:, ::apart].to(precise), out[:, ::apart].to(precise)
-        z, y = (value - value.mean(dim=1, keepdim=True) for value in seen)
-        tokens, width = z.shape[1:]
-        across, ridge = z.transpose(1, 2), RIDGE * tokens * z.square().mean(dim=(1, 2)).view(-1, 1, 1)
-        if tokens < width:  # the same solution, by the smaller of two systems
-            return across @ _solved(z @ across, ridge, y)
-        return _solved(across @ z, ridge, across @ y)
-
-
-def _solved(gram: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
-    """`(gram + ridge·I)⁻¹·right`; the ridge is kept above 0, so that equal tokens are no trouble."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(right, torch.linalg.cholesky_ex(gram + ridge.clamp_min(1e-6) * identity).L)
-
-
 def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tensor:
-    """`y_i = out_j + (x_i − merged_j)·W` for each position i of token j, W by regression of `out` on `merged`.
+    """`y_i = out_j + (x_i − merged_j)·W` for each position i of token j, W by ridge regression of `out` on `merged`.
 
     Args:
         merge: what was done.
@@ -55,5 +31,47 @@ def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tens
     Returns:
         `[batch, N, out_width]`, in the dtype of `out`.
     """
-    apart = (x - merge.unmerge(merged)).to(out.dtype)
-    return merge.unmerge(out) + torch.matmul(apart, linear_map(merged, out).to(out.dtype))
+    across, weights = (factor.to(out.dtype) for factor in linear_map(merged, out))
+    places = _moved(merge) + torch.arange(len(x), device=x.device).unsqueeze(1) * x.shape[1]
+    flat = places.flatten()
+    apart = x.flatten(0, 1).index_select(0, flat) - merged.flatten(0, 1).index_select(0, merge.rows[flat])
+    moved = apart.to(out.dtype).view(*places.shape, -1) @ across @ weights
+    return merge.unmerge(out).flatten(0, 1).index_add(0, flat, moved.flatten(0, 1)).view(*x.shape[:2], -1)
+
+
+def _moved(merge: Merge) -> Tensor:
+    """The positions whose token is not theirs alone, those gone and where they went, `[batch, ≤ 2r]`; each once."""
+    largest = merge.sizes.topk(min(merge.gone.shape[1], merge.sizes.shape[1])).indices
+    return torch.cat([merge.gone, merge.kept.gather(1, largest)], dim=1)
+
+
+@torch.no_grad()
+def linear_map(merged: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """W of the ridge regression of `out`, `[batch, M, out_width]`, on `merged`, `[batch, M, width]`, both centred.
+
+    Of evenly spaced tokens, fewer than `width`: by the system of their products, which is the smaller one.
+
+    Returns:
+        Two factors of W, `[batch, width, samples]` and `[batch, samples, out_width]`, in fp32 at least.
+    """
+    precise = torch.promote_types(out.dtype, torch.float32)
+    tokens, width = merged.shape[1:]
+    samples = min(tokens, max(1, int(SAMPLES * width)))
+    seen = torch.arange(samples, device=out.device) * tokens // samples
+    z, y = (value.index_select(1, seen).to(precise) for value in (merged, out))
+    z, y = z - z.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
+    with torch.autocast(out.device.type, enabled=False):
+        products = z @ z.transpose(1, 2)
+        ridge = RIDGE * samples * z.square().mean(dim=(1, 2)).clamp_min(1e-6)  # of equal tokens, too
+        system = products + ridge.view(-1, 1, 1) * torch.eye(samples, dtype=precise, device=out.device)
+        return z.transpose(1, 2), torch.cholesky_solve(y, torch.linalg.cholesky_ex(system).L)
+
+
+def likeness(merge: Merge, x: Tensor, merged: Tensor) -> Tensor:
+    """Cosine of each position's own tokens and the one it went into, `[batch, N, 1]`, at least 0; 1 of those alone.
+
+    The share of its token's result that a position takes by equation (14): the less alike, the more stays its own.
+    """
+    cosine = F.cosine_similarity(x, merge.unmerge(merged), dim=-1).unsqueeze(-1).clamp_min(0)
+    alone = merge.unmerge(merge.sizes.unsqueeze(-1)) == 1
+    return torch.where(alone, torch.ones((), dtype=cosine.dtype, device=cosine.device), cosine)
