@@ -28,7 +28,7 @@ from turbovlm.zoo.emoji import WEIGHTS, WORDS, emoji_pipeline, emoji_unet
 
 CHECKPOINT = DATA.with_name("checkpoint.pt")
 BATCH = 16
-RATE, WARMUP, FADE = 4e-4, 500, 10_000
+RATE, WARMUP, FADE = 4e-4, 500, 2_500
 SHEET = ("red apple", "dog face", "tulip", "octopus", "hamburger", "penguin", "watermelon", "butterfly")
 
 
