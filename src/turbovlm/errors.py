@@ -15,3 +15,7 @@ class UnsupportedModelError(TurboError):
 
 class StateError(TurboError):
     """A call came at a moment when it means nothing, such as a trace before the first forward."""
+
+
+class DataError(TurboError):
+    """Data to evaluate on are missing or wrong: the message names the file and, where it has lines, the line."""

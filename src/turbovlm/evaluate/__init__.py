@@ -1,0 +1,1 @@
+"""Quality on tasks: data in the field's own formats, official metrics, and runs that go on where they stopped."""

@@ -1,0 +1,96 @@
+"""What a task is judged on: samples with their pictures and answers, whichever format they were read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turbovlm.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is read when it is needed.
+
+    Attributes:
+        name: where it comes from, for messages: a path, or a data set's row.
+        read: gives it; raises OSError where it cannot.
+    """
+
+    name: str
+    read: Callable[[], Image]
+
+    @classmethod
+    def file(cls, path: Path) -> Picture:
+        """One that is a file."""
+        return cls(str(path), _File(path))
+
+    def open(self, mode: str = "RGB") -> Image:
+        """The decoded picture.
+
+        Raises:
+            DataError: it is not there or does not decode; the message names it.
+        """
+        try:
+            return self.read().convert(mode)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{self.name}: {_reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One thing to be judged.
+
+    Attributes:
+        id: unique in its data set; the same in every run.
+        pictures: one; two for NLVR2; none for text-to-image.
+        text: the question, the statement or the prompt.
+        answers: what is right: captions, a question's answers, `("True",)` or `("False",)`, or the name of the class.
+        mask: the salient region, where that is the answer.
+    """
+
+    id: str
+    pictures: tuple[Picture, ...] = ()
+    text: str = ""
+    answers: tuple[str, ...] = ()
+    mask: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a reader gives.
+
+    Attributes:
+        name: the data set and its split, for tables.
+        samples: in the order of the file.
+        classes: names of a classification's classes, in the order of the model's outputs.
+        left_out: what was not taken and why, one line each: annotations without a picture, and the like.
+    """
+
+    name: str
+    samples: tuple[Sample, ...]
+    classes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+
+    def __call__(self) -> Image:
+        from PIL import Image
+
+        with Image.open(self.path) as picture:
+            picture.load()
+            return picture
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return f"does not decode ({error})"
