@@ -1,0 +1,91 @@
+"""What the frozen ViT makes of scenes, once and for all epochs of training: tokens of 40,000 scenes, in fp16.
+
+    python studies/scenes/features.py               # writes studies/scenes/data/{train,validation}.npy, 8 GB; goes on
+    python studies/scenes/features.py --pairs 2000  # fewer
+
+Scenes come in pairs. They show five vendors' drawings on photographs of mate-backgrounds; those to validate on are
+other scenes of the same. Twemoji and the photographs of scikit-image and scikit-learn are left for evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image
+from prepare import DATA, VENDORS
+from tqdm import tqdm
+
+from turbovlm.zoo import preprocess
+from turbovlm.zoo.reader import scene_encoder
+from turbovlm.zoo.scenes import Scene, draw_scene, make_pair
+from turbovlm.zoo.sprites import SCENE_NAMES, load_sprites
+
+PAIRS = {"train": 20_000, "validation": 500}
+SEEDS = {"train": 0, "validation": 1_000_000}
+NAMES = tuple(SCENE_NAMES)
+BATCH = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=PAIRS["train"], metavar="N", help="to train on (default 20000)")
+    args = parser.parse_args()
+    vendors, photos = load_drawings()
+    encoder = scene_encoder().to(torch.bfloat16)
+    for part, count in {**PAIRS, "train": args.pairs}.items():
+        extract(part, count, encoder, vendors, photos)
+
+
+def load_drawings() -> tuple[list[dict[str, Image.Image]], list[Image.Image]]:
+    """The drawings to train on, a dictionary per vendor, and the photographs."""
+    training = [vendor for vendor in VENDORS if vendor != "twemoji"]
+    vendors = [{s.name: s.picture for s in load_sprites(DATA / f"{v}.zip") if s.name} for v in training]
+    with zipfile.ZipFile(DATA / "photos.zip") as archive:
+        photos = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in archive.namelist()]
+    return vendors, photos
+
+
+def pair_of(part: str, number: int) -> tuple[Scene, Scene]:
+    """The scenes of a pair: what its tokens show."""
+    return make_pair(random.Random(SEEDS[part] + number), NAMES)
+
+
+@torch.inference_mode()
+def extract(
+    part: str,
+    pairs: int,
+    encoder: torch.nn.Module,
+    vendors: list[dict[str, Image.Image]],
+    photos: list[Image.Image],
+) -> None:
+    """Writes `[scenes, tokens, width]`, and how many are done beside it."""
+    file, progress = DATA / f"{part}.npy", DATA / f"{part}.done"
+    shape = (2 * pairs, 257, 384)
+    done = int(progress.read_text()) if progress.exists() else 0
+    if file.exists():
+        stored = np.lib.format.open_memmap(file, mode="r+")
+        if stored.shape != shape:
+            raise SystemExit(f"{file} holds {stored.shape[0]} scenes, not {shape[0]}: remove it and {progress}")
+    else:
+        stored = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+    with tqdm(total=shape[0], initial=done, desc=part, unit=" scenes") as bar:
+        while done < shape[0]:
+            numbers = range(done, min(done + BATCH, shape[0]))
+            scenes = [pair_of(part, number // 2)[number % 2] for number in numbers]
+            drawn = [draw_scene(scene, vendors[scene.seed % len(vendors)], photos) for scene in scenes]
+            tokens = encoder(pixel_values=preprocess(drawn).to(torch.bfloat16)).last_hidden_state
+            stored[numbers.start : numbers.stop] = tokens.float().numpy()
+            done = numbers.stop
+            if done % (BATCH * 25) == 0 or done == shape[0]:
+                stored.flush()
+                progress.write_text(str(done))
+            bar.update(len(numbers))
+
+
+if __name__ == "__main__":
+    main()

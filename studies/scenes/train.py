@@ -1,0 +1,194 @@
+"""Trains the decoder of the scene reader: captions, questions and statements about the scenes of features.py.
+
+    python studies/scenes/train.py                 # six epochs, about two hours on two cores; goes on where it stopped
+    python studies/scenes/train.py --epochs 0      # only measures, and writes the weights of the last checkpoint
+
+Every picture of a batch is read once, with its caption and its questions in one row that attend to themselves alone;
+every pair once, with six statements. Questions, captions' forms and statements are drawn anew in each epoch. AdamW, the
+rate a half cosine after a warm-up over the epochs given; bf16 autocast. Weights and log go beside the features; the
+weights also to --weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from features import NAMES, pair_of
+from prepare import DATA
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from turbovlm.zoo.grammar import captions, questions, statement
+from turbovlm.zoo.reader import (
+    ANSWER,
+    CAPTION,
+    END,
+    PAD,
+    QUESTION,
+    STATEMENT,
+    VOCABULARY,
+    WEIGHTS,
+    SceneReader,
+    encode,
+    scene_decoder,
+)
+
+CHECKPOINT, LOG = DATA / "checkpoint.pt", DATA / "train.jsonl"
+PAIRS = 16
+"""In a batch: 32 pictures."""
+STATEMENTS = 6
+RATE, WARMUP, DECAY = 1e-3, 500, 0.05
+_PAD = VOCABULARY.index(PAD)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=6, help="in all (default 6)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FILE")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    reader = SceneReader(nn.Identity(), scene_decoder())
+    stored = np.load(DATA / "train.npy", mmap_mode="r")
+    batches = len(stored) // 2 // PAIRS
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY)
+    step, last = 0, args.epochs * batches
+    if CHECKPOINT.exists():
+        saved = torch.load(CHECKPOINT)
+        reader.load_state_dict(saved["reader"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+    losses: list[float] = []
+    saved_at = time.monotonic()
+    with tqdm(total=last, initial=step, unit=" steps") as bar:
+        while step < last:
+            optimizer.param_groups[0]["lr"] = rate(step, last)
+            epoch, batch = divmod(step, batches)
+            order = np.random.default_rng(epoch).permutation(batches * PAIRS)
+            numbers = order[batch * PAIRS : (batch + 1) * PAIRS].tolist()
+            loss = loss_of(reader, "train", stored, numbers, random.Random(f"{epoch} {batch}"))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            losses.append(loss.item())
+            bar.update()
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}")
+            if time.monotonic() - saved_at > 300 or step == last:
+                save(reader, optimizer, step)
+                note(reader, step, float(np.mean(losses[-500:])))
+                saved_at = time.monotonic()
+    save_file(
+        {name: value.half().contiguous() for name, value in reader.state_dict().items() if not tied(name)},
+        args.weights,
+        {"steps": str(step)},
+    )
+
+
+def rate(step: int, last: int) -> float:
+    return RATE * min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * min(1, step / last))))
+
+
+def loss_of(reader: SceneReader, part: str, stored: np.ndarray, numbers: list[int], chance: random.Random) -> Tensor:
+    """Cross-entropy of captions and answers: of the pictures and of the pairs, weighed alike."""
+    pairs = [pair_of(part, number) for number in numbers]
+    alone = [about(scene, chance) for pair in pairs for scene in pair]
+    both = [[said(first, second, chance) for _ in range(STATEMENTS)] for first, second in pairs]
+    rows = np.stack([stored[2 * number : 2 * number + 2] for number in numbers])
+    tokens = torch.from_numpy(rows).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        return words_loss(reader, tokens.flatten(0, 1), alone) + words_loss(reader, reader.join(tokens), both)
+
+
+def about(scene, chance: random.Random) -> list[str]:  # type: ignore[no-untyped-def]
+    asked = questions(scene, chance, NAMES)
+    return [f"{CAPTION} {chance.choice(captions(scene))}", *(f"{QUESTION} {q.text} {ANSWER} {q.answer}" for q in asked)]
+
+
+def said(first, second, chance: random.Random) -> str:  # type: ignore[no-untyped-def]
+    made = statement(first, second, chance)
+    return f"{STATEMENT} {made.text} {ANSWER} {str(made.true).lower()}"
+
+
+def words_loss(reader: SceneReader, tokens: Tensor, rows: list[list[str]]) -> Tensor:
+    """Mean over the words that are to be said."""
+    ids, wanted, positions, mask = packed(rows)
+    logits = reader(ids, tokens, positions, mask)
+    return F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=_PAD)
+
+
+def packed(rows: list[list[str]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Several texts in a row: words, the words to be said next, positions, and what of the row each word sees."""
+    coded = [[encode(f"{text} {END}") for text in texts] for texts in rows]
+    length = max(sum(len(text) - 1 for text in texts) for texts in coded)
+    ids, wanted = (torch.full((len(rows), length), _PAD) for _ in range(2))
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    text_of = torch.full((len(rows), length), -1)
+    for row, texts in enumerate(coded):
+        start = 0
+        for number, text in enumerate(texts):
+            here = slice(start, start + len(text) - 1)
+            asked = text.index(encode(ANSWER)[0]) if encode(ANSWER)[0] in text else 0
+            ids[row, here] = torch.tensor(text[:-1])
+            wanted[row, here] = torch.tensor([_PAD] * asked + text[asked + 1 :])
+            positions[row, here] = torch.arange(len(text) - 1)
+            text_of[row, here] = number
+            start = here.stop
+    seen = (text_of[:, :, None] == text_of[:, None, :]).tril()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return ids, wanted, positions, mask[:, None]
+
+
+@torch.no_grad()
+def note(reader: SceneReader, step: int, loss: float) -> None:
+    """Appends to the log: the loss, and how often the likeliest first word of an answer is right, per sort."""
+    reader.eval()
+    stored = np.load(DATA / "validation.npy", mmap_mode="r")
+    chance = random.Random(0)
+    right: dict[str, list[bool]] = {}
+    for number in range(len(stored) // 2):
+        pair = pair_of("validation", number)
+        tokens = torch.from_numpy(np.asarray(stored[2 * number : 2 * number + 2])).float()
+        for scene, seen in zip(pair, tokens):
+            for q in questions(scene, chance, NAMES):
+                answer = first_word(reader, seen[None], f"{QUESTION} {q.text} {ANSWER}")
+                right.setdefault(q.asks, []).append(answer == q.answer.split()[0])
+        made = statement(*pair, chance)
+        answer = first_word(reader, reader.join(tokens[None]), f"{STATEMENT} {made.text} {ANSWER}")
+        right.setdefault("statement", []).append(answer == str(made.true).lower())
+        if number == 99:
+            break
+    found = {"step": step, "loss": loss, **{asks: float(np.mean(values)) for asks, values in right.items()}}
+    with LOG.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+    tqdm.write(json.dumps(found))
+    reader.train()
+
+
+def first_word(reader: SceneReader, tokens: Tensor, text: str) -> str:
+    return VOCABULARY[int(reader(torch.tensor([encode(text)]), tokens)[0, -1].argmax())]
+
+
+def tied(name: str) -> bool:
+    """Whether the weights have it under another name."""
+    return name.startswith("decoder.cls.predictions.decoder.")
+
+
+def save(reader: SceneReader, optimizer: torch.optim.Optimizer, step: int) -> None:
+    content = {"reader": reader.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    torch.save(content, CHECKPOINT.with_suffix(".new"))
+    CHECKPOINT.with_suffix(".new").replace(CHECKPOINT)
+
+
+if __name__ == "__main__":
+    main()
