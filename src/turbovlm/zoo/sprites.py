@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 PACK = Path(__file__).parent / "data" / "twemoji.zip"
 _SAME_NAME = """dog, cat, horse, cow, pig, elephant, camel, goat, rabbit, fox, lion, monkey, penguin, owl, duck, eagle,
-    chicken, frog, turtle, crocodile, snake, whale, dolphin, fish, octopus, crab, snail, butterfly, spider, scorpion, rose,
-    sunflower, tulip, cactus, palm tree, mushroom, maple leaf, watermelon, lemon, banana, pineapple, pear, peach,
+    chicken, frog, turtle, crocodile, snake, whale, dolphin, fish, octopus, crab, snail, butterfly, spider, scorpion,
+    rose, sunflower, tulip, cactus, palm tree, mushroom, maple leaf, watermelon, lemon, banana, pineapple, pear, peach,
     tomato, eggplant, carrot, strawberry, bread, croissant, hamburger, pizza, hot dog, taco, egg, doughnut, cookie,
     candy, lollipop, wine glass, house, castle, tent, bus, ambulance, fire engine, police car, taxi, tractor,
     motorcycle, bicycle, anchor, sailboat, ship, airplane, helicopter, rocket, watch, umbrella, sun, star,
