@@ -1,0 +1,113 @@
+"""Predictions are kept, runs go on, and nothing is counted twice."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import turbovlm
+from turbovlm import TurboConfig
+from turbovlm.errors import DataError
+from turbovlm.evaluate.data import Picture, Sample
+from turbovlm.evaluate.run import Predictor, Setting, merged, predict_all, read_predictions
+
+Image = pytest.importorskip("PIL.Image")
+HEADER = {"task": "classification", "model": "tiny"}
+SAMPLES = [Sample(f"s{i}", (Picture(f"p{i}", lambda i=i: Image.new("RGB", (4, 4), (i, i, i))),)) for i in range(7)]
+
+
+class Counting:
+    """Predicts the picture's grey, and counts."""
+
+    def __init__(self, stop_after=None):
+        self.asked = []
+        self.stop_after = stop_after
+        self.predictor = Predictor(torch.nn.Identity(), self.prepare, self.predict)
+
+    def prepare(self, sample, image_size):
+        return sample.id, sample.pictures[0].open().getpixel((0, 0))[0]
+
+    def predict(self, prepared):
+        if self.stop_after is not None and len(self.asked) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.asked += [name for name, _ in prepared]
+        return [grey for _, grey in prepared]
+
+
+def test_predictions_come_in_order_and_are_kept(tmp_path):
+    counting, seen = Counting(), []
+    found = predict_all(
+        counting.predictor, SAMPLES, Setting("own"), tmp_path / "a.jsonl", HEADER, batch=3, on_progress=seen.append
+    )
+    assert found == list(range(7))
+    assert seen == [0, 3, 3, 1]
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert lines == [HEADER, *({"id": f"s{i}", "prediction": i} for i in range(7))]
+
+
+def test_a_stopped_run_goes_on_and_counts_nothing_twice(tmp_path):
+    file = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        predict_all(Counting(stop_after=4).predictor, SAMPLES, Setting("own"), file, HEADER, batch=2)
+    again, seen = Counting(), []
+    found = predict_all(again.predictor, SAMPLES, Setting("own"), file, HEADER, batch=2, on_progress=seen.append)
+    assert found == list(range(7))
+    assert again.asked == ["s4", "s5", "s6"]
+    assert seen == [4, 2, 1]
+    assert len(file.read_text().splitlines()) == 8
+
+
+def test_half_a_line_is_made_again(tmp_path):
+    file = tmp_path / "a.jsonl"
+    predict_all(Counting().predictor, SAMPLES[:3], Setting("own"), file, HEADER)
+    file.write_bytes(file.read_bytes()[:-4])
+    again = Counting()
+    assert predict_all(again.predictor, SAMPLES, Setting("own"), file, HEADER) == list(range(7))
+    assert again.asked == ["s2", "s3", "s4", "s5", "s6"]
+    assert read_predictions(file, HEADER) == {f"s{i}": i for i in range(7)}
+
+
+def test_a_file_of_another_run_is_refused_and_left(tmp_path):
+    file = tmp_path / "a.jsonl"
+    predict_all(Counting().predictor, SAMPLES, Setting("own"), file, HEADER)
+    before = file.read_bytes()
+    with pytest.raises(DataError, match=r"a\.jsonl: was made otherwise \(model was 'tiny' and is 'large'\)"):
+        predict_all(Counting().predictor, SAMPLES, Setting("own"), file, {**HEADER, "model": "large"})
+    assert file.read_bytes() == before
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("hello\nworld\n")
+    with pytest.raises(DataError, match=r"a\.jsonl: is no file of predictions"):
+        read_predictions(file, HEADER)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_does_not_decode_is_named(tmp_path, workers):
+    (tmp_path / "text.jpg").write_text("no picture")
+    bad = Sample("bad", (Picture.file(tmp_path / "text.jpg"),))
+    file = tmp_path / "a.jsonl"
+    with pytest.raises(DataError, match=r"text\.jpg: does not decode"):
+        predict_all(Counting().predictor, [*SAMPLES[:4], bad], Setting("own"), file, HEADER, batch=2, workers=workers)
+    assert len(read_predictions(file, HEADER)) == 4
+
+
+def test_workers_give_the_same(tmp_path):
+    found = predict_all(Counting().predictor, SAMPLES, Setting("own"), tmp_path / "a", HEADER, batch=2, workers=2)
+    assert found == list(range(7))
+
+
+def test_the_model_merges_within_and_not_after():
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = transformers.ViTModel(transformers.ViTConfig(image_size=64, patch_size=8, **size)).eval()
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(pixels)[0]
+        with merged(model, TurboConfig(r=2)):
+            assert turbovlm.get_handle(model) is not None
+            assert model(pixels)[0].shape[1] == plain.shape[1] - 4
+        assert torch.equal(model(pixels)[0], plain)
