@@ -135,6 +135,26 @@ def draw_scene(scene: Scene, sprites: Mapping[str, Image], backgrounds: Sequence
     return picture
 
 
+def on_photo(drawing: Image, backgrounds: Sequence[Image], chance: random.Random) -> Image:
+    """One drawing somewhere on a photograph, 224×224, RGB; its side is 45 to 95 % of the picture's.
+
+    Args:
+        drawing: RGBA, square.
+        backgrounds: photographs, RGB.
+        chance: chooses the photograph, its crop, the size, the place and whether the drawing is mirrored.
+    """
+    from PIL import Image
+
+    picture = _background(chance, chance.choice(backgrounds))
+    side = round(SIDE * chance.uniform(0.45, 0.95))
+    thing = drawing.resize((side, side), Image.Resampling.LANCZOS)
+    if chance.random() < 0.5:
+        thing = thing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    left, top = (chance.randint(0, SIDE - side) for _ in range(2))
+    picture.paste(thing, (left, top), thing)
+    return picture
+
+
 def tint(sprite: Image, colour: str) -> Image:
     """The same drawing in shades of one colour, RGBA: brightness above and below its mean.
 
