@@ -2,7 +2,7 @@
 
 Pictures go through ten blocks of the pretrained ViT-S/14 of `turbovlm.zoo.saliency`, sentences through MiniLM
 (`turbovlm.zoo.minilm`); both stay as they were pretrained. What was trained are two projections. The picture's reads
-CLS and the mean of the patches; it is the head of a `transformers.Dinov2ForImageClassification`, in front of which every
+CLS and the mean of the patches; it is the head of a `transformers.Dinov2ForImageClassification`, before which every
 position gets its token's value where tokens are merged.
 """
 
