@@ -16,7 +16,7 @@ RIDGE = 0.3
 """Added to the variance of every direction, as a share of the mean one."""
 
 SAMPLES = 0.5
-"""Tokens that the regression sees, per direction; more tell it hardly more."""
+"""Most tokens that the regression sees, per direction; and it never sees more than positions are gone."""
 
 
 def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tensor:
@@ -31,7 +31,8 @@ def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tens
     Returns:
         `[batch, N, out_width]`, in the dtype of `out`.
     """
-    across, weights = (factor.to(out.dtype) for factor in linear_map(merged, out))
+    samples = min(out.shape[1], int(SAMPLES * x.shape[2]), merge.gone.shape[1])
+    across, weights = (factor.to(out.dtype) for factor in linear_map(merged, out, max(1, samples)))
     places = _moved(merge) + torch.arange(len(x), device=x.device).unsqueeze(1) * x.shape[1]
     flat = places.flatten()
     apart = x.flatten(0, 1).index_select(0, flat) - merged.flatten(0, 1).index_select(0, merge.rows[flat])
@@ -46,18 +47,16 @@ def _moved(merge: Merge) -> Tensor:
 
 
 @torch.no_grad()
-def linear_map(merged: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """W of the ridge regression of `out`, `[batch, M, out_width]`, on `merged`, `[batch, M, width]`, both centred.
 
-    Of evenly spaced tokens, fewer than `width`: by the system of their products, which is the smaller one.
+    Of `samples` evenly spaced tokens, fewer than `width`: by the system of their products, which is the smaller one.
 
     Returns:
         Two factors of W, `[batch, width, samples]` and `[batch, samples, out_width]`, in fp32 at least.
     """
     precise = torch.promote_types(out.dtype, torch.float32)
-    tokens, width = merged.shape[1:]
-    samples = min(tokens, max(1, int(SAMPLES * width)))
-    seen = torch.arange(samples, device=out.device) * tokens // samples
+    seen = torch.arange(samples, device=out.device) * merged.shape[1] // samples
     z, y = (value.index_select(1, seen).to(precise) for value in (merged, out))
     z, y = z - z.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
     with torch.autocast(out.device.type, enabled=False):
