@@ -70,12 +70,14 @@ class Data:
         samples: in the order of the file.
         classes: names of a classification's classes, in the order of the model's outputs.
         left_out: what was not taken and why, one line each: annotations without a picture, and the like.
+        real: pictures that those made from prompts are compared with.
     """
 
     name: str
     samples: tuple[Sample, ...]
     classes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    real: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
