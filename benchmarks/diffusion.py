@@ -3,6 +3,7 @@
     python benchmarks/diffusion.py                      # writes benchmarks/results/diffusion.{json,md}
     python benchmarks/diffusion.py --device cuda --dtype bf16 --models sd15 sdxl --out diffusion_gpu
     python benchmarks/diffusion.py --device cuda --dtype bf16 --models sd15 sdxl --out diffusion_gpu_compiled --compile
+    python benchmarks/diffusion.py --sizes 512          # that size anew; the file keeps the others
     python benchmarks/diffusion.py --small --out tried  # the same path on a tiny UNet, to see that it runs
 
 Full size, random weights: speed does not depend on the weights. Every version merges in all three components; tomesd by
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import DTYPES, RESULTS, compare_shown, described, machine, save
+from cases import DTYPES, RESULTS, compare_shown, described, load, machine, save
 
 from turbovlm import TurboConfig
 
@@ -43,10 +44,10 @@ def main() -> None:
     if importlib.util.find_spec("tomesd") is None:
         parser.error("tomesd is compared with: pip install --no-deps tomesd")
     versions = {name: importlib.metadata.version(name) for name in ("diffusers", "tomesd")}
-    results: dict[str, Any] = {"machine": {**machine(), **versions}, "dtype": args.dtype, "compiled": args.compile}
+    results: dict[str, Any] = {"runs": {}} | load(RESULTS / f"{args.out}.json")
+    results |= {"machine": {**machine(), **versions}, "dtype": args.dtype, "compiled": args.compile}
     if args.device.startswith("cuda"):
         results["machine"]["cpu"] = f"{torch.cuda.get_device_name(args.device)}; {results['machine']['cpu']}"
-    results["runs"] = {}
     for model in args.models:
         torch.manual_seed(0)
         denoiser = UNETS[model](args.small).eval().to(args.device, DTYPES[args.dtype])

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import turbovlm
 from turbovlm.config import COMPONENTS
+from turbovlm.evaluate.metrics import frechet_distance
 from turbovlm.zoo import load_saliency_vit
 from turbovlm.zoo.emoji import emoji_prompts, load_emoji_pipeline
 
@@ -92,7 +93,7 @@ def measure_frechet(pipe: Any, count: int, only: str | None, results: dict[str, 
     vit = load_saliency_vit().backbone
     drawn = features(vit, scenes(emoji, index, torch.Generator().manual_seed(1)))
     versions: dict[str, Within] = {"the model itself": lambda pipe: contextlib.nullcontext()}
-    for keep in (0.5, 0.8, 0.7, 0.9):
+    for keep in KEEPS[:-1]:
         versions |= {f"turbovlm, keep={keep:g}": merged(keep=keep), f"tomesd, keep={keep:g}": by_tomesd(keep, 1)}
     done = results.setdefault("frechet", {}).setdefault(str(count), {})
     texts = embedded(pipe, [emoji.prompts[i] for i in index])
@@ -115,16 +116,6 @@ def features(vit: Any, pictures: Tensor) -> Tensor:
         out = vit(pixel_values=(larger - mean) / deviation, output_hidden_states=True)
         found.append(out.hidden_states[10][:, 0])
     return torch.cat(found)
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between normal distributions of the means and covariances of `a` and `b`, `[samples, width]`."""
-    first, second = (torch.cov(x.double().T) for x in (a, b))
-    values, vectors = torch.linalg.eigh(first)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()
-    gap = (a.double().mean(dim=0) - b.double().mean(dim=0)).square().sum()
-    return float(gap + first.trace() + second.trace() - 2 * cross)
 
 
 def settings() -> dict[str, Within]:

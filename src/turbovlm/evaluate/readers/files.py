@@ -196,8 +196,8 @@ def _table(path: Path, text: str, before: int = 0) -> Annotations:
     """`before`: lines of the text that stand before those of the file."""
     delimiter = max("|\t,", key=text.splitlines()[0].count)
     # Flickr30k's own table has blanks behind its bars, quotes within its captions, and a row that lacks a bar
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, quoting=quoting)
+    lines = text.splitlines(keepends=True)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE)
     header = [name.strip() for name in next(reader)]
     rows, bad = [], []
     for row in reader:
