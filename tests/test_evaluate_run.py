@@ -61,12 +61,28 @@ def test_a_stopped_run_goes_on_and_counts_nothing_twice(tmp_path):
 
 def test_half_a_line_is_made_again(tmp_path):
     file = tmp_path / "a.jsonl"
-    predict_all(Counting().predictor, SAMPLES[:3], Setting("own"), file, HEADER)
+    predict_all(Counting().predictor, SAMPLES[:3], Setting("own"), file, HEADER, batch=2)
     file.write_bytes(file.read_bytes()[:-4])
     again = Counting()
-    assert predict_all(again.predictor, SAMPLES, Setting("own"), file, HEADER) == list(range(7))
+    assert predict_all(again.predictor, SAMPLES, Setting("own"), file, HEADER, batch=2) == list(range(7))
     assert again.asked == ["s2", "s3", "s4", "s5", "s6"]
     assert read_predictions(file, HEADER) == {f"s{i}": i for i in range(7)}
+
+
+def test_what_is_random_is_the_setting_s_seed_and_stopping_changes_nothing(tmp_path):
+    class Drawing(Counting):
+        def predict(self, prepared):
+            return [value + float(torch.rand(())) for value in super().predict(prepared)]
+
+    before = torch.random.get_rng_state()
+    whole, stopped, other = (tmp_path / name for name in ("whole", "stopped", "other"))
+    found = predict_all(Drawing().predictor, SAMPLES, Setting("own"), whole, HEADER, batch=2)
+    with pytest.raises(KeyboardInterrupt):
+        predict_all(Drawing(stop_after=2).predictor, SAMPLES, Setting("own"), stopped, HEADER, batch=2)
+    stopped.write_bytes(stopped.read_bytes()[:-4])
+    assert predict_all(Drawing().predictor, SAMPLES, Setting("own"), stopped, HEADER, batch=2) == found
+    assert predict_all(Drawing().predictor, SAMPLES, Setting("own", seed=1), other, HEADER, batch=2) != found
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_a_file_of_another_run_is_refused_and_left(tmp_path):

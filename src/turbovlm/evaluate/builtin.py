@@ -54,7 +54,7 @@ def captioning_data(scenes: int) -> Data:
     from turbovlm.zoo.grammar import captions
 
     samples = (Sample(f"scene-{i}", (_picture(i),), answers=captions(_scene(i)[1])) for i in range(scenes))
-    return Data("scenes", tuple(samples))
+    return Data("scenes", tuple(samples), tokenized=True)
 
 
 def vqa_data(scenes: int) -> Data:

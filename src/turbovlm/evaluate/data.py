@@ -71,6 +71,7 @@ class Data:
         classes: names of a classification's classes, in the order of the model's outputs.
         left_out: what was not taken and why, one line each: annotations without a picture, and the like.
         real: pictures that those made from prompts are compared with.
+        tokenized: captions are words in lower case without punctuation: nothing is to be cut.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Data:
     classes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     real: tuple[Picture, ...] = ()
+    tokenized: bool = False
 
 
 @dataclass(frozen=True)

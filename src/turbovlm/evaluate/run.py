@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.data import DataLoader
+
 import turbovlm
 from turbovlm.config import TurboConfig
 from turbovlm.errors import DataError
@@ -23,11 +26,13 @@ class Setting:
         name: for tables and file names.
         config: how tokens are merged; None for the model itself.
         image_size: pixels a side instead of the model's own: the control that makes pictures smaller.
+        seed: of what is drawn at random while the model runs.
     """
 
     name: str
     config: TurboConfig | None = None
     image_size: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,10 @@ def predict_all(
     workers: int = 0,
     on_progress: Callable[[int], object] = lambda done: None,
 ) -> list[Any]:
-    """The predictions, in the order of `samples`; those that `file` has are not made again.
+    """The predictions, in the order of `samples`; batches that `file` has are not made again.
+
+    What is drawn at random is drawn from the setting's seed and the number of the batch: a run that was stopped comes
+    to the same as one that was not.
 
     Args:
         predictor: the model; it is left as it was.
@@ -74,21 +82,29 @@ def predict_all(
         ConfigError, UnsupportedModelError: see `turbovlm.apply`.
     """
     done = read_predictions(file, header)
-    missing = [sample for sample in samples if sample.id not in done]
-    on_progress(len(samples) - len(missing))
+    groups = [samples[start : start + batch] for start in range(0, len(samples), batch)]
+    missing = [number for number, group in enumerate(groups) if any(sample.id not in done for sample in group)]
+    on_progress(len(samples) - sum(len(groups[number]) for number in missing))
     if missing:
-        with merged(predictor.model, setting.config), file.open("a", encoding="utf-8") as lines:
+        todo = [sample for number in missing for sample in groups[number]]
+        with (
+            merged(predictor.model, setting.config),
+            torch.random.fork_rng(),
+            file.open("a", encoding="utf-8") as lines,
+        ):
             if not lines.tell():
                 lines.write(json.dumps(dict(header)) + "\n")
-            for some, prepared in batches(predictor, missing, setting.image_size, batch, workers):
+            for number, prepared in zip(missing, batches(predictor, todo, setting.image_size, batch, workers)):
+                torch.manual_seed(1_000_003 * setting.seed + number)
                 made = predictor.predict(prepared)
-                if len(made) != len(some):
-                    raise RuntimeError(f"{len(made)} predictions for {len(some)} samples")
-                for sample, prediction in zip(some, made):
-                    lines.write(json.dumps({"id": sample.id, "prediction": prediction}) + "\n")
-                    done[sample.id] = prediction
+                if len(made) != len(prepared):
+                    raise RuntimeError(f"{len(made)} predictions for {len(prepared)} samples")
+                for sample, prediction in zip(groups[number], made):
+                    if sample.id not in done:
+                        lines.write(json.dumps({"id": sample.id, "prediction": prediction}) + "\n")
+                        done[sample.id] = prediction
                 lines.flush()
-                on_progress(len(some))
+                on_progress(len(prepared))
     return [done[sample.id] for sample in samples]
 
 
@@ -128,17 +144,15 @@ def merged(model: Any, config: TurboConfig | None) -> Iterator[None]:
 
 def batches(
     predictor: Predictor, samples: Sequence[Sample], image_size: int | None, batch: int, workers: int
-) -> Iterator[tuple[Sequence[Sample], list[Any]]]:
-    """Samples and what they were prepared to, in order."""
-    from torch.utils.data import DataLoader
-
+) -> Iterator[list[Any]]:
+    """What samples were prepared to, in order."""
     prepared = _Prepared(predictor.prepare, samples, image_size)
     loader: DataLoader[Any] = DataLoader(prepared, batch, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
-    for number, ready in enumerate(loader):
+    for ready in loader:
         for item in ready:
             if isinstance(item, DataError):
                 raise item
-        yield samples[number * batch : (number + 1) * batch], ready
+        yield ready
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Models as tasks ask them: by hub id, folder or name, and the small ones that come with turbovlm."""
+
+from __future__ import annotations
+
+from turbovlm.errors import TurboError
+from turbovlm.evaluate.data import Data
+from turbovlm.evaluate.predictors.encoders import classification, retrieval
+from turbovlm.evaluate.predictors.generating import generating
+from turbovlm.evaluate.predictors.loading import Where
+from turbovlm.evaluate.predictors.pictures import Features, Making, text_to_image
+from turbovlm.evaluate.run import Predictor
+
+MODELS = {
+    "classification": "an image classifier of transformers or timm:NAME; CLIP, SigLIP or open_clip:NAME by class names",
+    "retrieval": "CLIP, SigLIP or BLIP's ITM model of transformers, or open_clip:hf-hub:ID",
+    "captioning": "BLIP, BLIP-2, LLaVA, Qwen-VL or another model of transformers that writes",
+    "vqa": "BLIP-VQA, BLIP-2, ViLT, LLaVA, Qwen-VL or another model of transformers that answers",
+    "nlvr2": "ViLT's NLVR2 model, or one of transformers that follows a chat with two pictures",
+    "text-to-image": "a pipeline of diffusers",
+    "saliency": "zoo:saliency",
+}
+"""What each task takes."""
+
+
+def load_predictor(task: str, where: Where, data: Data, making: Making, features: Features | None) -> Predictor:
+    """A model of the user's, ready to be asked.
+
+    Args:
+        task: one of `MODELS`.
+        where: the model.
+        data: what it will be asked.
+        making: how pictures are made; of text-to-image alone.
+        features: how pictures are compared; of text-to-image alone.
+
+    Raises:
+        TurboError: there is no such model, or it is for another task.
+        ConfigError: it does not fit the data.
+    """
+    if where.library == "zoo":
+        from turbovlm.evaluate.builtin import zoo_predictor
+
+        return zoo_predictor(task, where.name, data)
+    if task == "classification":
+        return classification(where, data)
+    if task == "retrieval":
+        return retrieval(where)
+    if task == "text-to-image":
+        if features is None:
+            raise ValueError("text-to-image needs features")
+        return text_to_image(where, data.samples, making, features)
+    if task == "saliency":
+        raise TurboError(f"{where.spec}: saliency takes {MODELS[task]}")
+    return generating(task, where)

@@ -1,0 +1,126 @@
+"""Text-to-image: pictures that a `diffusers` pipeline makes, as features that are compared with those of real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbovlm.errors import ConfigError
+from turbovlm.evaluate.data import Picture, Sample
+from turbovlm.evaluate.predictors.loading import Where, loading
+from turbovlm.evaluate.run import Predictor
+
+Features = Callable[[Sequence[Any]], Tensor]
+"""Pictures, as PIL has them, to `[pictures, width]`."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """How pictures are made.
+
+    Attributes:
+        steps: of denoising; the pipeline's own if None.
+        guidance: its scale; the pipeline's own if None.
+        seed: of the first sample; each next has the next.
+        folder: where pictures are kept, as PNG; nowhere if None.
+    """
+
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    folder: Path | None = None
+
+
+def text_to_image(where: Where, samples: Sequence[Sample], making: Making, features: Features) -> Predictor:
+    """The features of each prompt's picture. A sample's picture is the same in every batch and every run.
+
+    Raises:
+        TurboError: there is no such pipeline.
+    """
+    with loading(Where(f"diffusers:{where.name}")):
+        import diffusers
+
+        pipe = diffusers.DiffusionPipeline.from_pretrained(where.name, torch_dtype=where.dtype).to(where.device)
+    return made_by(pipe, samples, making, features)
+
+
+def made_by(pipe: Any, samples: Sequence[Sample], making: Making, features: Features) -> Predictor:
+    """The same, of a pipeline that is there."""
+    pipe.set_progress_bar_config(disable=True)
+    seeds = {sample.id: making.seed + number for number, sample in enumerate(samples)}
+    given = {"num_inference_steps": making.steps, "guidance_scale": making.guidance}
+    settings = {name: value for name, value in given.items() if value is not None}
+
+    def prepare(sample: Sample, image_size: int | None) -> tuple[str, int, int | None]:
+        return sample.text, seeds[sample.id], image_size
+
+    @torch.inference_mode()
+    def predict(prepared: list[tuple[str, int, int | None]]) -> list[Any]:
+        size = {} if prepared[0][2] is None else {"height": prepared[0][2], "width": prepared[0][2]}
+        generators = [torch.Generator().manual_seed(seed) for _, seed, _ in prepared]
+        made = pipe([text for text, _, _ in prepared], generator=generators, **settings, **size).images
+        if making.folder is not None:
+            for picture, (_, seed, _) in zip(made, prepared):
+                picture.save(making.folder / f"{seed:06d}.png")
+        found: list[Any] = features(made).tolist()
+        return found
+
+    return Predictor(pipe, prepare, predict)
+
+
+def features_named(name: str, device: str = "cpu") -> Features:
+    """`"inception"` for FID, whose weights torch-fidelity fetches; `"vit"` for the ViT-S/14 of `turbovlm.zoo`.
+
+    Raises:
+        ConfigError: none of these.
+        TurboError: the weights are not there.
+    """
+    if name == "vit":
+        return _vit_features(device)
+    if name == "inception":
+        return _inception_features(device)
+    raise ConfigError(f"features={name!r}: must be one of inception, vit")
+
+
+def features_of(pictures: Sequence[Picture], features: Features, batch: int = 32) -> Tensor:
+    """Of pictures that are read batch by batch."""
+    read = (pictures[start : start + batch] for start in range(0, len(pictures), batch))
+    return torch.cat([features([picture.open() for picture in some]) for some in read])
+
+
+def _vit_features(device: str) -> Features:
+    """CLS after block 10 of pictures of 112 pixels."""
+    from turbovlm.zoo import preprocess
+    from turbovlm.zoo.reader import scene_encoder
+
+    encoder = scene_encoder().to(device)
+
+    @torch.inference_mode()
+    def features(pictures: Sequence[Any]) -> Tensor:
+        pixels = preprocess([picture.convert("RGB") for picture in pictures], 112).to(device)
+        cls: Tensor = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][:, 0]
+        return cls.cpu()
+
+    return features
+
+
+def _inception_features(device: str) -> Features:
+    with loading(Where("torchmetrics:FID")):
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        inception = FrechetInceptionDistance(feature=2048).inception.eval().to(device)
+
+    @torch.inference_mode()
+    def features(pictures: Sequence[Any]) -> Tensor:
+        import numpy as np
+
+        pixels = [torch.from_numpy(np.asarray(picture.convert("RGB"))).permute(2, 0, 1) for picture in pictures]
+        found: list[Tensor] = [inception(each[None].to(device)).float().cpu() for each in pixels]
+        return torch.cat(found)
+
+    return features
