@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SEED = 2_000_000
 """Of the first scene; those to train and to validate on are counted from 0 and from 1,000,000."""
 PIXELS = 224
+SIZES = range(14, PIXELS + 1, 14)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def scene_predictor(task: str) -> Predictor:
     if task not in forms:
         raise ConfigError(f"task={task!r}: must be one of {', '.join(forms)}")
     reader = load_scene_reader()
-    return Predictor(reader.encoder, _prepare_pictures, functools.partial(_read, reader, forms[task]))
+    return Predictor(reader.encoder, _prepare_pictures, functools.partial(_read, reader, forms[task]), SIZES)
 
 
 @torch.inference_mode()

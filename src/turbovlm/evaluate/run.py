@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 import turbovlm
@@ -26,13 +25,11 @@ class Setting:
         name: for tables and file names.
         config: how tokens are merged; None for the model itself.
         image_size: pixels a side instead of the model's own: the control that makes pictures smaller.
-        seed: of what is drawn at random while the model runs.
     """
 
     name: str
     config: TurboConfig | None = None
     image_size: int | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,13 @@ class Predictor:
         prepare: a sample as the model wants it, on the CPU; runs in the workers; its second argument is the image size,
             None for the model's own. Raises DataError for a picture that does not decode.
         predict: a list of prepared samples to one prediction each, of what JSON has.
+        image_sizes: pixels a side that it can be asked for, its own last; empty if it takes its own alone.
     """
 
     model: Any
     prepare: Callable[[Sample, int | None], Any]
     predict: Callable[[list[Any]], list[Any]]
+    image_sizes: Sequence[int] = ()
 
 
 def predict_all(
@@ -64,8 +63,7 @@ def predict_all(
 ) -> list[Any]:
     """The predictions, in the order of `samples`; batches that `file` has are not made again.
 
-    What is drawn at random is drawn from the setting's seed and the number of the batch: a run that was stopped comes
-    to the same as one that was not.
+    Batches are the same whether a run was stopped or not, and so is what comes of them.
 
     Args:
         predictor: the model; it is left as it was.
@@ -87,15 +85,10 @@ def predict_all(
     on_progress(len(samples) - sum(len(groups[number]) for number in missing))
     if missing:
         todo = [sample for number in missing for sample in groups[number]]
-        with (
-            merged(predictor.model, setting.config),
-            torch.random.fork_rng(),
-            file.open("a", encoding="utf-8") as lines,
-        ):
+        with merged(predictor.model, setting.config), file.open("a", encoding="utf-8") as lines:
             if not lines.tell():
                 lines.write(json.dumps(dict(header)) + "\n")
             for number, prepared in zip(missing, batches(predictor, todo, setting.image_size, batch, workers)):
-                torch.manual_seed(1_000_003 * setting.seed + number)
                 made = predictor.predict(prepared)
                 if len(made) != len(prepared):
                     raise RuntimeError(f"{len(made)} predictions for {len(prepared)} samples")

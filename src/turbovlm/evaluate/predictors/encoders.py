@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turbovlm.errors import ConfigError
 from turbovlm.evaluate.data import Data, Sample
-from turbovlm.evaluate.predictors.loading import Where, architecture, loading, resized, with_processor
+from turbovlm.evaluate.predictors.loading import Where, architecture, loading, resized, sizes_of, with_processor
 from turbovlm.evaluate.run import Predictor
 
 BEST = 5
@@ -31,12 +31,14 @@ class Pair:
         pixels: a picture and the image size to what `see` is given, on the CPU.
         see: a batch of it to vectors, `[batch, width]`; its second argument is whether the size is not the model's own.
         read: sentences to vectors, `[batch, width]`.
+        image_sizes: as `Predictor` has them.
     """
 
     model: Any
     pixels: Callable[[Any, int | None], Tensor]
     see: Callable[[Tensor, bool], Tensor]
     read: Callable[[Sequence[str]], Tensor]
+    image_sizes: Sequence[int] = ()
 
 
 def classification(where: Where, data: Data) -> Predictor:
@@ -68,7 +70,7 @@ def classification(where: Where, data: Data) -> Predictor:
         logits = model(pixel_values=pixels, **(other_size if prepared[0][1] else {})).logits
         return likeliest(logits[:, order.to(logits.device)])
 
-    return Predictor(model, prepare, predict)
+    return Predictor(model, prepare, predict, sizes_of(model, processor))
 
 
 def retrieval(where: Where) -> Predictor:
@@ -93,7 +95,7 @@ def vectors_of(pair: Pair) -> Predictor:
         each = torch.split(said, [len(texts) for _, _, texts in prepared])
         return [{"picture": _numbers(p), "captions": [_numbers(c) for c in cs]} for p, cs in zip(seen, each)]
 
-    return Predictor(pair.model, prepare, predict)
+    return Predictor(pair.model, prepare, predict, pair.image_sizes)
 
 
 def transformers_pair(where: Where) -> Pair:
@@ -131,7 +133,7 @@ def transformers_pair(where: Where) -> Pair:
             return vectors
         return _pooled(model.get_text_features(**words))
 
-    return Pair(model, pixels, see, read)
+    return Pair(model, pixels, see, read, sizes_of(model, processor))
 
 
 def open_clip_pair(where: Where) -> Pair:
@@ -204,7 +206,7 @@ def _by_names(pair: Pair, data: Data, template: str) -> Predictor:
         seen = pair.see(torch.stack([pixels for pixels, _ in prepared]), prepared[0][1])
         return likeliest(F.normalize(seen, dim=-1) @ classes.T)
 
-    return Predictor(pair.model, prepare, predict)
+    return Predictor(pair.model, prepare, predict, pair.image_sizes)
 
 
 def _timm_classifier(where: Where, data: Data) -> Predictor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turbovlm.errors import ConfigError
 from turbovlm.evaluate.data import Sample
-from turbovlm.evaluate.predictors.loading import Where, architecture, resized, with_processor
+from turbovlm.evaluate.predictors.loading import Where, architecture, resized, sizes_of, with_processor
 from turbovlm.evaluate.run import Predictor
 
 LONGEST = {"captioning": 40, "vqa": 16, "nlvr2": 8}
@@ -65,7 +65,7 @@ def generating(task: str, where: Where) -> Predictor:
         found = answer(task, where, model, processor, asked, is_chat)
         return [understood(text) for text in found]
 
-    return Predictor(model, prepare, predict)
+    return Predictor(model, prepare, predict, () if is_chat or chooses else sizes_of(model, processor))
 
 
 def _written(task: str, where: Where, model: Any, processor: Any, asked: list[_Asked], is_chat: bool) -> list[str]:

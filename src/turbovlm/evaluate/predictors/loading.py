@@ -119,3 +119,17 @@ def resized(processor: Any, image_size: int | None, spec: str) -> dict[str, Any]
             f"{spec}: makes pictures of many sizes ({own}), so image_size={image_size} cannot be asked of it"
         )
     return size
+
+
+def sizes_of(model: Any, processor: Any) -> Sequence[int]:
+    """Pixels a side that a model can be given, whole patches, its own last; none if it takes its own alone."""
+    config = getattr(model.config, "vision_config", model.config)
+    patch, own = getattr(config, "patch_size", None), getattr(config, "image_size", None)
+    size = dict(getattr(getattr(processor, "image_processor", processor), "size", None) or {})
+    if (
+        not isinstance(patch, int)
+        or not isinstance(own, int)
+        or not size.keys() <= {"height", "width", "shortest_edge"}
+    ):
+        return ()
+    return range(patch, own + 1, patch)

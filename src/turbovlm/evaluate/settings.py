@@ -1,0 +1,113 @@
+"""What a study compares: the model itself, the default, the paper's setting, and controls of the same cost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turbovlm.adapters import find_towers
+from turbovlm.config import TurboConfig
+from turbovlm.errors import ConfigError
+from turbovlm.evaluate.data import Sample
+from turbovlm.evaluate.run import Predictor, Setting, merged
+from turbovlm.profile.macs import counting
+
+OWN = "unmerged"
+"""The model itself."""
+SMALLER = "smaller image"
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of the golden section, without their whole part, lie evenly in [0, 1) however many are taken."""
+_PAPER: dict[str, Any] = {"similarity": "keys", "partition": "alternate", "order": "partition"}
+
+
+def evenly(redundancy: Tensor, semantic: Tensor, block: int) -> Tensor:
+    """A degree by which the tokens merged are spread evenly over the candidates, whatever is in them."""
+    places = torch.arange(redundancy.shape[-1], device=redundancy.device) * GOLDEN % 1
+    return places.to(redundancy).expand_as(redundancy)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "turbovlm": {},
+    "Turbo (paper)": {**_PAPER, "degree": "weighted_difference", "alpha": 180.0},
+    "ToMe": {**_PAPER, "degree": "redundancy"},
+    "semantics": {**_PAPER, "degree": "semantics"},
+    "random": {**_PAPER, "degree": "random"},
+    "uniform": {**_PAPER, "degree": evenly},
+}
+"""Settings of `TurboConfig` besides the amount; all but the first match keys between alternate halves, as published."""
+
+
+def methods(amount: TurboConfig, names: Sequence[str] = tuple(METHODS), seeds: int = 1) -> list[Setting]:
+    """The ways of merging, at one amount.
+
+    Args:
+        amount: has `r`, `keep` or `flops`; the rest of it is that of the first method.
+        names: of `METHODS`.
+        seeds: of what draws at random, each a setting of its own.
+
+    Raises:
+        ConfigError: a name that is none of them.
+    """
+    found = []
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"method={name!r}: must be one of {', '.join(METHODS)}")
+        config = dataclasses.replace(amount, **METHODS[name])
+        drawn = range(seeds) if name == "random" else range(1)
+        for seed in drawn:
+            label = name if len(drawn) == 1 else f"{name}, seed {seed}"
+            found.append(Setting(label, dataclasses.replace(config, seed=config.seed + seed)))
+    return found
+
+
+def smaller(predictor: Predictor, sample: Sample, macs: int, name: str = SMALLER) -> Setting:
+    """Pictures with as few pixels as make the unmerged model cost what merging leaves.
+
+    Args:
+        predictor: the model.
+        sample: a picture to measure with.
+        macs: the encoder's multiply-accumulates to come near, of one picture.
+        name: of the setting.
+
+    Raises:
+        ConfigError: the model takes pictures of one size only.
+    """
+    sizes = predictor.image_sizes
+    if not sizes:
+        raise ConfigError(f"this model takes pictures of one size only: leave the control {name!r} out")
+    found = [encoder_macs(predictor, sample, Setting("", None, size)) for size in sizes]
+    best = min(range(len(found)), key=lambda i: abs(found[i] - macs))
+    return Setting(name, None, sizes[best])
+
+
+def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting) -> int:
+    """Multiply-accumulates of the vision encoders for one sample."""
+    total = 0
+    with merged(predictor.model, setting.config), _within(predictor.model) as counted:
+        predictor.predict([predictor.prepare(sample, setting.image_size)])
+        total = counted[0]
+    return total
+
+
+@contextlib.contextmanager
+def _within(model: Any) -> Iterator[list[int]]:
+    """Counts what runs inside the encoders."""
+    counted, begun = [0], [0]
+    towers = {id(tower.module): tower.module for tower in find_towers(model)}.values()
+    with counting() as total, contextlib.ExitStack() as hooks:
+
+        def begin(module: nn.Module, args: Any) -> None:
+            begun[0] = total()
+
+        def end(module: nn.Module, args: Any, out: Any) -> None:
+            counted[0] += total() - begun[0]
+
+        for tower in towers:
+            hooks.callback(tower.register_forward_pre_hook(begin).remove)
+            hooks.callback(tower.register_forward_hook(end).remove)
+        yield counted
