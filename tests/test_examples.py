@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlms import CLIP, TEXT, blip, llava, seeded
+from folders import blip_folder, clip_folder, llava_folder
 
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
@@ -17,12 +17,6 @@ pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-WORDS = ["<pad>", "</s>", "<s>", "<unk>", "what", "is", "a", "dog", "temple", "flower", "user", "assistant", ":"]
-TEMPLATE = (
-    "{% for message in messages %}user : {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
-    "{% endfor %}{% endfor %}assistant :"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -42,54 +36,6 @@ def photos(tmp_path):
     for name in ("china.jpg", "flower.jpg"):
         Image.fromarray(load_sample_image(name)).resize((160, 120)).save(folder / name)
     return folder
-
-
-def tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    names = [*WORDS, *(f"w{i}" for i in range(len(WORDS), 90)), "<image>", *(f"v{i}" for i in range(91, 100))]
-    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special, model_max_length=64)
-    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return fast
-
-
-def saved(folder, model, processor):
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
-def blip_folder(tmp_path, task):
-    model = seeded(lambda: blip(task))
-    pictures = transformers.BlipImageProcessor(size={"height": 48, "width": 48})
-    return saved(tmp_path / "blip", model, transformers.BlipProcessor(pictures, tokenizer()))
-
-
-def clip_folder(tmp_path):
-    text = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
-    config = transformers.CLIPConfig(vision_config=CLIP, text_config=text, projection_dim=16)
-    size = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
-    processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(**size), tokenizer())
-    return saved(tmp_path / "clip", seeded(lambda: transformers.CLIPModel(config)), processor)
-
-
-def llava_folder(tmp_path):
-    size = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
-    processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor(**size),
-        tokenizer(),
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=TEMPLATE,
-    )
-    return saved(tmp_path / "llava", seeded(llava), processor)
 
 
 def run(name, *argv):

@@ -44,9 +44,8 @@ class _Drawn:
 @functools.cache
 def _drawings() -> tuple[dict[str, Image], list[Image]]:
     from turbovlm.demo.photos import load_photos
-    from turbovlm.zoo.sprites import load_sprites
 
-    sprites = {sprite.name: sprite.picture for sprite in load_sprites() if sprite.name}
+    sprites = {sprite.name: sprite.picture for sprite in _all_drawings() if sprite.name}
     return sprites, [photo.image for photo in load_photos()]
 
 
@@ -84,6 +83,89 @@ def nlvr2_data(pairs: int) -> Data:
             made = statement(*pair, chance)
             samples.append(Sample(f"pair-{i}/{number}", pictures, made.text, (str(made.true),)))
     return Data("pairs of scenes", tuple(samples))
+
+
+@dataclass(frozen=True)
+class _OnPhoto:
+    """Draws one emoji on a photograph, or the region that it covers, white on black."""
+
+    number: int
+    is_mask: bool
+
+    def __call__(self) -> Image:
+        from PIL import Image
+
+        from turbovlm.zoo.scenes import on_photo
+
+        drawings, photos = _all_drawings(), _drawings()[1]
+        drawing = drawings[self.number % len(drawings)].picture
+        if self.is_mask:
+            white = Image.new("RGBA", drawing.size, "white")
+            white.putalpha(drawing.getchannel("A"))
+            drawing, photos = white, [Image.new("RGB", photo.size) for photo in photos]
+        return on_photo(drawing, photos, random.Random(SEED + self.number))
+
+
+def saliency_data(pictures: int) -> Data:
+    """Emoji on photographs, one in each, and where it is."""
+    found = (
+        Sample(
+            f"emoji-{i}",
+            (Picture(f"emoji {i}", _OnPhoto(i, False)),),
+            mask=Picture(f"mask of emoji {i}", _OnPhoto(i, True)),
+        )
+        for i in range(pictures)
+    )
+    return Data("emoji on photographs", tuple(found))
+
+
+def saliency_predictor() -> Predictor:
+    """The pretrained ViT and its head, which is given every position's token."""
+    from turbovlm.zoo import load_saliency_vit
+
+    model = load_saliency_vit()
+    return Predictor(model.backbone, _prepare_whole, functools.partial(_find, model), SIZES)
+
+
+@torch.inference_mode()
+def _find(model: Any, prepared: list[torch.Tensor]) -> list[str]:
+    import turbovlm
+    from turbovlm.evaluate.scoring import encode_map
+
+    pixels = torch.stack(prepared)
+    side = pixels.shape[-1] // 14
+    tokens = model.backbone(pixel_values=pixels).last_hidden_state
+    if tokens.shape[1] < 1 + side * side:
+        tokens = turbovlm.get_handle(model.backbone).restore(tokens)
+    return [encode_map(heat[0]) for heat in model.head(tokens[:, 1:].unflatten(1, (side, side)))]
+
+
+def _prepare_whole(sample: Sample, image_size: int | None) -> torch.Tensor:
+    """The whole picture, made square."""
+    from turbovlm.zoo import preprocess
+
+    size = image_size or PIXELS
+    return preprocess([sample.pictures[0].open().resize((size, size), 3)], size)[0]
+
+
+@functools.cache
+def _all_drawings() -> tuple[Any, ...]:
+    from turbovlm.zoo.sprites import load_sprites
+
+    return load_sprites()
+
+
+def zoo_predictor(task: str, name: str, data: Data) -> Predictor:
+    """A small model that comes with turbovlm.
+
+    Raises:
+        ConfigError: there is none of that name for the task.
+    """
+    if name == "saliency" and task == "saliency":
+        return saliency_predictor()
+    if name == "scenes" and task in ("captioning", "vqa", "nlvr2"):
+        return scene_predictor(task)
+    raise ConfigError(f"model='zoo:{name}': there is zoo:saliency for saliency, zoo:scenes for captioning, vqa, nlvr2")
 
 
 def scene_predictor(task: str) -> Predictor:
@@ -141,4 +223,9 @@ def _names() -> tuple[str, ...]:
     return tuple(SCENE_NAMES)
 
 
-DATA: dict[str, Callable[[int], Data]] = {"captioning": captioning_data, "vqa": vqa_data, "nlvr2": nlvr2_data}
+DATA: dict[str, Callable[[int], Data]] = {
+    "captioning": captioning_data,
+    "vqa": vqa_data,
+    "nlvr2": nlvr2_data,
+    "saliency": saliency_data,
+}
