@@ -14,7 +14,7 @@ from turbovlm.evaluate.data import Data, Picture, Sample
 from turbovlm.evaluate.predictors import load_predictor
 from turbovlm.evaluate.predictors.encoders import class_order
 from turbovlm.evaluate.predictors.loading import Where
-from turbovlm.evaluate.predictors.pictures import Making
+from turbovlm.evaluate.predictors.pictures import Making, features_of, made_by
 from turbovlm.evaluate.run import Setting
 from turbovlm.evaluate.settings import METHODS, encoder_macs, methods, smaller
 from vlms import CLIP, seeded

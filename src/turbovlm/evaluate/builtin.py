@@ -137,7 +137,9 @@ def _find(model: Any, prepared: list[torch.Tensor]) -> list[str]:
     tokens = model.backbone(pixel_values=pixels).last_hidden_state
     if tokens.shape[1] < 1 + side * side:
         tokens = turbovlm.get_handle(model.backbone).restore(tokens)
-    return [encode_map(heat[0]) for heat in model.head(tokens[:, 1:].unflatten(1, (side, side)))]
+    heat = model.head(tokens[:, 1:].unflatten(1, (side, side)))
+    full = torch.nn.functional.interpolate(heat, size=(PIXELS, PIXELS), mode="bilinear", align_corners=False)
+    return [encode_map(each[0]) for each in full]
 
 
 def _prepare_whole(sample: Sample, image_size: int | None) -> torch.Tensor:
@@ -229,3 +231,6 @@ DATA: dict[str, Callable[[int], Data]] = {
     "nlvr2": nlvr2_data,
     "saliency": saliency_data,
 }
+MODELS = {"captioning": "zoo:scenes", "vqa": "zoo:scenes", "nlvr2": "zoo:scenes", "saliency": "zoo:saliency"}
+PICTURES = 200
+"""Scenes, pairs or pictures of a task, unless another number is asked for."""

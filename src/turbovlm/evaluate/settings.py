@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from turbovlm.errors import ConfigError
 from turbovlm.evaluate.data import Sample
 from turbovlm.evaluate.run import Predictor, Setting, merged
 from turbovlm.profile.macs import counting
+from turbovlm.profile.pipelines import find_denoiser
 
 OWN = "unmerged"
 """The model itself."""
@@ -33,7 +34,7 @@ def evenly(redundancy: Tensor, semantic: Tensor, block: int) -> Tensor:
 
 METHODS: dict[str, dict[str, Any]] = {
     "turbovlm": {},
-    "Turbo (paper)": {**_PAPER, "degree": "weighted_difference", "alpha": 180.0},
+    "paper": {**_PAPER, "degree": "weighted_difference", "alpha": 180.0},
     "ToMe": {**_PAPER, "degree": "redundancy"},
     "semantics": {**_PAPER, "degree": "semantics"},
     "random": {**_PAPER, "degree": "random"},
@@ -86,7 +87,7 @@ def smaller(predictor: Predictor, sample: Sample, macs: int, name: str = SMALLER
 
 
 def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting) -> int:
-    """Multiply-accumulates of the vision encoders for one sample."""
+    """Multiply-accumulates of the vision encoders, or of a pipeline's denoiser, for one sample."""
     total = 0
     with merged(predictor.model, setting.config), _within(predictor.model) as counted:
         predictor.predict([predictor.prepare(sample, setting.image_size)])
@@ -96,9 +97,13 @@ def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting) -> int:
 
 @contextlib.contextmanager
 def _within(model: Any) -> Iterator[list[int]]:
-    """Counts what runs inside the encoders."""
+    """Counts what runs inside the encoders, or inside a pipeline's denoiser."""
     counted, begun = [0], [0]
-    towers = {id(tower.module): tower.module for tower in find_towers(model)}.values()
+    towers: Iterable[nn.Module] = (
+        {tower.name: tower.module for tower in find_towers(model)}.values()
+        if isinstance(model, nn.Module)
+        else [find_denoiser(model)[1]]
+    )
     with counting() as total, contextlib.ExitStack() as hooks:
 
         def begin(module: nn.Module, args: Any) -> None:

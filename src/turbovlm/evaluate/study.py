@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from turbovlm.config import TurboConfig
-from turbovlm.errors import ConfigError, DataError
+from turbovlm.errors import ConfigError
 from turbovlm.evaluate import statistics
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.run import Predictor, Setting, predict_all
@@ -179,24 +179,3 @@ def _metric(score: Score, own: Score | None) -> Metric:
     if own is None or not score.higher or own.value <= 0:
         return Metric(score.name, value, None)
     return Metric(score.name, value, statistics.kept(score.parts, own.parts, score.groups))
-
-
-def check_data(data: Data, on_progress: Callable[[int], object] = lambda done: None) -> list[str]:
-    """Opens every picture and mask once; gives what is wrong, a line each, what the reader left out first."""
-    bad = list(data.left_out)
-    seen: set[str] = set()
-    for sample in data.samples:
-        for picture in (*sample.pictures, *((sample.mask,) if sample.mask else ())):
-            if picture.name not in seen:
-                seen.add(picture.name)
-                try:
-                    picture.open()
-                except DataError as error:
-                    bad.append(f"{sample.id}: {error}")
-        on_progress(1)
-    for picture in data.real:
-        try:
-            picture.open()
-        except DataError as error:
-            bad.append(str(error))
-    return bad

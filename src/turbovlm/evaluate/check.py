@@ -1,0 +1,51 @@
+"""Whether data can be used, before hours are spent on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from turbovlm.errors import DataError
+from turbovlm.evaluate.data import Data, Picture, Sample
+
+THREADS = 8
+
+
+def check(data: Data, on_progress: Callable[[int], object] = lambda done: None) -> tuple[Data, list[str]]:
+    """Decodes every picture and mask.
+
+    Args:
+        data: from a reader.
+        on_progress: given 1 for every sample and every real picture.
+
+    Returns:
+        The data without what cannot be used, and what is wrong, a line each, what the reader left out first.
+    """
+    with ThreadPoolExecutor(THREADS) as threads:
+        reasons = list(_counted(threads.map(_wrong_sample, data.samples), on_progress))
+        wrong_real = list(_counted(threads.map(_wrong_picture, data.real), on_progress))
+    samples = tuple(sample for sample, reason in zip(data.samples, reasons) if not reason)
+    real = tuple(picture for picture, reason in zip(data.real, wrong_real) if not reason)
+    bad = [*data.left_out, *filter(None, reasons), *filter(None, wrong_real)]
+    return dataclasses.replace(data, samples=samples, real=real), bad
+
+
+def _counted(reasons: Iterable[str], on_progress: Callable[[int], object]) -> Iterable[str]:
+    for reason in reasons:
+        on_progress(1)
+        yield reason
+
+
+def _wrong_sample(sample: Sample) -> str:
+    masks = () if sample.mask is None else (sample.mask,)
+    reason = next(filter(None, map(_wrong_picture, (*sample.pictures, *masks))), "")
+    return reason and f"{sample.id}: {reason}"
+
+
+def _wrong_picture(picture: Picture) -> str:
+    try:
+        picture.open()
+    except DataError as error:
+        return str(error)
+    return ""
