@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import turbovlm
-from denoisers import DENOISERS, unet
+from denoisers import DENOISERS
+from folders import stable_diffusion_folder
 from turbovlm import ConfigError, TurboConfig, TurboError, UnsupportedModelError
 from turbovlm.cli import main
 from turbovlm.cli.pipelines import denoiser_inputs, load_generator
@@ -18,7 +19,7 @@ from turbovlm.handle import overrides
 from turbovlm.profile import Drift, PictureComparison, PictureRun, Quartiles, compare_pictures, macs
 
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
 from pipelines import PIPES  # noqa: E402
@@ -29,31 +30,7 @@ QUICK = {"steps": 2, "rounds": 1, "warmup": 0}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole Stable Diffusion of 64×64 pixels, saved: tokenizer, CLIP, UNet, VAE and scheduler."""
-    where = tmp_path_factory.mktemp("pipeline")
-    letters = list("abcdefghijklmnopqrstuvwxyz,.")
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (where / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (where / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(where / "vocab.json"), str(where / "merges.txt"), model_max_length=16)
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    text.update({"max_position_embeddings": 16, "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1})
-    torch.manual_seed(0)
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(block_out_channels=(4,) * 3, norm_num_groups=2, layers_per_block=1, **kinds),
-        text_encoder=transformers.CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet(),
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(where / "whole")
-    return where / "whole"
+    return stable_diffusion_folder(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from folders import blip_folder
+from folders import blip_folder, stable_diffusion_folder
 from turbovlm.cli import main
 
 pytest.importorskip("transformers")
@@ -88,6 +88,23 @@ def test_built_in_with_controls(tmp_path, capsys):
     capsys.readouterr()
     assert main([*given, "--keep", "0.5"]) == 2
     assert "was made otherwise (setting was {'flops': 0.6} and is {'keep': 0.5})" in capsys.readouterr().err
+
+
+def test_pictures_from_prompts(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    (tmp_path / "real").mkdir()
+    for number in range(5):
+        Image.new("RGB", (64, 64), (50 * number, 90, 0)).save(tmp_path / "real" / f"{number}.png")
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\na hat\n")
+    given = ["--model", stable_diffusion_folder(tmp_path), "--data", tmp_path / "prompts.txt", "--features", "vit"]
+    given += ["--images", tmp_path / "real", "--steps", 2, "--keep", 0.5, "--pictures", tmp_path / "made"]
+    given += ["--out", tmp_path / "out", "--json", tmp_path / "a.json", "--seed", 3]
+    assert main(["evaluate", "text-to-image", *map(str, given)]) == 0
+    unmerged, ours = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert unmerged["metrics"][0]["name"] == "Fréchet distance" and ours["ratio"] < 1 and ours["same"] is None
+    assert ours["metrics"][0]["value"] != unmerged["metrics"][0]["value"]
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [f"00000{seed}.png" for seed in (3, 4, 5)]
+    assert "3 samples" in capsys.readouterr().out
 
 
 WRONG = {

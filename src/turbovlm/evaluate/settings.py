@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,22 +88,23 @@ def smaller(predictor: Predictor, sample: Sample, macs: int, name: str = SMALLER
 
 def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting) -> int:
     """Multiply-accumulates of the vision encoders, or of a pipeline's denoiser, for one sample."""
-    total = 0
-    with merged(predictor.model, setting.config), _within(predictor.model) as counted:
+    counted = _modules(predictor.model)
+    with merged(predictor.model, setting.config), _within(counted) as total:
         predictor.predict([predictor.prepare(sample, setting.image_size)])
-        total = counted[0]
-    return total
+        return total[0]
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    """The vision encoders, or a pipeline's denoiser."""
+    if isinstance(model, nn.Module):
+        return list({tower.name: tower.module for tower in find_towers(model)}.values())
+    return [find_denoiser(model)[1]]
 
 
 @contextlib.contextmanager
-def _within(model: Any) -> Iterator[list[int]]:
-    """Counts what runs inside the encoders, or inside a pipeline's denoiser."""
+def _within(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Counts what runs inside these."""
     counted, begun = [0], [0]
-    towers: Iterable[nn.Module] = (
-        {tower.name: tower.module for tower in find_towers(model)}.values()
-        if isinstance(model, nn.Module)
-        else [find_denoiser(model)[1]]
-    )
     with counting() as total, contextlib.ExitStack() as hooks:
 
         def begin(module: nn.Module, args: Any) -> None:
@@ -112,7 +113,7 @@ def _within(model: Any) -> Iterator[list[int]]:
         def end(module: nn.Module, args: Any, out: Any) -> None:
             counted[0] += total() - begun[0]
 
-        for tower in towers:
-            hooks.callback(tower.register_forward_pre_hook(begin).remove)
-            hooks.callback(tower.register_forward_hook(end).remove)
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(begin).remove)
+            hooks.callback(module.register_forward_hook(end).remove)
         yield counted

@@ -45,7 +45,7 @@ def text_to_image(where: Where, samples: Sequence[Sample], making: Making, featu
     with loading(Where(f"diffusers:{where.name}")):
         import diffusers
 
-        pipe = diffusers.DiffusionPipeline.from_pretrained(where.name, torch_dtype=where.dtype).to(where.device)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(where.name).to(where.device, where.dtype)
     return made_by(pipe, samples, making, features)
 
 
