@@ -57,7 +57,7 @@ def test_a_model_that_merges(tmp_path):
         f"pretrained={folder},visual_keep=0.5,r=2", {"chat_template": TEMPLATE, **PLACE}
     )
     assert issubclass(kind, models.get_model("llava_hf", force_simple=True)) and kind.is_simple
-    assert str(turbovlm.get_handle(merging.model)) == str(merging.turbo) and all(answers(merging))
+    assert turbovlm.get_handle(merging.model).schedules == merging.turbo.schedules and all(answers(merging))
     (chosen,) = merging.turbo.visual
     assert chosen is not None
     chat = models.get_model("turbo_llava_hf")
