@@ -8,7 +8,8 @@ from PIL import Image
 
 from turbovlm import TurboConfig
 from turbovlm.errors import ConfigError, DataError
-from turbovlm.evaluate.builtin import saliency_data, saliency_predictor
+from turbovlm.evaluate.builtin_data import saliency_data
+from turbovlm.evaluate.builtin_models import zoo_predictor
 from turbovlm.evaluate.check import check
 from turbovlm.evaluate.data import Data, Picture, Sample
 from turbovlm.evaluate.run import Setting
@@ -73,7 +74,7 @@ def test_maps_are_kept_to_eight_bits():
 
 @pytest.fixture(scope="module")
 def saliency(tmp_path_factory):
-    predictor, data = saliency_predictor(), saliency_data(12)
+    predictor, data = zoo_predictor("saliency", "saliency"), saliency_data(12)
     configs = methods(TurboConfig(r=18), names=("turbovlm", "random"))
     folder = tmp_path_factory.mktemp("study")
     settings = [Setting(OWN), *configs, Setting("smaller image", None, 112)]
@@ -139,7 +140,7 @@ def test_settings_are_told_apart_in_files():
 
 
 def test_wrong_settings(tmp_path):
-    predictor, data = saliency_predictor(), saliency_data(2)
+    predictor, data = zoo_predictor("saliency", "saliency"), saliency_data(2)
     for settings in ([], [Setting("a", TurboConfig(r=2))], [Setting("a"), Setting("a")]):
         with pytest.raises(ConfigError, match="must be of different names, the unmerged model first"):
             run_study("saliency", "m", predictor, data, settings, tmp_path)

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenes"))
 
-from turbovlm.zoo.dual_encoder import WEIGHTS, Projection
+from turbovlm.zoo.dual_encoder import CLASSIFIER, WEIGHTS, Projection
 from turbovlm.zoo.minilm import load_minilm
+from turbovlm.zoo.sprites import load_sprites
 
 DATA = Path(__file__).parent / "data"
 BATCH, RATE, DECAY, TEMPERATURE = 1024, 1e-3, 0.1, 0.05
@@ -69,9 +70,31 @@ def main() -> None:
                 found = recall(image, text, features, texts, text_of, about, held)
                 tqdm.write(f"epoch {epoch + 1}: loss {loss.item():.3f}, held back R@1 {found}")
     if not args.hold:
+        save_file(classifier(features, about), CLASSIFIER)
         parts = {"image": image, "text": text}
         stored = {f"{part}.{n}": v.half().contiguous() for part, m in parts.items() for n, v in m.state_dict().items()}
         save_file(stored, WEIGHTS)
+
+
+def classifier(features: Tensor, about: list[dict]) -> dict[str, Tensor]:
+    """A linear probe of Unicode's subgroups, on all vendors' pictures but Twemoji's."""
+    of_code = {sprite.code: sprite.subgroup for sprite in load_sprites()}
+    names = sorted(set(of_code.values()))
+    rows = torch.tensor([i for i, entry in enumerate(about) if entry["concept"]])
+    wanted = torch.tensor([names.index(of_code[about[i]["concept"]]) for i in rows])
+    seen = features[rows]
+    mean, deviation = seen.mean(dim=0), seen.std(dim=0)
+    torch.manual_seed(0)
+    probe = nn.Linear(seen.shape[1], len(names))
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.05)
+    for _ in tqdm(range(60), desc="classifier", unit=" epochs"):
+        for batch in torch.randperm(len(rows)).split(BATCH):
+            loss = F.cross_entropy(probe((seen[batch] - mean) / deviation), wanted[batch], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    weight = probe.weight.detach() / deviation
+    return {"weight": weight.half(), "bias": (probe.bias.detach() - weight @ mean).half()}
 
 
 def contrast(image: Tensor, text: Tensor, concept: Tensor) -> Tensor:

@@ -181,22 +181,22 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> Data:
-    from turbovlm.evaluate import builtin
+    from turbovlm.evaluate.builtin_data import DATA, PICTURES
     from turbovlm.evaluate.readers import read
 
     if args.data is not None:
         return read(args.task, args.data, args.images, args.split, args.limit)
-    if args.task not in builtin.DATA:
-        raise ConfigError(f"{args.task}: has no built-in data yet; give --data and --model")
+    if args.task not in DATA:
+        raise ConfigError(f"{args.task}: has no built-in data; give --data and --model")
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"limit={args.limit}: must be an integer ≥ 1")
-    return builtin.DATA[args.task](args.limit or builtin.PICTURES)
+    return DATA[args.task](args.limit or PICTURES)
 
 
 def _builtin_model(args: argparse.Namespace) -> str:
-    from turbovlm.evaluate import builtin
+    from turbovlm.evaluate.builtin_models import MODELS
 
-    return builtin.MODELS[args.task]
+    return MODELS[args.task]
 
 
 def _checked(args: argparse.Namespace, data: Data) -> Data:

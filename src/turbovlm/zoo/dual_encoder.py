@@ -23,6 +23,7 @@ from turbovlm.zoo.minilm import SentenceEncoder, load_minilm
 from turbovlm.zoo.reader import scene_encoder
 
 WEIGHTS = Path(__file__).parent / "weights" / "dual_encoder.safetensors"
+CLASSIFIER = Path(__file__).parent / "weights" / "emoji_classifier.safetensors"
 WIDTH, HIDDEN = 256, 768
 
 
@@ -94,16 +95,38 @@ def load_dual_encoder(weights: Path | str = WEIGHTS) -> DualEncoder:
     Raises:
         TurboError: the weights, the pretrained ViT's, MiniLM's or `transformers` are not there.
     """
+    stored = _stored(weights)
+    model = DualEncoder(vision_tower(), load_minilm())
+    parts = {"image": model.vision.classifier, "text": model.text}
+    for part, module in parts.items():
+        prefix = f"{part}."
+        module.load_state_dict({n.removeprefix(prefix): v for n, v in stored.items() if n.startswith(prefix)})
+    return model.eval()
+
+
+def load_emoji_classifier(weights: Path | str = CLASSIFIER) -> Any:
+    """A `transformers.Dinov2ForImageClassification` of Unicode's subgroups of emoji, in alphabetical order.
+
+    A linear probe on the ViT of the dual encoder; in eval mode, fp32, on the CPU.
+
+    Args:
+        weights: a safetensors file of `weight`, `[classes, 768]`, and `bias`.
+
+    Raises:
+        TurboError: the weights, the pretrained ViT's or `transformers` are not there.
+    """
+    stored = _stored(weights)
+    model = vision_tower()
+    model.classifier = nn.Linear(stored["weight"].shape[1], len(stored["weight"]))
+    model.classifier.load_state_dict(stored)
+    return model.eval()
+
+
+def _stored(weights: Path | str) -> dict[str, Tensor]:
     if importlib.util.find_spec("transformers") is None:
-        raise TurboError("the dual encoder needs transformers: pip install 'turbovlm[transformers]'")
+        raise TurboError("this model needs transformers: pip install 'turbovlm[transformers]'")
     if not Path(weights).is_file():
         raise TurboError(f"{weights}: there are no such weights; studies/pairs/train.py makes them")
     from safetensors.torch import load_file
 
-    model = DualEncoder(vision_tower(), load_minilm())
-    parts = {"image": model.vision.classifier, "text": model.text}
-    stored = load_file(weights)
-    for part, module in parts.items():
-        prefix = f"{part}."
-        module.load_state_dict({n.removeprefix(prefix): v.float() for n, v in stored.items() if n.startswith(prefix)})
-    return model.eval()
+    return {name: value.float() for name, value in load_file(weights).items()}

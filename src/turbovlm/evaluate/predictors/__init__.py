@@ -37,9 +37,9 @@ def load_predictor(task: str, where: Where, data: Data, making: Making, features
         ConfigError: it does not fit the data.
     """
     if where.library == "zoo":
-        from turbovlm.evaluate.builtin import zoo_predictor
+        from turbovlm.evaluate.builtin_models import zoo_predictor
 
-        return zoo_predictor(task, where.name, data)
+        return zoo_predictor(task, where.name)
     if task == "classification":
         return classification(where, data)
     if task == "retrieval":

@@ -1,0 +1,176 @@
+"""Data that need no download: emoji on photographs, alone and as scenes, drawn from a seed when they are needed.
+
+What evaluation draws with, Twemoji on the photographs of scikit-image and scikit-learn, no model of `turbovlm.zoo` was
+trained on, but for the text-to-image model, whose styles Twemoji is one of.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from turbovlm.evaluate.data import Data, Picture, Sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from turbovlm.zoo.scenes import Scene
+
+SEED = 2_000_000
+"""Of the first scene; those to train and to validate on are counted from 0 and from 1,000,000."""
+PICTURES = 200
+"""Scenes, pairs or pictures of a task, unless another number is asked for."""
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """Draws a scene."""
+
+    scene: Scene
+
+    def __call__(self) -> Image:
+        from turbovlm.zoo.scenes import draw_scene
+
+        sprites = {sprite.name: sprite.picture for sprite in _drawings() if sprite.name}
+        return draw_scene(self.scene, sprites, _photos())
+
+
+@dataclass(frozen=True)
+class _OnPhoto:
+    """Draws one emoji on a photograph, or the region that it covers, white on black."""
+
+    emoji: int
+    seed: int
+    is_mask: bool = False
+
+    def __call__(self) -> Image:
+        from PIL import Image
+
+        from turbovlm.zoo.scenes import on_photo
+
+        drawing, photos = _drawings()[self.emoji].picture, _photos()
+        if self.is_mask:
+            white = Image.new("RGBA", drawing.size, "white")
+            white.putalpha(drawing.getchannel("A"))
+            drawing, photos = white, [Image.new("RGB", photo.size) for photo in photos]
+        return on_photo(drawing, photos, random.Random(self.seed))
+
+
+def captioning_data(scenes: int) -> Data:
+    """A scene each, with its four captions."""
+    from turbovlm.zoo.grammar import captions
+
+    samples = (Sample(f"scene-{i}", (_scene_picture(i),), answers=captions(_scene(i)[1])) for i in range(scenes))
+    return Data("scenes", tuple(samples), tokenized=True)
+
+
+def vqa_data(scenes: int) -> Data:
+    """Four or five questions about each scene; ids are the scene's and what is asked."""
+    from turbovlm.zoo.grammar import questions
+
+    samples = []
+    for i in range(scenes):
+        chance, scene = _scene(i)
+        for q in questions(scene, chance, _names()):
+            samples.append(Sample(f"scene-{i}/{q.asks}", (_scene_picture(i),), q.text, (q.answer,)))
+    return Data("scenes", tuple(samples))
+
+
+def nlvr2_data(pairs: int) -> Data:
+    """Two statements about each pair of scenes."""
+    from turbovlm.zoo.grammar import statement
+    from turbovlm.zoo.scenes import make_pair
+
+    samples = []
+    for i in range(pairs):
+        chance = random.Random(SEED + i)
+        pair = make_pair(chance, _names())
+        pictures = tuple(Picture(f"pair {i}, {side}", _Scene(scene)) for side, scene in zip(("left", "right"), pair))
+        for number in range(2):
+            made = statement(*pair, chance)
+            samples.append(Sample(f"pair-{i}/{number}", pictures, made.text, (str(made.true),)))
+    return Data("pairs of scenes", tuple(samples))
+
+
+def saliency_data(pictures: int) -> Data:
+    """Emoji on photographs, one in each, and where it is."""
+    count, samples = len(_drawings()), []
+    for i in range(pictures):
+        shown, mask = (_OnPhoto(i * count // pictures % count, SEED + i, is_mask) for is_mask in (False, True))
+        samples.append(Sample(f"emoji-{i}", (Picture(f"emoji {i}", shown),), mask=Picture(f"mask of emoji {i}", mask)))
+    return Data("emoji on photographs", tuple(samples))
+
+
+def retrieval_data(pictures: int) -> Data:
+    """Emoji that no model was trained on, whoever drew them, on photographs, each with its name and with more words."""
+    from turbovlm.zoo.dual_encoder import unseen
+
+    every = [i for i, sprite in enumerate(_drawings()) if unseen(sprite.code)]
+    chosen = [every[i * len(every) // pictures] for i in range(pictures)] if pictures < len(every) else every
+    samples = []
+    for i in chosen:
+        sprite = _drawings()[i]
+        captions = sprite.label, ", ".join((sprite.label, *sprite.tags))
+        samples.append(Sample(f"emoji-{i}", (Picture(f"emoji {i}", _OnPhoto(i, SEED + i)),), answers=captions))
+    return Data("unseen emoji on photographs", tuple(samples))
+
+
+def classification_data(pictures: int) -> Data:
+    """Emoji on photographs; classes are Unicode's subgroups, such as `animal-bird`."""
+    count, samples = len(_drawings()), []
+    for i in range(pictures):
+        emoji = i * count // pictures % count
+        shown = Picture(f"emoji {i}", _OnPhoto(emoji, SEED + i))
+        samples.append(Sample(f"emoji-{i}", (shown,), answers=(_drawings()[emoji].subgroup,)))
+    return Data("emoji on photographs", tuple(samples), classes=subgroups())
+
+
+def subgroups() -> tuple[str, ...]:
+    """Unicode's, of the emoji that are drawn, in alphabetical order."""
+    return tuple(sorted({sprite.subgroup for sprite in _drawings()}))
+
+
+@functools.cache
+def _drawings() -> tuple[Any, ...]:
+    from turbovlm.zoo.sprites import load_sprites
+
+    return load_sprites()
+
+
+@functools.cache
+def _photos() -> list[Image]:
+    from turbovlm.demo.photos import load_photos
+
+    return [photo.image for photo in load_photos()]
+
+
+def _scene(number: int) -> tuple[random.Random, Scene]:
+    """A scene, and the chance it was made with, to go on with."""
+    from turbovlm.zoo.scenes import make_scene
+
+    chance = random.Random(SEED + number)
+    return chance, make_scene(chance, _names())
+
+
+def _scene_picture(number: int) -> Picture:
+    return Picture(f"scene {number}", _Scene(_scene(number)[1]))
+
+
+def _names() -> tuple[str, ...]:
+    from turbovlm.zoo.sprites import SCENE_NAMES
+
+    return tuple(SCENE_NAMES)
+
+
+DATA: dict[str, Callable[[int], Data]] = {
+    "classification": classification_data,
+    "retrieval": retrieval_data,
+    "captioning": captioning_data,
+    "vqa": vqa_data,
+    "nlvr2": nlvr2_data,
+    "saliency": saliency_data,
+}
+"""Of each task, by the number of pictures."""
