@@ -87,7 +87,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     made.add_argument("--guidance-scale", type=float, metavar="X", help="instead of the pipeline's own")
     made.add_argument("--seed", type=int, metavar="N", help="of the first picture; the next has the next (default 0)")
     made.add_argument(
-        "--features", choices=("inception", "vit"), help="that pictures are compared by (default inception: FID)"
+        "--features",
+        choices=("inception", "vit"),
+        help="that pictures are compared by (default inception: FID; vit of built-in data)",
     )
     made.add_argument("--pictures", metavar="FOLDER", help="where the pictures made are kept")
     parser.set_defaults(run=run)
@@ -237,7 +239,7 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     making = Making(args.steps, args.guidance_scale, args.seed or 0, folder)
-    named = args.features or "inception"
+    named = args.features or ("inception" if args.data else "vit")
     features = features_named(named, device)
     real = features_of(data.real, features)
     label = "FID" if named == "inception" else "Fréchet distance"

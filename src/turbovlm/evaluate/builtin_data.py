@@ -59,6 +59,31 @@ class _OnPhoto:
         return on_photo(drawing, photos, random.Random(self.seed))
 
 
+@dataclass(frozen=True)
+class _Small:
+    """Draws what a prompt of the text-to-image model names: 64 pixels a side, the emoji 70 to 100 % of it."""
+
+    emoji: int
+    seed: int
+    is_on_white: bool
+
+    def __call__(self) -> Image:
+        from PIL import Image, ImageFilter
+
+        chance = random.Random(self.seed)
+        photo = chance.choice(_photos())
+        side = round(min(photo.size) * chance.uniform(0.4, 1))
+        left, top = (chance.randint(0, length - side) for length in photo.size)
+        picture = photo.resize((64, 64), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        picture = picture.filter(ImageFilter.GaussianBlur(2.5))
+        if self.is_on_white:
+            picture = Image.new("RGB", (64, 64), "white")
+        size = round(64 * chance.uniform(0.7, 1))
+        drawing = _drawings()[self.emoji].picture.resize((size, size), Image.Resampling.LANCZOS)
+        picture.paste(drawing, (chance.randint(0, 64 - size), chance.randint(0, 64 - size)), drawing)
+        return picture
+
+
 def captioning_data(scenes: int) -> Data:
     """A scene each, with its four captions."""
     from turbovlm.zoo.grammar import captions
@@ -128,6 +153,19 @@ def classification_data(pictures: int) -> Data:
     return Data("emoji on photographs", tuple(samples), classes=subgroups())
 
 
+def text_to_image_data(pictures: int) -> Data:
+    """Twemoji on white and on photographs out of focus: prompts that the emoji model has learnt, and such pictures."""
+    from turbovlm.zoo.emoji import PLACES, emoji_prompts
+
+    learnt, samples, real = set(emoji_prompts()), [], []
+    every = [i for i, sprite in enumerate(_drawings()) if f"{sprite.label}, twemoji, {PLACES[0]}" in learnt]
+    for i in range(pictures):
+        emoji, place = every[i * len(every) // pictures % len(every)], PLACES[i % len(PLACES)]
+        samples.append(Sample(f"emoji-{i}", text=f"{_drawings()[emoji].label}, twemoji, {place}"))
+        real.append(Picture(f"emoji {i}", _Small(emoji, SEED + i, place == PLACES[0])))
+    return Data("emoji prompts", tuple(samples), real=tuple(real))
+
+
 def subgroups() -> tuple[str, ...]:
     """Unicode's, of the emoji that are drawn, in alphabetical order."""
     return tuple(sorted({sprite.subgroup for sprite in _drawings()}))
@@ -172,5 +210,6 @@ DATA: dict[str, Callable[[int], Data]] = {
     "vqa": vqa_data,
     "nlvr2": nlvr2_data,
     "saliency": saliency_data,
+    "text-to-image": text_to_image_data,
 }
 """Of each task, by the number of pictures."""

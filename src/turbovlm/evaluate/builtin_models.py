@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import turbovlm
 from turbovlm.errors import ConfigError
 from turbovlm.evaluate.data import Sample
 from turbovlm.evaluate.predictors.encoders import Pair, likeliest, vectors_of
+from turbovlm.evaluate.predictors.pictures import DEFAULT, Features, Making, made_by
 from turbovlm.evaluate.run import Predictor
 from turbovlm.evaluate.scoring import encode_map
 
@@ -25,12 +27,19 @@ MODELS = {
     "vqa": "zoo:scenes",
     "nlvr2": "zoo:scenes",
     "saliency": "zoo:saliency",
+    "text-to-image": "zoo:emoji",
 }
 """Of each task."""
 
 
-def zoo_predictor(task: str, name: str) -> Predictor:
-    """A small model that comes with turbovlm.
+EMOJI = {"steps": 10, "guidance": 3.0}
+"""How the emoji model makes pictures, unless told otherwise."""
+
+
+def zoo_predictor(
+    task: str, name: str, samples: Sequence[Sample] = (), making: Making = DEFAULT, features: Features | None = None
+) -> Predictor:
+    """A small model that comes with turbovlm; `samples`, `making` and `features` are of text-to-image alone.
 
     Raises:
         ConfigError: there is none of that name for the task.
@@ -38,6 +47,13 @@ def zoo_predictor(task: str, name: str) -> Predictor:
     """
     if MODELS.get(task) != f"zoo:{name}":
         raise ConfigError(f"model='zoo:{name}': of the zoo, {task} takes {MODELS.get(task, 'none')}")
+    if task == "text-to-image":
+        from turbovlm.zoo.emoji import load_emoji_pipeline
+
+        if features is None:
+            raise ValueError("text-to-image needs features")
+        given = {name: value for name, value in vars(making).items() if value is not None}
+        return made_by(load_emoji_pipeline(), samples, Making(**(EMOJI | given)), features)
     if task == "saliency":
         return _saliency()
     if task == "classification":

@@ -39,7 +39,7 @@ def load_predictor(task: str, where: Where, data: Data, making: Making, features
     if where.library == "zoo":
         from turbovlm.evaluate.builtin_models import zoo_predictor
 
-        return zoo_predictor(task, where.name)
+        return zoo_predictor(task, where.name, data.samples, making, features)
     if task == "classification":
         return classification(where, data)
     if task == "retrieval":

@@ -36,6 +36,9 @@ class Making:
     folder: Path | None = None
 
 
+DEFAULT = Making()
+
+
 def text_to_image(where: Where, samples: Sequence[Sample], making: Making, features: Features) -> Predictor:
     """The features of each prompt's picture. A sample's picture is the same in every batch and every run.
 
