@@ -86,14 +86,14 @@ def saliency(tmp_path_factory):
 
 
 def test_merging_finds_what_the_model_finds(saliency):
-    """Twemoji on photographs: the model finds them, and the default keeps more of it than random merging."""
+    """Twemoji on photographs: the model finds them, and with the default it finds the same more than at random."""
     study = saliency[0]
     rows = {row.setting: row for row in study.rows}
     iou = {name: row.metrics[0].value.value for name, row in rows.items()}
     assert [metric.name for metric in rows[OWN].metrics] == ["IoU", "AUC", "MAE"]
-    assert iou[OWN] > 0.5 and iou["turbovlm"] > 0.9 * iou[OWN] and iou["turbovlm"] > iou["random"]
+    assert iou[OWN] > 0.7 and iou["turbovlm"] > 0.9 * iou[OWN]
     assert rows[OWN].ratio == 1 and 0.5 < rows["turbovlm"].ratio < 0.65
-    assert rows[OWN].same is None and rows["turbovlm"].same.value > 0.8
+    assert rows[OWN].same is None and rows["turbovlm"].same.value > max(0.8, rows["random"].same.value)
     kept = rows["turbovlm"].metrics[0].kept
     assert kept.low <= kept.value <= kept.high and kept.value == pytest.approx(iou["turbovlm"] / iou[OWN])
     assert rows["turbovlm"].metrics[2].kept is None

@@ -66,6 +66,16 @@ _SOURCES = tuple(
         ),
     )
 )
+_SURFACES = tuple(
+    _Source(name, _SKIMAGE[0], f"{_SKIMAGE[1]}/{file}", credit)
+    for name, file, credit in (
+        ("brick", "brick.png", "Bricks25; CC0Textures, CC0"),
+        ("grass", "grass.png", "Grass 01; linolafett, CC0"),
+        ("gravel", "gravel.png", "Gravel04; CC0Textures, CC0"),
+        ("galaxies", "hubble_deep_field.jpg", "Hubble eXtreme Deep Field; NASA, public domain"),
+        ("tissue", "ihc.png", "Colonic glands; Center for Microscopy And Molecular Imaging, no known copyright"),
+    )
+)
 
 
 def load_photos() -> list[Photo]:
@@ -86,6 +96,15 @@ def load_photos() -> list[Photo]:
         for index in range(1, CROPS + 1)
     ]
     return whole + crops
+
+
+def load_surfaces() -> list[Photo]:
+    """Five photographs in which nothing stands out: bricks, grass, gravel, a field of galaxies, stained tissue.
+
+    Raises:
+        TurboError: scikit-image or one of them is not installed.
+    """
+    return [Photo(source.name, _open(_locate(source)), source.credit) for source in _SURFACES]
 
 
 def load_files(paths: Sequence[str | Path]) -> list[Photo]:

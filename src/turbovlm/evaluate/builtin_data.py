@@ -44,6 +44,7 @@ class _OnPhoto:
 
     emoji: int
     seed: int
+    backgrounds: Callable[[], list[Image]]
     is_mask: bool = False
 
     def __call__(self) -> Image:
@@ -51,7 +52,7 @@ class _OnPhoto:
 
         from turbovlm.zoo.scenes import on_photo
 
-        drawing, photos = _drawings()[self.emoji].picture, _photos()
+        drawing, photos = _drawings()[self.emoji].picture, self.backgrounds()
         if self.is_mask:
             white = Image.new("RGBA", drawing.size, "white")
             white.putalpha(drawing.getchannel("A"))
@@ -121,12 +122,13 @@ def nlvr2_data(pairs: int) -> Data:
 
 
 def saliency_data(pictures: int) -> Data:
-    """Emoji on photographs, one in each, and where it is."""
+    """Emoji on photographs in which nothing else stands out, one in each, and where it is."""
     count, samples = len(_drawings()), []
     for i in range(pictures):
-        shown, mask = (_OnPhoto(i * count // pictures % count, SEED + i, is_mask) for is_mask in (False, True))
+        emoji = i * count // pictures % count
+        shown, mask = (_OnPhoto(emoji, SEED + i, _surfaces, is_mask) for is_mask in (False, True))
         samples.append(Sample(f"emoji-{i}", (Picture(f"emoji {i}", shown),), mask=Picture(f"mask of emoji {i}", mask)))
-    return Data("emoji on photographs", tuple(samples))
+    return Data("emoji on surfaces", tuple(samples))
 
 
 def retrieval_data(pictures: int) -> Data:
@@ -139,7 +141,7 @@ def retrieval_data(pictures: int) -> Data:
     for i in chosen:
         sprite = _drawings()[i]
         captions = sprite.label, ", ".join((sprite.label, *sprite.tags))
-        samples.append(Sample(f"emoji-{i}", (Picture(f"emoji {i}", _OnPhoto(i, SEED + i)),), answers=captions))
+        samples.append(Sample(f"emoji-{i}", (Picture(f"emoji {i}", _OnPhoto(i, SEED + i, _photos)),), answers=captions))
     return Data("unseen emoji on photographs", tuple(samples))
 
 
@@ -148,7 +150,7 @@ def classification_data(pictures: int) -> Data:
     count, samples = len(_drawings()), []
     for i in range(pictures):
         emoji = i * count // pictures % count
-        shown = Picture(f"emoji {i}", _OnPhoto(emoji, SEED + i))
+        shown = Picture(f"emoji {i}", _OnPhoto(emoji, SEED + i, _photos))
         samples.append(Sample(f"emoji-{i}", (shown,), answers=(_drawings()[emoji].subgroup,)))
     return Data("emoji on photographs", tuple(samples), classes=subgroups())
 
@@ -176,6 +178,13 @@ def _drawings() -> tuple[Any, ...]:
     from turbovlm.zoo.sprites import load_sprites
 
     return load_sprites()
+
+
+@functools.cache
+def _surfaces() -> list[Image]:
+    from turbovlm.demo.photos import load_surfaces
+
+    return [photo.image for photo in load_surfaces()]
 
 
 @functools.cache
