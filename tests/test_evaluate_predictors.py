@@ -190,6 +190,20 @@ def test_text_to_image(tmp_path):
         assert asked(predictor, some) != found
 
 
+def test_how_a_model_is_asked_is_told(tmp_path):
+    """What predictions depend on beside the model: it goes into their file, so that others are not taken for them."""
+    folder = blip_folder(tmp_path, "QuestionAnswering")
+    where = Where(folder, dtype=torch.bfloat16, prompt="what {}")
+    assert loaded("vqa", folder).about == {}
+    assert load_predictor("vqa", where, Data("d", ()), Making(), None).about == {
+        "dtype": "bfloat16",
+        "prompt": "what {}",
+    }
+    making, features = Making(steps=2, seed=3), lambda pictures: torch.zeros(len(pictures), 2)
+    emoji = load_predictor("text-to-image", Where("zoo:emoji"), Data("d", ()), making, features)
+    assert emoji.about == {"steps": "2", "seed": "3", "features": "<lambda>"}
+
+
 def test_what_a_task_does_not_take(tmp_path):
     with pytest.raises(TurboError, match="is a ViTForImageClassification; this task takes …CLIPModel, …"):
         loaded("retrieval", classifier_folder(tmp_path))

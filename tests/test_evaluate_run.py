@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,12 +11,16 @@ import torch
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.errors import DataError
-from turbovlm.evaluate.data import Picture, Sample
+from turbovlm.evaluate.data import Data, Picture, Sample
 from turbovlm.evaluate.run import Predictor, Setting, merged, predict_all, read_predictions
+from turbovlm.evaluate.study import header_of, run_study
 
 Image = pytest.importorskip("PIL.Image")
 HEADER = {"task": "classification", "model": "tiny"}
-SAMPLES = [Sample(f"s{i}", (Picture(f"p{i}", lambda i=i: Image.new("RGB", (4, 4), (i, i, i))),)) for i in range(7)]
+SAMPLES = [
+    Sample(f"s{i}", (Picture(f"p{i}", lambda i=i: Image.new("RGB", (4, 4), (i, i, i))),), answers=("1",))
+    for i in range(7)
+]
 
 
 class Counting:
@@ -89,6 +94,40 @@ def test_a_file_of_another_run_is_refused_and_left(tmp_path):
     with pytest.raises(DataError, match=r"a\.jsonl: was made otherwise \(model was 'tiny' and is 'large'\)"):
         predict_all(Counting().predictor, SAMPLES, Setting("own"), file, {**HEADER, "model": "large"})
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"text": "how many"},
+        {"answers": ("cat",)},
+        {"pictures": (Picture("blurred/p0", lambda: None),)},
+        {"id": "other"},
+    ],
+)
+def test_other_content_of_the_same_name_is_another_run(changed):
+    sample = Sample("s0", (Picture("p0", lambda: None),), "what", ("dog",))
+    headers = [
+        header_of("vqa", "m", Data("d", (each,)), Setting("own"))
+        for each in (sample, dataclasses.replace(sample, **changed))
+    ]
+    assert headers[0] != headers[1]
+
+
+def test_how_a_model_was_asked_is_part_of_a_run(tmp_path):
+    def study(**about):
+        predictor = dataclasses.replace(Counting().predictor, model=encoder, about=about)
+        return run_study("nlvr2", "m", predictor, Data("d", tuple(SAMPLES)), [Setting("own")], tmp_path)
+
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = transformers.ViTModel(transformers.ViTConfig(image_size=64, patch_size=8, **size)).eval()
+    study(dtype="bfloat16")
+    study(dtype="bfloat16")
+    with pytest.raises(DataError, match=r"was made otherwise \(dtype was 'bfloat16' and is None\)"):
+        study()
+    with pytest.raises(DataError, match=r"prompt was None and is 'Q: {}'"):
+        study(dtype="bfloat16", prompt="Q: {}")
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,12 +43,14 @@ class Predictor:
             None for the model's own. Raises DataError for a picture that does not decode.
         predict: a list of prepared samples to one prediction each, of what JSON has.
         image_sizes: pixels a side that it can be asked for, its own last; empty if it takes its own alone.
+        about: what predictions depend on besides model, data and setting, where it is not the default; as JSON has it.
     """
 
     model: Any
     prepare: Callable[[Sample, int | None], Any]
     predict: Callable[[list[Any]], list[Any]]
     image_sizes: Sequence[int] = ()
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def predict_all(

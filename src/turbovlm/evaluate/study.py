@@ -114,7 +114,7 @@ def run_study(
     own: list[Any] = []
     own_scores: list[Score] = []
     for setting in settings:
-        header = header_of(task, model, data, setting)
+        header = header_of(task, model, data, setting, predictor.about)
         progress = _progress_of(setting.name, on_progress)
         file = folder / f"{file_name(setting.name)}.jsonl"
         found = predict_all(
@@ -131,11 +131,14 @@ def run_study(
     return Study(task, model, data.name, len(data.samples), tuple(rows))
 
 
-def header_of(task: str, model: str, data: Data, setting: Setting) -> dict[str, Any]:
-    """What predictions depend on."""
-    ids = hashlib.sha256("\n".join(sample.id for sample in data.samples).encode()).hexdigest()[:16]
-    about = {"task": task, "model": model, "data": data.name, "samples": len(data.samples), "ids": ids}
-    return {**about, "setting": _plain(setting.config), "image_size": setting.image_size}
+def header_of(
+    task: str, model: str, data: Data, setting: Setting, about: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What predictions depend on; `about` is the predictor's."""
+    asked = [[s.id, s.text, s.answers, [picture.name for picture in s.pictures]] for s in data.samples]
+    content = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    known = {"task": task, "model": model, "data": data.name, "samples": len(data.samples), "content": content}
+    return {**known, **(about or {}), "setting": _plain(setting.config), "image_size": setting.image_size}
 
 
 def file_name(text: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from turbovlm.errors import TurboError
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.predictors.encoders import classification, retrieval
 from turbovlm.evaluate.predictors.generating import generating
 from turbovlm.evaluate.predictors.loading import Where
-from turbovlm.evaluate.predictors.pictures import Features, Making, text_to_image
+from turbovlm.evaluate.predictors.pictures import DEFAULT, Features, Making, text_to_image
 from turbovlm.evaluate.run import Predictor
 
 MODELS = {
@@ -36,6 +39,11 @@ def load_predictor(task: str, where: Where, data: Data, making: Making, features
         TurboError: there is no such model, or it is for another task.
         ConfigError: it does not fit the data.
     """
+    found = _loaded(task, where, data, making, features)
+    return dataclasses.replace(found, about={**found.about, **_about(where, making, features)})
+
+
+def _loaded(task: str, where: Where, data: Data, making: Making, features: Features | None) -> Predictor:
     if where.library == "zoo":
         from turbovlm.evaluate.builtin_models import zoo_predictor
 
@@ -51,3 +59,12 @@ def load_predictor(task: str, where: Where, data: Data, making: Making, features
     if task == "saliency":
         raise TurboError(f"{where.spec}: saliency takes {MODELS[task]}")
     return generating(task, where)
+
+
+def _about(where: Where, making: Making, features: Features | None) -> dict[str, Any]:
+    """What was asked for beside the defaults, and what changes predictions."""
+    default = Where(where.spec)
+    how = {"dtype": (where.dtype, default.dtype), "prompt": (where.prompt, default.prompt)}
+    how |= {name: (getattr(making, name), getattr(DEFAULT, name)) for name in ("steps", "guidance", "seed")}
+    about = {name: str(value).removeprefix("torch.") for name, (value, usual) in how.items() if value != usual}
+    return about if features is None else {**about, "features": getattr(features, "__name__", "")}

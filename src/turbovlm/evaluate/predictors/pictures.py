@@ -104,26 +104,26 @@ def _vit_features(device: str) -> Features:
     encoder = scene_encoder().to(device)
 
     @torch.inference_mode()
-    def features(pictures: Sequence[Any]) -> Tensor:
+    def vit(pictures: Sequence[Any]) -> Tensor:
         pixels = preprocess([picture.convert("RGB") for picture in pictures], 112).to(device)
         cls: Tensor = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][:, 0]
         return cls.cpu()
 
-    return features
+    return vit
 
 
 def _inception_features(device: str) -> Features:
     with loading(Where("torchmetrics:FID")):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        inception = FrechetInceptionDistance(feature=2048).inception.eval().to(device)
+        network = FrechetInceptionDistance(feature=2048).inception.eval().to(device)
 
     @torch.inference_mode()
-    def features(pictures: Sequence[Any]) -> Tensor:
+    def inception(pictures: Sequence[Any]) -> Tensor:
         import numpy as np
 
         pixels = [torch.from_numpy(np.asarray(picture.convert("RGB"))).permute(2, 0, 1) for picture in pictures]
-        found: list[Tensor] = [inception(each[None].to(device)).float().cpu() for each in pixels]
+        found: list[Tensor] = [network(each[None].to(device)).float().cpu() for each in pixels]
         return torch.cat(found)
 
-    return features
+    return inception
