@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from turbovlm import __version__
-from turbovlm.cli import bench, demo, evaluate, inspect, macs
+from turbovlm.cli import bench, demo, evaluate, inspect, macs, reproduce
 from turbovlm.errors import TurboError
 
-COMMANDS = (demo, inspect, bench, evaluate, macs)
+COMMANDS = (demo, inspect, bench, evaluate, reproduce, macs)
 
 _EPILOG = """\
 examples:

@@ -32,10 +32,7 @@ class _Scene:
     scene: Scene
 
     def __call__(self) -> Image:
-        from turbovlm.zoo.scenes import draw_scene
-
-        sprites = {sprite.name: sprite.picture for sprite in _drawings() if sprite.name}
-        return draw_scene(self.scene, sprites, _photos())
+        return _drawn(self.scene)
 
 
 @dataclass(frozen=True)
@@ -48,16 +45,7 @@ class _OnPhoto:
     is_mask: bool = False
 
     def __call__(self) -> Image:
-        from PIL import Image
-
-        from turbovlm.zoo.scenes import on_photo
-
-        drawing, photos = _drawings()[self.emoji].picture, self.backgrounds()
-        if self.is_mask:
-            white = Image.new("RGBA", drawing.size, "white")
-            white.putalpha(drawing.getchannel("A"))
-            drawing, photos = white, [Image.new("RGB", photo.size) for photo in photos]
-        return on_photo(drawing, photos, random.Random(self.seed))
+        return _placed(self)
 
 
 @dataclass(frozen=True)
@@ -192,6 +180,30 @@ def _photos() -> list[Image]:
     from turbovlm.demo.photos import load_photos
 
     return [photo.image for photo in load_photos()]
+
+
+@functools.lru_cache(maxsize=1024)
+def _drawn(scene: Scene) -> Image:
+    """Kept, because several settings and questions ask for the same."""
+    from turbovlm.zoo.scenes import draw_scene
+
+    sprites = {sprite.name: sprite.picture for sprite in _drawings() if sprite.name}
+    return draw_scene(scene, sprites, _photos())
+
+
+@functools.lru_cache(maxsize=1024)
+def _placed(wanted: _OnPhoto) -> Image:
+    """Kept, as scenes are."""
+    from PIL import Image
+
+    from turbovlm.zoo.scenes import on_photo
+
+    drawing, photos = _drawings()[wanted.emoji].picture, wanted.backgrounds()
+    if wanted.is_mask:
+        white = Image.new("RGBA", drawing.size, "white")
+        white.putalpha(drawing.getchannel("A"))
+        drawing, photos = white, [Image.new("RGB", photo.size) for photo in photos]
+    return on_photo(drawing, photos, random.Random(wanted.seed))
 
 
 def _scene(number: int) -> tuple[random.Random, Scene]:

@@ -5,6 +5,7 @@ Per sample where a metric is a mean over samples, so that runs can be compared i
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from turbovlm.errors import DataError, TurboError
 
+PYCOCOEVALCAP = "BLEU and CIDEr need pycocoevalcap: pip install 'turbovlm[evaluate]'"
 _PUNCTUATION = tuple(';/[]"{}()=+\\_->' + "<@`,?!")
 _NUMBERS = {"none": "0"} | {
     word: str(number)
@@ -54,15 +56,13 @@ def normalised_answer(answer: str) -> str:
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """An answer is right in so far as three people gave it; the mean over all choices of all people but one.
 
-    With one answer to compare with, as GQA has: whether it is the same. Answers on which everybody agrees are compared
-    as they are.
+    With one answer to compare with, as GQA has: whether it is the same. The code published with VQAv2 normalises nothing
+    where everybody agrees, so that "Yes" would be wrong where ten people say "yes"; as those do who report such models,
+    answers are normalised there too, which changes nothing about models that write as people did.
     """
-    said = [re.sub(r"[\n\t]", " ", each).strip() for each in answers]
-    given = re.sub(r"[\n\t]", " ", answer).strip()
+    given, said = normalised_answer(answer), [normalised_answer(each) for each in answers]
     if len(said) == 1:
-        return float(normalised_answer(given) == normalised_answer(said[0]))
-    if len(set(said)) > 1:
-        said, given = [normalised_answer(each) for each in said], normalised_answer(given)
+        return float(given == said[0])
     same = sum(each == given for each in said)
     return sum(min(1.0, (same - (each == given)) / 3) for each in said) / len(said)
 
@@ -100,7 +100,7 @@ def caption_scores(
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
     except ImportError as error:
-        raise TurboError("BLEU and CIDEr need pycocoevalcap: pip install 'turbovlm[evaluate]'") from error
+        raise TurboError(PYCOCOEVALCAP) from error
     wanted = {number: list(said) for number, said in enumerate(references)}
     found = {number: [caption] for number, caption in enumerate(made)}
     if not tokenized:
@@ -114,8 +114,10 @@ def needs_java() -> None:
     """To be called before hours are spent on captions that will be cut by the Penn Treebank's rules.
 
     Raises:
-        TurboError: there is no Java.
+        TurboError: there is no pycocoevalcap, or no Java.
     """
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise TurboError(PYCOCOEVALCAP)
     if shutil.which("java") is None:
         raise TurboError("BLEU and CIDEr cut captions with the official tokenizer, which needs Java: install a JRE")
 
@@ -124,7 +126,8 @@ def _treebank(captions: dict[int, list[str]]) -> dict[int, list[str]]:
     needs_java()
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    every = {number: [{"caption": text} for text in texts] for number, texts in captions.items()}
+    # the tokenizer reads a caption per line, and takes more characters for ends of lines than pycocoevalcap removes
+    every = {number: [{"caption": " ".join(text.split())} for text in texts] for number, texts in captions.items()}
     cut: dict[int, list[str]] = PTBTokenizer().tokenize(every)
     return cut
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -108,6 +109,7 @@ def _grouped(scores: np.ndarray, groups: Sequence[Hashable] | None) -> tuple[np.
     return sums, np.bincount(index, minlength=len(number)).astype(float)
 
 
+@functools.lru_cache(maxsize=4)
 def _draws(count: int, seed: int) -> np.ndarray:
     """How often each of `count` is drawn when `count` are, `[DRAWS, count]`."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), DRAWS).astype(float)

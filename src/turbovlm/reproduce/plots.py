@@ -1,0 +1,141 @@
+"""The plots of tables and figures, with matplotlib, each as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbovlm.evaluate.settings import SMALLER
+from turbovlm.reproduce.declared import Line
+from turbovlm.reproduce.running import Finished
+from turbovlm.reproduce.tracing import TOP, Blocks
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COLOURS = {
+    "turbovlm": "#0b6e99",
+    "turbovlm's partition and order": "#0b6e99",
+    "paper": "#c2571a",
+    "turbo": "#c2571a",
+    "as published": "#c2571a",
+    "ToMe": "#5b8c3a",
+    "redundancy": "#5b8c3a",
+    "tome": "#5b8c3a",
+    "semantics": "#8a4f9e",
+    "random": "#888888",
+    "uniform": "#bbbbbb",
+}
+
+
+def save_table(finished: Finished, path: Path) -> None:
+    """The first metric against the encoder's cost, with 95 % intervals."""
+    figure, axis = _figure(6.5, 4)
+    shown = [(line, row) for line, row in finished.rows if row is not None]
+    for line, row in shown:
+        value = row.metrics[0].value
+        reach = [[value.value - value.low], [value.high - value.value]]
+        colour = "black" if row is finished.own else colour_of(line)
+        axis.errorbar(row.ratio, value.value, yerr=reach, marker="o", capsize=3, color=colour, label=line.name)
+    axis.axhline(finished.own.metrics[0].value.value, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("share of the encoder's multiply-accumulates")
+    axis.set_ylabel(finished.own.metrics[0].name)
+    axis.legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    _save(figure, axis, finished.declared.title, path)
+
+
+def save_curves(finished: Finished, path: Path) -> None:
+    """Figures 4 and 5: the first metric over what is swept, a curve per method; the model itself is dotted."""
+    figure, axis = _figure(6.5, 4)
+    curves: dict[str, list[tuple[float, Any]]] = {}
+    for line, row in finished.rows:
+        if row is not None and line.curve:
+            curves.setdefault(line.curve, []).append((line.x, row.metrics[0].value))
+    for number, (name, points) in enumerate(curves.items()):
+        x = [where for where, _ in points]
+        y = [value.value for _, value in points]
+        low, high = [value.low for _, value in points], [value.high for _, value in points]
+        colour = COLOURS.get(name, f"C{number}")
+        axis.plot(x, y, marker="o", markersize=4, color=colour, label=name)
+        axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.axhline(finished.own.metrics[0].value.value, color="black", linewidth=0.8, linestyle=":")
+    if finished.declared.name == "figure5":
+        axis.set_xscale("symlog", linthresh=2)
+    else:
+        axis.invert_xaxis()
+    axis.set_xlabel(finished.declared.axis)
+    axis.set_ylabel(finished.own.metrics[0].name)
+    axis.legend(fontsize=8, frameon=False)
+    _save(figure, axis, finished.declared.title, path)
+
+
+def save_savings(savings: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Table 11: how many times fewer multiply-accumulates, per task and method; 1 where nothing passes."""
+    figure, axis = _figure(6.5, 3.5)
+    methods = list(next(iter(savings.values())))
+    width = 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        heights = [savings[task][method] for task in savings]
+        places = [i + (number - (len(methods) - 1) / 2) * width for i in range(len(savings))]
+        axis.bar(places, heights, width * 0.9, color=COLOURS.get(method), label=method)
+    axis.set_xticks(range(len(savings)), list(savings))
+    axis.set_ylabel("times fewer multiply-accumulates")
+    axis.legend(fontsize=8, frameon=False)
+    _save(figure, axis, "Table 11: largest saving within a drop of 5 %", path)
+
+
+def save_blocks(blocks: Blocks, path: Path) -> None:
+    """Figure 3: redundancy and concentration of attention, block by block."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    named = ((left, blocks.redundancy, "mean R"), (right, blocks.concentration, f"A in {TOP:.0%} of the patches"))
+    for axis, values, label in named:
+        axis.errorbar(range(1, len(values) + 1), *zip(*values), marker="o", capsize=3, color=COLOURS["turbovlm"])
+        axis.set_xlabel("block")
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    _write(figure, path)
+
+
+def save_pictures(sheet: Image, names: Sequence[str], path: Path) -> None:
+    """Figure 6: a sheet of pictures under the names of its columns."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(sheet.width / 150, sheet.height / 150 + 0.3), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(sheet)
+    places = [(i + 0.5) * sheet.width / len(names) for i in range(len(names))]
+    axis.set_xticks(places, names)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    _write(figure, path)
+
+
+def colour_of(line: Line) -> str:
+    """By its method."""
+    if line.name == SMALLER:
+        return "#d4a017"
+    return COLOURS.get(line.name.partition(",")[0].partition(" ")[0], "0.45")
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, axis: Any, title: str, path: Path) -> None:
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=130)

@@ -1,0 +1,141 @@
+"""Sheets of numbers, ours beside the printed ones, and the report that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from turbovlm.evaluate.statistics import Interval
+from turbovlm.evaluate.study import Row
+from turbovlm.reproduce.declared import Line
+from turbovlm.reproduce.published import Printed
+from turbovlm.reproduce.running import Finished
+from turbovlm.reproduce.tracing import Blocks
+
+LESS_IS_BETTER = ("fid",)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table for a terminal or a page; `picture` is the plot beside it, without its ending."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    picture: str = ""
+
+    def markdown(self) -> str:
+        """With a heading, and the plot above the table."""
+        lines = [f"## {self.title}", ""]
+        if self.picture:
+            lines += [f"![{self.title}]({self.picture}.png)", ""]
+        if self.rows:
+            lines += [_joined(self.header), _joined(["---", *["--:"] * (len(self.header) - 1)])]
+            lines += [_joined(row) for row in self.rows]
+        return "\n".join([*lines, ""])
+
+
+def sheet_of(finished: Finished, picture: str = "") -> Sheet:
+    """A comparison: the printed cost and metrics, and what is kept of the first; then ours."""
+    lines = finished.declared.lines
+    own = next((line.printed for line in lines if line.printed is not None and line.printed.plugin == "none"), None)
+    metrics = [name for name, _ in own.metrics] if own else _metric_names(lines)
+    costs = any(line.printed and line.printed.gmacs for line in lines)
+    header = ["setting", *(["printed GMACs"] if costs else []), *(f"printed {name}" for name in metrics)]
+    header += ["printed kept"] if own else []
+    found = finished.own.metrics
+    header += ["MACs here", *(metric.name for metric in found), f"{found[0].name} kept", "same answer"]
+    rows = []
+    for line, row in finished.rows:
+        cells = [line.name, *([_printed_cost(line.printed)] if costs else [])]
+        printed = dict(line.printed.metrics) if line.printed else {}
+        cells += [f"{printed[name]:g}" if name in printed else "" for name in metrics]
+        cells += [_printed_share(line.printed, own)] if own else []
+        rows.append((*cells, *_ours(row, len(found))))
+    about = f"{finished.study.model}, {finished.study.data}, {finished.study.samples} samples"
+    return Sheet(f"{finished.declared.title} ({about})", tuple(header), tuple(rows), picture)
+
+
+def savings_sheet(
+    ratios: Mapping[str, Mapping[str, float]], printed: Sequence[Printed], names: Mapping[str, str], picture: str
+) -> Sheet:
+    """Table 11.
+
+    Args:
+        ratios: times fewer multiply-accumulates, by task and method.
+        printed: its rows.
+        names: the printed name of each method, and of each task.
+        picture: the plot.
+    """
+    of_plugin = {row.plugin: dict(row.metrics) for row in printed}
+    header = ["method"]
+    for task in ratios:
+        header += [f"{task}, printed speed-up", f"{task}, MACs here"]
+    rows = []
+    for method in next(iter(ratios.values())):
+        cells = [method]
+        for task in ratios:
+            value = of_plugin.get(names.get(method, ""), {}).get(names[task])
+            cells += ["" if value is None else f"{value:g}×", f"{ratios[task][method]:.2f}×"]
+        rows.append(tuple(cells))
+    return Sheet("Table 11: largest saving within a drop of 5 %", tuple(header), tuple(rows), picture)
+
+
+def blocks_sheet(blocks: Blocks, about: str, picture: str) -> Sheet:
+    """Figure 3."""
+    rows = []
+    for number, (r, a) in enumerate(zip(blocks.redundancy, blocks.concentration), 1):
+        rows.append((str(number), f"{r[0]:.3f} ± {r[1]:.3f}", f"{a[0]:.1%} ± {a[1]:.1%}"))
+    title = f"Figure 3: redundancy and concentration of attention, by block ({about})"
+    return Sheet(title, ("block", "mean R", "A in a tenth of the patches"), tuple(rows), picture)
+
+
+def plain(finished: Finished) -> dict[str, Any]:
+    """For JSON: every line, its printed row and its own."""
+    study = finished.study.to_dict()
+    of_setting = {row["setting"]: row for row in study["rows"]}
+    lines = [
+        {
+            "line": line.name,
+            "printed": None if line.printed is None else vars(line.printed),
+            "row": None if row is None else of_setting[row.setting],
+        }
+        for line, row in finished.rows
+    ]
+    about = {name: study[name] for name in ("task", "model", "data", "samples")}
+    return {"title": finished.declared.title, **about, "lines": lines}
+
+
+def _metric_names(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(name for line in lines if line.printed for name, _ in line.printed.metrics))
+
+
+def _printed_cost(printed: Printed | None) -> str:
+    return "" if printed is None or printed.gmacs is None else f"{printed.gmacs:g}"
+
+
+def _printed_share(printed: Printed | None, own: Printed) -> str:
+    """Of the first metric, which all rows of a table have; nothing where less is better."""
+    if printed is None or printed is own or printed.metrics[0][0] in LESS_IS_BETTER:
+        return ""
+    return f"{printed.metrics[0][1] / own.metrics[0][1]:.1%}"
+
+
+def _ours(row: Row | None, metrics: int) -> tuple[str, ...]:
+    if row is None:
+        return ("",) * (metrics + 3)
+    kept, same = row.metrics[0].kept, row.same
+    shown = "" if kept is None else f"{kept.value:.1%} [{kept.low:.1%}, {kept.high:.1%}]"
+    values = (_value(metric.value) for metric in row.metrics)
+    return (f"{row.ratio:.0%}", *values, shown, "" if same is None else f"{same.value:.1%}")
+
+
+def _value(value: Interval) -> str:
+    if value.low == value.high:
+        return f"{value.value:.3f}"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _joined(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |"

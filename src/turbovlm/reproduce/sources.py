@@ -1,0 +1,183 @@
+"""Which model and data each comparison runs with: the user's, by a file that names them, or built-in ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turbovlm.errors import ConfigError, DataError
+from turbovlm.evaluate.asking import asked
+from turbovlm.evaluate.check import check
+from turbovlm.evaluate.data import Data
+from turbovlm.evaluate.predictors.loading import Where
+from turbovlm.evaluate.predictors.pictures import Making
+from turbovlm.evaluate.readers import formats_of, read
+from turbovlm.evaluate.study import file_name
+from turbovlm.reproduce.declared import Declared
+from turbovlm.reproduce.running import Source
+
+FIELDS = {
+    "model": "a hub id, a folder, or what else `turbovlm evaluate --model` takes",
+    "data": "annotation files, a folder, or datasets:ID",
+    "images": "the folder of the pictures that annotations name",
+    "split": "which part of the data",
+    "limit": "that many samples, evenly spaced",
+    "prompt": "what the model is asked",
+    "steps": "of denoising, for text-to-image",
+}
+"""What an entry of the sources' file may have; the first two it must."""
+EXAMPLES = {
+    "nlvr2": {"model": "dandelin/vilt-b32-finetuned-nlvr2", "data": ["nlvr2/dev.json"], "images": "nlvr2/dev"},
+    "vqa": {
+        "model": "Salesforce/blip-vqa-base",
+        "data": ["v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"],
+        "images": "coco/val2014",
+    },
+    "captioning": {
+        "model": "Salesforce/blip-image-captioning-base",
+        "data": ["dataset_coco.json"],
+        "images": "coco",
+        "split": "test",
+    },
+    "retrieval": {
+        "model": "Salesforce/blip-itm-base-flickr",
+        "data": ["dataset_flickr30k.json"],
+        "images": "flickr30k-images",
+        "split": "test",
+    },
+    "table5/BLIP-B/COCO": {
+        "model": "Salesforce/blip-itm-base-coco",
+        "data": ["dataset_coco.json"],
+        "images": "coco",
+        "split": "test",
+    },
+    "classification": {
+        "model": "timm:vit_small_patch16_224.augreg_in21k_ft_in1k",
+        "data": ["imagenet"],
+        "split": "val",
+    },
+    "text-to-image": {
+        "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "data": ["prompts.txt"],
+        "images": "imagenet-pictures",
+        "steps": 50,
+    },
+}
+"""A file of sources to begin with: an entry for each task; one for a comparison goes before its task's."""
+Loader = Callable[[str], Source | None]
+"""A comparison's key and task to its source; None where there is none."""
+
+
+@dataclass
+class Sources:
+    """Sources by comparison, each loaded once.
+
+    Attributes:
+        folder: predictions are kept below it.
+        entries: of the user, by task or key; None for built-in models.
+        pictures: of the built-in data.
+        how: the device, dtype, batch and workers.
+    """
+
+    folder: Path
+    entries: Mapping[str, Mapping[str, Any]] | None
+    pictures: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch: int = 16
+    workers: int = 0
+    _loaded: dict[str, Source] = field(default_factory=dict, repr=False)
+
+    def named(self, declared: Declared) -> str | None:
+        """The entry that a comparison runs with: its own, its table's or its task's; None if there is none."""
+        if self.entries is None:
+            return declared.task
+        return next((n for n in (declared.key, declared.name, declared.task) if n in self.entries), None)
+
+    def load(self, name: str, task: str) -> Source:
+        """The model and data of an entry; the model loaded before is kept, so ask for one entry's comparisons in turn.
+
+        Raises:
+            TurboError: see `asked` and `read`.
+        """
+        key = f"{name} {task}"
+        if key not in self._loaded:
+            self._loaded.clear()
+            self._loaded[key] = self._builtin(task) if self.entries is None else self._given(name, task)
+        return self._loaded[key]
+
+    def check(self, name: str, task: str, on_progress: Callable[[int], object]) -> list[str]:
+        """What is wrong with an entry's data, a line each; nothing of built-in data."""
+        return [] if self.entries is None else check(self._data(name, task), on_progress)[1]
+
+    def _data(self, name: str, task: str) -> Data:
+        assert self.entries is not None
+        entry = self.entries[name]
+        return read(task, entry["data"], entry.get("images"), entry.get("split"), entry.get("limit"))
+
+    def _given(self, name: str, task: str) -> Source:
+        assert self.entries is not None
+        entry = self.entries[name]
+        data = self._data(name, task)
+        where = Where(entry["model"], self.device, self.dtype, entry.get("prompt"))
+        predictor, scoring = asked(task, where, data, Making(entry.get("steps")))
+        return self._source(task, entry["model"], data, predictor, scoring, file_name(f"{name}-{task}"))
+
+    def _builtin(self, task: str) -> Source:
+        from turbovlm.evaluate.builtin_data import DATA
+        from turbovlm.evaluate.builtin_models import MODELS
+
+        data = DATA[task](self.pictures)
+        predictor, scoring = asked(task, Where(MODELS[task]), data, features="vit")
+        return self._source(task, MODELS[task], data, predictor, scoring, task)
+
+    def _source(self, task: str, name: str, data: Data, predictor: Any, scoring: Any, folder: str) -> Source:
+        path = self.folder / "predictions" / folder
+        return Source(task, name, predictor, data, path, self.entries is None, scoring, self.batch, self.workers)
+
+
+def read_sources(path: Path, known: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A user's file of sources: JSON, an object of objects.
+
+    Args:
+        path: the file.
+        known: keys of comparisons, tables and tasks.
+
+    Raises:
+        DataError: it is not there, is no JSON, or names what there is not; the message says what is allowed.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file; --template {path} writes one to begin with") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(content, dict) or not content:
+        raise DataError(f"{path}: must be an object with an entry per task or comparison")
+    for name, entry in content.items():
+        if name not in known:
+            raise DataError(f"{path}: {name!r} is no task or comparison; `turbovlm reproduce --list` names them")
+        if not isinstance(entry, dict) or not entry.keys() >= {"model", "data"} or not FIELDS.keys() >= entry.keys():
+            raise DataError(f"{path}: {name!r} must have model and data, and may have {', '.join(list(FIELDS)[2:])}")
+    return content
+
+
+def write_template(path: Path) -> None:
+    """A file of sources to begin with.
+
+    Raises:
+        ConfigError: there is a file of that name.
+    """
+    if path.exists():
+        raise ConfigError(f"--template {path}: there is such a file; it is not written over")
+    path.write_text(json.dumps(EXAMPLES, indent=2) + "\n", encoding="utf-8")
+
+
+def formats(tasks: Sequence[str]) -> str:
+    """What each task's data are, in words, a line each."""
+    return "\n".join(f"  {task}: {formats_of(task)}" for task in tasks)
