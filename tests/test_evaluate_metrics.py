@@ -54,9 +54,35 @@ def test_vqa_accuracy_leaves_one_person_out_in_turn():
     assert vqa_accuracy("two", ["2"] * 3 + ["3"] * 7) == pytest.approx((3 * 2 / 3 + 7) / 10)
 
 
-def test_answers_on_which_all_agree_are_compared_as_they_are():
-    assert vqa_accuracy("yes", ["yes"] * 10) == 1
-    assert vqa_accuracy("Yes.", ["yes"] * 10) == 0
+@pytest.mark.parametrize(("made", "said"), [("Yes.", "yes"), ("two", "2"), ("t-shirt", "t-shirt"), ("The dog", "dog")])
+def test_answers_on_which_all_agree_are_normalised_too(made, said):
+    """Models that follow a chat begin with a capital: they would be wrong on the questions that are clearest."""
+    assert vqa_accuracy(made, [said] * 10) == 1 and vqa_accuracy("no", [said] * 10) == 0
+
+
+OFFICIAL = r"""
+1,000 dogs!|1000 dogs
+a, b, the c|b c
+none/zero|0 0
+Ten o'clock.|10 o'clock
+No. 5|no 5
+3.5.|3.5
+.5 in.|.5 in
+its @home|its home
+its@home|its home
+"stop" sign|stop sign
+(left)-handed|left handed
+wouldnt've; didnt|wouldn't've didn't
+whats up?|what's up
+im not|im not
+"""
+
+
+@pytest.mark.parametrize("line", OFFICIAL.split("\n")[1:-1])
+def test_normalised_answers_are_the_official_codes(line):
+    """Answers written by VQAv2's evaluation code."""
+    given, expected = line.split("|")
+    assert normalised_answer(given) == expected
 
 
 def test_one_answer_is_right_or_wrong():
@@ -84,6 +110,15 @@ def test_captions_are_cut_as_the_official_metric_cuts_them():
     words = [["a red dog on the left"], ["two blue cats"]]
     made = ["a red dog on the left", "two red cats"]
     assert caption_scores(made, references) == caption_scores(made, words, tokenized=True)
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="the official tokenizer runs on Java")
+def test_captions_of_several_lines_are_not_taken_for_the_next_ones():
+    """The official tokenizer ends a line at more characters than `\\n`: all captions behind one were shifted."""
+    references = [["a red dog"], ["two blue cats"], ["a bus on a road"]]
+    made = ["a red\u2028dog", "two\x85blue\r\ncats", "a bus\x0bon a road"]
+    assert caption_scores(made, references) == caption_scores([each[0] for each in references], references)
+    assert caption_scores(["", "...", "a bus on a road"], references)[1][2] > 1
 
 
 def test_captions_without_java(monkeypatch):

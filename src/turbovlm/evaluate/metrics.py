@@ -56,9 +56,9 @@ def normalised_answer(answer: str) -> str:
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """An answer is right in so far as three people gave it; the mean over all choices of all people but one.
 
-    With one answer to compare with, as GQA has: whether it is the same. The code published with VQAv2 normalises nothing
-    where everybody agrees, so that "Yes" would be wrong where ten people say "yes"; as those do who report such models,
-    answers are normalised there too, which changes nothing about models that write as people did.
+    With one answer to compare with, as GQA has: whether it is the same. The code published with VQAv2 normalises
+    nothing where everybody agrees, so that "Yes" would be wrong where ten people say "yes". Here, as by those who
+    report such models, answers are normalised there too; nothing changes for models that write as people did.
     """
     given, said = normalised_answer(answer), [normalised_answer(each) for each in answers]
     if len(said) == 1:
