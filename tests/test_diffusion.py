@@ -154,6 +154,17 @@ def test_components(components):
     assert read == {part: 512 if part in components else 1024 for part in ("attention", "cross_attention", "ffn")}
 
 
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux"])
+def test_components_that_no_block_has(name):
+    model = DENOISERS[name]()
+    before = {path: dict(module.__dict__) for path, module in model.named_modules()}
+    with pytest.raises(ConfigError, match=r"components=\['cross_attention'\]: .* they have attention, ffn"):
+        turbovlm.apply(model, keep=0.5, components=["cross_attention"])
+    assert {path: dict(module.__dict__) for path, module in model.named_modules()} == before
+    with turbovlm.apply(model, keep=0.5) as handle:
+        assert "of the tokens in attention, ffn\n" in repr(handle)
+
+
 def pipeline():
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 

@@ -67,7 +67,9 @@ def report_diffusion(plan: DiffusionPlan) -> list[str]:
     for spot in plan.spots:
         groups.setdefault(spot.group, []).append(spot.name.removesuffix(f".{spot.part.path}"))
     often = "" if config.refresh == 1 else f", decided in every {_nth(config.refresh)} step"
-    lines = [f"  {plan.family}: {config.keep:.0%} of the tokens in {', '.join(config.components)}{often}"]
+    found = {spot.part.component for spot in plan.spots}
+    parts = ", ".join(name for name in config.components if name in found)
+    lines = [f"  {plan.family}: {config.keep:.0%} of the tokens in {parts}{often}"]
     for group, blocks in groups.items():
         named = list(dict.fromkeys(blocks))
         alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks merge alike"

@@ -9,9 +9,9 @@ from typing import Any
 import torch.nn as nn
 
 from turbovlm.adapters import class_paths
-from turbovlm.config import TurboConfig
+from turbovlm.config import COMPONENTS, TurboConfig
 from turbovlm.diffusion.merging import denoiser_forward, part_forward
-from turbovlm.diffusion.parts import BLOCKS, Block
+from turbovlm.diffusion.parts import BLOCKS, Block, Part
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 
@@ -75,7 +75,8 @@ def plan_diffusion(model: nn.Module, config: TurboConfig, pipe: Any = None) -> D
         pipe: the pipeline that the denoiser is from, if there is one.
 
     Raises:
-        ConfigError: an amount that is no `keep`, a setting that only encoders have, or `refresh` without a pipeline.
+        ConfigError: an amount that is no `keep`, a setting that only encoders have, components of which there are
+            none, or `refresh` without a pipeline.
         UnsupportedModelError: blocks in a model that turbovlm does not know, such as a video's.
     """
     _check(config, pipe)
@@ -95,11 +96,23 @@ def plan_diffusion(model: nn.Module, config: TurboConfig, pipe: Any = None) -> D
                 groups.append(f"{stage}:{index // SHARED_BY}")
             spots += [
                 Spot(f"{name}.{part.path}", part, groups[-1], len(groups) - 1, f"{name}.{block.guide}")
-                for part in block.parts
-                if part.component in config.components and getattr(modules[name], part.path, None) is not None
+                for part in _parts(modules[name], block)
+                if part.component in config.components
             ]
-    families = dict.fromkeys(block.family for blocks in stages.values() for _, block in blocks)
+    known = [found for blocks in stages.values() for found in blocks]
+    if not spots:
+        there = {part.component for name, block in known for part in _parts(modules[name], block)}
+        raise ConfigError(
+            f"components={list(config.components)}: the blocks of this {type(model).__name__} have no such part; they "
+            f"have {', '.join(name for name in COMPONENTS if name in there)}"
+        )
+    families = dict.fromkeys(block.family for _, block in known)
     return DiffusionPlan(config, ", ".join(families), tuple(spots), pipe=pipe if config.refresh > 1 else None)
+
+
+def _parts(module: nn.Module, block: Block) -> list[Part]:
+    """Those that a block has."""
+    return [part for part in block.parts if getattr(module, part.path, None) is not None]
 
 
 def _roots(model: nn.Module) -> list[str]:
