@@ -171,6 +171,18 @@ def test_samples_of_a_group_are_drawn_together():
     assert (together.high - together.low) / (alone.high - alone.low) == pytest.approx(math.sqrt(10), rel=0.05)
 
 
+def test_draws_of_many_groups_are_made_some_at_a_time(monkeypatch):
+    """ImageNet's 50,000 pictures would take 4 GB at once."""
+    scores = list(np.random.default_rng(0).normal(3, 2, 90))
+    base = [value + 1 for value in scores]
+    groups = [i % 60 for i in range(90)]
+    whole = [statistics.mean(scores, groups), statistics.kept(scores, base, groups)]
+    monkeypatch.setattr(statistics, "FEW", 0)
+    monkeypatch.setattr(statistics, "AT_ONCE", 60 * 999)
+    for one, parts in zip(whole, [statistics.mean(scores, groups), statistics.kept(scores, base, groups)]):
+        assert [parts.value, parts.low, parts.high] == pytest.approx([one.value, one.low, one.high], rel=1e-12)
+
+
 def test_pairs_tell_more_than_two_means():
     base = list(np.random.default_rng(0).normal(10, 5, 200))
     scores = [value - 0.1 for value in base]

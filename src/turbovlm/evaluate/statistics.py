@@ -12,6 +12,8 @@ from turbovlm.errors import ConfigError
 
 DRAWS = 10_000
 LEVEL = 0.95
+FEW, AT_ONCE = 1_000, 5_000_000
+"""Groups whose draws are kept for the next metric; numbers of draws that are in memory together otherwise."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ def mean(scores: Sequence[float], groups: Sequence[Hashable] | None = None, seed
         ConfigError: no scores, or not as many groups.
     """
     sums, counts = _grouped(np.asarray([scores], dtype=float), groups)
-    drawn = _draws(len(counts), seed)
-    return _interval(float(np.mean(scores)), (drawn @ sums[0]) / (drawn @ counts))
+    total, number = _drawn(np.stack([sums[0], counts]), seed)
+    return _interval(float(np.mean(scores)), total / number)
 
 
 def difference(
@@ -65,10 +67,8 @@ def kept(
     _same_number(scores, base)
     if np.mean(base) <= 0:
         raise ConfigError(f"the mean of base is {np.mean(base):g}: a share of it means nothing")
-    sums, counts = _grouped(np.asarray([scores, base], dtype=float), groups)
-    drawn = _draws(len(counts), seed)
-    below = drawn @ sums[1]
-    shares = np.divide(drawn @ sums[0], below, out=np.full(len(drawn), np.nan), where=below > 0)
+    above, below = _drawn(_grouped(np.asarray([scores, base], dtype=float), groups)[0], seed)
+    shares = np.divide(above, below, out=np.full(DRAWS, np.nan), where=below > 0)
     return _interval(float(np.mean(scores) / np.mean(base)), shares)
 
 
@@ -107,6 +107,19 @@ def _grouped(scores: np.ndarray, groups: Sequence[Hashable] | None) -> tuple[np.
     index = np.array([number.setdefault(group, len(number)) for group in groups])
     sums = np.stack([np.bincount(index, row, len(number)) for row in scores])
     return sums, np.bincount(index, minlength=len(number)).astype(float)
+
+
+def _drawn(sums: np.ndarray, seed: int) -> np.ndarray:
+    """The sums of all groups in every draw, `[rows, groups]` to `[rows, DRAWS]`.
+
+    Draws of many groups would not fit in memory: they are made and added up some at a time.
+    """
+    groups = sums.shape[1]
+    if groups <= FEW:
+        return (_draws(groups, seed) @ sums.T).T
+    random, chances, some = np.random.default_rng(seed), np.full(groups, 1 / groups), max(1, AT_ONCE // groups)
+    sizes = [min(some, DRAWS - start) for start in range(0, DRAWS, some)]
+    return np.concatenate([random.multinomial(groups, chances, size).astype(float) @ sums.T for size in sizes]).T
 
 
 @functools.lru_cache(maxsize=4)
