@@ -91,6 +91,30 @@ def test_refresh_needs_a_pipeline():
             turbovlm.get_handle(twin)
 
 
+def test_what_fails_leaves_the_scheduler_as_it_was():
+    """A method of it that is another library's, and a cache below the merge."""
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    pipe = pipeline()
+    pipe.scheduler.step = pipe.scheduler.step
+    with pytest.raises(TurboError, match="the step of this DDIMScheduler is replaced already"):
+        turbovlm.apply(pipe, keep=0.5, refresh=2)
+    assert "set_timesteps" not in pipe.scheduler.__dict__
+    del pipe.scheduler.step
+    pipe.unet, blocks = DENOISERS["flux"](), ("transformer_blocks",)
+    pipe.unet.enable_cache(
+        PyramidAttentionBroadcastConfig(2, current_timestep_callback=int, spatial_attention_block_identifiers=blocks)
+    )
+    with pytest.raises(TurboError, match="enable the cache after"):
+        turbovlm.apply(pipe, keep=0.5, refresh=2)
+    assert not {"step", "set_timesteps"} & set(pipe.scheduler.__dict__)
+    pipe.unet.disable_cache()
+    turbovlm.apply(pipe, keep=0.5, refresh=2).remove()
+    pipe.scheduler = None
+    with pytest.raises(ConfigError, match="refresh=2: a pipeline's scheduler says when a step ends"):
+        turbovlm.apply(pipe, keep=0.5, refresh=2)
+
+
 def test_a_compiled_denoiser_has_one_graph_that_decides_and_one_that_does_not():
     pipe = pipeline()
     with turbovlm.apply(pipe, keep=0.5, refresh=2):

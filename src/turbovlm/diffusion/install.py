@@ -78,6 +78,7 @@ def plan_diffusion(model: nn.Module, config: TurboConfig, pipe: Any = None) -> D
         ConfigError: an amount that is no `keep`, a setting that only encoders have, components of which there are
             none, or `refresh` without a pipeline.
         UnsupportedModelError: blocks in a model that turbovlm does not know, such as a video's.
+        TurboError: a part has a cache already.
     """
     _check(config, pipe)
     stages: dict[str, list[tuple[str, Block]]] = {}
@@ -106,6 +107,8 @@ def plan_diffusion(model: nn.Module, config: TurboConfig, pipe: Any = None) -> D
             f"components={list(config.components)}: the blocks of this {type(model).__name__} have no such part; they "
             f"have {', '.join(name for name in COMPONENTS if name in there)}"
         )
+    for spot in spots:
+        _check_cache(model, spot.name)
     families = dict.fromkeys(block.family for _, block in known)
     return DiffusionPlan(config, ", ".join(families), tuple(spots), pipe=pipe if config.refresh > 1 else None)
 
@@ -133,7 +136,7 @@ def _check(config: TurboConfig, pipe: Any) -> None:
             raise ConfigError(f"{name}={getattr(config, name)!r}: image generation allows {allowed[0]!r} only")
     if config.keep < 0.25:
         raise ConfigError(f"keep={config.keep}: one token in every 2×2 cell stays, so keep must be ≥ 0.25")
-    if config.refresh > 1 and not hasattr(pipe, "scheduler"):
+    if config.refresh > 1 and getattr(pipe, "scheduler", None) is None:
         raise ConfigError(
             f"refresh={config.refresh}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to "
             "its denoiser"
@@ -160,13 +163,7 @@ def _stage(name: str) -> str:
 
 
 def install_diffusion(model: nn.Module, plan: DiffusionPlan) -> None:
-    """Put the overrides in place.
-
-    Raises:
-        TurboError: a part has a cache already.
-    """
-    for spot in plan.spots:
-        _check_cache(model, spot.name)
+    """Put the overrides in place."""
     for spot in plan.spots:
         module = model.get_submodule(spot.name)
         _override(module, part_forward, plan, spot, model.get_submodule(spot.guide))

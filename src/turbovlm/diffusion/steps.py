@@ -25,13 +25,14 @@ def follow(plan: DiffusionPlan) -> None:
         return
     replaced = plan.scheduler is not None
     unfollow(plan)
-    for name, function in _FOLLOWED.items():
+    for name in _FOLLOWED:
         if name in scheduler.__dict__:
             raise TurboError(
                 f"refresh={plan.config.refresh}: the {name} of this {type(scheduler).__name__} is replaced already, by "
                 "another accelerated pipeline that shares the scheduler or by another library; give this pipeline a "
                 "scheduler of its own"
             )
+    for name, function in _FOLLOWED.items():
         method = getattr(scheduler, name)
         setattr(scheduler, name, functools.update_wrapper(functools.partial(function, plan, method), method))
     plan.counting = replaced  # in the middle of a run
