@@ -10,6 +10,7 @@ import torch
 
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
+from families import _livelier as livelier
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 
 pytest.importorskip("diffusers")
@@ -287,3 +288,34 @@ def test_control_beside_it():
     residual["mid_block_additional_residual"] = noise(7, 1, 64, 16, 16)
     with turbovlm.apply(model, keep=0.5):
         assert (run(model, {**inputs, **residual}) - run(model, inputs)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2])
+def test_control_reads_fewer_tokens_too(count):
+    from diffusers import ControlNetModel, MultiControlNetModel
+
+    unet, inputs = DENOISERS["sd15"](), unet_inputs(1, 20, 28)
+    nets = [livelier(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))) for _ in range(2)]
+    each = [{"controlnet_cond": noise(i, 1, 3, 40, 56).sigmoid(), "conditioning_scale": 1.0} for i in range(2)]
+    if count == 1:
+        control, given = nets[0], each[0]
+    else:
+        control, given = MultiControlNetModel(nets), {name: [one[name] for one in each] for name in each[0]}
+
+    def added():
+        down, mid = control(**inputs, **given, return_dict=False)
+        return torch.cat([part.flatten() for part in (*down, mid)])
+
+    plain = added()
+    with turbovlm.apply(control, keep=0.5) as handle:
+        merged = added()
+        assert repr(handle).count("560 → 280 tokens") == repr(handle).count("140 → 70 tokens") == count
+    assert not torch.equal(merged, plain) and torch.equal(added(), plain)
+    if count == 2:
+        parts = []
+        for net, one in zip(nets, each):
+            with turbovlm.apply(net, keep=0.5):
+                down, mid = net(**inputs, **one, return_dict=False)
+            parts.append(torch.cat([part.flatten() for part in (*down, mid)]))
+        torch.testing.assert_close(merged, parts[0] + parts[1])

@@ -35,8 +35,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 DENOISERS = ("unet", "transformer")
 """Where a pipeline keeps its denoiser."""
 
-MODEL = "diffusers.models.modeling_utils.ModelMixin"
-"""What every denoiser is."""
+MODEL = {"diffusers.models.modeling_utils.ModelMixin", "diffusers.configuration_utils.ConfigMixin"}
+"""What every denoiser is; a list of ControlNets has no config."""
 TRANSFORMERS = "diffusers.models.transformers"
 PICTURES = {
     f"{TRANSFORMERS}.transformer_2d.Transformer2DModel",
@@ -123,7 +123,7 @@ def _roots(model: nn.Module) -> list[str]:
     roots: list[str] = []
     for name, module in model.named_modules():
         inside = any(f"{name}.".startswith(f"{root}.") or root == "" for root in roots)
-        if not inside and MODEL in class_paths(module) and is_denoiser(module):
+        if not inside and set(class_paths(module)) >= MODEL and is_denoiser(module):
             roots.append(name)
     return roots
 
