@@ -243,6 +243,18 @@ def test_too_small_a_latent_is_said_to_be():
         run(model, unet_inputs(1, 32, 32))
 
 
+@pytest.mark.parametrize("keep", [0.25, 0.3])
+def test_one_token_stays_of_every_cell_that_is_cut_off(keep):
+    """Odd sizes have more cells than a quarter of the tokens; what is told is what is read."""
+    model, read = DENOISERS["sd15"](), []
+    part = model.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj")
+    part.register_forward_pre_hook(lambda m, i: read.append(i[0].shape[1]))
+    with turbovlm.apply(model, keep=keep) as handle:
+        run(model, unet_inputs(1, 33, 27))
+        assert f"891 → {read[0]} tokens" in repr(handle)
+    assert read == [max(17 * 14, round(keep * 33 * 27))]
+
+
 def test_a_block_outside_of_its_denoiser_says_so():
     model = DENOISERS["sd15"]()
     block = model.down_blocks[0].attentions[1].transformer_blocks[0]

@@ -18,7 +18,7 @@ from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.functional.informativity import candidates_of, information_degree, mutual_redundancy, needs_semantic
 from turbovlm.functional.matching import Merge, bipartite_merge
-from turbovlm.functional.partition import count, partition_tokens
+from turbovlm.functional.partition import partition_tokens
 
 FEWEST = 64
 """Tokens below which nothing is merged, unless `min_tokens` asks for more."""
@@ -60,7 +60,7 @@ def decide(
             "merged"
         )
     features = x[:, x.shape[1] - tokens :]
-    r = tokens - math.floor(config.keep * tokens + 0.5)
+    r = tokens - max(math.floor(config.keep * tokens + 0.5), -(-rows // 2) * -(-columns // 2))
     if tokens < fewest(config):
         r = 0
     if not torch.compiler.is_compiling():
@@ -91,7 +91,6 @@ def decide(
         gamma=config.gamma,
         seed=config.seed,
     )
-    r = min(r, count(pairs.split.candidates))
     return bipartite_merge(e, pairs.partner, pairs.split, r, tokens, order="spatial", reduce=config.reduce)
 
 
