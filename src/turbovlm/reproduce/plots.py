@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbovlm.evaluate.settings import SMALLER
+from turbovlm.evaluate.study import Row
 from turbovlm.reproduce.declared import Line
 from turbovlm.reproduce.running import Finished
 from turbovlm.reproduce.tracing import TOP, Blocks
@@ -30,18 +31,24 @@ COLOURS = {
 
 
 def save_table(finished: Finished, path: Path) -> None:
-    """The first metric against the encoder's cost, with 95 % intervals."""
-    figure, axis = _figure(6.5, 4)
-    shown = [(line, row) for line, row in finished.rows if row is not None]
-    for line, row in shown:
-        value = row.metrics[0].value
-        reach = [[value.value - value.low], [value.high - value.value]]
-        colour = "black" if row is finished.own else colour_of(line)
-        axis.errorbar(row.ratio, value.value, yerr=reach, marker="o", capsize=3, color=colour, label=line.name)
-    axis.axhline(finished.own.metrics[0].value.value, color="black", linewidth=0.8, linestyle=":")
-    axis.set_xlabel("share of the encoder's multiply-accumulates")
-    axis.set_ylabel(finished.own.metrics[0].name)
-    axis.legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    """What each setting keeps of the first metric, with 95 % intervals, and hollow, what is printed."""
+    shown = [(line, row) for line, row in finished.rows if row is not finished.own]
+    figure, axis = _figure(7, 1.2 + 0.27 * len(shown))
+    is_share = any(row is not None and row.metrics[0].kept is not None for _, row in shown)
+    for place, (line, row) in enumerate(shown):
+        if row is not None:
+            value = (row.metrics[0].kept if is_share else None) or row.metrics[0].value
+            reach = [[value.value - value.low], [value.high - value.value]]
+            axis.errorbar(value.value, place, xerr=reach, marker="o", capsize=3, color=colour_of(line))
+        printed = finished.printed_kept(line)
+        if printed is not None:
+            axis.plot(printed, place, marker="D", markersize=6, markerfacecolor="none", color="black")
+    own, name = finished.own.metrics[0].value.value, finished.own.metrics[0].name
+    axis.axvline(1 if is_share else own, color="black", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(shown)), [_label(line, row) for line, row in shown], fontsize=8)
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.set_xlabel(f"{name}, share kept (◇ printed)" if is_share else f"{name} (dotted: unmerged)")
+    axis.grid(axis="x", alpha=0.3)
     _save(figure, axis, finished.declared.title, path)
 
 
@@ -121,6 +128,10 @@ def colour_of(line: Line) -> str:
     if line.name == SMALLER:
         return "#d4a017"
     return COLOURS.get(line.name.partition(",")[0].partition(" ")[0], "0.45")
+
+
+def _label(line: Line, row: Row | None) -> str:
+    return line.name if row is None else f"{line.name} ({row.ratio:.0%} of MACs)"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

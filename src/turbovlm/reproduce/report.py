@@ -13,8 +13,6 @@ from turbovlm.reproduce.published import Printed
 from turbovlm.reproduce.running import Finished
 from turbovlm.reproduce.tracing import Blocks
 
-LESS_IS_BETTER = ("fid",)
-
 
 @dataclass(frozen=True)
 class Sheet:
@@ -39,7 +37,7 @@ class Sheet:
 def sheet_of(finished: Finished, picture: str = "") -> Sheet:
     """A comparison: the printed cost and metrics, and what is kept of the first; then ours."""
     lines = finished.declared.lines
-    own = next((line.printed for line in lines if line.printed is not None and line.printed.plugin == "none"), None)
+    own = finished.printed_own
     metrics = [name for name, _ in own.metrics] if own else _metric_names(lines)
     costs = any(line.printed and line.printed.gmacs for line in lines)
     header = ["setting", *(["printed GMACs"] if costs else []), *(f"printed {name}" for name in metrics)]
@@ -51,7 +49,8 @@ def sheet_of(finished: Finished, picture: str = "") -> Sheet:
         cells = [line.name, *([_printed_cost(line.printed)] if costs else [])]
         printed = dict(line.printed.metrics) if line.printed else {}
         cells += [f"{printed[name]:g}" if name in printed else "" for name in metrics]
-        cells += [_printed_share(line.printed, own)] if own else []
+        kept = finished.printed_kept(line)
+        cells += ["" if kept is None else f"{kept:.1%}"] if own else []
         rows.append((*cells, *_ours(row, len(found))))
     about = f"{finished.study.model}, {finished.study.data}, {finished.study.samples} samples"
     return Sheet(f"{finished.declared.title} ({about})", tuple(header), tuple(rows), picture)
@@ -113,13 +112,6 @@ def _metric_names(lines: Sequence[Line]) -> list[str]:
 
 def _printed_cost(printed: Printed | None) -> str:
     return "" if printed is None or printed.gmacs is None else f"{printed.gmacs:g}"
-
-
-def _printed_share(printed: Printed | None, own: Printed) -> str:
-    """Of the first metric, which all rows of a table have; nothing where less is better."""
-    if printed is None or printed is own or printed.metrics[0][0] in LESS_IS_BETTER:
-        return ""
-    return f"{printed.metrics[0][1] / own.metrics[0][1]:.1%}"
 
 
 def _ours(row: Row | None, metrics: int) -> tuple[str, ...]:

@@ -15,7 +15,9 @@ from turbovlm.evaluate.run import Predictor, Setting
 from turbovlm.evaluate.settings import METHODS, OWN, SMALLER, encoder_macs, evenly, smaller
 from turbovlm.evaluate.study import Row, Scoring, Study, run_study
 from turbovlm.reproduce.declared import Declared, Line
+from turbovlm.reproduce.published import Printed
 
+LESS_IS_BETTER = ("fid",)
 DROP = 0.05
 """Of Table 11: what may be lost of the score."""
 SEARCH = tuple(round(0.95 - 0.05 * i, 2) for i in range(15))
@@ -71,6 +73,19 @@ class Finished:
     def own(self) -> Row:
         """The model itself."""
         return self.study.rows[0]
+
+    @property
+    def printed_own(self) -> Printed | None:
+        """The same, as printed."""
+        printed = (line.printed for line in self.declared.lines)
+        return next((row for row in printed if row is not None and row.plugin == "none"), None)
+
+    def printed_kept(self, line: Line) -> float | None:
+        """The first printed metric as a share of the model's own; None where less is better."""
+        own = self.printed_own
+        if line.printed is None or own is None or line.printed is own or own.metrics[0][0] in LESS_IS_BETTER:
+            return None
+        return line.printed.metrics[0][1] / own.metrics[0][1]
 
 
 def settings_of(declared: Declared, source: Source) -> dict[str, Setting]:

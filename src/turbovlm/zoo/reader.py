@@ -145,7 +145,7 @@ def scene_decoder() -> Any:
         encoder_hidden_size=384,
         intermediate_size=1024,
         projection_dim=256,
-        hidden_dropout_prob=0.1,
+        hidden_dropout_prob=0.0,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=LONGEST,
