@@ -32,7 +32,7 @@ FIELDS = {
 }
 """What an entry of the sources' file may have; the first two it must."""
 EXAMPLES = {
-    "nlvr2": {"model": "dandelin/vilt-b32-finetuned-nlvr2", "data": ["nlvr2/dev.json"], "images": "nlvr2/dev"},
+    "nlvr2": {"model": "blip-nlvr2:model_base_nlvr.pth", "data": ["nlvr2/dev.json"], "images": "nlvr2/dev"},
     "vqa": {
         "model": "Salesforce/blip-vqa-base",
         "data": ["v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"],

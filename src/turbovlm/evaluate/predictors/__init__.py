@@ -7,6 +7,7 @@ from typing import Any
 
 from turbovlm.errors import TurboError
 from turbovlm.evaluate.data import Data
+from turbovlm.evaluate.predictors.blip_nlvr2 import LIBRARY, blip_nlvr2
 from turbovlm.evaluate.predictors.encoders import classification, retrieval
 from turbovlm.evaluate.predictors.generating import generating
 from turbovlm.evaluate.predictors.loading import Where
@@ -18,7 +19,7 @@ MODELS = {
     "retrieval": "CLIP, SigLIP or BLIP's ITM model of transformers, or open_clip:hf-hub:ID",
     "captioning": "BLIP, BLIP-2, LLaVA, Qwen-VL or another model of transformers that writes",
     "vqa": "BLIP-VQA, BLIP-2, ViLT, LLaVA, Qwen-VL or another model of transformers that answers",
-    "nlvr2": "ViLT's NLVR2 model, or one of transformers that follows a chat with two pictures",
+    "nlvr2": "ViLT's NLVR2 model, one of transformers that follows a chat with two pictures, or blip-nlvr2:FILE",
     "text-to-image": "a pipeline of diffusers",
     "saliency": "zoo:saliency",
 }
@@ -58,6 +59,10 @@ def _loaded(task: str, where: Where, data: Data, making: Making, features: Featu
         return text_to_image(where, data.samples, making, features)
     if task == "saliency":
         raise TurboError(f"{where.spec}: saliency takes {MODELS[task]}")
+    if where.library == LIBRARY:
+        if task != "nlvr2":
+            raise TurboError(f"{where.spec}: is for nlvr2; {task} takes {MODELS[task]}")
+        return blip_nlvr2(where)
     return generating(task, where)
 
 
