@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,31 +223,16 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
     import torch
 
     from turbovlm.cli.measuring import device_named
-    from turbovlm.evaluate.metrics import frechet_distance, needs_java
-    from turbovlm.evaluate.predictors import load_predictor
+    from turbovlm.evaluate.asking import asked
     from turbovlm.evaluate.predictors.loading import Where
-    from turbovlm.evaluate.predictors.pictures import Making, features_named, features_of
-    from turbovlm.evaluate.scoring import Score
+    from turbovlm.evaluate.predictors.pictures import Making
 
-    if args.task == "captioning" and not data.tokenized:
-        needs_java()
-    device = device_named(args.device)
-    where = Where(model, device, getattr(torch, args.dtype), args.prompt)
-    if args.task != "text-to-image":
-        return load_predictor(args.task, where, data, Making(), None), None
     folder = None if args.pictures is None else Path(args.pictures)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+    where = Where(model, device_named(args.device), getattr(torch, args.dtype), args.prompt)
     making = Making(args.steps, args.guidance_scale, args.seed or 0, folder)
-    named = args.features or ("inception" if args.data else "vit")
-    features = features_named(named, device)
-    real = features_of(data.real, features)
-    label = "FID" if named == "inception" else "Fréchet distance"
-
-    def scoring(_: Data, predictions: Sequence[Any]) -> list[Score]:
-        return [Score(label, frechet_distance(torch.tensor(predictions), real), higher=False)]
-
-    return load_predictor(args.task, where, data, making, features), scoring
+    return asked(args.task, where, data, making, args.features or ("inception" if args.data else "vit"))
 
 
 def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> list[Setting]:
