@@ -111,16 +111,30 @@ def test_copies_and_pickles_merge(family, model):
         assert torch.equal(run(twin, inputs), plain)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3"])
-def test_compiles_as_one_graph(name):
-    model, inputs = DENOISERS[name](), DENOISERS[name].inputs(1, ROWS, COLUMNS)
+@pytest.mark.parametrize(
+    ("name", "columns", "settings"),
+    [("sd15", 32, {}), ("sd3", 32, {}), ("flux", 32, {}), ("flux", 24, {"grid": (16, 12)})],
+)
+def test_compiles_as_one_graph(name, columns, settings):
+    model, inputs = DENOISERS[name](), DENOISERS[name].inputs(1, 32, columns)
     torch.compiler.reset()
-    with turbovlm.apply(model, keep=0.5):
+    with turbovlm.apply(model, keep=0.5, **settings):
         eager = run(model, inputs)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(run(compiled, inputs), eager, rtol=0, atol=1e-5)
         with torch.compiler.set_stance("fail_on_recompile"):
             torch.testing.assert_close(run(compiled, inputs), eager, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({}, "192 tokens are no square: give grid"), ({"grid": (16, 13)}, "the picture has 192 tokens")],
+)
+def test_a_compiled_flux_is_told_of_pictures_that_are_not_square(settings, said):
+    model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(1, 32, 24)
+    torch.compiler.reset()
+    with turbovlm.apply(model, keep=0.5, **settings), pytest.raises(Exception, match=said):
+        run(torch.compile(model, fullgraph=True, backend="eager"), inputs)
 
 
 def under_way(handle):

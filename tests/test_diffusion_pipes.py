@@ -128,7 +128,7 @@ def test_what_is_saved_is_the_plain_pipeline(tmp_path):
     assert torch.equal(given.run(loaded, 16, 20), plain)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 def test_two_prompts_of_one_seed_are_as_two_runs(kind):
     pipe, given = PIPES[kind](), PIPES[kind]
     with turbovlm.apply(pipe, keep=0.5):

@@ -52,7 +52,7 @@ def decide(
     """
     config = plan.config
     assert config.keep is not None
-    rows, columns = plan.grid or config.grid or _square(x)
+    rows, columns = plan.grid or square(x)
     tokens = rows * columns
     if x.shape[1] != tokens and not spot.part.text_in_front:
         raise StateError(
@@ -162,7 +162,12 @@ def _is_plain(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter
 
 
-def _square(x: Tensor) -> tuple[int, int]:
+def square(x: Tensor) -> tuple[int, int]:
+    """Rows and columns of as many tokens as `x` has, `[batch, tokens, width]`, where nothing else tells.
+
+    Raises:
+        ConfigError: they are no square.
+    """
     side = math.isqrt(x.shape[1])
     if side * side != x.shape[1]:
         raise ConfigError(f"{x.shape[1]} tokens are no square: give grid=(rows, columns)")

@@ -15,11 +15,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.diffusion.deciding import decide, fewest, twins_of
+from turbovlm.diffusion.deciding import decide, fewest, square, twins_of
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
 from turbovlm.diffusion.restoring import likeness, restore_linear
 from turbovlm.diffusion.steps import follow
-from turbovlm.errors import StateError, UnsupportedModelError
+from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.functional.attention import size_bias
 from turbovlm.functional.backend import is_readable
 from turbovlm.functional.matching import Merge
@@ -202,8 +202,8 @@ def denoiser_forward(
     try:
         if patch:
             plan.grid = latent.shape[-2] // patch, latent.shape[-1] // patch
-        elif given.get("img_ids") is not None and is_readable(given["img_ids"]):
-            plan.grid = _grid_of(given["img_ids"], latent)
+        elif given.get("img_ids") is not None:
+            plan.grid = _grid_of(given["img_ids"], latent, plan.config.grid)
         out = forward(*args, **kwargs)
     finally:
         plan.running, plan.thread = False, None
@@ -231,15 +231,24 @@ def _begin(plan: DiffusionPlan, latent: Tensor) -> None:
     plan.due = False
     plan.pairs.clear()
     plan.grid = None
-    plan.twins = twins_of(latent) if plan.config.share_guidance and len(latent) > 1 else None
+    guided = latent.ndim == 4  # FLUX is guided in forwards of their own
+    plan.twins = twins_of(latent) if plan.config.share_guidance and guided and len(latent) > 1 else None
 
 
-def _grid_of(places: Tensor, latent: Tensor) -> tuple[int, int]:
+def _grid_of(places: Tensor, latent: Tensor, otherwise: tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of FLUX's tokens, which come with the places where they stand, `[tokens, 3]`.
+
+    Where Python may not look at these, `otherwise`, or a square.
 
     Raises:
         UnsupportedModelError: they are not those of one picture.
+        ConfigError: there are not as many as `otherwise` says.
     """
+    if not is_readable(places):
+        rows, columns = otherwise or square(latent)
+        if rows * columns != latent.shape[1]:
+            raise ConfigError(f"grid={otherwise}: the picture has {latent.shape[1]} tokens; give its rows and columns")
+        return rows, columns
     flat = places.reshape(-1, places.shape[-1])
     rows, columns = (flat.amax(dim=0) - flat.amin(dim=0) + 1).long().tolist()[1:]
     if rows * columns != latent.shape[1] or bool((flat[:, 0] != flat[0, 0]).any()):
