@@ -156,11 +156,38 @@ def test_other_pictures_never_merge_alike():
             )
 
 
+@pytest.mark.parametrize("prompts", [2, 3])
+def test_prompts_of_one_seed_never_merge_alike(prompts):
+    """Three prompts in halves are as many latents as two in thirds."""
+    pipe = pipeline()
+    embeds = {"prompt_embeds": noise(5, prompts, 7, 32), "negative_prompt_embeds": noise(6, prompts, 7, 32)}
+
+    def pictures(rows):
+        some, seeds = {k: v[rows] for k, v in embeds.items()}, [torch.Generator().manual_seed(0) for _ in rows]
+        return pipe(**some, num_inference_steps=2, output_type="latent", generator=seeds).images
+
+    with turbovlm.apply(pipe, keep=0.5):
+        together = pictures(list(range(prompts)))
+        for row in range(prompts):
+            far = 1e-4 * float(together.abs().max())
+            torch.testing.assert_close(pictures([row])[0], together[row], rtol=0, atol=far)
+
+
+def test_a_picture_that_is_not_finite_changes_no_other():
+    model, inputs = DENOISERS["sd15"](), unet_inputs(3, 16, 16)
+    with turbovlm.apply(model, keep=0.5):
+        good = run(model, inputs)
+        inputs["sample"][1] = float("nan")
+        assert torch.equal(run(model, inputs)[::2], good[::2])
+
+
 def test_twins():
     latent = noise(0, 2, 4, 8, 8)
     halves = twins_of(torch.cat([latent, latent[1:], latent[1:]]))
     assert torch.equal(halves, torch.tensor([[1, 0, 0, 0], [0, 0.5, 0, 0.5], [0, 0, 1, 0], [0, 0.5, 0, 0.5]]))
     assert torch.equal(twins_of(latent[:1].expand(3, 4, 8, 8)), torch.full((3, 3), 1 / 3))
+    assert torch.equal(twins_of(latent[:1].expand(6, 4, 8, 8)), torch.eye(3).repeat(2, 2) / 2)
+    assert torch.equal(twins_of(latent.repeat(3, 1, 1, 1)), torch.eye(2).repeat(3, 3) / 3)
     assert torch.equal(twins_of(torch.full((2, 4), torch.nan)), torch.eye(2))
 
 

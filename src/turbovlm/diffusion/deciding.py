@@ -103,9 +103,13 @@ def twins_of(latents: Tensor) -> Tensor:
     flat, batch = latents.flatten(1), len(latents)
     place = torch.arange(batch, device=flat.device)
     apart = place.unsqueeze(0) - place.unsqueeze(1)
-    parts = [batch // count for count in (2, 3) if batch % count == 0]
-    allowed = torch.stack([apart % part == 0 for part in parts or [batch]]).any(dim=0)
-    same = (flat.unsqueeze(0) == flat.unsqueeze(1)).all(dim=-1) & allowed | (apart == 0)
+    alike = (flat.unsqueeze(0) == flat.unsqueeze(1)).all(dim=-1)
+    halves, thirds = (apart % (batch // count) == 0 if batch % count == 0 else apart == 0 for count in (2, 3))
+    if batch % 6 == 0:  # three prompts in halves, or two in thirds
+        halves = torch.where((alike | ~halves).all(), halves, thirds)
+    elif batch % 3 == 0:
+        halves = thirds
+    same = alike & halves | (apart == 0)
     return same / same.sum(dim=-1, keepdim=True)
 
 
@@ -113,7 +117,8 @@ def _shared(plan: DiffusionPlan, x: Tensor) -> Tensor:
     """The average over pictures with the same latent: `[batch, …]`."""
     if plan.twins is None:
         return x
-    return (plan.twins.to(x.dtype) @ x.flatten(1)).view_as(x)
+    finite = x.flatten(1).nan_to_num()  # of one picture that is not, nothing gets into the others
+    return (plan.twins.to(x.dtype) @ finite).view_as(x)
 
 
 def mean_attention(attention: Any, x: Tensor) -> Tensor:
