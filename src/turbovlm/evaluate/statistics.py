@@ -116,10 +116,12 @@ def _drawn(sums: np.ndarray, seed: int) -> np.ndarray:
     """
     groups = sums.shape[1]
     if groups <= FEW:
-        return (_draws(groups, seed) @ sums.T).T
+        found: np.ndarray = sums @ _draws(groups, seed).T
+        return found
     random, chances, some = np.random.default_rng(seed), np.full(groups, 1 / groups), max(1, AT_ONCE // groups)
     sizes = [min(some, DRAWS - start) for start in range(0, DRAWS, some)]
-    return np.concatenate([random.multinomial(groups, chances, size).astype(float) @ sums.T for size in sizes]).T
+    parts = [sums @ random.multinomial(groups, chances, size).astype(float).T for size in sizes]
+    return np.concatenate(parts, axis=1)
 
 
 @functools.lru_cache(maxsize=4)
