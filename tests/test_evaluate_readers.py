@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from turbovlm.errors import ConfigError, DataError
+from turbovlm.evaluate.check import check
 from turbovlm.evaluate.readers import formats_of, read
 
 
@@ -221,68 +222,6 @@ def test_prompts(tmp_path, images):
     assert shown(data) == [("line 1", [], "a cat", ()), ("line 3", [], "a dog", ())] and len(data.real) == 3
 
 
-def dataset(folder, **columns):
-    datasets = pytest.importorskip("datasets")
-    features = {
-        name: datasets.Image() if isinstance(values[0], Image.Image) else None for name, values in columns.items()
-    }
-    made = datasets.Dataset.from_dict(columns)
-    for name, feature in features.items():
-        made = made.cast_column(name, feature) if feature else made
-    folder.mkdir()
-    made.to_parquet(folder / "test.parquet")
-    return f"datasets:{folder}"
-
-
-@pytest.fixture
-def two():
-    return [Image.new("RGB", (8, 6), (i, 0, 0)) for i in (0, 200)]
-
-
-def test_dataset_of_captions(tmp_path, two):
-    data = read("retrieval", dataset(tmp_path / "d", image=two, caption=[["A cat", "Cat"], ["A dog"]]))
-    assert [(s.id, s.answers) for s in data.samples] == [("0", ("A cat", "Cat")), ("1", ("A dog",))]
-    assert data.samples[1].pictures[0].open().getpixel((0, 0)) == (200, 0, 0)
-
-
-def test_dataset_of_questions_and_statements(tmp_path, two):
-    asked = dataset(
-        tmp_path / "q", image=two, question=["Is it?", "What?"], answers=[[{"answer": "yes"}] * 3, [{"answer": "no"}]]
-    )
-    assert [s.answers for s in read("vqa", asked).samples] == [("yes", "yes", "yes"), ("no",)]
-    said = dataset(
-        tmp_path / "s", left_image=two, right_image=two[::-1], sentence=["One.", "Two."], label=["True", "False"]
-    )
-    data = read("nlvr2", said)
-    assert [s.answers for s in data.samples] == [("True",), ("False",)]
-    assert [p.open().getpixel((0, 0))[0] for p in data.samples[0].pictures] == [0, 200]
-
-
-def test_dataset_of_classes_masks_and_prompts(tmp_path, two):
-    pytest.importorskip("datasets")
-    for name in ("cat/a.png", "dog/b.png"):
-        picture(tmp_path / "folder" / "test" / name)
-    data = read("classification", f"datasets:{tmp_path / 'folder'}")
-    assert data.classes == ("cat", "dog") and [s.answers for s in data.samples] == [("cat",), ("dog",)]
-    masks = read("saliency", dataset(tmp_path / "m", image=two, mask=two))
-    assert masks.samples[1].mask.open("L").size == (8, 6)
-    prompts = read("text-to-image", dataset(tmp_path / "p", image=two, prompt=["a cat", "a dog"]))
-    assert [s.text for s in prompts.samples] == ["a cat", "a dog"] and len(prompts.real) == 2
-
-
-def test_dataset_errors(tmp_path, two):
-    spec = dataset(tmp_path / "d", image=two, words=["A cat", "A dog"])
-    with pytest.raises(DataError, match=r"has no column of this task's \(caption, .*\); it has image, words"):
-        read("captioning", spec)
-    with pytest.raises(DataError, match=r"split='val': .* has test"):
-        read("captioning", spec, split="val")
-    with pytest.raises(DataError, match="could not be read from this folder"):
-        (tmp_path / "empty").mkdir()
-        read("captioning", f"datasets:{tmp_path / 'empty'}")
-    with pytest.raises(DataError, match="give nothing beside it"):
-        read("captioning", spec, tmp_path)
-
-
 def test_limit_is_evenly_spaced(tmp_path):
     for number in range(10):
         picture(tmp_path / "d" / f"c{number // 5}" / f"{number}.png")
@@ -345,6 +284,85 @@ def test_wrong_folders(tmp_path, images):
     with pytest.raises(ConfigError, match="task='segmentation': must be one of classification"):
         read("segmentation", tmp_path)
     assert "datasets:ID" in formats_of("vqa")
+
+
+def test_entries_that_are_wrong_are_listed_and_the_others_read(tmp_path, images):
+    """One empty caption among 25,000 must not keep all others from being used."""
+    coco = {**COCO, "annotations": [*COCO["annotations"][:3], {"id": 5, "image_id": 11, "caption": " "}, {"id": 6}]}
+    data = read("captioning", written(tmp_path / "captions.json", coco), images)
+    assert len(data.samples) == 2 and [reason.partition(": ")[0].rpartition(", ")[2] for reason in data.left_out] == [
+        "annotations[3]",
+        "annotations[4]",
+        "images[2]",
+    ]
+    blip = [
+        {"image": "a.jpg", "question": "What?", "answer": "cat"},
+        {"image": "b.jpg", "question": None, "answer": "x"},
+    ]
+    data = read("vqa", written(tmp_path / "vqa.json", blip), images)
+    assert len(data.samples) == 1 and "[1]: 'question' is None; it must be a text" in data.left_out[0]
+    nlvr = [{"images": ["a.jpg", "b.jpg"], "sentence": "Two.", "label": label} for label in ("True", "maybe")]
+    data = read("nlvr2", written(tmp_path / "nlvr.json", nlvr), images)
+    assert len(data.samples) == 1 and "[1]: 'label' is 'maybe'" in data.left_out[0]
+
+
+def test_blips_captions_one_per_entry(tmp_path, images):
+    """Its files of training and of Flickr30k: the entries of one picture are one sample."""
+    entries = [
+        {"image": f"{name}.jpg", "caption": words} for name, words in (("a", "A cat"), ("b", "A dog"), ("a", "Cat"))
+    ]
+    data = read("retrieval", written(tmp_path / "flickr30k_train.json", entries), images)
+    assert [(s.id, s.answers) for s in data.samples] == [("a.jpg", ("A cat", "Cat")), ("b.jpg", ("A dog",))]
+
+
+def test_people_who_said_nothing(tmp_path, images):
+    """Their answers count among the ten."""
+    vizwiz = [{"image": "a.jpg", "question": "What?", "answers": [{"answer": "can"}, {"answer": ""}]}]
+    assert read("vqa", written(tmp_path / "val.json", vizwiz), images).samples[0].answers == ("can", "")
+
+
+@pytest.mark.parametrize("folder", ["dev", "3", "dev/3"])
+def test_nlvr2_in_its_folders(folder, tmp_path):
+    for side in (0, 1):
+        picture(tmp_path / "images" / folder / f"dev-850-0-img{side}.png")
+    line = {"identifier": "dev-850-0-0", "sentence": "Two dogs.", "label": "True"}
+    line |= {"directory": 3} if "3" in folder else {}
+    assert len(read("nlvr2", written(tmp_path / "dev.json", line), tmp_path / "images").samples) == 1
+
+
+def test_ends_of_lines_within_captions(tmp_path, images):
+    """Python takes more characters for ends of lines than files of lines do."""
+    entries = [{"image": "a.jpg", "caption": "A\u2028cat"}, {"image": "b.jpg", "caption": "A\x85dog"}]
+    lines = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    assert len(read("captioning", written(tmp_path / "a.jsonl", lines), images).samples) == 2
+    token = "a.jpg#0\tA\u2028cat\na.jpg#1\tCat\x0bagain\nz.jpg#0\tNobody\n"
+    data = read("captioning", written(tmp_path / "a.token", token), images)
+    assert data.samples[0].answers == ("A\u2028cat", "Cat\x0bagain") and "line 3: its picture z.jpg" in data.left_out[0]
+    prompts = read("text-to-image", written(tmp_path / "prompts.txt", "a\x85cat\r\na dog"), images)
+    assert [s.text for s in prompts.samples] == ["a\x85cat", "a dog"]
+
+
+def test_labels_of_a_picture_that_is_there_twice(tmp_path, images):
+    with pytest.raises(DataError, match=r"val.txt, line 3: the picture 'a.jpg' is there twice"):
+        read("classification", written(tmp_path / "val.txt", "a.jpg 2\nb.jpg 0\na.jpg 2\n"), images)
+
+
+def test_masks_of_nothing_are_found_before_the_model_is_asked(tmp_path):
+    for name, grey in (("a", 0), ("b", 255), ("c", 127)):
+        picture(tmp_path / "images" / f"{name}.jpg")
+        mask = Image.new("L", (8, 6), grey)
+        mask.putpixel((1, 1), 200 if name == "c" else grey)
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    good, bad = check(read("saliency", tmp_path))
+    assert [s.id for s in good.samples] == ["c.jpg"]
+    assert [reason.rpartition(": ")[2] for reason in bad] == ["the mask is empty", "the mask is everywhere"]
+
+
+def test_whatever_a_decoder_raises_is_a_picture_that_does_not_decode(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    _, bad = check(read("captioning", written(tmp_path / "captions.json", COCO), images))
+    assert "a.jpg: does not decode (Image size (48 pixels) exceeds limit of 20 pixels" in bad[2]
 
 
 def test_labels_of_statements_are_truth_values(tmp_path, images):

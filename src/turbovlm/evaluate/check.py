@@ -10,10 +10,12 @@ from turbovlm.errors import DataError
 from turbovlm.evaluate.data import Data, Picture, Sample
 
 THREADS = 8
+INSIDE = 128
+"""From which grey on a mask holds a pixel: half of the brightest."""
 
 
 def check(data: Data, on_progress: Callable[[int], object] = lambda done: None) -> tuple[Data, list[str]]:
-    """Decodes every picture and mask.
+    """Decodes every picture and mask. A mask of nothing or of everything is wrong too: nothing compares with it.
 
     Args:
         data: from a reader.
@@ -38,8 +40,9 @@ def _counted(reasons: Iterable[str], on_progress: Callable[[int], object]) -> It
 
 
 def _wrong_sample(sample: Sample) -> str:
-    masks = () if sample.mask is None else (sample.mask,)
-    reason = next(filter(None, map(_wrong_picture, (*sample.pictures, *masks))), "")
+    reason = next(filter(None, map(_wrong_picture, sample.pictures)), "")
+    if not reason and sample.mask is not None:
+        reason = _wrong_mask(sample.mask)
     return reason and f"{sample.id}: {reason}"
 
 
@@ -48,4 +51,14 @@ def _wrong_picture(picture: Picture) -> str:
         picture.open()
     except DataError as error:
         return str(error)
+    return ""
+
+
+def _wrong_mask(mask: Picture) -> str:
+    try:
+        darkest, brightest = mask.open("L").getextrema()
+    except DataError as error:
+        return str(error)
+    if brightest < INSIDE or darkest >= INSIDE:
+        return f"{mask.name}: the mask is {'everywhere' if darkest >= INSIDE else 'empty'}"
     return ""

@@ -19,7 +19,7 @@ class Picture:
 
     Attributes:
         name: where it comes from, for messages: a path, or a data set's row.
-        read: gives it; raises OSError where it cannot.
+        read: gives it; raises anything where it cannot.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Picture:
         """
         try:
             return self.read().convert(mode)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # decoders raise many kinds, that of too many pixels among them
             raise DataError(f"{self.name}: {_reason(error)}") from error
 
 

@@ -11,7 +11,7 @@ from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.readers.captions import CAPTIONS
 from turbovlm.evaluate.readers.files import load
 from turbovlm.evaluate.readers.folders import read_classes, read_labels, read_masks, read_prompts
-from turbovlm.evaluate.readers.given import Format, Given
+from turbovlm.evaluate.readers.given import Format, given_by
 from turbovlm.evaluate.readers.hub import PREFIX, read_dataset
 from turbovlm.evaluate.readers.questions import QUESTIONS, STATEMENTS
 
@@ -87,7 +87,7 @@ def _annotated(task: str, paths: Sequence[Path], images: str | Path | None, spli
     loaded = tuple(load(path) for path in paths)
     for each in ANNOTATED[task]:
         if each.matches(loaded):
-            return each.read(Given(loaded, None if images is None else Path(images), split))
+            return each.read(given_by(loaded, None if images is None else Path(images), split))
     told = ", ".join(str(path) for path in paths)
     raise DataError(f"{told}: of no format known for {task}, which are {formats_of(task)}")
 

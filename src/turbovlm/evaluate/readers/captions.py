@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from turbovlm.errors import DataError
 from turbovlm.evaluate.data import Data, Sample
 from turbovlm.evaluate.readers.files import Annotations, Record, unique
-from turbovlm.evaluate.readers.given import Format, Given, collected, one_file, picture_of
+from turbovlm.evaluate.readers.given import Format, Given, collected, each, one_file, picture_of, refused
 
 TEST = "test"
 
@@ -23,14 +23,17 @@ def read_coco(given: Given) -> Data:
     for image in whole.records("images"):
         unique(images, image["id"], image, image.where, "the image id")
     captions: dict[object, list[str]] = {key: [] for key in images}
-    left_out: list[str] = []
-    for annotation in whole.records("annotations"):
-        if annotation["image_id"] in captions:
-            captions[annotation["image_id"]].append(annotation.text("caption"))
-        else:
-            left_out.append(f"{annotation.where}: is of image {annotation['image_id']!r}, which is not in 'images'")
-    samples = (_sample(given, r, str(key), r.text("file_name"), captions[key]) for key, r in images.items())
-    return collected(given, [*left_out, *samples])
+
+    def take(annotation: Record) -> None:
+        key = annotation["image_id"]
+        if key not in captions:
+            raise DataError(f"{annotation.where}: is of image {key!r}, which is not in 'images'")
+        captions[key].append(annotation.text("caption"))
+
+    def sample(_: int, image: Record) -> Sample | str:
+        return _sample(given, image, str(image["id"]), image.text("file_name"), captions[image["id"]])
+
+    return collected(given, [*refused(whole.records("annotations"), take), *each(images.values(), sample)])
 
 
 def read_karpathy(given: Given) -> Data:
@@ -38,49 +41,37 @@ def read_karpathy(given: Given) -> Data:
     whole = given.files[0].whole
     assert whole is not None
 
-    def samples() -> Iterator[Sample | str]:
-        for image in _of_split(given, whole.records("images")):
-            folder = f"{image['filepath']}/" if "filepath" in image else ""
-            file = image.text("filename")
-            yield _sample(given, image, file, folder + file, image.texts("sentences", "raw"))
+    def sample(_: int, image: Record) -> Sample | str:
+        folder = f"{image['filepath']}/" if "filepath" in image else ""
+        file = image.text("filename")
+        return _sample(given, image, file, folder + file, image.texts("sentences", "raw"))
 
-    return collected(given, samples())
+    return collected(given, each(_of_split(given, whole.records("images")), sample))
 
 
 def read_flickr_table(given: Given) -> Data:
     """`flickr_annotations_30k.csv`: `filename`, `split`, and `raw` with a list of captions."""
 
-    def samples() -> Iterator[Sample | str]:
-        for row in _of_split(given, given.files[0].listed):
-            file = row.text("filename")
-            yield _sample(given, row, file, file, _list_in(row, "raw"))
+    def sample(_: int, row: Record) -> Sample | str:
+        file = row.text("filename")
+        return _sample(given, row, file, file, _list_in(row, "raw"))
 
-    return collected(given, samples())
+    return collected(given, each(_of_split(given, given.files[0].listed), sample))
 
 
 def read_flickr_results(given: Given) -> Data:
     """`results.csv`, a row per caption: `image_name| comment_number| comment`."""
-    given.without_split()
-    return _grouped(given, [(row, row.text("image_name"), row.text("comment")) for row in given.files[0].listed])
+    return _grouped(given, lambda row: (row.text("image_name"), (row.text("comment"),)))
 
 
 def read_flickr_token(given: Given) -> Data:
     """`results_20130124.token`, a line per caption: `picture.jpg#0`, a tab, the caption."""
-    given.without_split()
-    rows = given.files[0].listed
-    return _grouped(given, [(row, row.text("name").rpartition("#")[0], row.text("caption")) for row in rows])
+    return _grouped(given, lambda row: (row.text("name").rpartition("#")[0], (row.text("caption"),)))
 
 
 def read_blip(given: Given) -> Data:
     """BLIP's: a list of entries with `image` and `caption`, which is a text or a list of them."""
-    given.without_split()
-
-    def samples() -> Iterator[Sample | str]:
-        for entry in given.files[0].listed:
-            image = entry.text("image")
-            yield _sample(given, entry, image, image, entry.texts("caption"))
-
-    return collected(given, samples())
+    return _grouped(given, lambda entry: (entry.text("image"), entry.texts("caption")))
 
 
 def _sample(given: Given, record: Record, key: str, name: str, captions: Sequence[str]) -> Sample | str:
@@ -90,14 +81,20 @@ def _sample(given: Given, record: Record, key: str, name: str, captions: Sequenc
     return picture if isinstance(picture, str) else Sample(key, (picture,), answers=tuple(captions))
 
 
-def _grouped(given: Given, rows: Sequence[tuple[Record, str, str]]) -> Data:
-    """A sample of all the captions that are one picture's."""
+def _grouped(given: Given, read: Callable[[Record], tuple[str, tuple[str, ...]]]) -> Data:
+    """A sample of all the captions that are one picture's; `read` gives an entry's picture and captions."""
+    given.without_split()
     captions: dict[str, list[str]] = {}
     first: dict[str, Record] = {}
-    for row, name, caption in rows:
-        captions.setdefault(name, []).append(caption)
-        first.setdefault(name, row)
-    return collected(given, (_sample(given, first[name], name, name, said) for name, said in captions.items()))
+
+    def take(entry: Record) -> None:
+        name, said = read(entry)
+        captions.setdefault(name, []).extend(said)
+        first.setdefault(name, entry)
+
+    left_out = refused(given.files[0].listed, take)
+    samples = (_sample(given, first[name], name, name, said) for name, said in captions.items())
+    return collected(given, [*left_out, *samples])
 
 
 def _of_split(given: Given, records: Sequence[Record]) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,21 +38,26 @@ class Record:
     def __contains__(self, name: str) -> bool:
         return name in self.content
 
-    def text(self, name: str) -> str:
-        """A field that is a string with more than blanks in it."""
+    def text(self, name: str, blank: bool = False) -> str:
+        """A field that is a string with more than blanks in it, or any string if `blank`."""
         found = self[name]
-        if not isinstance(found, str) or not found.strip():
+        if not isinstance(found, str) or not (blank or found.strip()):
             raise DataError(f"{self.where}: {name!r} is {found!r}; it must be a text")
         return found.strip()
 
-    def texts(self, name: str, inner: str | None = None) -> tuple[str, ...]:
-        """A field that is one text or a list of them, or of records whose field `inner` is one."""
+    def texts(self, name: str, inner: str | None = None, blank: bool = False) -> tuple[str, ...]:
+        """A field that is one text or a list of them, or of records whose field `inner` is one, or those as columns.
+
+        `blank`: they may be empty, as answers of people are who said nothing.
+        """
         found = self[name]
+        if isinstance(found, dict) and isinstance(found.get(inner), list):
+            found = found[inner]
         entries = found if isinstance(found, list) else [found]
         if not entries:
             raise DataError(f"{self.where}: {name!r} is empty")
         within = [Record(f"{self.where}, {name}[{i}]", _record(e, inner or name)) for i, e in enumerate(entries)]
-        return tuple(each.text(inner or name) for each in within)
+        return tuple(each.text(inner or name, blank) for each in within)
 
     def records(self, name: str) -> list[Record]:
         """A field that is a list of objects."""
@@ -97,9 +103,11 @@ class Annotations:
 
     @property
     def listed(self) -> list[Record]:
-        """Its entries, where it is a list or lines; none if it is not."""
+        """Its entries, where it is a list or lines; itself, where it is an object: lines of which there is one."""
         if self.rows:
             return list(self.rows)
+        if isinstance(self.content, dict):
+            return [Record(f"{self.path}, line 1", self.content)]
         return entries(self.content, str(self.path)) if isinstance(self.content, list) else []
 
     def has(self, *fields: str) -> bool:
@@ -144,6 +152,11 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: is not a text in UTF-8 (byte {error.start})") from error
 
 
+def lines_of(text: str) -> list[str]:
+    """Lines of a file. Other characters that Python takes for ends of lines stand within captions."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
 @dataclass(frozen=True)
 class Pictures:
     """A folder that annotations name pictures of."""
@@ -180,7 +193,7 @@ def _record(entry: Any, name: str) -> dict[str, Any]:
 
 
 def _lines(path: Path, text: str) -> Iterator[Record]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines_of(text), 1):
         if not line.strip():
             continue
         try:
@@ -194,19 +207,26 @@ def _lines(path: Path, text: str) -> Iterator[Record]:
 
 def _table(path: Path, text: str, before: int = 0) -> Annotations:
     """`before`: lines of the text that stand before those of the file."""
-    delimiter = max("|\t,", key=text.splitlines()[0].count)
+    delimiter = max("|\t,", key=text.partition("\n")[0].count)
     # Flickr30k's own table has blanks behind its bars, quotes within its captions, and a row that lacks a bar
-    lines = text.splitlines(keepends=True)
+    lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE)
     header = [name.strip() for name in next(reader)]
     rows, bad = [], []
-    for row in reader:
+    for row in _rows(path, reader, before):
         where = f"{path}, line {reader.line_num - before}"
         if len(row) == len(header):
             rows.append(Record(where, dict(zip(header, (value.strip() for value in row)))))
         elif row:
             bad.append(f"{where}: has {len(row)} fields, and the header has {len(header)}")
     return Annotations(path, rows=tuple(rows), bad=tuple(bad))
+
+
+def _rows(path: Path, reader: Any, before: int) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num - before}: is no row of a table ({error})") from error
 
 
 def _shown(content: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from turbovlm.errors import DataError
 from turbovlm.evaluate.data import Data, Picture, Sample
-from turbovlm.evaluate.readers.files import PICTURE_SUFFIXES, listed_pictures, read_text
+from turbovlm.evaluate.readers.files import PICTURE_SUFFIXES, lines_of, listed_pictures, read_text, unique
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "DUTS-TE-Image", "DUTS-TR-Image")
 MASK_FOLDERS = ("masks", "mask", "ground_truth_mask", "gt", "GT", "DUTS-TE-Mask", "DUTS-TR-Mask")
@@ -40,8 +40,9 @@ def read_labels(file: Path, images: Path) -> Data:
     """
     samples: list[Sample] = []
     left_out = []
-    numbers = set()
-    for line, text in enumerate(read_text(file).splitlines(), 1):
+    numbers: set[int] = set()
+    lines: dict[str, int] = {}
+    for line, text in enumerate(lines_of(read_text(file)), 1):
         if not text.strip():
             continue
         name, _, number = text.strip().rpartition(" ")
@@ -49,6 +50,7 @@ def read_labels(file: Path, images: Path) -> Data:
             raise DataError(
                 f"{file}, line {line}: must be a picture's name and the number of its class; it is {text!r}"
             )
+        unique(lines, name, line, f"{file}, line {line}", "the picture")
         numbers.add(int(number))
         if (images / name).is_file():
             samples.append(Sample(name, (Picture.file(images / name),), answers=(number,)))
@@ -88,7 +90,7 @@ def read_prompts(file: Path, images: Path) -> Data:
     Raises:
         DataError: there is no prompt or no picture.
     """
-    prompts = [(line, text.strip()) for line, text in enumerate(read_text(file).splitlines(), 1) if text.strip()]
+    prompts = [(line, text.strip()) for line, text in enumerate(lines_of(read_text(file)), 1) if text.strip()]
     if not prompts:
         raise DataError(f"{file}: has no prompt")
     _existing(images, None)

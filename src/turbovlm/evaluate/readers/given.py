@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from turbovlm.errors import DataError
 from turbovlm.evaluate.data import Data, Picture, Sample
-from turbovlm.evaluate.readers.files import Annotations, Pictures
+from turbovlm.evaluate.readers.files import Annotations, Pictures, Record
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -17,31 +20,18 @@ class Given:
 
     Attributes:
         files: annotations, in the order given.
-        images: the folder of pictures; None if none was given.
+        images: the folder of pictures.
         split: which part of the data; None if none was given.
     """
 
     files: tuple[Annotations, ...]
-    images: Path | None
+    images: Path
     split: str | None
 
     @property
     def name(self) -> str:
         """For tables."""
         return ", ".join(each.path.name for each in self.files)
-
-    @property
-    def pictures(self) -> Pictures:
-        """Where pictures are.
-
-        Raises:
-            DataError: nobody said, or it is no folder.
-        """
-        if self.images is None:
-            raise DataError(f"{self.name}: names pictures; say which folder they are in (images=…, or --images FOLDER)")
-        if not self.images.is_dir():
-            raise DataError(f"{self.images}: there is no such folder")
-        return Pictures(self.images)
 
     def without_split(self) -> None:
         """To be called where a format has no splits in a file.
@@ -70,33 +60,66 @@ class Format:
     read: Callable[[Given], Data]
 
 
+def given_by(files: Sequence[Annotations], images: Path | None, split: str | None) -> Given:
+    """The same, checked.
+
+    Raises:
+        DataError: nobody said where pictures are, or it is no folder.
+    """
+    names = ", ".join(file.path.name for file in files)
+    if images is None:
+        raise DataError(f"{names}: names pictures; say which folder they are in (images=…, or --images FOLDER)")
+    if not images.is_dir():
+        raise DataError(f"{images}: {'is a file, not a folder' if images.exists() else 'there is no such folder'}")
+    return Given(tuple(files), images, split)
+
+
 def one_file(*fields: str) -> Callable[[Sequence[Annotations]], bool]:
     """Whether there is one file, whose content or whose first entry has these fields."""
     return lambda files: len(files) == 1 and files[0].has(*fields)
 
 
+def each(records: Iterable[Record], make: Callable[[int, Record], T]) -> Iterator[T | str]:
+    """What is made of records by their numbers, and why nothing is made of those that are wrong."""
+    for number, record in enumerate(records):
+        try:
+            yield make(number, record)
+        except DataError as error:
+            yield str(error)
+
+
+def refused(records: Iterable[Record], take: Callable[[Record], object]) -> list[str]:
+    """Gives records to `take`, one by one; why it did not take some."""
+    return [reason for reason in each(records, lambda _, record: (take(record),)) if isinstance(reason, str)]
+
+
 def collected(given: Given, samples: Iterable[Sample | str]) -> Data:
+    """Samples, and the reasons why others are none; see `collect`."""
+    return collect(given.name, [*(reason for file in given.files for reason in file.bad), *samples])
+
+
+def collect(name: str, samples: Iterable[Sample | str]) -> Data:
     """Samples, and the reasons why others are none.
 
     Raises:
         DataError: there is no sample, or two of one id.
     """
     kept: dict[str, Sample] = {}
-    left_out = [reason for each in given.files for reason in each.bad]
+    left_out = []
     for sample in samples:
         if isinstance(sample, str):
             left_out.append(sample)
         elif sample.id in kept:
-            raise DataError(f"{given.name}: the id {sample.id!r} is there twice")
+            raise DataError(f"{name}: the id {sample.id!r} is there twice")
         else:
             kept[sample.id] = sample
     if not kept:
         why = f"; the first was left out: {left_out[0]}" if left_out else ""
-        raise DataError(f"{given.name}: has nothing to evaluate on{why}")
-    return Data(given.name, tuple(kept.values()), left_out=tuple(left_out))
+        raise DataError(f"{name}: has nothing to evaluate on{why}")
+    return Data(name, tuple(kept.values()), left_out=tuple(left_out))
 
 
 def picture_of(given: Given, where: str, *names: str) -> Picture | str:
     """The picture that an annotation names, or why it is left out."""
-    found = given.pictures.find(*names)
+    found = Pictures(given.images).find(*names)
     return found or f"{where}: its picture {names[0]} is not in {given.images}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from turbovlm.errors import DataError
 from turbovlm.evaluate.data import Data, Sample
 from turbovlm.evaluate.readers.files import Annotations, Record, unique
-from turbovlm.evaluate.readers.given import Format, Given, collected, one_file, picture_of
+from turbovlm.evaluate.readers.given import Format, Given, collected, each, one_file, picture_of
 
 
 def read_vqa(given: Given) -> Data:
@@ -17,24 +17,24 @@ def read_vqa(given: Given) -> Data:
     answers: dict[object, Record] = {}
     for annotation in _whole(answered).records("annotations"):
         unique(answers, annotation["question_id"], annotation, annotation.where, "the question id")
+    questions: dict[object, Record] = {}
+    for question in _whole(asked).records("questions"):
+        unique(questions, question["question_id"], question, question.where, "the question id")
     subset = _whole(asked).content.get("data_subtype", "val2014")
 
-    def samples() -> Iterator[Sample | str]:
-        questions: dict[object, Record] = {}
-        for question in _whole(asked).records("questions"):
-            key = question["question_id"]
-            unique(questions, key, question, question.where, "the question id")
-            if key not in answers:
-                yield f"{question.where}: question {key!r} has no answers in {answered.path}"
-                continue
-            said = answers[key].texts("answers", "answer")
-            names = coco_names(question, subset)
-            yield _sample(given, question, str(key), names, question.text("question"), said)
-        for key, annotation in answers.items():
-            if key not in questions:
-                yield f"{annotation.where}: answers question {key!r}, which is not in {asked.path}"
+    def sample(_: int, question: Record) -> Sample | str:
+        key = question["question_id"]
+        if key not in answers:
+            return f"{question.where}: question {key!r} has no answers in {answered.path}"
+        said = answers[key].texts("answers", "answer", blank=True)
+        return _sample(given, question, str(key), coco_names(question, subset), question.text("question"), said)
 
-    return collected(given, samples())
+    unasked = [
+        f"{annotation.where}: answers question {key!r}, which is not in {asked.path}"
+        for key, annotation in answers.items()
+        if key not in questions
+    ]
+    return collected(given, [*each(questions.values(), sample), *unasked])
 
 
 def coco_names(record: Record, subset: str) -> tuple[str, ...]:
@@ -49,57 +49,59 @@ def coco_names(record: Record, subset: str) -> tuple[str, ...]:
 def read_gqa(given: Given) -> Data:
     """GQA's: an object from question ids to `imageId`, `question` and `answer`."""
     given.without_split()
-    file = given.files[0]
+    path, content = given.files[0].path, _whole(given.files[0]).content
+    entries = [Record(f"{path}, {key}", held if isinstance(held, dict) else {}) for key, held in content.items()]
+    keys = list(content)
 
-    def samples() -> Iterator[Sample | str]:
-        for key, content in _whole(file).content.items():
-            entry = Record(f"{file.path}, {key}", content if isinstance(content, dict) else {})
-            names = (f"{entry.text('imageId')}.jpg",)
-            yield _sample(given, entry, key, names, entry.text("question"), entry.texts("answer"))
+    def sample(number: int, entry: Record) -> Sample | str:
+        names = (f"{entry.text('imageId')}.jpg",)
+        return _sample(given, entry, keys[number], names, entry.text("question"), entry.texts("answer"))
 
-    return collected(given, samples())
+    return collected(given, each(entries, sample))
 
 
 def read_listed(given: Given) -> Data:
     """VizWiz's and BLIP's: a list of entries with `image`, `question`, and `answers` or `answer`."""
     given.without_split()
 
-    def samples() -> Iterator[Sample | str]:
-        for number, entry in enumerate(given.files[0].listed):
-            image = entry.text("image")
-            key = str(entry["question_id"]) if "question_id" in entry else f"{image}#{number}"
-            said = entry.texts("answers", "answer") if "answers" in entry else entry.texts("answer")
-            yield _sample(given, entry, key, (image,), entry.text("question"), said)
+    def sample(number: int, entry: Record) -> Sample | str:
+        image = entry.text("image")
+        key = str(entry["question_id"]) if "question_id" in entry else f"{image}#{number}"
+        said = entry.texts("answers" if "answers" in entry else "answer", "answer", blank=True)
+        return _sample(given, entry, key, (image,), entry.text("question"), said)
 
-    return collected(given, samples())
+    return collected(given, each(given.files[0].listed, sample))
 
 
 def read_nlvr2(given: Given) -> Data:
-    """NLVR2's own JSON lines: `identifier`, `sentence` and `label`."""
+    """NLVR2's own JSON lines: `identifier`, `sentence` and `label`.
+
+    Pictures are in a folder, in one named after the split (dev, test1), or as those of training are, in its numbered
+    directories.
+    """
     given.without_split()
 
-    def samples() -> Iterator[Sample | str]:
-        for entry in given.files[0].listed:
-            key = entry.text("identifier")
-            pair = key.rpartition("-")[0]
-            folder = f"{entry['directory']}/" if "directory" in entry else ""
-            yield _pair(given, entry, key, [f"{folder}{pair}-img{side}.png" for side in (0, 1)])
+    def sample(_: int, entry: Record) -> Sample | str:
+        key = entry.text("identifier")
+        pair, split = key.rpartition("-")[0], key.partition("-")[0]
+        folder = f"{entry['directory']}/" if "directory" in entry else ""
+        names = [f"{folder}{pair}-img{side}.png" for side in (0, 1)]
+        return _pair(given, entry, key, [(name, f"{split}/{name}") for name in names])
 
-    return collected(given, samples())
+    return collected(given, each(given.files[0].listed, sample))
 
 
 def read_blip_nlvr2(given: Given) -> Data:
     """BLIP's: a list of entries with two `images`, `sentence` and `label`."""
     given.without_split()
 
-    def samples() -> Iterator[Sample | str]:
-        for number, entry in enumerate(given.files[0].listed):
-            images = entry.texts("images")
-            if len(images) != 2:
-                raise DataError(f"{entry.where}: has {len(images)} pictures; a statement is about two")
-            yield _pair(given, entry, f"{number}", list(images))
+    def sample(number: int, entry: Record) -> Sample | str:
+        images = entry.texts("images")
+        if len(images) != 2:
+            raise DataError(f"{entry.where}: has {len(images)} pictures; a statement is about two")
+        return _pair(given, entry, f"{number}", [(image,) for image in images])
 
-    return collected(given, samples())
+    return collected(given, each(given.files[0].listed, sample))
 
 
 def truth(record: Record, name: str = "label") -> str:
@@ -118,8 +120,8 @@ def _sample(
     return picture if isinstance(picture, str) else Sample(key, (picture,), question, answers)
 
 
-def _pair(given: Given, entry: Record, key: str, names: Sequence[str]) -> Sample | str:
-    left, right = (picture_of(given, entry.where, name) for name in names)
+def _pair(given: Given, entry: Record, key: str, names: Sequence[Sequence[str]]) -> Sample | str:
+    left, right = (picture_of(given, entry.where, *some) for some in names)
     if isinstance(left, str) or isinstance(right, str):
         return left if isinstance(left, str) else str(right)
     return Sample(key, (left, right), entry.text("sentence"), (truth(entry),))
