@@ -223,6 +223,8 @@ def test_what_cannot_be_done_says_why():
     for setting in ({"guidance": "cls"}, {"partition": "alternate"}, {"trace": True}, {"similarity": "keys"}):
         with pytest.raises(ConfigError, match=rf"{next(iter(setting))}=.*: image generation allows"):
             turbovlm.apply(model, keep=0.5, **setting)
+    with pytest.raises(ConfigError, match=r"grid=\(8, 8\): UNet2DConditionModel is given pictures"):
+        turbovlm.apply(model, keep=0.5, grid=(8, 8))
     with pytest.raises(ConfigError, match="components='ffn'"):
         turbovlm.TurboConfig(keep=0.5, components="ffn")
     with pytest.raises(ConfigError, match=r"components=\['mlp'\]: must be some of attention, cross_attention, ffn"):

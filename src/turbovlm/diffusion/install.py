@@ -76,7 +76,7 @@ def plan_diffusion(model: nn.Module, config: TurboConfig, pipe: Any = None) -> D
 
     Raises:
         ConfigError: an amount that is no `keep`, a setting that only encoders have, components of which there are
-            none, or `refresh` without a pipeline.
+            none, a `grid` of pictures whose grid is known, or `refresh` without a pipeline.
         UnsupportedModelError: blocks in a model that turbovlm does not know, such as a video's.
         TurboError: a part has a cache already.
     """
@@ -100,6 +100,11 @@ def plan_diffusion(model: nn.Module, config: TurboConfig, pipe: Any = None) -> D
                 for part in _parts(modules[name], block)
                 if part.component in config.components
             ]
+    if config.grid is not None and not any(set(class_paths(module)) & SEQUENCES for module in modules.values()):
+        raise ConfigError(
+            f"grid={config.grid}: {type(model).__name__} is given pictures, of which rows and columns are known; only "
+            "FLUX takes it"
+        )
     known = [found for blocks in stages.values() for found in blocks]
     if not spots:
         there = {part.component for name, block in known for part in _parts(modules[name], block)}
