@@ -79,6 +79,16 @@ def test_a_processor_of_the_users_reads_merged_tokens(unet, inputs):
     assert set(read) == {512, 128}
 
 
+def test_an_attention_backend_without_masks():
+    model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
+    with turbovlm.apply(model, keep=0.5, proportional=False):
+        merged = run(model, inputs)
+        model.set_attention_backend("_native_flash")
+        torch.testing.assert_close(run(model, inputs), merged, rtol=0, atol=1e-4)
+    with turbovlm.apply(model, keep=0.5), pytest.raises(StateError, match=r"takes no mask.*proportional=False, or"):
+        run(model, inputs)
+
+
 def test_ip_adapter(unet, inputs):
     from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 

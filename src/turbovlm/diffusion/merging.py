@@ -48,15 +48,24 @@ def part_forward(
         return forward(x, *rest, **kwargs)
     _check_positions(spot, kwargs)
     front = x.shape[1] - merge.weights.shape[1]
-    if plan.config.proportional and _takes_bias(spot, module):
+    biased = plan.config.proportional and _takes_bias(spot, module)
+    if biased:
         kwargs["attention_mask"] = _size_bias(spot, merge, text, front, x.dtype)
     image = x[:, front:]
     merged = merge.merge(image)
     x = merged if front == 0 else torch.cat([x[:, :front], merged], dim=1)
-    if kwargs.get("image_rotary_emb") is not None:
-        out = _one_by_one(forward, merge, x, rest, kwargs)
-    else:
-        out = forward(x, *rest, **kwargs)
+    try:
+        if kwargs.get("image_rotary_emb") is not None:
+            out = _one_by_one(forward, merge, x, rest, kwargs)
+        else:
+            out = forward(x, *rest, **kwargs)
+    except ValueError as error:
+        if biased and "attn_mask" in str(error):
+            raise StateError(
+                f"{spot.name}: its attention backend takes no mask, in which the sizes of merged tokens would be: give "
+                f"proportional=False, or another backend ({error})"
+            ) from error
+        raise
     restore = plan.config.restore
     if restore == "auto":
         restore = "linear" if x.device.type == "cpu" else "copy"
