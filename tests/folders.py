@@ -68,6 +68,37 @@ def llava_folder(tmp_path):
     return saved(tmp_path / "llava", seeded(llava), processor)
 
 
+def blip2_folder(tmp_path):
+    """BLIP-2 with an OPT, whose tokenizer pads behind, as the published one's does."""
+    text = {k: v for k, v in TEXT.items() if k in ("vocab_size", "hidden_size", "num_attention_heads", "bos_token_id")}
+    opt = transformers.OPTConfig(
+        **text, ffn_dim=48, num_hidden_layers=2, word_embed_proj_dim=32, pad_token_id=0, eos_token_id=1
+    )
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.Blip2Config(
+        vision_config=CLIP,
+        qformer_config={**size, "vocab_size": 100, "encoder_hidden_size": 32},
+        text_config=opt.to_dict(),
+        num_query_tokens=4,
+        image_token_index=90,
+    )
+    pictures = transformers.BlipImageProcessor(size={"height": 48, "width": 48})
+    processor = transformers.Blip2Processor(pictures, tokenizer(), num_query_tokens=4)
+    return saved(tmp_path / "blip2", seeded(lambda: transformers.Blip2ForConditionalGeneration(config)), processor)
+
+
+def siglip2_folder(tmp_path):
+    """SigLIP 2 of any aspect ratio, whose tokenizer does not know how long sentences may be."""
+    text = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"} | {"max_position_embeddings": 16}
+    vision = {k: v for k, v in CLIP.items() if k != "image_size"} | {"num_patches": 16}
+    config = transformers.Siglip2Config(vision_config=vision, text_config=text | {"projection_size": 32})
+    words = tokenizer()
+    words.model_max_length = 10**30
+    pictures = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    processor = transformers.Siglip2Processor(pictures, words)
+    return saved(tmp_path / "siglip2", seeded(lambda: transformers.Siglip2Model(config)), processor)
+
+
 def stable_diffusion_folder(where):
     """A whole Stable Diffusion of 64×64 pixels, saved: tokenizer, CLIP, UNet, VAE and scheduler."""
     diffusers = pytest.importorskip("diffusers")

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 import turbovlm
-from folders import blip_folder, clip_folder, llava_folder, saved, tokenizer
+from folders import blip2_folder, blip_folder, clip_folder, llava_folder, saved, siglip2_folder, tokenizer
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.evaluate.data import Data, Picture, Sample
 from turbovlm.evaluate.predictors import load_predictor
-from turbovlm.evaluate.predictors.encoders import class_order
+from turbovlm.evaluate.predictors.encoders import Pair, by_names, class_order
 from turbovlm.evaluate.predictors.loading import Where
 from turbovlm.evaluate.predictors.pictures import Making, features_of, made_by
 from turbovlm.evaluate.run import Setting
@@ -107,6 +107,48 @@ def test_retrieval(make, tmp_path):
     assert not torch.equal(merged, pictures)
 
 
+def test_retrieval_with_pictures_of_many_shapes(tmp_path):
+    """SigLIP 2: pictures come with their shapes, sentences all have the length that it was trained with."""
+    folder = siglip2_folder(tmp_path)
+    predictor = loaded("retrieval", folder)
+    found = asked(predictor, samples(2, answers=("a dog",)))
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    pictures = processor.image_processor(images=[s.pictures[0].open() for s in samples(2)], return_tensors="pt")
+    words = processor.tokenizer(["a dog"], padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        out = predictor.model(**pictures, input_ids=words["input_ids"])
+    similar = torch.tensor([each["picture"] for each in found]) @ torch.tensor(found[0]["captions"][0])
+    torch.testing.assert_close(similar, (out.image_embeds @ out.text_embeds[0]), rtol=0, atol=1e-5)
+    with turbovlm.apply(predictor.model, r=2):
+        assert asked(predictor, samples(2, answers=("a dog",))) != found
+
+
+def test_classes_that_bfloat16_cannot_tell_apart():
+    """Similarities of normalised vectors near 1 differ by less than its 8 bits."""
+    names = torch.tensor([[1, 0.04], [1, 0.02]], dtype=torch.bfloat16)
+    seen = torch.tensor([[1, 0.0]], dtype=torch.bfloat16)
+    pair = Pair(None, lambda picture, size: torch.zeros(1), lambda batch, _: seen, lambda texts: names[: len(texts)])
+    predictor = by_names(pair, Data("d", (), classes=("a", "b")), "{}")
+    assert asked(predictor, samples(1)) == [[1, 0]]
+
+
+def test_captions_are_written_without_the_prompt(tmp_path):
+    """BLIP's begin with it: its reference captions do not."""
+    from tokenizers.processors import TemplateProcessing
+
+    folder = blip_folder(tmp_path, "ConditionalGeneration")
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    ends = [("<s>", processor.tokenizer.bos_token_id), ("</s>", processor.tokenizer.eos_token_id)]
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    processor.save_pretrained(folder)
+    found = asked(loaded("captioning", folder, prompt="what is"), samples(2))
+    predictor = loaded("captioning", folder)
+    inputs = processor(images=[s.pictures[0].open() for s in samples(2)], text=["what is"] * 2, return_tensors="pt")
+    made = processor.batch_decode(predictor.model.generate(**inputs, max_new_tokens=40), skip_special_tokens=True)
+    assert all(text.startswith("what is ") for text in made)
+    assert found == [text.removeprefix("what is ").strip() for text in made]
+
+
 def test_captions(tmp_path):
     folder = blip_folder(tmp_path, "ConditionalGeneration")
     predictor = loaded("captioning", folder)
@@ -126,6 +168,12 @@ def test_questions(tmp_path):
     some = (*samples(1, "what is a dog"), *samples(2, "what is"))
     found = asked(predictor, some)
     assert found == [asked(predictor, [sample])[0] for sample in some]
+
+
+def test_questions_of_many_lengths_to_a_model_that_goes_on_with_them(tmp_path):
+    predictor = loaded("vqa", blip2_folder(tmp_path), prompt="{}")
+    some = (*samples(1, "what is a dog temple flower"), *samples(2, "is")[1:])
+    assert asked(predictor, some) == [asked(predictor, [sample])[0] for sample in some]
 
 
 def test_chat(tmp_path):
@@ -207,12 +255,47 @@ def test_how_a_model_is_asked_is_told(tmp_path):
 def test_what_a_task_does_not_take(tmp_path):
     with pytest.raises(TurboError, match="is a ViTForImageClassification; this task takes …CLIPModel, …"):
         loaded("retrieval", classifier_folder(tmp_path))
+    (tmp_path / "c").mkdir()
+    captioner, answering = (
+        blip_folder(tmp_path / "c", "ConditionalGeneration"),
+        blip_folder(tmp_path, "QuestionAnswering"),
+    )
+    with pytest.raises(TurboError, match="is a BlipForConditionalGeneration, which writes captions"):
+        loaded("vqa", captioner)
+    with pytest.raises(TurboError, match="is a BlipForQuestionAnswering; this task takes …ForConditionalGeneration"):
+        loaded("captioning", answering)
+    with pytest.raises(TurboError, match="is a Blip2ForConditionalGeneration without a chat template"):
+        loaded("nlvr2", blip2_folder(tmp_path))
+    with pytest.raises(TurboError, match=r"https://hub/x: 'https' has no model for vqa, which takes BLIP-VQA"):
+        loaded("vqa", "https://hub/x")
+    with pytest.raises(TurboError, match="'timm' has no model for retrieval"):
+        loaded("retrieval", "timm:vit_tiny_patch16_224")
     with pytest.raises(TurboError, match="nowhere: there is no such folder"):
         loaded("vqa", tmp_path / "nowhere")
     with pytest.raises(TurboError, match="saliency takes zoo:saliency"):
         loaded("saliency", tmp_path / "vit")
     with pytest.raises(ConfigError, match=r"prompt='what': must have \{\} where the question stands"):
-        loaded("vqa", blip_folder(tmp_path, "QuestionAnswering"), prompt="what")
+        loaded("vqa", answering, prompt="what")
+
+
+def test_models_that_are_not_whole(tmp_path):
+    folder = blip_folder(tmp_path, "QuestionAnswering")
+    weights = tmp_path / "blip" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(TurboError, match="blip: transformers could not load it: "):
+        loaded("vqa", folder)
+
+
+def test_a_prompt_without_the_picture(tmp_path):
+    """Older folders of LLaVA have no chat template: the prompt must say where the picture is."""
+    folder = llava_folder(tmp_path)
+    for path in (tmp_path / "llava").glob("chat_template*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"llava: cannot be asked 'is' \(.*<image> tokens.*\); give it a prompt"):
+        asked(loaded("vqa", folder), samples(2, "is"))
+    predictor = loaded("vqa", folder, prompt="user : <image> {} assistant :")
+    some = (*samples(1, "what is a dog temple"), *samples(2, "is")[1:])
+    assert asked(predictor, some) == [asked(predictor, [sample])[0] for sample in some]
 
 
 def test_methods_and_smaller_images_cost_the_same(tmp_path):

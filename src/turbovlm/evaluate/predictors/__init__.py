@@ -24,6 +24,8 @@ MODELS = {
     "saliency": "zoo:saliency",
 }
 """What each task takes."""
+LIBRARIES = {"classification": ("timm", "open_clip"), "retrieval": ("open_clip",), "text-to-image": ("diffusers",)}
+"""That a model's name may begin with, beside those of transformers and the zoo."""
 
 
 def load_predictor(task: str, where: Where, data: Data, making: Making, features: Features | None) -> Predictor:
@@ -49,6 +51,8 @@ def _loaded(task: str, where: Where, data: Data, making: Making, features: Featu
         from turbovlm.evaluate.builtin_models import zoo_predictor
 
         return zoo_predictor(task, where.name, data.samples, making, features)
+    if where.library not in ("transformers", *LIBRARIES.get(task, ())):
+        raise TurboError(f"{where.spec}: {where.library!r} has no model for {task}, which takes {MODELS[task]}")
     if task == "classification":
         return classification(where, data)
     if task == "retrieval":

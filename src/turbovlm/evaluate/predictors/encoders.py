@@ -28,15 +28,15 @@ class Pair:
 
     Attributes:
         model: what is accelerated.
-        pixels: a picture and the image size to what `see` is given, on the CPU.
+        pixels: a picture and the image size to what `see` is given, on the CPU: a tensor, or several by name.
         see: a batch of it to vectors, `[batch, width]`; its second argument is whether the size is not the model's own.
         read: sentences to vectors, `[batch, width]`.
         image_sizes: as `Predictor` has them.
     """
 
     model: Any
-    pixels: Callable[[Any, int | None], Tensor]
-    see: Callable[[Tensor, bool], Tensor]
+    pixels: Callable[[Any, int | None], Any]
+    see: Callable[[Any, bool], Tensor]
     read: Callable[[Sequence[str]], Tensor]
     image_sizes: Sequence[int] = ()
 
@@ -51,10 +51,10 @@ def classification(where: Where, data: Data) -> Predictor:
     if where.library == "timm":
         return _timm_classifier(where, data)
     if where.library == "open_clip":
-        return _by_names(open_clip_pair(where), data, where.prompt or TEMPLATE)
+        return by_names(open_clip_pair(where), data, where.prompt or TEMPLATE)
     kind = architecture(where, ("ForImageClassification", "CLIPModel", "SiglipModel", "Siglip2Model"))
     if not kind.__name__.endswith("ForImageClassification"):
-        return _by_names(transformers_pair(where), data, where.prompt or TEMPLATE)
+        return by_names(transformers_pair(where), data, where.prompt or TEMPLATE)
     model, processor = with_processor(where, kind)
     order = class_order(data.classes, model.config.id2label, where.spec)
     other_size = _interpolation(model)
@@ -85,12 +85,12 @@ def retrieval(where: Where) -> Predictor:
 def vectors_of(pair: Pair) -> Predictor:
     """A predictor of `{"picture": […], "captions": [[…], …]}`."""
 
-    def prepare(sample: Sample, image_size: int | None) -> tuple[Tensor, bool, tuple[str, ...]]:
+    def prepare(sample: Sample, image_size: int | None) -> tuple[Any, bool, tuple[str, ...]]:
         return pair.pixels(sample.pictures[0].open(), image_size), image_size is not None, sample.answers
 
     @torch.inference_mode()
-    def predict(prepared: list[tuple[Tensor, bool, tuple[str, ...]]]) -> list[Any]:
-        seen = F.normalize(pair.see(torch.stack([p for p, _, _ in prepared]), prepared[0][1]).float(), dim=-1)
+    def predict(prepared: list[tuple[Any, bool, tuple[str, ...]]]) -> list[Any]:
+        seen = F.normalize(pair.see(_stacked([p for p, _, _ in prepared]), prepared[0][1]).float(), dim=-1)
         said = F.normalize(pair.read([text for _, _, texts in prepared for text in texts]).float(), dim=-1)
         each = torch.split(said, [len(texts) for _, _, texts in prepared])
         return [{"picture": _numbers(p), "captions": [_numbers(c) for c in cs]} for p, cs in zip(seen, each)]
@@ -107,14 +107,18 @@ def transformers_pair(where: Where) -> Pair:
     kind = architecture(where, ("CLIPModel", "SiglipModel", "Siglip2Model", "BlipForImageTextRetrieval"))
     model, processor = with_processor(where, kind)
     other_size = _interpolation(getattr(model, "vision_model", model))
-    is_siglip = "Siglip" in kind.__name__
+    is_siglip, has_shapes = "Siglip" in kind.__name__, kind.__name__ == "Siglip2Model"
 
-    def pixels(picture: Any, image_size: int | None) -> Tensor:
+    def pixels(picture: Any, image_size: int | None) -> Any:
         given = resized(processor, image_size, where.spec)
-        made: Tensor = processor.image_processor(images=picture, return_tensors="pt", **given)["pixel_values"][0]
-        return made
+        made = processor.image_processor(images=picture, return_tensors="pt", **given)
+        # SigLIP 2 of any aspect ratio is also told the picture's shape in patches
+        return {name: value[0] for name, value in made.items()} if has_shapes else made["pixel_values"][0]
 
-    def see(batch: Tensor, is_other_size: bool) -> Tensor:
+    def see(batch: Any, is_other_size: bool) -> Tensor:
+        if has_shapes:
+            given = {name: value.to(where.device) for name, value in batch.items()}
+            return _pooled(model.get_image_features(**given | {"pixel_values": given["pixel_values"].to(where.dtype)}))
         batch = batch.to(where.device, where.dtype)
         more = other_size if is_other_size else {}
         if kind.__name__ == "BlipForImageTextRetrieval":
@@ -123,15 +127,16 @@ def transformers_pair(where: Where) -> Pair:
         return _pooled(model.get_image_features(pixel_values=batch, **more))
 
     def read(sentences: Sequence[str]) -> Tensor:
-        # SigLIP was trained on sentences padded to one length, and has no mask of padding
-        padding = "max_length" if is_siglip else True
-        words = processor.tokenizer(list(sentences), padding=padding, truncation=True, return_tensors="pt")
+        # SigLIP was trained on sentences padded to one length, without a mask of the padding
+        length = min(processor.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+        how = {"padding": "max_length" if is_siglip else True, "truncation": True, "max_length": length}
+        words = processor.tokenizer(list(sentences), **how, return_tensors="pt")
         words = words.to(where.device)
         if kind.__name__ == "BlipForImageTextRetrieval":
             out = model.text_encoder(input_ids=words["input_ids"], attention_mask=words["attention_mask"])
             vectors: Tensor = model.text_proj(out.last_hidden_state[:, 0])
             return vectors
-        return _pooled(model.get_text_features(**words))
+        return _pooled(model.get_text_features(**{"input_ids": words["input_ids"]} if is_siglip else words))
 
     return Pair(model, pixels, see, read, sizes_of(model, processor))
 
@@ -191,20 +196,26 @@ def likeliest(logits: Tensor) -> list[Any]:
     return found
 
 
-def _by_names(pair: Pair, data: Data, template: str) -> Predictor:
+def by_names(pair: Pair, data: Data, template: str) -> Predictor:
+    """Top-5 classes, by how near a picture is to their names in `template`.
+
+    Raises:
+        ConfigError: the template has no place for a name.
+    """
     if "{}" not in template:
         raise ConfigError(f"prompt={template!r}: must have {{}} where the name of the class stands")
     with torch.inference_mode():
         names = [template.format(name.replace("_", " ")) for name in data.classes]
-        classes = F.normalize(torch.cat([pair.read(names[i : i + 64]) for i in range(0, len(names), 64)]), dim=-1)
+        read = torch.cat([pair.read(names[i : i + 64]) for i in range(0, len(names), 64)])
+        classes = F.normalize(read.float(), dim=-1)
 
-    def prepare(sample: Sample, image_size: int | None) -> tuple[Tensor, bool]:
+    def prepare(sample: Sample, image_size: int | None) -> tuple[Any, bool]:
         return pair.pixels(sample.pictures[0].open(), image_size), image_size is not None
 
     @torch.inference_mode()
-    def predict(prepared: list[tuple[Tensor, bool]]) -> list[Any]:
-        seen = pair.see(torch.stack([pixels for pixels, _ in prepared]), prepared[0][1])
-        return likeliest(F.normalize(seen, dim=-1) @ classes.T)
+    def predict(prepared: list[tuple[Any, bool]]) -> list[Any]:
+        seen = pair.see(_stacked([pixels for pixels, _ in prepared]), prepared[0][1])
+        return likeliest(F.normalize(seen.float(), dim=-1) @ classes.T)
 
     return Predictor(pair.model, prepare, predict, pair.image_sizes)
 
@@ -238,6 +249,12 @@ def _interpolation(module: Any) -> dict[str, bool]:
     """What a forward is given for pictures that are not of its own size."""
     has = "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
     return {"interpolate_pos_encoding": True} if has else {}
+
+
+def _stacked(each: Sequence[Any]) -> Any:
+    if isinstance(each[0], dict):
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    return torch.stack(list(each))
 
 
 def _pooled(out: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.errors import ConfigError
+from turbovlm.errors import ConfigError, TurboError
 from turbovlm.evaluate.data import Sample
 from turbovlm.evaluate.predictors.loading import Where, architecture, resized, sizes_of, with_processor
 from turbovlm.evaluate.run import Predictor
@@ -25,8 +25,14 @@ CHAT = {
 PLAIN = {"captioning": "", "vqa": "{}", "nlvr2": "{}"}
 OWN = {"Blip2ForConditionalGeneration": {"captioning": "", "vqa": "Question: {} Short answer:"}}
 """What a family was trained to be asked, by its class."""
-WRITE = ("ForConditionalGeneration", "ForQuestionAnswering", "ForCausalLM", "ForImageTextToText")
+WRITE = ("ForConditionalGeneration", "ForCausalLM", "ForImageTextToText")
 CHOOSE = {"vqa": "ViltForQuestionAnswering", "nlvr2": "ViltForImagesAndTextClassification"}
+TAKES = {
+    "captioning": WRITE,
+    "vqa": (*WRITE, "ForQuestionAnswering"),
+    "nlvr2": (*WRITE, CHOOSE["nlvr2"]),
+}
+"""Endings of the names of classes that can do a task."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,16 @@ def generating(task: str, where: Where) -> Predictor:
         TurboError: there is no such model, or it writes nothing about pictures.
         ConfigError: a prompt without `{}` where a question is to be asked.
     """
-    kind = architecture(where, WRITE + ((CHOOSE[task],) if task in CHOOSE else ()))
+    kind = architecture(where, TAKES[task])
+    if kind.__name__ == "BlipForConditionalGeneration" and task != "captioning":
+        raise TurboError(f"{where.spec}: is a {kind.__name__}, which writes captions; BlipForQuestionAnswering answers")
     model, processor = with_processor(where, kind)
     is_chat = getattr(processor, "chat_template", None) is not None
+    chooses = kind.__name__ in CHOOSE.values()
+    if task == "nlvr2" and not (is_chat or chooses):
+        raise TurboError(
+            f"{where.spec}: is a {kind.__name__} without a chat template, in which it could be asked about two pictures"
+        )
     own = OWN.get(kind.__name__, CHAT if is_chat else PLAIN)
     prompt = where.prompt if where.prompt is not None else own.get(task, PLAIN[task])
     if task != "captioning" and "{}" not in prompt:
@@ -56,7 +69,6 @@ def generating(task: str, where: Where) -> Predictor:
     def prepare(sample: Sample, image_size: int | None) -> _Asked:
         return _Asked([picture.open() for picture in sample.pictures], prompt.replace("{}", sample.text), image_size)
 
-    chooses = kind.__name__ in CHOOSE.values()
     answer = _chosen if chooses else _written
     understood: Callable[[str], str] = _truth if task == "nlvr2" else str.strip
 
@@ -75,7 +87,11 @@ def _written(task: str, where: Where, model: Any, processor: Any, asked: list[_A
     else:
         pictures = [each.pictures[0] if len(each.pictures) == 1 else each.pictures for each in asked]
         texts = {"text": [each.text for each in asked]} if any(each.text for each in asked) else {}
-        inputs = processor(images=pictures, **texts, padding=True, return_tensors="pt", **size)
+        side = {"padding_side": "left"} if texts and _writes_behind(model) else {}
+        try:
+            inputs = processor(images=pictures, **texts, padding=True, return_tensors="pt", **side, **size)
+        except ValueError as error:
+            raise ConfigError(f"{where.spec}: cannot be asked {asked[0].text!r} ({error}); give it a prompt") from error
     inputs = inputs.to(where.device, where.dtype)
     more = {"interpolate_pos_encoding": True} if size else {}
     made: Tensor = model.generate(**inputs, **more, max_new_tokens=LONGEST[task], do_sample=False, num_beams=1)
@@ -83,7 +99,17 @@ def _written(task: str, where: Where, model: Any, processor: Any, asked: list[_A
     if given is not None and torch.equal(made[:, : given.shape[1]], given):
         made = made[:, given.shape[1] :]
     texts_made: list[str] = processor.batch_decode(made, skip_special_tokens=True)
+    if given is not None and model.config.model_type == "blip" and task == "captioning":
+        begun = processor.batch_decode(given, skip_special_tokens=True)
+        texts_made = [text.removeprefix(beginning) for text, beginning in zip(texts_made, begun)]
     return texts_made
+
+
+def _writes_behind(model: Any) -> bool:
+    """Whether a model goes on with what it is asked, so that this must end where answers begin, padded in front."""
+    config = model.config
+    reads_first = config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False)
+    return config.model_type != "blip" and not reads_first
 
 
 def _as_chat(processor: Any, asked: list[_Asked], size: dict[str, Any]) -> Any:

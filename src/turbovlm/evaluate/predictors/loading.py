@@ -57,7 +57,7 @@ def loading(where: Where) -> Iterator[None]:
         yield
     except TurboError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # every library and file format has its own kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TurboError(f"{where.spec}: {where.library} could not load it: {reason}") from error
 
