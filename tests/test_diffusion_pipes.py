@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -170,9 +173,20 @@ def test_a_second_picture_among_the_tokens_is_refused():
         given.run(pipe, 16, 20, max_area=128 * 160)
 
 
-def test_a_copy_of_a_pipeline_gives_its_scheduler_back():
-    import copy
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_copy_of_a_pipeline_counts_its_own_steps(copied):
+    pipe, given = PIPES["sd"](), PIPES["sd"]
+    with turbovlm.apply(pipe, keep=0.5, refresh=3):
+        merged = given.run(pipe, 16, 20)
+        twin = copied(pipe)
+        assert torch.equal(given.run(twin, 16, 20), merged) and torch.equal(given.run(pipe, 16, 20), merged)
+    assert torch.equal(given.run(twin, 16, 20), merged)
+    turbovlm.get_handle(twin).remove()
+    assert not {"step", "set_timesteps"} & set(twin.scheduler.__dict__)
+    assert torch.equal(given.run(twin, 16, 20), given.run(pipe, 16, 20))
 
+
+def test_a_copy_of_a_pipeline_gives_its_scheduler_back():
     pipe = PIPES["sd"]()
     with turbovlm.apply(pipe, keep=0.5, refresh=2):
         twin = copy.deepcopy(pipe)

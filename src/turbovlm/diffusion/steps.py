@@ -15,14 +15,14 @@ from turbovlm.errors import TurboError
 
 
 def follow(plan: DiffusionPlan) -> None:
-    """Count the steps of the pipeline's scheduler, be it another than before; of none where there is no pipeline.
+    """Count the steps of the pipeline's scheduler, be it another than before; of none where no pipeline is known.
 
     Raises:
         TurboError: something else has put methods of its own into it.
     """
-    scheduler = None if plan.pipe is None else plan.pipe.scheduler
-    if scheduler is plan.scheduler:
+    if plan.pipe is None or plan.pipe.scheduler is plan.scheduler:
         return
+    scheduler = plan.pipe.scheduler
     replaced = plan.scheduler is not None
     unfollow(plan)
     for name in _FOLLOWED:
@@ -53,9 +53,10 @@ def _give_back(scheduler: Any) -> None:
 
 
 def _set_timesteps(plan: DiffusionPlan, method: Any, *args: Any, **kwargs: Any) -> Any:
-    if plan.scheduler is None:  # a copy of a pipeline: its steps are not counted
+    if not plan.active:  # a copy of a pipeline, no longer accelerated
         _give_back(method.__self__)
     else:
+        plan.scheduler = method.__self__  # a copy's is known from now on
         plan.steps, plan.counting, plan.due = 0, True, True
     return method(*args, **kwargs)
 
