@@ -242,6 +242,11 @@ def test_what_cannot_be_done_says_why():
         turbovlm.apply(convolutions, keep=0.5)
     with pytest.raises(UnsupportedModelError, match=r"no torch\.nn\.Module"):
         turbovlm.apply(object(), keep=0.5)
+    from diffusers import DDPMScheduler, WuerstchenDecoderPipeline
+
+    pipe = WuerstchenDecoderPipeline(None, None, AutoencoderKL(), DDPMScheduler(), None)
+    with pytest.raises(UnsupportedModelError, match=r"it has decoder \(AutoencoderKL\), and neither of unet, transf"):
+        turbovlm.apply(pipe, keep=0.5)
     with pytest.raises(ConfigError, match="only image generation has it"):
         turbovlm.apply(torch.nn.Sequential(vit()), keep=0.5, components=["ffn"])
 

@@ -15,8 +15,8 @@ from turbovlm.adapters import Tower, find_towers, matrices
 from turbovlm.adapters.joint import joining_forward
 from turbovlm.adapters.layout import fetch, path_of
 from turbovlm.config import GENERATION, TurboConfig
+from turbovlm.diffusion.install import DENOISERS, denoiser_of, install_diffusion, is_denoiser, plan_diffusion
 from turbovlm.diffusion.install import OVERRIDES as DIFFUSION_OVERRIDES
-from turbovlm.diffusion.install import denoiser_of, install_diffusion, is_denoiser, plan_diffusion
 from turbovlm.diffusion.plan import DiffusionPlan
 from turbovlm.diffusion.steps import follow, unfollow
 from turbovlm.engine import Plan, accelerated_forward
@@ -100,7 +100,15 @@ def _module_of(model: Any) -> nn.Module:
         return model
     denoiser = denoiser_of(model)
     if denoiser is None:
-        raise UnsupportedModelError(f"{type(model).__name__} is no torch.nn.Module: apply to the model inside it")
+        inside = [
+            f"{name} ({type(part).__name__})"
+            for name, part in getattr(model, "__dict__", {}).items()
+            if isinstance(part, nn.Module)
+        ]
+        found = f": it has {', '.join(inside)}, and neither of {', '.join(DENOISERS)}" if inside else ""
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no torch.nn.Module{found}: apply to the model inside it"
+        )
     return denoiser
 
 
