@@ -67,6 +67,12 @@ def test_pictures_that_cannot_be_read(tmp_path, coco, capsys):
     assert "2 samples" in capsys.readouterr().out
 
 
+def test_check_needs_no_model(coco, capsys):
+    file, images = coco
+    assert main(["evaluate", "retrieval", "--data", str(file), "--images", str(images), "--check"]) == 0
+    assert capsys.readouterr().out == "dataset_coco.json: 4 samples, all of which can be read\n"
+
+
 def test_check_alone(tmp_path, coco, capsys):
     assert captioning(tmp_path, coco, "--check", "--split", "val") == 0
     assert capsys.readouterr().out == "dataset_coco.json: 1 samples, all of which can be read\n"
@@ -115,6 +121,7 @@ WRONG = {
     "no batch": (["saliency", "--batch", "0"], "--batch 0: must be an integer ≥ 1"),
     "no share": (["saliency", "--limit", "2", "--flops", "2"], "flops=2.0: must be"),
     "workers": (["saliency", "--workers", "-1"], "--workers -1: must be an integer ≥ 0"),
+    "nowhere to write to": (["saliency", "--json", "none/a.json"], "--json none/a.json: there is no folder none"),
     "a plot": (["saliency", "--plot", "a.txt"], "--plot a.txt: must end in"),
     "no samples": (["saliency", "--limit", "0"], "limit=0: must be an integer ≥ 1"),
 }

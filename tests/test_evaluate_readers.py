@@ -9,6 +9,7 @@ from PIL import Image
 
 from turbovlm.errors import ConfigError, DataError
 from turbovlm.evaluate.check import check
+from turbovlm.evaluate.data import Data, Picture, Sample
 from turbovlm.evaluate.readers import formats_of, read
 
 
@@ -357,6 +358,14 @@ def test_masks_of_nothing_are_found_before_the_model_is_asked(tmp_path):
     good, bad = check(read("saliency", tmp_path))
     assert [s.id for s in good.samples] == ["c.jpg"]
     assert [reason.rpartition(": ")[2] for reason in bad] == ["the mask is empty", "the mask is everywhere"]
+
+
+def test_pictures_of_several_questions_are_decoded_once(tmp_path):
+    """VQAv2 asks five questions about each, GQA thirty."""
+    opened = []
+    shared = Picture("p", lambda: opened.append(1) or Image.new("RGB", (4, 4)))
+    good, bad = check(Data("d", tuple(Sample(f"{i}", (shared,)) for i in range(30))))
+    assert len(good.samples) == 30 and not bad and len(opened) == 1
 
 
 def test_whatever_a_decoder_raises_is_a_picture_that_does_not_decode(tmp_path, images, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import sys
 
 import pytest
 import torch
@@ -114,20 +116,62 @@ def test_other_content_of_the_same_name_is_another_run(changed):
     assert headers[0] != headers[1]
 
 
-def test_how_a_model_was_asked_is_part_of_a_run(tmp_path):
+@pytest.fixture
+def encoder():
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers.ViTModel(transformers.ViTConfig(image_size=64, patch_size=8, **size)).eval()
+
+
+def test_how_a_model_was_asked_is_part_of_a_run(tmp_path, encoder):
     def study(**about):
         predictor = dataclasses.replace(Counting().predictor, model=encoder, about=about)
         return run_study("nlvr2", "m", predictor, Data("d", tuple(SAMPLES)), [Setting("own")], tmp_path)
 
-    transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    encoder = transformers.ViTModel(transformers.ViTConfig(image_size=64, patch_size=8, **size)).eval()
     study(dtype="bfloat16")
     study(dtype="bfloat16")
     with pytest.raises(DataError, match=r"was made otherwise \(dtype was 'bfloat16' and is None\)"):
         study()
     with pytest.raises(DataError, match=r"prompt was None and is 'Q: {}'"):
         study(dtype="bfloat16", prompt="Q: {}")
+
+
+def test_files_of_other_settings_are_refused_before_the_model_is_asked(tmp_path, encoder):
+    counting = Counting()
+
+    def predict(prepared):
+        encoder(torch.zeros(1, 3, 64, 64))
+        return counting.predict(prepared)
+
+    predictor = Predictor(encoder, counting.prepare, predict)
+
+    def study(r, folder=tmp_path):
+        settings = [Setting("own"), Setting("turbovlm", TurboConfig(r=r))]
+        return run_study("nlvr2", "m", predictor, Data("d", tuple(SAMPLES)), settings, folder)
+
+    study(2)
+    (tmp_path / "own.jsonl").unlink()
+    counting.asked.clear()
+    with pytest.raises(DataError, match=r"turbovlm.jsonl: was made otherwise \(setting was {'r': 2} and is {'r': 4}\)"):
+        study(4)
+    assert not counting.asked
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file/a: predictions cannot be kept there"):
+        study(2, tmp_path / "file" / "a")
+
+
+def test_captions_that_are_all_empty_keep_no_share(tmp_path, encoder):
+    """BLEU-4 is no mean over samples: what it keeps of nothing is nothing that can be told."""
+    samples = tuple(dataclasses.replace(sample, answers=("a dog",)) for sample in SAMPLES)
+
+    def predict(prepared):
+        encoder(torch.zeros(1, 3, 64, 64))
+        return [""] * len(prepared)
+
+    predictor = Predictor(encoder, lambda sample, size: sample.id, predict)
+    settings = [Setting("own"), Setting("turbovlm", TurboConfig(r=2))]
+    study = run_study("captioning", "m", predictor, Data("d", samples, tokenized=True), settings, tmp_path)
+    assert [metric.kept for metric in study.rows[1].metrics] == [None, None]
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -149,6 +193,18 @@ def test_a_picture_that_does_not_decode_is_named(tmp_path, workers):
 
 def test_workers_give_the_same(tmp_path):
     found = predict_all(Counting().predictor, SAMPLES, Setting("own"), tmp_path / "a", HEADER, batch=2, workers=2)
+    assert found == list(range(7))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not copied")
+def test_workers_where_python_would_pickle_what_they_get(tmp_path):
+    """As of Python 3.14: pictures and processors cannot be pickled."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        found = predict_all(Counting().predictor, SAMPLES, Setting("own"), tmp_path / "a", HEADER, batch=2, workers=1)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
     assert found == list(range(7))
 
 

@@ -174,8 +174,12 @@ def _check_options(args: argparse.Namespace) -> None:
         for name in ("images", "split"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name} says where --data are; the built-in data have none")
-    elif args.model is None:
+    elif args.model is None and not args.check:
         raise ConfigError("--data without --model: the built-in models read the built-in data; give --model")
+    for name in ("json", "plot"):
+        given = getattr(args, name)
+        if given is not None and not Path(given).absolute().parent.is_dir():
+            raise ConfigError(f"--{name} {given}: there is no folder {Path(given).parent} to write it to")
     if args.task != "text-to-image":
         for name in ("steps", "guidance_scale", "seed", "features", "pictures"):
             if getattr(args, name) is not None:

@@ -15,7 +15,7 @@ INSIDE = 128
 
 
 def check(data: Data, on_progress: Callable[[int], object] = lambda done: None) -> tuple[Data, list[str]]:
-    """Decodes every picture and mask. A mask of nothing or of everything is wrong too: nothing compares with it.
+    """Decodes every picture, once, and mask. A mask of nothing or of everything is wrong too: nothing compares with it.
 
     Args:
         data: from a reader.
@@ -24,8 +24,16 @@ def check(data: Data, on_progress: Callable[[int], object] = lambda done: None) 
     Returns:
         The data without what cannot be used, and what is wrong, a line each, what the reader left out first.
     """
+    pictures = {picture.name: picture for sample in data.samples for picture in sample.pictures}
     with ThreadPoolExecutor(THREADS) as threads:
-        reasons = list(_counted(threads.map(_wrong_sample, data.samples), on_progress))
+        wrong = {name: threads.submit(_wrong_picture, picture) for name, picture in pictures.items()}
+        masks = threads.map(_wrong_mask, (sample.mask for sample in data.samples))
+
+        def reason(sample: Sample, mask: str) -> str:
+            first = next(filter(None, (*(wrong[picture.name].result() for picture in sample.pictures), mask)), "")
+            return first and f"{sample.id}: {first}"
+
+        reasons = list(_counted(map(reason, data.samples, masks), on_progress))
         wrong_real = list(_counted(threads.map(_wrong_picture, data.real), on_progress))
     samples = tuple(sample for sample, reason in zip(data.samples, reasons) if not reason)
     real = tuple(picture for picture, reason in zip(data.real, wrong_real) if not reason)
@@ -39,13 +47,6 @@ def _counted(reasons: Iterable[str], on_progress: Callable[[int], object]) -> It
         yield reason
 
 
-def _wrong_sample(sample: Sample) -> str:
-    reason = next(filter(None, map(_wrong_picture, sample.pictures)), "")
-    if not reason and sample.mask is not None:
-        reason = _wrong_mask(sample.mask)
-    return reason and f"{sample.id}: {reason}"
-
-
 def _wrong_picture(picture: Picture) -> str:
     try:
         picture.open()
@@ -54,7 +55,9 @@ def _wrong_picture(picture: Picture) -> str:
     return ""
 
 
-def _wrong_mask(mask: Picture) -> str:
+def _wrong_mask(mask: Picture | None) -> str:
+    if mask is None:
+        return ""
     try:
         darkest, brightest = mask.open("L").getextrema()
     except DataError as error:

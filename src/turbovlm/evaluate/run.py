@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,15 @@ def batches(
 ) -> Iterator[list[Any]]:
     """What samples were prepared to, in order."""
     prepared = _Prepared(predictor.prepare, samples, image_size)
-    loader: DataLoader[Any] = DataLoader(prepared, batch, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    # processors are not to be pickled, so workers are copies of this process, which Python 3.14 no longer does unasked
+    how = {"multiprocessing_context": "fork"} if workers and sys.platform == "linux" else {}
+    loader: DataLoader[Any] = DataLoader(
+        prepared,  # type: ignore[arg-type]
+        batch,
+        num_workers=workers,
+        collate_fn=list,
+        **how,  # type: ignore[arg-type]
+    )
     for ready in loader:
         for item in ready:
             if isinstance(item, DataError):

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from turbovlm.config import TurboConfig
-from turbovlm.errors import ConfigError
+from turbovlm.errors import ConfigError, DataError
 from turbovlm.evaluate import statistics
 from turbovlm.evaluate.data import Data
-from turbovlm.evaluate.run import Predictor, Setting, predict_all
+from turbovlm.evaluate.run import Predictor, Setting, predict_all, read_predictions
 from turbovlm.evaluate.scoring import Score, agreement, scores
 from turbovlm.evaluate.settings import encoder_macs
 from turbovlm.evaluate.statistics import Interval
@@ -103,20 +103,26 @@ def run_study(
 
     Raises:
         ConfigError: the first setting merges, or two have one name.
-        DataError: the folder holds another study, or a picture does not decode.
+        DataError: the folder holds another study, which is seen first, or cannot be written; a picture does not decode.
     """
     names = [setting.name for setting in settings]
     if not settings or settings[0].config is not None or len({*names}) < len(names):
         raise ConfigError(f"settings={names}: must be of different names, the unmerged model first")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: predictions cannot be kept there ({error.strerror})") from error
+    headers = {setting.name: header_of(task, model, data, setting, predictor.about) for setting in settings}
+    files = {name: folder / f"{file_name(name)}.jsonl" for name in names}
+    for name in names:
+        read_predictions(files[name], headers[name])
     judged = scoring or (lambda data, predictions: scores(task, data, predictions))
     rows: list[Row] = []
     own: list[Any] = []
     own_scores: list[Score] = []
     for setting in settings:
-        header = header_of(task, model, data, setting, predictor.about)
         progress = _progress_of(setting.name, on_progress)
-        file = folder / f"{file_name(setting.name)}.jsonl"
+        file, header = files[setting.name], headers[setting.name]
         found = predict_all(
             predictor, data.samples, setting, file, header, batch=batch, workers=workers, on_progress=progress
         )
@@ -176,7 +182,7 @@ def groups_of(data: Data) -> list[tuple[str, ...]]:
 def _metric(score: Score, own: Score | None) -> Metric:
     if not score.parts:
         value = Interval(score.value, score.value, score.value)
-        share = None if own is None or not score.higher else Interval(*[score.value / own.value] * 3)
+        share = None if own is None or not score.higher or own.value <= 0 else Interval(*[score.value / own.value] * 3)
         return Metric(score.name, value, share)
     value = statistics.mean(score.parts, score.groups)
     if own is None or not score.higher or own.value <= 0:
