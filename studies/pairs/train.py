@@ -36,7 +36,7 @@ TEXTS = 6
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=60, help="(default 60)")
+    parser.add_argument("--epochs", type=int, default=40, help="(default 40)")
     parser.add_argument("--hold", action="store_true", help="hold a tenth of the emoji back and say how they are found")
     parser.add_argument("--without", nargs="*", default=[], metavar="SOURCE", help="clipart, stamp")
     args = parser.parse_args()
