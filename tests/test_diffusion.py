@@ -70,12 +70,19 @@ def test_any_size(request, family, model, size):
 
 
 def test_a_batch_is_as_single_pictures(family, model):
-    inputs = family.inputs(3, ROWS, COLUMNS)
+    """In fp64: products of another batch are rounded in another way, and tokens that are nearly as alike may change."""
+    model, inputs = model.double(), precise(family.inputs(3, ROWS, COLUMNS))
     with turbovlm.apply(model, keep=0.5):
         together = run(model, inputs)
         for i in range(3):
             alone = run(model, one(inputs, i))
-            torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=1e-4 * float(alone.abs().max()))
+            torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=1e-9 * float(alone.abs().max()))
+
+
+def precise(value):
+    if isinstance(value, dict):
+        return {name: precise(one) for name, one in value.items()}
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def one(inputs, index):
