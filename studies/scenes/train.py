@@ -1,6 +1,6 @@
 """Trains the decoder of the scene reader: captions, questions and statements about the scenes of features.py.
 
-    python studies/scenes/train.py                 # six epochs, about two hours on two cores; goes on where it stopped
+    python studies/scenes/train.py                 # four epochs, about 70 minutes on one core; goes on where it stopped
     python studies/scenes/train.py --epochs 0      # only measures, and writes the weights of the last checkpoint
 
 Every picture of a batch is read once, with its caption and its questions in one row that attend to themselves alone;
@@ -53,7 +53,7 @@ _PAD = VOCABULARY.index(PAD)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6, help="in all (default 6)")
+    parser.add_argument("--epochs", type=int, default=4, help="in all (default 4)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FILE")
     args = parser.parse_args()
     torch.manual_seed(0)

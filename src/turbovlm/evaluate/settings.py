@@ -78,12 +78,15 @@ def smaller(predictor: Predictor, sample: Sample, macs: int, name: str = SMALLER
     Raises:
         ConfigError: the model takes pictures of one size only.
     """
-    sizes = predictor.image_sizes
-    if not sizes:
+    costs = size_costs(predictor, sample)
+    if not costs:
         raise ConfigError(f"this model takes pictures of one size only: leave the control {name!r} out")
-    found = [encoder_macs(predictor, sample, Setting("", None, size)) for size in sizes]
-    best = min(range(len(found)), key=lambda i: abs(found[i] - macs))
-    return Setting(name, None, sizes[best])
+    return Setting(name, None, min(costs, key=lambda size: abs(costs[size] - macs)))
+
+
+def size_costs(predictor: Predictor, sample: Sample) -> dict[int, int]:
+    """Multiply-accumulates of the unmerged model's encoder by pixels a side; empty where it takes its own alone."""
+    return {size: encoder_macs(predictor, sample, Setting("", None, size)) for size in predictor.image_sizes}
 
 
 def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting) -> int:

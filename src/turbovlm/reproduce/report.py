@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def sheet_of(finished: Finished, picture: str = "") -> Sheet:
         kept = finished.printed_kept(line)
         cells += ["" if kept is None else f"{kept:.1%}"] if own else []
         rows.append((*cells, *_ours(row, len(found))))
-    about = f"{finished.study.model}, {finished.study.data}, {finished.study.samples} samples"
+    about = f"{finished.model}, {finished.data}, {finished.samples} samples"
     return Sheet(f"{finished.declared.title} ({about})", tuple(header), tuple(rows), picture)
 
 
@@ -92,18 +93,16 @@ def blocks_sheet(blocks: Blocks, about: str, picture: str) -> Sheet:
 
 def plain(finished: Finished) -> dict[str, Any]:
     """For JSON: every line, its printed row and its own."""
-    study = finished.study.to_dict()
-    of_setting = {row["setting"]: row for row in study["rows"]}
     lines = [
         {
             "line": line.name,
             "printed": None if line.printed is None else vars(line.printed),
-            "row": None if row is None else of_setting[row.setting],
+            "row": None if row is None else dataclasses.asdict(row),
         }
         for line, row in finished.rows
     ]
-    about = {name: study[name] for name in ("task", "model", "data", "samples")}
-    return {"title": finished.declared.title, **about, "lines": lines}
+    about = {name: getattr(finished, name) for name in ("model", "data", "samples")}
+    return {"title": finished.declared.title, "task": finished.declared.task, **about, "lines": lines}
 
 
 def _metric_names(lines: Sequence[Line]) -> list[str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from turbovlm.config import TurboConfig
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.run import Predictor, Setting
-from turbovlm.evaluate.settings import METHODS, OWN, SMALLER, encoder_macs, evenly, smaller
-from turbovlm.evaluate.study import Row, Scoring, Study, run_study
+from turbovlm.evaluate.settings import METHODS, OWN, SMALLER, encoder_macs, evenly, size_costs
+from turbovlm.evaluate.study import Row, Scoring, run_study
 from turbovlm.reproduce.declared import Declared, Line
 from turbovlm.reproduce.published import Printed
 
@@ -25,14 +26,15 @@ SEARCH = tuple(round(0.95 - 0.05 * i, 2) for i in range(15))
 Progress = Callable[[int], object]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
-    """A model and what it is asked.
+    """A model and what it is asked; what came of a setting is kept, so that no two studies ask for it twice.
 
     Attributes:
         name: of the model; `builtin`: whether it is one of turbovlm's own.
         folder: where its predictions are kept.
         scoring: instead of the task's own metrics.
+        rows: what settings came to, by name.
     """
 
     task: str
@@ -44,39 +46,54 @@ class Source:
     scoring: Scoring | None = None
     batch: int = 16
     workers: int = 0
+    rows: dict[str, Row] = field(default_factory=dict, repr=False)
 
-    def ask(self, settings: Sequence[Setting], on_progress: Progress) -> Study:
-        """Every setting, the model itself first; what is kept in the folder is not asked again."""
-        return run_study(
-            self.task,
-            self.name,
-            self.predictor,
-            self.data,
-            settings,
-            self.folder,
-            batch=self.batch,
-            workers=self.workers,
-            scoring=self.scoring,
-            on_progress=lambda _, done: on_progress(done),
-        )
+    def ask(self, settings: Sequence[Setting], on_progress: Progress) -> dict[str, Row]:
+        """What each setting comes to, by name, and the model itself as `OWN`."""
+        missing = [setting for setting in settings if setting.name not in self.rows and setting.name != OWN]
+        on_progress(len(self.data.samples) * (len(settings) - len(missing)))
+        if missing or not self.rows:
+            study = run_study(
+                self.task,
+                self.name,
+                self.predictor,
+                self.data,
+                [Setting(OWN), *missing],
+                self.folder,
+                batch=self.batch,
+                workers=self.workers,
+                scoring=self.scoring,
+                on_progress=lambda setting, done: on_progress(done if setting != OWN else 0),
+            )
+            self.rows.update({row.setting: row for row in study.rows})
+        return {name: self.rows[name] for name in (OWN, *(setting.name for setting in settings))}
+
+    @functools.cached_property
+    def size_costs(self) -> dict[int, int]:
+        """See `settings.size_costs`, of the first sample."""
+        return size_costs(self.predictor, self.data.samples[0])
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A comparison and what came of it: a row for each line that runs here, None for the others."""
+    """A comparison and what came of it.
+
+    Attributes:
+        model, data, samples: what was asked, and about how many samples.
+        own: the model itself.
+        rows: one for each line that runs here, None for the others.
+    """
 
     declared: Declared
-    study: Study
+    model: str
+    data: str
+    samples: int
+    own: Row
     rows: tuple[tuple[Line, Row | None], ...]
 
     @property
-    def own(self) -> Row:
-        """The model itself."""
-        return self.study.rows[0]
-
-    @property
     def printed_own(self) -> Printed | None:
-        """The same, as printed."""
+        """The printed row of the model itself."""
         printed = (line.printed for line in self.declared.lines)
         return next((row for row in printed if row is not None and row.plugin == "none"), None)
 
@@ -95,11 +112,12 @@ def settings_of(declared: Declared, source: Source) -> dict[str, Setting]:
         if line.runs and line.name != SMALLER:
             config = line.builtin if source.builtin else line.config
             found[line.name] = Setting(OWN) if config is None else Setting(named(config), config)
-    if any(line.name == SMALLER for line in declared.lines) and source.predictor.image_sizes:
+    costs = source.size_costs if any(line.name == SMALLER for line in declared.lines) else {}
+    if costs:
         first = next(setting for setting in found.values() if setting.config is not None)
-        sample = source.data.samples[0]
-        made = smaller(source.predictor, sample, encoder_macs(source.predictor, sample, first))
-        found[SMALLER] = dataclasses.replace(made, name=f"{SMALLER}, {made.image_size} pixels")
+        macs = encoder_macs(source.predictor, source.data.samples[0], first)
+        size = min(costs, key=lambda size: abs(costs[size] - macs))
+        found[SMALLER] = Setting(f"{SMALLER}, {size} pixels", None, size)
     return found
 
 
@@ -115,10 +133,10 @@ def compare(declared: Declared, source: Source, on_progress: Progress) -> Finish
         TurboError: see `run_study`.
     """
     settings = settings_of(declared, source)
-    study = source.ask(list({setting.name: setting for setting in settings.values()}.values()), on_progress)
-    of_setting = {row.setting: row for row in study.rows}
-    rows = [(line, of_setting[settings[line.name].name] if line.name in settings else None) for line in declared.lines]
-    return Finished(declared, study, tuple(rows))
+    found = source.ask(list({setting.name: setting for setting in settings.values()}.values()), on_progress)
+    rows = [(line, found[settings[line.name].name] if line.name in settings else None) for line in declared.lines]
+    data = source.data
+    return Finished(declared, source.name, data.name, len(data.samples), found[OWN], tuple(rows))
 
 
 def largest_savings(source: Source, methods: Sequence[str], on_progress: Progress) -> dict[str, Row | None]:
@@ -133,7 +151,8 @@ def largest_savings(source: Source, methods: Sequence[str], on_progress: Progres
         while low < high:
             middle = (low + high) // 2
             config = dataclasses.replace(TurboConfig(flops=SEARCH[middle]), **METHODS[method])
-            row = source.ask([Setting(OWN), Setting(named(config), config)], on_progress).rows[1]
+            setting = Setting(named(config), config)
+            row = source.ask([setting], on_progress)[setting.name]
             kept = row.metrics[0].kept
             if kept is not None and kept.value >= 1 - DROP:
                 best, low = row, middle + 1
@@ -145,12 +164,9 @@ def largest_savings(source: Source, methods: Sequence[str], on_progress: Progres
 
 def named(config: TurboConfig) -> str:
     """Every field that is not the default's, as text: one name for one config."""
-    parts = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            parts.append(f"{field.name}={_text(value)}")
-    return ", ".join(parts)
+    default = {each.name: each.default for each in dataclasses.fields(config)}
+    changed = {name: value for name, value in vars(config).items() if value != default[name]}
+    return ", ".join(f"{name}={_text(value)}" for name, value in changed.items())
 
 
 def _text(value: Any) -> str:
