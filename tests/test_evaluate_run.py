@@ -12,7 +12,7 @@ import torch
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.errors import DataError
+from turbovlm.errors import DataError, UnsupportedModelError
 from turbovlm.evaluate.data import Data, Picture, Sample
 from turbovlm.evaluate.run import Predictor, Setting, merged, predict_all, read_predictions
 from turbovlm.evaluate.study import header_of, run_study
@@ -158,6 +158,14 @@ def test_files_of_other_settings_are_refused_before_the_model_is_asked(tmp_path,
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="file/a: predictions cannot be kept there"):
         study(2, tmp_path / "file" / "a")
+
+
+def test_settings_that_cannot_be_had_are_refused_before_the_model_is_asked(tmp_path):
+    counting = Counting()
+    settings = [Setting("own"), Setting("turbovlm", TurboConfig(r=2))]
+    with pytest.raises(UnsupportedModelError, match="no block that turbovlm can accelerate"):
+        run_study("nlvr2", "m", counting.predictor, Data("d", tuple(SAMPLES)), settings, tmp_path)
+    assert len(counting.asked) <= 1 and not list(tmp_path.iterdir())
 
 
 def test_captions_that_are_all_empty_keep_no_share(tmp_path, encoder):

@@ -53,12 +53,12 @@ def save_table(finished: Finished, path: Path) -> None:
 
 
 def save_curves(finished: Finished, path: Path) -> None:
-    """Figures 4 and 5: the first metric over what is swept, a curve per method; the model itself is dotted."""
+    """Figures 4 and 5: what is kept of the first metric over what is swept, a curve per method."""
     figure, axis = _figure(6.5, 4)
     curves: dict[str, list[tuple[float, Any]]] = {}
     for line, row in finished.rows:
         if row is not None and line.curve:
-            curves.setdefault(line.curve, []).append((line.x, row.metrics[0].value))
+            curves.setdefault(line.curve, []).append((line.x, row.metrics[0].kept or row.metrics[0].value))
     for number, (name, points) in enumerate(curves.items()):
         x = [where for where, _ in points]
         y = [value.value for _, value in points]
@@ -66,13 +66,13 @@ def save_curves(finished: Finished, path: Path) -> None:
         colour = COLOURS.get(name, f"C{number}")
         axis.plot(x, y, marker="o", markersize=4, color=colour, label=name)
         axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-    axis.axhline(finished.own.metrics[0].value.value, color="black", linewidth=0.8, linestyle=":")
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     if finished.declared.name == "figure5":
         axis.set_xscale("symlog", linthresh=2)
     else:
         axis.invert_xaxis()
     axis.set_xlabel(finished.declared.axis)
-    axis.set_ylabel(finished.own.metrics[0].name)
+    axis.set_ylabel(f"{finished.own.metrics[0].name}, share kept")
     axis.legend(fontsize=8, frameon=False)
     _save(figure, axis, finished.declared.title, path)
 
@@ -88,7 +88,7 @@ def save_savings(savings: Mapping[str, Mapping[str, float]], path: Path) -> None
         axis.bar(places, heights, width * 0.9, color=COLOURS.get(method), label=method)
     axis.set_xticks(range(len(savings)), list(savings))
     axis.set_ylabel("times fewer multiply-accumulates")
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     _save(figure, axis, "Table 11: largest saving within a drop of 5 %", path)
 
 
