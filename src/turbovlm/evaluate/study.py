@@ -103,7 +103,8 @@ def run_study(
 
     Raises:
         ConfigError: the first setting merges, or two have one name.
-        DataError: the folder holds another study, which is seen first, or cannot be written; a picture does not decode.
+        DataError: the folder holds another study or cannot be written, or a picture does not decode.
+        UnsupportedModelError: a setting cannot be had. All but pictures is seen before the model is asked.
     """
     names = [setting.name for setting in settings]
     if not settings or settings[0].config is not None or len({*names}) < len(names):
@@ -116,6 +117,7 @@ def run_study(
     files = {name: folder / f"{file_name(name)}.jsonl" for name in names}
     for name in names:
         read_predictions(files[name], headers[name])
+    costs = {setting.name: encoder_macs(predictor, data.samples[0], setting) for setting in settings}
     judged = scoring or (lambda data, predictions: scores(task, data, predictions))
     rows: list[Row] = []
     own: list[Any] = []
@@ -129,9 +131,9 @@ def run_study(
         own = own or found
         reached = judged(data, found)
         own_scores = own_scores or reached
-        macs = encoder_macs(predictor, data.samples[0], setting)
         same = None if setting is settings[0] else _agreement(task, data, found, own)
         metrics = tuple(_metric(a, None if setting is settings[0] else b) for a, b in zip(reached, own_scores))
+        macs = costs[setting.name]
         ratio = macs / rows[0].macs if rows else 1.0
         rows.append(Row(setting.name, macs, ratio, setting.image_size, metrics, same))
     return Study(task, model, data.name, len(data.samples), tuple(rows))
