@@ -172,8 +172,8 @@ def test_a_users_models_and_data(tmp_path, sources, capsys):
     said = capsys.readouterr()
     assert "has nothing for: table5/BLIP2/Flickr30k, table5/BLIP2/COCO, table5/BLIP-B/Flickr30k, figure3" in said.err
     results = json.loads((out / "results.json").read_text())
-    assert list(results["studies"]) == ["table5/BLIP-B/COCO", "table10/BLIP-B/COCO"]
-    lines = {line["line"]: line for line in results["studies"]["table5/BLIP-B/COCO"]["lines"]}
+    assert list(results) == ["table5/BLIP-B/COCO", "table10/BLIP-B/COCO"]
+    lines = {line["line"]: line for line in results["table5/BLIP-B/COCO"]["numbers"]["lines"]}
     assert lines["turbo, r=30*"]["printed"]["metrics"][0] == ["i2t_r1", 78.8]
     assert lines["turbo, r=30*"]["row"]["ratio"] < 1 and lines["UPop"]["row"] is None
     report = (out / "report.md").read_text()
@@ -183,6 +183,15 @@ def test_a_users_models_and_data(tmp_path, sources, capsys):
         assert f"({name}.png)" in report
     before = {path: path.read_bytes() for path in (out / "predictions").rglob("*.jsonl")}
     assert main(given) == 0 and before == {path: path.read_bytes() for path in before}
+    assert json.loads((out / "results.json").read_text()) == results
+    capsys.readouterr()
+    assert main(["reproduce", "table8", "--sources", str(sources), "--out", str(out)]) == 0
+    first, last = list(results)
+    found = list(json.loads((out / "results.json").read_text()))
+    assert found == [first, "table8/BLIP-B/COCO", last], "in the paper's order"
+    assert report.splitlines()[8] in (out / "report.md").read_text(), "what an earlier run found is kept"
+    (out / "results.json").write_text("[]")
+    assert main(given) == 2 and "is not of turbovlm reproduce" in capsys.readouterr().err
 
 
 def test_a_users_data_are_checked_first(tmp_path, sources, capsys):

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if not with_source:
         raise ConfigError(f"{args.sources}: has no entry for any of {' '.join(args.what)}")
     _check(sources, with_source)
-    return 0 if args.check else _run(args, with_source, sources, left_out)
+    return 0 if args.check else _run(args, with_source, sources)
 
 
 def _sources(args: argparse.Namespace) -> Sources:
@@ -117,15 +117,16 @@ def _sources(args: argparse.Namespace) -> Sources:
 
 def _check(sources: Sources, studies: Sequence[Any]) -> None:
     from turbovlm.cli.measuring import progress_bar
+    from turbovlm.evaluate.check import check
 
     if sources.entries is None:
         return
     bad = []
     for name, task in dict.fromkeys((sources.named(study), study.task) for study in studies):
         assert name is not None
-        with progress_bar(1, f"checking {name}"):
-            found = sources.check(name, task, lambda done: None)
-        bad += [f"{name}: {line}" for line in found]
+        data = sources.data(name, task)
+        with progress_bar(len(data.samples) + len(data.real), f"checking {name}") as advance:
+            bad += [f"{name}: {line}" for line in check(data, advance)[1]]
     for line in bad:
         print(line, file=sys.stderr)
     if bad:
@@ -133,45 +134,30 @@ def _check(sources: Sources, studies: Sequence[Any]) -> None:
     print("all data can be read", file=sys.stderr)
 
 
-def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources, left_out: Sequence[str]) -> int:
-    import time
+def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> int:
+    from datetime import datetime, timezone
 
     from rich.console import Console
 
     from turbovlm.cli.measuring import versions_used
-    from turbovlm.cli.models import write_json
-    from turbovlm.reproduce.studies import run_studies
+    from turbovlm.reproduce.report import read_entries, write_report
+    from turbovlm.reproduce.studies import every_study, run_studies
 
-    begun, console = time.monotonic(), Console()
-    folder = Path(args.out)
+    folder, console = Path(args.out), Console()
+    kept = read_entries(folder)
+    source = f"--sources {args.sources}" if args.sources else "--builtin"
+    about = {
+        "command": f"turbovlm reproduce {' '.join(args.what)} {source}{' --quick' if args.quick else ''}",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "versions": versions_used(),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    sheets: list[Sheet] = []
-    numbers: dict[str, Any] = {}
-    for key, sheet, found in run_studies(studies, sources, folder):
-        sheets.append(sheet)
-        numbers[key] = found
-        console.print(_table(sheet))
-    about = {"versions": versions_used(), "minutes": round((time.monotonic() - begun) / 60, 1)}
-    command = f"turbovlm reproduce {' '.join(args.what)} {'--builtin' if args.builtin else f'--sources {args.sources}'}"
-    (folder / "report.md").write_text(_report(sheets, command, about, args.quick, left_out), encoding="utf-8")
-    write_json(str(folder / "results.json"), {"command": command, **about, "studies": numbers})
+    for found in run_studies(studies, sources, folder):
+        kept[found.key] = {**about, **found.plain()}
+        write_report(folder, kept, [study.key for study in every_study()])
+        console.print(_table(found.sheet))
     console.print(f"report: {folder / 'report.md'}")
     return 0
-
-
-def _report(sheets: Sequence[Sheet], command: str, about: dict[str, Any], quick: bool, left_out: Sequence[str]) -> str:
-    from datetime import datetime, timezone
-
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    lines = ["# Turbo's tables and figures, ours beside the printed ones", ""]
-    lines += [f"`{command}`, {about['minutes']} minutes, {versions}, {date}", ""]
-    if quick:
-        lines += [f"**{QUICK} pictures of each task: that everything runs is all that this shows.**", ""]
-    lines += ["Intervals hold 95 % of the bootstrap's draws over pictures. MACs are those of the vision encoder.", ""]
-    if left_out:
-        lines += [f"Without a source, so not run: {', '.join(left_out)}.", ""]
-    return "\n".join([*lines, *(sheet.markdown() for sheet in sheets)])
 
 
 def _table(sheet: Sheet) -> Any:

@@ -1,18 +1,24 @@
-"""Sheets of numbers, ours beside the printed ones, and the report that holds them."""
+"""Sheets of numbers, ours beside the printed ones, and the report that holds those of all runs into one folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from turbovlm.errors import DataError
 from turbovlm.evaluate.statistics import Interval
 from turbovlm.evaluate.study import Row
 from turbovlm.reproduce.declared import Line
 from turbovlm.reproduce.published import Printed
 from turbovlm.reproduce.running import Finished
 from turbovlm.reproduce.tracing import Blocks
+
+RESULTS = "results.json"
+ABOUT = "Intervals hold 95 % of the bootstrap's draws over pictures. MACs are those of the vision encoder."
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,12 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
     picture: str = ""
 
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Sheet:
+        """From what JSON has of one."""
+        rows = tuple(tuple(row) for row in plain["rows"])
+        return cls(plain["title"], tuple(plain["header"]), rows, plain["picture"])
+
     def markdown(self) -> str:
         """With a heading, and the plot above the table."""
         lines = [f"## {self.title}", ""]
@@ -33,6 +45,59 @@ class Sheet:
             lines += [_joined(self.header), _joined(["---", *["--:"] * (len(self.header) - 1)])]
             lines += [_joined(row) for row in self.rows]
         return "\n".join([*lines, ""])
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a study came to: its key, its sheet, and its numbers as JSON has them."""
+
+    key: str
+    sheet: Sheet
+    numbers: Any
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"sheet": dataclasses.asdict(self.sheet), "numbers": self.numbers}
+
+
+def read_entries(folder: Path) -> dict[str, Any]:
+    """What earlier runs have left in a folder, by study.
+
+    Raises:
+        DataError: its results.json is not of `turbovlm reproduce`.
+    """
+    file = folder / RESULTS
+    if not file.exists():
+        return {}
+    try:
+        entries: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        for entry in entries.values():
+            Sheet.of(entry["sheet"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: is not of turbovlm reproduce ({error}); give another folder as --out") from error
+    return entries
+
+
+def write_report(folder: Path, entries: Mapping[str, Any], order: Sequence[str]) -> None:
+    """report.md and results.json.
+
+    Args:
+        folder: where the plots are.
+        entries: by study: its sheet and numbers, and `command`, `date` and `versions` of the run that made it.
+        order: of the studies.
+    """
+    place = {key: number for number, key in enumerate(order)}
+    named = sorted(
+        entries, key=lambda key: min((n for k, n in place.items() if f"{k}/".startswith(f"{key}/")), default=0)
+    )
+    lines = ["# Turbo's tables and figures, ours beside the printed ones", "", ABOUT, ""]
+    for key in named:
+        entry = entries[key]
+        versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+        lines += [Sheet.of(entry["sheet"]).markdown(), f"`{entry['command']}`, {entry['date']}, {versions}", ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    content = json.dumps({key: entries[key] for key in named}, indent=1)
+    (folder / RESULTS).write_text(content + "\n", encoding="utf-8")
 
 
 def sheet_of(finished: Finished, picture: str = "") -> Sheet:

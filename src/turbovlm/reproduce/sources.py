@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ import torch
 
 from turbovlm.errors import ConfigError, DataError
 from turbovlm.evaluate.asking import asked
-from turbovlm.evaluate.check import check
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.predictors.loading import Where
 from turbovlm.evaluate.predictors.pictures import Making
-from turbovlm.evaluate.readers import formats_of, read
+from turbovlm.evaluate.readers import read
 from turbovlm.evaluate.study import file_name
 from turbovlm.reproduce.declared import Declared
 from turbovlm.reproduce.running import Source
@@ -69,8 +68,6 @@ EXAMPLES = {
     },
 }
 """A file of sources to begin with: an entry for each task; one for a comparison goes before its task's."""
-Loader = Callable[[str], Source | None]
-"""A comparison's key and task to its source; None where there is none."""
 
 
 @dataclass
@@ -111,11 +108,8 @@ class Sources:
             self._loaded[key] = self._builtin(task) if self.entries is None else self._given(name, task)
         return self._loaded[key]
 
-    def check(self, name: str, task: str, on_progress: Callable[[int], object]) -> list[str]:
-        """What is wrong with an entry's data, a line each; nothing of built-in data."""
-        return [] if self.entries is None else check(self._data(name, task), on_progress)[1]
-
-    def _data(self, name: str, task: str) -> Data:
+    def data(self, name: str, task: str) -> Data:
+        """The data of a user's entry."""
         assert self.entries is not None
         entry = self.entries[name]
         return read(task, entry["data"], entry.get("images"), entry.get("split"), entry.get("limit"))
@@ -123,7 +117,7 @@ class Sources:
     def _given(self, name: str, task: str) -> Source:
         assert self.entries is not None
         entry = self.entries[name]
-        data = self._data(name, task)
+        data = self.data(name, task)
         where = Where(entry["model"], self.device, self.dtype, entry.get("prompt"))
         predictor, scoring = asked(task, where, data, Making(entry.get("steps")))
         return self._source(task, entry["model"], data, predictor, scoring, file_name(f"{name}-{task}"))
@@ -176,8 +170,3 @@ def write_template(path: Path) -> None:
     if path.exists():
         raise ConfigError(f"--template {path}: there is such a file; it is not written over")
     path.write_text(json.dumps(EXAMPLES, indent=2) + "\n", encoding="utf-8")
-
-
-def formats(tasks: Sequence[str]) -> str:
-    """What each task's data are, in words, a line each."""
-    return "\n".join(f"  {task}: {formats_of(task)}" for task in tasks)

@@ -12,13 +12,11 @@ from turbovlm.evaluate.study import file_name
 from turbovlm.reproduce import plots
 from turbovlm.reproduce.declared import FIGURES, SEARCHED, TITLES, Declared, comparisons
 from turbovlm.reproduce.published import printed_in
-from turbovlm.reproduce.report import Sheet, blocks_sheet, plain, savings_sheet, sheet_of
+from turbovlm.reproduce.report import Found, Sheet, blocks_sheet, plain, savings_sheet, sheet_of
 from turbovlm.reproduce.running import Progress, Source, compare, largest_savings
 from turbovlm.reproduce.sources import Sources
 from turbovlm.reproduce.tracing import by_block, merged_pictures
 
-Found = tuple[str, Sheet, Any]
-"""A study's key, its sheet, and its numbers as JSON has them."""
 SEARCH_METHODS = {"turbovlm": "", "paper": "turbo", "ToMe": "redundancy", "semantics": "semantics"}
 """Of Table 11, with their printed names."""
 PRINTED_TASKS = {"nlvr2": "nlvr", "vqa": "vqa", "captioning": "caption", "retrieval": "retrieval"}
@@ -51,7 +49,7 @@ def chosen(names: Sequence[str]) -> list[Declared]:
 
 
 def run_studies(studies: Sequence[Declared], sources: Sources, folder: Path) -> Iterator[Found]:
-    """One after the other, in the order of their models, so that each is loaded once; plots go into the folder.
+    """One after the other, those of one model together, so that each is loaded once; plots go into the folder.
 
     Raises:
         TurboError: see `Sources.load` and `run_study`.
@@ -59,28 +57,24 @@ def run_studies(studies: Sequence[Declared], sources: Sources, folder: Path) -> 
     from turbovlm.cli.measuring import progress_bar
 
     savings: dict[str, dict[str, float]] = {}
-    results: dict[str, Found] = {}
     for study in sorted(studies, key=lambda study: (str(sources.named(study)), study.task)):
         name = sources.named(study)
         assert name is not None
         source = sources.load(name, study.task)
-        picture = file_name(study.key.replace("/", "-"))
         with progress_bar(_steps(study, source), study.key) as advance:
             if study.name == "table11":
                 savings[study.task] = _savings(source, advance)
             else:
-                results[study.key] = (study.key, *_run(study, source, folder, picture, advance))
+                yield Found(study.key, *_run(study, source, folder, advance))
     if savings:
         ordered = {task: savings[task] for task in SEARCHED if task in savings}
         plots.save_savings(ordered, folder / "table11")
         sheet = savings_sheet(ordered, printed_in(11), {**SEARCH_METHODS, **PRINTED_TASKS}, "table11")
-        results["table11"] = ("table11", sheet, ordered)
-    order = {study.key: i for i, study in enumerate(studies)} | {"table11": _place_of_table11(studies)}
-    yield from sorted(results.values(), key=lambda found: order[found[0]])
+        yield Found("table11", sheet, ordered)
 
 
-def _run(study: Declared, source: Source, folder: Path, picture: str, advance: Progress) -> tuple[Sheet, Any]:
-    about = f"{source.name}, {source.data.name}"
+def _run(study: Declared, source: Source, folder: Path, advance: Progress) -> tuple[Sheet, Any]:
+    about, picture = f"{source.name}, {source.data.name}", file_name(study.key.replace("/", "-"))
     if study.name == "figure3":
         blocks = by_block(source, TRACED, advance)
         plots.save_blocks(blocks, folder / picture)
@@ -106,10 +100,6 @@ def _steps(study: Declared, source: Source) -> int:
     if study.name == "table11":
         return samples * len(SEARCH_METHODS) * 8
     return samples * sum(line.runs for line in study.lines) or min(samples, TRACED)
-
-
-def _place_of_table11(studies: Sequence[Declared]) -> int:
-    return next((i for i, study in enumerate(studies) if study.name == "table11"), 0)
 
 
 def _order(study: Declared) -> tuple[int, int]:
