@@ -9,6 +9,7 @@ from PIL import Image
 
 import turbovlm
 from folders import blip2_folder, blip_folder, clip_folder, llava_folder, saved, siglip2_folder, tokenizer
+from turbovlm import TurboConfig
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.evaluate.data import Data, Picture, Sample
 from turbovlm.evaluate.predictors import load_predictor
@@ -16,7 +17,9 @@ from turbovlm.evaluate.predictors.encoders import Pair, by_names, class_order
 from turbovlm.evaluate.predictors.loading import Where
 from turbovlm.evaluate.predictors.pictures import Making, features_of, made_by
 from turbovlm.evaluate.run import Setting
+from turbovlm.evaluate.scoring import Score
 from turbovlm.evaluate.settings import METHODS, encoder_macs, methods, smaller
+from turbovlm.evaluate.study import run_study
 from vlms import CLIP, seeded
 
 transformers = pytest.importorskip("transformers")
@@ -314,3 +317,15 @@ def test_methods_and_smaller_images_cost_the_same(tmp_path):
     less = smaller(predictor, sample, costs[0])
     sizes = {size: encoder_macs(predictor, sample, Setting("", None, size)) for size in (24, 32, 40, 48)}
     assert sizes[48] == full and less.image_size == min(sizes, key=lambda size: abs(sizes[size] - costs[0]))
+
+
+def test_visual_keep_is_counted_in_the_whole_model(tmp_path):
+    """Its encoder costs what it did; the language model reads less."""
+    predictor = loaded("captioning", llava_folder(tmp_path))
+    data = Data("d", samples(2))
+    settings = [Setting("own"), Setting("half", TurboConfig(visual_keep=0.5))]
+    study = run_study(
+        "captioning", "llava", predictor, data, settings, tmp_path / "out", scoring=lambda *_: [Score("s", 1.0)]
+    )
+    own, half = study.rows
+    assert half.ratio < 0.95 and own.macs > encoder_macs(predictor, data.samples[0], settings[0])

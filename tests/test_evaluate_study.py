@@ -55,6 +55,8 @@ def test_scores_of_retrieval():
     found = {score.name: score for score in scores("retrieval", data, predictions)}
     assert found["text R@1"].value == pytest.approx(11 / 12)
     assert found["image R@1"].value == pytest.approx(22 / 24)
+    right = [{"picture": towards[i], "captions": [towards[i], towards[i]]} for i in range(12)]
+    assert agreement("retrieval", predictions, right) == [1, 0, *[1] * 10], "the second picture has lost its captions"
     assert found["image R@1"].parts[2:4] == (0, 0) and found["image R@1"].groups[:4] == (0, 0, 1, 1)
 
 

@@ -135,7 +135,7 @@ def study_table(study: Study) -> Any:
 
     table = Table(title=f"{study.task}: {study.model} on {study.data}, {study.samples} samples")
     table.add_column("setting")
-    table.add_column("encoder MACs", justify="right")
+    table.add_column("MACs", justify="right")
     first = study.rows[0]
     for metric in first.metrics:
         table.add_column(metric.name, justify="right")

@@ -48,7 +48,12 @@ def scores(task: str, data: Data, predictions: Sequence[Any]) -> list[Score]:
 
 
 def agreement(task: str, predictions: Sequence[Any], base: Sequence[Any]) -> list[float]:
-    """For each sample how much the answers of two runs are the same: 0 or 1; overlap of regions, for saliency."""
+    """For each sample how much the answers of two runs are the same: 0 or 1; overlap of regions, for saliency.
+
+    A retrieval's answer is the caption that is nearest to the picture.
+    """
+    if task == "retrieval":
+        return [_same(a, b) for a, b in zip(_nearest(predictions), _nearest(base), strict=True)]
     return [AGREE[task](a, b) for a, b in zip(predictions, base, strict=True)]
 
 
@@ -151,8 +156,12 @@ def _same_region(a: str, b: str) -> float:
     return float((first & second).sum() / (first | second).sum())
 
 
-def _cosine(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
-    return float(F.cosine_similarity(torch.tensor(a["picture"]), torch.tensor(b["picture"]), dim=0))
+def _nearest(predictions: Sequence[dict[str, Any]]) -> list[int]:
+    """Of all captions, each picture's."""
+    pictures = torch.tensor([each["picture"] for each in predictions])
+    captions = torch.tensor([vector for each in predictions for vector in each["captions"]])
+    nearest: list[int] = (pictures @ captions.T).argmax(dim=1).tolist()
+    return nearest
 
 
 SCORES: dict[str, Callable[[Data, Sequence[Any]], list[Score]]] = {
@@ -165,7 +174,6 @@ SCORES: dict[str, Callable[[Data, Sequence[Any]], list[Score]]] = {
 }
 AGREE: dict[str, Callable[[Any, Any], float]] = {
     "classification": lambda a, b: _same(a[0], b[0]),
-    "retrieval": _cosine,
     "captioning": _same,
     "vqa": _same,
     "nlvr2": _same,

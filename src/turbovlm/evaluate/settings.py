@@ -89,10 +89,18 @@ def size_costs(predictor: Predictor, sample: Sample) -> dict[int, int]:
     return {size: encoder_macs(predictor, sample, Setting("", None, size)) for size in predictor.image_sizes}
 
 
-def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting) -> int:
-    """Multiply-accumulates of the vision encoders, or of a pipeline's denoiser, for one sample."""
-    counted = _modules(predictor.model)
-    with merged(predictor.model, setting.config), _within(counted) as total:
+def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting, whole: bool = False) -> int:
+    """Multiply-accumulates of the vision encoders, or of a pipeline's denoiser, for one sample.
+
+    Args:
+        whole: those of all that answers the sample instead, every step of a language model included.
+    """
+    with merged(predictor.model, setting.config), contextlib.ExitStack() as stack:
+        if whole:
+            everything = stack.enter_context(counting())
+            predictor.predict([predictor.prepare(sample, setting.image_size)])
+            return everything()
+        total = stack.enter_context(_within(_modules(predictor.model)))
         predictor.predict([predictor.prepare(sample, setting.image_size)])
         return total[0]
 

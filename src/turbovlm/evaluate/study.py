@@ -42,7 +42,8 @@ class Row:
 
     Attributes:
         setting: its name.
-        macs: the vision encoders' multiply-accumulates for one sample.
+        macs: the vision encoders' multiply-accumulates for one sample; the whole model's in a study of `visual_keep`,
+            which saves behind the encoders.
         ratio: those as a share of the unmerged model's.
         image_size: pixels a side, where they are not the model's own.
         metrics: the one to compare by first.
@@ -117,7 +118,8 @@ def run_study(
     files = {name: folder / f"{file_name(name)}.jsonl" for name in names}
     for name in names:
         read_predictions(files[name], headers[name])
-    costs = {setting.name: encoder_macs(predictor, data.samples[0], setting) for setting in settings}
+    whole = any(setting.config is not None and setting.config.visual_keep is not None for setting in settings)
+    costs = {setting.name: encoder_macs(predictor, data.samples[0], setting, whole) for setting in settings}
     judged = scoring or (lambda data, predictions: scores(task, data, predictions))
     rows: list[Row] = []
     own: list[Any] = []
