@@ -100,11 +100,8 @@ def _module_of(model: Any) -> nn.Module:
         return model
     denoiser = denoiser_of(model)
     if denoiser is None:
-        inside = [
-            f"{name} ({type(part).__name__})"
-            for name, part in getattr(model, "__dict__", {}).items()
-            if isinstance(part, nn.Module)
-        ]
+        parts = getattr(model, "__dict__", {}).items()
+        inside = [f"{name} ({type(part).__name__})" for name, part in parts if isinstance(part, nn.Module)]
         found = f": it has {', '.join(inside)}, and neither of {', '.join(DENOISERS)}" if inside else ""
         raise UnsupportedModelError(
             f"{type(model).__name__} is no torch.nn.Module{found}: apply to the model inside it"
