@@ -77,8 +77,8 @@ def main() -> None:
 
 
 def classifier(features: Tensor, about: list[dict]) -> dict[str, Tensor]:
-    """A linear probe of Unicode's subgroups, on all vendors' pictures but Twemoji's."""
-    of_code = {sprite.code: sprite.subgroup for sprite in load_sprites()}
+    """A linear probe of Unicode's groups, on all vendors' pictures but Twemoji's, with noise as large as they vary."""
+    of_code = {sprite.code: sprite.group for sprite in load_sprites()}
     names = sorted(set(of_code.values()))
     rows = torch.tensor([i for i, entry in enumerate(about) if entry["concept"]])
     wanted = torch.tensor([names.index(of_code[about[i]["concept"]]) for i in rows])
@@ -86,10 +86,11 @@ def classifier(features: Tensor, about: list[dict]) -> dict[str, Tensor]:
     mean, deviation = seen.mean(dim=0), seen.std(dim=0)
     torch.manual_seed(0)
     probe = nn.Linear(seen.shape[1], len(names))
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.05)
-    for _ in tqdm(range(60), desc="classifier", unit=" epochs"):
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=1.0)
+    for _ in tqdm(range(30), desc="classifier", unit=" epochs"):
         for batch in torch.randperm(len(rows)).split(BATCH):
-            loss = F.cross_entropy(probe((seen[batch] - mean) / deviation), wanted[batch], label_smoothing=0.1)
+            noisy = (seen[batch] - mean) / deviation + torch.randn(len(batch), seen.shape[1])
+            loss = F.cross_entropy(probe(noisy), wanted[batch], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

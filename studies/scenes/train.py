@@ -1,12 +1,13 @@
 """Trains the decoder of the scene reader: captions, questions and statements about the scenes of features.py.
 
-    python studies/scenes/train.py                 # four epochs, about 70 minutes on one core; goes on where it stopped
-    python studies/scenes/train.py --epochs 0      # only measures, and writes the weights of the last checkpoint
+    python studies/scenes/train.py              # about two hours on one core; goes on where it stopped
+    python studies/scenes/train.py --steps 0    # only writes the weights of the last checkpoint
 
-Every picture of a batch is read once, with its caption and its questions in one row that attend to themselves alone;
-every pair once, with six statements. Questions, captions' forms and statements are drawn anew in each epoch. AdamW, the
-rate a half cosine after a warm-up over the epochs given; bf16 autocast. Weights and log go beside the features; the
-weights also to --weights.
+Every picture of a batch is read once, with its caption and about eighteen questions in one row that attend to
+themselves alone; every pair once, with sixteen statements. To look at a picture costs most, to ask more of it little,
+and whether and how many are learnt by being asked often. Questions, captions' forms and statements are drawn anew in
+each epoch. AdamW, the rate a half cosine after a warm-up over the steps given; bf16 autocast. Weights and log go beside
+the features; the weights also to --weights.
 """
 
 from __future__ import annotations
@@ -44,16 +45,17 @@ from turbovlm.zoo.reader import (
 )
 
 CHECKPOINT, LOG = DATA / "checkpoint.pt", DATA / "train.jsonl"
-PAIRS = 16
-"""In a batch: 32 pictures."""
-STATEMENTS = 6
+PAIRS = 8
+"""In a batch: 16 pictures."""
+DRAWS, STATEMENTS = 4, 16
+"""How often each sort of question is asked of a picture, and how many statements are made about a pair."""
 RATE, WARMUP, DECAY = 1e-3, 500, 0.05
 _PAD = VOCABULARY.index(PAD)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=4, help="in all (default 4)")
+    parser.add_argument("--steps", type=int, default=6_200, metavar="N", help="in all (default 6200)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FILE")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -61,7 +63,7 @@ def main() -> None:
     stored = np.load(DATA / "train.npy", mmap_mode="r")
     batches = len(stored) // 2 // PAIRS
     optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY)
-    step, last = 0, args.epochs * batches
+    step, last = 0, args.steps
     if CHECKPOINT.exists():
         saved = torch.load(CHECKPOINT)
         reader.load_state_dict(saved["reader"])
@@ -111,7 +113,7 @@ def loss_of(reader: SceneReader, part: str, stored: np.ndarray, numbers: list[in
 
 
 def about(scene, chance: random.Random) -> list[str]:  # type: ignore[no-untyped-def]
-    asked = questions(scene, chance, NAMES)
+    asked = [question for _ in range(DRAWS) for question in questions(scene, chance, NAMES)]
     return [f"{CAPTION} {chance.choice(captions(scene))}", *(f"{QUESTION} {q.text} {ANSWER} {q.answer}" for q in asked)]
 
 

@@ -133,13 +133,13 @@ def retrieval_data(pictures: int) -> Data:
 
 
 def classification_data(pictures: int) -> Data:
-    """Emoji and their classes, which are Unicode's subgroups, such as `animal-bird`."""
+    """Emoji and their classes, which are Unicode's groups, such as `animals-nature`."""
     count, samples = len(_drawings()), []
     for i in range(pictures):
         emoji = i * count // pictures % count
         shown = Picture(f"emoji {i}", _OnPhoto(emoji, SEED + i, _surfaces))
-        samples.append(Sample(f"emoji-{i}", (shown,), answers=(_drawings()[emoji].subgroup,)))
-    return Data("emoji on surfaces", tuple(samples), classes=subgroups())
+        samples.append(Sample(f"emoji-{i}", (shown,), answers=(_drawings()[emoji].group,)))
+    return Data("emoji on surfaces", tuple(samples), classes=groups())
 
 
 def text_to_image_data(pictures: int) -> Data:
@@ -155,9 +155,9 @@ def text_to_image_data(pictures: int) -> Data:
     return Data("emoji prompts", tuple(samples), real=tuple(real))
 
 
-def subgroups() -> tuple[str, ...]:
-    """Unicode's, of the emoji that are drawn, in alphabetical order."""
-    return tuple(sorted({sprite.subgroup for sprite in _drawings()}))
+def groups() -> tuple[str, ...]:
+    """Unicode's eight, of the emoji that are drawn, in alphabetical order."""
+    return tuple(sorted({sprite.group for sprite in _drawings()}))
 
 
 @functools.cache
