@@ -80,12 +80,15 @@ def test_a_processor_of_the_users_reads_merged_tokens(unet, inputs):
 
 
 def test_an_attention_backend_without_masks():
+    from diffusers.models.attention_dispatch import attention_backend
+
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
     with turbovlm.apply(model, keep=0.5, proportional=False):
         merged = run(model, inputs)
-        model.set_attention_backend("_native_flash")
-        torch.testing.assert_close(run(model, inputs), merged, rtol=0, atol=1e-4)
-    with turbovlm.apply(model, keep=0.5), pytest.raises(StateError, match=r"takes no mask.*proportional=False, or"):
+        with attention_backend("_native_flash"):
+            torch.testing.assert_close(run(model, inputs), merged, rtol=0, atol=1e-4)
+    refused = pytest.raises(StateError, match=r"takes no mask.*proportional=False, or")
+    with turbovlm.apply(model, keep=0.5), attention_backend("_native_flash"), refused:
         run(model, inputs)
 
 
