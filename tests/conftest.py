@@ -1,6 +1,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# on CPUs with tiles (AMX), PyTorch 2.13 reads memory it never wrote in small bfloat16 products: plain models give NaN
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import torch
 

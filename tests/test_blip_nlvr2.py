@@ -56,7 +56,7 @@ def test_merging_makes_it_cheaper(spec):
 
 
 def test_what_is_wrong(spec):
-    with pytest.raises(TurboError, match=r"is for nlvr2; vqa takes BLIP-VQA"):
+    with pytest.raises(TurboError, match=r"'blip-nlvr2' has no model for vqa, which takes BLIP-VQA"):
         loaded("vqa", spec)
     with pytest.raises(TurboError, match=r"none\.pth: there is no such file"):
         loaded("nlvr2", "blip-nlvr2:none.pth")

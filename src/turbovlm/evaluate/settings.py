@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,14 +95,10 @@ def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting, whole: 
     Args:
         whole: those of all that answers the sample instead, every step of a language model included.
     """
-    with merged(predictor.model, setting.config), contextlib.ExitStack() as stack:
-        if whole:
-            everything = stack.enter_context(counting())
-            predictor.predict([predictor.prepare(sample, setting.image_size)])
-            return everything()
-        total = stack.enter_context(_within(_modules(predictor.model)))
+    counter = counting() if whole else _within(_modules(predictor.model))
+    with merged(predictor.model, setting.config), counter as total:
         predictor.predict([predictor.prepare(sample, setting.image_size)])
-        return total[0]
+        return total()
 
 
 def _modules(model: Any) -> list[nn.Module]:
@@ -113,8 +109,8 @@ def _modules(model: Any) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _within(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
-    """Counts what runs inside these."""
+def _within(modules: Sequence[nn.Module]) -> Iterator[Callable[[], int]]:
+    """Counts what runs inside these, as `counting` does."""
     counted, begun = [0], [0]
     with counting() as total, contextlib.ExitStack() as hooks:
 
@@ -127,4 +123,4 @@ def _within(modules: Sequence[nn.Module]) -> Iterator[list[int]]:
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(begin).remove)
             hooks.callback(module.register_forward_hook(end).remove)
-        yield counted
+        yield lambda: counted[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from turbovlm.errors import TurboError
 from turbovlm.evaluate.data import Data
-from turbovlm.evaluate.predictors.blip_nlvr2 import LIBRARY, blip_nlvr2
+from turbovlm.evaluate.predictors.blip_nlvr2 import BLIP_NLVR2, blip_nlvr2
 from turbovlm.evaluate.predictors.encoders import classification, retrieval
 from turbovlm.evaluate.predictors.generating import generating
 from turbovlm.evaluate.predictors.loading import Where
@@ -24,7 +24,12 @@ MODELS = {
     "saliency": "zoo:saliency",
 }
 """What each task takes."""
-LIBRARIES = {"classification": ("timm", "open_clip"), "retrieval": ("open_clip",), "text-to-image": ("diffusers",)}
+LIBRARIES = {
+    "classification": ("timm", "open_clip"),
+    "retrieval": ("open_clip",),
+    "nlvr2": (BLIP_NLVR2,),
+    "text-to-image": ("diffusers",),
+}
 """That a model's name may begin with, beside those of transformers and the zoo."""
 
 
@@ -63,9 +68,7 @@ def _loaded(task: str, where: Where, data: Data, making: Making, features: Featu
         return text_to_image(where, data.samples, making, features)
     if task == "saliency":
         raise TurboError(f"{where.spec}: saliency takes {MODELS[task]}")
-    if where.library == LIBRARY:
-        if task != "nlvr2":
-            raise TurboError(f"{where.spec}: is for nlvr2; {task} takes {MODELS[task]}")
+    if where.library == BLIP_NLVR2:
         return blip_nlvr2(where)
     return generating(task, where)
 

@@ -12,7 +12,8 @@ from turbovlm.evaluate.data import Sample
 from turbovlm.evaluate.predictors.loading import Where, loading
 from turbovlm.evaluate.run import Predictor
 
-LIBRARY = "blip-nlvr2"
+BLIP_NLVR2 = "blip-nlvr2"
+"""What its name begins with."""
 WORDS = "google-bert/bert-base-uncased"
 """Whose tokenizer BLIP was trained with."""
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
