@@ -105,7 +105,7 @@ def load_dual_encoder(weights: Path | str = WEIGHTS) -> DualEncoder:
 
 
 def load_emoji_classifier(weights: Path | str = CLASSIFIER) -> Any:
-    """A `transformers.Dinov2ForImageClassification` of Unicode's subgroups of emoji, in alphabetical order.
+    """A `transformers.Dinov2ForImageClassification` of Unicode's eight groups of emoji, in alphabetical order.
 
     A linear probe on the ViT of the dual encoder; in eval mode, fp32, on the CPU.
 
