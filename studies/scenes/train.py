@@ -37,6 +37,7 @@ from turbovlm.zoo.reader import (
     PAD,
     QUESTION,
     STATEMENT,
+    TIED,
     VOCABULARY,
     WEIGHTS,
     SceneReader,
@@ -91,7 +92,7 @@ def main() -> None:
                 note(reader, step, float(np.mean(losses[-500:])))
                 saved_at = time.monotonic()
     save_file(
-        {name: value.half().contiguous() for name, value in reader.state_dict().items() if not tied(name)},
+        {name: value.half().contiguous() for name, value in reader.state_dict().items() if name not in TIED},
         args.weights,
         {"steps": str(step)},
     )
@@ -179,11 +180,6 @@ def note(reader: SceneReader, step: int, loss: float) -> None:
 
 def first_word(reader: SceneReader, tokens: Tensor, text: str) -> str:
     return VOCABULARY[int(reader(torch.tensor([encode(text)]), tokens)[0, -1].argmax())]
-
-
-def tied(name: str) -> bool:
-    """Whether the weights have it under another name."""
-    return name.startswith("decoder.cls.predictions.decoder.")
 
 
 def save(reader: SceneReader, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from turbovlm.reproduce.report import Sheet
     from turbovlm.reproduce.sources import Sources
 
-PICTURES, QUICK = 200, 8
+PICTURES, QUICK = 200, 4
 
 _EPILOG = """\
 examples:
   turbovlm reproduce all --builtin                 everything, with small models that come with turbovlm: an hour or two
-  turbovlm reproduce all --builtin --quick         the same on 8 pictures per task: that all of it runs, in minutes
+  turbovlm reproduce all --builtin --quick         the same on 4 pictures per task: that all of it runs, in minutes
   turbovlm reproduce table3 figure4 --builtin --pictures 100
   turbovlm reproduce --list                        all there is, and its keys
   turbovlm reproduce --template sources.json       a file that names your checkpoints and data, to be filled in

@@ -187,7 +187,7 @@ def _drawn(scene: Scene) -> Image:
     from turbovlm.zoo.scenes import draw_scene
 
     sprites = {sprite.name: sprite.picture for sprite in _drawings() if sprite.name}
-    return draw_scene(scene, sprites, _photos())
+    return draw_scene(scene, sprites, _surfaces())
 
 
 @functools.lru_cache(maxsize=1024)

@@ -28,6 +28,11 @@ BLOCKS = 10
 CAPTION, QUESTION, STATEMENT, ANSWER, END, PAD = "[caption]", "[question]", "[statement]", "[answer]", "[end]", "[pad]"
 VOCABULARY = (PAD, END, CAPTION, QUESTION, STATEMENT, ANSWER, *words(SCENE_NAMES))
 LONGEST = 64
+TIED = {
+    "decoder.cls.predictions.decoder.weight": "decoder.bert.embeddings.word_embeddings.weight",
+    "decoder.cls.predictions.decoder.bias": "decoder.cls.predictions.bias",
+}
+"""What the file of weights leaves out, and where the same stands."""
 _NUMBER = {word: number for number, word in enumerate(VOCABULARY)}
 
 
@@ -175,5 +180,6 @@ def load_scene_reader(weights: Path | str = WEIGHTS) -> SceneReader:
 
     reader = SceneReader(scene_encoder(), scene_decoder())
     stored = {name: value.float() for name, value in load_file(weights).items()}
+    stored |= {name: stored[same] for name, same in TIED.items()}
     reader.load_state_dict({**{f"encoder.{n}": v for n, v in reader.encoder.state_dict().items()}, **stored})
     return reader.eval()
