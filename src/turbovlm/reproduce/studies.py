@@ -74,7 +74,7 @@ def run_studies(studies: Sequence[Declared], sources: Sources, folder: Path) -> 
 
 
 def _run(study: Declared, source: Source, folder: Path, advance: Progress) -> tuple[Sheet, Any]:
-    about, picture = f"{source.name}, {source.data.name}", file_name(study.key.replace("/", "-"))
+    about, picture = f"{source.name}, {source.data.name}", file_name(study.key.replace("/", "-").replace(".", "-"))
     if study.name == "figure3":
         blocks = by_block(source, TRACED, advance)
         plots.save_blocks(blocks, folder / picture)
