@@ -47,7 +47,8 @@ def save_table(finished: Finished, path: Path) -> None:
     axis.axvline(1 if is_share else own, color="black", linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(shown)), [_label(line, row) for line, row in shown], fontsize=8)
     axis.set_ylim(len(shown) - 0.5, -0.5)
-    axis.set_xlabel(f"{name}, share kept (◇ printed)" if is_share else f"{name} (dotted: unmerged)")
+    beside = " (◇ printed)" if any(finished.printed_kept(line) for line, _ in shown) else ""
+    axis.set_xlabel(f"{name}, share kept{beside}" if is_share else f"{name} (dotted: unmerged)")
     axis.grid(axis="x", alpha=0.3)
     _save(figure, axis, finished.declared.title, path)
 
@@ -69,6 +70,7 @@ def save_curves(finished: Finished, path: Path) -> None:
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     if finished.declared.name == "figure5":
         axis.set_xscale("symlog", linthresh=2)
+        axis.set_xlim(left=0)
     else:
         axis.invert_xaxis()
     axis.set_xlabel(finished.declared.axis)
