@@ -56,7 +56,6 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     file = RESULTS / f"{args.out}.json"
     results = load(file)
-    results["machine"] = machine()
     if args.frechet:
         measure_frechet(pipe, args.frechet, args.only, results, file)
     else:
@@ -69,7 +68,7 @@ def main() -> None:
 
 def measure_drift(pipe: Any, pictures: int, rounds: int, only: str | None, results: dict[str, Any]) -> None:
     chosen = {name: within for name, within in settings().items() if not only or only in name}
-    results |= {"pictures": pictures, "settings": {}}
+    results |= {"machine": machine(), "pictures": pictures, "settings": {}}
     texts = embedded(pipe, prompts(pictures))
     plain = latents(pipe, texts)
     for name, within in tqdm(chosen.items(), unit=" settings"):
@@ -103,6 +102,7 @@ def measure_frechet(pipe: Any, count: int, only: str | None, results: dict[str, 
         with within(pipe):
             made = latents(pipe, texts)
         done[name] = frechet_distance(features(vit, pipe.vae.decode(made)[0].clamp(-1, 1)), drawn)
+        results.setdefault("frechet_machines", {})[name] = machine()
         save(file, results)
 
 
@@ -242,9 +242,10 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
 
 def report(results: dict[str, Any]) -> str:
-    lines = ["# What merging costs in pictures", "", described(results["machine"]), ""]
+    lines = ["# What merging costs in pictures", ""]
     lines += ["The small model trained on emoji, 64×64 pixels, 10 steps, guidance 3, fp32.", ""]
     if "settings" in results:
+        lines += [described(results["machine"]), ""]
         lines += [f"Drift of {results['pictures']} pictures, mean ± standard error; speed-up of a whole picture.", ""]
         lines += ["| | drift | speed-up |", "|---|--:|--:|"]
         for name, found in results["settings"].items():
@@ -253,6 +254,8 @@ def report(results: dict[str, Any]) -> str:
     for count, distances in results.get("frechet", {}).items():
         lines += ["", f"Fréchet distance of {count} pictures to as many drawn ones.", "", "| | |", "|---|--:|"]
         lines += [f"| {name} | {distance:.2f} |" for name, distance in distances.items()]
+        for name in distances:
+            lines += ["", f"{name}: {described(results['frechet_machines'][name])}"]
     return "\n".join([*lines, ""])
 
 
