@@ -18,7 +18,7 @@ PICTURES, QUICK = 200, 4
 
 _EPILOG = """\
 examples:
-  turbovlm reproduce all --builtin                 everything, with small models that come with turbovlm: an hour or two
+  turbovlm reproduce all --builtin                 everything, with small models that come with turbovlm: hours
   turbovlm reproduce all --builtin --quick         the same on 4 pictures per task: that all of it runs, in minutes
   turbovlm reproduce table3 figure4 --builtin --pictures 100
   turbovlm reproduce --list                        all there is, and its keys

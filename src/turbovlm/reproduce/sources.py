@@ -78,7 +78,7 @@ class Sources:
         folder: predictions are kept below it.
         entries: of the user, by task or key; None for built-in models.
         pictures: of the built-in data.
-        how: the device, dtype, batch and workers.
+        device, dtype, batch, workers: how models run.
     """
 
     folder: Path
