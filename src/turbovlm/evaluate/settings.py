@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,12 @@ def smaller(predictor: Predictor, sample: Sample, macs: int, name: str = SMALLER
     costs = size_costs(predictor, sample)
     if not costs:
         raise ConfigError(f"this model takes pictures of one size only: leave the control {name!r} out")
-    return Setting(name, None, min(costs, key=lambda size: abs(costs[size] - macs)))
+    return Setting(name, None, nearest_size(costs, macs))
+
+
+def nearest_size(costs: Mapping[int, int], macs: int) -> int:
+    """The pixels a side, of `size_costs`, that come nearest to so many multiply-accumulates."""
+    return min(costs, key=lambda size: abs(costs[size] - macs))
 
 
 def size_costs(predictor: Predictor, sample: Sample) -> dict[int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 from turbovlm.config import TurboConfig
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.run import Predictor, Setting
-from turbovlm.evaluate.settings import METHODS, OWN, SMALLER, encoder_macs, evenly, size_costs
+from turbovlm.evaluate.settings import METHODS, OWN, SMALLER, encoder_macs, evenly, nearest_size, size_costs
 from turbovlm.evaluate.study import Row, Scoring, run_study
 from turbovlm.reproduce.declared import Declared, Line
 from turbovlm.reproduce.published import Printed
@@ -116,7 +116,7 @@ def settings_of(declared: Declared, source: Source) -> dict[str, Setting]:
     if costs:
         first = next(setting for setting in found.values() if setting.config is not None)
         macs = encoder_macs(source.predictor, source.data.samples[0], first)
-        size = min(costs, key=lambda size: abs(costs[size] - macs))
+        size = nearest_size(costs, macs)
         found[SMALLER] = Setting(f"{SMALLER}, {size} pixels", None, size)
     return found
 
