@@ -20,16 +20,8 @@ from turbovlm.evaluate.study import file_name
 from turbovlm.reproduce.declared import Declared
 from turbovlm.reproduce.running import Source
 
-FIELDS = {
-    "model": "a hub id, a folder, or what else `turbovlm evaluate --model` takes",
-    "data": "annotation files, a folder, or datasets:ID",
-    "images": "the folder of the pictures that annotations name",
-    "split": "which part of the data",
-    "limit": "that many samples, evenly spaced",
-    "prompt": "what the model is asked",
-    "steps": "of denoising, for text-to-image",
-}
-"""What an entry of the sources' file may have; the first two it must."""
+REQUIRED, OPTIONAL = ("model", "data"), ("images", "split", "limit", "prompt", "steps")
+"""What an entry of the sources' file has; each is what `turbovlm evaluate` calls so."""
 EXAMPLES = {
     "nlvr2": {"model": "blip-nlvr2:model_base_nlvr.pth", "data": ["nlvr2/dev.json"], "images": "nlvr2/dev"},
     "vqa": {
@@ -156,8 +148,8 @@ def read_sources(path: Path, known: Sequence[str]) -> dict[str, dict[str, Any]]:
     for name, entry in content.items():
         if name not in known:
             raise DataError(f"{path}: {name!r} is no task or comparison; `turbovlm reproduce --list` names them")
-        if not isinstance(entry, dict) or not entry.keys() >= {"model", "data"} or not FIELDS.keys() >= entry.keys():
-            raise DataError(f"{path}: {name!r} must have model and data, and may have {', '.join(list(FIELDS)[2:])}")
+        if not isinstance(entry, dict) or not {*REQUIRED} <= entry.keys() <= {*REQUIRED, *OPTIONAL}:
+            raise DataError(f"{path}: {name!r} must have {' and '.join(REQUIRED)}, and may have {', '.join(OPTIONAL)}")
     return content
 
 
