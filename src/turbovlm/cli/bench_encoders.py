@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from turbovlm.cli.measuring import check_numbers, check_plot, device_named, progress_bar, versions_used
+from turbovlm.cli.measuring import (
+    check_numbers,
+    check_plot,
+    console_for_tables,
+    device_named,
+    progress_bar,
+    versions_used,
+)
 from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +26,6 @@ DEFAULTS = {"batch": 8, "rounds": 10, "warmup": 2}
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
     import torch
-    from rich.console import Console
 
     from turbovlm.adapters import find_towers
     from turbovlm.cli.models import load_model, random_inputs, write_json
@@ -28,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     check_plot(args.plot)
     configs, size = _configs(args), _size(args.image_size)
     device, dtype = device_named(args.device), getattr(torch, args.dtype)
-    console = Console()
+    console = console_for_tables()
     model = load_model(args.model, size, device=device, pretrained=args.pretrained).to(dtype)
     comparisons: dict[str, Comparison] = {}
     for tower in find_towers(model):

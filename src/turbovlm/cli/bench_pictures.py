@@ -7,7 +7,14 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from turbovlm.cli.measuring import check_numbers, check_plot, device_named, progress_bar, versions_used
+from turbovlm.cli.measuring import (
+    check_numbers,
+    check_plot,
+    console_for_tables,
+    device_named,
+    progress_bar,
+    versions_used,
+)
 from turbovlm.errors import ConfigError, TurboError
 
 if TYPE_CHECKING:
@@ -45,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pictures(pipe: Any, configs: dict[str, TurboConfig], sizes: list[Any], args: argparse.Namespace) -> dict[str, Any]:
-    from rich.console import Console
 
     from turbovlm.profile.pipelines import check_size
 
@@ -56,7 +62,7 @@ def _pictures(pipe: Any, configs: dict[str, TurboConfig], sizes: list[Any], args
     for size in sizes:
         if size is not None:
             check_size(pipe, size)
-    console = Console()
+    console = console_for_tables()
     comparisons: dict[str, PictureComparison] = {}
     for size in sizes:
         comparison = _compared(pipe, configs, size, args)
@@ -110,7 +116,6 @@ def _compared(
 def _denoiser(
     model: Any, configs: dict[str, TurboConfig], sizes: list[Any], args: argparse.Namespace
 ) -> dict[str, Any]:
-    from rich.console import Console
 
     from turbovlm.cli.bench_encoders import comparison_table, measured
     from turbovlm.cli.pipelines import denoiser_inputs
@@ -122,7 +127,7 @@ def _denoiser(
                 f"--{option}: {args.model} is a denoiser alone, of which one forward is timed; give the pipeline"
             )
     inputs = [denoiser_inputs(model, size, args.batch or DEFAULTS["batch"]) for size in sizes]
-    console = Console()
+    console = console_for_tables()
     comparisons: dict[str, Comparison] = {}
     for size, given in zip(sizes, inputs):
         name = "own size" if size is None else f"{size[1]}x{size[0]}"

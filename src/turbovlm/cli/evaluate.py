@@ -97,16 +97,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, ask, compare, print, and write what was asked for."""
-    from rich.console import Console
 
-    from turbovlm.cli.measuring import check_numbers, check_plot
+    from turbovlm.cli.measuring import check_numbers, check_plot, console_for_tables
     from turbovlm.cli.models import write_json
     from turbovlm.evaluate.study import run_study
 
     check_numbers(args, "batch", "seeds")
     check_plot(args.plot)
     _check_options(args)
-    console = Console()
+    console = console_for_tables()
     data = _checked(args, _data(args))
     if args.check:
         console.print(f"{data.name}: {len(data.samples)} samples, all of which can be read")

@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> int:
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     import turbovlm
     from turbovlm.adapters import find_towers
+    from turbovlm.cli.measuring import console_for_tables
     from turbovlm.cli.models import config_from, example_inputs, load_model, random_inputs, write_json
 
     config = config_from(args, 0)
@@ -77,7 +77,7 @@ def _model(args: argparse.Namespace) -> int:
         rows.append({"encoder": name, "tokens": [tokens[0], tokens[-1]], "macs": before, "macs_merged": after})
         merged = (str(tokens[-1]), f"{after / 1e9:.2f}", f"{after / before:.1%}") if merging else ()
         table.add_row(name, str(tokens[0]), f"{before / 1e9:.2f}", *merged)
-    Console().print(table)
+    console_for_tables().print(table)
     if args.json:
         write_json(args.json, {"model": args.model, "amount": config.amount, "encoders": rows})
     return 0
@@ -99,6 +99,7 @@ def _paper(args: argparse.Namespace) -> int:
     from rich.progress import track
     from rich.table import Table
 
+    from turbovlm.cli.measuring import console_for_tables
     from turbovlm.cli.models import write_json
     from turbovlm.profile.paper import ROWS, paper_costs
     from turbovlm.profile.paper_models import COUNTS, WHOLE_ROWS, whole_costs
@@ -120,7 +121,7 @@ def _paper(args: argparse.Namespace) -> int:
             f"{cost.full_gmacs / cost.gmacs:.2f}x" if row.r else "",
             "" if row.printed_speedup is None else f"{row.printed_speedup:.2f}x",
         )
-    console = Console()
+    console = console_for_tables()
     console.print(table)
     console.print("r*: deduced, not printed. ratio: the full model's MACs over the merged one's.")
     console.print("Tables 1, 3 and 4 are of whole models, the others of image encoders.")

@@ -5,10 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from turbovlm.errors import ConfigError, TurboError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDE = 300
+"""Columns of a table that is written to a file or a pipe: none of it is cut."""
+
+
+def console_for_tables() -> Console:
+    """Standard output; as wide as the terminal if it is one."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=WIDE)
 
 
 def check_numbers(args: argparse.Namespace, *names: str) -> None:

@@ -137,13 +137,11 @@ def _check(sources: Sources, studies: Sequence[Any]) -> None:
 def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> int:
     from datetime import datetime, timezone
 
-    from rich.console import Console
-
-    from turbovlm.cli.measuring import versions_used
+    from turbovlm.cli.measuring import console_for_tables, versions_used
     from turbovlm.reproduce.report import read_entries, write_report
     from turbovlm.reproduce.studies import every_study, run_studies
 
-    folder, console = Path(args.out), Console()
+    folder, console = Path(args.out), console_for_tables()
     kept = read_entries(folder)
     source = f"--sources {args.sources}" if args.sources else "--builtin"
     about = {
