@@ -138,6 +138,7 @@ def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> 
     from datetime import datetime, timezone
 
     from turbovlm.cli.measuring import console_for_tables, versions_used
+    from turbovlm.reproduce.overview import overview
     from turbovlm.reproduce.report import read_entries, write_report
     from turbovlm.reproduce.studies import every_study, run_studies
 
@@ -152,7 +153,7 @@ def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> 
     folder.mkdir(parents=True, exist_ok=True)
     for found in run_studies(studies, sources, folder):
         kept[found.key] = {**about, **found.plain()}
-        write_report(folder, kept, [study.key for study in every_study()])
+        write_report(folder, kept, [study.key for study in every_study()], overview(kept, folder))
         console.print(_table(found.sheet))
     console.print(f"report: {folder / 'report.md'}")
     return 0

@@ -79,6 +79,30 @@ def save_curves(finished: Finished, path: Path) -> None:
     _save(figure, axis, finished.declared.title, path)
 
 
+def save_overview(kept: Mapping[str, Mapping[str, Mapping[str, float]]], names: Sequence[str], path: Path) -> None:
+    """Share kept, with 95 % intervals: a panel per task, a row per setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 + 1.9 * len(kept), 1.0 + 0.3 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(kept), sharey=True)
+    for axis, (task, points) in zip(panels, kept.items()):
+        for place, name in enumerate(names):
+            if name in points:
+                value, low, high = (points[name][each] for each in ("value", "low", "high"))
+                reach = [[value - low], [high - value]]
+                axis.errorbar(value, place, xerr=reach, marker="o", markersize=5, capsize=2, color=_colour(name))
+        axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(task, fontsize=9, loc="left")
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel("score kept", fontsize=9)
+    _write(figure, path)
+
+
 def save_savings(savings: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Table 11: how many times fewer multiply-accumulates, per task and method; 1 where nothing passes."""
     figure, axis = _figure(6.5, 3.5)
@@ -127,9 +151,11 @@ def save_pictures(sheet: Image, names: Sequence[str], path: Path) -> None:
 
 def colour_of(line: Line) -> str:
     """By its method."""
-    if line.name == SMALLER:
-        return "#d4a017"
-    return COLOURS.get(line.name.partition(",")[0].partition(" ")[0], "0.45")
+    return _colour(line.name)
+
+
+def _colour(name: str) -> str:
+    return "#d4a017" if name == SMALLER else COLOURS.get(name.partition(",")[0].partition(" ")[0], "0.45")
 
 
 def _label(line: Line, row: Row | None) -> str:

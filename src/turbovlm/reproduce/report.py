@@ -78,19 +78,22 @@ def read_entries(folder: Path) -> dict[str, Any]:
     return entries
 
 
-def write_report(folder: Path, entries: Mapping[str, Any], order: Sequence[str]) -> None:
+def write_report(folder: Path, entries: Mapping[str, Any], order: Sequence[str], overview: Sheet | None = None) -> None:
     """report.md and results.json.
 
     Args:
         folder: where the plots are.
         entries: by study: its sheet and numbers, and `command`, `date` and `versions` of the run that made it.
         order: of the studies.
+        overview: what comes before them.
     """
     place = {key: number for number, key in enumerate(order)}
     named = sorted(
         entries, key=lambda key: min((n for k, n in place.items() if f"{k}/".startswith(f"{key}/")), default=0)
     )
     lines = ["# Turbo's tables and figures, ours beside the printed ones", "", ABOUT, ""]
+    if overview is not None:
+        lines += [overview.markdown()]
     for key in named:
         entry = entries[key]
         versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
