@@ -17,6 +17,7 @@ from turbovlm.evaluate.scoring import Score
 from turbovlm.evaluate.settings import OWN, SMALLER
 from turbovlm.handle import overrides
 from turbovlm.reproduce.declared import PLUGINS, comparisons, encoder_share
+from turbovlm.reproduce.overview import overview
 from turbovlm.reproduce.published import printed_rows
 from turbovlm.reproduce.running import SEARCH, Source, largest_savings, named, settings_of
 from turbovlm.reproduce.studies import chosen, every_study
@@ -53,6 +54,32 @@ def test_shares_are_those_of_the_printed_costs():
                 checked += 1
     assert checked == 18
     assert encoder_share(1, "BLIP-B", 35) == 0.61
+
+
+def test_the_overview_has_a_column_for_every_task_that_was_run(tmp_path):
+    def row(kept, same):
+        return {
+            "metrics": [{"name": "top-1", "kept": kept and dict(zip(("value", "low", "high"), kept))}],
+            "same": same,
+        }
+
+    def entry(*lines):
+        return {"numbers": {"lines": [{"line": name, "row": each} for name, each in lines]}}
+
+    own, same = ("unmerged", row(None, None)), {"value": 0.9}
+    entries = {
+        "tasks/vqa": entry(own, ("turbovlm", row((0.99, 0.97, 1.01), same)), (SMALLER, row((0.8, 0.7, 0.9), None))),
+        "table5/BLIP2/COCO": entry(own),
+    }
+    assert overview(entries, tmp_path) is None and not list(tmp_path.iterdir())
+    entries["tasks/nlvr2"] = entry(own, ("turbovlm", row((1.02, 0.9, 1.1), same)))
+    sheet = overview(entries, tmp_path)
+    assert sheet.header == ("setting", "vqa: top-1 kept", "same answer", "nlvr2: top-1 kept", "same answer")
+    assert sheet.rows == (
+        ("turbovlm", "99.0% [97.0%, 101.0%]", "90.0%", "102.0% [90.0%, 110.0%]", "90.0%"),
+        (SMALLER, "80.0% [70.0%, 90.0%]", "", "", ""),
+    )
+    assert Image.open(tmp_path / "overview.png").width > 500 and (tmp_path / "overview.svg").exists()
 
 
 def test_lines_run_as_printed():

@@ -22,6 +22,7 @@ def test_all_of_it_runs(tmp_path, capsys):
     wanted = list(dict.fromkeys(s.name if s.name == "table11" else s.key for s in every_study()))
     assert list(results) == wanted
     report = (out / "report.md").read_text()
+    assert report.index("## All tasks at 60%") < report.index("## Saliency at 60%")
     for entry in results.values():
         assert f"## {entry['sheet']['title']}" in report
         picture = out / f"{entry['sheet']['picture']}.png"

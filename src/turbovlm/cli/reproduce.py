@@ -145,8 +145,9 @@ def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> 
     folder, console = Path(args.out), console_for_tables()
     kept = read_entries(folder)
     source = f"--sources {args.sources}" if args.sources else "--builtin"
+    amount = " --quick" if args.quick else f" --pictures {args.pictures}" if args.pictures else ""
     about = {
-        "command": f"turbovlm reproduce {' '.join(args.what)} {source}{' --quick' if args.quick else ''}",
+        "command": f"turbovlm reproduce {' '.join(args.what)} {source}{amount}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "versions": versions_used(),
     }
