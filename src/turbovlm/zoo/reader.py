@@ -1,8 +1,9 @@
 """A small model that reads scenes: captions, answers to questions, and whether statements about two pictures are true.
 
-Its eyes are ten blocks of the pretrained ViT-S/14 of `turbovlm.zoo.saliency`, unchanged. What reads their tokens is a
-decoder as BLIP has it (`transformers.BlipTextLMHeadModel`): four blocks of width 256 that attend to words before and to
-all image tokens. A text begins with what is wanted, `[caption]`, `[question]` or `[statement]`; what follows `[answer]`
+Its eyes are ten blocks of the pretrained ViT-S/14 of `turbovlm.zoo.saliency`, unchanged. A connector, two linear layers
+on each token, brings their tokens to where the words are. What reads them is a decoder as BLIP has it
+(`transformers.BlipTextLMHeadModel`): four blocks of width 256 that attend to words before and to all image tokens. A
+text begins with what is wanted, `[caption]`, `[question]` or `[statement]`; what follows `[answer]`
 is the answer. For statements the tokens of two pictures stand in one sequence, marked left and right.
 """
 
@@ -27,7 +28,7 @@ BLOCKS = 10
 """Of the ViT's twelve: fine-tuning changed the last two."""
 CAPTION, QUESTION, STATEMENT, ANSWER, END, PAD = "[caption]", "[question]", "[statement]", "[answer]", "[end]", "[pad]"
 VOCABULARY = (PAD, END, CAPTION, QUESTION, STATEMENT, ANSWER, *words(SCENE_NAMES))
-LONGEST = 64
+WIDTH, LONGEST = 256, 64
 TIED = {
     "decoder.cls.predictions.decoder.weight": "decoder.bert.embeddings.word_embeddings.weight",
     "decoder.cls.predictions.decoder.bias": "decoder.cls.predictions.bias",
@@ -41,15 +42,17 @@ class SceneReader(nn.Module):
 
     Attributes:
         encoder: a `transformers.Dinov2Model` of ten blocks; it stays as it was pretrained.
+        connector: from the encoder's width to the decoder's.
         decoder: a `transformers.BlipTextLMHeadModel`.
-        sides: what is added to the tokens of the left and of the right picture where there are two, `[2, 384]`.
+        sides: what is added to the tokens of the left and of the right picture where there are two, `[2, 256]`.
     """
 
     def __init__(self, encoder: Any, decoder: Any) -> None:
         super().__init__()
         self.encoder = encoder
+        self.connector = nn.Sequential(nn.Linear(384, 768), nn.GELU(), nn.Linear(768, WIDTH), nn.LayerNorm(WIDTH))
         self.decoder = decoder
-        self.sides = nn.Parameter(torch.zeros(2, 384))
+        self.sides = nn.Parameter(torch.zeros(2, WIDTH))
 
     def look(self, pixel_values: Tensor) -> Tensor:
         """The tokens of the pictures.
@@ -58,16 +61,16 @@ class SceneReader(nn.Module):
             pixel_values: `[batch, 3, 224, 224]`, or `[batch, 2, 3, 224, 224]` for pairs, as `zoo.preprocess` has it.
 
         Returns:
-            `[batch, tokens, 384]`; of a pair, the left picture's and then the right one's.
+            `[batch, tokens, 256]`; of a pair, the left picture's and then the right one's.
         """
         if pixel_values.ndim == 4:
-            tokens: Tensor = self.encoder(pixel_values=pixel_values).last_hidden_state
+            tokens: Tensor = self.connector(self.encoder(pixel_values=pixel_values).last_hidden_state)
             return tokens
-        each: Tensor = self.encoder(pixel_values=pixel_values.flatten(0, 1)).last_hidden_state
+        each = self.look(pixel_values.flatten(0, 1))
         return self.join(each.reshape(*pixel_values.shape[:2], *each.shape[1:]))
 
     def join(self, tokens: Tensor) -> Tensor:
-        """Two pictures' tokens, `[batch, 2, tokens, 384]`, as one sequence."""
+        """Two pictures' tokens, `[batch, 2, tokens, 256]`, as one sequence."""
         return (tokens + self.sides[:, None]).flatten(1, 2)
 
     def forward(
@@ -146,10 +149,10 @@ def scene_decoder() -> Any:
 
     config = BlipTextConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=256,
-        encoder_hidden_size=384,
-        intermediate_size=1024,
-        projection_dim=256,
+        hidden_size=WIDTH,
+        encoder_hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
         hidden_dropout_prob=0.0,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -167,7 +170,7 @@ def load_scene_reader(weights: Path | str = WEIGHTS) -> SceneReader:
     """The model with its weights, in eval mode, fp32, on the CPU.
 
     Args:
-        weights: a safetensors file of the decoder's and `sides`.
+        weights: a safetensors file of the connector's, the decoder's and `sides`.
 
     Raises:
         TurboError: the weights, the pretrained ViT's or `transformers` are not there.
