@@ -2,13 +2,19 @@
 
     python studies/pairs/pictures.py           # writes studies/pairs/data/features.{pt,json}; half an hour on two cores
 
-Needs studies/scenes/data (studies/scenes/prepare.py), apt-get and dpkg-deb. Beside the five vendors' emoji:
+Needs studies/scenes/data (studies/scenes/prepare.py), npm, apt-get and dpkg-deb. Beside the five vendors' emoji:
 
+  npm @iconify-json/noto-v1, fxemoji (Apache-2.0), emojione-v1 (CC-BY-SA-4.0), streamline-emojis (CC-BY-4.0): those of
+  their emoji that are called as Unicode calls them
+  npm @iconify-json/streamline-kameleon-color, streamline-ultimate-color (CC-BY-4.0), flat-color-icons (MIT): icons
+  with names
   Debian openclipart-svg (public domain): drawings with a title and subjects
   Debian tuxpaint-stamps-default (GPL-2+): captioned cut-outs of photographs, and drawings
+  Debian gimp-data (GPL-3+ and others, see its copyright file): patterns, which are tiled
 
-A fifth of the emoji, chosen by `unseen`, is left out for evaluation, whoever drew them; so is Twemoji. Features are CLS
-and the mean of the patches after the ViT's tenth block.
+A fifth of the emoji, chosen by `unseen`, is left out for evaluation, whoever drew them; so is Twemoji. What other
+sources call by the same name is not left out. Features are CLS and the mean of the patches after the ViT's tenth block:
+of pictures on photographs at 224 pixels, and of others, emoji and icons, on photographs and patterns at several sizes.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import io
 import json
 import random
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -24,6 +31,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -32,7 +40,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenes"))
 from features import load_drawings
 from prepare import DATA as SCENES
-from prepare import VENDORS
+from prepare import VENDORS, fetch_npm, read_json
+from prepare import draw as drawn
 
 from turbovlm.zoo import preprocess
 from turbovlm.zoo.dual_encoder import unseen
@@ -41,16 +50,22 @@ from turbovlm.zoo.scenes import on_photo
 from turbovlm.zoo.sprites import load_sprites
 
 DATA = Path(__file__).parent / "data"
+EMOJI = ("noto-v1", "fxemoji", "emojione-v1", "streamline-emojis")
+ICONS = ("streamline-kameleon-color", "streamline-ultimate-color", "flat-color-icons")
+"""Of `@iconify-json`, beside the packs of `VENDORS`."""
 COPIES = {"emoji": 4, "clipart": 2, "stamp": 4}
-"""Pictures of each drawing, on different photographs."""
-BATCH, SIDE = 32, 224
+MORE_COPIES = {"emoji": 1, "other emoji": 3, "icon": 1}
+"""Pictures of each drawing: on photographs, and on photographs and patterns."""
+BATCH, SIDE, TILED = 32, 224, 512
+SIDES = (140, 168, 196, 224)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A drawing and its words: a title, and others. `concept` is an emoji's code."""
+    """A drawing, who drew it, and its words: a title, and others. `concept` is an emoji's code."""
 
     source: str
+    maker: str
     concept: str | None
     title: str
     tags: tuple[str, ...]
@@ -60,39 +75,99 @@ class Item:
 def main() -> None:
     DATA.mkdir(exist_ok=True)
     _, photos = load_drawings()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        first = [*emoji(), *other_drawings(folder)]
+        more = [*emoji(), *other_emoji(folder), *icons(folder)]
+        both = [*photos, *patterns(folder)]
+    seen = [look(first, COPIES, photos, (SIDE,), 0), look(more, MORE_COPIES, both, SIDES, 1)]
+    torch.save(torch.cat([features for features, _ in seen]), DATA / "features.pt")
+    (DATA / "features.json").write_text(json.dumps([entry for _, about in seen for entry in about]))
+
+
+def look(
+    items: list[Item], copies: dict[str, int], backgrounds: list[Image.Image], sides: tuple[int, ...], seed: int
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Features of pictures, `[pictures, 768]`, and what each shows. All of a batch have one of the sizes."""
     encoder = scene_encoder().to(torch.bfloat16)
-    chance = random.Random(0)
-    about, features, ready = [], [], []
+    chance = random.Random(seed)
+    about: list[dict[str, Any]] = []
+    features: list[torch.Tensor] = []
+    ready: list[Image.Image] = []
 
     def flush() -> None:
+        side = sides[len(features) % len(sides)]
         with torch.inference_mode():
-            out = encoder(pixel_values=preprocess(ready).to(torch.bfloat16)).last_hidden_state.float()
+            out = encoder(pixel_values=preprocess(ready, side).to(torch.bfloat16)).last_hidden_state.float()
         features.append(torch.cat([out[:, 0], out[:, 1:].mean(dim=1)], dim=1).half())
         ready.clear()
 
-    for item in tqdm(items(), unit=" drawings"):
-        for _ in range(COPIES[item.source]):
-            ready.append(on_photo(item.picture, photos, chance))
-            about.append({"source": item.source, "concept": item.concept, "title": item.title, "tags": item.tags})
+    for item in tqdm(items, unit=" drawings"):
+        told = {"source": item.source, "maker": item.maker, "concept": item.concept, "title": item.title}
+        for _ in range(copies[item.source]):
+            ready.append(on_photo(item.picture, backgrounds, chance))
+            about.append({**told, "tags": item.tags})
             if len(ready) == BATCH:
                 flush()
     if ready:
         flush()
-    torch.save(torch.cat(features), DATA / "features.pt")
-    (DATA / "features.json").write_text(json.dumps(about))
+    return torch.cat(features), about
 
 
-def items() -> Iterator[Item]:
+def emoji() -> Iterator[Item]:
     for vendor in VENDORS:
         if vendor == "twemoji":
             continue
         for s in load_sprites(SCENES / f"{vendor}.zip"):
             if not unseen(s.code):
-                yield Item("emoji", s.code, s.label, s.tags, s.picture)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        yield from cliparts(unpack("openclipart-svg", folder) / "openclipart" / "svg")
-        yield from stamps(unpack("tuxpaint-stamps-default", folder) / "tuxpaint" / "stamps")
+                yield Item("emoji", vendor, s.code, s.label, s.tags, s.picture)
+
+
+def other_emoji(folder: Path) -> Iterator[Item]:
+    """One drawing of each emoji that a pack calls as Unicode does."""
+    labels = {letters(sprite.label): sprite for sprite in load_sprites()}
+    for pack in EMOJI:
+        with fetch_npm(f"@iconify-json/{pack}", folder) as archive:
+            given = read_json(archive, "icons.json")
+        names = {letters(name): name for name in sorted({**given["icons"], **given.get("aliases", {})})}
+        for label in sorted(names.keys() & labels.keys()):
+            s = labels[label]
+            if not unseen(s.code):
+                yield Item("other emoji", pack, s.code, s.label, s.tags, drawn(given, names[label]))
+
+
+def icons(folder: Path) -> Iterator[Item]:
+    """One drawing of each name, without numbers and words for variants."""
+    for pack in ICONS:
+        with fetch_npm(f"@iconify-json/{pack}", folder) as archive:
+            given = read_json(archive, "icons.json")
+        names = {words(re.sub(r"-(duo|flat)$", "", name)): name for name in sorted(given["icons"], reverse=True)}
+        for title in sorted(filter(None, names)):
+            yield Item("icon", pack, None, title, (), drawn(given, names[title]))
+
+
+def letters(text: str) -> str:
+    return re.sub("[^a-z]", "", text.lower())
+
+
+def patterns(folder: Path) -> Iterator[Image.Image]:
+    """GIMP's, of stone, wood and the like, each repeated over a square."""
+    for path in sorted((unpack("gimp-data", folder) / "gimp" / "2.0" / "patterns").rglob("*.pat")):
+        content = path.read_bytes()
+        start, _, width, height, channels = struct.unpack(">5I", content[:20])
+        if path.parent.name == "Legacy" or channels not in (1, 3):
+            continue
+        tile = Image.frombytes("L" if channels == 1 else "RGB", (width, height), content[start:]).convert("RGB")
+        canvas = Image.new("RGB", (TILED, TILED))
+        for left in range(0, TILED, width):
+            for top in range(0, TILED, height):
+                canvas.paste(tile, (left, top))
+        yield canvas
+
+
+def other_drawings(folder: Path) -> Iterator[Item]:
+    yield from cliparts(unpack("openclipart-svg", folder) / "openclipart" / "svg")
+    yield from stamps(unpack("tuxpaint-stamps-default", folder) / "tuxpaint" / "stamps")
 
 
 def unpack(package: str, folder: Path) -> Path:
@@ -130,7 +205,9 @@ def cliparts(folder: Path) -> Iterator[Item]:
         except (ValueError, OSError):
             continue
         if picture.getchannel("A").getextrema()[1] and max(picture.size) < 8 * min(picture.size):
-            yield Item("clipart", None, title, tuple(filter(None, [*folders, *tags[1:]])), square(picture))
+            yield Item(
+                "clipart", "openclipart", None, title, tuple(filter(None, [*folders, *tags[1:]])), square(picture)
+            )
 
 
 def stamps(folder: Path) -> Iterator[Item]:
@@ -140,7 +217,7 @@ def stamps(folder: Path) -> Iterator[Item]:
             continue
         title = text.read_text(errors="replace").splitlines()[0].strip().rstrip(".!")
         folders = path.relative_to(folder).parts[:-1]
-        yield Item("stamp", None, title, tuple(folders), square(Image.open(path).convert("RGBA")))
+        yield Item("stamp", "tuxpaint", None, title, tuple(folders), square(Image.open(path).convert("RGBA")))
 
 
 def words(text: str) -> str:
