@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.errors import ConfigError, TurboError
+from turbovlm.handle import get_handle
 from turbovlm.zoo.grammar import words
 from turbovlm.zoo.saliency import load_saliency_vit
 from turbovlm.zoo.sprites import SCENE_NAMES
@@ -28,7 +29,7 @@ BLOCKS = 10
 """Of the ViT's twelve: fine-tuning changed the last two."""
 CAPTION, QUESTION, STATEMENT, ANSWER, END, PAD = "[caption]", "[question]", "[statement]", "[answer]", "[end]", "[pad]"
 VOCABULARY = (PAD, END, CAPTION, QUESTION, STATEMENT, ANSWER, *words(SCENE_NAMES))
-WIDTH, LONGEST = 256, 64
+WIDTH, LONGEST, PATCH = 256, 64, 14
 TIED = {
     "decoder.cls.predictions.decoder.weight": "decoder.bert.embeddings.word_embeddings.weight",
     "decoder.cls.predictions.decoder.bias": "decoder.cls.predictions.bias",
@@ -57,6 +58,9 @@ class SceneReader(nn.Module):
     def look(self, pixel_values: Tensor) -> Tensor:
         """The tokens of the pictures.
 
+        Where tokens are merged, every position gets its token's value: a thing that became one token then weighs in the
+        words' attention what it weighed before, without which it is overlooked, and miscounted.
+
         Args:
             pixel_values: `[batch, 3, 224, 224]`, or `[batch, 2, 3, 224, 224]` for pairs, as `zoo.preprocess` has it.
 
@@ -64,8 +68,12 @@ class SceneReader(nn.Module):
             `[batch, tokens, 256]`; of a pair, the left picture's and then the right one's.
         """
         if pixel_values.ndim == 4:
-            tokens: Tensor = self.connector(self.encoder(pixel_values=pixel_values).last_hidden_state)
-            return tokens
+            tokens: Tensor = self.encoder(pixel_values=pixel_values).last_hidden_state
+            height, width = (length // PATCH for length in pixel_values.shape[2:])
+            if tokens.shape[1] < 1 + height * width:
+                tokens = get_handle(self.encoder).restore(tokens)
+            read: Tensor = self.connector(tokens)
+            return read
         each = self.look(pixel_values.flatten(0, 1))
         return self.join(each.reshape(*pixel_values.shape[:2], *each.shape[1:]))
 
