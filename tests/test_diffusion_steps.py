@@ -65,6 +65,40 @@ def test_a_scheduler_is_followed_and_given_back(decisions):
     assert set(first.__dict__) == set(before)
 
 
+def test_what_wraps_the_scheduler_later_stays():
+    pipe = pipeline()
+    handle, steps = turbovlm.apply(pipe, keep=0.5, refresh=2), []
+    inside = pipe.scheduler.step
+
+    def step(*args, **kwargs):
+        steps.append(args[1])
+        return inside(*args, **kwargs)
+
+    pipe.scheduler.step = step
+    merged = picture(pipe)
+    counted = len(steps)
+    handle.remove()
+    assert pipe.scheduler.step is step and "set_timesteps" not in pipe.scheduler.__dict__
+    plain = picture(pipe)
+    assert len(steps) == 2 * counted > 0 and not torch.equal(plain, merged)
+    del pipe.scheduler.step
+    assert torch.equal(picture(pipe), plain)
+
+
+def test_a_run_that_failed_leaves_no_merges(decisions):
+    pipe, inputs = pipeline(), unet_inputs(1, 32, 32)
+    fails = pipe.unet.conv_out.register_forward_hook(lambda *_: 1 / 0)
+    with turbovlm.apply(pipe, keep=0.5, refresh=4):
+        with pytest.raises(ZeroDivisionError):
+            picture(pipe)
+        fails.remove()
+        decisions.clear()
+        run(pipe.unet, inputs)
+        once = len(decisions)
+        run(pipe.unet, inputs)
+        assert len(decisions) == 2 * once > 0
+
+
 def test_a_forward_that_nobody_counts_decides(decisions):
     pipe, inputs = pipeline(), unet_inputs(1, 32, 32)
     with turbovlm.apply(pipe, keep=0.5, refresh=4):

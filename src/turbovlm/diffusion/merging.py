@@ -214,6 +214,9 @@ def denoiser_forward(
         elif given.get("img_ids") is not None:
             plan.grid = _grid_of(given["img_ids"], latent, plan.config.grid)
         out = forward(*args, **kwargs)
+    except BaseException:
+        plan.counting = False  # the run ends here, and its merges with it
+        raise
     finally:
         plan.running, plan.thread = False, None
     if not torch.compiler.is_compiling():

@@ -48,8 +48,11 @@ def unfollow(plan: DiffusionPlan) -> None:
 
 
 def _give_back(scheduler: Any) -> None:
-    for name in _FOLLOWED:
-        scheduler.__dict__.pop(name, None)
+    """But for methods that another library has wrapped since: inside of its own they do no harm."""
+    for name, function in _FOLLOWED.items():
+        method = scheduler.__dict__.get(name)
+        if isinstance(method, functools.partial) and method.func is function:
+            del scheduler.__dict__[name]
 
 
 def _set_timesteps(plan: DiffusionPlan, method: Any, *args: Any, **kwargs: Any) -> Any:
