@@ -6,7 +6,7 @@
 First the connector and the words are brought together: at the middle of each cell, where a thing is if the cell has
 one, the token is to be nearest to the words for its name, its colour, its row and its column. This takes two minutes,
 and stays part of the loss. Queries and keys of the attention to the picture begin alike, so that a word begins by
-looking at what it names. Without either, whether and how many took longer to learn than there was time.
+looking at what it names.
 
 Then every picture of a batch is read once, with its caption and about nine questions in one row that attend to
 themselves alone; every pair once, with eight statements. Questions, captions' forms and statements are drawn anew in

@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pictures(pipe: Any, configs: dict[str, TurboConfig], sizes: list[Any], args: argparse.Namespace) -> dict[str, Any]:
-
     from turbovlm.profile.pipelines import check_size
 
     if args.plot and not args.pretrained:
@@ -116,7 +115,6 @@ def _compared(
 def _denoiser(
     model: Any, configs: dict[str, TurboConfig], sizes: list[Any], args: argparse.Namespace
 ) -> dict[str, Any]:
-
     from turbovlm.cli.bench_encoders import comparison_table, measured
     from turbovlm.cli.pipelines import denoiser_inputs
 

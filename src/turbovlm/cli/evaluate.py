@@ -97,7 +97,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, ask, compare, print, and write what was asked for."""
-
     from turbovlm.cli.measuring import check_numbers, check_plot, console_for_tables
     from turbovlm.cli.models import write_json
     from turbovlm.evaluate.study import run_study

@@ -152,9 +152,12 @@ def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> 
         "versions": versions_used(),
     }
     folder.mkdir(parents=True, exist_ok=True)
+    summary = overview(kept, folder)
     for found in run_studies(studies, sources, folder):
         kept[found.key] = {**about, **found.plain()}
-        write_report(folder, kept, [study.key for study in every_study()], overview(kept, folder))
+        if found.key.startswith("tasks/"):
+            summary = overview(kept, folder)
+        write_report(folder, kept, [study.key for study in every_study()], summary)
         console.print(_table(found.sheet))
     console.print(f"report: {folder / 'report.md'}")
     return 0

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from turbovlm.evaluate.settings import OWN
 from turbovlm.reproduce import plots
 from turbovlm.reproduce.declared import DEFAULT_SHARE
 from turbovlm.reproduce.report import Sheet
 
 PICTURE = "overview"
-Points = dict[str, dict[str, Mapping[str, float]]]
-"""By task and line: the share of the first metric that is kept, as `value`, `low` and `high`."""
 
 
 def overview(entries: Mapping[str, Any], folder: Path) -> Sheet | None:
-    """The share of each task's first metric that each setting keeps, and below it how many answers stay the same.
+    """The share of each task's first metric that each setting keeps, and how many answers stay the same.
 
     Args:
         entries: of the report, by study; those of `tasks/` are read.
@@ -29,15 +28,15 @@ def overview(entries: Mapping[str, Any], folder: Path) -> Sheet | None:
     if len(found) < 2:
         return None
     rows = {task: {each["line"]: each["row"] for each in numbers["lines"]} for task, numbers in found.items()}
-    names = list(dict.fromkeys(line for lines in rows.values() for line in lines if line != "unmerged"))
-    kept: Points = {
+    names = list(dict.fromkeys(line for lines in rows.values() for line in lines if line != OWN))
+    kept = {
         task: {name: lines[name]["metrics"][0]["kept"] for name in names if name in lines and _kept(lines[name])}
         for task, lines in rows.items()
     }
     plots.save_overview(kept, names, folder / PICTURE)
     header = ["setting"]
     for task, lines in rows.items():
-        header += [f"{task}: {lines['unmerged']['metrics'][0]['name']} kept", "same answer"]
+        header += [f"{task}: {lines[OWN]['metrics'][0]['name']} kept", "same answer"]
     body = [(name, *(cell for lines in rows.values() for cell in _cells(lines.get(name)))) for name in names]
     title = f"All tasks at {DEFAULT_SHARE:.0%} of the encoder's multiply-accumulates"
     return Sheet(title, tuple(header), tuple(body), PICTURE)

@@ -80,7 +80,13 @@ def save_curves(finished: Finished, path: Path) -> None:
 
 
 def save_overview(kept: Mapping[str, Mapping[str, Mapping[str, float]]], names: Sequence[str], path: Path) -> None:
-    """Share kept, with 95 % intervals: a panel per task, a row per setting."""
+    """Share kept, with 95 % intervals: a panel per task, a row per setting.
+
+    Args:
+        kept: by task and setting: `value`, `low` and `high`.
+        names: of the settings, from top to bottom.
+        path: without its ending.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.2 + 1.9 * len(kept), 1.0 + 0.3 * len(names)), layout="constrained")

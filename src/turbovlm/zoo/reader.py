@@ -29,7 +29,7 @@ BLOCKS = 10
 """Of the ViT's twelve: fine-tuning changed the last two."""
 CAPTION, QUESTION, STATEMENT, ANSWER, END, PAD = "[caption]", "[question]", "[statement]", "[answer]", "[end]", "[pad]"
 VOCABULARY = (PAD, END, CAPTION, QUESTION, STATEMENT, ANSWER, *words(SCENE_NAMES))
-WIDTH, LONGEST, PATCH = 256, 64, 14
+WIDTH, LONGEST = 256, 64
 TIED = {
     "decoder.cls.predictions.decoder.weight": "decoder.bert.embeddings.word_embeddings.weight",
     "decoder.cls.predictions.decoder.bias": "decoder.cls.predictions.bias",
@@ -59,7 +59,7 @@ class SceneReader(nn.Module):
         """The tokens of the pictures.
 
         Where tokens are merged, every position gets its token's value: a thing that became one token then weighs in the
-        words' attention what it weighed before, without which it is overlooked, and miscounted.
+        words' attention what it weighed before.
 
         Args:
             pixel_values: `[batch, 3, 224, 224]`, or `[batch, 2, 3, 224, 224]` for pairs, as `zoo.preprocess` has it.
@@ -68,12 +68,10 @@ class SceneReader(nn.Module):
             `[batch, tokens, 256]`; of a pair, the left picture's and then the right one's.
         """
         if pixel_values.ndim == 4:
-            tokens: Tensor = self.encoder(pixel_values=pixel_values).last_hidden_state
-            height, width = (length // PATCH for length in pixel_values.shape[2:])
-            if tokens.shape[1] < 1 + height * width:
-                tokens = get_handle(self.encoder).restore(tokens)
-            read: Tensor = self.connector(tokens)
-            return read
+            tokens: Tensor = self.connector(self.encoder(pixel_values=pixel_values).last_hidden_state)
+            height, width = (length // self.encoder.config.patch_size for length in pixel_values.shape[2:])
+            merged = tokens.shape[1] < 1 + height * width
+            return get_handle(self.encoder).restore(tokens) if merged else tokens
         each = self.look(pixel_values.flatten(0, 1))
         return self.join(each.reshape(*pixel_values.shape[:2], *each.shape[1:]))
 
