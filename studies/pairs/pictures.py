@@ -2,10 +2,8 @@
 
     python studies/pairs/pictures.py           # writes studies/pairs/data/features.{pt,json}; half an hour on two cores
 
-Needs studies/scenes/data (studies/scenes/prepare.py), npm, apt-get and dpkg-deb. Beside the five vendors' emoji:
+Needs studies/scenes/data (studies/scenes/prepare.py), npm, apt-get and dpkg-deb. Beside the emoji there:
 
-  npm @iconify-json/noto-v1, fxemoji (Apache-2.0), emojione-v1 (CC-BY-SA-4.0), streamline-emojis (CC-BY-4.0): those of
-  their emoji that are called as Unicode calls them
   npm @iconify-json/streamline-kameleon-color, streamline-ultimate-color (CC-BY-4.0), flat-color-icons (MIT): icons
   with names
   Debian openclipart-svg (public domain): drawings with a title and subjects
@@ -28,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenes"))
 from features import load_drawings
 from prepare import DATA as SCENES
-from prepare import VENDORS, fetch_npm, read_json
+from prepare import PARTIAL, VENDORS, fetch_npm, read_json
 from prepare import draw as drawn
 
 from turbovlm.zoo import preprocess
@@ -50,7 +48,6 @@ from turbovlm.zoo.scenes import on_photo
 from turbovlm.zoo.sprites import load_sprites
 
 DATA = Path(__file__).parent / "data"
-EMOJI = ("noto-v1", "fxemoji", "emojione-v1", "streamline-emojis")
 ICONS = ("streamline-kameleon-color", "streamline-ultimate-color", "flat-color-icons")
 """Of `@iconify-json`, beside the packs of `VENDORS`."""
 COPIES = {"emoji": 4, "clipart": 2, "stamp": 4}
@@ -77,8 +74,9 @@ def main() -> None:
     _, photos = load_drawings()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        first = [*emoji(), *other_drawings(folder)]
-        more = [*emoji(), *other_emoji(folder), *icons(folder)]
+        full = [vendor for vendor in VENDORS if vendor != "twemoji"]
+        first = [*emoji("emoji", full), *other_drawings(folder)]
+        more = [*emoji("emoji", full), *emoji("other emoji", PARTIAL), *icons(folder)]
         both = [*photos, *patterns(folder)]
     seen = [look(first, COPIES, photos, (SIDE,), 0), look(more, MORE_COPIES, both, SIDES, 1)]
     torch.save(torch.cat([features for features, _ in seen]), DATA / "features.pt")
@@ -114,26 +112,11 @@ def look(
     return torch.cat(features), about
 
 
-def emoji() -> Iterator[Item]:
-    for vendor in VENDORS:
-        if vendor == "twemoji":
-            continue
+def emoji(source: str, vendors: Iterable[str]) -> Iterator[Item]:
+    for vendor in vendors:
         for s in load_sprites(SCENES / f"{vendor}.zip"):
             if not unseen(s.code):
-                yield Item("emoji", vendor, s.code, s.label, s.tags, s.picture)
-
-
-def other_emoji(folder: Path) -> Iterator[Item]:
-    """One drawing of each emoji that a pack calls as Unicode does."""
-    labels = {letters(sprite.label): sprite for sprite in load_sprites()}
-    for pack in EMOJI:
-        with fetch_npm(f"@iconify-json/{pack}", folder) as archive:
-            given = read_json(archive, "icons.json")
-        names = {letters(name): name for name in sorted({**given["icons"], **given.get("aliases", {})})}
-        for label in sorted(names.keys() & labels.keys()):
-            s = labels[label]
-            if not unseen(s.code):
-                yield Item("other emoji", pack, s.code, s.label, s.tags, drawn(given, names[label]))
+                yield Item(source, vendor, s.code, s.label, s.tags, s.picture)
 
 
 def icons(folder: Path) -> Iterator[Item]:
@@ -144,10 +127,6 @@ def icons(folder: Path) -> Iterator[Item]:
         names = {words(re.sub(r"-(duo|flat)$", "", name)): name for name in sorted(given["icons"], reverse=True)}
         for title in sorted(filter(None, names)):
             yield Item("icon", pack, None, title, (), drawn(given, names[title]))
-
-
-def letters(text: str) -> str:
-    return re.sub("[^a-z]", "", text.lower())
 
 
 def patterns(folder: Path) -> Iterator[Image.Image]:

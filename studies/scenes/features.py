@@ -3,8 +3,9 @@
     python studies/scenes/features.py               # writes studies/scenes/data/{train,validation}.npy, 8 GB; goes on
     python studies/scenes/features.py --pairs 2000  # fewer
 
-Scenes come in pairs. They show five vendors' drawings on photographs of mate-backgrounds; those to validate on are
-other scenes of the same. Twemoji and the photographs of scikit-image and scikit-learn are left for evaluation.
+Scenes come in pairs. They show nine vendors' drawings on photographs of mate-backgrounds; what one of `PARTIAL` does
+not draw, a full set lends. Those to validate on are other scenes of the same. Twemoji and the photographs of
+scikit-image and scikit-learn are left for evaluation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import zipfile
 import numpy as np
 import torch
 from PIL import Image
-from prepare import DATA, VENDORS
+from prepare import DATA, PARTIAL, VENDORS
 from tqdm import tqdm
 
 from turbovlm.zoo import preprocess
@@ -42,12 +43,16 @@ def main() -> None:
 
 
 def load_drawings() -> tuple[list[dict[str, Image.Image]], list[Image.Image]]:
-    """The drawings to train on, a dictionary per vendor, and the photographs."""
-    training = [vendor for vendor in VENDORS if vendor != "twemoji"]
-    vendors = [{s.name: s.picture for s in load_sprites(DATA / f"{v}.zip") if s.name} for v in training]
+    """The drawings to train on, a dictionary per vendor, and the photographs. Full sets lend what partial ones lack."""
+    full = [named(vendor) for vendor in VENDORS if vendor != "twemoji"]
+    vendors = full + [{**lender, **named(vendor)} for lender, vendor in zip(full, PARTIAL)]
     with zipfile.ZipFile(DATA / "photos.zip") as archive:
         photos = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in archive.namelist()]
     return vendors, photos
+
+
+def named(vendor: str) -> dict[str, Image.Image]:
+    return {s.name: s.picture for s in load_sprites(DATA / f"{vendor}.zip") if s.name}
 
 
 def pair_of(part: str, number: int) -> tuple[Scene, Scene]:

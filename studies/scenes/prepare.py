@@ -7,6 +7,8 @@ Needs npm, apt-get (for `apt-get download`, without root), dpkg-deb, resvg-py an
 
   npm @iconify-json/noto (Apache-2.0), twemoji (CC-BY-4.0), fluent-emoji and fluent-emoji-flat (MIT), openmoji
   (CC-BY-SA-4.0), emojione (CC-BY-4.0): the drawings; emojibase-data (MIT): labels, tags, groups
+  npm @iconify-json/noto-v1, fxemoji (Apache-2.0), emojione-v1 (CC-BY-SA-4.0), streamline-emojis (CC-BY-4.0): older and
+  smaller sets, of which those drawings are taken that are called as Unicode calls them
   Debian mate-backgrounds (GPL-2+, see its copyright file): photographs of nature, to train on
 
 Twemoji's drawings and the photographs of scikit-image and scikit-learn are for evaluation alone.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -38,6 +41,8 @@ VENDORS = {
     "openmoji": "openmoji",
     "emojione": "emojione",
 }
+PARTIAL = ("noto-v1", "fxemoji", "emojione-v1", "streamline-emojis")
+"""Vendors who do not draw everything, or give no code points."""
 SIDE, PHOTO_SIDE = 96, 512
 
 
@@ -52,12 +57,15 @@ def main() -> None:
         table = concepts(sets, fetch_labels(folder))
         for vendor, icons in sets.items():
             write_pack(DATA / f"{vendor}.zip", vendor, icons, table)
+        for vendor in PARTIAL:
+            icons = fetch_icons(vendor, folder)
+            write_pack(DATA / f"{vendor}.zip", vendor, icons, called_alike(icons["icons"], vendor, table))
         if not (DATA / "photos.zip").exists():
             write_photos(DATA / "photos.zip", folder)
     if args.ship:
         PACK.parent.mkdir(exist_ok=True)
         PACK.write_bytes((DATA / "twemoji.zip").read_bytes())
-    print(f"{len(table)} emoji of {len(VENDORS)} vendors: {DATA}")
+    print(f"{len(table)} emoji of {len(VENDORS)} vendors, some of them of {len(PARTIAL)} more: {DATA}")
 
 
 def fetch_npm(package: str, folder: Path) -> tarfile.TarFile:
@@ -74,7 +82,8 @@ def read_json(archive: tarfile.TarFile, name: str) -> Any:
 def fetch_icons(package: str, folder: Path) -> dict[str, Any]:
     """Drawings by name, and names by code point where the package says them."""
     with fetch_npm(f"@iconify-json/{package}", folder) as archive:
-        return {"icons": read_json(archive, "icons.json"), "codes": read_json(archive, "chars.json")}
+        codes = read_json(archive, "chars.json") if "package/chars.json" in archive.getnames() else {}
+        return {"icons": read_json(archive, "icons.json"), "codes": codes}
 
 
 def fetch_labels(folder: Path) -> dict[str, Any]:
@@ -97,6 +106,20 @@ def concepts(sets: dict[str, dict[str, Any]], labels: dict[str, Any]) -> list[di
             where = {"group": groups[emoji["group"]], "subgroup": subgroups[emoji["subgroup"]]}
             found.append({"code": code, **about, **where, "names": names})
     return found
+
+
+def called_alike(icons: dict[str, Any], vendor: str, table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the table that a set calls by the same letters."""
+    names = {letters(name): name for name in sorted({**icons["icons"], **icons.get("aliases", {})})}
+    return [
+        {**entry, "names": {vendor: names[letters(entry["label"])]}}
+        for entry in table
+        if letters(entry["label"]) in names
+    ]
+
+
+def letters(text: str) -> str:
+    return re.sub("[^a-z]", "", text.lower())
 
 
 def named_in(icons: dict[str, Any], own: str | None, every: set[str]) -> str | None:

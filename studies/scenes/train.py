@@ -8,6 +8,8 @@ one, the token is to be nearest to the words for its name, its colour, its row a
 and stays part of the loss. Queries and keys of the attention to the picture begin alike, so that a word begins by
 looking at what it names.
 
+Tokens are disturbed by noise, so that the reader depends less on how the vendors of the training draw.
+
 Then every picture of a batch is read once, with its caption and about nine questions in one row that attend to
 themselves alone; every pair once, with eight statements. Questions, captions' forms and statements are drawn anew in
 each epoch. AdamW, the rate a half cosine after a warm-up over the steps given; bf16 autocast. Weights and log go beside
@@ -61,6 +63,8 @@ MIDDLES = [1 + 16 * y + x for y in (2, 8, 13) for x in (2, 8, 13)]
 """Of the cells: the tokens of patches that a thing in the cell always covers."""
 NOTHING = "no"
 """The word that the middle of an empty cell is to be nearest to."""
+NOISE = 0.4
+"""Deviation of the noise on tokens, as a share of each feature's own."""
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 _PAD = VOCABULARY.index(PAD)
 
@@ -122,7 +126,7 @@ def loss_of(reader: SceneReader, part: str, stored: np.ndarray, numbers: list[in
     both = [[said(first, second, chance) for _ in range(STATEMENTS)] for first, second in pairs]
     rows = np.stack([stored[2 * number : 2 * number + 2] for number in numbers])
     with torch.autocast("cpu", torch.bfloat16):
-        tokens = reader.connector(torch.from_numpy(rows).float())
+        tokens = reader.connector(disturbed(torch.from_numpy(rows).float()))
         cells = names_loss(reader, tokens[:, :, MIDDLES].flatten(0, 2), shown(pairs))
         return cells + words_loss(reader, tokens.flatten(0, 1), alone) + words_loss(reader, reader.join(tokens), both)
 
@@ -136,7 +140,7 @@ def bring_together(reader: SceneReader, stored: np.ndarray) -> None:
     for step in (bar := tqdm(range(FIRST_STEPS), "connector")):
         optimizer.param_groups[0]["lr"] = FIRST_RATE * min((step + 1) / 100, 1 - step / FIRST_STEPS)
         some = torch.randint(len(tokens), (FIRST_BATCH,))
-        loss = names_loss(reader, reader.connector(tokens[some].float()), known[some])
+        loss = names_loss(reader, reader.connector(disturbed(tokens[some].float())), known[some])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -145,6 +149,10 @@ def bring_together(reader: SceneReader, stored: np.ndarray) -> None:
         attention = layer.crossattention.self
         nn.init.normal_(attention.query.weight, std=0.06)
         attention.key.weight.data.copy_(attention.query.weight)
+
+
+def disturbed(tokens: Tensor) -> Tensor:
+    return tokens + NOISE * tokens.flatten(0, -2).std(dim=0) * torch.randn_like(tokens)
 
 
 def shown(pairs: list[tuple[Scene, Scene]]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,13 +154,16 @@ def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> 
     }
     folder.mkdir(parents=True, exist_ok=True)
     summary = overview(kept, folder)
+    begun = since = time.monotonic()
     for found in run_studies(studies, sources, folder):
-        kept[found.key] = {**about, **found.plain()}
+        now = time.monotonic()
+        kept[found.key] = {**about, "seconds": round(now - since, 1), **found.plain()}
+        since = now
         if found.key.startswith("tasks/"):
             summary = overview(kept, folder)
         write_report(folder, kept, [study.key for study in every_study()], summary)
         console.print(_table(found.sheet))
-    console.print(f"report: {folder / 'report.md'}")
+    console.print(f"report: {folder / 'report.md'} ({(time.monotonic() - begun) / 60:.1f} minutes)")
     return 0
 
 

@@ -83,7 +83,8 @@ def write_report(folder: Path, entries: Mapping[str, Any], order: Sequence[str],
 
     Args:
         folder: where the plots are.
-        entries: by study: its sheet and numbers, and `command`, `date` and `versions` of the run that made it.
+        entries: by study: its sheet and numbers, and `command`, `date` and `versions` of the run that made it, and
+            the `seconds` that were needed beyond what other studies, or an earlier run, had left.
         order: of the studies.
         overview: what comes before them.
     """
@@ -97,7 +98,8 @@ def write_report(folder: Path, entries: Mapping[str, Any], order: Sequence[str],
     for key in named:
         entry = entries[key]
         versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-        lines += [Sheet.of(entry["sheet"]).markdown(), f"`{entry['command']}`, {entry['date']}, {versions}", ""]
+        took = f", {entry['seconds']:.0f} s" if "seconds" in entry else ""
+        lines += [Sheet.of(entry["sheet"]).markdown(), f"`{entry['command']}`, {entry['date']}, {versions}{took}", ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
     content = json.dumps({key: entries[key] for key in named}, indent=1)
     (folder / RESULTS).write_text(content + "\n", encoding="utf-8")
