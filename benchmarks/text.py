@@ -24,6 +24,9 @@ from turbovlm.zoo import SentenceEncoder, load_minilm
 SHARES = (0.8, 0.6)
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
+    "restore=copy": {"restore": "copy"},
+    "weighted distance": {"degree": "weighted_distance"},
+    "weighted distance, similarity=heads": {"degree": "weighted_distance", "similarity": "heads"},
     "similarity=keys": {"similarity": "keys"},
     "similarity=queries": {"similarity": "queries"},
     "guidance=mean": {"guidance": "mean"},

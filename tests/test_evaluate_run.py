@@ -223,7 +223,10 @@ def test_the_model_merges_within_and_not_after():
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = model(pixels)[0]
-        with merged(model, TurboConfig(r=2)):
+        predictor = Predictor(model, lambda sample, size: sample, lambda prepared: prepared)
+        with merged(predictor, TurboConfig(r=2)):
             assert turbovlm.get_handle(model) is not None
             assert model(pixels)[0].shape[1] == plain.shape[1] - 4
+        with merged(dataclasses.replace(predictor, dense=True), TurboConfig(r=2)):
+            assert model(pixels)[0].shape == plain.shape
         assert torch.equal(model(pixels)[0], plain)

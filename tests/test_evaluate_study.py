@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
@@ -108,9 +110,7 @@ def test_a_study_is_not_made_twice(saliency):
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{file_name(s.name)}.jsonl" for s in settings)
     again = []
     asked = []
-    counted = predictor.__class__(
-        predictor.model, predictor.prepare, lambda p: asked.append(len(p)) or predictor.predict(p)
-    )
+    counted = dataclasses.replace(predictor, predict=lambda p: asked.append(len(p)) or predictor.predict(p))
     found = run_study(
         "saliency", "zoo:saliency", counted, data, settings, folder, batch=4, on_progress=lambda *a: again.append(a)
     )

@@ -28,7 +28,10 @@ SHAPES = {
     "order": st.sampled_from(["partition", "spatial"]),
     "reduce": st.sampled_from(["merge", "prune"]),
     "degree": st.sampled_from(
-        ["weighted_difference", "coupled_division", "damped", "layered", "redundancy", "semantics", "random"]
+        [
+            *("weighted_distance", "weighted_difference", "coupled_division", "damped", "layered"),
+            *("redundancy", "semantics", "random"),
+        ]
     ),
     "seed": st.integers(0, 1000),
 }
@@ -134,6 +137,24 @@ def test_random_degree_is_uniform():
     assert abs(torch.corrcoef(torch.stack((scores[1:], scores[:-1])))[0, 1]) < 0.05
 
 
+@settings(deadline=None, max_examples=100)
+@given(**SHAPES)
+def test_what_a_merge_has_lost_brings_the_tokens_back(batch, tokens, prefix, r, partition, order, reduce, degree, seed):
+    prefix = min(prefix, tokens - 1)
+    x = features_of(batch, tokens, seed)
+    semantic = features_of(batch, tokens, seed + 1)[..., 0].softmax(dim=-1)
+    sizes = torch.randint(0, 5, (batch, tokens), generator=torch.Generator().manual_seed(seed)).double()
+    sizes[:, :prefix] = 1
+    settings_ = {"partition": partition, "order": order, "reduce": reduce, "degree": degree, "seed": seed}
+    merge = match(x, r, semantic, sizes=sizes, prefix=prefix, **settings_)
+    merged = merge.merge(x)
+    back = merge.unmerge(merged, merge.lost(x, merged))
+    seen = sizes > 0
+    torch.testing.assert_close(back[seen], x[seen])
+    gone = torch.zeros_like(seen).scatter(1, merge.gone, True)
+    torch.testing.assert_close(back[gone], x[gone])
+
+
 def test_information_degrees_are_the_published_ones():
     r, a = torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[0.2, 0.05, 0.0]])
 
@@ -141,6 +162,10 @@ def test_information_degrees_are_the_published_ones():
         return information_degree(r, a, block, degree=name, **settings)
 
     torch.testing.assert_close(degree("weighted_difference", alpha=3), r - 3 * a)
+    torch.testing.assert_close(degree("weighted_difference"), r - 2 * a)
+    torch.testing.assert_close(degree("weighted_distance"), degree("weighted_distance", alpha=1))
+    torch.testing.assert_close(degree("weighted_distance", alpha=3), (r - 1) * (1 + 3 * (a / a.mean()).sqrt()))
+    assert information_degree(r, torch.zeros_like(a), degree="weighted_distance").isfinite().all()
     torch.testing.assert_close(degree("coupled_division"), r / (a + 1e-3))
     torch.testing.assert_close(degree("damped", alpha=2), r * (1 - 2 * a))
     torch.testing.assert_close(degree("layered", block=5, alpha=6, beta=0.9, gamma=3), r - 0.9**2 * 6 * a)

@@ -167,6 +167,37 @@ def test_restore_gives_every_position_its_tokens_value(vit, images):
         assert handle.restore(torch.zeros(1, 13, 2)).shape == (1, 37, 2)
 
 
+@torch.no_grad()
+def test_dense_hands_on_every_position(vit, images):
+    with turbovlm.apply(vit, r=6) as handle:
+        copies = handle.restore(vit(images).last_hidden_state)
+    with turbovlm.apply(vit, r=6, dense=True, restore="copy") as handle:
+        dense = vit(images).last_hidden_state
+        torch.testing.assert_close(dense, copies)
+        assert torch.equal(handle.restore(dense), dense)
+        assert "restored to 37 tokens (copy)" in str(handle)
+    with turbovlm.apply(vit, r=6, dense=True):
+        assert vit(images).last_hidden_state.shape == copies.shape
+    with pytest.raises(ConfigError, match="restore='linear'"):
+        turbovlm.apply(vit, r=6, restore="linear")
+
+
+@torch.no_grad()
+def test_residuals_are_what_set_tokens_apart(vit, images):
+    """With MLPs that add nothing, and merges in the last block alone, nothing is lost."""
+    for layer in vit.layers:
+        for parameter in layer.mlp.parameters():
+            parameter.zero_()
+    full = vit(images).last_hidden_state
+    amounts = [0, 0, 0, 12]
+    with turbovlm.apply(vit, r=amounts, dense=True):
+        torch.testing.assert_close(vit(images).last_hidden_state, full)
+    with turbovlm.apply(vit, r=amounts, dense=True, reduce="prune"):
+        torch.testing.assert_close(vit(images).last_hidden_state, full)
+    with turbovlm.apply(vit, r=amounts, dense=True, restore="copy"):
+        assert not torch.allclose(vit(images).last_hidden_state, full, atol=1e-3)
+
+
 def test_changing_batch_and_image_sizes():
     vit = timm.create_model(
         "vit_tiny_patch16_224", embed_dim=32, depth=3, num_heads=2, img_size=64, patch_size=8, dynamic_img_size=True
@@ -233,6 +264,8 @@ def test_every_setting_runs_and_matters(vit, images):
         {"degree": lambda r, a, block: a},
         {"alpha": 100},
         {"degree": "layered", "beta": 0.5, "gamma": 9, "alpha": 200},
+        {"degree": "weighted_distance"},
+        {"similarity": "heads"},
         {"similarity": "queries"},
         {"similarity": "hidden"},
         {"guidance": "mean", "alpha": 200},
@@ -405,7 +438,7 @@ def test_heads_that_need_every_position_get_it(name, config, settings, restored,
     model = _livelier(cls(made))
     with turbovlm.apply(model, r=5) as handle:
         out = model(images)
-        assert handle._plans[0].restore == restored
+        assert handle._plans[0].restore == ("residual" if restored else None)
         assert ("restored to" in repr(handle)) == restored
     for value in out.values():
         if isinstance(value, torch.Tensor):

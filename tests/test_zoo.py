@@ -74,7 +74,7 @@ def test_forward_takes_pictures_that_are_not_square(model: SaliencyViT) -> None:
 
 
 def test_head_refuses_merged_tokens() -> None:
-    with pytest.raises(ConfigError, match=r"\(1, 65, 384\).*restore"):
+    with pytest.raises(ConfigError, match=r"\(1, 65, 384\).*dense=True"):
         SaliencyHead()(torch.zeros(1, 65, 384))
 
 

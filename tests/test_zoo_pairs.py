@@ -50,7 +50,7 @@ def test_merged_tokens_are_restored_for_the_mean():
     model = load_emoji_classifier()
     with turbovlm.apply(model, r=8) as handle:
         model(pixel_values=torch.randn(1, 3, 224, 224))
-    assert "restored to 1370 tokens, which the model's head needs" in str(handle)
+    assert "restored to 1370 tokens (residual)" in str(handle)
 
 
 def test_a_fifth_of_the_emoji_is_unseen():

@@ -17,6 +17,7 @@ DegreeFunction = Callable[[Tensor, Tensor, int], Tensor]
 """`(R, A, block) -> E`: redundancy and semantic value of the candidates, `[batch, candidates]` each."""
 
 DEGREES = (
+    "weighted_distance",
     "weighted_difference",
     "coupled_division",
     "damped",
@@ -25,7 +26,7 @@ DEGREES = (
     "semantics",
     "random",
 )
-SIMILARITIES = ("keys", "queries", "hidden", "auto")
+SIMILARITIES = ("heads", "keys", "queries", "hidden", "auto")
 GUIDANCES = ("auto", "cls", "mean")
 PARTITIONS = ("alternate", "random", "grid", "auto")
 ORDERS = ("partition", "spatial")
@@ -35,8 +36,9 @@ VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "unifor
 COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a block that reads merged tokens and gives all of them back, in image generation."""
 
-RESTORES = ("auto", "linear", "copy", "weighted")
-GENERATION = ("components", "refresh", "share_guidance", "restore")
+RESTORES = ("auto", "copy", "residual", "linear", "weighted")
+ENCODER_RESTORES = ("auto", "copy", "residual")
+GENERATION = ("components", "refresh", "share_guidance")
 """The fields that only image generation has."""
 
 AMOUNTS = ("r", "keep", "flops")
@@ -61,15 +63,18 @@ class TurboConfig:
         flops: share of the encoder's multiply-accumulates left, in (0, 1].
         min_tokens: a block that starts with fewer tokens does not merge (Turbo, §7.2).
         degree: the information degree E; the tokens of highest E are merged.
+            `"weighted_distance"` E = −(1 − R)(1 + α√(A/Ā)), Ā the mean A of the candidates,
             `"weighted_difference"` E = R − αA (S1), `"coupled_division"` E = R / (A + 1e-3) (S2),
             `"damped"` E = R(1 − αA) (S3), `"layered"` E = R − β^|γ−l|·αA (S4, l counts the merging blocks from 0),
-            `"redundancy"` E = R (ToMe), `"semantics"` E = −A, `"random"`, or a callable `(R, A, block) -> E`.
-        alpha: the plain multiplier of A. The authors scale theirs by 30: the paper's α = 6 is `alpha=180`.
+            `"redundancy"` E = R (ToMe), `"semantics"` E = −A, `"random"`, a callable `(R, A, block) -> E`, or `"auto"`:
+            `"weighted_distance"` in vision encoders, else `"weighted_difference"`.
+        alpha: α, the plain multiplier of A. The authors scale theirs by 30: the paper's α = 6 is `alpha=180`. None is
+            1 for `"weighted_distance"`, where α multiplies √(A/Ā), and 2 for the others.
         beta: base of the layered weight, > 0.
         gamma: the merging block at which the layered weight is 1.
-        similarity: the features whose cosine is the redundancy: `"keys"` (before rotary positions, averaged over
-            heads; the paper's), `"queries"`, `"hidden"` (the normed tokens that the MLP reads), or `"auto"`: `"keys"`
-            for images, `"hidden"` for text.
+        similarity: the features whose cosine is the redundancy: `"heads"` (keys before rotary positions, those of
+            all heads side by side), `"keys"` (the same averaged over heads; the paper's), `"queries"` (averaged),
+            `"hidden"` (the normed tokens that the MLP reads), or `"auto"`: `"heads"` for images, `"hidden"` for text.
         guidance: whose attention row is the semantic value: `"cls"`, `"mean"` (the mean query of the patch tokens),
             or `"auto"`: `"cls"` where the model has one, else `"mean"`.
         partition: which half may be merged into which: `"alternate"` (even into odd, as published), `"random"`
@@ -80,6 +85,8 @@ class TurboConfig:
             or `"spatial"` (that of the picture).
         proportional: attend in proportion to the patches that a token stands for (equation 16).
         reduce: `"merge"` averages a token into its partner, weighted by size; `"prune"` drops it.
+        dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose
+            head needs all of them do so unasked.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.
         seed: of `partition="random"`, `degree="random"` and `visual_select="random"`; each is the same in every
             forward.
@@ -93,9 +100,11 @@ class TurboConfig:
         components: in image generation, which parts of a block read merged tokens: some of `"attention"`,
             `"cross_attention"` and `"ffn"`.
         refresh: in image generation, how many denoising steps share what was decided in the first of them, ≥ 1.
-        restore: in image generation, what a position gets back: `"copy"`, what its token came to; `"linear"`, from a
-            feed-forward also what linear regression over the tokens says of the difference; `"weighted"`, less of it
-            the less it is like its token (equation 14); `"auto"`, `"linear"` on the CPU and `"copy"` elsewhere.
+        restore: what a position gets back: `"copy"`, what its token came to; `"residual"`, in encoders, also what set
+            it apart from its token when they merged. In image generation, `"linear"`, from a feed-forward also what
+            linear regression over the tokens says of the difference; `"weighted"`, less of it the less it is like its
+            token (equation 14). `"auto"`: `"residual"` in encoders, in image generation `"linear"` on the CPU and
+            `"copy"` elsewhere.
         share_guidance: in image generation, whether both halves of classifier-free guidance merge alike.
 
     Raises:
@@ -107,8 +116,8 @@ class TurboConfig:
     keep: float | None = None
     flops: float | None = None
     min_tokens: int = 0
-    degree: str | DegreeFunction = "weighted_difference"
-    alpha: float = 2.0
+    degree: str | DegreeFunction = "auto"
+    alpha: float | None = None
     beta: float = 1.0
     gamma: float = 0
     similarity: str = "auto"
@@ -118,6 +127,7 @@ class TurboConfig:
     order: str = "spatial"
     proportional: bool = True
     reduce: str = "merge"
+    dense: bool = False
     trace: bool = False
     seed: int = 0
     visual_keep: float | int | None = None
@@ -132,11 +142,12 @@ class TurboConfig:
         self._check_amount()
         self._set(min_tokens=_integer("min_tokens", self.min_tokens), seed=_integer("seed", self.seed))
         if not callable(self.degree):
-            _check_choice("degree", self.degree, DEGREES, extra=" or a callable (R, A, block) -> E")
-        self._set(alpha=_number("alpha", self.alpha), beta=_number("beta", self.beta))
-        self._set(gamma=_number("gamma", self.gamma))
-        if self.alpha < 0:
-            raise ConfigError(f"alpha={self.alpha!r}: must be a number ≥ 0")
+            _check_choice("degree", self.degree, (*DEGREES, "auto"), extra=" or a callable (R, A, block) -> E")
+        self._set(beta=_number("beta", self.beta), gamma=_number("gamma", self.gamma))
+        if self.alpha is not None:
+            self._set(alpha=_number("alpha", self.alpha))
+            if self.alpha < 0:
+                raise ConfigError(f"alpha={self.alpha!r}: must be a number ≥ 0")
         if self.beta <= 0:
             raise ConfigError(f"beta={self.beta!r}: must be a number > 0")
         _check_choice("similarity", self.similarity, SIMILARITIES)
@@ -145,6 +156,7 @@ class TurboConfig:
         _check_choice("order", self.order, ORDERS)
         _check_choice("reduce", self.reduce, REDUCTIONS)
         _check_flag("proportional", self.proportional)
+        _check_flag("dense", self.dense)
         _check_flag("trace", self.trace)
         _check_choice("restore", self.restore, RESTORES)
         _check_flag("share_guidance", self.share_guidance)
@@ -183,6 +195,7 @@ class TurboConfig:
             guidance="auto",
             partition="alternate",
             order="partition",
+            restore="copy",
             trace=trace,
         )
 
@@ -198,6 +211,12 @@ class TurboConfig:
     def merges(self) -> bool:
         """Whether tokens are merged inside the encoders."""
         return any(getattr(self, name) is not None for name in AMOUNTS)
+
+    def settled(self, degree: str) -> TurboConfig:
+        """The same with `degree` where it is `"auto"`, and with the degree's own alpha where none is given."""
+        chosen = degree if self.degree == "auto" else self.degree
+        alpha = own_alpha(chosen) if self.alpha is None else self.alpha
+        return dataclasses.replace(self, degree=chosen, alpha=alpha)
 
     def _check_amount(self) -> None:
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
@@ -251,6 +270,11 @@ class TurboConfig:
             raise ConfigError(f"grid={self.grid!r}: must be two integers ≥ 1, patch rows and columns")
         rows, columns = (_integer("grid", value, minimum=1, shown=self.grid) for value in self.grid)
         self._set(grid=(rows, columns))
+
+
+def own_alpha(degree: str | DegreeFunction) -> float:
+    """Of a degree that is given none."""
+    return 1.0 if degree == "weighted_distance" else 2.0
 
 
 def _integer(name: str, value: Any, minimum: int = 0, shown: Any = None) -> int:

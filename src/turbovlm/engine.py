@@ -51,7 +51,8 @@ class Clues:
     """What the heads say about the tokens, small beside them.
 
     Attributes:
-        features: what is compared, `[batch, tokens, head_dim]`; None for `similarity="hidden"`.
+        features: what is compared, `[batch, tokens, head_dim]`, or all heads' for `similarity="heads"`; None for
+            `"hidden"`.
         semantic: A, `[batch, tokens]`; None where the degree does not need it.
     """
 
@@ -63,7 +64,8 @@ class Clues:
 class Plan:
     """What the blocks of one accelerated encoder share.
 
-    `last` is the state at the end of the last forward; it is not copied or pickled.
+    `restore` says how every position gets its token back behind the last block, `"copy"` or `"residual"`; None where
+    tokens are handed on merged. `last` is the state at the end of the last forward; it is not copied or pickled.
     """
 
     config: TurboConfig
@@ -74,7 +76,7 @@ class Plan:
     native_tokens: int
     guidance: str
     similarity: str
-    restore: bool
+    restore: str | None
     plain_stem: bool
     last: State | None = field(default=None, repr=False)
 
@@ -174,10 +176,9 @@ def _hand_on(plan: Plan, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
     if state.block < plan.shape.depth or not plan.restore:
         setattr(x, STATE, state)
     else:
-        for merge in reversed(state.merges):
-            x = merge.unmerge(x)
+        x = state.restored(x)
     if state.block == plan.shape.depth and not is_exporting():
-        plan.last = state
+        plan.last = replace(state, lost=())
     return (x,) if plan.spelling.returns_tuple else x
 
 
@@ -253,8 +254,10 @@ def _normed(block: nn.Module, norm: Path | None, x: Tensor) -> Tensor:
 
 def _clues(plan: Plan, state: State, heads: Heads) -> Clues:
     features = semantic = None
-    if plan.similarity != "hidden":  # the sum over heads: its cosine is the mean's
-        content = heads.content.detach()
+    content = heads.content.detach()
+    if plan.similarity == "heads":
+        features = content.transpose(1, 2).flatten(2)
+    elif plan.similarity != "hidden":  # the sum over heads: its cosine is the mean's
         features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
     if plan.guided or plan.config.trace:
         guide = _guide(heads.q.detach(), plan.guidance, state.prefix, state.sizes)
@@ -293,10 +296,12 @@ def _merge(
         e = padding_first(e, state.sizes, partition)
     r = min(r, count(partition.candidates))
     if r > 0:
-        x, merge = merge_tokens(
+        merged, merge = merge_tokens(
             x, e, partner, partition, r, sizes=state.sizes, order=config.order, reduce=config.reduce
         )
-        state = _follow(plan, state, merge, partition)
+        if plan.restore == "residual":
+            state = replace(state, lost=(*state.lost, merge.lost(x, merged)))
+        x, state = merged, _follow(plan, state, merge, partition)
     if config.trace:
         assert semantic is not None
         trace = _trace(plan, index, state, x, partition, redundancy, semantic, e, tokens)

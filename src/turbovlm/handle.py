@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.adapters import Tower, find_towers, matrices
+from turbovlm.adapters import find_towers
 from turbovlm.adapters.joint import joining_forward
 from turbovlm.adapters.layout import fetch, path_of
-from turbovlm.config import GENERATION, TurboConfig
+from turbovlm.config import TurboConfig
 from turbovlm.diffusion.install import DENOISERS, denoiser_of, install_diffusion, is_denoiser, plan_diffusion
 from turbovlm.diffusion.install import OVERRIDES as DIFFUSION_OVERRIDES
 from turbovlm.diffusion.plan import DiffusionPlan
@@ -32,8 +32,9 @@ from turbovlm.language.grounding import (
 from turbovlm.language.install import OVERRIDES, install_reading, plan_reading, replaced
 from turbovlm.language.plan import ReadingPlan
 from turbovlm.language.select import Selection
+from turbovlm.planning import plan_encoder
 from turbovlm.report import describe, report_diffusion, report_encoder, report_grounding, report_reading
-from turbovlm.schedule import EncoderShape, Schedule, check_depth, make_schedule
+from turbovlm.schedule import Schedule, make_schedule
 from turbovlm.state import BlockTrace
 from turbovlm.verify import verify
 
@@ -66,15 +67,16 @@ def apply(model: Any, config: TurboConfig | None = None, **settings: Any) -> Han
     given, model = model, _module_of(model)
     _check_untouched(model)
     if is_denoiser(model):
-        painting = plan_diffusion(model, config, given)
+        painting = plan_diffusion(model, config.settled("weighted_difference"), given)
         follow(painting)
         install_diffusion(model, painting)
         return Handle(model, [painting])
     towers = find_towers(model) if config.merges else []
-    plans = [_plan(tower, config) for tower in towers]
+    plans = [plan_encoder(tower, config) for tower in towers]
     _check_unhooked(block for tower in towers for block in tower.blocks)
-    reading = None if config.visual_keep is None else plan_reading(model, config)
-    grounding = None if config.cross_keep is None else plan_grounding(model, config)
+    across = config.settled("weighted_difference")
+    reading = None if config.visual_keep is None else plan_reading(model, across)
+    grounding = None if config.cross_keep is None else plan_grounding(model, across)
     if reading is not None:
         _check_unhooked(replaced(model, reading))
     if grounding is not None:
@@ -332,65 +334,6 @@ def _check_unhooked(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 def _name_of(model: nn.Module, sought: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is sought) or type(model).__name__
-
-
-def _plan(tower: Tower, config: TurboConfig) -> Plan:
-    config = _for_encoder(config)
-    check_depth(config, len(tower.blocks), tower.name)
-    if config.guidance == "cls" and not tower.cls:
-        where = tower.name or type(tower.module).__name__
-        raise ConfigError(f"guidance='cls': {where} ({tower.layout.family}) has no CLS token; use 'mean' or 'auto'")
-    if config.flops is not None and not tower.plain_stem:
-        raise ConfigError(
-            f"flops={config.flops}: {tower.name or type(tower.module).__name__} begins with a convolutional network "
-            "whose cost does not follow from its shape; use r or keep"
-        )
-    guidance = ("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance
-    similarity = ("hidden" if tower.layout.text else "keys") if config.similarity == "auto" else config.similarity
-    return Plan(
-        config=config,
-        spelling=tower.spelling,
-        shape=_shape(tower, config, similarity),
-        tower=tower.name,
-        names=tuple(name for name, _ in tower.blocks),
-        native_tokens=tower.tokens,
-        guidance=guidance,
-        similarity=similarity,
-        restore=tower.restore,
-        plain_stem=tower.plain_stem,
-    )
-
-
-def _for_encoder(config: TurboConfig) -> TurboConfig:
-    for name in GENERATION:
-        value = getattr(config, name)
-        if value != TurboConfig.__dataclass_fields__[name].default:
-            raise ConfigError(f"{name}={value!r}: only image generation has it")
-    if config.partition != "auto":
-        return config
-    if config.grid is not None:
-        raise ConfigError(f'grid={config.grid!r}: only partition="grid" uses it')
-    return replace(config, partition="random")
-
-
-def _shape(tower: Tower, config: TurboConfig, similarity: str) -> EncoderShape:
-    spelling, width = tower.spelling, tower.attention_width
-    in_mlp = [sum(_entries(fetch(block, path)) for path in spelling.mlp) for _, block in tower.blocks]
-    heads = [int(fetch(block, spelling.heads)) for _, block in tower.blocks]
-    return EncoderShape(
-        attention_weights=tuple(_entries(block) - mlp for (_, block), mlp in zip(tower.blocks, in_mlp)),
-        mlp_weights=tuple(in_mlp),
-        attention_width=width,
-        hidden_size=tower.hidden_size,
-        similarity_width=tuple(tower.hidden_size if similarity == "hidden" else width // h for h in heads),
-        patch_weights=tower.patch_weights,
-        prefix=tower.prefix,
-        windowed=config.partition == "random",
-    )
-
-
-def _entries(step: Any) -> int:
-    return sum(matrix.numel() for matrix in matrices(step))
 
 
 def _schedule(plan: Plan, tokens: int) -> Schedule:

@@ -11,11 +11,14 @@ from turbovlm.language.plan import ReadingPlan
 from turbovlm.language.select import needs_attention
 from turbovlm.schedule import Schedule
 
+WEIGHTED = ("weighted_distance", "weighted_difference", "damped", "layered")
+"""Degrees that read alpha."""
+
 
 def describe(config: TurboConfig) -> str:
     """The settings that say which tokens are merged."""
     degree = config.degree if isinstance(config.degree, str) else getattr(config.degree, "__name__", "callable")
-    alpha = f", alpha={config.alpha:g}" if degree in ("weighted_difference", "damped", "layered") else ""
+    alpha = f", alpha={config.alpha:g}" if degree in WEIGHTED and config.alpha is not None else ""
     return f"degree={degree}{alpha}, partition={config.partition}, {config.reduce}"
 
 
@@ -53,7 +56,7 @@ def report_encoder(plan: Plan, schedule: Schedule) -> list[str]:
         for i, block in enumerate(schedule.blocks)
     ]
     if plan.restore:
-        lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens, which the model's head needs")
+        lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens ({plan.restore})")
     if not plan.plain_stem:
         lines.append("    note: the convolutional network before the blocks is not counted")
     if schedule.note:

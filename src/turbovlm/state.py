@@ -51,7 +51,7 @@ class State:
         amounts: tokens asked of each block.
         prefix: tokens in front that are never merged.
         sizes: patches each token stands for, `[batch, tokens]`; None while every token stands for itself.
-        merges: one per merge so far.
+        merges: one per merge so far; `lost`: what each has lost (`Merge.lost`), where it is to be given back.
         home: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
             None before the first merge.
         partners: where the fixed partners of `partition="grid"` are, `[batch, partners]`; None before the first merge.
@@ -64,6 +64,7 @@ class State:
     prefix: int
     sizes: Tensor | None = None
     merges: tuple[Merge, ...] = ()
+    lost: tuple[Tensor, ...] = ()
     home: Tensor | None = None
     partners: Tensor | None = None
     traces: tuple[BlockTrace, ...] = ()
@@ -74,6 +75,13 @@ class State:
         if proportional or self.sizes is None:
             return self.sizes
         return (self.sizes > 0).to(self.sizes.dtype) if self.padded else None
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Every position of the input with its token's row of `x`, `[batch, M, width]`, and what merges have lost."""
+        lost = self.lost or (None,) * len(self.merges)
+        for merge, apart in zip(reversed(self.merges), reversed(lost)):
+            x = merge.unmerge(x, apart)
+        return x
 
     def source(self) -> Tensor | None:
         """For every token of the input, the token it is part of now, `[batch, N0]`; None before the first merge."""

@@ -156,8 +156,8 @@ def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> 
     summary = overview(kept, folder)
     begun = since = time.monotonic()
     for found in run_studies(studies, sources, folder):
-        now = time.monotonic()
-        kept[found.key] = {**about, "seconds": round(now - since, 1), **found.plain()}
+        before, now = kept.get(found.key, {}).get("seconds", 0), time.monotonic()
+        kept[found.key] = {**about, "seconds": round(before + now - since, 1), **found.plain()}
         since = now
         if found.key.startswith("tasks/"):
             summary = overview(kept, folder)

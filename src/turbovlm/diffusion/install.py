@@ -26,6 +26,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "similarity": ("hidden", "auto"),
     "guidance": ("mean", "auto"),
     "order": ("spatial",),
+    "dense": (False,),
+    "restore": ("auto", "copy", "linear", "weighted"),
     "trace": (False,),
     "visual_keep": (None,),
     "cross_keep": (None,),

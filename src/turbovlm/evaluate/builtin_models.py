@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import turbovlm
 from turbovlm.errors import ConfigError
 from turbovlm.evaluate.data import Sample
 from turbovlm.evaluate.predictors.encoders import Pair, likeliest, vectors_of
@@ -62,11 +61,11 @@ def zoo_predictor(
 
 
 def _saliency() -> Predictor:
-    """The pretrained ViT and its head, which is given every position's token."""
+    """The pretrained ViT and its head, which reads every position."""
     from turbovlm.zoo import load_saliency_vit
 
     model = load_saliency_vit()
-    return Predictor(model.backbone, _whole, functools.partial(_find, model), SIZES)
+    return Predictor(model.backbone, _whole, functools.partial(_find, model), SIZES, dense=True)
 
 
 @torch.inference_mode()
@@ -74,8 +73,6 @@ def _find(model: Any, prepared: list[Tensor]) -> list[str]:
     pixels = torch.stack(prepared)
     side = pixels.shape[-1] // 14
     tokens = model.backbone(pixel_values=pixels).last_hidden_state
-    if tokens.shape[1] < 1 + side * side:
-        tokens = turbovlm.get_handle(model.backbone).restore(tokens)
     heat = model.head(tokens[:, 1:].unflatten(1, (side, side)))
     full = F.interpolate(heat, size=(PIXELS, PIXELS), mode="bilinear", align_corners=False)
     return [encode_map(each[0]) for each in full]
@@ -126,7 +123,8 @@ def _reading(task: str) -> Predictor:
         "nlvr2": f"{STATEMENT} {{}} {ANSWER}",
     }
     reader = load_scene_reader()
-    return Predictor(reader.encoder, _pictures, functools.partial(_read, reader, forms[task], task == "nlvr2"), SIZES)
+    read = functools.partial(_read, reader, forms[task], task == "nlvr2")
+    return Predictor(reader.encoder, _pictures, read, SIZES, dense=True)
 
 
 @torch.inference_mode()

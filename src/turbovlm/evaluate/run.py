@@ -44,6 +44,7 @@ class Predictor:
             None for the model's own. Raises DataError for a picture that does not decode.
         predict: a list of prepared samples to one prediction each, of what JSON has.
         image_sizes: pixels a side that it can be asked for, its own last; empty if it takes its own alone.
+        dense: whether it reads every position, so that encoders are applied with `dense=True`.
         about: what predictions depend on besides model, data and setting, where it is not the default; as JSON has it.
     """
 
@@ -51,6 +52,7 @@ class Predictor:
     prepare: Callable[[Sample, int | None], Any]
     predict: Callable[[list[Any]], list[Any]]
     image_sizes: Sequence[int] = ()
+    dense: bool = False
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -89,7 +91,7 @@ def predict_all(
     on_progress(len(samples) - sum(len(groups[number]) for number in missing))
     if missing:
         todo = [sample for number in missing for sample in groups[number]]
-        with merged(predictor.model, setting.config), file.open("a", encoding="utf-8") as lines:
+        with merged(predictor, setting.config), file.open("a", encoding="utf-8") as lines:
             if not lines.tell():
                 lines.write(json.dumps(dict(header)) + "\n")
             for number, prepared in zip(missing, batches(predictor, todo, setting.image_size, batch, workers)):
@@ -133,9 +135,12 @@ def read_predictions(file: Path, header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def merged(model: Any, config: TurboConfig | None) -> Iterator[None]:
+def merged(predictor: Predictor, config: TurboConfig | None) -> Iterator[None]:
     """The model with merging; as it is for None."""
-    with contextlib.nullcontext() if config is None else turbovlm.apply(model, config):
+    if config is None:
+        yield
+        return
+    with turbovlm.apply(predictor.model, dataclasses.replace(config, dense=True) if predictor.dense else config):
         yield
 
 

@@ -23,7 +23,12 @@ OWN = "unmerged"
 SMALLER = "smaller image"
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of the golden section, without their whole part, lie evenly in [0, 1) however many are taken."""
-_PAPER: dict[str, Any] = {"similarity": "keys", "partition": "alternate", "order": "partition"}
+_PAPER: dict[str, Any] = {
+    "similarity": "keys",
+    "partition": "alternate",
+    "order": "partition",
+    "restore": "copy",
+}
 
 
 def evenly(redundancy: Tensor, semantic: Tensor, block: int) -> Tensor:
@@ -40,7 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {**_PAPER, "degree": "random"},
     "uniform": {**_PAPER, "degree": evenly},
 }
-"""Settings of `TurboConfig` besides the amount; all but the first match keys between alternate halves, as published."""
+"""Settings of `TurboConfig` besides the amount; all but the first match keys between alternate halves and restore by
+copies, as published."""
 
 
 def methods(amount: TurboConfig, names: Sequence[str] = tuple(METHODS), seeds: int = 1) -> list[Setting]:
@@ -101,7 +107,7 @@ def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting, whole: 
         whole: those of all that answers the sample instead, every step of a language model included.
     """
     counter = counting() if whole else _within(_modules(predictor.model))
-    with merged(predictor.model, setting.config), counter as total:
+    with merged(predictor, setting.config), counter as total:
         predictor.predict([predictor.prepare(sample, setting.image_size)])
         return total()
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.config import DEGREES, DegreeFunction
+from turbovlm.config import DEGREES, DegreeFunction, own_alpha
 from turbovlm.errors import ConfigError
 from turbovlm.functional.attention import size_bias
 from turbovlm.functional.backend import fused_kernels
@@ -96,18 +96,20 @@ def information_degree(
     block: int = 0,
     *,
     degree: str | DegreeFunction = "weighted_difference",
-    alpha: float = 2.0,
+    alpha: float | None = None,
     beta: float = 1.0,
     gamma: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
     """E, by which tokens are ranked: those of highest E are merged (Turbo, equations 12 and 17 to 20).
 
+    `"weighted_distance"` is ours: how far a token is from its partner, weighed by the attention that is paid to it.
+
     Args:
         redundancy: R of the candidates, `[batch, candidates]`.
         semantic: A of the candidates, `[batch, candidates]`; may be None for `"redundancy"` and `"random"`.
         block: the index l of the merging block, counted from 0.
-        degree, alpha, beta, gamma, seed: as in `TurboConfig`; `alpha` is the plain multiplier of A.
+        degree, alpha, beta, gamma, seed: as in `TurboConfig`.
 
     Returns:
         `[batch, candidates]`.
@@ -127,7 +129,12 @@ def information_degree(
             found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ConfigError(f"degree={degree!r} must return a tensor of R's shape {tuple(redundancy.shape)}: {found}")
         return result
+    if alpha is None:
+        alpha = own_alpha(degree)
     match degree:
+        case "weighted_distance":
+            mean = semantic.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(semantic.dtype).tiny)
+            return (redundancy - 1) * (1 + alpha * (semantic / mean).sqrt())
         case "weighted_difference":
             return torch.sub(redundancy, semantic, alpha=alpha)
         case "coupled_division":

@@ -63,9 +63,37 @@ class Merge:
         out = weighted.new_zeros(self.sizes.numel(), x.shape[-1]).index_add(0, self.rows, weighted)
         return out.view(*self.sizes.shape, x.shape[-1]).to(x.dtype)
 
-    def unmerge(self, y: Tensor) -> Tensor:
-        """Give every one of the N tokens its destination's row of `y`: `[batch, M, width]` to `[batch, N, width]`."""
-        return y.flatten(0, 1).index_select(0, self.rows).view(*self.weights.shape, y.shape[-1])
+    def lost(self, x: Tensor, merged: Tensor) -> Tensor:
+        """What set the r that are gone apart from what they became part of, `[batch, r, width]`; see `unmerge`.
+
+        Args:
+            x: before the merge, `[batch, N, width]`.
+            merged: behind it, `[batch, M, width]`.
+        """
+        gone = (self.gone + _first_rows(self.weights)).flatten()
+        into = self.rows.index_select(0, gone)
+        apart = x.flatten(0, 1).index_select(0, gone) - merged.flatten(0, 1).index_select(0, into)
+        return apart.view(*self.gone.shape, x.shape[-1])
+
+    def unmerge(self, y: Tensor, lost: Tensor | None = None) -> Tensor:
+        """Give every one of the N tokens its destination's row of `y`, and what the merge has taken from it.
+
+        Args:
+            y: `[batch, M, width]`.
+            lost: as `lost` gives it; what the others have lost follows, as a token is the mean of what it is made of.
+
+        Returns:
+            `[batch, N, width]`.
+        """
+        out = y.flatten(0, 1).index_select(0, self.rows)
+        if lost is not None:
+            gone = (self.gone + _first_rows(self.weights)).flatten()
+            stayed = (self.kept + _first_rows(self.weights)).flatten().index_select(0, self.rows.index_select(0, gone))
+            own, other = (self.weights.flatten().index_select(0, each) for each in (gone, stayed))
+            share = torch.where(other > 0, own / other.clamp_min(1e-6), 0).to(lost.dtype)
+            apart = lost.flatten(0, 1)
+            out = out.index_add(0, gone, apart).index_add(0, stayed, -apart * share[:, None])
+        return out.view(*self.weights.shape, y.shape[-1])
 
 
 def match(
@@ -77,7 +105,7 @@ def match(
     prefix: int = 0,
     block: int = 0,
     degree: str | DegreeFunction = "weighted_difference",
-    alpha: float = 2.0,
+    alpha: float | None = None,
     beta: float = 1.0,
     gamma: float = 0.0,
     partition: str = "alternate",

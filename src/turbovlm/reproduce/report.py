@@ -84,7 +84,7 @@ def write_report(folder: Path, entries: Mapping[str, Any], order: Sequence[str],
     Args:
         folder: where the plots are.
         entries: by study: its sheet and numbers, and `command`, `date` and `versions` of the run that made it, and
-            the `seconds` that were needed beyond what other studies, or an earlier run, had left.
+            the `seconds` that all runs have needed for it beyond what other studies had left.
         order: of the studies.
         overview: what comes before them.
     """

@@ -68,7 +68,7 @@ class SaliencyHead(nn.Module):
             Saliency in (0, 1), `[batch, 1, 14 · rows, 14 · columns]`.
 
         Raises:
-            ConfigError: the tokens are no full grid (merged tokens go through `handle.restore` first).
+            ConfigError: the tokens are no full grid, as merged ones are.
         """
         grid = _to_grid(patch_tokens).permute(0, 3, 1, 2)
         rows, columns = grid.shape[2:]
@@ -98,15 +98,15 @@ class SaliencyViT(nn.Module):
             Saliency in (0, 1), `[batch, 1, height, width]`.
 
         Raises:
-            ConfigError: the backbone merges tokens; restore them, then call `head` yourself.
+            ConfigError: the backbone hands on merged tokens.
         """
         batch, _, height, width = pixel_values.shape
         rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
         tokens = self.backbone(pixel_values=pixel_values).last_hidden_state
         if tokens.shape[1] != 1 + rows * columns:
             raise ConfigError(
-                f"the backbone gave {tokens.shape[1]} tokens instead of {1 + rows * columns}: while it merges tokens, "
-                "call model.head(handle.restore(tokens)[:, 1:])"
+                f"the backbone gave {tokens.shape[1]} tokens instead of {1 + rows * columns}: apply with dense=True, "
+                "and it hands on every position"
             )
         return cast(Tensor, self.head(tokens[:, 1:].reshape(batch, rows, columns, -1)))
 
@@ -173,7 +173,7 @@ def _to_grid(tokens: Tensor) -> Tensor:
     if side == 0 or side * side != tokens.shape[1]:
         raise ConfigError(
             f"patch_tokens of shape {tuple(tokens.shape)}: must be [batch, side², width] or "
-            "[batch, rows, columns, width]; merged tokens go through handle.restore(tokens)[:, 1:] first"
+            "[batch, rows, columns, width]; with dense=True the encoder hands on every position"
         )
     return tokens.reshape(tokens.shape[0], side, side, -1)
 

@@ -1,0 +1,82 @@
+"""From the settings and an encoder to what its blocks do: every `"auto"` settled, its cost read off its modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from turbovlm.adapters import Tower, matrices
+from turbovlm.adapters.layout import fetch
+from turbovlm.config import ENCODER_RESTORES, GENERATION, TurboConfig
+from turbovlm.engine import Plan
+from turbovlm.errors import ConfigError
+from turbovlm.schedule import EncoderShape, check_depth
+
+
+def plan_encoder(tower: Tower, config: TurboConfig) -> Plan:
+    """How an encoder that was found will merge: every `"auto"` settled.
+
+    Raises:
+        ConfigError: settings that this encoder, or no encoder, can have.
+    """
+    config = _for_encoder(config, tower.layout.text)
+    check_depth(config, len(tower.blocks), tower.name)
+    if config.guidance == "cls" and not tower.cls:
+        where = tower.name or type(tower.module).__name__
+        raise ConfigError(f"guidance='cls': {where} ({tower.layout.family}) has no CLS token; use 'mean' or 'auto'")
+    if config.flops is not None and not tower.plain_stem:
+        raise ConfigError(
+            f"flops={config.flops}: {tower.name or type(tower.module).__name__} begins with a convolutional network "
+            "whose cost does not follow from its shape; use r or keep"
+        )
+    guidance = ("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance
+    similarity = ("hidden" if tower.layout.text else "heads") if config.similarity == "auto" else config.similarity
+    restore = "residual" if config.restore == "auto" else config.restore
+    return Plan(
+        config=config,
+        spelling=tower.spelling,
+        shape=_shape(tower, config, similarity),
+        tower=tower.name,
+        names=tuple(name for name, _ in tower.blocks),
+        native_tokens=tower.tokens,
+        guidance=guidance,
+        similarity=similarity,
+        restore=restore if tower.restore or config.dense else None,
+        plain_stem=tower.plain_stem,
+    )
+
+
+def _for_encoder(config: TurboConfig, is_text: bool) -> TurboConfig:
+    for name in GENERATION:
+        value = getattr(config, name)
+        if value != TurboConfig.__dataclass_fields__[name].default:
+            raise ConfigError(f"{name}={value!r}: only image generation has it")
+    if config.restore not in ENCODER_RESTORES:
+        raise ConfigError(f"restore={config.restore!r}: only image generation has it; encoders {ENCODER_RESTORES}")
+    config = config.settled("weighted_difference" if is_text else "weighted_distance")
+    if config.partition != "auto":
+        return config
+    if config.grid is not None:
+        raise ConfigError(f'grid={config.grid!r}: only partition="grid" uses it')
+    return replace(config, partition="random")
+
+
+def _shape(tower: Tower, config: TurboConfig, similarity: str) -> EncoderShape:
+    spelling, width = tower.spelling, tower.attention_width
+    in_mlp = [sum(_entries(fetch(block, path)) for path in spelling.mlp) for _, block in tower.blocks]
+    heads = [int(fetch(block, spelling.heads)) for _, block in tower.blocks]
+    compared = {"hidden": tower.hidden_size, "heads": width}
+    return EncoderShape(
+        attention_weights=tuple(_entries(block) - mlp for (_, block), mlp in zip(tower.blocks, in_mlp)),
+        mlp_weights=tuple(in_mlp),
+        attention_width=width,
+        hidden_size=tower.hidden_size,
+        similarity_width=tuple(compared.get(similarity, width // h) for h in heads),
+        patch_weights=tower.patch_weights,
+        prefix=tower.prefix,
+        windowed=config.partition == "random",
+    )
+
+
+def _entries(step: Any) -> int:
+    return sum(matrix.numel() for matrix in matrices(step))
