@@ -212,7 +212,7 @@ def test_tokens_are_averaged_by_size():
 
     features = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
     semantic = torch.rand(2, 30, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    found = select(features, semantic, 5, TurboConfig(visual_keep=5))
+    found = select(features, semantic, 5, TurboConfig(visual_keep=5).settled("weighted_difference"))
     merged = found.take(features)
     for image in range(2):
         for k in range(5):

@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from turbovlm import functional
+from turbovlm.calibration.calibrate import calibrate
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 from turbovlm.handle import Handle, apply, get_handle
@@ -22,6 +23,7 @@ __all__ = [
     "TurboError",
     "UnsupportedModelError",
     "apply",
+    "calibrate",
     "functional",
     "get_handle",
     "profile",

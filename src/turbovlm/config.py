@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from turbovlm.errors import ConfigError
+from turbovlm.promise import Promise
 
 DegreeFunction = Callable[[Tensor, Tensor, int], Tensor]
 """`(R, A, block) -> E`: redundancy and semantic value of the candidates, `[batch, candidates]` each."""
@@ -45,6 +48,9 @@ AMOUNTS = ("r", "keep", "flops")
 """The fields that say how much is merged inside the encoders."""
 READINGS = ("visual_keep", "cross_keep")
 """The fields that say how much is read of what they hand on."""
+
+FORMAT = 1
+"""Of saved settings."""
 
 PAPER_ALPHA_SCALE = 30.0
 """The authors' code multiplies the published alpha by 30 before it multiplies A."""
@@ -106,6 +112,7 @@ class TurboConfig:
             token (equation 14). `"auto"`: `"residual"` in encoders, in image generation `"linear"` on the CPU and
             `"copy"` elsewhere.
         share_guidance: in image generation, whether both halves of classifier-free guidance merge alike.
+        promise: what `turbovlm.calibrate` measured of these settings; it takes no part in what they do.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
@@ -137,6 +144,7 @@ class TurboConfig:
     refresh: int = 1
     restore: str = "auto"
     share_guidance: bool = True
+    promise: Promise | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check_amount()
@@ -217,6 +225,42 @@ class TurboConfig:
         chosen = degree if self.degree == "auto" else self.degree
         alpha = own_alpha(chosen) if self.alpha is None else self.alpha
         return dataclasses.replace(self, degree=chosen, alpha=alpha)
+
+    def save(self, path: str | Path) -> None:
+        """Write the settings, and what they promise, as JSON.
+
+        Raises:
+            ConfigError: the degree is a function, which JSON has no word for.
+        """
+        if callable(self.degree):
+            raise ConfigError(f"degree={self.degree!r}: a function cannot be saved")
+        content = {"turbovlm": FORMAT, **dataclasses.asdict(self)}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> TurboConfig:
+        """What `save` has written.
+
+        Raises:
+            ConfigError: no such file, another format, or a setting that is unknown or wrong.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = content.pop("turbovlm")
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: there is no such file") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: holds no settings of turbovlm ({error!r})") from error
+        if version != FORMAT:
+            raise ConfigError(f"{path}: is of format {version!r}; this release reads {FORMAT}")
+        unknown = content.keys() - cls.__dataclass_fields__.keys()
+        if unknown:
+            raise ConfigError(f"{path}: settings that this release does not know: {', '.join(sorted(unknown))}")
+        promise = content.pop("promise", None)
+        try:
+            return cls(**content, promise=None if promise is None else Promise.of(promise))
+        except TypeError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     def _check_amount(self) -> None:
         given = [name for name in AMOUNTS if getattr(self, name) is not None]

@@ -1,0 +1,231 @@
+"""`calibrate`: from a model and some images to the settings that keep most of it, and what they promise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+import torch.nn as nn
+
+from turbovlm.calibration.bound import fewest, upper_bound
+from turbovlm.calibration.drift import Subject
+from turbovlm.calibration.handing import Measure, count_of, handed_on
+from turbovlm.calibration.search import Best, Encoder, schedule_search, settings_search, tried
+from turbovlm.calibration.speed import speedup_of
+from turbovlm.config import AMOUNTS, READINGS, TurboConfig
+from turbovlm.errors import ConfigError, TurboError
+from turbovlm.handle import apply, overrides
+from turbovlm.profile.compare import check_integers
+from turbovlm.promise import Promise
+
+FEWEST = 2 * fewest()
+EFFORT = 100
+CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+STEP = 0.05
+"""Of the shares of multiply-accumulates that are walked through for `max_drift`."""
+TOLERANCE = 0.02
+"""Of a measured speed-up."""
+TURNS = 6
+"""How often a speed-up is measured at most."""
+
+
+def calibrate(
+    model: nn.Module,
+    images: Any,
+    *,
+    flops: float | None = None,
+    max_drift: float | None = None,
+    speedup: float | None = None,
+    measure: Measure | None = None,
+    effort: int = EFFORT,
+    batch: int = 16,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+    **settings: Any,
+) -> TurboConfig:
+    """The settings that keep most of what a model hands on, found on unlabelled images.
+
+    Half of the images are searched on: which similarity, degree and partition, then how many tokens in which block. On
+    the other half it is measured what can be promised. The model is left as it is, whatever happens.
+
+    Args:
+        model: with one vision encoder, or several of one depth, in eval mode.
+        images: what the model takes, `[images, 3, height, width]`, or a mapping of tensors by name; 32 to 256 of the
+            kind and the size that the model will see.
+        flops: share of the encoder's multiply-accumulates to leave, in (0, 1): the least drift at that cost.
+        max_drift: the cheapest settings whose mean drift is not above it.
+        speedup: the least drift at that speed-up, measured on this device, a batch of images at a time.
+        measure: `(model, images) -> features` by which drift is measured, a tensor `[batch, width]` or
+            `[batch, tokens, width]`, or several that count alike; what the family hands on if None.
+        effort: how often the images go through the model in the search, about.
+        batch: images in a forward.
+        seed: of the split, the search and nothing else; one seed gives one result, but for `speedup`.
+        progress: told how many more images went through the model.
+        settings: fields of `TurboConfig` that are to stay as given, such as `dense=True`.
+
+    Returns:
+        Settings with a list of `r`, for images of that size, and their `promise`.
+
+    Raises:
+        ConfigError: none or several of the targets, one out of reach (the message says what can be reached), too few
+            images, or no images.
+        TurboError: a model in training mode or accelerated already, or whose outputs are NaN.
+        UnsupportedModelError: nothing in the model can be accelerated.
+    """
+    _check(model, images, flops, max_drift, speedup)
+    check_integers(effort=(effort, 1), batch=(batch, 1))
+    for name in (*AMOUNTS, *READINGS):
+        if name in settings:
+            raise ConfigError(f"{name}: calibrate finds how much is merged in the encoder, and nothing beside it")
+    base = TurboConfig(r=0, **settings)
+    count = count_of(images)
+    if count < FEWEST:
+        raise ConfigError(f"images: {count} are too few, at least {FEWEST} are needed: half of them for the promise")
+    subject = Subject(model, images, count, measure or handed_on(model), batch, progress or _nothing)
+    order = random.Random(seed).sample(range(count), count)
+    searched, kept = sorted(order[: count // 2]), sorted(order[count // 2 :])
+    encoder = _encoder(subject, base)
+    search = _Search(subject, encoder, base, searched, effort, seed)
+    measured = None
+    if flops is not None:
+        best = search.at(flops)
+    elif max_drift is not None:
+        best = search.within(max_drift)
+    else:
+        assert speedup is not None
+        best, measured = search.as_fast_as(speedup)
+    return replace(best.config, promise=_promise(subject, encoder, best, kept, measured))
+
+
+class _Search:
+    """The three targets over one subject."""
+
+    def __init__(
+        self, subject: Subject, encoder: Encoder, base: TurboConfig, images: Sequence[int], effort: int, seed: int
+    ) -> None:
+        self.subject, self.encoder, self.base, self.images = subject, encoder, base, images
+        self.budget, self.seed = effort * len(images), seed
+
+    def at(self, flops: float) -> Best:
+        least = self.encoder.ratio([self.encoder.tokens] * self.encoder.shape.depth)
+        if flops < least:
+            raise ConfigError(f"flops={flops} is out of reach: {least:.2f} is the least that this encoder can be left")
+        best = settings_search(self.subject, self.encoder, self.base, flops, self.images)
+        return schedule_search(self.subject, self.encoder, best, flops, self.images, self.budget, self.seed)
+
+    def within(self, max_drift: float) -> Best:
+        share = 1 - STEP
+        start = settings_search(self.subject, self.encoder, self.base, share, self.images)
+        if start.mean > max_drift:
+            raise ConfigError(
+                f"max_drift={max_drift} is out of reach: with {share:.0%} of the multiply-accumulates left the least "
+                f"is {start.mean:.4f}"
+            )
+        best, steps = start, round((1 - STEP) / STEP)
+        while share > STEP:
+            share = round(share - STEP, 4)
+            found = self._step(best, share, self.budget // steps)
+            if found is None or found.mean > max_drift:
+                break
+            best = found
+        for part in (0.75, 0.5, 0.25):
+            found = self._step(best, round(share + part * STEP, 4), self.budget // steps)
+            if found is None or found.mean > max_drift:
+                break
+            best = found
+        return best
+
+    def _step(self, best: Best, flops: float, budget: int) -> Best | None:
+        found = tried(self.subject, self.encoder, best.config, best.shares, flops, self.images)
+        if found is None:
+            return None
+        return schedule_search(self.subject, self.encoder, found, flops, self.images, budget, self.seed)
+
+    def as_fast_as(self, speedup: float) -> tuple[Best, float]:
+        flops, last = min(1.0, 1 / speedup), 1.0
+        shares = self.encoder.even()
+        for _ in range(TURNS):
+            amounts = self.encoder.amounts(shares, flops)
+            if amounts is None:
+                raise ConfigError(f"speedup={speedup} is out of reach: {last:.2f} is the most that was measured")
+            last = speedup_of(self.subject, replace(self.base, r=amounts))
+            if abs(last / speedup - 1) < TOLERANCE:
+                break
+            flops *= last / speedup
+        best = self.at(flops)
+        for _ in range(TURNS):
+            last = speedup_of(self.subject, best.config)
+            if abs(last / speedup - 1) < TOLERANCE:
+                break
+            flops *= last / speedup
+            found = tried(self.subject, self.encoder, best.config, best.shares, flops, self.images)
+            if found is None:
+                raise ConfigError(f"speedup={speedup} is out of reach: {last:.2f} is the most that was measured")
+            best = found
+        return best, last
+
+
+def _check(model: Any, images: Any, flops: Any, max_drift: Any, speedup: Any) -> None:
+    given = {
+        name: value
+        for name, value in (("flops", flops), ("max_drift", max_drift), ("speedup", speedup))
+        if value is not None
+    }
+    if len(given) != 1:
+        raise ConfigError(f"give exactly one of flops, max_drift and speedup: got {', '.join(given) or 'none of them'}")
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ConfigError(f"{name}={value!r}: must be a number")
+    if flops is not None and not 0 < flops < 1:
+        raise ConfigError(f"flops={flops!r}: must be a share in (0, 1)")
+    if max_drift is not None and not 0 < max_drift < 1:
+        raise ConfigError(f"max_drift={max_drift!r}: must be in (0, 1); 0 is the model itself")
+    if speedup is not None and not speedup > 1:
+        raise ConfigError(f"speedup={speedup!r}: must be more than 1")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
+    if model.training:
+        raise TurboError("the model is in training mode: dropout would be taken for drift; call model.eval() first")
+    if any(True for _ in overrides(model)):
+        raise TurboError("this model is accelerated already: calibrate the model itself, after handle.remove()")
+
+
+def _encoder(subject: Subject, base: TurboConfig) -> Encoder:
+    """Read off the model with one token merged."""
+    with apply(subject.model, replace(base, r=1, dense=True)) as handle:
+        subject._look([0])
+        plans = handle._plans
+    depths = {plan.shape.depth for plan in plans}
+    if len(depths) > 1:
+        raise ConfigError(f"the model's encoders have {sorted(depths)} blocks: calibrate one of them at a time")
+    source = None if plans[0].last is None else plans[0].last.source()
+    if source is None:
+        raise ConfigError("measure: the model's vision encoder has not run")
+    return Encoder(plans[0].shape, source.shape[1])
+
+
+def _promise(subject: Subject, encoder: Encoder, best: Best, images: Sequence[int], speedup: float | None) -> Promise:
+    assert isinstance(best.config.r, tuple)
+    drift = subject.drift(best.config, images)
+    bound = upper_bound(drift.tolist())
+    curve = [(round(encoder.ratio(best.config.r), 4), drift.mean().item())]
+    for share in CURVE:
+        found = tried(subject, encoder, best.config, best.shares, share, images)
+        if found is not None:
+            curve.append((share, found.mean))
+    return Promise(
+        flops=curve[0][0],
+        drift=curve[0][1],
+        bound=bound.value,
+        coverage=bound.coverage,
+        images=len(images),
+        speedup=speedup,
+        curve=tuple(sorted(curve)),
+    )
+
+
+def _nothing(_: int) -> None:
+    pass
