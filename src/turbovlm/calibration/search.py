@@ -25,9 +25,8 @@ CANDIDATES: tuple[Mapping[str, Any], ...] = (
     {"degree": "weighted_difference"},
     {"degree": "weighted_difference", "similarity": "keys"},
     {"partition": "alternate"},
-    {"seed": 1},
 )
-"""Settings beside the amounts that are tried."""
+"""Settings beside the amounts that are tried, the default first."""
 SHAPES: Mapping[str, float] = {"constant": 0.0, "later": 1.0, "earlier": -1.0}
 """Schedules that a search begins with beside the even one: how the share that goes changes from first block to last."""
 SUBSET = 1 / 4
@@ -112,13 +111,13 @@ def settings_search(subject: Subject, encoder: Encoder, base: TurboConfig, flops
         if given & set(settings):
             continue
         found = tried(subject, encoder, replace(base, **settings), start, flops, images)
-        if found is not None and (best is None or found.mean < best.mean):
+        if found is not None and (best is None or clearly_less(found.drift, best.drift)):
             best = found
     assert best is not None
     for slope in SHAPES.values():
         shares = tuple(1 + slope * (2 * block / max(depth - 1, 1) - 1) for block in range(depth))
         found = tried(subject, encoder, best.config, shares, flops, images)
-        if found is not None and found.mean < best.mean:
+        if found is not None and clearly_less(found.drift, best.drift):
             best = found
     return best
 
@@ -140,7 +139,7 @@ def schedule_search(
     """Moves tokens between blocks at the same cost, as long as it helps.
 
     A new schedule is tried on some of the images first, drawn anew each time, and on all of them if it is no worse
-    there; it is taken if the difference, image by image, is more than a third of its standard error.
+    there; it is taken if it is clearly better on all of them.
 
     Args:
         budget: images that may go through the model.
@@ -164,10 +163,18 @@ def schedule_search(
         drift = torch.empty_like(best.drift)
         drift[some], drift[rest] = first, subject.drift(config, [images[i] for i in rest])
         spent += len(rest)
-        difference = drift - best.drift
-        if difference.mean() < -difference.std() / (3 * count**0.5):
+        if clearly_less(drift, best.drift):
             best = Best(config, shares, drift)
     return best
+
+
+def clearly_less(drift: Tensor, other: Tensor) -> bool:
+    """Whether the mean is less by more than the standard error of the difference, image by image.
+
+    What is chosen by less is chosen by chance, and does not hold for other images.
+    """
+    difference = drift - other
+    return bool(difference.mean() < -difference.std() / len(difference) ** 0.5)
 
 
 def _moved(shares: Shares, chance: random.Random) -> Shares:

@@ -1,0 +1,112 @@
+"""`turbovlm calibrate`: settings for a model, found on a folder of pictures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from turbovlm.errors import ConfigError, DataError
+
+EFFORT, MOST_PICTURES = 100, 256
+
+_EPILOG = """\
+examples:
+  turbovlm calibrate zoo:saliency photos --flops 0.6                     a pretrained ViT; writes turbo.json, turbo.html
+  turbovlm calibrate openai/clip-vit-large-patch14 photos --speedup 1.5  measured on this device
+  turbovlm calibrate timm:vit_base_patch16_224 photos --max-drift 0.02   the cheapest within a tolerance
+  turbovlm calibrate ./blip-captioning photos --flops 0.6 --dense --out captions.json
+
+  python: turbovlm.apply(model, turbovlm.TurboConfig.load("turbo.json"))
+
+Pictures need no labels: 32 to 256 of the kind that the model will see. Half of them are searched on, on the other half
+is measured what can be promised. Drift is 1 − cosine of what the model hands on with merging to what it hands on
+without: pooled features, logits, or tokens.
+"""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="find the settings that keep most of your model, on your pictures",
+        description="Find which tokens to merge, and how many in which block, on unlabelled pictures.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a hub id, a folder, timm:NAME, zoo:saliency, zoo:pairs, …")
+    parser.add_argument("images", metavar="IMAGES", help="a folder of pictures, or of folders of them")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--flops", type=float, metavar="SHARE", help="of the encoder's MACs left")
+    target.add_argument("--max-drift", type=float, metavar="D", help="the cheapest settings that drift no further")
+    target.add_argument("--speedup", type=float, metavar="X", help="times faster, measured on this device")
+    parser.add_argument("--dense", action="store_true", help="the settings hand on every position")
+    parser.add_argument("--limit", type=int, default=MOST_PICTURES, metavar="N", help="pictures (default 256)")
+    parser.add_argument("--effort", type=int, default=EFFORT, metavar="N", help="passes of the search (default 100)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="pictures in a forward (default 16)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of split and search (default 0)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
+    parser.add_argument("--out", default="turbo.json", metavar="FILE", help="(default turbo.json; a page beside it)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, calibrate, print, and write the settings and their page."""
+    import shlex
+    import sys
+    from datetime import datetime, timezone
+
+    import torch
+    from rich.console import Console
+
+    import turbovlm
+    from turbovlm.calibration.loading import load
+    from turbovlm.calibration.page import sentence, write_page
+    from turbovlm.cli.measuring import check_numbers, device_named, progress_bar, versions_used
+    from turbovlm.evaluate.predictors.loading import Where
+
+    check_numbers(args, "limit", "effort", "batch")
+    out = Path(args.out)
+    if out.suffix != ".json":
+        raise ConfigError(f"--out {out}: must end in .json")
+    if not out.resolve().parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no such folder")
+    files = _files(Path(args.images), args.limit)
+    model, prepare = load(Where(args.model, device_named(args.device), getattr(torch, args.dtype)))
+    images = prepare([_opened(file) for file in files])
+    target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
+    how = {name: getattr(args, name) for name in ("dense", "effort", "batch", "seed")}
+    with progress_bar(len(files) // 2 * (args.effort + 20), "calibrating") as advance:
+        config = turbovlm.calibrate(model, images, **target, **how, progress=advance)
+    config.save(out)
+    used = ", ".join(f"{name} {version}" for name, version in versions_used().items())
+    about = f"{len(files)} pictures of {args.images}; {used}; {datetime.now(timezone.utc):%Y-%m-%d}"
+    command = shlex.join(["turbovlm", *sys.argv[1:]])
+    write_page(config, out.with_suffix(".html"), f"{args.model}, calibrated", command, about)
+    console = Console()
+    console.print(sentence(config))
+    console.print(f"tokens merged in each block: {config.r}")
+    console.print(f"settings: {out}; the curve: {out.with_suffix('.html')}")
+    return 0
+
+
+def _files(folder: Path, limit: int) -> list[Path]:
+    """Pictures in a folder, evenly spaced if there are more than `limit`."""
+    from turbovlm.evaluate.readers.files import PICTURE_SUFFIXES
+
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not found:
+        raise DataError(f"{folder}: holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found
+
+
+def _opened(file: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{file}: cannot be read as a picture ({error})") from error
