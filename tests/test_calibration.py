@@ -234,3 +234,57 @@ def test_saved_and_loaded(vit, images, tmp_path):
             TurboConfig.load(tmp_path / "bad.json")
     with pytest.raises(ConfigError, match="there is no such file"):
         TurboConfig.load(tmp_path / "none.json")
+
+
+@pytest.fixture
+def folder(vit, images, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    vit.save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "vit")
+    pictures = tmp_path / "pictures" / "some"
+    pictures.mkdir(parents=True)
+    for number, picture in enumerate(((images[:30] + 3) * 40).clamp(0, 255).byte().permute(0, 2, 3, 1)):
+        image.fromarray(picture.numpy()).save(pictures / f"{number}.png")
+    return tmp_path
+
+
+def test_from_the_command_line(folder, vit, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from turbovlm.cli import main
+
+    monkeypatch.chdir(folder)
+    assert main(["calibrate", "./vit", "pictures", "--flops", "0.7", "--effort", "1", "--limit", "28"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    config = TurboConfig.load("turbo.json")
+    assert "On 14 images that took no part in the search the mean drift is" in said
+    assert (
+        f"at least 80% of all images like these drift no further than {config.promise.bound:.4f}".lower()
+        in said.lower()
+    )
+    assert ratio_of(vit, config) == pytest.approx(0.7, abs=0.011)
+    page = (folder / "turbo.html").read_text()
+    assert "<svg" in page and f"{config.promise.bound:.4f}" in page and "28 pictures of pictures" in page
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["./vit", "none", "--flops", "0.5"], "none: there is no such folder"),
+        (["./vit", "vit", "--flops", "0.5"], "vit: holds no pictures"),
+        (["./none", "pictures", "--flops", "0.5"], "there is no such folder"),
+        (["zoo:emoji", "pictures", "--flops", "0.5"], "of the zoo, saliency, pairs and scenes"),
+        (["./vit", "pictures", "--flops", "0.5", "--out", "turbo.txt"], "must end in .json"),
+        (["./vit", "pictures", "--flops", "0.5", "--out", "none/turbo.json"], "there is no such folder"),
+        (["./vit", "pictures", "--flops", "0.5", "--effort", "0"], "--effort 0: must be an integer ≥ 1"),
+        (["./vit", "pictures", "--flops", "0.5", "--limit", "20"], "images: 20 are too few, at least 28"),
+    ],
+)
+def test_bad_input_on_the_command_line(folder, capsys, monkeypatch, given, message):
+    from turbovlm.cli import main
+
+    monkeypatch.chdir(folder)
+    assert main(["calibrate", *given]) == 2
+    assert message in capsys.readouterr().err
+    (folder / "pictures" / "some" / "broken.png").write_text("no picture")
+    assert main(["calibrate", "./vit", "pictures", "--flops", "0.5"]) == 2
+    assert "broken.png: cannot be read as a picture" in capsys.readouterr().err
