@@ -37,6 +37,14 @@ def images():
     return torch.nn.functional.interpolate(small, size=64, mode="bilinear")
 
 
+@pytest.fixture(scope="module")
+def varied():
+    """From a few patches that differ to many."""
+    chance = torch.Generator().manual_seed(0)
+    small = (torch.randn(1, 3, 2 + number, 2 + number, generator=chance) for number in range(36))
+    return torch.cat([torch.nn.functional.interpolate(each, size=64, mode="bilinear") for each in small])
+
+
 def ratio_of(model, config):
     with turbovlm.apply(model, config) as handle:
         return handle.schedules[0].ratio
@@ -288,3 +296,47 @@ def test_bad_input_on_the_command_line(folder, capsys, monkeypatch, given, messa
     (folder / "pictures" / "some" / "broken.png").write_text("no picture")
     assert main(["calibrate", "./vit", "pictures", "--flops", "0.5"]) == 2
     assert "broken.png: cannot be read as a picture" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_thresholds_leave_each_picture_what_it_needs(vit, varied):
+    amounts, counts = [8] * 4, []
+    with turbovlm.apply(vit, r=amounts, trace=True) as handle:
+        vit(varied)
+        middle = [entry.degree[~entry.degree.isnan()].median().item() for entry in handle.trace]
+    with turbovlm.apply(vit, r=amounts, thresholds=middle, trace=True) as handle:
+        for image in varied:
+            vit(image[None])
+            counts.append([65, *(entry.sizes.shape[1] for entry in handle.trace)])
+            for before, after, entry, threshold in zip(counts[-1], counts[-1][1:], handle.trace, middle):
+                known = entry.degree[~entry.degree.isnan()]
+                assert before - after == min((known > threshold).sum(), (before - 1) // 2)
+        vit(varied)
+        assert handle.trace[0].sizes.shape[1] == max(each[1] for each in counts)
+    assert len({each[-1] for each in counts}) > 3
+    plain = vit(varied[:2])[0]
+    with turbovlm.apply(vit, r=amounts, thresholds=[1e9] * 4):
+        torch.testing.assert_close(vit(varied[:2])[0], plain)
+
+
+def test_thresholds_cannot_be_compiled(vit, images):
+    with (
+        turbovlm.apply(vit, TurboConfig(r=[8] * 4, thresholds=[-0.05] * 4)),
+        torch.no_grad(),
+        pytest.raises(Exception, match="cannot be compiled: use r"),
+    ):
+        torch.compile(vit, backend="eager", fullgraph=True)(images[:1])
+
+
+def test_thresholds_for_one_cost(vit, varied, tmp_path, monkeypatch):
+    from turbovlm.calibration import calibrate as module
+
+    fixed = turbovlm.calibrate(vit, varied, flops=0.7, effort=1)
+    monkeypatch.setattr(module, "clearly_less", lambda drift, other: True)
+    config = turbovlm.calibrate(vit, varied, flops=0.7, effort=1, per_image=True)
+    assert config.r == fixed.r and len(config.thresholds) == 4
+    assert config.promise.flops == pytest.approx(0.7, abs=0.06) and config.promise.drift != fixed.promise.drift
+    monkeypatch.setattr(module, "clearly_less", lambda drift, other: False)
+    assert turbovlm.calibrate(vit, varied, flops=0.7, effort=1, per_image=True) == fixed
+    config.save(tmp_path / "turbo.json")
+    assert TurboConfig.load(tmp_path / "turbo.json") == config

@@ -68,6 +68,9 @@ class TurboConfig:
         keep: share of the tokens left after the last block, in (0, 1].
         flops: share of the encoder's multiply-accumulates left, in (0, 1].
         min_tokens: a block that starts with fewer tokens does not merge (Turbo, §7.2).
+        thresholds: one number per block: beside a list of `r`, a block merges every token whose E is above its own, so
+            that pictures with more redundancy lose more; `r` then says how many on average. In a batch, all lose as
+            many as the picture that can spare fewest. Not for `torch.compile`.
         degree: the information degree E; the tokens of highest E are merged.
             `"weighted_distance"` E = −(1 − R)(1 + α√(A/Ā)), Ā the mean A of the candidates,
             `"weighted_difference"` E = R − αA (S1), `"coupled_division"` E = R / (A + 1e-3) (S2),
@@ -123,6 +126,7 @@ class TurboConfig:
     keep: float | None = None
     flops: float | None = None
     min_tokens: int = 0
+    thresholds: Sequence[float] | None = None
     degree: str | DegreeFunction = "auto"
     alpha: float | None = None
     beta: float = 1.0
@@ -170,6 +174,7 @@ class TurboConfig:
         _check_flag("share_guidance", self.share_guidance)
         self._set(refresh=_integer("refresh", self.refresh, minimum=1))
         _check_choice("visual_select", self.visual_select, VISUAL_SELECTIONS)
+        self._check_thresholds()
         self._check_readings()
         self._check_components()
         self._check_grid()
@@ -284,6 +289,17 @@ class TurboConfig:
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def _check_thresholds(self) -> None:
+        if self.thresholds is None:
+            return
+        if not isinstance(self.thresholds, Sequence) or isinstance(self.thresholds, str | bytes):
+            raise ConfigError(f"thresholds={self.thresholds!r}: must be a number per block")
+        if not isinstance(self.r, tuple) or len(self.r) != len(self.thresholds):
+            raise ConfigError(f"thresholds={list(self.thresholds)}: need a list of r beside them, of as many blocks")
+        if self.degree == "random":
+            raise ConfigError("thresholds: degree='random' says nothing about a picture")
+        self._set(thresholds=tuple(_number("thresholds", value) for value in self.thresholds))
 
     def _check_readings(self) -> None:
         if all(getattr(self, name) is None for name in READINGS) and self.visual_select != "information":

@@ -26,7 +26,7 @@ from turbovlm.functional.informativity import (
 from turbovlm.functional.matching import Merge, merge_tokens, padding_first
 from turbovlm.functional.partition import Partition, count, partition_tokens, positions
 from turbovlm.schedule import EncoderShape, clamp, requested_amounts
-from turbovlm.state import PREFIX, STATE, BlockTrace, State
+from turbovlm.state import PREFIX, STATE, State, traced
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def accelerated_forward(
     arguments = {**dict(zip(plan.spelling.arguments, args)), **kwargs}
     state = _begin(plan, hidden) if index == 0 else _resume(plan, index, hidden)
     config = plan.config
-    r = clamp(state.amounts[index], hidden.shape[1], state.prefix, config.min_tokens)
+    asked = state.amounts[index] if config.thresholds is None else hidden.shape[1]
+    r = clamp(asked, hidden.shape[1], state.prefix, config.min_tokens)
     if r == 0 and not state.merges and not config.trace:
         out = type(block).forward(block, hidden, *args, **kwargs)
         return _hand_on(plan, replace(state, block=index + 1), out[0] if plan.spelling.returns_tuple else out)
@@ -295,6 +296,8 @@ def _merge(
     if state.padded and state.sizes is not None:
         e = padding_first(e, state.sizes, partition)
     r = min(r, count(partition.candidates))
+    if config.thresholds is not None:
+        r = min(r, _spared(e, config.thresholds[index]))
     if r > 0:
         merged, merge = merge_tokens(
             x, e, partner, partition, r, sizes=state.sizes, order=config.order, reduce=config.reduce
@@ -304,9 +307,16 @@ def _merge(
         x, state = merged, _follow(plan, state, merge, partition)
     if config.trace:
         assert semantic is not None
-        trace = _trace(plan, index, state, x, partition, redundancy, semantic, e, tokens)
+        trace = traced(plan.names[index], state, x, partition, redundancy, semantic, e, tokens)
         state = replace(state, traces=(*state.traces, trace))
     return x, state
+
+
+def _spared(degree: Tensor, threshold: float) -> int:
+    """How many tokens every picture of the batch can spare."""
+    if torch.compiler.is_compiling() or is_exporting():
+        raise StateError("thresholds make the number of tokens depend on the picture, which cannot be compiled: use r")
+    return int((degree > threshold).sum(dim=1).amin())
 
 
 def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> State:
@@ -363,38 +373,3 @@ def _dropout(block: nn.Module, spelling: Spelling) -> float:
         return 0.0
     dropout = fetch(block, spelling.dropout)
     return float(dropout.p if isinstance(dropout, nn.Dropout) else dropout)
-
-
-def _trace(
-    plan: Plan,
-    index: int,
-    state: State,
-    x: Tensor,
-    partition: Partition,
-    redundancy: Tensor,
-    semantic: Tensor,
-    degree: Tensor,
-    tokens: int,
-) -> BlockTrace:
-    batch, device = x.shape[0], x.device
-    candidates = positions(partition.candidates, device).expand(batch, -1)
-
-    def everywhere(values: Tensor) -> Tensor:
-        return values.new_full((batch, tokens), torch.nan).scatter(1, candidates, values)
-
-    source = state.source()
-    if source is None:
-        source = torch.arange(tokens, device=device).expand(batch, -1)
-    sizes = state.sizes
-    if sizes is None:
-        sizes = torch.ones(batch, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=device)
-    return BlockTrace(
-        name=plan.names[index],
-        block=index,
-        prefix=state.prefix,
-        source=source,
-        sizes=sizes,
-        redundancy=everywhere(redundancy),
-        semantic=semantic,
-        degree=everywhere(degree),
-    )

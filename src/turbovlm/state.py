@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from turbovlm.functional.matching import Merge
+from turbovlm.functional.partition import Partition, positions
 
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
@@ -91,3 +93,38 @@ class State:
         for merge in self.merges[1:]:
             source = merge.source.gather(1, source)
         return source
+
+
+def traced(
+    name: str,
+    state: State,
+    x: Tensor,
+    partition: Partition,
+    redundancy: Tensor,
+    semantic: Tensor,
+    degree: Tensor,
+    tokens: int,
+) -> BlockTrace:
+    """What the block that has just merged did, to `x`, `[batch, M, width]`, which was of `tokens` tokens before."""
+    batch, device = x.shape[0], x.device
+    candidates = positions(partition.candidates, device).expand(batch, -1)
+
+    def everywhere(values: Tensor) -> Tensor:
+        return values.new_full((batch, tokens), torch.nan).scatter(1, candidates, values)
+
+    source = state.source()
+    if source is None:
+        source = torch.arange(tokens, device=device).expand(batch, -1)
+    sizes = state.sizes
+    if sizes is None:
+        sizes = torch.ones(batch, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=device)
+    return BlockTrace(
+        name=name,
+        block=state.block,
+        prefix=state.prefix,
+        source=source,
+        sizes=sizes,
+        redundancy=everywhere(redundancy),
+        semantic=semantic,
+        degree=everywhere(degree),
+    )

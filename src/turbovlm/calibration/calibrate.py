@@ -13,7 +13,8 @@ import torch.nn as nn
 from turbovlm.calibration.bound import fewest, upper_bound
 from turbovlm.calibration.drift import Subject
 from turbovlm.calibration.handing import Measure, count_of, handed_on
-from turbovlm.calibration.search import Best, Encoder, schedule_search, settings_search, tried
+from turbovlm.calibration.per_image import mean_ratio, with_thresholds
+from turbovlm.calibration.search import Best, Encoder, clearly_less, schedule_search, settings_search, tried
 from turbovlm.calibration.speed import speedup_of
 from turbovlm.config import AMOUNTS, READINGS, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
@@ -40,6 +41,7 @@ def calibrate(
     max_drift: float | None = None,
     speedup: float | None = None,
     measure: Measure | None = None,
+    per_image: bool = False,
     effort: int = EFFORT,
     batch: int = 16,
     seed: int = 0,
@@ -60,6 +62,8 @@ def calibrate(
         speedup: the least drift at that speed-up, measured on this device, a batch of images at a time.
         measure: `(model, images) -> features` by which drift is measured, a tensor `[batch, width]` or
             `[batch, tokens, width]`, or several that count alike; what the family hands on if None.
+        per_image: find thresholds as well, by which a picture with more redundancy loses more tokens, at the same cost
+            on average; for pictures that go through the model one at a time.
         effort: how often the images go through the model in the search, about.
         batch: images in a forward.
         seed: of the split, the search and nothing else; one seed gives one result, but for `speedup`.
@@ -97,7 +101,16 @@ def calibrate(
     else:
         assert speedup is not None
         best, measured = search.as_fast_as(speedup)
-    return replace(best.config, promise=_promise(subject, encoder, best, kept, measured))
+    promise = _promise(subject, encoder, best, kept, measured)
+    if per_image:
+        found = with_thresholds(subject, best.config, searched)
+        if clearly_less(subject.drift(found, searched), best.drift):
+            drift = subject.drift(found, kept)
+            bound = upper_bound(drift.tolist())
+            ratio = mean_ratio(subject, encoder, found, kept)
+            promise = replace(promise, flops=ratio, drift=drift.mean().item(), bound=bound.value)
+            return replace(found, promise=promise)
+    return replace(best.config, promise=promise)
 
 
 class _Search:
@@ -196,7 +209,7 @@ def _check(model: Any, images: Any, flops: Any, max_drift: Any, speedup: Any) ->
 def _encoder(subject: Subject, base: TurboConfig) -> Encoder:
     """Read off the model with one token merged."""
     with apply(subject.model, replace(base, r=1, dense=True)) as handle:
-        subject._look([0])
+        subject.look([0])
         plans = handle._plans
     depths = {plan.shape.depth for plan in plans}
     if len(depths) > 1:

@@ -40,7 +40,7 @@ class Subject:
     means: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        parts = self._look(range(self.count))
+        parts = self.look(range(self.count))
         for part in parts:
             if not part.isfinite().all():
                 raise TurboError("the model's own outputs are NaN or infinite on these images; nothing was calibrated")
@@ -56,7 +56,7 @@ class Subject:
             TurboError: the outputs are NaN, or of another shape than the model's own.
         """
         with apply(self.model, replace(config, dense=True)):
-            parts = self._look(images)
+            parts = self.look(images, 1 if config.thresholds else self.batch)
         places = torch.as_tensor(list(images), device=self.own[0].device)
         found = torch.zeros(len(places), device=self.own[0].device)
         for part, own, mean in zip(parts, self.own, self.means):
@@ -70,8 +70,10 @@ class Subject:
         return found
 
     @torch.inference_mode()
-    def _look(self, images: Sequence[int]) -> list[Tensor]:
-        chunks = [images[start : start + self.batch] for start in range(0, len(images), self.batch)]
+    def look(self, images: Sequence[int], batch: int | None = None) -> list[Tensor]:
+        """What the model, as it is now, hands on: per part `[len(images), tokens, width]`."""
+        size = batch or self.batch
+        chunks = [images[start : start + size] for start in range(0, len(images), size)]
         seen = []
         for chunk in chunks:
             seen.append(features_of(self.measure, self.model, some_of(self.inputs, chunk)))

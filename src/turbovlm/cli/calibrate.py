@@ -41,6 +41,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     target.add_argument("--max-drift", type=float, metavar="D", help="the cheapest settings that drift no further")
     target.add_argument("--speedup", type=float, metavar="X", help="times faster, measured on this device")
     parser.add_argument("--dense", action="store_true", help="the settings hand on every position")
+    parser.add_argument(
+        "--per-image", action="store_true", help="pictures with more redundancy lose more; for pictures one at a time"
+    )
     parser.add_argument("--limit", type=int, default=MOST_PICTURES, metavar="N", help="pictures (default 256)")
     parser.add_argument("--effort", type=int, default=EFFORT, metavar="N", help="passes of the search (default 100)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="pictures in a forward (default 16)")
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     model, prepare = load(Where(args.model, device_named(args.device), getattr(torch, args.dtype)))
     images = prepare([_opened(file) for file in files])
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
-    how = {name: getattr(args, name) for name in ("dense", "effort", "batch", "seed")}
+    how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}
     with progress_bar(len(files) // 2 * (args.effort + 20), "calibrating") as advance:
         config = turbovlm.calibrate(model, images, **target, **how, progress=advance)
     config.save(out)
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     write_page(config, out.with_suffix(".html"), f"{args.model}, calibrated", command, about)
     console = Console()
     console.print(sentence(config))
-    console.print(f"tokens merged in each block: {config.r}")
+    console.print(f"tokens merged in each block{', on average' if config.thresholds else ''}: {config.r}")
     console.print(f"settings: {out}; the curve: {out.with_suffix('.html')}")
     return 0
 

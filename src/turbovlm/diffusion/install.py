@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "order": ("spatial",),
     "dense": (False,),
     "restore": ("auto", "copy", "linear", "weighted"),
+    "thresholds": (None,),
     "trace": (False,),
     "visual_keep": (None,),
     "cross_keep": (None,),
