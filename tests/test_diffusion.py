@@ -227,7 +227,14 @@ def test_what_cannot_be_done_says_why():
         turbovlm.apply(model, r=4)
     with pytest.raises(ConfigError, match=r"keep=0\.2: one token in every 2×2 cell"):
         turbovlm.apply(model, keep=0.2)
-    for setting in ({"guidance": "cls"}, {"partition": "alternate"}, {"trace": True}, {"similarity": "keys"}):
+    for setting in (
+        {"restore": "residual"},
+        {"dense": True},
+        {"guidance": "cls"},
+        {"partition": "alternate"},
+        {"trace": True},
+        {"similarity": "keys"},
+    ):
         with pytest.raises(ConfigError, match=rf"{next(iter(setting))}=.*: image generation allows"):
             turbovlm.apply(model, keep=0.5, **setting)
     with pytest.raises(ConfigError, match=r"grid=\(8, 8\): UNet2DConditionModel is given pictures"):

@@ -121,7 +121,7 @@ def test_weighted_restoring_of_every_kind_of_part(name):
 
 
 def test_restore_is_checked():
-    with pytest.raises(ConfigError, match="restore='blend': must be one of auto, linear, copy, weighted"):
+    with pytest.raises(ConfigError, match="restore='blend': must be one of auto, copy, residual, linear, weighted"):
         turbovlm.TurboConfig(keep=0.5, restore="blend")
 
 

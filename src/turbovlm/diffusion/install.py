@@ -141,7 +141,8 @@ def _check(config: TurboConfig, pipe: Any) -> None:
         raise ConfigError(f"{config.amount}: image generation takes keep, the share of its tokens that a block reads")
     for name, allowed in ALLOWED.items():
         if getattr(config, name) not in allowed:
-            raise ConfigError(f"{name}={getattr(config, name)!r}: image generation allows {allowed[0]!r} only")
+            among = ", ".join(map(repr, allowed))
+            raise ConfigError(f"{name}={getattr(config, name)!r}: image generation allows {among} only")
     if config.keep < 0.25:
         raise ConfigError(f"keep={config.keep}: one token in every 2×2 cell stays, so keep must be ≥ 0.25")
     if config.refresh > 1 and getattr(pipe, "scheduler", None) is None:
