@@ -151,6 +151,9 @@ def test_a_measure_of_ones_own(vit, images):
         ({"flops": 0.05}, "flops=0.05 is out of reach"),
         ({"flops": 0.5, "effort": 0}, "effort=0: must be an integer ≥ 1"),
         ({"flops": 0.5, "r": 3}, "r: .*calibrate finds"),
+        ({"flops": 0.5, "min_tokens": 9}, "min_tokens: calibrate finds"),
+        ({"flops": 0.5, "partition": "grid"}, "partition='grid'"),
+        ({"speedup": 1.5, "per_image": True}, "per_image: a speed-up is measured in batches"),
         ({"flops": 0.5, "degree": "entropy"}, "degree='entropy'"),
     ],
 )
@@ -295,7 +298,7 @@ def test_bad_input_on_the_command_line(folder, capsys, monkeypatch, given, messa
     assert message in capsys.readouterr().err
     (folder / "pictures" / "some" / "broken.png").write_text("no picture")
     assert main(["calibrate", "./vit", "pictures", "--flops", "0.5"]) == 2
-    assert "broken.png: cannot be read as a picture" in capsys.readouterr().err
+    assert "broken.png" in capsys.readouterr().err
 
 
 @torch.no_grad()

@@ -112,8 +112,8 @@ class TurboConfig:
         restore: what a position gets back: `"copy"`, what its token came to; `"residual"`, in encoders, also what set
             it apart from its token when they merged. In image generation, `"linear"`, from a feed-forward also what
             linear regression over the tokens says of the difference; `"weighted"`, less of it the less it is like its
-            token (equation 14). `"auto"`: `"residual"` in encoders, in image generation `"linear"` on the CPU and
-            `"copy"` elsewhere.
+            token (equation 14). `"auto"`: `"residual"` in vision encoders, `"copy"` in text encoders, which
+            norm what they hand from block to block, in image generation `"linear"` on the CPU and `"copy"` elsewhere.
         share_guidance: in image generation, whether both halves of classifier-free guidance merge alike.
         promise: what `turbovlm.calibrate` measured of these settings; it takes no part in what they do.
 

@@ -31,7 +31,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> Plan:
         )
     guidance = ("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance
     similarity = ("hidden" if tower.layout.text else "heads") if config.similarity == "auto" else config.similarity
-    restore = "residual" if config.restore == "auto" else config.restore
+    restore = ("copy" if tower.layout.text else "residual") if config.restore == "auto" else config.restore
     return Plan(
         config=config,
         spelling=tower.spelling,

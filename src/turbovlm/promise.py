@@ -17,7 +17,8 @@ class Promise:
         bound: with a probability of 95 %, at least `coverage` of all images like these drift no further.
         images: how many it was measured on.
         speedup: times faster, where that was asked for: measured.
-        curve: shares of multiply-accumulates, each with its mean drift, of the same settings at other costs.
+        curve: shares of multiply-accumulates, each with its mean drift, of the same settings at other costs, by numbers
+            and not by thresholds.
     """
 
     flops: float

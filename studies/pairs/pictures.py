@@ -22,7 +22,6 @@ import json
 import random
 import re
 import struct
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
@@ -38,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenes"))
 from features import load_drawings
 from prepare import DATA as SCENES
-from prepare import PARTIAL, VENDORS, fetch_npm, read_json
+from prepare import PARTIAL, VENDORS, fetch_npm, read_json, unpack
 from prepare import draw as drawn
 
 from turbovlm.zoo import preprocess
@@ -147,14 +146,6 @@ def patterns(folder: Path) -> Iterator[Image.Image]:
 def other_drawings(folder: Path) -> Iterator[Item]:
     yield from cliparts(unpack("openclipart-svg", folder) / "openclipart" / "svg")
     yield from stamps(unpack("tuxpaint-stamps-default", folder) / "tuxpaint" / "stamps")
-
-
-def unpack(package: str, folder: Path) -> Path:
-    """A Debian package's /usr/share."""
-    subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True, stderr=subprocess.DEVNULL)
-    (file,) = folder.glob(f"{package}_*.deb")
-    subprocess.run(["dpkg-deb", "-x", file.name, package], cwd=folder, check=True)
-    return folder / package / "usr" / "share"
 
 
 def cliparts(folder: Path) -> Iterator[Item]:

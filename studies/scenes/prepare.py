@@ -160,16 +160,22 @@ def draw(icons: dict[str, Any], name: str) -> Image.Image:
 
 def write_photos(file: Path, folder: Path) -> None:
     """Nature photographs of Debian's mate-backgrounds, shorter side 512."""
-    subprocess.run(["apt-get", "download", "-qq", "mate-backgrounds"], cwd=folder, check=True)
-    (package,) = folder.glob("mate-backgrounds_*.deb")
-    subprocess.run(["dpkg-deb", "-x", package.name, "mate"], cwd=folder, check=True)
+    nature = unpack("mate-backgrounds", folder) / "backgrounds" / "mate" / "nature"
     with zipfile.ZipFile(file, "w") as archive:
-        for path in sorted(folder.glob("mate/usr/share/backgrounds/mate/nature/*.jpg")):
+        for path in sorted(nature.glob("*.jpg")):
             photo = Image.open(path).convert("RGB")
             share = PHOTO_SIDE / min(photo.size)
             packed = io.BytesIO()
             photo.resize((round(photo.width * share), round(photo.height * share))).save(packed, "jpeg", quality=92)
             archive.writestr(path.name, packed.getvalue())
+
+
+def unpack(package: str, folder: Path) -> Path:
+    """A Debian package's /usr/share, under a folder."""
+    subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+    (file,) = folder.glob(f"{package}_*.deb")
+    subprocess.run(["dpkg-deb", "-x", file.name, package], cwd=folder, check=True)
+    return folder / package / "usr" / "share"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from turbovlm.calibration.bound import fewest, upper_bound
 from turbovlm.calibration.drift import Subject
 from turbovlm.calibration.handing import Measure, count_of, handed_on
 from turbovlm.calibration.per_image import mean_ratio, with_thresholds
-from turbovlm.calibration.search import Best, Encoder, clearly_less, schedule_search, settings_search, tried
+from turbovlm.calibration.search import Best, Encoder, Shares, clearly_less, schedule_search, settings_search, tried
 from turbovlm.calibration.speed import speedup_of
 from turbovlm.config import AMOUNTS, READINGS, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
@@ -55,8 +55,8 @@ def calibrate(
 
     Args:
         model: with one vision encoder, or several of one depth, in eval mode.
-        images: what the model takes, `[images, 3, height, width]`, or a mapping of tensors by name; 32 to 256 of the
-            kind and the size that the model will see.
+        images: what the model takes, `[images, 3, height, width]`, or a mapping of tensors by name; at least 28,
+            better 64 to 256, of the kind and the size that the model will see.
         flops: share of the encoder's multiply-accumulates to leave, in (0, 1): the least drift at that cost.
         max_drift: the cheapest settings whose mean drift is not above it.
         speedup: the least drift at that speed-up, measured on this device, a batch of images at a time.
@@ -81,9 +81,13 @@ def calibrate(
     """
     _check(model, images, flops, max_drift, speedup)
     check_integers(effort=(effort, 1), batch=(batch, 1))
-    for name in (*AMOUNTS, *READINGS):
+    for name in (*AMOUNTS, *READINGS, "min_tokens", "thresholds", "grid", "promise"):
         if name in settings:
             raise ConfigError(f"{name}: calibrate finds how much is merged in the encoder, and nothing beside it")
+    if settings.get("partition") == "grid":
+        raise ConfigError("partition='grid': calibrate finds amounts for halves")
+    if per_image and speedup is not None:
+        raise ConfigError("per_image: a speed-up is measured in batches, which thresholds are not for; give flops")
     base = TurboConfig(r=0, **settings)
     count = count_of(images)
     if count < FEWEST:
@@ -158,27 +162,26 @@ class _Search:
         return schedule_search(self.subject, self.encoder, found, flops, self.images, budget, self.seed)
 
     def as_fast_as(self, speedup: float) -> tuple[Best, float]:
-        flops, last = min(1.0, 1 / speedup), 1.0
-        shares = self.encoder.even()
-        for _ in range(TURNS):
+        flops, _ = self._paced(speedup, self.base, self.encoder.even(), 1 / speedup)
+        best = self.at(flops)
+        flops, measured = self._paced(speedup, best.config, best.shares, flops)
+        found = tried(self.subject, self.encoder, best.config, best.shares, flops, self.images)
+        assert found is not None
+        return found, measured
+
+    def _paced(self, speedup: float, config: TurboConfig, shares: Shares, flops: float) -> tuple[float, float]:
+        """The share of multiply-accumulates whose measured speed-up comes nearest, and that speed-up."""
+        seen: list[tuple[float, float]] = []
+        while len(seen) < TURNS:
             amounts = self.encoder.amounts(shares, flops)
             if amounts is None:
-                raise ConfigError(f"speedup={speedup} is out of reach: {last:.2f} is the most that was measured")
-            last = speedup_of(self.subject, replace(self.base, r=amounts))
-            if abs(last / speedup - 1) < TOLERANCE:
+                most = max((measured for _, measured in seen), default=1.0)
+                raise ConfigError(f"speedup={speedup} is out of reach: {most:.2f} is the most that was measured")
+            seen.append((flops, speedup_of(self.subject, replace(config, r=amounts))))
+            if abs(seen[-1][1] / speedup - 1) < TOLERANCE:
                 break
-            flops *= last / speedup
-        best = self.at(flops)
-        for _ in range(TURNS):
-            last = speedup_of(self.subject, best.config)
-            if abs(last / speedup - 1) < TOLERANCE:
-                break
-            flops *= last / speedup
-            found = tried(self.subject, self.encoder, best.config, best.shares, flops, self.images)
-            if found is None:
-                raise ConfigError(f"speedup={speedup} is out of reach: {last:.2f} is the most that was measured")
-            best = found
-        return best, last
+            flops = min(1.0, flops * seen[-1][1] / speedup)
+        return min(seen, key=lambda pair: abs(pair[1] / speedup - 1))
 
 
 def _check(model: Any, images: Any, flops: Any, max_drift: Any, speedup: Any) -> None:

@@ -22,7 +22,7 @@ class Subject:
 
     Attributes:
         model: left as it is by every call.
-        inputs: the images, as the model takes them.
+        inputs: the images, as the model takes them; `count` of them.
         measure: what is compared.
         batch: images in a forward.
         on_images: told how many more have gone through the model.

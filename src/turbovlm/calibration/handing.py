@@ -13,7 +13,6 @@ from turbovlm.adapters import find_towers
 from turbovlm.errors import ConfigError, UnsupportedModelError
 from turbovlm.language.readers import reader_of
 
-Inputs = Mapping[str, Tensor]
 Measure = Callable[[nn.Module, Any], Any]
 """`(model, inputs) -> features`: a tensor `[batch, width]` or `[batch, tokens, width]`, or several."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turbovlm.calibration.drift import Subject
 from turbovlm.config import TurboConfig
+from turbovlm.errors import ConfigError
 from turbovlm.schedule import EncoderShape, token_counts
 
 CANDIDATES: tuple[Mapping[str, Any], ...] = (
@@ -44,8 +45,7 @@ class Encoder:
     """What a schedule is made for.
 
     Attributes:
-        shape: of the encoder; `tokens`: of an image.
-        fixed: tokens that never merge beside the prefix.
+        shape: of the encoder; `tokens`: of an image, prefix included.
     """
 
     shape: EncoderShape
@@ -99,6 +99,9 @@ def settings_search(subject: Subject, encoder: Encoder, base: TurboConfig, flops
     """The best of `CANDIDATES` with an even schedule, and of `SHAPES` with the best of them.
 
     What `base` has that is not the default stays.
+
+    Raises:
+        ConfigError: a few tokens are too large a part of the cost to come near to `flops`.
     """
     given = {
         name for name, each in base.__dataclass_fields__.items() if name != "r" and getattr(base, name) != each.default
@@ -113,7 +116,8 @@ def settings_search(subject: Subject, encoder: Encoder, base: TurboConfig, flops
         found = tried(subject, encoder, replace(base, **settings), start, flops, images)
         if found is not None and (best is None or clearly_less(found.drift, best.drift)):
             best = found
-    assert best is not None
+    if best is None:
+        raise ConfigError(f"flops={flops}: an encoder this small cannot be left within {NEAR:.0%} of it")
     for slope in SHAPES.values():
         shares = tuple(1 + slope * (2 * block / max(depth - 1, 1) - 1) for block in range(depth))
         found = tried(subject, encoder, best.config, shares, flops, images)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
-from typing import Any
 
-from turbovlm.errors import ConfigError, DataError
+from turbovlm.errors import ConfigError, DataError, TurboError
 
 EFFORT, MOST_PICTURES = 100, 256
 
@@ -19,7 +19,7 @@ examples:
 
   python: turbovlm.apply(model, turbovlm.TurboConfig.load("turbo.json"))
 
-Pictures need no labels: 32 to 256 of the kind that the model will see. Half of them are searched on, on the other half
+Pictures need no labels: 64 to 256 of the kind that the model will see. Half of them are searched on, on the other half
 is measured what can be promised. Drift is 1 − cosine of what the model hands on with merging to what it hands on
 without: pooled features, logits, or tokens.
 """
@@ -67,9 +67,12 @@ def run(args: argparse.Namespace) -> int:
     from turbovlm.calibration.loading import load
     from turbovlm.calibration.page import sentence, write_page
     from turbovlm.cli.measuring import check_numbers, device_named, progress_bar, versions_used
+    from turbovlm.evaluate.data import Picture
     from turbovlm.evaluate.predictors.loading import Where
 
     check_numbers(args, "limit", "effort", "batch")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TurboError("the page needs matplotlib: pip install 'turbovlm[plot]'")
     out = Path(args.out)
     if out.suffix != ".json":
         raise ConfigError(f"--out {out}: must end in .json")
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out}: there is no such folder")
     files = _files(Path(args.images), args.limit)
     model, prepare = load(Where(args.model, device_named(args.device), getattr(torch, args.dtype)))
-    images = prepare([_opened(file) for file in files])
+    images = prepare([Picture.file(file).open() for file in files])
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
     how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}
     with progress_bar(len(files) // 2 * (args.effort + 20), "calibrating") as advance:
@@ -104,12 +107,3 @@ def _files(folder: Path, limit: int) -> list[Path]:
     if not found:
         raise DataError(f"{folder}: holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
     return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found
-
-
-def _opened(file: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(file).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{file}: cannot be read as a picture ({error})") from error
