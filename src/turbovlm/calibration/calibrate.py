@@ -113,8 +113,8 @@ def calibrate(
             bound = upper_bound(drift.tolist())
             ratio = mean_ratio(subject, encoder, found, kept)
             promise = replace(promise, flops=ratio, drift=drift.mean().item(), bound=bound.value)
-            return replace(found, promise=promise)
-    return replace(best.config, promise=promise)
+            return replace(_spelled_out(model, found), promise=promise)
+    return replace(_spelled_out(model, best.config), promise=promise)
 
 
 class _Search:
@@ -221,6 +221,13 @@ def _encoder(subject: Subject, base: TurboConfig) -> Encoder:
     if source is None:
         raise ConfigError("measure: the model's vision encoder has not run")
     return Encoder(plans[0].shape, source.shape[1])
+
+
+def _spelled_out(model: nn.Module, config: TurboConfig) -> TurboConfig:
+    """With what every `"auto"` came to, so that a later release does the same."""
+    with apply(model, config) as handle:
+        plan = handle._plans[0]
+    return replace(plan.config, similarity=plan.similarity, guidance=plan.guidance)
 
 
 def _promise(subject: Subject, encoder: Encoder, best: Best, images: Sequence[int], speedup: float | None) -> Promise:
