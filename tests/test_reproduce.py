@@ -11,10 +11,11 @@ from PIL import Image
 
 from folders import blip_folder, clip_folder
 from turbovlm.cli import main
+from turbovlm.config import TurboConfig
 from turbovlm.evaluate.data import Data, Sample
 from turbovlm.evaluate.run import Predictor
 from turbovlm.evaluate.scoring import Score
-from turbovlm.evaluate.settings import OWN, SMALLER
+from turbovlm.evaluate.settings import MATCHED, OWN, SMALLER
 from turbovlm.handle import overrides
 from turbovlm.reproduce.declared import PLUGINS, comparisons, encoder_share
 from turbovlm.reproduce.overview import overview
@@ -145,6 +146,14 @@ def test_lines_of_one_config_are_asked_once(tmp_path):
     assert again["redundancy, r=30*"].name == by_name["redundancy (A2), r=30*"]
 
 
+def test_the_default_is_also_asked_at_the_smaller_images_cost(tmp_path):
+    study = next(study for study in comparisons() if study.key == "tasks/vqa")
+    source = Toy(tmp_path).source
+    settings = settings_of(study, source)
+    cost = source.size_costs[settings[SMALLER].image_size] / source.size_costs[224]
+    assert settings[MATCHED].config == TurboConfig(flops=round(cost, 3)) and cost != 0.6
+
+
 def test_the_largest_saving_is_found(tmp_path):
     """A score that falls below 95 % between 0.55 and 0.5 of the cost; one that is never below; one that always is."""
     for worse, expected in (
@@ -165,7 +174,6 @@ def test_concentration_is_the_share_of_a_tenth():
 
 
 def test_configs_are_named_by_what_they_change():
-    from turbovlm import TurboConfig
 
     assert (
         named(TurboConfig(r=8)) == "r=8" and named(TurboConfig(keep=0.5, degree="random")) == "keep=0.5, degree=random"

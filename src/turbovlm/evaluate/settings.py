@@ -21,6 +21,8 @@ from turbovlm.profile.pipelines import find_denoiser
 OWN = "unmerged"
 """The model itself."""
 SMALLER = "smaller image"
+MATCHED = "turbovlm at that cost"
+"""The default at what the smaller image costs, which cannot have just any cost."""
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of the golden section, without their whole part, lie evenly in [0, 1) however many are taken."""
 _PAPER: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.config import DEGREES, DegreeFunction, own_alpha
@@ -14,6 +13,9 @@ from turbovlm.functional.partition import Index, Partition, count, hashed_unifor
 
 SIMILARITY_ROWS = 1024
 """Candidates compared at a time: the similarity in memory is never larger than this times the partners."""
+
+SHORTEST = 1e-12
+"""Features of less length than this count as this long."""
 
 COUPLED_DIVISION_EPSILON = 1e-3
 """Added to A before the division of S2, as in the authors' code."""
@@ -40,13 +42,26 @@ def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, T
         pairs = [(part(candidates, i, features.device), part(partners, j, features.device)) for i, j in parts]
         best = [kernels.most_similar(features, *pair) for pair in pairs]
     else:
-        units = F.normalize(features.to(precise), dim=-1)
-        rows, columns = take(units, candidates), take(units, partners)
-        best = [torch.bmm(rows[:, i], columns[:, j].transpose(1, 2)).max(dim=-1) for i, j in parts]
+        best = _most_similar(features.to(precise), partition, parts)
     if len(best) == 1:
         return best[0][0], best[0][1]
     indices = [found[1] + j.start for found, (_, j) in zip(best, parts)]
     return torch.cat([found[0] for found in best], dim=1), torch.cat(indices, dim=1)
+
+
+def _most_similar(
+    features: Tensor, partition: Partition, parts: list[tuple[slice, slice]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Products of the tokens as they are, scaled by their lengths behind it: less to move than normalised tokens."""
+    scale = torch.linalg.vector_norm(features, dim=-1).clamp_min(SHORTEST).reciprocal()
+    rows, columns = take(features, partition.candidates), take(features, partition.partners)
+    row_scale, column_scale = (candidates_of(scale, index) for index in (partition.candidates, partition.partners))
+    best = []
+    for i, j in parts:
+        products = torch.bmm(rows[:, i], columns[:, j].transpose(1, 2)) * column_scale[:, None, j]
+        nearest = products.max(dim=-1)
+        best.append((nearest.values * row_scale[:, i], nearest.indices))
+    return best
 
 
 def _compared(candidates: int, partners: int, windows: int) -> list[tuple[slice, slice]]:

@@ -143,7 +143,7 @@ def take(x: Tensor, index: Index) -> Tensor:
     if isinstance(index, slice):
         return x[:, index]
     if index.ndim == 1:
-        return x.index_select(1, index)
+        return x[:, index]
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 

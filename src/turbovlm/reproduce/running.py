@@ -13,7 +13,7 @@ from typing import Any
 from turbovlm.config import TurboConfig
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.run import Predictor, Setting
-from turbovlm.evaluate.settings import METHODS, OWN, SMALLER, encoder_macs, evenly, nearest_size, size_costs
+from turbovlm.evaluate.settings import MATCHED, METHODS, OWN, SMALLER, encoder_macs, evenly, nearest_size, size_costs
 from turbovlm.evaluate.study import Row, Scoring, run_study
 from turbovlm.reproduce.declared import Declared, Line
 from turbovlm.reproduce.published import Printed
@@ -109,7 +109,7 @@ def settings_of(declared: Declared, source: Source) -> dict[str, Setting]:
     """What each line of a comparison asks, by the line's name; lines that ask the same share a setting."""
     found = {}
     for line in declared.lines:
-        if line.runs and line.name != SMALLER:
+        if line.runs and line.name not in (SMALLER, MATCHED):
             config = line.builtin if source.builtin else line.config
             found[line.name] = Setting(OWN) if config is None else Setting(named(config), config)
     costs = source.size_costs if any(line.name == SMALLER for line in declared.lines) else {}
@@ -118,6 +118,10 @@ def settings_of(declared: Declared, source: Source) -> dict[str, Setting]:
         macs = encoder_macs(source.predictor, source.data.samples[0], first)
         size = nearest_size(costs, macs)
         found[SMALLER] = Setting(f"{SMALLER}, {size} pixels", None, size)
+        if any(line.name == MATCHED for line in declared.lines):
+            whole = encoder_macs(source.predictor, source.data.samples[0], Setting(OWN))
+            config = TurboConfig(flops=round(costs[size] / whole, 3))
+            found[MATCHED] = Setting(named(config), config)
     return found
 
 
