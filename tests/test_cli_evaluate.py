@@ -9,6 +9,12 @@ from PIL import Image
 
 from folders import blip_folder, stable_diffusion_folder
 from turbovlm.cli import main
+from turbovlm.config import TurboConfig
+from turbovlm.evaluate.builtin_data import DATA
+from turbovlm.evaluate.builtin_models import zoo_predictor
+from turbovlm.evaluate.run import Setting
+from turbovlm.evaluate.settings import encoder_macs
+from turbovlm.promise import Promise
 
 pytest.importorskip("transformers")
 
@@ -50,6 +56,24 @@ def test_a_model_and_data_from_folders(tmp_path, coco, capsys):
     assert Image.open(tmp_path / "a.png").size[0] > 500
     lines = [json.loads(line) for line in (tmp_path / "out" / "turbovlm.jsonl").read_text().splitlines()]
     assert lines[0]["setting"] == {"r": 4} and len(lines) == 5
+
+
+def test_calibrated_settings_stand_beside_the_default(tmp_path, capsys):
+    """Thresholds cost what they cost on average, and are asked one picture at a time."""
+    promise = Promise(0.7, 0.01, 0.02, 0.8, 14, None, ((0.7, 0.01),))
+    TurboConfig((20,) * 12, promise=promise).save(tmp_path / "numbers.json")
+    TurboConfig((0,) * 12, thresholds=(-0.3,) * 12).save(tmp_path / "per-image.json")
+    files = [str(tmp_path / name) for name in ("numbers.json", "per-image.json")]
+    given = ["evaluate", "saliency", "--limit", "4", "--out", str(tmp_path / "out"), "--settings", *files]
+    assert main(given) == 2
+    assert "per-image has thresholds, which are for --batch 1" in capsys.readouterr().err
+    assert main([*given, "--batch", "1", "--json", str(tmp_path / "a.json")]) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["setting"] for row in rows] == ["unmerged", "turbovlm", "numbers", "per-image"]
+    predictor = zoo_predictor("saliency", "saliency")
+    setting = Setting("", TurboConfig.load(files[1]))
+    each = [encoder_macs(predictor, sample, setting) for sample in DATA["saliency"](4).samples]
+    assert len(set(each)) > 1 and rows[3]["macs"] == round(sum(each) / 4)
 
 
 def test_pictures_that_cannot_be_read(tmp_path, coco, capsys):

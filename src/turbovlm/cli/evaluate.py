@@ -24,6 +24,7 @@ _EPILOG = """\
 examples:
   turbovlm evaluate saliency                                   a pretrained ViT and drawings on photographs: no download
   turbovlm evaluate saliency --flops 0.5 --controls --plot saliency.png
+  turbovlm evaluate saliency --settings turbo.json             what `turbovlm calibrate` found, beside the default
   turbovlm evaluate captioning --model Salesforce/blip-image-captioning-base \\
       --data dataset_coco.json --images coco --split test --r 16 --batch 32 --dtype bfloat16
   turbovlm evaluate vqa --model ./blip-vqa --data questions.json annotations.json --images val2014 --limit 5000
@@ -63,6 +64,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     exclusive.add_argument("--keep", type=float, metavar="SHARE", help="share of the tokens left")
     exclusive.add_argument(
         "--flops", type=float, metavar="SHARE", help=f"share of the encoder's MACs left (default {DEFAULT_FLOPS})"
+    )
+    amount.add_argument(
+        "--settings", nargs="+", metavar="FILE", help="also these, as `turbovlm calibrate` writes them: turbo.json"
     )
     amount.add_argument("--visual-keep", type=float, metavar="SHARE", help="share of the tokens that is read on")
     amount.add_argument(
@@ -251,12 +255,23 @@ def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> lis
     if args.task == "text-to-image" and controls:
         raise ConfigError("--controls: text-to-image has none; benchmarks/diffusion_quality.py compares matchings")
     named = ("turbovlm", *(name for name in controls if name != "smaller"))
-    found = [Setting(OWN), *methods(amount, named, args.seeds)]
+    found = [Setting(OWN), *methods(amount, named, args.seeds), *_from_files(args)]
     if "smaller" in controls and predictor.image_sizes:
         macs = encoder_macs(predictor, data.samples[0], found[1])
         found.append(smaller(predictor, data.samples[0], macs, "smaller"))
     elif "smaller" in controls and args.controls:
         raise ConfigError("--controls smaller: this model takes pictures of one size only")
+    return found
+
+
+def _from_files(args: argparse.Namespace) -> list[Setting]:
+    from turbovlm.config import TurboConfig
+    from turbovlm.evaluate.run import Setting
+
+    found = [Setting(Path(file).stem, TurboConfig.load(file)) for file in args.settings or ()]
+    for setting in found:
+        if setting.config is not None and setting.config.thresholds and args.batch > 1:
+            raise ConfigError(f"--batch {args.batch}: {setting.name} has thresholds, which are for --batch 1")
     return found
 
 

@@ -23,6 +23,8 @@ OWN = "unmerged"
 SMALLER = "smaller image"
 MATCHED = "turbovlm at that cost"
 """The default at what the smaller image costs, which cannot have just any cost."""
+COUNTED = 64
+"""Samples over which a cost that depends on the picture is averaged."""
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of the golden section, without their whole part, lie evenly in [0, 1) however many are taken."""
 _PAPER: dict[str, Any] = {
@@ -112,6 +114,13 @@ def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting, whole: 
     with merged(predictor, setting.config), counter as total:
         predictor.predict([predictor.prepare(sample, setting.image_size)])
         return total()
+
+
+def mean_macs(predictor: Predictor, samples: Sequence[Sample], setting: Setting, whole: bool = False) -> int:
+    """`encoder_macs` of a sample: of the first, but where thresholds make it depend on the picture, the mean of some."""
+    count = min(len(samples), COUNTED) if setting.config is not None and setting.config.thresholds else 1
+    some = [samples[number * len(samples) // count] for number in range(count)]
+    return round(sum(encoder_macs(predictor, sample, setting, whole) for sample in some) / count)
 
 
 def _modules(model: Any) -> list[nn.Module]:

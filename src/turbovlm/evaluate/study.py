@@ -17,7 +17,7 @@ from turbovlm.evaluate import statistics
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.run import Predictor, Setting, predict_all, read_predictions
 from turbovlm.evaluate.scoring import Score, agreement, scores
-from turbovlm.evaluate.settings import encoder_macs
+from turbovlm.evaluate.settings import mean_macs
 from turbovlm.evaluate.statistics import Interval
 
 
@@ -119,7 +119,7 @@ def run_study(
     for name in names:
         read_predictions(files[name], headers[name])
     whole = any(setting.config is not None and setting.config.visual_keep is not None for setting in settings)
-    costs = {setting.name: encoder_macs(predictor, data.samples[0], setting, whole) for setting in settings}
+    costs = {setting.name: mean_macs(predictor, data.samples, setting, whole) for setting in settings}
     judged = scoring or (lambda data, predictions: scores(task, data, predictions))
     rows: list[Row] = []
     own: list[Any] = []
@@ -157,11 +157,11 @@ def file_name(text: str) -> str:
 
 
 def _plain(config: TurboConfig | None) -> Mapping[str, Any] | None:
-    """Settings that are not the defaults, as JSON gives them back."""
+    """Settings that are not the defaults, as JSON gives them back; not what they promise."""
     if config is None:
         return None
     default = {field.name: field.default for field in dataclasses.fields(config)}
-    changed = {name: value for name, value in vars(config).items() if value != default[name]}
+    changed = {name: value for name, value in vars(config).items() if value != default[name] and name != "promise"}
     if callable(changed.get("degree")):
         changed["degree"] = getattr(changed["degree"], "__name__", type(changed["degree"]).__name__)
     plain: Mapping[str, Any] = json.loads(json.dumps(changed))
