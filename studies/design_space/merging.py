@@ -20,8 +20,8 @@ class Design:
     """How tokens are matched, ranked and merged.
 
     Attributes:
-        features: what is compared: `"heads"`, `"queries"`, `"values"` (keys, queries, values of all heads), `"keys"` (mean
-            of heads), `"centred"` (keys of all heads less the picture's mean), `"hidden"` (the MLP's input),
+        features: what is compared: keys, queries or values of all heads, `"heads"`, `"queries"`, `"values"`; `"keys"`,
+            their mean over heads; `"centred"`: all heads' keys less the picture's mean; `"hidden"`: the MLP's input;
             `"tokens"`.
         pairs: `"halves"` drawn at random; `"alternate"`; `"important"`: the half that A is largest of are
             partners; `"order"`: any token whose A is larger; `"any"`: the pairs of highest E first, greedily.
