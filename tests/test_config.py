@@ -23,6 +23,8 @@ WRONG = [
     ({"r": [4, -1]}, "r=\\[4, -1\\]"),
     ({"r": [4, 2.5]}, "r=\\[4, 2.5\\]"),
     ({"r": [4, True]}, "r=\\[4, True\\]"),
+    ({"keep": []}, "needs a share per resolution"),
+    ({"keep": [0.5, 2]}, "keep=2.0: must be a share in"),
     ({"keep": 0}, "keep=0.*must be a share in"),
     ({"keep": 1.5}, "keep=1.5"),
     ({"keep": -0.1}, "keep=-0.1"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import turbovlm
-from denoisers import DENOISERS, noise, unet_inputs
+from denoisers import DENOISERS, noise, unet, unet_inputs
 from families import _livelier as livelier
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 
@@ -219,6 +219,29 @@ def test_a_pipeline_makes_the_same_picture_for_a_seed():
         wide = picture(pipe, height=40, width=88)
         assert wide.shape[-2:] == (20, 44)
     assert torch.equal(picture(pipe), plain)
+
+
+def test_a_share_for_each_resolution():
+    """The latent's own, half of it, and whatever is smaller."""
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+    torch.manual_seed(0)
+    model = livelier(unet(**kinds)).eval()
+    inputs = unet_inputs(1, 32, 24)
+
+    def read(keep):
+        with turbovlm.apply(model, keep=keep) as handle:
+            out = model(**inputs).sample
+            return out, {(before, after) for before, after in handle._all[0].seen.values()}, str(handle)
+
+    uniform, _, _ = read(0.5)
+    same, _, _ = read((0.5, 0.5))
+    assert torch.equal(uniform, same) and torch.equal(same, read([0.5])[0])
+    different, seen, shown = read((0.5, 0.75))
+    assert seen == {(768, 384), (192, 144)} and "50%, 75% of the tokens" in shown
+    assert not torch.allclose(different, uniform, atol=1e-4)
+    assert read((1.0, 0.5))[1] == {(768, 768), (192, 96)}
+    with pytest.raises(ConfigError, match=r"keep=\[0.5, 0.1\]: one token in every 2×2 cell stays"):
+        turbovlm.apply(model, keep=(0.5, 0.1))
 
 
 def test_what_cannot_be_done_says_why():

@@ -65,7 +65,9 @@ class TurboConfig:
 
     Args:
         r: tokens merged in every block, an integer ≥ 0; or a sequence of them, one per block.
-        keep: share of the tokens left after the last block, in (0, 1].
+        keep: share of the tokens left after the last block, in (0, 1]. In image generation of what a block reads, and
+            there also a sequence: of the largest resolution that the denoiser can have tokens of, of half as many rows,
+            of a quarter, …; smaller ones have the last.
         flops: share of the encoder's multiply-accumulates left, in (0, 1].
         min_tokens: a block that starts with fewer tokens does not merge (Turbo, §7.2).
         thresholds: one number per block: beside a list of `r`, a block merges every token whose E is above its own, so
@@ -123,7 +125,7 @@ class TurboConfig:
 
     r: int | Sequence[int] | None = None
     _: dataclasses.KW_ONLY
-    keep: float | None = None
+    keep: float | Sequence[float] | None = None
     flops: float | None = None
     min_tokens: int = 0
     thresholds: Sequence[float] | None = None
@@ -279,12 +281,14 @@ class TurboConfig:
             self._set(r=tuple(_integer("r", value, shown=self.r) for value in self.r))
         elif self.r is not None:
             self._set(r=_integer("r", self.r))
-        for name in ("keep", "flops"):
-            if getattr(self, name) is not None:
-                value = _number(name, getattr(self, name))
-                if not 0 < value <= 1:
-                    raise ConfigError(f"{name}={value!r}: must be a share in (0, 1]")
-                self._set(**{name: value})
+        if isinstance(self.keep, Sequence) and not isinstance(self.keep, str | bytes):
+            if not self.keep:
+                raise ConfigError("keep=[]: a list of keep needs a share per resolution")
+            self._set(keep=tuple(_share("keep", value) for value in self.keep))
+        elif self.keep is not None:
+            self._set(keep=_share("keep", self.keep))
+        if self.flops is not None:
+            self._set(flops=_share("flops", self.flops))
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -330,6 +334,13 @@ class TurboConfig:
             raise ConfigError(f"grid={self.grid!r}: must be two integers ≥ 1, patch rows and columns")
         rows, columns = (_integer("grid", value, minimum=1, shown=self.grid) for value in self.grid)
         self._set(grid=(rows, columns))
+
+
+def _share(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 0 < number <= 1:
+        raise ConfigError(f"{name}={number!r}: must be a share in (0, 1]")
+    return number
 
 
 def own_alpha(degree: str | DegreeFunction) -> float:

@@ -72,7 +72,9 @@ def report_diffusion(plan: DiffusionPlan) -> list[str]:
     often = "" if config.refresh == 1 else f", decided in every {_nth(config.refresh)} step"
     found = {spot.part.component for spot in plan.spots}
     parts = ", ".join(name for name in config.components if name in found)
-    lines = [f"  {plan.family}: {config.keep:.0%} of the tokens in {parts}{often}"]
+    shares = config.keep if isinstance(config.keep, tuple) else (config.keep,)
+    kept = ", ".join(f"{share:.0%}" for share in shares)
+    lines = [f"  {plan.family}: {kept} of the tokens in {parts}{often}"]
     for group, blocks in groups.items():
         named = list(dict.fromkeys(blocks))
         alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks merge alike"

@@ -127,6 +127,8 @@ def spread(total: int, depth: int) -> tuple[int, ...]:
 
 def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
     """Raise `ConfigError` where `r` is a list whose length is not the number of blocks."""
+    if isinstance(config.keep, tuple):
+        raise ConfigError(f"{config.amount}: an encoder has one resolution, and takes one share; give r per block")
     if isinstance(config.r, tuple) and len(config.r) != depth:
         where = f" in {tower!r}" if tower else ""
         raise ConfigError(f"r has {len(config.r)} entries, but the encoder{where} has {depth} blocks")
@@ -140,7 +142,7 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int) -> 
     if config.r is not None:
         return (cast(int, config.r),) * shape.depth
     if config.keep is not None:
-        target = max(round(config.keep * tokens), shape.prefix)
+        target = max(round(cast(float, config.keep) * tokens), shape.prefix)
         return _closest(config, shape, tokens, target, lambda counts: counts[-1])
     assert config.flops is not None
     full = shape.macs((tokens,) * (shape.depth + 1))
@@ -202,7 +204,7 @@ def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int
         )
     if config.keep is not None:
         reached = counts[-1] / counts[0]
-        missed = abs(counts[-1] - config.keep * counts[0]) > 1
+        missed = abs(counts[-1] - cast(float, config.keep) * counts[0]) > 1
         return f"keep={config.keep} is out of reach: {reached:.3f} of the tokens are left" if missed else ""
     assert config.flops is not None
     missed = abs(ratio - config.flops) > 0.01

@@ -51,7 +51,6 @@ def decide(
         StateError: only some of them were given.
     """
     config = plan.config
-    assert config.keep is not None
     rows, columns = plan.grid or square(x)
     tokens = rows * columns
     if x.shape[1] != tokens and not spot.part.text_in_front:
@@ -60,7 +59,7 @@ def decide(
             "merged"
         )
     features = x[:, x.shape[1] - tokens :]
-    r = tokens - max(math.floor(config.keep * tokens + 0.5), -(-rows // 2) * -(-columns // 2))
+    r = tokens - max(math.floor(_share(plan, tokens) * tokens + 0.5), -(-rows // 2) * -(-columns // 2))
     if tokens < fewest(config):
         r = 0
     if not torch.compiler.is_compiling():
@@ -92,6 +91,16 @@ def decide(
         seed=config.seed,
     )
     return bipartite_merge(e, pairs.partner, pairs.split, r, tokens, order="spatial", reduce=config.reduce)
+
+
+def _share(plan: DiffusionPlan, tokens: int) -> float:
+    """Of `tokens` tokens, what blocks read: by how often the picture's rows were halved, where resolutions differ."""
+    keep = plan.config.keep
+    if isinstance(keep, tuple):
+        halved = round(math.log(plan.finest / tokens, 4))
+        return float(keep[min(halved, len(keep) - 1)])
+    assert isinstance(keep, float)
+    return keep
 
 
 def twins_of(latents: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 OVERRIDES = (part_forward, denoiser_forward)
 """The functions that take a method's place on one module."""
 
+LEAST_KEPT = 0.25
+"""Share of its tokens that a block reads at least."""
+
 SHARED_BY = 4
 """How many blocks in a row merge alike."""
 
@@ -143,8 +146,8 @@ def _check(config: TurboConfig, pipe: Any) -> None:
         if getattr(config, name) not in allowed:
             among = ", ".join(map(repr, allowed))
             raise ConfigError(f"{name}={getattr(config, name)!r}: image generation allows {among} only")
-    if config.keep < 0.25:
-        raise ConfigError(f"keep={config.keep}: one token in every 2×2 cell stays, so keep must be ≥ 0.25")
+    if min(config.keep if isinstance(config.keep, tuple) else (config.keep,)) < LEAST_KEPT:
+        raise ConfigError(f"{config.amount}: one token in every 2×2 cell stays, so keep must be ≥ {LEAST_KEPT}")
     if config.refresh > 1 and getattr(pipe, "scheduler", None) is None:
         raise ConfigError(
             f"refresh={config.refresh}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to "

@@ -6,6 +6,7 @@ The merge is decided once for a group of blocks, on what its first part reads, a
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import warnings
 from typing import Any
@@ -213,6 +214,7 @@ def denoiser_forward(
             plan.grid = latent.shape[-2] // patch, latent.shape[-1] // patch
         elif given.get("img_ids") is not None:
             plan.grid = _grid_of(given["img_ids"], latent, plan.config.grid)
+        plan.finest = math.prod(plan.grid or latent.shape[-2:])
         out = forward(*args, **kwargs)
     except BaseException:
         plan.counting = False  # the run ends here, and its merges with it
@@ -271,10 +273,14 @@ def _grid_of(places: Tensor, latent: Tensor, otherwise: tuple[int, int] | None) 
     return rows, columns
 
 
+def _keeps_all(keep: Any) -> bool:
+    return all(share == 1 for share in (keep if isinstance(keep, tuple) else (keep,)))
+
+
 def _warn_of_nothing(plan: DiffusionPlan) -> None:
     """Where a forward has merged nothing at all, though it should have."""
     tokens = [tokens for tokens, _ in plan.seen.values()]
-    if plan.config.keep != 1 and tokens and max(tokens) < fewest(plan.config):
+    if not _keeps_all(plan.config.keep) and tokens and max(tokens) < fewest(plan.config):
         warnings.warn(
             f"turbovlm merges nothing in this denoiser: its blocks read at most {max(tokens)} tokens, and those of "
             f"fewer than {fewest(plan.config)} are left as they are",

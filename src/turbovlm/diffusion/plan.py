@@ -61,6 +61,7 @@ class DiffusionPlan:
         thread: the thread whose forward is under way, where it is known; `running` whether there is one.
         batch: latents in it.
         grid: rows and columns of the tokens at hand; None where nothing says.
+        finest: tokens of the largest resolution that the denoiser could have them of.
         twins: for each latent of the batch, the share of each that is the same, `[batch, batch]`: both halves of
             guidance denoise one; None where each merges by itself.
         pairs: what each group's tokens were found to be most similar to, in this forward.
@@ -83,6 +84,7 @@ class DiffusionPlan:
     running: bool = False
     batch: int = 0
     grid: tuple[int, int] | None = None
+    finest: int = 1
     twins: Tensor | None = field(default=None, repr=False)
     pairs: dict[str, Pairs] = field(default_factory=dict, repr=False)
     held: dict[str, Merge | None] = field(default_factory=dict, repr=False)
