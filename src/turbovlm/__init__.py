@@ -12,6 +12,7 @@ from turbovlm.state import BlockTrace
 
 if TYPE_CHECKING:
     from turbovlm.calibration.calibrate import calibrate
+    from turbovlm.calibration.pictures import calibrate_pictures
 
 __version__ = "0.1.0"
 
@@ -26,16 +27,20 @@ __all__ = [
     "UnsupportedModelError",
     "apply",
     "calibrate",
+    "calibrate_pictures",
     "functional",
     "get_handle",
     "profile",
     "visualize",
 ]
 
+CALIBRATIONS = {"calibrate": "calibrate", "calibrate_pictures": "pictures"}
+"""Where they are; imported when they are used."""
+
 
 def __getattr__(name: str) -> Any:
-    if name == "calibrate":
-        return importlib.import_module("turbovlm.calibration.calibrate").calibrate
+    if name in CALIBRATIONS:
+        return getattr(importlib.import_module(f"turbovlm.calibration.{CALIBRATIONS[name]}"), name)
     if name in ("profile", "visualize", "zoo"):
         return importlib.import_module(f"turbovlm.{name}")
     raise AttributeError(f"module 'turbovlm' has no attribute {name!r}")

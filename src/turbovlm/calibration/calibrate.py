@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch.nn as nn
@@ -16,7 +15,9 @@ from turbovlm.calibration.handing import Measure, count_of, handed_on
 from turbovlm.calibration.per_image import mean_ratio, with_thresholds
 from turbovlm.calibration.search import Best, Encoder, Shares, clearly_less, schedule_search, settings_search, tried
 from turbovlm.calibration.speed import speedup_of
+from turbovlm.calibration.targets import check_targets, nothing
 from turbovlm.config import AMOUNTS, READINGS, TurboConfig
+from turbovlm.diffusion.install import denoiser_of
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.handle import apply, overrides
 from turbovlm.profile.compare import check_integers
@@ -79,7 +80,8 @@ def calibrate(
         TurboError: a model in training mode or accelerated already, or whose outputs are NaN.
         UnsupportedModelError: nothing in the model can be accelerated.
     """
-    _check(model, images, flops, max_drift, speedup)
+    check_targets(flops, max_drift, speedup)
+    _check(model)
     check_integers(effort=(effort, 1), batch=(batch, 1))
     for name in (*AMOUNTS, *READINGS, "min_tokens", "thresholds", "grid", "promise"):
         if name in settings:
@@ -92,7 +94,7 @@ def calibrate(
     count = count_of(images)
     if count < FEWEST:
         raise ConfigError(f"images: {count} are too few, at least {FEWEST} are needed: half of them for the promise")
-    subject = Subject(model, images, count, measure or handed_on(model), batch, progress or _nothing)
+    subject = Subject(model, images, count, measure or handed_on(model), batch, progress or nothing)
     order = random.Random(seed).sample(range(count), count)
     searched, kept = sorted(order[: count // 2]), sorted(order[count // 2 :])
     encoder = _encoder(subject, base)
@@ -184,25 +186,10 @@ class _Search:
         return min(seen, key=lambda pair: abs(pair[1] / speedup - 1))
 
 
-def _check(model: Any, images: Any, flops: Any, max_drift: Any, speedup: Any) -> None:
-    given = {
-        name: value
-        for name, value in (("flops", flops), ("max_drift", max_drift), ("speedup", speedup))
-        if value is not None
-    }
-    if len(given) != 1:
-        raise ConfigError(f"give exactly one of flops, max_drift and speedup: got {', '.join(given) or 'none of them'}")
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise ConfigError(f"{name}={value!r}: must be a number")
-    if flops is not None and not 0 < flops < 1:
-        raise ConfigError(f"flops={flops!r}: must be a share in (0, 1)")
-    if max_drift is not None and not 0 < max_drift < 1:
-        raise ConfigError(f"max_drift={max_drift!r}: must be in (0, 1); 0 is the model itself")
-    if speedup is not None and not speedup > 1:
-        raise ConfigError(f"speedup={speedup!r}: must be more than 1")
+def _check(model: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
+        other = "; pipelines are for turbovlm.calibrate_pictures" if denoiser_of(model) is not None else ""
+        raise ConfigError(f"model: must be a torch.nn.Module, got {type(model).__name__}{other}")
     if model.training:
         raise TurboError("the model is in training mode: dropout would be taken for drift; call model.eval() first")
     if any(True for _ in overrides(model)):
@@ -248,7 +235,3 @@ def _promise(subject: Subject, encoder: Encoder, best: Best, images: Sequence[in
         speedup=speedup,
         curve=tuple(sorted(curve)),
     )
-
-
-def _nothing(_: int) -> None:
-    pass

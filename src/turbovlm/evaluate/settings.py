@@ -117,7 +117,7 @@ def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting, whole: 
 
 
 def mean_macs(predictor: Predictor, samples: Sequence[Sample], setting: Setting, whole: bool = False) -> int:
-    """`encoder_macs` of a sample: of the first, but where thresholds make it depend on the picture, the mean of some."""
+    """`encoder_macs` of the first sample, or, where thresholds make it depend on the picture, the mean of some."""
     count = min(len(samples), COUNTED) if setting.config is not None and setting.config.thresholds else 1
     some = [samples[number * len(samples) // count] for number in range(count)]
     return round(sum(encoder_macs(predictor, sample, setting, whole) for sample in some) / count)

@@ -1,0 +1,87 @@
+"""`turbovlm.calibrate_pictures` on the small text-to-image model: what it finds, promises and refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import turbovlm
+from turbovlm import ConfigError, TurboConfig, TurboError, UnsupportedModelError
+from turbovlm.profile import compare_pictures
+
+pytest.importorskip("diffusers")
+GIVEN = {"components": ("ffn",), "degree": "redundancy", "alpha": 2.0, "restore": "copy", "refresh": 1}
+FEW = {"steps": 2, "batch": 14}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    from turbovlm.zoo.emoji import load_emoji_pipeline
+
+    return load_emoji_pipeline()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    from turbovlm.zoo.emoji import emoji_prompts
+
+    return list(emoji_prompts())[::40][:28]
+
+
+def picture(pipe, prompt):
+    made = pipe(prompt, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0))
+    return made.images
+
+
+def test_a_share_for_each_resolution_at_one_cost(pipe, prompts):
+    before, went = picture(pipe, prompts[0]), []
+    config = turbovlm.calibrate_pictures(pipe, prompts, flops=0.9, **FEW, progress=went.append, restore="copy", alpha=2)
+    assert torch.equal(picture(pipe, prompts[0]), before) and sum(went) > 28 * 4
+    assert isinstance(config.keep, tuple) and config.r is config.flops is None
+    promise = config.promise
+    assert promise.flops == pytest.approx(0.9, abs=0.01) and promise.images == 14 and promise.coverage == 0.8
+    assert 0 < promise.drift <= promise.bound < 0.1
+    shares = [share for share, _ in promise.curve]
+    drifts = [drift for _, drift in promise.curve]
+    assert len(shares) > 3 and drifts == sorted(drifts, reverse=True)
+    compared = compare_pictures(pipe, config, steps=2, prompt=prompts[0], rounds=1, warmup=0)
+    assert 1 / compared.macs_ratio(compared.runs[1].name) == pytest.approx(promise.flops, abs=0.005)
+
+
+def test_settings_that_are_given_stay(pipe, prompts, tmp_path):
+    config = turbovlm.calibrate_pictures(pipe, prompts, max_drift=0.005, **FEW, **GIVEN)
+    assert all(getattr(config, name) == value for name, value in GIVEN.items())
+    config.save(tmp_path / "turbo.json")
+    assert TurboConfig.load(tmp_path / "turbo.json") == config
+    with turbovlm.apply(pipe, config):
+        assert picture(pipe, prompts[0]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "exactly one of flops, max_drift and speedup"),
+        ({"flops": 0.9, "speedup": 2}, "exactly one of"),
+        ({"flops": 1.5}, r"flops=1.5: must be a share in \(0, 1\)"),
+        ({"flops": 0.9, "keep": 0.5}, "keep: calibrate_pictures finds how much is merged"),
+        ({"flops": 0.9, "steps": 0}, "steps=0"),
+        ({"flops": 0.3}, r"flops=0.3 is out of reach: 0\.\d+ is the least"),
+        ({"max_drift": 1e-9, **GIVEN}, "max_drift=1e-09 is out of reach: with 9"),
+    ],
+)
+def test_what_cannot_be_done_says_why(pipe, prompts, given, said):
+    with pytest.raises(ConfigError, match=said):
+        turbovlm.calibrate_pictures(pipe, prompts, **{**FEW, **given})
+
+
+def test_what_is_no_pipeline_or_too_little(pipe, prompts):
+    with pytest.raises(ConfigError, match="prompts: 3 are too few, at least 28"):
+        turbovlm.calibrate_pictures(pipe, prompts[:3], flops=0.9)
+    with pytest.raises(ConfigError, match="prompts: 1 are too few"):
+        turbovlm.calibrate_pictures(pipe, "a red fox, close up, in the snow", flops=0.9)
+    with pytest.raises(UnsupportedModelError, match="no pipeline with a denoiser"):
+        turbovlm.calibrate_pictures(torch.nn.Linear(2, 2), prompts, flops=0.9)
+    with pytest.raises(ConfigError, match="pipelines are for turbovlm"):
+        turbovlm.calibrate(pipe, prompts, flops=0.9)
+    with turbovlm.apply(pipe, keep=0.5), pytest.raises(TurboError, match="accelerated already"):
+        turbovlm.calibrate_pictures(pipe, prompts, flops=0.9)
