@@ -12,6 +12,9 @@ searched on: it is taken from one half and has to hold on the other. What is cal
 
 Tasks: `calibrate` is given 128 pictures of a built-in task, without answers, and `evaluate` asks 200 others.
 
+Pictures: `calibrate_pictures` is given prompts of the built-in text-to-image model; on others its settings stand beside
+one `keep` for all resolutions at the same cost.
+
 Writes calibration.md and calibration.json to benchmarks/results.
 """
 
@@ -36,6 +39,7 @@ from turbovlm import TurboConfig
 from turbovlm.calibration.bound import upper_bound
 from turbovlm.calibration.drift import Subject
 from turbovlm.calibration.handing import handed_on
+from turbovlm.calibration.pictures import PictureSearch, PictureSubject
 from turbovlm.calibration.speed import speedup_of
 from turbovlm.cli.measuring import progress_bar
 from turbovlm.demo.result import describe_machine
@@ -46,6 +50,7 @@ from turbovlm.evaluate.run import Setting
 from turbovlm.evaluate.settings import METHODS, OWN
 from turbovlm.evaluate.study import Study, run_study
 from turbovlm.zoo import load_saliency_vit, preprocess
+from turbovlm.zoo.emoji import emoji_prompts, load_emoji_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "photos"))
 from prepare import load_photos
@@ -56,18 +61,21 @@ SHARES = (0.75, 0.6, 0.45)
 SPLITS, SPEEDUP, TIMINGS = 100, 1.5, 5
 TASKS = ("saliency", "classification", "retrieval", "captioning", "vqa", "nlvr2")
 PICTURES, CALIBRATED_ON = 200, 128
+PARTS = ("photos", "pictures", "tasks")
+MADE, PROMPTS, STEPS = (0.9, 0.8), 64, 10
+"""Shares of the denoiser's multiply-accumulates, prompts to calibrate on and as many to look at, denoising steps."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=("photos", "tasks"), help="(default: both)")
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="(default: all)")
     args = parser.parse_args()
     file = RESULTS / "calibration.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     machine = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(describe_machine()).items())
-    for part in args.parts or ("photos", "tasks"):
+    for part in args.parts or PARTS:
         start = time.perf_counter()
-        found[part] = {"photos": on_photos, "tasks": on_tasks}[part]()
+        found[part] = {"photos": on_photos, "pictures": on_pictures, "tasks": on_tasks}[part]()
         found[part]["machine"] = f"{machine}, {(time.perf_counter() - start) / 60:.0f} minutes"
         file.write_text(json.dumps(found, indent=1) + "\n")
         text = report(found)
@@ -178,6 +186,41 @@ def _timed(backbone: Any, images: Tensor) -> dict[str, Any]:
     }
 
 
+def on_pictures() -> dict[str, Any]:
+    pipe = load_emoji_pipeline()
+    prompts = random.Random(SEED).sample(list(emoji_prompts()), 2 * PROMPTS)
+    inputs = {"guidance_scale": 3.0}
+    rows = []
+    for share in MADE:
+        with progress_bar(PROMPTS * 10, f"pictures, {share:.0%}") as advance:
+            start = time.perf_counter()
+            found = turbovlm.calibrate_pictures(
+                pipe, prompts[:PROMPTS], flops=share, steps=STEPS, inputs=inputs, batch=BATCH, progress=advance
+            )
+            seconds = time.perf_counter() - start
+        assert found.promise is not None
+        held = PictureSubject(pipe, prompts[PROMPTS:], None, STEPS, inputs, BATCH, SEED, lambda _: None)
+        keep = PictureSearch(held, TurboConfig(keep=1.0), range(PROMPTS), frozenset()).solved(
+            TurboConfig(keep=1.0), 1.0, share
+        )
+        for name, config in (("one keep", keep), ("calibrated", found)):
+            drift = held.drift(config, range(PROMPTS))
+            rows.append(
+                {
+                    "flops": share,
+                    "setting": name,
+                    "macs": held.ratio(config),
+                    "drift": drift.tolist(),
+                    "config": f"keep={list(config.keep)}, components={list(config.components)}, "  # type: ignore[arg-type]
+                    f"degree={config.degree}, alpha={config.alpha}, restore={config.restore}, refresh={config.refresh}",
+                    "seconds": seconds if config is found else 0.0,
+                    "below bound": (drift <= found.promise.bound).float().mean().item(),
+                    "coverage": found.promise.coverage,
+                }
+            )
+    return {"rows": rows}
+
+
 def on_tasks() -> dict[str, Any]:
     found = {}
     for task in TASKS:
@@ -232,6 +275,19 @@ def report(found: dict[str, Any]) -> str:
     lines = ["# What calibration brings", ""]
     if "photos" in found:
         lines += _photo_lines(found["photos"])
+    if "pictures" in found:
+        lines += ["## Image generation, prompts held out", "", f"{found['pictures']['machine']}.", ""]
+        lines += [
+            "| setting | multiply-accumulates | drift | below the promised bound | settings |",
+            "|---|---|---|---|---|",
+        ]
+        for row in found["pictures"]["rows"]:
+            below = f"{row['below bound']:.0%} of {row['coverage']:.0%} promised" if row["seconds"] else ""
+            lines.append(
+                f"| {row['setting']}, {row['flops']:.0%} | {row['macs']:.1%} | {_mean(row['drift']):.5f} | {below} | "
+                f"{row['config']} |"
+            )
+        lines.append("")
     if "tasks" in found:
         lines += ["## Tasks, at 60 % of the encoder's multiply-accumulates", "", f"{found['tasks']['machine']}.", ""]
         lines += ["| task | setting | multiply-accumulates | kept | same answer |", "|---|---|---|---|---|"]

@@ -101,11 +101,11 @@ def calibrate_pictures(
         count = 1 if isinstance(prompts, str) else len(prompts)
         raise ConfigError(f"prompts: {count} are too few, at least {FEWEST} are needed: half of them for the promise")
     find_denoiser(pipe)
-    subject = _Subject(pipe, prompts, size, steps, inputs or {}, batch, seed, progress or nothing)
+    subject = PictureSubject(pipe, prompts, size, steps, inputs or {}, batch, seed, progress or nothing)
     order = random.Random(seed).sample(range(len(prompts)), len(prompts))
     half = len(order) // 2
     searched, kept = sorted(order[:half]), sorted(order[half:])
-    search = _Search(subject, TurboConfig(keep=1.0, **settings), searched, frozenset(settings))
+    search = PictureSearch(subject, TurboConfig(keep=1.0, **settings), searched, frozenset(settings))
     measured = None
     if flops is not None:
         best = search.at(flops)
@@ -126,7 +126,7 @@ class _Best:
     drift: Tensor
 
 
-class _Subject:
+class PictureSubject:
     """A pipeline, prompts, and the pictures that it makes of them by itself, `[prompts, values]`."""
 
     def __init__(
@@ -193,10 +193,12 @@ class _Subject:
         return WatchedPipeline(self.pipe, given, [self.seed + place for place in places], config)
 
 
-class _Search:
+class PictureSearch:
     """The three targets over one subject."""
 
-    def __init__(self, subject: _Subject, base: TurboConfig, places: Sequence[int], given: frozenset[str]) -> None:
+    def __init__(
+        self, subject: PictureSubject, base: TurboConfig, places: Sequence[int], given: frozenset[str]
+    ) -> None:
         self.subject, self.base, self.places, self.given = subject, base, places, given
 
     def at(self, flops: float) -> _Best:
@@ -248,7 +250,7 @@ class _Search:
         seen: list[tuple[float, float]] = []
         while len(seen) < TURNS:
             flops = min(1 - NEAR, max(flops, least))
-            measured = self.subject.speedup(self._solved(config, slope, flops))
+            measured = self.subject.speedup(self.solved(config, slope, flops))
             seen.append((flops, measured))
             if abs(measured / speedup - 1) < TOLERANCE:
                 break
@@ -259,12 +261,12 @@ class _Search:
 
     def _tried(self, config: TurboConfig, slope: float, flops: float) -> _Best | None:
         """With as much kept as makes the cost; None where it cannot be met."""
-        solved = self._solved(config, slope, flops)
+        solved = self.solved(config, slope, flops)
         if abs(self.subject.ratio(solved) - flops) > NEAR:
             return None
         return _Best(solved, slope, self.subject.drift(solved, self.places))
 
-    def _solved(self, config: TurboConfig, slope: float, flops: float) -> TurboConfig:
+    def solved(self, config: TurboConfig, slope: float, flops: float) -> TurboConfig:
         """As much kept as comes nearest to the cost, which is nearly linear in it."""
         ends = [(self.subject.ratio(_kept(config, kept, slope)), kept) for kept in (0.0, 1.0)]
         for _ in range(SOLVING):
@@ -290,13 +292,15 @@ def _kept(config: TurboConfig, kept: float, slope: float) -> TurboConfig:
     return replace(config, keep=tuple(round(share, 4) for share in shares))
 
 
-def _promise(subject: _Subject, search: _Search, best: _Best, places: Sequence[int], speedup: float | None) -> Promise:
+def _promise(
+    subject: PictureSubject, search: PictureSearch, best: _Best, places: Sequence[int], speedup: float | None
+) -> Promise:
     drift = subject.drift(best.config, places)
     bound = upper_bound(drift.tolist())
     flops = round(subject.ratio(best.config), 4)
     curve = [(flops, drift.mean().item())]
     for share in CURVE:
-        solved = search._solved(best.config, best.slope, share)
+        solved = search.solved(best.config, best.slope, share)
         if abs(subject.ratio(solved) - share) <= NEAR:
             curve.append((share, subject.drift(solved, places).mean().item()))
     return Promise(
