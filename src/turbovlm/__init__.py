@@ -13,6 +13,7 @@ from turbovlm.state import BlockTrace
 if TYPE_CHECKING:
     from turbovlm.calibration.calibrate import calibrate
     from turbovlm.calibration.pictures import calibrate_pictures
+    from turbovlm.calibration.reading import calibrate_reading
 
 __version__ = "0.1.0"
 
@@ -28,13 +29,14 @@ __all__ = [
     "apply",
     "calibrate",
     "calibrate_pictures",
+    "calibrate_reading",
     "functional",
     "get_handle",
     "profile",
     "visualize",
 ]
 
-CALIBRATIONS = {"calibrate": "calibrate", "calibrate_pictures": "pictures"}
+CALIBRATIONS = {"calibrate": "calibrate", "calibrate_pictures": "pictures", "calibrate_reading": "reading"}
 """Where they are; imported when they are used."""
 
 

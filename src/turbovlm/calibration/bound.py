@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from turbovlm.errors import ConfigError
+from turbovlm.promise import Promise
 
 CERTAINTY = 0.95
 """How sure a bound is to cover the share of images that it says."""
@@ -52,3 +55,25 @@ def _rank(count: int, coverage: float) -> int | None:
         if below >= CERTAINTY:
             return k
     return None
+
+
+def promise_of(
+    drift: Tensor, flops: float, curve: Iterable[tuple[float, float]], speedup: float | None = None
+) -> Promise:
+    """What settings promise.
+
+    Args:
+        drift: of images that took no part in the search, `[images]`.
+        flops: share of the multiply-accumulates left.
+        curve: other shares, and the mean drift there.
+    """
+    bound, mean = upper_bound(drift.tolist()), drift.mean().item()
+    return Promise(
+        flops=flops,
+        drift=mean,
+        bound=bound.value,
+        coverage=bound.coverage,
+        images=len(drift),
+        speedup=speedup,
+        curve=tuple(sorted({(flops, mean), *curve})),
+    )

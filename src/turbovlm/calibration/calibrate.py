@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from turbovlm.calibration.bound import fewest, upper_bound
+from turbovlm.calibration.bound import fewest, promise_of
 from turbovlm.calibration.drift import Subject
 from turbovlm.calibration.handing import Measure, count_of, handed_on
 from turbovlm.calibration.per_image import mean_ratio, with_thresholds
@@ -111,11 +111,8 @@ def calibrate(
     if per_image:
         found = with_thresholds(subject, best.config, searched)
         if clearly_less(subject.drift(found, searched), best.drift):
-            drift = subject.drift(found, kept)
-            bound = upper_bound(drift.tolist())
-            ratio = mean_ratio(subject, encoder, found, kept)
-            promise = replace(promise, flops=ratio, drift=drift.mean().item(), bound=bound.value)
-            return replace(_spelled_out(model, found), promise=promise)
+            held = promise_of(subject.drift(found, kept), mean_ratio(subject, encoder, found, kept), promise.curve)
+            return replace(_spelled_out(model, found), promise=replace(held, curve=promise.curve))
     return replace(_spelled_out(model, best.config), promise=promise)
 
 
@@ -219,19 +216,9 @@ def _spelled_out(model: nn.Module, config: TurboConfig) -> TurboConfig:
 
 def _promise(subject: Subject, encoder: Encoder, best: Best, images: Sequence[int], speedup: float | None) -> Promise:
     assert isinstance(best.config.r, tuple)
-    drift = subject.drift(best.config, images)
-    bound = upper_bound(drift.tolist())
-    curve = [(round(encoder.ratio(best.config.r), 4), drift.mean().item())]
+    curve = []
     for share in CURVE:
         found = tried(subject, encoder, best.config, best.shares, share, images)
         if found is not None:
             curve.append((share, found.mean))
-    return Promise(
-        flops=curve[0][0],
-        drift=curve[0][1],
-        bound=bound.value,
-        coverage=bound.coverage,
-        images=len(images),
-        speedup=speedup,
-        curve=tuple(sorted(curve)),
-    )
+    return promise_of(subject.drift(best.config, images), round(encoder.ratio(best.config.r), 4), curve, speedup)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.calibration.bound import fewest, upper_bound
+from turbovlm.calibration.bound import fewest, promise_of
 from turbovlm.calibration.search import clearly_less
 from turbovlm.calibration.targets import check_targets, nothing
 from turbovlm.config import TurboConfig
@@ -295,20 +295,9 @@ def _kept(config: TurboConfig, kept: float, slope: float) -> TurboConfig:
 def _promise(
     subject: PictureSubject, search: PictureSearch, best: _Best, places: Sequence[int], speedup: float | None
 ) -> Promise:
-    drift = subject.drift(best.config, places)
-    bound = upper_bound(drift.tolist())
-    flops = round(subject.ratio(best.config), 4)
-    curve = [(flops, drift.mean().item())]
+    curve = []
     for share in CURVE:
         solved = search.solved(best.config, best.slope, share)
         if abs(subject.ratio(solved) - share) <= NEAR:
             curve.append((share, subject.drift(solved, places).mean().item()))
-    return Promise(
-        flops=flops,
-        drift=curve[0][1],
-        bound=bound.value,
-        coverage=bound.coverage,
-        images=len(places),
-        speedup=speedup,
-        curve=tuple(sorted(curve)),
-    )
+    return promise_of(subject.drift(best.config, places), round(subject.ratio(best.config), 4), curve, speedup)
