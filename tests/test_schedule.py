@@ -14,7 +14,7 @@ def vit(depth=12, width=768, prefix=1):
     return EncoderShape(
         attention_weights=(4 * width * width,) * depth,
         mlp_weights=(8 * width * width,) * depth,
-        attention_width=width,
+        attention_widths=(width,) * depth,
         hidden_size=width,
         similarity_width=(64,) * depth,
         patch_weights=3 * 16 * 16 * width,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from turbovlm.adapters import Tower, matrices
+from turbovlm.adapters import Tower, check_readable, matrix_entries
 from turbovlm.adapters.layout import fetch
 from turbovlm.config import ENCODER_RESTORES, GENERATION, TurboConfig
 from turbovlm.engine import Plan
@@ -62,21 +61,28 @@ def _for_encoder(config: TurboConfig, is_text: bool) -> TurboConfig:
 
 
 def _shape(tower: Tower, config: TurboConfig, similarity: str) -> EncoderShape:
-    spelling, width = tower.spelling, tower.attention_width
-    in_mlp = [sum(_entries(fetch(block, path)) for path in spelling.mlp) for _, block in tower.blocks]
+    spelling, widths = tower.spelling, tower.attention_widths
+    in_mlp = [
+        sum(matrix_entries(fetch(block, path), f"{name}.{'.'.join(path)}") for path in spelling.mlp)
+        for name, block in tower.blocks
+    ]
+    if isinstance(spelling.project, tuple):
+        for name, block in tower.blocks:
+            for path in spelling.project:
+                check_readable(fetch(block, path), f"{name}.{'.'.join(path)}")
+    everything = [matrix_entries(block, name) for name, block in tower.blocks]
     heads = [int(fetch(block, spelling.heads)) for _, block in tower.blocks]
-    compared = {"hidden": tower.hidden_size, "heads": width}
+    if similarity == "hidden":
+        compared = (tower.hidden_size,) * len(widths)
+    else:
+        compared = widths if similarity == "heads" else tuple(width // count for width, count in zip(widths, heads))
     return EncoderShape(
-        attention_weights=tuple(_entries(block) - mlp for (_, block), mlp in zip(tower.blocks, in_mlp)),
+        attention_weights=tuple(whole - mlp for whole, mlp in zip(everything, in_mlp)),
         mlp_weights=tuple(in_mlp),
-        attention_width=width,
+        attention_widths=widths,
         hidden_size=tower.hidden_size,
-        similarity_width=tuple(compared.get(similarity, width // h) for h in heads),
+        similarity_width=compared,
         patch_weights=tower.patch_weights,
         prefix=tower.prefix,
         windowed=config.partition == "random",
     )
-
-
-def _entries(step: Any) -> int:
-    return sum(matrix.numel() for matrix in matrices(step))

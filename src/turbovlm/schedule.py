@@ -25,7 +25,7 @@ class EncoderShape:
     Args:
         attention_weights: entries of the projection matrices before the merge, per block.
         mlp_weights: entries of the MLP's matrices, after the merge, per block.
-        attention_width: heads × head_dim.
+        attention_widths: heads × head_dim, per block.
         hidden_size: width of a token.
         similarity_width: width of the features compared (head_dim for keys, hidden_size for hidden), per block.
         patch_weights: entries of the patch embedding's kernel.
@@ -35,7 +35,7 @@ class EncoderShape:
 
     attention_weights: tuple[int, ...]
     mlp_weights: tuple[int, ...]
-    attention_width: int
+    attention_widths: tuple[int, ...]
     hidden_size: int
     similarity_width: tuple[int, ...]
     patch_weights: int
@@ -48,7 +48,7 @@ class EncoderShape:
 
     def block_macs(self, block: int, before: int, after: int) -> int:
         """Multiply-accumulates of one block: projections, attention, similarity, MLP, and norms."""
-        width = self.attention_width
+        width = self.attention_widths[block]
         macs = before * self.attention_weights[block] + 2 * before * before * width
         macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
         if after < before:

@@ -104,7 +104,7 @@ def shape_of(depth: int) -> EncoderShape:
     return EncoderShape(
         attention_weights=(4 * width**2,) * depth,
         mlp_weights=(8 * width**2,) * depth,
-        attention_width=width,
+        attention_widths=(width,) * depth,
         hidden_size=width,
         similarity_width=(0,) * depth,
         patch_weights=3 * 14**2 * width,

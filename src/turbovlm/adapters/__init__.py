@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn as nn
-from torch import Tensor
 
 from turbovlm.adapters import joint, packed, text, timm, transformers
 from turbovlm.adapters.layout import Layout, Spelling, fetch, path_of, spell
@@ -72,17 +71,26 @@ class Tower:
     @property
     def hidden_size(self) -> int:
         """Width of a token."""
-        return self._output_projection.shape[0]
+        return self._output_shapes[0][0]
 
     @property
-    def attention_width(self) -> int:
-        """Heads × head_dim."""
-        return self._output_projection.shape[1]
+    def attention_widths(self) -> tuple[int, ...]:
+        """Heads × head_dim of each block, which differ where heads were pruned."""
+        return tuple(width for _, width in self._output_shapes)
 
     @property
-    def _output_projection(self) -> Tensor:
-        block = self.blocks[0][1]
-        return next(p for path in self.spelling.after_attention for p in matrices(fetch(block, path)))
+    def _output_shapes(self) -> list[tuple[int, int]]:
+        """Of each block's projection behind attention, out × in."""
+        found = []
+        for name, block in self.blocks:
+            steps = [(path, fetch(block, path)) for path in self.spelling.after_attention]
+            layers = [(path, step) for path, step in steps if isinstance(step, nn.Module)]
+            shape = next((shape for _, step in layers if (shape := matrix_shape(step)) is not None), None)
+            if shape is None:
+                path, step = layers[0]
+                raise UnsupportedModelError(f"{name}.{'.'.join(path)}: {_PACKED}, {type(step).__name__}")
+            found.append(shape)
+        return found
 
     @property
     def patch_weights(self) -> int:
@@ -105,6 +113,9 @@ class Tower:
         assert self.layout.patch is not None
         projection: nn.Module = fetch(self.module, path_of(self.layout.family, self.module, self.layout.patch))
         return projection
+
+
+_PACKED = "a layer holds its weights in a format that turbovlm does not know"
 
 
 def find_towers(model: nn.Module) -> list[Tower]:
@@ -140,9 +151,39 @@ def layout_of(block: nn.Module) -> Layout | None:
     return next((_BY_BLOCK[path] for path in class_paths(block) if path in _BY_BLOCK), None)
 
 
-def matrices(step: Any) -> list[Tensor]:
-    """The weight matrices of a module; none of anything else."""
-    return [p for p in step.parameters() if p.ndim == 2] if isinstance(step, nn.Module) else []
+def matrix_shape(step: Any) -> tuple[int, int] | None:
+    """Out × in of a linear layer, be its weights packed or not; None of anything else."""
+    if not isinstance(step, nn.Module):
+        return None
+    for weight in step.parameters(recurse=False):
+        if weight.ndim == 2 and weight.is_floating_point():
+            return weight.shape[0], weight.shape[1]
+    given, taken = getattr(step, "out_features", None), getattr(step, "in_features", None)
+    return (given, taken) if isinstance(given, int) and isinstance(taken, int) else None
+
+
+def matrix_entries(step: Any, name: str = "") -> int:
+    """Entries of all weight matrices in a module, those of quantised layers as if they were not packed.
+
+    Raises:
+        UnsupportedModelError: a layer whose weights are packed, and which does not say what it takes and gives.
+    """
+    if not isinstance(step, nn.Module):
+        return 0
+    inside = sum(matrix_entries(child, f"{name}.{path}") for path, child in step.named_children())
+    own = [p for p in step.parameters(recurse=False) if p.ndim == 2]
+    if own and all(p.is_floating_point() for p in own):
+        return inside + sum(p.numel() for p in own)
+    shape = matrix_shape(step)
+    if shape is None and own:
+        raise UnsupportedModelError(f"{name.lstrip('.')}: {_PACKED}, {type(step).__name__}")
+    return inside or (0 if shape is None else shape[0] * shape[1])
+
+
+def check_readable(step: Any, name: str) -> None:
+    """Raise `UnsupportedModelError` where a projection's shape cannot be told."""
+    if matrix_shape(step) is None:
+        raise UnsupportedModelError(f"{name}: {_PACKED}, {type(step).__name__}")
 
 
 def class_paths(module: nn.Module) -> list[str]:
