@@ -172,3 +172,29 @@ def test_blocks_of_different_widths_cost_what_they_are():
     assert sum(schedule.macs_after) - norms + 64 * 64 * 192 == pytest.approx(counted, rel=0.01)
     assert schedule.macs_before[0] > schedule.macs_before[2] > schedule.macs_before[1]
     assert torch.equal(out(model), own)
+
+
+def test_pruned_heads_keep_the_scale_that_they_were_trained_with():
+    """As many heads, but each narrower, as UPop leaves them: attention still divides by the old width's root."""
+    model = vit()
+    for block, width in zip(model.layers, (16, 6, 10)):
+        attention = block.attention
+        kept = [head * 16 + column for head in range(4) for column in range(width)]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(attention, name, shorter(getattr(attention, name), kept))
+        attention.o_proj, attention.head_dim = shorter(attention.o_proj, None, kept), width
+    own = out(model)
+    with turbovlm.apply(model, r=8, trace=True) as handle:
+        merged = out(model)
+        weights = [entry.semantic.nansum(1) for entry in handle.trace]
+    assert not torch.allclose(merged[:, 0], own[:, 0], atol=1e-4)
+    assert torch.equal(out(model), own)
+    with turbovlm.apply(model, r=(1, 0, 0), order="spatial", reduce="prune", proportional=False):
+        assert out(model).shape[1] == own.shape[1] - 1
+    assert all(weight.max() < 1.001 for weight in weights)
+    model.layers[1].attention.scaling = 1.0
+    with turbovlm.apply(model, r=8):
+        pass
+    model.layers[1].attention.num_attention_heads = 3
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1 .* differ from its own forward"):
+        turbovlm.apply(model, r=8)

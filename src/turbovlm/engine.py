@@ -37,6 +37,7 @@ class Heads:
         q, k, v: queries, keys (both rotated, where the model rotates) and values, `[batch, heads, tokens, head_dim]`.
         content: the unrotated keys, or queries for `similarity="queries"`.
         bias: what attention adds to its scores, `[batch, 1, 1, tokens]`, or None.
+        scale: what it multiplies them by before.
     """
 
     q: Tensor
@@ -44,6 +45,7 @@ class Heads:
     v: Tensor
     content: Tensor
     bias: Tensor | None
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def attention_of_guide(
     if state.sizes is None and spelling.mask is not None:
         state = replace(state, sizes=_sizes_from_mask(arguments.get(spelling.mask), hidden))
     heads = _heads(block, spelling, config, hidden, state, arguments)
-    row = attention_row(_guide(heads.q, guidance, prefix, state.sizes), heads.k, heads.bias)
+    row = attention_row(_guide(heads, guidance, prefix, state.sizes), heads.k, heads.bias)
     source = state.source()
     if source is not None and state.sizes is not None:
         row = (row / state.sizes).gather(1, source)
@@ -232,12 +234,14 @@ def _heads(
     if spelling.rotary is not None:
         q, k = spelling.rotary(block, q, k, state.home, arguments)
     attended = state.attended(config.proportional)
-    return Heads(q, k, v, content, None if attended is None else size_bias(attended, q.dtype))
+    bias = None if attended is None else size_bias(attended, q.dtype)
+    scale = q.shape[-1] ** -0.5 if spelling.scale is None else fetch(block, spelling.scale)
+    return Heads(q, k, v, content, bias, scale)
 
 
 def _attend(block: nn.Module, spelling: Spelling, hidden: Tensor, heads: Heads) -> Tensor:
     """The first half: `hidden + attention`, `[batch, tokens, width]`."""
-    mixed = attend(heads.q, heads.k, heads.v, heads.bias, dropout_p=_dropout(block, spelling))
+    mixed = attend(heads.q, heads.k, heads.v, heads.bias, scale=heads.scale, dropout_p=_dropout(block, spelling))
     out = hidden + run_steps(block, spelling.after_attention, mixed.transpose(1, 2).flatten(2))
     return _normed(block, spelling.norm_after_attention, out)
 
@@ -261,7 +265,7 @@ def _clues(plan: Plan, state: State, heads: Heads) -> Clues:
     elif plan.similarity != "hidden":  # the sum over heads: its cosine is the mean's
         features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
     if plan.guided or plan.config.trace:
-        guide = _guide(heads.q.detach(), plan.guidance, state.prefix, state.sizes)
+        guide = _guide(heads, plan.guidance, state.prefix, state.sizes).detach()
         semantic = attention_row(guide, heads.k.detach(), heads.bias)
     return Clues(features, semantic)
 
@@ -342,9 +346,9 @@ def _partition(plan: Plan, state: State, index: int, x: Tensor) -> Partition:
     return Partition(candidates, state.partners)
 
 
-def _guide(q: Tensor, guidance: str, prefix: int, sizes: Tensor | None) -> Tensor:
+def _guide(heads: Heads, guidance: str, prefix: int, sizes: Tensor | None) -> Tensor:
     """The guide's query, scaled: CLS's, or the mean of the patches', weighted by size."""
-    scale: float = q.shape[-1] ** -0.5
+    q = heads.q
     if guidance == "cls":
         guide = q[:, :, :1]
     elif sizes is None:
@@ -352,7 +356,7 @@ def _guide(q: Tensor, guidance: str, prefix: int, sizes: Tensor | None) -> Tenso
     else:
         weights = sizes[:, prefix:] / sizes[:, prefix:].sum(dim=1, keepdim=True)
         guide = (q[:, :, prefix:] * weights.to(q.dtype)[:, None, :, None]).sum(dim=2, keepdim=True)
-    return guide * scale
+    return guide * heads.scale
 
 
 def _sizes_from_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:

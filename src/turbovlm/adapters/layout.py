@@ -57,6 +57,7 @@ class Layout:
         returns_tuple: whether the block returns its tokens in a tuple; None to go by its annotation, as where
             releases differ.
         text: whether it encodes text, and so stays as it is in a model that also encodes images.
+        scale: path of what attention multiplies its scores by; 1/√head_dim where it is None, or there is none.
         query_norm, key_norm: paths of the norms of each head's queries and keys.
         dropout: path of attention's dropout, a number or an `nn.Dropout`.
         rotary: `(block, q, k, home, arguments) -> (q, k)`: rotate by the positions of the patches `home`,
@@ -87,6 +88,7 @@ class Layout:
     joint: str | None = None
     returns_tuple: bool | None = None
     text: bool = False
+    scale: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
     dropout: str | None = None
@@ -110,6 +112,7 @@ class Spelling:
     mlp: tuple[Path, ...]
     norm_after_attention: Path | None
     norm_after_mlp: Path | None
+    scale: Path | None
     query_norm: Path | None
     key_norm: Path | None
     dropout: Path | None
@@ -166,6 +169,7 @@ def spell(layout: Layout, block: nn.Module) -> Spelling:
         mlp=chain(layout.mlp),
         norm_after_attention=maybe(layout.norm_after_attention),
         norm_after_mlp=maybe(layout.norm_after_mlp),
+        scale=maybe(layout.scale),
         query_norm=maybe(layout.query_norm),
         key_norm=maybe(layout.key_norm),
         dropout=maybe(layout.dropout),

@@ -37,6 +37,7 @@ BERT = Layout(
     norm_after_mlp="output.LayerNorm",
     patch=None,
     patches=_longest_text,
+    scale="attention.self.scaling?",
     dropout="attention.self.dropout",
     arguments=("attention_mask", "encoder_hidden_states"),
     understood=("position_ids",),
