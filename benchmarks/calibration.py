@@ -119,13 +119,13 @@ def _calibrated(
 
 def _seen(model: Any, pixels: Tensor, config: TurboConfig | None) -> tuple[Tensor, Tensor, float]:
     """Tokens, salient regions, and the share of the encoder's multiply-accumulates."""
-    tokens, costs = [], [1.0]
+    tokens, costs, own_tokens = [], [1.0], 1 + (SIDE // 14) ** 2
     if config is None:
         tokens = [model.backbone(pixel_values=chunk).last_hidden_state for chunk in pixels.split(BATCH)]
     else:
         dense = dataclasses.replace(config, dense=True, trace=config.thresholds is not None)
         with turbovlm.apply(model.backbone, dense) as handle:
-            costs = [] if config.thresholds else [handle.schedules[0].ratio]
+            costs = [] if config.thresholds else [handle.schedule(own_tokens).ratio]
             shape = handle._plans[0].shape
             for chunk in pixels.split(1 if config.thresholds else BATCH):
                 tokens.append(model.backbone(pixel_values=chunk).last_hidden_state)
@@ -157,7 +157,7 @@ def _tried(subject: Subject, config: TurboConfig, given: list[int], held: list[i
         bound = upper_bound(mixed[: len(mixed) // 2])
         others = mixed[len(mixed) // 2 :]
         below.append(sum(value <= bound.value for value in others) / len(others))
-        holds += below[-1] >= bound.coverage
+        holds += below[-1] >= int(bound.coverage * len(others)) / len(others)
     assert config.promise is not None
     promised = sum(value <= config.promise.bound for value in drift[len(drift) - len(held) :]) / len(held)
     return {

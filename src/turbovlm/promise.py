@@ -14,7 +14,7 @@ class Promise:
     Attributes:
         flops: share of the encoder's multiply-accumulates left.
         drift: the mean over the images; 1 − cosine of what the model hands on to its own.
-        bound: with a probability of 95 %, at least `coverage` of all images like these drift no further.
+        bound: with a probability of 95 %, at least `coverage` of as many other images like these drift no further.
         images: how many it was measured on.
         speedup: times faster, where that was asked for: measured.
         curve: shares of multiply-accumulates, each with its mean drift, of the same settings at other costs, by numbers

@@ -191,7 +191,8 @@ def main() -> None:
         depths = {subject.model.config.num_hidden_layers for subject in asked}
         schedules = {name: {depth: _shares(depth)[name] for depth in depths} for name in _shares(12)}
         cases += [("how much in which block", name, Design(), shares) for name, shares in schedules.items()]
-        rows = [(group, name, *_measured(asked, design, shares)) for group, name, design, shares in track(cases)]
+        measured = [(group, name, _measured(asked, design, shares)) for group, name, design, shares in track(cases)]
+    rows = [(group, name, *found) for group, name, found in measured if found is not None]
     RESULTS.mkdir(parents=True, exist_ok=True)
     machine = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(describe_machine()).items())
     minutes = (time.perf_counter() - start) / 60
@@ -204,15 +205,18 @@ def main() -> None:
 
 def _measured(
     asked: list[Subject], design: Design, shares: Mapping[int, Shares] | None
-) -> tuple[dict[str, Tensor], float]:
-    """Each measure of every picture; and what comparing costs, as a share of the encoder's multiply-accumulates."""
+) -> tuple[dict[str, Tensor], float] | None:
+    """Each measure of every picture, and what comparing costs, as a share of the encoder's multiply-accumulates.
+
+    None where the schedule cannot come to the cost.
+    """
     found: dict[str, Tensor] = {}
     compared = []
     for subject in asked:
         depth = subject.model.config.num_hidden_layers
         amounts = subject.amounts(None if shares is None else shares[depth])
         if amounts is None:
-            continue
+            return None
         values, comparing = subject.measure(design, amounts)
         compared.append(comparing / shape_of(depth).macs((TOKENS,) * (depth + 1)))
         found |= values

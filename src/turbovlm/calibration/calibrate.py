@@ -9,7 +9,8 @@ from typing import Any
 
 import torch.nn as nn
 
-from turbovlm.calibration.bound import fewest, promise_of
+from turbovlm.calibration.bound import FEWEST as HELD
+from turbovlm.calibration.bound import promise_of
 from turbovlm.calibration.drift import Subject
 from turbovlm.calibration.handing import Measure, count_of, handed_on
 from turbovlm.calibration.per_image import mean_ratio, with_thresholds
@@ -23,7 +24,7 @@ from turbovlm.handle import apply, overrides
 from turbovlm.profile.compare import check_integers
 from turbovlm.promise import Promise
 
-FEWEST = 2 * fewest()
+FEWEST = 2 * HELD
 EFFORT = 100
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 STEP = 0.05
@@ -56,7 +57,7 @@ def calibrate(
 
     Args:
         model: with one vision encoder, or several of one depth, in eval mode.
-        images: what the model takes, `[images, 3, height, width]`, or a mapping of tensors by name; at least 28,
+        images: what the model takes, `[images, 3, height, width]`, or a mapping of tensors by name; at least 30,
             better 64 to 256, of the kind and the size that the model will see.
         flops: share of the encoder's multiply-accumulates to leave, in (0, 1): the least drift at that cost.
         max_drift: the cheapest settings whose mean drift is not above it.

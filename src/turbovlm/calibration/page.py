@@ -43,8 +43,8 @@ def sentence(config: TurboConfig) -> str:
     faster = "" if promise.speedup is None else f", {promise.speedup:.2f} times faster as measured here"
     return (
         f"{promise.flops:.1%} of the encoder's multiply-accumulates are left{faster}. On {promise.images} images that "
-        f"took no part in the search the mean drift is {promise.drift:.4f}. At least {promise.coverage:.0%} of all "
-        f"images like these drift no further than {promise.bound:.4f}, with a probability of 95 %."
+        f"took no part in the search the mean drift is {promise.drift:.4f}. At least {promise.coverage:.0%} of as "
+        f"many other images like these drift no further than {promise.bound:.4f}, with a probability of 95 %."
     )
 
 

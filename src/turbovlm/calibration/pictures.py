@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.calibration.bound import fewest, promise_of
+from turbovlm.calibration.bound import FEWEST as HELD
+from turbovlm.calibration.bound import promise_of
 from turbovlm.calibration.search import clearly_less
 from turbovlm.calibration.targets import check_targets, nothing
 from turbovlm.config import TurboConfig
@@ -21,7 +22,7 @@ from turbovlm.profile.pictures import compare_pictures
 from turbovlm.profile.pipelines import WatchedPipeline, find_denoiser, inputs_of
 from turbovlm.promise import Promise
 
-FEWEST = 2 * fewest()
+FEWEST = 2 * HELD
 SLOPES = (1.0, 0.5, 0.0, 1.5)
 """How much of what the largest resolution loses each smaller one does, compared with the one before."""
 CANDIDATES: tuple[Mapping[str, Any], ...] = (
@@ -71,7 +72,7 @@ def calibrate_pictures(
 
     Args:
         pipe: a `diffusers` pipeline from text or classes to pictures.
-        prompts: at least 28; class numbers where it makes pictures of classes.
+        prompts: at least 30; class numbers where it makes pictures of classes.
         flops: share of the denoiser's multiply-accumulates to leave, in (0, 1): the least drift at that cost.
         max_drift: the cheapest settings whose mean drift is not above it.
         speedup: the least drift at that speed-up of a whole call, measured on this device.

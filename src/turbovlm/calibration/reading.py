@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.calibration.bound import fewest, promise_of
+from turbovlm.calibration.bound import FEWEST as HELD
+from turbovlm.calibration.bound import promise_of
 from turbovlm.calibration.search import clearly_less
 from turbovlm.calibration.targets import nothing
 from turbovlm.config import READINGS, TurboConfig
@@ -19,7 +20,7 @@ from turbovlm.errors import ConfigError, TurboError
 from turbovlm.handle import apply, overrides
 from turbovlm.profile.macs import macs
 
-FEWEST = 2 * fewest()
+FEWEST = 2 * HELD
 CANDIDATES: tuple[Mapping[str, Any], ...] = (
     {"degree": "weighted_distance"},
     {"degree": "redundancy"},
@@ -51,7 +52,7 @@ def calibrate_reading(
 
     Args:
         model: one that reads images, in eval mode; it is left as it is.
-        prompts: at least 28 of what the model takes, each a mapping as its processor gives it, of one prompt.
+        prompts: at least 30 of what the model takes, each a mapping as its processor gives it, of one prompt.
         visual_keep: share or count of each image's tokens: the least drift at that.
         max_drift: the fewest tokens whose mean drift is not above it.
         seed: of the split.

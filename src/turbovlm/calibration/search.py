@@ -173,12 +173,12 @@ def schedule_search(
 
 
 def clearly_less(drift: Tensor, other: Tensor) -> bool:
-    """Whether the mean is less by more than the standard error of the difference, image by image.
+    """Whether the mean is less by more than two standard errors of the difference, image by image.
 
     What is chosen by less is chosen by chance, and does not hold for other images.
     """
     difference = drift - other
-    return bool(difference.mean() < -difference.std() / len(difference) ** 0.5)
+    return bool(difference.mean() < -2 * difference.std() / len(difference) ** 0.5)
 
 
 def _moved(shares: Shares, chance: random.Random) -> Shares:
