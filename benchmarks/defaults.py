@@ -37,7 +37,7 @@ from prepare import load_photos
 RESULTS = Path(__file__).parent / "results"
 SIDE = 224
 MEASURES = ("drift of CLS", "drift of the patches", "IoU of the salient region")
-KEYS = {"similarity": "keys", "partition": "alternate", "order": "partition", "restore": "copy"}
+KEYS = {"similarity": "keys", "partition": "alternate", "order": "partition", "reduce": "merge", "restore": "copy"}
 OLD = {"degree": "weighted_difference", "similarity": "keys"}
 
 SETTINGS: dict[str, Callable[[int], TurboConfig]] = {
@@ -61,6 +61,7 @@ SETTINGS: dict[str, Callable[[int], TurboConfig]] = {
     "default, partition grid": lambda r: TurboConfig(r, partition="grid"),
     "default, restored by copies": lambda r: TurboConfig(r, restore="copy"),
     "default, not proportional": lambda r: TurboConfig(r, proportional=False),
+    "default, plain means": lambda r: TurboConfig(r, reduce="merge"),
     "default, prune": lambda r: TurboConfig(r, reduce="prune"),
     "default, guided by the mean query": lambda r: TurboConfig(r, guidance="mean"),
 }

@@ -1,8 +1,8 @@
 """One denoising step of Stable Diffusion's UNets, merged and not, beside tomesd (pip install --no-deps tomesd).
 
     python benchmarks/diffusion.py                      # writes benchmarks/results/diffusion.{json,md}
-    python benchmarks/diffusion.py --device cuda --dtype bf16 --models sd15 sdxl --out diffusion_gpu
-    python benchmarks/diffusion.py --device cuda --dtype bf16 --models sd15 sdxl --out diffusion_gpu_compiled --compile
+    python benchmarks/diffusion.py --device cuda --dtype bf16 --models sd15 sdxl --batch 8 --out diffusion_gpu
+    python benchmarks/diffusion.py --device cuda --dtype bf16 --batch 8 --out diffusion_gpu_compiled --compile
     python benchmarks/diffusion.py --sizes 512          # that size anew; the file keeps the others
     python benchmarks/diffusion.py --small --out tried  # the same path on a tiny UNet, to see that it runs
 
@@ -25,7 +25,7 @@ from cases import DTYPES, RESULTS, compare_shown, described, load, machine, save
 from turbovlm import TurboConfig
 
 SIZES = {512: 2, 1024: 1}
-"""Pixels a side, and pictures in a batch."""
+"""Pixels a side, and pictures in a batch unless told otherwise."""
 KEEPS = (0.9, 0.8, 0.7, 0.5)
 
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(UNETS), default=("sd15",))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", choices=tuple(SIZES), default=tuple(SIZES), metavar="PIXELS")
+    parser.add_argument("--batch", type=int, metavar="N", help="pictures in a batch (default: 2 of 512, 1 of 1024)")
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, metavar="SHARE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
@@ -50,10 +51,12 @@ def main() -> None:
         results["machine"]["cpu"] = f"{torch.cuda.get_device_name(args.device)}; {results['machine']['cpu']}"
     for model in args.models:
         torch.manual_seed(0)
-        denoiser = UNETS[model](args.small).eval().to(args.device, DTYPES[args.dtype])
+        with torch.device(args.device):
+            denoiser = UNETS[model](args.small).eval().to(DTYPES[args.dtype])
         for size in args.sizes:
-            name = f"{model}, {size}×{size}, batch {SIZES[size]}"
-            inputs = _inputs(denoiser, SIZES[size], 16 if args.small else size // 8)
+            batch = args.batch or SIZES[size]
+            name = f"{model}, {size}×{size}, batch {batch}"
+            inputs = _inputs(denoiser, batch, 16 if args.small else size // 8)
             comparison = compare_shown(denoiser, inputs, versions_of(args), name, args.rounds, compile=args.compile)
             results["runs"][name] = comparison.to_dict()
             save(RESULTS / f"{args.out}.json", results)
@@ -137,7 +140,7 @@ def report(results: dict[str, Any]) -> str:
         for run in compared["runs"]:
             seconds = sorted(run["wall_seconds"])[len(run["wall_seconds"]) // 2]
             lines.append(
-                f"| {run['name']} | {run['macs'] / 1e9:.0f} | {run['macs_ratio']:.2f}× | {seconds:.2f} "
+                f"| {run['name']} | {run['macs'] / 1e9:.0f} | {run['macs_ratio']:.2f}× | {seconds:.3f} "
                 f"| **{run['speedup']:.2f}×** | {run['peak_bytes'] / 1e6:.0f} |"
             )
         lines.append("")

@@ -2,12 +2,14 @@
 
     python benchmarks/gpu.py                            # about fifteen minutes; writes benchmarks/results/gpu.{json,md}
     python benchmarks/gpu.py --parts routes --dtypes bf16 fp16
+    python benchmarks/gpu.py --parts models --encoders vit-l-384 --modes compiled --routes chosen     # the rest is kept
     python benchmarks/gpu.py --device cpu --small       # the same path on a tiny model, to see that it runs
 
 Parts: `checks`: the kernels against the plain path, every attention route against float64, and a whole encoder in a
 CUDA graph against itself outside of one. `routes`: which exact way of attending is fastest, per shape and dtype; what
 wins here belongs in `turbovlm.functional.routes.fastest`. `kernels`: similarity and merge, Triton against the plain
-path. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, over every route and beside ToMe.
+path. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, by the route that the library chooses and
+by others, and beside ToMe.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from turbovlm.profile import compare
 from turbovlm.profile.timing import interleaved
 
 ROUTES = {"masked": routes.masked, "channel": routes.channel, "flex": routes.flex}
+CHOSEN = "chosen"
+"""What `routes.fastest` says."""
 BACKENDS = {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 SHAPES = {"ViT-L/16-384": (64, 16, 577, 64), "EVA-g/14-448": (64, 16, 1025, 88), "DINOv2-S/14-518": (64, 6, 1370, 64)}
 """Batch, heads, tokens and head_dim."""
@@ -55,6 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS))
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16"), default=("bf16",))
+    parser.add_argument("--encoders", nargs="+", choices=tuple(CASES), default=("vit-l-384", "eva-g-448"))
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
+    parser.add_argument("--routes", nargs="+", choices=(CHOSEN, *ROUTES), default=(CHOSEN, "masked", "channel"))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda")
@@ -66,7 +73,7 @@ def main() -> None:
     results = {} if args.small else load(file)
     results["machine"] = {"gpu": _name(args.device), **machine()}
     for part in args.parts:
-        results[part] = PARTS[part](args)
+        results[part] = results.get(part, {}) | PARTS[part](args)
         if not args.small:
             save(file, results)
     if not args.small:
@@ -75,10 +82,11 @@ def main() -> None:
 
 
 @contextmanager
-def attending_by(route: routes.Route) -> Iterator[None]:
-    """Let every accelerated block attend by `route`."""
+def attending_by(name: str) -> Iterator[None]:
+    """Let every accelerated block attend by the route of that name."""
     original = routes.fastest
-    routes.fastest = lambda q, k, v: route
+    if name != CHOSEN:
+        routes.fastest = lambda q, k, v: ROUTES[name]
     try:
         yield
     finally:
@@ -206,18 +214,20 @@ def _plainly(function: Callable[[], Any]) -> Any:
 def time_models(args: argparse.Namespace) -> dict[str, Any]:
     """Whole encoders over every route, eager and compiled; eager beside token merging as others ship it."""
     found = {}
-    cases = [SMALL] if args.small else [CASES["vit-l-384"], CASES["eva-g-448"]]
-    todo = [(case, dtype, compiled) for case in cases for dtype in args.dtypes for compiled in (False, True)]
-    for case, dtype, compiled in track(todo, description="models"):
+    cases = [SMALL] if args.small else [CASES[name] for name in args.encoders]
+    todo = [(case, dtype, mode) for case in cases for dtype in args.dtypes for mode in args.modes]
+    for case, dtype, mode in track(todo, description="models"):
         model = build(case, DTYPES[dtype], args.device)
         pictures = images(case, 2 if args.small else args.batch, DTYPES[dtype], args.device)
-        for route in ROUTES:
+        for route in args.routes:
             versions: dict[str, Any] = {"turbo": TurboConfig(case.r)}
-            if route == "masked" and not compiled:
+            if route == CHOSEN and mode == "eager":
                 versions |= {"published": published(case.r), "SDPA": with_sdpa(case.r)}
-            with attending_by(ROUTES[route]):
-                comparison = compare(model, pictures, versions, rounds=args.rounds, warmup=3, compile=compiled)
-            key = f"{case.name} {dtype} {'compiled' if compiled else 'eager'} {route}"
+            with attending_by(route):
+                comparison = compare(
+                    model, pictures, versions, rounds=args.rounds, warmup=3, compile=mode == "compiled"
+                )
+            key = f"{case.name} {dtype} {mode} {route}"
             found[key] = comparison.to_dict()
             print(f"{key}\n{comparison}")
             torch.compiler.reset()

@@ -68,11 +68,11 @@ def on_sdpa(model: nn.Module) -> None:
     """Give every block of the encoder its two halves with fused attention, and no merge between them."""
     for tower in find_towers(model):
         for _, block in tower.blocks:
-            block.forward = functools.partial(_unmerged, block, tower.spelling)
+            block.forward = functools.partial(_unmerged, block, tower.spelling, State(0, (), tower.prefix))
 
 
-def _unmerged(block: nn.Module, spelling: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return unmerged_forward(block, spelling, TurboConfig(r=0), x, State(0, ()), {})
+def _unmerged(block: nn.Module, spelling: Any, state: State, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return unmerged_forward(block, spelling, TurboConfig(r=0), x, state, {})
 
 
 def report(results: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def _forward(
     if index == 0:
         shared["size"] = None
     spelling = tower.spelling
-    heads = _heads(block, spelling, CONFIG, hidden, State(0, ()), {})
+    heads = _heads(block, spelling, CONFIG, hidden, State(0, (), tower.prefix), {})
     mixed = attend(heads.q, heads.k, heads.v, shared["size"]).transpose(1, 2).flatten(2)
     x = hidden + run_steps(block, spelling.after_attention, mixed)
     if merge is None:

@@ -29,6 +29,15 @@ def test_everything_but_the_models(dtype):
     assert differences and max(differences) < 0.05
 
 
+def test_models_beside_tome():
+    for library in ("timm", "rich"):
+        pytest.importorskip(library)
+    done = run("--device", "cpu", "--small", "--rounds", "1", "--parts", "models", "--modes", "eager", "--dtypes", "bf16")
+    assert done.returncode == 0, done.stderr
+    for name in ("eager chosen", "eager channel", "published", "SDPA"):
+        assert name in done.stdout
+
+
 def test_without_a_gpu_it_says_so():
     import torch
 

@@ -26,7 +26,7 @@ SHAPES = {
     "r": st.integers(0, 40),
     "partition": st.sampled_from(["alternate", "random"]),
     "order": st.sampled_from(["partition", "spatial"]),
-    "reduce": st.sampled_from(["merge", "prune"]),
+    "reduce": st.sampled_from(["merge", "keep_norm", "prune"]),
     "degree": st.sampled_from(
         [
             *("weighted_distance", "weighted_difference", "coupled_division", "damped", "layered"),
@@ -62,10 +62,12 @@ def test_every_merge_keeps_its_books(batch, tokens, prefix, r, partition, order,
             assert kept == sorted(kept)
         for destination in range(left):
             members = [i for i in range(tokens) if source[i] == destination]
-            if reduce == "merge":
+            if reduce != "prune":
                 weights = sizes[b, members]
                 assert merge.sizes[b, destination] == weights.sum()
                 expected = (weights[:, None] * x[b, members]).sum(0) / weights.sum()
+                if reduce == "keep_norm":
+                    expected *= (weights * x[b, members].norm(dim=-1)).sum() / weights.sum() / expected.norm()
             else:
                 assert merge.sizes[b, destination] == sizes[b, kept[destination]]
                 expected = x[b, kept[destination]]
@@ -227,10 +229,25 @@ def test_large_activations_do_not_overflow_in_half_precision(dtype):
     assert merge.sizes.sum() == 200 * 150
 
 
-def test_merging_is_differentiable():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeping_the_norm_leaves_tokens_that_nothing_joined_bit_for_bit(dtype):
+    x = features_of(2, 40, 0, width=64, dtype=dtype)
+    x[0, 3:5] = 0
+    merge = match(x, 12, prefix=1, degree="redundancy", reduce="keep_norm")
+    merged = merge.merge(x)
+    alone = merge.sizes == 1
+    assert alone.any() and not alone.all() and merged.isfinite().all()
+    assert torch.equal(merged[alone], x.gather(1, merge.kept[..., None].expand_as(merged))[alone])
+
+
+@pytest.mark.parametrize("reduce", ["merge", "keep_norm"])
+def test_merging_is_differentiable(reduce):
     x = features_of(2, 9, 0).requires_grad_()
-    merge = match(x.detach(), 3, prefix=1, degree="redundancy")
+    merge = match(x.detach(), 3, prefix=1, degree="redundancy", reduce=reduce)
     assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t)), (x,))
+    assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t).exp(), merge.lost(t, merge.merge(t))), (x,))
+    if reduce == "keep_norm":
+        return
     assert math.isclose(
         merge.merge(x).sum(dim=1).sum().item(), (x * merge.weights[..., None]).sum().item(), rel_tol=1e-9
     )

@@ -103,7 +103,7 @@ def test_of_equally_similar_partners_the_first_is_chosen():
     assert partner.tolist() == [[0, *range(20)]]
 
 
-def merged(batch, tokens, partition, r, *, sizes=None, order="partition", prune=False, seed=0, everyone_into=None):
+def merged(batch, tokens, partition, r, *, sizes=None, order="partition", reduce="merge", seed=0, everyone_into=None):
     """The plain path's merge, with random choices, and what the kernel is told of it."""
     degree = randn(batch, count(partition.candidates), seed=seed + 1)
     if everyone_into is None:
@@ -111,10 +111,9 @@ def merged(batch, tokens, partition, r, *, sizes=None, order="partition", prune=
         partner = (picks * count(partition.partners)).long()
     else:
         partner = torch.full(degree.shape, everyone_into, device=DEVICE)
-    reduce = "prune" if prune else "merge"
     plain = bipartite_merge(degree, partner, partition, r, tokens, sizes=sizes, order=order, reduce=reduce)
     into = plain.kept.gather(1, plain.source.gather(1, plain.gone))
-    return plain, (sizes, plain.gone, into, slots_of(partition, tokens) if order == "partition" else None, prune)
+    return plain, (sizes, plain.gone, into, slots_of(partition, tokens) if order == "partition" else None, reduce)
 
 
 def slots_of(partition, tokens):
@@ -140,11 +139,11 @@ def check_merge(x, plain: Merge, told):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["partition", "spatial"])
-@pytest.mark.parametrize("prune", [False, True], ids=["merge", "prune"])
+@pytest.mark.parametrize("reduce", ["merge", "keep_norm", "prune"])
 @pytest.mark.parametrize("sized", [False, True], ids=["ones", "sizes"])
-def test_the_merge_is_that_of_the_plain_path(order, prune, sized, dtype):
+def test_the_merge_is_that_of_the_plain_path(order, reduce, sized, dtype):
     sizes = torch.randint(0, 5, (2, 50), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
-    plain, told = merged(2, 50, split(50), 16, sizes=sizes if sized else None, order=order, prune=prune)
+    plain, told = merged(2, 50, split(50), 16, sizes=sizes if sized else None, order=order, reduce=reduce)
     check_merge(randn(2, 50, 72, dtype=dtype), plain, told)
 
 
@@ -189,7 +188,7 @@ def test_nothing_disappears_with_r_0(order):
 
 def test_the_merge_takes_any_strides():
     sizes = torch.randint(1, 5, (1, 50), generator=torch.Generator().manual_seed(3)).float().to(DEVICE).expand(2, -1)
-    plain, (_, gone, into, slots, prune) = merged(2, 50, own_split(2, 50, 20), 16, sizes=sizes)
+    plain, (_, gone, into, slots, reduce) = merged(2, 50, own_split(2, 50, 20), 16, sizes=sizes)
     wide = torch.stack([gone, into], dim=-1)
     apart = torch.stack([slots, slots], dim=-1)
     for x in (
@@ -197,14 +196,14 @@ def test_the_merge_takes_any_strides():
         randn(2, 72, 50).transpose(1, 2),
         randn(50, 2, 72).transpose(0, 1),
     ):
-        check_merge(x, plain, (sizes, wide[..., 0], wide[..., 1], apart[..., 0], prune))
+        check_merge(x, plain, (sizes, wide[..., 0], wide[..., 1], apart[..., 0], reduce))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prune", [False, True], ids=["merge", "prune"])
-def test_the_gradient_is_that_of_the_plain_path(prune, dtype):
+@pytest.mark.parametrize("reduce", ["merge", "prune"])
+def test_the_gradient_is_that_of_the_plain_path(reduce, dtype):
     sizes = torch.randint(0, 5, (2, 17), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
-    plain, told = merged(2, 17, split(17), 6, sizes=sizes, prune=prune)
+    plain, told = merged(2, 17, split(17), 6, sizes=sizes, reduce=reduce)
     x = randn(2, 17, 64, dtype=dtype).requires_grad_()
     y, _, weights, merged_sizes = kernels.merge_tokens(x, *told)
     assert y.requires_grad and not weights.requires_grad and not merged_sizes.requires_grad
@@ -221,8 +220,8 @@ def test_the_operators_keep_to_their_contracts():
     for index in (partition, own_split(2, 17, 8)):
         torch.library.opcheck(kernels.most_similar, (randn(2, 17, 64), index.candidates, index.partners))
     sizes = torch.ones(2, 17, device=DEVICE)
-    for order, prune, known in (("partition", False, sizes), ("spatial", True, None)):
-        _, told = merged(2, 17, partition, 6, sizes=known, order=order, prune=prune)
+    for order, reduce, known in (("partition", "merge", sizes), ("spatial", "prune", None)):
+        _, told = merged(2, 17, partition, 6, sizes=known, order=order, reduce=reduce)
         torch.library.opcheck(kernels.merge_tokens, (randn(2, 17, 64), *told))
         torch.library.opcheck(kernels.merge_tokens, (randn(2, 17, 64).requires_grad_(), *told))
 
@@ -256,7 +255,7 @@ def test_a_block_compiles_into_one_graph(backend):
         redundancy, partner = kernels.most_similar(x.detach(), partition.candidates, partition.partners)
         chosen = redundancy.topk(5, dim=1).indices
         gone, into = partition.candidates[chosen], partition.partners[partner.gather(1, chosen)]
-        y, source, weights, _ = kernels.merge_tokens(x * 2, None, gone, into, slots, False)
+        y, source, weights, _ = kernels.merge_tokens(x * 2, None, gone, into, slots, "merge")
         return y.square(), source, weights
 
     x = randn(2, 17, 64).requires_grad_()

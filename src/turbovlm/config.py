@@ -33,7 +33,7 @@ SIMILARITIES = ("heads", "keys", "queries", "hidden", "auto")
 GUIDANCES = ("auto", "cls", "mean")
 PARTITIONS = ("alternate", "random", "grid", "auto")
 ORDERS = ("partition", "spatial")
-REDUCTIONS = ("merge", "prune")
+REDUCTIONS = ("merge", "keep_norm", "prune", "auto")
 VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "uniform", "pooling")
 
 COMPONENTS = ("attention", "cross_attention", "ffn")
@@ -95,7 +95,9 @@ class TurboConfig:
         order: order of the tokens left: `"partition"` (unmerged candidates, then partners, as published)
             or `"spatial"` (that of the picture).
         proportional: attend in proportion to the patches that a token stands for (equation 16).
-        reduce: `"merge"` averages a token into its partner, weighted by size; `"prune"` drops it.
+        reduce: `"merge"` averages a token into its partner, weighted by size; `"keep_norm"` does so and makes the result
+            as long as its parts are on average, as a plain mean is shorter; `"prune"` drops the token; or `"auto"`:
+            `"keep_norm"` in vision encoders, `"merge"` everywhere else.
         dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose
             head needs all of them do so unasked.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.
@@ -139,7 +141,7 @@ class TurboConfig:
     grid: tuple[int, int] | None = None
     order: str = "spatial"
     proportional: bool = True
-    reduce: str = "merge"
+    reduce: str = "auto"
     dense: bool = False
     trace: bool = False
     seed: int = 0
@@ -210,6 +212,7 @@ class TurboConfig:
             guidance="auto",
             partition="alternate",
             order="partition",
+            reduce="merge",
             restore="copy",
             trace=trace,
         )
@@ -227,11 +230,12 @@ class TurboConfig:
         """Whether tokens are merged inside the encoders."""
         return any(getattr(self, name) is not None for name in AMOUNTS)
 
-    def settled(self, degree: str) -> TurboConfig:
-        """The same with `degree` where it is `"auto"`, and with the degree's own alpha where none is given."""
+    def settled(self, degree: str, reduce: str = "merge") -> TurboConfig:
+        """The same with `degree` and `reduce` where they are `"auto"`, and the degree's own alpha where none is given."""
         chosen = degree if self.degree == "auto" else self.degree
         alpha = own_alpha(chosen) if self.alpha is None else self.alpha
-        return dataclasses.replace(self, degree=chosen, alpha=alpha)
+        reduce = reduce if self.reduce == "auto" else self.reduce
+        return dataclasses.replace(self, degree=chosen, alpha=alpha, reduce=reduce)
 
     def save(self, path: str | Path) -> None:
         """Write the settings, and what they promise, as JSON.

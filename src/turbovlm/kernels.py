@@ -70,9 +70,9 @@ def most_similar(features: Tensor, candidates: Tensor, partners: Tensor) -> tupl
 
 @torch.library.custom_op("turbovlm::merge_tokens", mutates_args=())
 def merge_tokens(
-    x: Tensor, sizes: Tensor | None, gone: Tensor, into: Tensor, slots: Tensor | None, prune: bool
+    x: Tensor, sizes: Tensor | None, gone: Tensor, into: Tensor, slots: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merge r of N tokens into others of their picture; differentiable in `x`.
+    """Merge r of N tokens into others of their picture; differentiable in `x`, but for `"keep_norm"`.
 
     Args:
         x: `[batch, N, width]`, float32, float16 or bfloat16, with any strides.
@@ -80,15 +80,17 @@ def merge_tokens(
         gone: the tokens that disappear, distinct, `[batch, r]`, int64.
         into: the token that each goes into, never itself one of `gone`, `[batch, r]`, int64.
         slots: where each token would lie if none disappeared, `[N]` or `[batch, N]`, int64; where it lies now if None.
-        prune: the destination keeps its own value and size.
+        reduce: `"merge"`; `"keep_norm"`: as long as the parts are on average; `"prune"`: the destination keeps its own
+            value and size.
 
     Returns:
         The averages by size, `[batch, N − r, width]`, rounded once to `x`'s dtype; for each of the N, the token it
         became part of, `[batch, N]`, int64, and its share in it, `[batch, N]`, float32; and patches that each token
         left stands for, `[batch, N − r]`, float32.
     """
-    outputs = _merge_tokens_outputs(x, sizes, gone, into, slots, prune)
+    outputs = _merge_tokens_outputs(x, sizes, gone, into, slots, reduce)
     batch, tokens, width = x.shape
+    block = triton.next_power_of_2(width)
     with torch.cuda.device(x.get_device()):
         _merge_tokens[(batch * tokens,)](
             *(x, *x.stride()),
@@ -96,11 +98,11 @@ def merge_tokens(
             *_by_picture(slots, batch),
             *outputs,
             *(tokens, gone.shape[1], width),
-            PRUNE=prune,
+            REDUCE=reduce,
             BLOCK_R=128,
-            BLOCK_W=min(triton.next_power_of_2(width), 1024),
+            BLOCK_W=block,
             ROWS=4,
-            num_warps=4,
+            num_warps=min(max(block // 512, 4), 16),
         )
     return outputs
 
@@ -111,7 +113,7 @@ def _most_similar_outputs(features: Tensor, candidates: Tensor, partners: Tensor
 
 
 def _merge_tokens_outputs(
-    x: Tensor, sizes: Tensor | None, gone: Tensor, into: Tensor, slots: Tensor | None, prune: bool
+    x: Tensor, sizes: Tensor | None, gone: Tensor, into: Tensor, slots: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, width = x.shape
     left = tokens - gone.shape[1]
@@ -120,6 +122,8 @@ def _merge_tokens_outputs(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    if inputs[-1] == "keep_norm":
+        raise NotImplementedError("merge_tokens keeps nothing to differentiate keep_norm by: use Merge.merge")
     _, source, weights, merged_sizes = output
     ctx.mark_non_differentiable(weights, merged_sizes)
     ctx.save_for_backward(source, weights)
@@ -208,7 +212,7 @@ def _merge_tokens(
     sizes: tl.tensor, gone: tl.tensor, into: tl.tensor, slots: tl.tensor, slots_stride: tl.tensor,
     y: tl.tensor, source: tl.tensor, weights: tl.tensor, merged_sizes: tl.tensor,
     tokens: tl.tensor, gone_count: tl.tensor, width: tl.tensor,
-    PRUNE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
+    REDUCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per token: it finds its place, and if it stays, it adds up those that join it, `ROWS` at a time."""
     picture = (tl.program_id(0) // tokens).to(tl.int64)
@@ -236,38 +240,46 @@ def _merge_tokens(
         leaver = tl.load(gone + j, mask=valid, other=0)
         left = leaver if slots is None else tl.load(slots + leaver, mask=valid, other=0)
         position -= tl.sum((valid & (left < slot)).to(tl.int64))
-        if not PRUNE:
+        if REDUCE != "prune":
             joins = tl.load(into + j, mask=valid, other=-1) == target
             size = 1.0 if sizes is None else tl.load(sizes + leaver, mask=joins, other=0.0)
             total += tl.sum(tl.where(joins, size, 0.0))
 
     own = 1.0 if sizes is None else tl.load(sizes + token)
-    weight = (target == token).to(tl.float32) if PRUNE else own / tl.maximum(total, 1e-6)
+    weight = (target == token).to(tl.float32) if REDUCE == "prune" else own / tl.maximum(total, 1e-6)
     tl.store(source + tl.program_id(0), position)
     tl.store(weights + tl.program_id(0), weight)
     if target == token:
         out = picture * (tokens - gone_count) + position
         tl.store(merged_sizes + out, total)
-        for start in range(0, width, BLOCK_W):
-            channel = start + tl.arange(0, BLOCK_W)
-            in_width = channel < width
-            channels = x + channel.to(tl.int64) * channel_stride
-            mean = weight * tl.load(channels + token * token_stride, mask=in_width, other=0.0).to(tl.float32)
-            if not PRUNE:
-                for first in range(0, gone_count, BLOCK_R):
-                    j = first + tl.arange(0, BLOCK_R)
-                    joins = tl.load(into + j, mask=j < gone_count, other=-1) == token
-                    leaver = tl.load(gone + j, mask=joins, other=0)
-                    rank = tl.cumsum(joins.to(tl.int32), axis=0)
-                    count = tl.sum(joins.to(tl.int32))
-                    for done in range(0, count, ROWS):
-                        wanted = done + 1 + tl.arange(0, ROWS)
-                        chosen = joins[:, None] & (rank[:, None] == wanted[None, :])
-                        row = tl.sum(tl.where(chosen, leaver[:, None], 0), axis=0)
-                        valid = wanted <= count
-                        size = 1.0 if sizes is None else tl.load(sizes + row, mask=valid, other=0.0)
-                        share = tl.where(valid, size, 0.0) / tl.maximum(total, 1e-6)
-                        pointers = channels[None, :] + row[:, None] * token_stride
-                        joined = tl.load(pointers, mask=valid[:, None] & in_width[None, :], other=0.0)
-                        mean += tl.sum(share[:, None] * joined.to(tl.float32), axis=0)
-            tl.store(y + out * width + channel, mean.to(y.dtype.element_ty), mask=in_width)
+        channel = tl.arange(0, BLOCK_W)
+        in_width = channel < width
+        channels = x + channel.to(tl.int64) * channel_stride
+        own_row = tl.load(channels + token * token_stride, mask=in_width, other=0.0).to(tl.float32)
+        mean = weight * own_row
+        if REDUCE != "prune":
+            length = weight * tl.sqrt(tl.sum(own_row * own_row))
+            joined_by = 0
+            for first in range(0, gone_count, BLOCK_R):
+                j = first + tl.arange(0, BLOCK_R)
+                joins = tl.load(into + j, mask=j < gone_count, other=-1) == token
+                leaver = tl.load(gone + j, mask=joins, other=0)
+                rank = tl.cumsum(joins.to(tl.int32), axis=0)
+                count = tl.sum(joins.to(tl.int32))
+                joined_by += count
+                for done in range(0, count, ROWS):
+                    wanted = done + 1 + tl.arange(0, ROWS)
+                    chosen = joins[:, None] & (rank[:, None] == wanted[None, :])
+                    row = tl.sum(tl.where(chosen, leaver[:, None], 0), axis=0)
+                    valid = wanted <= count
+                    size = 1.0 if sizes is None else tl.load(sizes + row, mask=valid, other=0.0)
+                    share = tl.where(valid, size, 0.0) / tl.maximum(total, 1e-6)
+                    pointers = channels[None, :] + row[:, None] * token_stride
+                    joined = tl.load(pointers, mask=valid[:, None] & in_width[None, :], other=0.0).to(tl.float32)
+                    mean += tl.sum(share[:, None] * joined, axis=0)
+                    length += tl.sum(share * tl.sqrt(tl.sum(joined * joined, axis=1)))
+            if REDUCE == "keep_norm":
+                found = tl.sqrt(tl.sum(mean * mean))
+                if (joined_by > 0) & (found > 1e-12):
+                    mean *= length / found
+        tl.store(y + out * width + channel, mean.to(y.dtype.element_ty), mask=in_width)

@@ -52,7 +52,7 @@ def _for_encoder(config: TurboConfig, is_text: bool) -> TurboConfig:
             raise ConfigError(f"{name}={value!r}: only image generation has it")
     if config.restore not in ENCODER_RESTORES:
         raise ConfigError(f"restore={config.restore!r}: only image generation has it; encoders {ENCODER_RESTORES}")
-    config = config.settled("weighted_difference" if is_text else "weighted_distance")
+    config = config.settled("weighted_difference") if is_text else config.settled("weighted_distance", "keep_norm")
     if config.partition != "auto":
         return config
     if config.grid is not None:

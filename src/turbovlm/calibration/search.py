@@ -26,6 +26,7 @@ CANDIDATES: tuple[Mapping[str, Any], ...] = (
     {"degree": "weighted_difference"},
     {"degree": "weighted_difference", "similarity": "keys"},
     {"partition": "alternate"},
+    {"reduce": "merge"},
 )
 """Settings beside the amounts that are tried, the default first."""
 SHAPES: Mapping[str, float] = {"constant": 0.0, "later": 1.0, "earlier": -1.0}

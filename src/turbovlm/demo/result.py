@@ -46,7 +46,7 @@ class Method:
         return TurboConfig(r=r, trace=trace, **self.settings)
 
 
-_TOME = {"similarity": "keys", "partition": "alternate", "order": "partition"}
+_TOME = {"similarity": "keys", "partition": "alternate", "order": "partition", "reduce": "merge"}
 
 METHODS = (
     Method("turbo", "turbovlm", "the library's default settings"),

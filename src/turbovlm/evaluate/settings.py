@@ -31,6 +31,7 @@ _PAPER: dict[str, Any] = {
     "similarity": "keys",
     "partition": "alternate",
     "order": "partition",
+    "reduce": "merge",
     "restore": "copy",
 }
 

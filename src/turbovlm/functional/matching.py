@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turbovlm.config import DegreeFunction
 from turbovlm.functional.backend import fused_kernels, has_bags
-from turbovlm.functional.informativity import candidates_of, information_degree, mutual_redundancy
+from turbovlm.functional.informativity import SHORTEST, candidates_of, information_degree, mutual_redundancy
 from turbovlm.functional.partition import Partition, count, look_up, partition_tokens, positions
 
 
@@ -24,12 +24,14 @@ class Merge:
         gone: the r tokens of each picture that have no place of their own any more, `[batch, r]`, int64.
         weights: the share of each of the N in its destination, `[batch, N]`; 0 for a token that is dropped.
         sizes: patches that each of the M stands for, `[batch, M]`.
+        keep_norm: whether a merged token is as long as its parts are on average, instead of their plain mean.
     """
 
     rows: Tensor
     gone: Tensor
     weights: Tensor
     sizes: Tensor
+    keep_norm: bool = False
 
     @property
     def source(self) -> Tensor:
@@ -47,7 +49,8 @@ class Merge:
 
     def merge(self, x: Tensor) -> Tensor:
         """Average the tokens of `x`, `[batch, N, width]`, by size: `[batch, M, width]` in the same dtype."""
-        return self._gathered(x) if has_bags(x) else self._scattered(x)
+        mean = self._gathered(x) if has_bags(x) else self._scattered(x)
+        return self._lengthened(x, mean) if self.keep_norm else mean
 
     def _gathered(self, x: Tensor) -> Tensor:
         """One pass over `x`: each of the M is a bag of weighted rows, and no weighted copy of `x` is made."""
@@ -63,37 +66,54 @@ class Merge:
         out = weighted.new_zeros(self.sizes.numel(), x.shape[-1]).index_add(0, self.rows, weighted)
         return out.view(*self.sizes.shape, x.shape[-1]).to(x.dtype)
 
+    def _lengthened(self, x: Tensor, mean: Tensor) -> Tensor:
+        """Each of the M as long as what it is made of, on average by size; a token alone stays as it is."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(x, dim=-1, dtype=precise) * self.weights.to(precise)
+        wanted = lengths.new_zeros(self.sizes.numel()).index_add(0, self.rows, lengths.flatten()).view(self.sizes.shape)
+        found = torch.linalg.vector_norm(mean, dim=-1, dtype=precise)
+        scale = torch.where(found > SHORTEST, wanted / found.clamp_min(SHORTEST), 1)
+        return mean * scale.to(mean.dtype).unsqueeze(-1)
+
     def lost(self, x: Tensor, merged: Tensor) -> Tensor:
-        """What set the r that are gone apart from what they became part of, `[batch, r, width]`; see `unmerge`.
+        """What set tokens apart from what they became part of, `[batch, 2r, width]`; see `unmerge`.
+
+        Of the r that are gone, then of those that they went into, each once and zeros for its repetitions.
 
         Args:
             x: before the merge, `[batch, N, width]`.
             merged: behind it, `[batch, M, width]`.
         """
-        gone = (self.gone + _first_rows(self.weights)).flatten()
-        into = self.rows.index_select(0, gone)
-        apart = x.flatten(0, 1).index_select(0, gone) - merged.flatten(0, 1).index_select(0, into)
-        return apart.view(*self.gone.shape, x.shape[-1])
+        gone, stayed, into = self._parted()
+        order = torch.arange(len(into), device=into.device)
+        last = into.new_zeros(self.sizes.numel()).scatter(0, into, order).index_select(0, into) == order
+        before, behind = x.flatten(0, 1), merged.flatten(0, 1).index_select(0, into)
+        apart = [before.index_select(0, gone) - behind, (before.index_select(0, stayed) - behind) * last.unsqueeze(1)]
+        return torch.cat([each.view(*self.gone.shape, x.shape[-1]) for each in apart], dim=1)
 
     def unmerge(self, y: Tensor, lost: Tensor | None = None) -> Tensor:
         """Give every one of the N tokens its destination's row of `y`, and what the merge has taken from it.
 
         Args:
             y: `[batch, M, width]`.
-            lost: as `lost` gives it; what the others have lost follows, as a token is the mean of what it is made of.
+            lost: as `lost` gives it.
 
         Returns:
             `[batch, N, width]`.
         """
         out = y.flatten(0, 1).index_select(0, self.rows)
         if lost is not None:
-            gone = (self.gone + _first_rows(self.weights)).flatten()
-            stayed = (self.kept + _first_rows(self.weights)).flatten().index_select(0, self.rows.index_select(0, gone))
-            own, other = (self.weights.flatten().index_select(0, each) for each in (gone, stayed))
-            share = torch.where(other > 0, own / other.clamp_min(1e-6), 0).to(lost.dtype)
-            apart = lost.flatten(0, 1)
-            out = out.index_add(0, gone, apart).index_add(0, stayed, -apart * share[:, None])
+            gone, stayed, _ = self._parted()
+            of_gone, of_stayed = lost.chunk(2, dim=1)
+            out = out.index_add(0, gone, of_gone.flatten(0, 1)).index_add(0, stayed, of_stayed.flatten(0, 1))
         return out.view(*self.weights.shape, y.shape[-1])
+
+    def _parted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the r that are gone and of the tokens that they went into, and their row now, `[batch · r]` each."""
+        first = _first_rows(self.weights)
+        gone = (self.gone + first).flatten()
+        into = self.rows.index_select(0, gone)
+        return gone, (self.kept + first).flatten().index_select(0, into), into
 
 
 def match(
@@ -169,7 +189,8 @@ def bipartite_merge(
         tokens: N, the prefix included.
         sizes: patches each token stands for, `[batch, tokens]`; ones if None.
         order: `"partition"`: prefix, candidates left, partners; or `"spatial"`: the order before.
-        reduce: `"merge"`, or `"prune"`: the destination keeps its own value and size.
+        reduce: `"merge"`; `"keep_norm"`: as long as the parts are on average; or `"prune"`: the destination keeps its
+            own value and size.
     """
     gone, into = _choose(degree, partner, partition, r)
     if sizes is None:
@@ -191,13 +212,14 @@ def merge_tokens(
 ) -> tuple[Tensor, Merge]:
     """`bipartite_merge` and its `.merge(x)`, `[batch, tokens, width]`, in one launch where there are kernels for it."""
     kernels = fused_kernels(x)
-    if kernels is None:
+    if kernels is None or (reduce == "keep_norm" and x.requires_grad and torch.is_grad_enabled()):
         merge = bipartite_merge(degree, partner, partition, r, x.shape[1], sizes=sizes, order=order, reduce=reduce)
         return merge.merge(x), merge
     gone, into = _choose(degree, partner, partition, r)
     layout = None if order == "spatial" else _layout(partition, x)
-    merged, source, weights, merged_sizes = kernels.merge_tokens(x, sizes, gone, into, layout, reduce == "prune")
-    return merged, Merge((source + _first_rows(merged_sizes)).flatten(), gone, weights, merged_sizes)
+    merged, source, weights, merged_sizes = kernels.merge_tokens(x, sizes, gone, into, layout, reduce)
+    rows = (source + _first_rows(merged_sizes)).flatten()
+    return merged, Merge(rows, gone, weights, merged_sizes, reduce == "keep_norm")
 
 
 def _choose(degree: Tensor, partner: Tensor, partition: Partition, r: int) -> tuple[Tensor, Tensor]:
@@ -220,13 +242,13 @@ def _merge_of(gone: Tensor, into: Tensor, partition: Partition, sizes: Tensor, o
     stays = torch.ones(batch * tokens, dtype=torch.bool, device=gone.device).index_fill_(0, gone_rows, False)
     slots = _slots(stays, partition, batch, r, order)
     rows = slots.index_copy_(0, gone_rows, slots.index_select(0, into_rows))
-    counted = sizes.flatten() if reduce == "merge" else sizes.flatten() * stays
+    counted = sizes.flatten() * stays if reduce == "prune" else sizes.flatten()
     merged_sizes = sizes.new_zeros(batch * (tokens - r)).scatter_add_(0, rows, counted)
-    if reduce == "merge":
-        weights = counted / merged_sizes.index_select(0, rows).clamp_min(1e-6)
-    else:
+    if reduce == "prune":
         weights = stays.to(sizes.dtype)
-    return Merge(rows, gone, weights.view(batch, tokens), merged_sizes.view(batch, tokens - r))
+    else:
+        weights = counted / merged_sizes.index_select(0, rows).clamp_min(1e-6)
+    return Merge(rows, gone, weights.view(batch, tokens), merged_sizes.view(batch, tokens - r), reduce == "keep_norm")
 
 
 def _slots(stays: Tensor, partition: Partition, batch: int, r: int, order: str) -> Tensor:

@@ -120,7 +120,7 @@ def _by_rounds(
             seed=config.seed,
         )
         if semantic is not None:
-            counted = semantic if config.reduce == "merge" else semantic * found.weights
+            counted = semantic * found.weights if config.reduce == "prune" else semantic
             semantic = torch.zeros_like(found.sizes).scatter_add(1, found.source, counted.to(found.sizes))
         x, sizes = found.merge(x), found.sizes
         merges.append(found)
