@@ -32,11 +32,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.functional import informativity, matching, mutual_redundancy, partition_tokens, routes, size_bias
+from turbovlm.functional.informativity import attention_row
 from turbovlm.functional.matching import bipartite_merge, merge_tokens
 from turbovlm.profile import compare
 from turbovlm.profile.timing import interleaved
 
-ROUTES = {"masked": routes.masked, "channel": routes.channel, "flex": routes.flex}
+ROUTES = {"masked": routes.masked, "fused": routes.fused, "channel": routes.channel, "flex": routes.flex}
 CHOSEN = "chosen"
 """What `routes.fastest` says."""
 BACKENDS = {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16"), default=("bf16",))
     parser.add_argument("--encoders", nargs="+", choices=tuple(CASES), default=("vit-l-384", "eva-g-448"))
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
-    parser.add_argument("--routes", nargs="+", choices=(CHOSEN, *ROUTES), default=(CHOSEN, "masked", "channel"))
+    parser.add_argument("--routes", nargs="+", choices=(CHOSEN, *ROUTES), default=(CHOSEN, "masked"))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda")
@@ -110,14 +111,16 @@ def check(args: argparse.Namespace) -> dict[str, float]:
         bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
         exact = routes.masked(q.double(), k.double(), v.double(), bias.double(), scale)
         for name, route in ROUTES.items():
+            if route is routes.fused and args.device == "cpu":
+                continue
             found[f"route {name}, {dtype}"] = float((route(q, k, v, bias, scale) - exact).abs().max())
         x = k.transpose(1, 2).flatten(2)
         split = partition_tokens(145, 1, "random", device=x.device)
         redundancy, partner = mutual_redundancy(x, split)
         plain_redundancy, _ = _plainly(functools.partial(mutual_redundancy, x, split))
         found[f"similarity, {dtype}"] = float((redundancy - plain_redundancy).abs().max())
-        y, merge = merge_tokens(x, redundancy, partner, split, 40, sizes=sizes)
-        plain = bipartite_merge(redundancy, partner, split, 40, 145, sizes=sizes)
+        y, merge = merge_tokens(x, redundancy, partner, split, 40, sizes=sizes, reduce="keep_norm")
+        plain = bipartite_merge(redundancy, partner, split, 40, 145, sizes=sizes, reduce="keep_norm")
         found[f"merge, {dtype}"] = float((y - plain.merge(x)).abs().max())
         assert torch.equal(merge.rows, plain.rows), "the kernel and the plain path place tokens differently"
         if args.device == "cuda":
@@ -158,6 +161,8 @@ def route_candidates(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> dict[str
     bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
     wanted: dict[str, Callable[[], object]] = {"no bias": lambda: routes.masked(q, k, v, None, scale)}
     for name, route in ROUTES.items():
+        if route is routes.fused and not q.is_cuda:
+            continue
         wanted[name] = lambda route=route: route(q, k, v, bias, scale)
 
     def on(backend: SDPBackend) -> object:
@@ -185,16 +190,17 @@ def time_routes(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds of similarity and of the merge, by Triton's kernels (where they run) and by the plain path."""
+    """Seconds of similarity, CLS's attention and the merge, by Triton's kernels (where they run) and by plain ones."""
     found = {}
     for dtype, name, shape in track(_shapes(args), description="kernels"):
-        _, k, _, sizes = heads(shape, DTYPES[dtype], args.device)
-        features, x = k.sum(dim=1, dtype=torch.float32), k.transpose(1, 2).flatten(2)
+        q, k, _, sizes = heads(shape, DTYPES[dtype], args.device)
+        features, x = k.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2).contiguous()
         split = partition_tokens(shape[2], 1, "random", device=x.device)
         redundancy, partner = mutual_redundancy(features, split)
         steps: dict[str, Callable[[], object]] = {
             "similarity": functools.partial(mutual_redundancy, features, split),
-            "merge": functools.partial(merge_tokens, x, redundancy, partner, split, 16, sizes=sizes),
+            "attention row": functools.partial(attention_row, q[:, :, :1], k, size_bias(sizes, k.dtype)),
+            "merge": functools.partial(merge_tokens, x, redundancy, partner, split, 16, sizes=sizes, reduce="keep_norm"),
         }
         plain = {f"{step}, plain": functools.partial(_plainly, function) for step, function in steps.items()}
         found[f"{name} {dtype}"] = _seconds({**steps, **plain}, args)

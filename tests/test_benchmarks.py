@@ -34,7 +34,7 @@ def test_models_beside_tome():
         pytest.importorskip(library)
     done = run("--device", "cpu", "--small", "--rounds", "1", "--parts", "models", "--modes", "eager", "--dtypes", "bf16")
     assert done.returncode == 0, done.stderr
-    for name in ("eager chosen", "eager channel", "published", "SDPA"):
+    for name in ("eager chosen", "eager masked", "published", "SDPA"):
         assert name in done.stdout
 
 

@@ -16,7 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import turbovlm  # noqa: E402
 from turbovlm import kernels  # noqa: E402
-from turbovlm.functional import informativity, matching, mutual_redundancy, partition_tokens  # noqa: E402
+from turbovlm.functional import (  # noqa: E402
+    informativity,
+    matching,
+    mutual_redundancy,
+    partition_tokens,
+    routes,
+    size_bias,
+)
 from turbovlm.functional.matching import Merge, bipartite_merge  # noqa: E402
 from turbovlm.functional.partition import Partition, count, positions  # noqa: E402
 
@@ -267,6 +274,48 @@ def test_a_block_compiles_into_one_graph(backend):
         results.append((y, source, weights, grad))
     for expected, found in zip(*results):
         torch.testing.assert_close(found, expected)
+
+
+ATTENTION = [(197, 64), (50, 32), (17, 88), (129, 128), (1, 64), (300, 40)]
+
+
+def heads(tokens, head_dim, dtype):
+    """Queries, keys and values as one projection gives them, and the bias of sizes, of which the last are padding."""
+    q, k, v = randn(2, tokens, 3, 3, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+    sizes = torch.randint(1, 9, (2, tokens), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
+    sizes[1, tokens - tokens // 4 :] = 0
+    return q, k, v, size_bias(sizes, dtype)
+
+
+@pytest.mark.parametrize("tokens, head_dim", ATTENTION)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_attention_with_a_bias(tokens, head_dim, dtype):
+    q, k, v, bias = heads(tokens, head_dim, dtype)
+    out = kernels.biased_attention(q, k, v, bias, head_dim**-0.5)
+    expected = routes.masked(q.double(), k.double(), v.double(), bias.double(), head_dim**-0.5)
+    assert out.dtype == dtype and out.shape == q.shape and out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    few = kernels.biased_attention(q[:, :, : tokens // 2 + 1], k, v, bias, head_dim**-0.5)
+    torch.testing.assert_close(few, out[:, :, : tokens // 2 + 1])
+
+
+@pytest.mark.parametrize("tokens, head_dim", ATTENTION)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_rows_of_a_guide(tokens, head_dim, dtype):
+    q, k, _, bias = heads(tokens, head_dim, dtype)
+    for added in (bias, None):
+        rows = kernels.attention_rows(q[:, :, :1] * head_dim**-0.5, k, added)
+        scores = ((q[:, :, :1] * head_dim**-0.5).double() @ k.double().transpose(-1, -2))[:, :, 0]
+        expected = (scores if added is None else scores + added[:, 0].double()).softmax(dim=-1)
+        assert rows.dtype == torch.float32 and rows.shape == k.shape[:3]
+        torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_operators_keep_to_their_contracts():
+    q, k, v, bias = heads(17, 32, torch.float16)
+    torch.library.opcheck(kernels.biased_attention, (q, k, v, bias, 0.2))
+    torch.library.opcheck(kernels.attention_rows, (q[:, :, :1], k, bias))
+    assert torch.compile(kernels.biased_attention, fullgraph=True, backend="eager")(q, k, v, bias, 0.2).shape == q.shape
 
 
 def test_only_what_the_kernels_take_is_usable():

@@ -99,6 +99,10 @@ def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
 
     Heads are strides apart in memory, where a matrix product would first copy all keys; a product and a sum do not.
     """
+    kernels = fused_kernels(keys)
+    if kernels is not None and not (torch.is_grad_enabled() and (keys.requires_grad or guide.requires_grad)):
+        rows: Tensor = kernels.attention_rows(guide, keys, bias)
+        return rows.mean(dim=1)
     scores = (keys * guide).sum(dim=-1, dtype=_precise(keys))
     if bias is not None:
         scores = scores + bias[:, 0]

@@ -1,4 +1,4 @@
-"""Four ways to one result, `softmax(QKᵀ·scale + bias) V`: which is fastest depends on device and dtype.
+"""Five ways to one result, `softmax(QKᵀ·scale + bias) V`: which is fastest depends on device and dtype.
 
 All take queries, keys and values `[batch, heads, tokens, head_dim]`, a finite bias `[batch, 1, 1, tokens]` or None,
 and the scale of the scores, and return `[batch, heads, tokens, head_dim]`.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from turbovlm.functional.backend import is_exporting
+from turbovlm.functional.backend import fused_kernels, is_exporting
 
 STORED_SCORES = 1 << 20
 """Scores that `stored` holds at a time, at most: 2 MiB, which a core's cache still serves."""
@@ -29,13 +29,18 @@ Route = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 def fastest(q: Tensor, k: Tensor, v: Tensor) -> Route:
-    """`stored` for bfloat16 on CPUs where it is known to win, `masked` everywhere else.
+    """`fused` on NVIDIA GPUs in half precision, `stored` for bfloat16 on CPUs where it is known to win, else `masked`.
 
     On x86 CPUs with bfloat16 products but no tiles for them (AMX), PyTorch's fused attention is no faster in bfloat16
     than in float32, while plain matrix products are (`FAST_BFLOAT16_PRODUCTS`).
     """
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not differentiated and not is_exporting():
+    if differentiated:
+        return masked
+    kernels = fused_kernels(q)
+    if kernels is not None and kernels.attends(q, k, v):
+        return fused
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not is_exporting():
         return stored if FAST_BFLOAT16_PRODUCTS else masked
     return masked
 
@@ -43,6 +48,16 @@ def fastest(q: Tensor, k: Tensor, v: Tensor) -> Route:
 def masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """`scaled_dot_product_attention` with the bias as its mask. On CUDA a mask rules FlashAttention out."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """A kernel that adds the bias to the scores in registers; without a bias, what PyTorch has. Not differentiable."""
+    if bias is None:
+        return masked(q, k, v, None, scale)
+    from turbovlm import kernels
+
+    attended: Tensor = kernels.biased_attention(q, k, v, bias, scale)
+    return attended
 
 
 def channel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:

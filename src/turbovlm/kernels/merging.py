@@ -1,71 +1,17 @@
-"""Triton kernels for CUDA: who resembles whom, and the merge with all that is known of it, one launch each.
-
-Both are operators of their own, opaque to `torch.compile`. Without Triton the module can be imported, not called.
-"""
+"""The merge and all that is known of it, in one launch."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from turbovlm.kernels.common import HAS_TRITON, by_picture, jit
+
 if HAS_TRITON:
     import triton
     import triton.language as tl
-
-COUNTS = (
-    *("tokens", "gone_count", "candidate_count", "partner_count"),
-    *("candidates_stride", "partners_stride", "slots_stride"),
-)
-"""Arguments that change from block to block: no variant of a kernel is compiled for special values of them."""
-
-
-def usable(x: Tensor) -> bool:
-    """Whether the kernels take `x`: Triton is there, `x` on an NVIDIA GPU and of float32, float16 or bfloat16."""
-    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return HAS_TRITON and known and x.is_cuda and torch.version.hip is None
-
-
-def jit(kernel: Callable[..., None]) -> Any:
-    """`triton.jit`; the function itself where there is no Triton."""
-    return triton.jit(kernel, do_not_specialize=COUNTS) if HAS_TRITON else kernel
-
-
-@torch.library.custom_op("turbovlm::most_similar", mutates_args=())
-def most_similar(features: Tensor, candidates: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
-    """Each candidate's most similar partner; the similarity of all pairs is never in memory.
-
-    Args:
-        features: `[batch, tokens, width]`, float32, float16 or bfloat16, with any strides; not differentiated.
-        candidates: token positions, `[C]` or `[batch, C]`, int64.
-        partners: token positions, `[P]` or `[batch, P]`, int64, P ≥ 1.
-
-    Returns:
-        The largest cosine, `[batch, C]`, float32, and its index among the partners (the lowest of equals),
-        `[batch, C]`, int64.
-    """
-    outputs = _most_similar_outputs(features, candidates, partners)
-    batch, _, width = features.shape
-    count, block = candidates.shape[-1], 32
-    with torch.cuda.device(features.get_device()):
-        _most_similar[(batch * triton.cdiv(count, block),)](
-            *(features, *features.stride()),
-            *_by_picture(candidates, batch),
-            *_by_picture(partners, batch),
-            *outputs,
-            *(count, partners.shape[-1], width),
-            PRECISION="ieee" if features.dtype == torch.float32 else "tf32",
-            BLOCK_C=block,
-            BLOCK_P=64,
-            BLOCK_W=64 // features.element_size(),
-            num_warps=4,
-        )
-    return outputs
 
 
 @torch.library.custom_op("turbovlm::merge_tokens", mutates_args=())
@@ -95,7 +41,7 @@ def merge_tokens(
         _merge_tokens[(batch * tokens,)](
             *(x, *x.stride()),
             *(None if sizes is None else sizes.contiguous(), gone.contiguous(), into.contiguous()),
-            *_by_picture(slots, batch),
+            *by_picture(slots, batch),
             *outputs,
             *(tokens, gone.shape[1], width),
             REDUCE=reduce,
@@ -105,11 +51,6 @@ def merge_tokens(
             num_warps=min(max(block // 512, 4), 16),
         )
     return outputs
-
-
-def _most_similar_outputs(features: Tensor, candidates: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
-    shape = features.shape[0], candidates.shape[-1]
-    return features.new_empty(shape, dtype=torch.float32), candidates.new_empty(shape)
 
 
 def _merge_tokens_outputs(
@@ -135,75 +76,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     return (gathered * weights.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
 
 
-@register_flop_formula(torch.ops.turbovlm.most_similar)
-def _(features: Any, candidates: Any, partners: Any, *args: Any, **kwargs: Any) -> int:
-    flops: int = 2 * features[0] * candidates[-1] * partners[-1] * features[-1]
-    return flops
-
-
-most_similar.register_fake(_most_similar_outputs)
 merge_tokens.register_fake(_merge_tokens_outputs)
 merge_tokens.register_autograd(_backward, setup_context=_keep_for_backward)
-
-
-def _by_picture(table: Tensor | None, batch: int) -> tuple[Tensor | None, int]:
-    """`table`, `[k]` or `[batch, k]`, each row of it adjacent in memory, and how far apart rows are: 0 if shared."""
-    if table is None:
-        return None, 0
-    table = table.expand(batch, -1)
-    table = table if table.stride(1) == 1 else table.contiguous()
-    return table, table.stride(0)
-
-
-@jit
-def _most_similar(
-    features: tl.tensor, picture_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
-    candidates: tl.tensor, candidates_stride: tl.tensor, partners: tl.tensor, partners_stride: tl.tensor,
-    redundancy: tl.tensor, partner: tl.tensor,
-    candidate_count: tl.tensor, partner_count: tl.tensor, width: tl.tensor,
-    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
-) -> None:  # fmt: skip
-    """One program per `BLOCK_C` candidates of a picture; partners and width come in blocks.
-
-    The products are exact at `PRECISION`: TF32 holds every float16 and bfloat16.
-    """
-    blocks = tl.cdiv(candidate_count, BLOCK_C)
-    picture = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_rows = row < candidate_count
-    candidate = tl.load(candidates + picture * candidates_stride + row, mask=in_rows, other=0)
-    features += picture * picture_stride
-
-    best = tl.full([BLOCK_C], float("-inf"), tl.float32)
-    best_column = tl.zeros([BLOCK_C], tl.int32)
-    for first in range(0, partner_count, BLOCK_P):
-        column = first + tl.arange(0, BLOCK_P)
-        in_columns = column < partner_count
-        other = tl.load(partners + picture * partners_stride + column, mask=in_columns, other=0)
-        dots = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-        candidate_squares = tl.zeros([BLOCK_C], tl.float32)
-        other_squares = tl.zeros([BLOCK_P], tl.float32)
-        for start in range(0, width, BLOCK_W):
-            channel = start + tl.arange(0, BLOCK_W)
-            channels = features + channel[None, :].to(tl.int64) * channel_stride
-            in_width = channel[None, :] < width
-            a = tl.load(channels + candidate[:, None] * token_stride, mask=in_rows[:, None] & in_width, other=0.0)
-            b = tl.load(channels + other[:, None] * token_stride, mask=in_columns[:, None] & in_width, other=0.0)
-            a, b = a.to(tl.float32), b.to(tl.float32)
-            dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
-            candidate_squares += tl.sum(a * a, axis=1)
-            other_squares += tl.sum(b * b, axis=1)
-        cosines = dots / tl.maximum(tl.sqrt(candidate_squares), 1e-12)[:, None]
-        cosines = cosines / tl.maximum(tl.sqrt(other_squares), 1e-12)[None, :]
-        cosines = tl.where(in_columns[None, :], cosines, float("-inf"))
-        highest, where = tl.max(cosines, axis=1, return_indices=True)
-        better = highest > best
-        best = tl.where(better, highest, best)
-        best_column = tl.where(better, first + where, best_column)
-
-    out = picture * candidate_count + row
-    tl.store(redundancy + out, best, mask=in_rows)
-    tl.store(partner + out, best_column.to(tl.int64), mask=in_rows)
 
 
 @jit
@@ -224,6 +98,11 @@ def _merge_tokens(
         sizes += picture * tokens
     if slots is not None:
         slots += picture * slots_stride
+
+    channel = tl.arange(0, BLOCK_W)
+    in_width = channel < width
+    channels = x + channel.to(tl.int64) * channel_stride
+    own_row = tl.load(channels + token * token_stride, mask=in_width, other=0.0)  # before it is known to be needed
 
     target = token
     for first in range(0, gone_count, BLOCK_R):
@@ -252,10 +131,7 @@ def _merge_tokens(
     if target == token:
         out = picture * (tokens - gone_count) + position
         tl.store(merged_sizes + out, total)
-        channel = tl.arange(0, BLOCK_W)
-        in_width = channel < width
-        channels = x + channel.to(tl.int64) * channel_stride
-        own_row = tl.load(channels + token * token_stride, mask=in_width, other=0.0).to(tl.float32)
+        own_row = own_row.to(tl.float32)
         mean = weight * own_row
         if REDUCE != "prune":
             length = weight * tl.sqrt(tl.sum(own_row * own_row))

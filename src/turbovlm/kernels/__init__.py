@@ -1,0 +1,11 @@
+"""Triton kernels for CUDA: attention in proportion to sizes, who resembles whom, and the merge.
+
+All are operators of their own, opaque to `torch.compile`. Without Triton they can be imported, not called.
+"""
+
+from turbovlm.kernels.attention import attends, attention_rows, biased_attention
+from turbovlm.kernels.common import HAS_TRITON, usable
+from turbovlm.kernels.merging import merge_tokens
+from turbovlm.kernels.similarity import most_similar
+
+__all__ = ["HAS_TRITON", "attends", "attention_rows", "biased_attention", "merge_tokens", "most_similar", "usable"]

@@ -1,0 +1,48 @@
+"""What the kernels share."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    import triton
+
+COUNTS = (
+    *("tokens", "queries", "gone_count", "candidate_count", "partner_count"),
+    *("candidates_stride", "partners_stride", "slots_stride"),
+)
+"""Arguments that change from block to block: no variant of a kernel is compiled for special values of them."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which on GPUs multiply bfloat16 and copy to shared memory in the background."""
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels take `x`: Triton is there, `x` on an NVIDIA GPU and of float32, float16 or bfloat16."""
+    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return HAS_TRITON and known and x.is_cuda and torch.version.hip is None
+
+
+def interpreted(x: Tensor) -> bool:
+    """Whether kernels on `x` run in Triton's interpreter, which gets matrix products of bfloat16 wrong."""
+    return not x.is_cuda
+
+
+def jit(kernel: Callable[..., None]) -> Any:
+    """`triton.jit`; the function itself where there is no Triton."""
+    return triton.jit(kernel, do_not_specialize=COUNTS) if HAS_TRITON else kernel
+
+
+def by_picture(table: Tensor | None, batch: int) -> tuple[Tensor | None, int]:
+    """`table`, `[k]` or `[batch, k]`, each row of it adjacent in memory, and how far apart rows are: 0 if shared."""
+    if table is None:
+        return None, 0
+    table = table.expand(batch, -1)
+    table = table if table.stride(1) == 1 else table.contiguous()
+    return table, table.stride(0)
