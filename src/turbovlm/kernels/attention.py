@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from turbovlm.kernels.common import HAS_TRITON, LEAST_CAPABILITY, interpreted, jit, usable
+from turbovlm.kernels.common import HAS_TRITON, LEAST_CAPABILITY, alignment, interpreted, jit, usable
 
 if HAS_TRITON:
     import triton
@@ -44,8 +44,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     """
     out = _attended(q, k, v, bias, scale)
     batch, heads, queries, head_dim = q.shape
-    wide = head_dim > 64
-    block = 128
+    block = 64
     with torch.cuda.device(q.get_device()):
         _biased_attention[(triton.cdiv(queries, block), batch * heads)](
             *(q, *q.stride(), k, *k.stride(), v, *v.stride()),
@@ -53,11 +52,12 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
             *(scale * LOG2_E, heads, queries, k.shape[2]),
             HEAD_DIM=head_dim,
             WIDENED=interpreted(q),
+            ALIGNED=alignment(q, k, v),
             BLOCK_Q=block,
             BLOCK_K=64,
             BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-            num_warps=8 if wide else 4,
-            num_stages=2 if wide else 3,
+            num_warps=4,
+            num_stages=3 if head_dim <= 64 else 2,
         )
     return out
 
@@ -82,6 +82,7 @@ def attention_rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
             *((None, 0, 0) if bias is None else (bias, bias.stride(0), bias.stride(3))),
             *(rows, heads, tokens),
             HEAD_DIM=head_dim,
+            ALIGNED=alignment(keys),
             BLOCK_K=128,
             BLOCK_D=triton.next_power_of_2(head_dim),
             num_warps=4,
@@ -115,7 +116,7 @@ def _biased_attention(
     bias: tl.tensor, bias_picture: tl.tensor, bias_token: tl.tensor,
     out: tl.tensor, out_picture: tl.tensor, out_head: tl.tensor, out_token: tl.tensor, out_channel: tl.tensor,
     scale: tl.tensor, heads: tl.tensor, queries: tl.tensor, tokens: tl.tensor,
-    HEAD_DIM: tl.constexpr, WIDENED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDENED: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per `BLOCK_Q` queries of a head; keys come in blocks, the softmax is kept up to date.
@@ -125,9 +126,9 @@ def _biased_attention(
     picture, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     query, channel = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     in_queries, in_head = query < queries, channel < HEAD_DIM
-    q += picture * q_picture + head * q_head
-    k += picture * k_picture + head * k_head
-    v += picture * v_picture + head * v_head
+    q += tl.multiple_of(picture * q_picture + head * q_head, ALIGNED)
+    k += tl.multiple_of(picture * k_picture + head * k_head, ALIGNED)
+    v += tl.multiple_of(picture * v_picture + head * v_head, ALIGNED)
     bias += picture * bias_picture
     out += picture * out_picture + head * out_head
 
@@ -174,13 +175,13 @@ def _attention_rows(
     keys: tl.tensor, picture_stride: tl.tensor, head_stride: tl.tensor, token_stride: tl.tensor,
     channel_stride: tl.tensor, bias: tl.tensor, bias_picture: tl.tensor, bias_token: tl.tensor,
     rows: tl.tensor, heads: tl.tensor, tokens: tl.tensor,
-    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per head of a picture: scores first, then what they are of their softmax."""
     picture, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
     in_head = channel < HEAD_DIM
-    keys += picture * picture_stride + head * head_stride
+    keys += tl.multiple_of(picture * picture_stride + head * head_stride, ALIGNED)
     rows += tl.program_id(0).to(tl.int64) * tokens
     query = tl.load(
         guide + picture * guide_picture + head * guide_head + channel * guide_channel, mask=in_head, other=0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,14 @@ def usable(x: Tensor) -> bool:
 def interpreted(x: Tensor) -> bool:
     """Whether kernels on `x` run in Triton's interpreter, which gets matrix products of bfloat16 wrong."""
     return not x.is_cuda
+
+
+def alignment(*tensors: Tensor) -> int:
+    """Elements that every stride but the last is a multiple of, at most 8: what one instruction can load at once.
+
+    Triton sees by itself what is a multiple of 16; heads of 88 channels are 88 apart.
+    """
+    return math.gcd(8, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))
 
 
 def jit(kernel: Callable[..., None]) -> Any:

@@ -102,7 +102,7 @@ def _merge_tokens(
     channel = tl.arange(0, BLOCK_W)
     in_width = channel < width
     channels = x + channel.to(tl.int64) * channel_stride
-    own_row = tl.load(channels + token * token_stride, mask=in_width, other=0.0)  # before it is known to be needed
+    loaded = tl.load(channels + token * token_stride, mask=in_width, other=0.0)  # before it is known to be needed
 
     target = token
     for first in range(0, gone_count, BLOCK_R):
@@ -131,7 +131,7 @@ def _merge_tokens(
     if target == token:
         out = picture * (tokens - gone_count) + position
         tl.store(merged_sizes + out, total)
-        own_row = own_row.to(tl.float32)
+        own_row = loaded.to(tl.float32)
         mean = weight * own_row
         if REDUCE != "prune":
             length = weight * tl.sqrt(tl.sum(own_row * own_row))

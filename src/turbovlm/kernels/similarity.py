@@ -41,7 +41,7 @@ def most_similar(features: Tensor, candidates: Tensor, partners: Tensor) -> tupl
             *(count, partners.shape[-1], width),
             WIDENED=interpreted(features),
             BLOCK_C=block,
-            BLOCK_P=64,
+            BLOCK_P=128,
             BLOCK_W=128 // features.element_size(),
             num_warps=4,
             num_stages=3,
