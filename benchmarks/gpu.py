@@ -200,7 +200,9 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         steps: dict[str, Callable[[], object]] = {
             "similarity": functools.partial(mutual_redundancy, features, split),
             "attention row": functools.partial(attention_row, q[:, :, :1], k, size_bias(sizes, k.dtype)),
-            "merge": functools.partial(merge_tokens, x, redundancy, partner, split, 16, sizes=sizes, reduce="keep_norm"),
+            "merge": functools.partial(
+                merge_tokens, x, redundancy, partner, split, 16, sizes=sizes, reduce="keep_norm"
+            ),
         }
         plain = {f"{step}, plain": functools.partial(_plainly, function) for step, function in steps.items()}
         found[f"{name} {dtype}"] = _seconds({**steps, **plain}, args)

@@ -32,7 +32,9 @@ def test_everything_but_the_models(dtype):
 def test_models_beside_tome():
     for library in ("timm", "rich"):
         pytest.importorskip(library)
-    done = run("--device", "cpu", "--small", "--rounds", "1", "--parts", "models", "--modes", "eager", "--dtypes", "bf16")
+    done = run(
+        "--device", "cpu", "--small", "--rounds", "1", "--parts", "models", "--modes", "eager", "--dtypes", "bf16"
+    )
     assert done.returncode == 0, done.stderr
     for name in ("eager chosen", "eager masked", "published", "SDPA"):
         assert name in done.stdout

@@ -276,6 +276,24 @@ def test_a_block_compiles_into_one_graph(backend):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_means_of_bags_are_those_of_the_plain_path(dtype, monkeypatch):
+    sizes = torch.randint(0, 5, (2, 50), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
+    for reduce in ("merge", "keep_norm", "prune"):
+        plain, _ = merged(2, 50, split(50), 16, sizes=sizes, order="spatial", reduce=reduce)
+        for x in (randn(2, 50, 72, dtype=dtype), randn(2, 57, 72, dtype=dtype)[:, 7:]):
+            expected = plain.merge(x.double())
+            with monkeypatch.context() as patched:
+                patched.setattr(matching, "fused_kernels", lambda x: kernels)
+                found = plain.merge(x)
+            assert found.dtype == dtype and found.shape == expected.shape
+            roundings = 2 if reduce == "keep_norm" else 1
+            bound = roundings * torch.finfo(dtype).eps
+            torch.testing.assert_close(found.double(), expected, rtol=bound + 1e-6, atol=bound)
+    bag, starts = plain._bags
+    torch.library.opcheck(kernels.mean_of_bags, (randn(2, 50, 72), bag, starts, plain.weights.flatten()[bag]))
+
+
 ATTENTION = [(197, 64), (50, 32), (17, 88), (129, 128), (1, 64), (300, 40)]
 
 

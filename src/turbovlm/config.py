@@ -95,9 +95,9 @@ class TurboConfig:
         order: order of the tokens left: `"partition"` (unmerged candidates, then partners, as published)
             or `"spatial"` (that of the picture).
         proportional: attend in proportion to the patches that a token stands for (equation 16).
-        reduce: `"merge"` averages a token into its partner, weighted by size; `"keep_norm"` does so and makes the result
-            as long as its parts are on average, as a plain mean is shorter; `"prune"` drops the token; or `"auto"`:
-            `"keep_norm"` in vision encoders, `"merge"` everywhere else.
+        reduce: `"merge"` averages a token into its partner, weighted by size; `"keep_norm"` also makes the mean, which is
+            shorter, as long as its parts are on average; `"prune"` drops the token; or `"auto"`: `"keep_norm"` in
+            vision encoders, `"merge"` elsewhere.
         dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose
             head needs all of them do so unasked.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.
@@ -231,7 +231,7 @@ class TurboConfig:
         return any(getattr(self, name) is not None for name in AMOUNTS)
 
     def settled(self, degree: str, reduce: str = "merge") -> TurboConfig:
-        """The same with `degree` and `reduce` where they are `"auto"`, and the degree's own alpha where none is given."""
+        """The same with `degree` and `reduce` where they are `"auto"`, and with the degree's own alpha."""
         chosen = degree if self.degree == "auto" else self.degree
         alpha = own_alpha(chosen) if self.alpha is None else self.alpha
         reduce = reduce if self.reduce == "auto" else self.reduce

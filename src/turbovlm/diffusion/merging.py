@@ -9,6 +9,7 @@ import functools
 import math
 import threading
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from turbovlm.diffusion.biasing import biased_attention_on
 from turbovlm.diffusion.deciding import decide, fewest, square, twins_of
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
 from turbovlm.diffusion.restoring import likeness, restore_linear
@@ -56,10 +58,11 @@ def part_forward(
     merged = merge.merge(image)
     x = merged if front == 0 else torch.cat([x[:, :front], merged], dim=1)
     try:
-        if kwargs.get("image_rotary_emb") is not None:
-            out = _one_by_one(forward, merge, x, rest, kwargs)
-        else:
-            out = forward(x, *rest, **kwargs)
+        with biased_attention_on(x) if biased else nullcontext():
+            if kwargs.get("image_rotary_emb") is not None:
+                out = _one_by_one(forward, merge, x, rest, kwargs)
+            else:
+                out = forward(x, *rest, **kwargs)
     except ValueError as error:
         if biased and "attn_mask" in str(error):
             raise StateError(

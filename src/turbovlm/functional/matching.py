@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +55,26 @@ class Merge:
 
     def _gathered(self, x: Tensor) -> Tensor:
         """One pass over `x`: each of the M is a bag of weighted rows, and no weighted copy of `x` is made."""
+        bag, starts = self._sorted() if torch.compiler.is_compiling() else self._bags
+        weights = self.weights.flatten().index_select(0, bag)
+        kernels = fused_kernels(x)
+        if kernels is not None and not (x.requires_grad and torch.is_grad_enabled()):
+            mean: Tensor = kernels.mean_of_bags(x, bag, starts, weights)
+        else:
+            mean = F.embedding_bag(
+                bag, x.flatten(0, 1), starts, mode="sum", per_sample_weights=weights.to(x.dtype)
+            ).view(*self.sizes.shape, x.shape[-1])
+        return mean
+
+    @functools.cached_property
+    def _bags(self) -> tuple[Tensor, Tensor]:
+        """`_sorted`, kept for the next tensor that is merged alike."""
+        return self._sorted()
+
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """The `batch · N` rows in the order of what they become, and where each of the `batch · M` begins in it."""
         row, bag = self.rows.sort(stable=True)
-        starts = torch.searchsorted(row, torch.arange(self.sizes.numel(), device=row.device))
-        weights = self.weights.flatten().index_select(0, bag).to(x.dtype)
-        out = F.embedding_bag(bag, x.flatten(0, 1), starts, mode="sum", per_sample_weights=weights)
-        return out.view(*self.sizes.shape, x.shape[-1])
+        return bag, torch.searchsorted(row, torch.arange(self.sizes.numel(), device=row.device))
 
     def _scattered(self, x: Tensor) -> Tensor:
         """The same in operators that every backend and exporter has."""

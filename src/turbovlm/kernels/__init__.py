@@ -5,7 +5,16 @@ All are operators of their own, opaque to `torch.compile`. Without Triton they c
 
 from turbovlm.kernels.attention import attends, attention_rows, biased_attention
 from turbovlm.kernels.common import HAS_TRITON, usable
-from turbovlm.kernels.merging import merge_tokens
+from turbovlm.kernels.merging import mean_of_bags, merge_tokens
 from turbovlm.kernels.similarity import most_similar
 
-__all__ = ["HAS_TRITON", "attends", "attention_rows", "biased_attention", "merge_tokens", "most_similar", "usable"]
+__all__ = [
+    "HAS_TRITON",
+    "attends",
+    "attention_rows",
+    "biased_attention",
+    "mean_of_bags",
+    "merge_tokens",
+    "most_similar",
+    "usable",
+]

@@ -42,9 +42,10 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     Returns:
         `[batch, heads, queries, head_dim]`; in memory a token's heads lie side by side.
     """
-    out = _attended(q, k, v, bias, scale)
+    out: Tensor = _attended(q, k, v, bias, scale)
     batch, heads, queries, head_dim = q.shape
-    block = 64
+    wide = head_dim > 64
+    block = 128 if wide else 64
     with torch.cuda.device(q.get_device()):
         _biased_attention[(triton.cdiv(queries, block), batch * heads)](
             *(q, *q.stride(), k, *k.stride(), v, *v.stride()),
@@ -54,10 +55,10 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
             WIDENED=interpreted(q),
             ALIGNED=alignment(q, k, v),
             BLOCK_Q=block,
-            BLOCK_K=64,
+            BLOCK_K=32 if wide else 64,
             BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
             num_warps=4,
-            num_stages=3 if head_dim <= 64 else 2,
+            num_stages=3,
         )
     return out
 
@@ -74,7 +75,7 @@ def attention_rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `[batch, heads, tokens]`, float32.
     """
-    rows = _rows(guide, keys, bias)
+    rows: Tensor = _rows(guide, keys, bias)
     batch, heads, tokens, head_dim = keys.shape
     with torch.cuda.device(keys.get_device()):
         _attention_rows[(batch * heads,)](
@@ -133,7 +134,9 @@ def _biased_attention(
     out += picture * out_picture + head * out_head
 
     asked = tl.load(
-        q + query[:, None] * q_token + channel[None, :] * q_channel, mask=in_queries[:, None] & in_head[None, :], other=0.0
+        q + query[:, None] * q_token + channel[None, :] * q_channel,
+        mask=in_queries[:, None] & in_head[None, :],
+        other=0.0,
     )
     if WIDENED:
         asked = asked.to(tl.float32)

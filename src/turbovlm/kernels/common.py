@@ -15,7 +15,7 @@ if HAS_TRITON:
     import triton
 
 COUNTS = (
-    *("tokens", "queries", "gone_count", "candidate_count", "partner_count"),
+    *("tokens", "queries", "entries", "gone_count", "candidate_count", "partner_count"),
     *("candidates_stride", "partners_stride", "slots_stride"),
 )
 """Arguments that change from block to block: no variant of a kernel is compiled for special values of them."""

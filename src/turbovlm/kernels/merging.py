@@ -45,12 +45,42 @@ def merge_tokens(
             *outputs,
             *(tokens, gone.shape[1], width),
             REDUCE=reduce,
-            BLOCK_R=128,
+            BLOCK_R=32,
             BLOCK_W=block,
-            ROWS=4,
-            num_warps=min(max(block // 512, 4), 16),
+            ROWS=1,
+            num_warps=min(max(block // 1024, 1), 8),
         )
     return outputs
+
+
+@torch.library.custom_op("turbovlm::mean_of_bags", mutates_args=())
+def mean_of_bags(x: Tensor, bag: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of a batch's tokens; not differentiable.
+
+    Args:
+        x: `[batch, N, width]`, float32, float16 or bfloat16, with any strides.
+        bag: rows of the `batch · N`, `[batch · N]`, int64: those of the first sum, then of the second, and so on.
+        starts: where each sum begins in `bag`, `[batch · M]`, int64.
+        weights: of each entry of `bag`, float32.
+
+    Returns:
+        `[batch, M, width]`, added up in float32 and rounded once to `x`'s dtype.
+    """
+    out: Tensor = _bags_output(x, bag, starts, weights)
+    block = triton.next_power_of_2(x.shape[2])
+    with torch.cuda.device(x.get_device()):
+        _mean_of_bags[(len(starts),)](
+            *(x, *x.stride(), bag, starts, weights, out),
+            *(x.shape[1], len(bag), x.shape[2]),
+            BLOCK_W=block,
+            num_warps=min(max(block // 1024, 1), 8),
+        )
+    return out
+
+
+@mean_of_bags.register_fake
+def _bags_output(x: Tensor, bag: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], len(starts) // x.shape[0], x.shape[2])
 
 
 def _merge_tokens_outputs(
@@ -159,3 +189,24 @@ def _merge_tokens(
                 if (joined_by > 0) & (found > 1e-12):
                     mean *= length / found
         tl.store(y + out * width + channel, mean.to(y.dtype.element_ty), mask=in_width)
+
+
+@jit
+def _mean_of_bags(
+    x: tl.tensor, picture_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
+    bag: tl.tensor, starts: tl.tensor, weights: tl.tensor, out: tl.tensor,
+    tokens: tl.tensor, entries: tl.tensor, width: tl.tensor, BLOCK_W: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per sum."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.load(starts + row)
+    end = tl.load(starts + row + 1, mask=row + 1 < tl.num_programs(0), other=entries)
+    channel = tl.arange(0, BLOCK_W)
+    in_width = channel < width
+    channels = x + channel.to(tl.int64) * channel_stride
+    mean = tl.zeros([BLOCK_W], tl.float32)
+    for entry in range(first, end):
+        token = tl.load(bag + entry)
+        place = channels + token // tokens * picture_stride + token % tokens * token_stride
+        mean += tl.load(weights + entry) * tl.load(place, mask=in_width, other=0.0).to(tl.float32)
+    tl.store(out + row * width + channel, mean.to(out.dtype.element_ty), mask=in_width)
