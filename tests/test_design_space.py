@@ -35,6 +35,7 @@ def model():
             {"similarity": "hidden", "degree": "weighted_difference"},
         ),
         (Design(proportional=False), {"proportional": False}),
+        (Design(reduce="mean"), {"reduce": "merge"}),
         (Design(reduce="prune", degree="semantics"), {"reduce": "prune", "degree": "semantics"}),
     ],
 )

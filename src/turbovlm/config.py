@@ -95,8 +95,8 @@ class TurboConfig:
         order: order of the tokens left: `"partition"` (unmerged candidates, then partners, as published)
             or `"spatial"` (that of the picture).
         proportional: attend in proportion to the patches that a token stands for (equation 16).
-        reduce: `"merge"` averages a token into its partner, weighted by size; `"keep_norm"` also makes the mean, which is
-            shorter, as long as its parts are on average; `"prune"` drops the token; or `"auto"`: `"keep_norm"` in
+        reduce: `"merge"` averages a token into its partner, weighted by size; `"keep_norm"` also makes the mean, which
+            is shorter, as long as its parts are on average; `"prune"` drops the token; or `"auto"`: `"keep_norm"` in
             vision encoders, `"merge"` elsewhere.
         dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose
             head needs all of them do so unasked.

@@ -29,7 +29,7 @@ class Design:
         alpha: of it.
         weight: of a token, A: `"attention"` CLS pays it, `"value"`: times the length of its value, `"received"`: the
             mean over all queries.
-        reduce: `"mean"`, `"prune"`, or `"length"`: the mean, as long as what it is of was on average.
+        reduce: `"keep_norm"`: the mean, as long as what it is of was on average; `"mean"`, or `"prune"`.
         rounds: merges per block, each of its share, after one attention.
         proportional: whether attention adds `log s`.
     """
@@ -39,7 +39,7 @@ class Design:
     degree: str = "weighted distance"
     alpha: float = 1.0
     weight: str = "attention"
-    reduce: str = "mean"
+    reduce: str = "keep_norm"
     rounds: int = 1
     proportional: bool = True
 
@@ -233,7 +233,7 @@ def _merge(tokens: Tokens, gone: Tensor, into: Tensor, reduce: str) -> Tensor:
         return summed / total.clamp_min(1e-9)[..., None]
 
     new = mean(x)
-    if reduce == "length":
+    if reduce == "keep_norm":
         new = new * mean(x.norm(dim=-1, keepdim=True)) / new.norm(dim=-1, keepdim=True).clamp_min(1e-9)
     own = to.gather(1, tokens.own)
 

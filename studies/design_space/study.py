@@ -48,7 +48,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "design_space"
 FLOPS, SIDE, TOKENS, BATCH, SCENES = 0.6, 224, 257, 16, 128
 MEASURES = ("CLS", "patches", "salient IoU", "dual encoder", "reader's tokens")
 DEFAULT, TOME = "default", "ToMe"
-KEYS = {"features": "keys", "pairs": "alternate"}
+KEYS = {"features": "keys", "pairs": "alternate", "reduce": "mean"}
 DESIGNS: Mapping[str, Mapping[str, Design]] = {
     "published": {
         TOME: Design(**KEYS, degree="redundancy"),
@@ -91,7 +91,7 @@ DESIGNS: Mapping[str, Mapping[str, Design]] = {
         "Ward's cost, the MLP's input": Design(degree="Ward", features="hidden"),
     },
     "how they are merged": {
-        "as long as they were": Design(reduce="length"),
+        "plain means": Design(reduce="mean"),
         "dropped": Design(reduce="prune"),
         "without log s": Design(proportional=False),
     },
