@@ -290,8 +290,7 @@ def test_means_of_bags_are_those_of_the_plain_path(dtype, monkeypatch):
             roundings = 2 if reduce == "keep_norm" else 1
             bound = roundings * torch.finfo(dtype).eps
             torch.testing.assert_close(found.double(), expected, rtol=bound + 1e-6, atol=bound)
-    bag, starts = plain._bags
-    torch.library.opcheck(kernels.mean_of_bags, (randn(2, 50, 72), bag, starts, plain.weights.flatten()[bag]))
+    torch.library.opcheck(kernels.mean_of_bags, (randn(2, 50, 72), *plain._bags))
 
 
 ATTENTION = [(197, 64), (50, 32), (17, 88), (129, 128), (1, 64), (300, 40)]

@@ -55,8 +55,7 @@ class Merge:
 
     def _gathered(self, x: Tensor) -> Tensor:
         """One pass over `x`: each of the M is a bag of weighted rows, and no weighted copy of `x` is made."""
-        bag, starts = self._sorted() if torch.compiler.is_compiling() else self._bags
-        weights = self.weights.flatten().index_select(0, bag)
+        bag, starts, weights = self._sorted() if torch.compiler.is_compiling() else self._bags
         kernels = fused_kernels(x)
         if kernels is not None and not (x.requires_grad and torch.is_grad_enabled()):
             mean: Tensor = kernels.mean_of_bags(x, bag, starts, weights)
@@ -67,14 +66,15 @@ class Merge:
         return mean
 
     @functools.cached_property
-    def _bags(self) -> tuple[Tensor, Tensor]:
+    def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
         """`_sorted`, kept for the next tensor that is merged alike."""
         return self._sorted()
 
-    def _sorted(self) -> tuple[Tensor, Tensor]:
-        """The `batch · N` rows in the order of what they become, and where each of the `batch · M` begins in it."""
+    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The `batch · N` rows in the order of what they become, where each of the `batch · M` begins, and weights."""
         row, bag = self.rows.sort(stable=True)
-        return bag, torch.searchsorted(row, torch.arange(self.sizes.numel(), device=row.device))
+        starts = torch.searchsorted(row, torch.arange(self.sizes.numel(), device=row.device))
+        return bag, starts, self.weights.flatten().index_select(0, bag)
 
     def _scattered(self, x: Tensor) -> Tensor:
         """The same in operators that every backend and exporter has."""
