@@ -222,6 +222,21 @@ def test_the_gradient_is_that_of_the_plain_path(reduce, dtype):
     torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-7)
 
 
+def test_gradients_of_means_that_keep_their_norm_take_the_plain_path(monkeypatch):
+    partition, x = split(17), randn(2, 17, 64)
+    monkeypatch.setattr(matching, "fused_kernels", lambda x: kernels)
+    redundancy, partner = mutual_redundancy(x, partition)
+    fused, _ = matching.merge_tokens(x, redundancy, partner, partition, 6, reduce="keep_norm")
+    x.requires_grad_()
+    plain, merge = matching.merge_tokens(x, redundancy, partner, partition, 6, reduce="keep_norm")
+    torch.testing.assert_close(fused, plain.detach())
+    (found,) = torch.autograd.grad(plain.square().sum(), x)
+    (expected,) = torch.autograd.grad(merge.merge(x).square().sum(), x)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(NotImplementedError, match="keep_norm"):
+        kernels.merge_tokens(x, *merged(2, 17, partition, 6, reduce="keep_norm")[1])
+
+
 def test_the_operators_keep_to_their_contracts():
     partition = split(17)
     for index in (partition, own_split(2, 17, 8)):

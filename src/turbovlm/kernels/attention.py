@@ -21,12 +21,12 @@ LOG2_E = 1.4426950408889634
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `biased_attention` takes them: half precision, all of one dtype, heads of at most 128 channels."""
     alike = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
-    return (
-        alike
-        and usable(q)
-        and q.shape[-1] == v.shape[-1] <= LARGEST_HEAD
-        and torch.cuda.get_device_capability(q.device) >= LEAST_CAPABILITY
-    )
+    return alike and usable(q) and q.shape[-1] == v.shape[-1] <= LARGEST_HEAD and _is_capable(q.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_capable(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 @torch.library.custom_op("turbovlm::biased_attention", mutates_args=())
