@@ -241,6 +241,36 @@ def test_text_to_image(tmp_path):
         assert asked(predictor, some) != found
 
 
+def test_image_to_image():
+    """A picture begins as its sample's: the less it is noised, the more of it stays."""
+    pytest.importorskip("diffusers")
+    from turbovlm.evaluate.asking import asked as ask_task
+    from turbovlm.evaluate.asking import beginning
+    from turbovlm.zoo.emoji import load_emoji_pipeline
+
+    def means(pictures):
+        return torch.stack([torch.from_numpy(np.array(p)).float().mean(dim=(0, 1)) for p in pictures])
+
+    colours = ((250, 20, 20), (20, 20, 250))
+    real = tuple(
+        Picture(f"real {i}", lambda colour=colour: Image.new("RGB", (90, 70), colour))
+        for i, colour in enumerate(colours)
+    )
+    some = tuple(Sample(f"line {i}", text="dog, noto, on white") for i in range(3))
+    data = beginning(Data("d", some, real=real))
+    assert [sample.pictures[0].name for sample in data.samples] == ["real 0", "real 1", "real 0"]
+    apart = []
+    for strength in (0.2, 0.9):
+        predictor = made_by(load_emoji_pipeline(), data.samples, Making(steps=5, strength=strength), means)
+        made = torch.tensor(asked(predictor, data.samples))
+        apart.append((made - means([picture.open() for picture in (*real, real[0])])).norm(dim=-1))
+    assert (apart[0] < apart[1]).all()
+    with pytest.raises(ConfigError, match=r"strength=1.5: must be a number in \(0, 1\]"):
+        Making(strength=1.5)
+    with pytest.raises(ConfigError, match="the data have no pictures to begin with"):
+        ask_task("text-to-image", Where("zoo:emoji"), Data("d", some, real=real), Making(strength=0.5), "vit")
+
+
 def test_how_a_model_is_asked_is_told(tmp_path):
     """What predictions depend on beside the model: it goes into their file, so that others are not taken for them."""
     folder = blip_folder(tmp_path, "QuestionAnswering")

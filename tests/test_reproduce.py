@@ -92,6 +92,11 @@ def test_lines_run_as_printed():
     assert (threshold.config.r, threshold.config.min_tokens) == (65, 130)
     assert (threshold.builtin.r, threshold.builtin.min_tokens) == (29, 58)
     assert found["table6/SD1.5/ImageNet-1k-classes"]["turbo, 30%"].config.keep == 0.7
+    begun = next(study for study in comparisons() if study.key == "table6/SD1.5/ImageNet-1k-classes/image-to-image")
+    assert begun.strength == 0.6 and [line.printed.metrics[0] for line in begun.lines[:2]] == [
+        ("fid", 30.04),
+        ("fid", 30.69),
+    ]
     fused = found["table9"]
     assert fused["S3, E = R(1 − αA), α=2"].config.alpha == 60 and fused["S2, E = R/A"].config.alpha == 180
     for study in comparisons():

@@ -89,6 +89,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     made = parser.add_argument_group("text-to-image only")
     made.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the pipeline's)")
     made.add_argument("--guidance-scale", type=float, metavar="X", help="instead of the pipeline's own")
+    made.add_argument(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="begin with the real pictures, noised as far as this share of the steps takes away (default: with noise)",
+    )
     made.add_argument("--seed", type=int, metavar="N", help="of the first picture; the next has the next (default 0)")
     made.add_argument(
         "--features",
@@ -103,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     """Read, check, ask, compare, print, and write what was asked for."""
     from turbovlm.cli.measuring import check_numbers, check_plot, console_for_tables
     from turbovlm.cli.models import write_json
+    from turbovlm.evaluate.asking import beginning
     from turbovlm.evaluate.study import run_study
 
     check_numbers(args, "batch", "seeds")
@@ -110,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args)
     console = console_for_tables()
     data = _checked(args, _data(args))
+    if args.strength is not None:
+        data = beginning(data)
     if args.check:
         console.print(f"{data.name}: {len(data.samples)} samples, all of which can be read")
         return 0
@@ -183,7 +192,7 @@ def _check_options(args: argparse.Namespace) -> None:
         if given is not None and not Path(given).absolute().parent.is_dir():
             raise ConfigError(f"--{name} {given}: there is no folder {Path(given).parent} to write it to")
     if args.task != "text-to-image":
-        for name in ("steps", "guidance_scale", "seed", "features", "pictures"):
+        for name in ("steps", "guidance_scale", "strength", "seed", "features", "pictures"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')}: only text-to-image has it")
 
@@ -237,7 +246,7 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     where = Where(model, device_named(args.device), getattr(torch, args.dtype), args.prompt)
-    making = Making(args.steps, args.guidance_scale, args.seed or 0, folder)
+    making = Making(args.steps, args.guidance_scale, args.seed or 0, folder, args.strength)
     return asked(args.task, where, data, making, args.features or ("inception" if args.data else "vit"))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from turbovlm.errors import ConfigError
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.metrics import frechet_distance, needs_java
 from turbovlm.evaluate.predictors import load_predictor
@@ -17,6 +20,13 @@ from turbovlm.evaluate.scoring import Score
 from turbovlm.evaluate.study import Scoring
 
 LABELS = {"inception": "FID", "vit": "Fréchet distance"}
+
+
+def beginning(data: Data) -> Data:
+    """Text-to-image's data, each prompt with one of the real pictures to begin with, in their order."""
+    pairs = zip(data.samples, itertools.cycle(data.real))
+    samples = tuple(dataclasses.replace(sample, pictures=(picture,)) for sample, picture in pairs)
+    return dataclasses.replace(data, name=f"{data.name}, begun", samples=samples)
 
 
 def asked(
@@ -40,6 +50,8 @@ def asked(
         return load_predictor(task, where, data, making, None), None
     compared = features_named(features, where.device)
     real = features_of(data.real, compared)
+    if making.strength is not None and not any(sample.pictures for sample in data.samples):
+        raise ConfigError(f"strength={making.strength}: the data have no pictures to begin with; see `beginning`")
 
     def scoring(_: Data, predictions: Sequence[Any]) -> list[Score]:
         return [Score(LABELS[features], frechet_distance(torch.tensor(predictions), real), higher=False)]

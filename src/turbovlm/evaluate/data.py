@@ -48,7 +48,7 @@ class Sample:
 
     Attributes:
         id: unique in its data set; the same in every run.
-        pictures: one; two for NLVR2; none for text-to-image.
+        pictures: one; two for NLVR2; for text-to-image what a picture begins with, or none.
         text: the question, the statement or the prompt.
         answers: what is right: captions, a question's answers, `("True",)` or `("False",)`, or the name of the class.
         mask: the salient region, where that is the answer.

@@ -22,7 +22,7 @@ from turbovlm.models.checkpoint import load_checkpoint, read_checkpoint
 ENCODE_TOKEN = 30523
 """`[ENC]`: stands in the sentence's first place, and its output is classified."""
 
-RENAMES = (
+VISION_RENAMES = (
     (r"visual_encoder\.cls_token", "vision_model.embeddings.class_embedding"),
     (r"visual_encoder\.pos_embed", "vision_model.embeddings.position_embedding"),
     (r"visual_encoder\.patch_embed\.proj", "vision_model.embeddings.patch_embedding"),
@@ -31,6 +31,10 @@ RENAMES = (
     (r"visual_encoder\.blocks\.(\d+)\.attn\.proj", r"vision_model.encoder.layers.\1.self_attn.projection"),
     (r"visual_encoder\.blocks\.(\d+)\.mlp", r"vision_model.encoder.layers.\1.mlp"),
     (r"visual_encoder\.norm", "vision_model.post_layernorm"),
+)
+"""How BLIP's authors name what `BlipVisionModel` has."""
+RENAMES = (
+    *VISION_RENAMES,
     (r"text_encoder\.encoder\.layer\.", "layers."),
     (r"text_encoder\.embeddings\.", "embeddings."),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,17 @@ def read_checkpoint(path: str | Path, wanted: str = ".*") -> dict[str, Tensor]:
     """The tensors of a file of `torch.save`, a state dict or one under `"model"`, whose whole names match `wanted`.
 
     Raises:
-        TurboError: there is no such file.
+        TurboError: there is no such file, or it holds something else.
     """
     if not Path(path).is_file():
         raise TurboError(f"{path}: there is no such file")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    stored: dict[str, Tensor] = content.get("model", content)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise TurboError(f"{path}: not a file of tensors that torch.save has written: {error}") from error
+    stored = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(stored, dict):
+        raise TurboError(f"{path}: a state dict expected, {type(stored).__name__} found")
     return {name: value for name, value in stored.items() if re.fullmatch(wanted, name)}
 
 
@@ -38,7 +44,7 @@ def load_checkpoint(model: nn.Module, stored: dict[str, Tensor], renames: Rename
     Raises:
         TurboError: tensors are missing, unknown, or of another shape.
     """
-    found = {_renamed(name, renames): value for name, value in stored.items()}
+    found = rename(stored, renames)
     wanted = model.state_dict()
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     shapes = sorted(name for name in set(wanted) & set(found) if wanted[name].shape != found[name].shape)
@@ -47,6 +53,11 @@ def load_checkpoint(model: nn.Module, stored: dict[str, Tensor], renames: Rename
     if said:
         raise TurboError(f"the checkpoint does not fit {type(model).__name__}: tensors {'; '.join(said)}")
     model.load_state_dict(found)
+
+
+def rename(stored: dict[str, Tensor], renames: Renames) -> dict[str, Tensor]:
+    """The tensors of `stored` under their new names."""
+    return {_renamed(name, renames): value for name, value in stored.items()}
 
 
 def _renamed(name: str, renames: Renames) -> str:

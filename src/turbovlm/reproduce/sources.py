@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from turbovlm.errors import ConfigError, DataError
-from turbovlm.evaluate.asking import asked
+from turbovlm.evaluate.asking import asked, beginning
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.predictors.loading import Where
 from turbovlm.evaluate.predictors.pictures import Making
@@ -88,16 +88,21 @@ class Sources:
             return declared.task
         return next((n for n in (declared.key, declared.name, declared.task) if n in self.entries), None)
 
-    def load(self, name: str, task: str) -> Source:
+    def load(self, name: str, task: str, strength: float | None = None) -> Source:
         """The model and data of an entry; the model loaded before is kept, so ask for one entry's comparisons in turn.
+
+        Args:
+            name, task: the entry.
+            strength: of text-to-image that begins with pictures.
 
         Raises:
             TurboError: see `asked` and `read`.
         """
-        key = f"{name} {task}"
+        key = f"{name} {task} {strength}"
         if key not in self._loaded:
             self._loaded.clear()
-            self._loaded[key] = self._builtin(task) if self.entries is None else self._given(name, task)
+            builtin = self.entries is None
+            self._loaded[key] = self._builtin(task, strength) if builtin else self._given(name, task, strength)
         return self._loaded[key]
 
     def data(self, name: str, task: str) -> Data:
@@ -106,25 +111,31 @@ class Sources:
         entry = self.entries[name]
         return read(task, entry["data"], entry.get("images"), entry.get("split"), entry.get("limit"))
 
-    def _given(self, name: str, task: str) -> Source:
+    def _given(self, name: str, task: str, strength: float | None) -> Source:
         assert self.entries is not None
         entry = self.entries[name]
         data = self.data(name, task)
         where = Where(entry["model"], self.device, self.dtype, entry.get("prompt"))
-        predictor, scoring = asked(task, where, data, Making(entry.get("steps")))
-        return self._source(task, entry["model"], data, predictor, scoring, file_name(f"{name}-{task}"))
+        if strength is not None:
+            data = beginning(data)
+        predictor, scoring = asked(task, where, data, Making(entry.get("steps"), strength=strength))
+        return self._source(task, entry["model"], data, predictor, scoring, _folder(f"{name}-{task}", strength))
 
-    def _builtin(self, task: str) -> Source:
+    def _builtin(self, task: str, strength: float | None) -> Source:
         from turbovlm.evaluate.builtin_data import DATA
         from turbovlm.evaluate.builtin_models import MODELS
 
-        data = DATA[task](self.pictures)
-        predictor, scoring = asked(task, Where(MODELS[task]), data, features="vit")
-        return self._source(task, MODELS[task], data, predictor, scoring, task)
+        data = DATA[task](self.pictures) if strength is None else beginning(DATA[task](self.pictures))
+        predictor, scoring = asked(task, Where(MODELS[task]), data, Making(strength=strength), features="vit")
+        return self._source(task, MODELS[task], data, predictor, scoring, _folder(task, strength))
 
     def _source(self, task: str, name: str, data: Data, predictor: Any, scoring: Any, folder: str) -> Source:
         path = self.folder / "predictions" / folder
         return Source(task, name, predictor, data, path, self.entries is None, scoring, self.batch, self.workers)
+
+
+def _folder(name: str, strength: float | None) -> str:
+    return file_name(name if strength is None else f"{name}-from-pictures")
 
 
 def read_sources(path: Path, known: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -57,10 +57,10 @@ def run_studies(studies: Sequence[Declared], sources: Sources, folder: Path) -> 
     from turbovlm.cli.measuring import progress_bar
 
     savings: dict[str, dict[str, float]] = {}
-    for study in sorted(studies, key=lambda study: (str(sources.named(study)), study.task)):
+    for study in sorted(studies, key=lambda study: (str(sources.named(study)), study.task, study.strength or 0)):
         name = sources.named(study)
         assert name is not None
-        source = sources.load(name, study.task)
+        source = sources.load(name, study.task, study.strength)
         with progress_bar(_steps(study, source), study.key) as advance:
             if study.name == "table11":
                 savings[study.task] = _savings(source, advance)

@@ -77,6 +77,6 @@ def _about(where: Where, making: Making, features: Features | None) -> dict[str,
     """What was asked for beside the defaults, and what changes predictions."""
     default = Where(where.spec)
     how = {"dtype": (where.dtype, default.dtype), "prompt": (where.prompt, default.prompt)}
-    how |= {name: (getattr(making, name), getattr(DEFAULT, name)) for name in ("steps", "guidance", "seed")}
+    how |= {name: (getattr(making, name), getattr(DEFAULT, name)) for name in ("steps", "guidance", "seed", "strength")}
     about = {name: str(value).removeprefix("torch.") for name, (value, usual) in how.items() if value != usual}
     return about if features is None else {**about, "features": getattr(features, "__name__", "")}

@@ -1,4 +1,4 @@
-"""Text-to-image: pictures that a `diffusers` pipeline makes, as features that are compared with those of real ones."""
+"""Text-to-image, also from pictures: what a `diffusers` pipeline makes, as features to compare with real ones'."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from turbovlm.errors import ConfigError
 from turbovlm.evaluate.data import Picture, Sample
 from turbovlm.evaluate.predictors.loading import Where, loading
 from turbovlm.evaluate.run import Predictor
+from turbovlm.profile.pipelines import find_denoiser
 
 Features = Callable[[Sequence[Any]], Tensor]
 """Pictures, as PIL has them, to `[pictures, width]`."""
@@ -28,12 +29,22 @@ class Making:
         guidance: its scale; the pipeline's own if None.
         seed: of the first sample; each next has the next.
         folder: where pictures are kept, as PNG; nowhere if None.
+        strength: a picture begins as its sample's, noised as far as this share of the steps takes away, in (0, 1];
+            as noise if None.
+
+    Raises:
+        ConfigError: a strength outside of that.
     """
 
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
     folder: Path | None = None
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ConfigError(f"strength={self.strength!r}: must be a number in (0, 1]")
 
 
 DEFAULT = Making()
@@ -56,24 +67,50 @@ def made_by(pipe: Any, samples: Sequence[Sample], making: Making, features: Feat
     """The same, of a pipeline that is there."""
     pipe.set_progress_bar_config(disable=True)
     seeds = {sample.id: making.seed + number for number, sample in enumerate(samples)}
-    given = {"num_inference_steps": making.steps, "guidance_scale": making.guidance}
+    given = {"num_inference_steps": making.steps, "guidance_scale": making.guidance, "strength": making.strength}
     settings = {name: value for name, value in given.items() if value is not None}
 
-    def prepare(sample: Sample, image_size: int | None) -> tuple[str, int, int | None]:
-        return sample.text, seeds[sample.id], image_size
+    make, side = (pipe, 0) if making.strength is None else (_from_pictures(pipe), _side(pipe))
+
+    def prepare(sample: Sample, image_size: int | None) -> tuple[str, int, int | None, Any]:
+        begin = None if making.strength is None else _fitted(sample.pictures[0], side)
+        return sample.text, seeds[sample.id], image_size, begin
 
     @torch.inference_mode()
-    def predict(prepared: list[tuple[str, int, int | None]]) -> list[Any]:
-        size = {} if prepared[0][2] is None else {"height": prepared[0][2], "width": prepared[0][2]}
-        generators = [torch.Generator().manual_seed(seed) for _, seed, _ in prepared]
-        made = pipe([text for text, _, _ in prepared], generator=generators, **settings, **size).images
+    def predict(prepared: list[tuple[str, int, int | None, Any]]) -> list[Any]:
+        size: dict[str, Any] = {} if prepared[0][2] is None else {"height": prepared[0][2], "width": prepared[0][2]}
+        if making.strength is not None:
+            size = {"image": [begin for *_, begin in prepared]}
+        generators = [torch.Generator().manual_seed(seed) for _, seed, *_ in prepared]
+        made = make([text for text, *_ in prepared], generator=generators, **settings, **size).images
         if making.folder is not None:
-            for picture, (_, seed, _) in zip(made, prepared):
+            for picture, (_, seed, *_) in zip(made, prepared):
                 picture.save(making.folder / f"{seed:06d}.png")
         found: list[Any] = features(made).tolist()
         return found
 
     return Predictor(pipe, prepare, predict)
+
+
+def _from_pictures(pipe: Any) -> Any:
+    """A pipeline of the same modules that begins with pictures."""
+    import diffusers
+
+    made = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _side(pipe: Any) -> int:
+    """Pixels a side of the pictures that a pipeline makes unless told otherwise."""
+    _, denoiser = find_denoiser(pipe)
+    return int(denoiser.config.sample_size * pipe.vae_scale_factor)  # type: ignore[union-attr]
+
+
+def _fitted(picture: Picture, side: int) -> Any:
+    from PIL import ImageOps
+
+    return ImageOps.fit(picture.open(), (side, side))
 
 
 def features_named(name: str, device: str = "cpu") -> Features:

@@ -1,0 +1,172 @@
+"""BLIP from its authors' files, pruned by UPop or whole, in the classes of `transformers`. (Shi et al., ICML 2023.)
+
+UPop takes the same columns out of every head of an attention, and hidden units out of every MLP: each layer has as many
+heads as before, and its own width. What else a checkpoint says of its model is read off its shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers.models.blip.modeling_blip import BlipAttention
+
+from turbovlm.errors import ConfigError, TurboError
+from turbovlm.models.blip_nlvr2 import RENAMES, VISION_RENAMES, BlipForNLVR2
+from turbovlm.models.checkpoint import load_checkpoint, read_checkpoint, rename
+
+PARTS = {
+    "retrieval": ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head"),
+    "captioning": ("visual_encoder", "text_decoder"),
+    "vqa": ("visual_encoder", "text_encoder", "text_decoder"),
+    "nlvr2": ("visual_encoder", "text_encoder", "cls_head"),
+}
+"""What each task's model is made of, as the authors name it. Momentum encoders and queues are left out."""
+UNUSED = r"(?!.*position_ids)(?!visual_encoder\.head\.)"
+"""Their buffers, and the tower's unused classifier, are left out too."""
+NARROWED = (
+    (r"(.*\.self_attn)\.qkv", r"\1.projection"),
+    (r"(.*\.mlp)\.fc1", r"\1.fc2"),
+    (r"(.*attention)\.self\.(query|key|value)", r"\1.output.dense"),
+    (r"(.*crossattention)\.self([01])\.(query|key|value)", r"\1.output.dense\2"),
+    (r"(.*)\.intermediate\.dense", r"\1.output.dense"),
+)
+"""The layers that pruning leaves with fewer outputs, and those which read them."""
+
+
+def load_upop(path: str | Path, task: str | None = None, head_dim: int = 64) -> Any:
+    """The model of a checkpoint of UPop's, or of BLIP's authors, with its weights, in eval mode.
+
+    Args:
+        path: such as `model_base_retrieval_coco_2x_compressed.pth`, or `model_base_retrieval_coco.pth`.
+        task: `"retrieval"` gives a `BlipForImageTextRetrieval`, `"captioning"` a `BlipForConditionalGeneration`,
+            `"vqa"` a `BlipForQuestionAnswering`, and `"nlvr2"` turbovlm's `BlipForNLVR2`; None goes by what the
+            checkpoint has.
+        head_dim: of BLIP before it was pruned: how many heads there are, and the scale of the image encoder's
+            attention, do not show in a checkpoint.
+
+    Raises:
+        ConfigError: a task that is unknown, or that the checkpoint has no parts for; a `head_dim` that does not divide
+            the width.
+        TurboError: there is no such file; it is none of BLIP's; tensors are missing, or do not fit together.
+    """
+    stored = read_checkpoint(path, UNUSED + ".*")
+    task = _task(stored, task, path)
+    stored = {name: tensor for name, tensor in stored.items() if name.partition(".")[0] in PARTS[task]}
+    model = _model(stored, task, head_dim)
+    found = rename(stored, RENAMES if task == "nlvr2" else VISION_RENAMES)
+    _narrow(model, found)
+    load_checkpoint(model, found, ())
+    return model.eval()
+
+
+class BlipHeads(BlipAttention):  # type: ignore[misc]
+    """BLIP's image attention with heads of any width, which keep the scale that they had when they were whole.
+
+    Args:
+        config: of the image encoder, before it was pruned.
+        width: heads × head_dim.
+    """
+
+    def __init__(self, config: Any, width: int) -> None:
+        super().__init__(config)
+        self.head_dim = width // self.num_heads
+        self.qkv = nn.Linear(self.embed_dim, 3 * width)
+        self.projection = nn.Linear(width, self.embed_dim)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attention's output, `[batch, tokens, width of a token]`, and its maps where `output_attentions` asks."""
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            maps = self.dropout((q @ k.transpose(-1, -2) * self.scale).softmax(dim=-1))
+            mixed = maps @ v
+        else:
+            maps, dropout = None, self.dropout.p if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        return self.projection(mixed.transpose(1, 2).flatten(2)), maps
+
+
+def _task(stored: dict[str, Tensor], task: str | None, path: str | Path) -> str:
+    parts = {name.partition(".")[0] for name in stored}
+    fitting = [known for known, wanted in PARTS.items() if parts.issuperset(wanted)]
+    if not fitting or task not in (None, *PARTS):
+        known = "; ".join(f"{known!r}: {', '.join(wanted)}" for known, wanted in PARTS.items())
+        if task in (None, *PARTS):
+            raise TurboError(f"{path}: not a model of BLIP: parts {', '.join(sorted(parts))} found, wanted are {known}")
+        raise ConfigError(f"task={task!r}: {', '.join(map(repr, PARTS))} are known")
+    if task is None:
+        return max(fitting, key=lambda known: len(PARTS[known]))
+    if task not in fitting:
+        missing = [part for part in PARTS[task] if part not in parts]
+        raise ConfigError(f"task={task!r}: {path} has no {', '.join(missing)}; it fits {' and '.join(fitting)}")
+    return task
+
+
+def _model(stored: dict[str, Tensor], task: str, head_dim: int) -> Any:
+    """The task's model before it was pruned, with random weights."""
+    width, _, _, patch = _shape(stored, "visual_encoder.patch_embed.proj.weight")
+    side = math.isqrt(_shape(stored, "visual_encoder.pos_embed")[1] - 1)
+    vision = transformers.BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=_depth(stored, r"visual_encoder\.blocks"),
+        num_attention_heads=_heads(width, head_dim),
+        image_size=patch * side,
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+        initializer_range=0.02,
+    )
+    text = "text_encoder" if "text_encoder" in PARTS[task] else "text_decoder.bert"
+    words, width = _shape(stored, f"{text}.embeddings.word_embeddings.weight")
+    sizes = {
+        "vocab_size": words,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": _depth(stored, rf"{re.escape(text)}\.encoder\.layer"),
+        "num_attention_heads": _heads(width, head_dim),
+        "max_position_embeddings": _shape(stored, f"{text}.embeddings.position_embeddings.weight")[0],
+    }
+    if task == "nlvr2":
+        return BlipForNLVR2(vision, transformers.BertConfig(**sizes), encode_token=words - 1)
+    config = transformers.BlipConfig(
+        vision_config=vision.to_dict(),
+        text_config={**sizes, "bos_token_id": words - 2},
+        image_text_hidden_size=_shape(stored, "vision_proj.weight")[0] if task == "retrieval" else 256,
+    )
+    classes = {
+        "retrieval": transformers.BlipForImageTextRetrieval,
+        "captioning": transformers.BlipForConditionalGeneration,
+        "vqa": transformers.BlipForQuestionAnswering,
+    }
+    return classes[task](config)
+
+
+def _narrow(model: Any, found: dict[str, Tensor]) -> None:
+    """Give every layer the width that it has in `found`, and every attention the size of its heads."""
+    for name, layer in list(model.named_modules()):
+        reader = next((match.expand(to) for of, to in NARROWED if (match := re.fullmatch(of, name))), None)
+        if reader is None or not {f"{name}.weight", f"{reader}.weight"} <= set(found):
+            continue
+        given, width = _shape(found, f"{name}.weight")[0], _shape(found, f"{reader}.weight")[1]
+        path = name.rpartition(".")[0]
+        owner = model.get_submodule(path)
+        copies, heads = 3 if isinstance(owner, BlipAttention) else 1, _heads_of(owner)
+        if given != copies * width or width % heads:
+            of_heads = f"; {heads} heads share it" if heads > 1 else ""
+            raise TurboError(
+                f"{name}.weight and {reader}.weight do not fit together: {given} = {copies} × {width} expected{of_heads}"
+            )
+        if isinstance(owner, BlipAttention):
+            model.set_submodule(path, BlipHeads(owner.config, width))
+            continue
+        model.set_submodule(name, nn.Linear(layer.in_features, width))
+        model.set_submodule(reader, nn.Linear(width, model.get_submodule(reader).out_features))
+        if heads > 1:
+            owner.attention_head_size, owner.all_head_size = width // heads, width
+            owner.scaling = (width // heads) ** -0.5
