@@ -13,8 +13,15 @@ from typing import Any
 
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
+from transformers import (
+    BertConfig,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    BlipVisionConfig,
+)
 from transformers.models.blip.modeling_blip import BlipAttention
 
 from turbovlm.errors import ConfigError, TurboError
@@ -93,58 +100,69 @@ class BlipHeads(BlipAttention):  # type: ignore[misc]
 
 
 def _task(stored: dict[str, Tensor], task: str | None, path: str | Path) -> str:
+    if task is not None and task not in PARTS:
+        raise ConfigError(f"task={task!r}: one of {', '.join(map(repr, PARTS))} expected, or None")
     parts = {name.partition(".")[0] for name in stored}
     fitting = [known for known, wanted in PARTS.items() if parts.issuperset(wanted)]
-    if not fitting or task not in (None, *PARTS):
-        known = "; ".join(f"{known!r}: {', '.join(wanted)}" for known, wanted in PARTS.items())
-        if task in (None, *PARTS):
-            raise TurboError(f"{path}: not a model of BLIP: parts {', '.join(sorted(parts))} found, wanted are {known}")
-        raise ConfigError(f"task={task!r}: {', '.join(map(repr, PARTS))} are known")
+    if not fitting:
+        known = "; ".join(f"{task}: {', '.join(wanted)}" for task, wanted in PARTS.items())
+        raise TurboError(f"{path}: no model of BLIP's ({known}); found: {', '.join(sorted(parts)) or 'nothing'}")
     if task is None:
         return max(fitting, key=lambda known: len(PARTS[known]))
     if task not in fitting:
         missing = [part for part in PARTS[task] if part not in parts]
-        raise ConfigError(f"task={task!r}: {path} has no {', '.join(missing)}; it fits {' and '.join(fitting)}")
+        raise ConfigError(f"task={task!r}: {path} has no {', '.join(missing)}; it has a model for {', '.join(fitting)}")
     return task
 
 
 def _model(stored: dict[str, Tensor], task: str, head_dim: int) -> Any:
-    """The task's model before it was pruned, with random weights."""
-    width, _, _, patch = _shape(stored, "visual_encoder.patch_embed.proj.weight")
-    side = math.isqrt(_shape(stored, "visual_encoder.pos_embed")[1] - 1)
-    vision = transformers.BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=_depth(stored, r"visual_encoder\.blocks"),
-        num_attention_heads=_heads(width, head_dim),
-        image_size=patch * side,
-        patch_size=patch,
-        layer_norm_eps=1e-6,
-        initializer_range=0.02,
-    )
-    text = "text_encoder" if "text_encoder" in PARTS[task] else "text_decoder.bert"
-    words, width = _shape(stored, f"{text}.embeddings.word_embeddings.weight")
-    sizes = {
+    """The task's model as it was before it was pruned, with random weights."""
+    width, _, _, patch = _shape(stored, "visual_encoder.patch_embed.proj.weight", 4)
+    side = math.isqrt(_shape(stored, "visual_encoder.pos_embed", 3)[1] - 1)
+    vision = _sizes(stored, width, head_dim, "visual_encoder.blocks") | {
+        "image_size": patch * side,
+        "patch_size": patch,
+        "layer_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+    }
+    text_model = "text_encoder" if "text_encoder" in PARTS[task] else "text_decoder.bert"
+    words, width = _shape(stored, f"{text_model}.embeddings.word_embeddings.weight", 2)
+    text = _sizes(stored, width, head_dim, f"{text_model}.encoder.layer") | {
         "vocab_size": words,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": _depth(stored, rf"{re.escape(text)}\.encoder\.layer"),
-        "num_attention_heads": _heads(width, head_dim),
-        "max_position_embeddings": _shape(stored, f"{text}.embeddings.position_embeddings.weight")[0],
+        "max_position_embeddings": _shape(stored, f"{text_model}.embeddings.position_embeddings.weight", 2)[0],
+        "bos_token_id": words - 2,
     }
     if task == "nlvr2":
-        return BlipForNLVR2(vision, transformers.BertConfig(**sizes), encode_token=words - 1)
-    config = transformers.BlipConfig(
-        vision_config=vision.to_dict(),
-        text_config={**sizes, "bos_token_id": words - 2},
-        image_text_hidden_size=_shape(stored, "vision_proj.weight")[0] if task == "retrieval" else 256,
-    )
-    classes = {
-        "retrieval": transformers.BlipForImageTextRetrieval,
-        "captioning": transformers.BlipForConditionalGeneration,
-        "vqa": transformers.BlipForQuestionAnswering,
+        return BlipForNLVR2(BlipVisionConfig(**vision), BertConfig(**text), encode_token=words - 1)
+    joint = {"image_text_hidden_size": _shape(stored, "vision_proj.weight", 2)[0]} if task == "retrieval" else {}
+    config = BlipConfig(vision_config=vision, text_config=text, **joint)
+    if task == "retrieval":
+        return BlipForImageTextRetrieval(config)
+    return BlipForQuestionAnswering(config) if task == "vqa" else BlipForConditionalGeneration(config)
+
+
+def _sizes(stored: dict[str, Tensor], width: int, head_dim: int, layers: str) -> dict[str, int]:
+    if head_dim < 1 or width % head_dim:
+        raise ConfigError(f"head_dim={head_dim}: {layers} have {width} features, which are no multiple of it")
+    found = [re.match(rf"{re.escape(layers)}\.(\d+)\.", name) for name in stored]
+    depth = 1 + max((int(match[1]) for match in found if match), default=-1)
+    if depth == 0:
+        raise TurboError(f"the checkpoint has no {layers}.0")
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // head_dim,
     }
-    return classes[task](config)
+
+
+def _shape(stored: dict[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    if name not in stored:
+        raise TurboError(f"the checkpoint has no {name}")
+    shape = tuple(stored[name].shape)
+    if len(shape) != dimensions:
+        raise TurboError(f"{name}: {dimensions} dimensions expected, shape {shape} found")
+    return shape
 
 
 def _narrow(model: Any, found: dict[str, Tensor]) -> None:
@@ -152,15 +170,17 @@ def _narrow(model: Any, found: dict[str, Tensor]) -> None:
     for name, layer in list(model.named_modules()):
         reader = next((match.expand(to) for of, to in NARROWED if (match := re.fullmatch(of, name))), None)
         if reader is None or not {f"{name}.weight", f"{reader}.weight"} <= set(found):
-            continue
-        given, width = _shape(found, f"{name}.weight")[0], _shape(found, f"{reader}.weight")[1]
+            continue  # what is missing is named when the weights are loaded
+        given, width = _shape(found, f"{name}.weight", 2)[0], _shape(found, f"{reader}.weight", 2)[1]
         path = name.rpartition(".")[0]
         owner = model.get_submodule(path)
-        copies, heads = 3 if isinstance(owner, BlipAttention) else 1, _heads_of(owner)
+        copies = 3 if isinstance(owner, BlipAttention) else 1
+        heads = getattr(owner, "num_heads", getattr(owner, "num_attention_heads", 1))
         if given != copies * width or width % heads:
-            of_heads = f"; {heads} heads share it" if heads > 1 else ""
+            expected = f"{copies} × {width}" if copies > 1 else width
             raise TurboError(
-                f"{name}.weight and {reader}.weight do not fit together: {given} = {copies} × {width} expected{of_heads}"
+                f"{name}.weight gives {given} features, {expected} expected, as {reader}.weight takes {width}"
+                + (f", in {heads} heads of equal width" if heads > 1 else "")
             )
         if isinstance(owner, BlipAttention):
             model.set_submodule(path, BlipHeads(owner.config, width))
