@@ -24,13 +24,17 @@ from turbovlm.zoo import SentenceEncoder, load_minilm
 SHARES = (0.8, 0.6)
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "restore=copy": {"restore": "copy"},
-    "weighted distance": {"degree": "weighted_distance"},
-    "weighted distance, similarity=heads": {"degree": "weighted_distance", "similarity": "heads"},
+    "plain means": {"reduce": "merge"},
+    "weighted difference": {"degree": "weighted_difference"},
+    "weighted difference, plain means": {"degree": "weighted_difference", "reduce": "merge"},
+    "similarity=heads": {"similarity": "heads"},
     "similarity=keys": {"similarity": "keys"},
     "similarity=queries": {"similarity": "queries"},
     "guidance=mean": {"guidance": "mean"},
-    "redundancy (ToMe)": {"similarity": "keys", "degree": "redundancy", "partition": "alternate", "order": "partition"},
+    "redundancy (ToMe)": {
+        **{"similarity": "keys", "degree": "redundancy", "partition": "alternate", "order": "partition"},
+        **{"reduce": "merge", "restore": "copy"},
+    },
     "random": {"degree": "random"},
 }
 

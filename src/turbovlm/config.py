@@ -78,7 +78,7 @@ class TurboConfig:
             `"weighted_difference"` E = R − αA (S1), `"coupled_division"` E = R / (A + 1e-3) (S2),
             `"damped"` E = R(1 − αA) (S3), `"layered"` E = R − β^|γ−l|·αA (S4, l counts the merging blocks from 0),
             `"redundancy"` E = R (ToMe), `"semantics"` E = −A, `"random"`, a callable `(R, A, block) -> E`, or `"auto"`:
-            `"weighted_distance"` in vision encoders, else `"weighted_difference"`.
+            `"weighted_distance"` in encoders, else `"weighted_difference"`.
         alpha: α, the plain multiplier of A. The authors scale theirs by 30: the paper's α = 6 is `alpha=180`. None is
             1 for `"weighted_distance"`, where α multiplies √(A/Ā), and 2 for the others.
         beta: base of the layered weight, > 0.
@@ -97,7 +97,7 @@ class TurboConfig:
         proportional: attend in proportion to the patches that a token stands for (equation 16).
         reduce: `"merge"` averages a token into its partner, weighted by size; `"keep_norm"` also makes the mean, which
             is shorter, as long as its parts are on average; `"prune"` drops the token; or `"auto"`: `"keep_norm"` in
-            vision encoders, `"merge"` elsewhere.
+            encoders, `"merge"` elsewhere.
         dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose
             head needs all of them do so unasked.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.

@@ -18,7 +18,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> Plan:
     Raises:
         ConfigError: settings that this encoder, or no encoder, can have.
     """
-    config = _for_encoder(config, tower.layout.text)
+    config = _for_encoder(config)
     check_depth(config, len(tower.blocks), tower.name)
     if config.guidance == "cls" and not tower.cls:
         where = tower.name or type(tower.module).__name__
@@ -45,14 +45,14 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> Plan:
     )
 
 
-def _for_encoder(config: TurboConfig, is_text: bool) -> TurboConfig:
+def _for_encoder(config: TurboConfig) -> TurboConfig:
     for name in GENERATION:
         value = getattr(config, name)
         if value != TurboConfig.__dataclass_fields__[name].default:
             raise ConfigError(f"{name}={value!r}: only image generation has it")
     if config.restore not in ENCODER_RESTORES:
         raise ConfigError(f"restore={config.restore!r}: only image generation has it; encoders {ENCODER_RESTORES}")
-    config = config.settled("weighted_difference") if is_text else config.settled("weighted_distance", "keep_norm")
+    config = config.settled("weighted_distance", "keep_norm")
     if config.partition != "auto":
         return config
     if config.grid is not None:
