@@ -27,7 +27,7 @@ def read_checkpoint(path: str | Path, wanted: str = ".*") -> dict[str, Tensor]:
         raise TurboError(f"{path}: there is no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
         raise TurboError(f"{path}: not a file of tensors that torch.save has written: {error}") from error
     stored = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(stored, dict):

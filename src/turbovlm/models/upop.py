@@ -20,9 +20,11 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
+    BlipTextConfig,
     BlipVisionConfig,
 )
 from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.models.blip_nlvr2 import RENAMES, VISION_RENAMES, BlipForNLVR2
@@ -138,7 +140,12 @@ def _model(stored: dict[str, Tensor], task: str, head_dim: int) -> Any:
     config = BlipConfig(vision_config=vision, text_config=text, **joint)
     if task == "retrieval":
         return BlipForImageTextRetrieval(config)
-    return BlipForQuestionAnswering(config) if task == "vqa" else BlipForConditionalGeneration(config)
+    if task == "captioning":
+        return BlipForConditionalGeneration(config)
+    model = BlipForQuestionAnswering(config)
+    if width != vision["hidden_size"]:  # the decoder reads the question, in which the encoder has put the image
+        model.text_decoder = BlipTextLMHeadModel(BlipTextConfig(**text, encoder_hidden_size=width))
+    return model
 
 
 def _sizes(stored: dict[str, Tensor], width: int, head_dim: int, layers: str) -> dict[str, int]:
@@ -189,4 +196,5 @@ def _narrow(model: Any, found: dict[str, Tensor]) -> None:
         model.set_submodule(reader, nn.Linear(width, model.get_submodule(reader).out_features))
         if heads > 1:
             owner.attention_head_size, owner.all_head_size = width // heads, width
-            owner.scaling = (width // heads) ** -0.5
+            if hasattr(owner, "scaling"):
+                owner.scaling = (width // heads) ** -0.5
