@@ -32,8 +32,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "similarity=queries": {"similarity": "queries"},
     "guidance=mean": {"guidance": "mean"},
     "redundancy (ToMe)": {
-        **{"similarity": "keys", "degree": "redundancy", "partition": "alternate", "order": "partition"},
-        **{"reduce": "merge", "restore": "copy"},
+        "similarity": "keys",
+        "degree": "redundancy",
+        "partition": "alternate",
+        "order": "partition",
+        "reduce": "merge",
+        "restore": "copy",
     },
     "random": {"degree": "random"},
 }
