@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from torch import Tensor
 from turbovlm.errors import ConfigError
 from turbovlm.functional.backend import is_exporting
 
-DRAWN_LIMIT = 4096
-_DRAWN: dict[tuple[int, int, int, int, torch.device | None], Tensor] = {}
-"""The random halves drawn so far, by number of tokens, prefix, block, seed and device."""
+KEPT_LIMIT = 4096
+_KEPT: dict[tuple[Any, ...], Tensor] = {}
+"""Orders of tokens made so far, by what made them and of what."""
 
 WINDOW = 512
 WINDOWED_FROM = 1025
@@ -64,18 +65,13 @@ def partition_tokens(
         first = prefix + prefix % 2
         return Partition(slice(first, tokens, 2), slice(2 * prefix + 1 - first, tokens, 2))
     if kind == "random":
-        if is_exporting():
-            order = _draw_halves(tokens, prefix, block, seed, device)
-        else:
-            order = _kept_halves(operator.index(tokens), prefix, block, seed, device)
+        order = _order("random", tokens, prefix, block, seed, device)
         return Partition(order[patches // 2 :], order[: patches // 2], window_count(patches))
     rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
     if rows * columns != patches:
         raise ConfigError(f"grid={grid}: {rows}x{columns} patches expected, {patches} found; give grid=(rows, columns)")
-    index = torch.arange(patches, device=device)
-    corner = (index // columns % 2 == 0) & (index % columns % 2 == 0)
     partners = (rows + 1) // 2 * ((columns + 1) // 2)
-    order = (index + patches * ~corner).argsort() + prefix
+    order = _order("grid", patches, prefix, columns, 0, device)
     return Partition(order[partners:], order[:partners])
 
 
@@ -91,22 +87,40 @@ def _draw_halves(tokens: int, prefix: int, block: int, seed: int, device: torch.
     return torch.cat([order[: patches // 2].sort().values, order[patches // 2 :].sort().values])
 
 
+def _cells(patches: int, prefix: int, columns: int, seed: int, device: torch.device | None) -> Tensor:
+    """The top left patches of all 2×2 cells, then the others, each in ascending order, `[patches]`."""
+    index = torch.arange(patches, device=device)
+    corner = (index // columns % 2 == 0) & (index % columns % 2 == 0)
+    return (index + patches * ~corner).argsort() + prefix
+
+
+_MAKERS = {"random": _draw_halves, "grid": _cells}
+
+
+def _order(kind: str, tokens: int, prefix: int, detail: int, seed: int, device: torch.device | None) -> Tensor:
+    """What `_MAKERS` make; kept, but where a program is exported."""
+    if is_exporting():
+        return _MAKERS[kind](tokens, prefix, detail, seed, device)
+    order: Tensor = _kept(kind, operator.index(tokens), prefix, operator.index(detail), seed, device)
+    return order
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _kept_halves(tokens: int, prefix: int, block: int, seed: int, device: torch.device | None) -> Tensor:
-    """`_draw_halves`, kept for all forwards; a constant where a graph is compiled.
+def _kept(kind: str, tokens: int, prefix: int, detail: int, seed: int, device: torch.device | None) -> Tensor:
+    """Kept for all forwards; a constant where a graph is compiled.
 
     Nothing is kept of a capture: its memory is the CUDA graph's.
     """
-    key = (tokens, prefix, block, seed, device)
+    key = (kind, tokens, prefix, detail, seed, device)
     fake = type(torch.empty(0, device=device)) is not Tensor
-    if key in _DRAWN and not fake:
-        return _DRAWN[key]
+    if key in _KEPT and not fake:
+        return _KEPT[key]
     with torch.inference_mode(False):
-        order = _draw_halves(tokens, prefix, block, seed, device)
+        order = _MAKERS[kind](tokens, prefix, detail, seed, device)
     if not fake and not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
-        if len(_DRAWN) >= DRAWN_LIMIT:
-            _DRAWN.clear()
-        _DRAWN[key] = order
+        if len(_KEPT) >= KEPT_LIMIT:
+            _KEPT.clear()
+        _KEPT[key] = order
     return order
 
 
