@@ -20,7 +20,8 @@ def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 
     Counts matrix products, convolutions and attention (2·N²·D per block), on any device, `meta` included: there a
     model of any size costs nothing to count. Norms, softmax and other elementwise work, about 0.1 % of a vision
-    transformer, are left out, and so are operators from outside PyTorch (xformers, quantised kernels).
+    transformer, are left out, and so are operators from outside PyTorch (xformers, quantised kernels). A product of
+    integers, as quantised layers have them, counts as one of floats.
 
     Args:
         model: any module; it runs once, without gradients, in the mode it is in.
@@ -75,6 +76,10 @@ def _summed_batch_flops(addend: Shape, left: Shape, right: Shape, **kwargs: Any)
     return 2 * prod(left) * right[-1]
 
 
+def _packed_product_flops(left: Shape, packed: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(left) * packed[0]
+
+
 _ATEN = torch.ops.aten
 _FLOPS = {
     _ATEN._scaled_dot_product_flash_attention: _attention_flops,
@@ -87,5 +92,7 @@ _FLOPS = {
     _ATEN.dot: _product_flops,
     _ATEN.addmv: _added_product_flops,
     _ATEN.addbmm: _summed_batch_flops,
+    _ATEN._int_mm: _product_flops,
+    _ATEN._weight_int4pack_mm_for_cpu: _packed_product_flops,
 }
 """Operators that `FlopCounterMode` counts as 0, or refuses with grouped queries, in some releases of PyTorch."""
