@@ -2,9 +2,10 @@
 
     python studies/photos/prepare.py           # 256 photographs, fetched
     python studies/compression/quantise.py     # GPTQ's weights in 4 bits; see there for what it needs
-    python benchmarks/compression.py           # 15 minutes on two cores
-    python benchmarks/compression.py --quick   # the whole path on the demo's photographs; 3 minutes
+    python benchmarks/compression.py           # on half of the photographs, and 200 pictures of the task
+    python benchmarks/compression.py --quick   # the whole path, on the demo's photographs and 16 pictures
     python benchmarks/compression.py --variants none pruned     # some of the variants
+    python benchmarks/compression.py --docs    # the last run's tables, put into docs/compression.md
 
 The pretrained ViT-S/14 of turbovlm.zoo is compressed with half of the photographs and measured on the others. All is
 compared with the model that is neither compressed nor merged:
@@ -18,9 +19,8 @@ compared with the model that is neither compressed nor merged:
   model's block decided on the same input.
 
 It stops if r=0, or removal, changes one bit of an output, or if one byte of the saved weights differs with tokens
-merged or after it. Writes compression.md and compression.json to
-benchmarks/results; of --quick, compression_quick.md
-and compression_quick.json.
+merged or after it. Writes compression.md and compression.json to benchmarks/results; --quick writes
+compression_quick.md and compression_quick.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from cases import RESULTS, compare_shown, described, machine, save
+from cases import RESULTS, compare_shown, described, load, machine, save
 from compressed import BATCH, SEED, VARIANTS, megabytes, photographs
 from torch import Tensor
 
@@ -54,6 +54,7 @@ from turbovlm.evaluate.scoring import scores
 from turbovlm.evaluate.statistics import kept
 from turbovlm.profile.compare import Comparison, twin
 from turbovlm.profile.macs import macs
+from turbovlm.reproduce.published import Printed, printed_rows
 from turbovlm.zoo import load_saliency_vit
 from turbovlm.zoo.saliency import SaliencyViT
 
@@ -62,6 +63,8 @@ TURBO = TurboConfig(flops=FLOPS, dense=True)
 ROUNDS, TIMED = 10, 8
 """Rounds of timing, and photographs in a batch of them."""
 QUICK = {"pictures": 16, "rounds": 2, "timed": 2}
+DOCS = Path(__file__).parents[1] / "docs" / "compression.md"
+MARKS = ("<!-- measured -->\n", "<!-- end -->\n")
 LIBRARIES = ("turbovlm", "torch", "transformers", "torchao", "torch-pruning")
 SUM, PRODUCT = 1.3, 0.9
 """Goals: both lose at most 1.3 times the sum of what each loses; their speed-ups multiply, within 10 %."""
@@ -78,14 +81,18 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     parser.add_argument("--quick", action="store_true", help="few photographs, pictures and rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
+    parser.add_argument("--docs", action="store_true", help="measure nothing; put the last run's tables into docs")
     args = parser.parse_args()
+    name = "compression_quick" if args.quick else "compression"
+    if args.docs:
+        into_docs(report(load(args.out / f"{name}.json")))
+        return
     sizes = QUICK if args.quick else {"pictures": PICTURES, "rounds": ROUNDS, "timed": TIMED}
     given, held = photographs(args.quick)
     try:
         found = measured(load_saliency_vit(), given, held, ["none", *args.variants], **sizes)
     except TurboError as error:
         parser.error(str(error))
-    name = "compression_quick" if args.quick else "compression"
     save(args.out / f"{name}.json", found)
     (args.out / f"{name}.md").write_text(report(found))
     print(report(found))
@@ -112,7 +119,8 @@ def measured(
             assert_unharmed(variant, held[:2])
             whole = SaliencyViT(variant, model.head).eval()
             for config in (None, TURBO):
-                row = {"variant": name, "turbo": config is not None, **_costs(variant, held, config)}
+                row: dict[str, Any] = {"variant": name, "turbo": config is not None}
+                row |= _costs(variant, held, config)
                 row |= _quality(_seen(whole, held, config), own)
                 advance(len(held))
                 row["kept"] = astuple(kept(asked.parts(variant, config), own_score, seed=SEED))
@@ -277,7 +285,30 @@ def report(found: dict[str, Any]) -> str:
             product = _speedup(plain, alone) * _speedup(plain, turbo)
             cells += [f"{_speedup(plain, both) / product:.2f}", f"{both['decisions']:.1%}"]
             lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "## The paper's own rows", "", "Turbo on top of UPop (pruned and retrained) and of GPTQ, as printed."]
+    lines += ["Speed-up: over the model itself, on an RTX 3090.", ""]
+    lines += ["| table | task | model, data | method | scores | multiply-accumulates | speed-up |", "|---" * 7 + "|"]
+    lines += [_printed(row) for row in printed_rows() if row.table < 5 and _compressed(row)]
     return "\n".join(lines) + "\n"
+
+
+def into_docs(text: str) -> None:
+    """The report below its title, between the two marks of docs/compression.md."""
+    before, rest = DOCS.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    DOCS.write_text(before + MARKS[0] + text.partition("\n")[2] + MARKS[1] + after)
+
+
+def _compressed(row: Printed) -> bool:
+    """Whether it is one of UPop or GPTQ, with Turbo or without."""
+    return any(name in row.plugin.lower() for name in ("upop", "gptq"))
+
+
+def _printed(row: Printed) -> str:
+    scored = ", ".join(f"{name} {value:g}" for name, value in row.metrics)
+    cells = [str(row.table), row.task, f"{row.model}, {row.dataset}", row.plugin, scored]
+    cells += ["" if row.gmacs is None else f"{row.gmacs:g} G", "" if row.speedup is None else f"{row.speedup:.2f}×"]
+    return f"| {' | '.join(cells)} |"
 
 
 def _over(both: float, total: float) -> str:
@@ -286,7 +317,7 @@ def _over(both: float, total: float) -> str:
 
 
 def _speedup(plain: dict[str, Any], row: dict[str, Any]) -> float:
-    return median(a / b for a, b in zip(plain["seconds"], row["seconds"]))
+    return float(median(a / b for a, b in zip(plain["seconds"], row["seconds"])))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="calibrate on 14 pictures of the demo")
     given, _ = photographs(parser.parse_args().quick)
-    with tempfile.TemporaryDirectory() as folder:  # llmcompressor reads the config of a saved model
+    with tempfile.TemporaryDirectory() as folder:  # llmcompressor reads the config of a saved model, twice
         load_saliency_vit().backbone.save_pretrained(folder)
         model = Dinov2Model.from_pretrained(folder)
         oneshot(
@@ -41,7 +41,7 @@ def main() -> None:
             pipeline="basic",
             num_calibration_samples=len(given),
         )
-    model.save_pretrained(CHECKPOINT, save_compressed=True)
+        model.save_pretrained(CHECKPOINT, save_compressed=True)
     print(CHECKPOINT)
 
 
