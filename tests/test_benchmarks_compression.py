@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -89,3 +90,18 @@ def test_a_missing_checkpoint_is_named(model, monkeypatch, tmp_path):
     monkeypatch.setattr(compressed, "CHECKPOINT", tmp_path)
     with pytest.raises(turbovlm.errors.TurboError, match=r"studies/compression/quantise\.py"):
         compressed.gptq(model.backbone, torch.zeros(1, 3, 224, 224))
+
+
+def test_the_snippets_of_the_page_run(model):
+    page = compression.DOCS.read_text()
+    for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        names = {"model": copy.deepcopy(model.backbone), "pixels": torch.zeros(1, 3, 224, 224), "turbovlm": turbovlm}
+        exec(snippet, names)
+        with torch.inference_mode():
+            assert names["model"](pixel_values=names["pixels"]).last_hidden_state.isfinite().all()
+
+
+def test_the_page_shows_what_was_measured():
+    shown = compression.DOCS.read_text().partition(compression.MARKS[0])[2].partition(compression.MARKS[1])[0]
+    reports = [file.read_text().partition("\n")[2] for file in compression.RESULTS.glob("compression*.md")]
+    assert shown.strip() and shown in reports
