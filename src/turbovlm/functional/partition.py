@@ -98,8 +98,11 @@ _MAKERS = {"random": _draw_halves, "grid": _cells}
 
 
 def _order(kind: str, tokens: int, prefix: int, detail: int, seed: int, device: torch.device | None) -> Tensor:
-    """What `_MAKERS` make; kept, but where a program is exported."""
-    if is_exporting():
+    """What `_MAKERS` make; kept, but where a program is exported, and cells where one is compiled.
+
+    Denoisers hold a group's partition until the forward ends, and Dynamo cannot hand on a constant of its graph.
+    """
+    if is_exporting() or (kind == "grid" and torch.compiler.is_compiling()):
         return _MAKERS[kind](tokens, prefix, detail, seed, device)
     order: Tensor = _kept(kind, operator.index(tokens), prefix, operator.index(detail), seed, device)
     return order
