@@ -58,11 +58,13 @@ def test_what_the_kernel_does_not_take_is_left_to_pytorch(interpreted):
             expected = scaled_dot_product_attention(*tensors, attn_mask=mask)
             assert torch.equal(scaled_dot_product_attention(*tensors, mask), expected)
         assert interpreted.calls == 0
-        out = scaled_dot_product_attention(*halves, attn_mask=bias.bfloat16(), scale=0.2)
-        assert interpreted.calls == 1
-    expected = scaled_dot_product_attention(*halves, attn_mask=bias.bfloat16(), scale=0.2)
-    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.005)
-    assert interpreted.calls == 1
+        masks = [bias.bfloat16(), bias[:1].bfloat16(), torch.randn(2, 4, 1, 10).bfloat16()]
+        outs = [scaled_dot_product_attention(*halves, attn_mask=mask, scale=0.2) for mask in masks]
+        assert interpreted.calls == 3
+    for mask, out in zip(masks, outs):
+        expected = scaled_dot_product_attention(*halves, attn_mask=mask, scale=0.2)
+        torch.testing.assert_close(out, expected, rtol=0.02, atol=0.005)
+    assert interpreted.calls == 3
 
 
 def test_gradients_go_through_pytorch(interpreted):

@@ -15,7 +15,7 @@ from turbovlm.functional.backend import fused_kernels
 
 
 def biased_attention_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Within it, `scaled_dot_product_attention` with a mask that is alike for all heads and queries runs on our kernel.
+    """Within it, `scaled_dot_product_attention` with a mask that is alike for all queries runs on our kernel.
 
     On devices without it, in graphs that are compiled, and where gradients are wanted, nothing changes.
     """
@@ -52,7 +52,6 @@ def _attended(
     shared = attn_mask.ndim == 4 == query.ndim and attn_mask.shape[2] == 1 and attn_mask.dtype.is_floating_point
     if not shared or not kernels.attends(query, key, value):
         return None
-    bias = attn_mask[:, :1].expand(len(query), 1, 1, key.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attended: Tensor = kernels.biased_attention(query, key, value, bias, scale)
+    attended: Tensor = kernels.biased_attention(query, key, value, attn_mask, scale)
     return attended

@@ -36,7 +36,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     Args:
         q: `[batch, heads, queries, head_dim]`, float16 or bfloat16, with any strides; head_dim ≤ 128.
         k, v: `[batch, heads, tokens, head_dim]`, likewise.
-        bias: `[batch, 1, 1, tokens]`, finite.
+        bias: `[batch, 1 or heads, 1, tokens]`, finite.
         scale: of the products.
 
     Returns:
@@ -44,12 +44,13 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     """
     out: Tensor = _attended(q, k, v, bias, scale)
     batch, heads, queries, head_dim = q.shape
+    bias = bias.expand(batch, heads, 1, k.shape[2])
     wide = head_dim > 64
     block = 128 if wide else 64
     with torch.cuda.device(q.get_device()):
         _biased_attention[(triton.cdiv(queries, block), batch * heads)](
             *(q, *q.stride(), k, *k.stride(), v, *v.stride()),
-            *(bias, bias.stride(0), bias.stride(3), out, *out.stride()),
+            *(bias, bias.stride(0), bias.stride(1), bias.stride(3), out, *out.stride()),
             *(scale * LOG2_E, heads, queries, k.shape[2]),
             HEAD_DIM=head_dim,
             WIDENED=interpreted(q),
@@ -114,7 +115,7 @@ def _biased_attention(
     q: tl.tensor, q_picture: tl.tensor, q_head: tl.tensor, q_token: tl.tensor, q_channel: tl.tensor,
     k: tl.tensor, k_picture: tl.tensor, k_head: tl.tensor, k_token: tl.tensor, k_channel: tl.tensor,
     v: tl.tensor, v_picture: tl.tensor, v_head: tl.tensor, v_token: tl.tensor, v_channel: tl.tensor,
-    bias: tl.tensor, bias_picture: tl.tensor, bias_token: tl.tensor,
+    bias: tl.tensor, bias_picture: tl.tensor, bias_head: tl.tensor, bias_token: tl.tensor,
     out: tl.tensor, out_picture: tl.tensor, out_head: tl.tensor, out_token: tl.tensor, out_channel: tl.tensor,
     scale: tl.tensor, heads: tl.tensor, queries: tl.tensor, tokens: tl.tensor,
     HEAD_DIM: tl.constexpr, WIDENED: tl.constexpr, ALIGNED: tl.constexpr,
@@ -130,7 +131,7 @@ def _biased_attention(
     q += tl.multiple_of(picture * q_picture + head * q_head, ALIGNED)
     k += tl.multiple_of(picture * k_picture + head * k_head, ALIGNED)
     v += tl.multiple_of(picture * v_picture + head * v_head, ALIGNED)
-    bias += picture * bias_picture
+    bias += picture * bias_picture + head * bias_head
     out += picture * out_picture + head * out_head
 
     asked = tl.load(

@@ -47,7 +47,6 @@ def merge_tokens(
             REDUCE=reduce,
             BLOCK_R=32,
             BLOCK_W=block,
-            ROWS=1,
             num_warps=min(max(block // 1024, 1), 8),
         )
     return outputs
@@ -116,9 +115,9 @@ def _merge_tokens(
     sizes: tl.tensor, gone: tl.tensor, into: tl.tensor, slots: tl.tensor, slots_stride: tl.tensor,
     y: tl.tensor, source: tl.tensor, weights: tl.tensor, merged_sizes: tl.tensor,
     tokens: tl.tensor, gone_count: tl.tensor, width: tl.tensor,
-    REDUCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
+    REDUCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per token: it finds its place, and if it stays, it adds up those that join it, `ROWS` at a time."""
+    """One program per token: it finds its place, and if it stays, it adds up those that join it."""
     picture = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
     x += picture * picture_stride
@@ -173,17 +172,13 @@ def _merge_tokens(
                 rank = tl.cumsum(joins.to(tl.int32), axis=0)
                 count = tl.sum(joins.to(tl.int32))
                 joined_by += count
-                for done in range(0, count, ROWS):
-                    wanted = done + 1 + tl.arange(0, ROWS)
-                    chosen = joins[:, None] & (rank[:, None] == wanted[None, :])
-                    row = tl.sum(tl.where(chosen, leaver[:, None], 0), axis=0)
-                    valid = wanted <= count
-                    size = 1.0 if sizes is None else tl.load(sizes + row, mask=valid, other=0.0)
-                    share = tl.where(valid, size, 0.0) / tl.maximum(total, 1e-6)
-                    pointers = channels[None, :] + row[:, None] * token_stride
-                    joined = tl.load(pointers, mask=valid[:, None] & in_width[None, :], other=0.0).to(tl.float32)
-                    mean += tl.sum(share[:, None] * joined, axis=0)
-                    length += tl.sum(share * tl.sqrt(tl.sum(joined * joined, axis=1)))
+                for done in range(0, count):
+                    row = tl.sum(tl.where(joins & (rank == done + 1), leaver, 0))
+                    size = 1.0 if sizes is None else tl.load(sizes + row)
+                    share = size / tl.maximum(total, 1e-6)
+                    joined = tl.load(channels + row * token_stride, mask=in_width, other=0.0).to(tl.float32)
+                    mean += share * joined
+                    length += share * tl.sqrt(tl.sum(joined * joined))
             if REDUCE == "keep_norm":
                 found = tl.sqrt(tl.sum(mean * mean))
                 if (joined_by > 0) & (found > 1e-12):
