@@ -51,7 +51,7 @@ def asked(
     compared = features_named(features, where.device)
     real = features_of(data.real, compared)
     if making.strength is not None and not any(sample.pictures for sample in data.samples):
-        raise ConfigError(f"strength={making.strength}: the data have no pictures to begin with; see `beginning`")
+        raise ConfigError(f"strength={making.strength}: the data have no pictures to begin with")
 
     def scoring(_: Data, predictions: Sequence[Any]) -> list[Score]:
         return [Score(LABELS[features], frechet_distance(torch.tensor(predictions), real), higher=False)]

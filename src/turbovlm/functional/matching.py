@@ -49,7 +49,10 @@ class Merge:
         return spill[:left].view(self.sizes.shape) % tokens
 
     def merge(self, x: Tensor) -> Tensor:
-        """Average the tokens of `x`, `[batch, N, width]`, by size: `[batch, M, width]` in the same dtype."""
+        """The tokens of `x`, `[batch, N, width]`, averaged by size: `[batch, M, width]` in the same dtype.
+
+        With `keep_norm` each is as long as its parts are on average; a token that nothing joined is bit for bit itself.
+        """
         mean = self._gathered(x) if has_bags(x) else self._scattered(x)
         return self._lengthened(x, mean) if self.keep_norm else mean
 
@@ -59,11 +62,9 @@ class Merge:
         kernels = fused_kernels(x)
         if kernels is not None and not (x.requires_grad and torch.is_grad_enabled()):
             mean: Tensor = kernels.mean_of_bags(x, bag, starts, weights)
-        else:
-            mean = F.embedding_bag(
-                bag, x.flatten(0, 1), starts, mode="sum", per_sample_weights=weights.to(x.dtype)
-            ).view(*self.sizes.shape, x.shape[-1])
-        return mean
+            return mean
+        out = F.embedding_bag(bag, x.flatten(0, 1), starts, mode="sum", per_sample_weights=weights.to(x.dtype))
+        return out.view(*self.sizes.shape, x.shape[-1])
 
     @functools.cached_property
     def _bags(self) -> tuple[Tensor, Tensor, Tensor]:

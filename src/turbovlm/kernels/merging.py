@@ -172,7 +172,7 @@ def _merge_tokens(
                 rank = tl.cumsum(joins.to(tl.int32), axis=0)
                 count = tl.sum(joins.to(tl.int32))
                 joined_by += count
-                for done in range(0, count):
+                for done in range(count):
                     row = tl.sum(tl.where(joins & (rank == done + 1), leaver, 0))
                     size = 1.0 if sizes is None else tl.load(sizes + row)
                     share = size / tl.maximum(total, 1e-6)
