@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from turbovlm.diffusion.plan import DiffusionPlan
 from turbovlm.diffusion.steps import follow, unfollow
 from turbovlm.engine import Plan, accelerated_forward
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
+from turbovlm.hooks import check_hooks, slot_of
 from turbovlm.language.attention import guiding_forward
 from turbovlm.language.grounding import (
     GroundingPlan,
@@ -73,23 +74,24 @@ def apply(model: Any, config: TurboConfig | None = None, **settings: Any) -> Han
         return Handle(model, [painting])
     towers = find_towers(model) if config.merges else []
     plans = [plan_encoder(tower, config) for tower in towers]
-    _check_unhooked(block for tower in towers for block in tower.blocks)
+    for tower in towers:
+        check_hooks(tower.blocks)
     across = config.settled("weighted_difference")
     reading = None if config.visual_keep is None else plan_reading(model, across)
     grounding = None if config.cross_keep is None else plan_grounding(model, across)
     if reading is not None:
-        _check_unhooked(replaced(model, reading))
+        check_hooks(replaced(model, reading), one_device=False)
     if grounding is not None:
         layers = model.get_submodule(grounding.layers)
-        _check_unhooked((f"{grounding.layers}.{name}", layer) for name, layer in layers.named_children())
+        check_hooks((f"{grounding.layers}.{name}", layer) for name, layer in layers.named_children())
     for tower in towers:
         verify(tower)
     for tower, plan in zip(towers, plans):
         for index, (_, block) in enumerate(tower.blocks):
-            block.forward = functools.partial(accelerated_forward, block, plan, index)
+            setattr(block, slot_of(block), functools.partial(accelerated_forward, block, plan, index))
         if tower.layout.joint is not None:
             joint = fetch(tower.module, path_of(tower.layout.family, tower.module, tower.layout.joint))
-            joint.forward = functools.partial(joining_forward, joint, plan)
+            setattr(joint, slot_of(joint), functools.partial(joining_forward, joint, plan))
     if reading is not None:
         install_reading(model, reading)
     if grounding is not None:
@@ -321,15 +323,6 @@ def _check_untouched(model: nn.Module) -> None:
             f"{_name_of(model, override.module)} is accelerated already ({override.plan.config.amount}): "
             "call handle.remove(), or turbovlm.get_handle(model).remove(), first"
         )
-
-
-def _check_unhooked(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    for name, module in modules:
-        if "forward" in module.__dict__:
-            raise TurboError(
-                f"{name or 'the model'} has a forward of its own (set by a hook of another library, such as "
-                "accelerate's dispatch_model): apply turbovlm before it"
-            )
 
 
 def _name_of(model: nn.Module, sought: nn.Module) -> str:

@@ -14,6 +14,7 @@ from turbovlm.diffusion.merging import denoiser_forward, part_forward
 from turbovlm.diffusion.parts import BLOCKS, Block, Part
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
+from turbovlm.hooks import slot_of
 
 OVERRIDES = (part_forward, denoiser_forward)
 """The functions that take a method's place on one module."""
@@ -203,7 +204,7 @@ def _check_cache(model: nn.Module, name: str) -> None:
 def _override(module: nn.Module, function: Any, plan: DiffusionPlan, *fixed: Any) -> None:
     """Put `function` in the place of the module's forward, below the hook that accelerate has put around it."""
     method = type(module).forward  # looked up here: Dynamo does not look it up on classes that are allowed in graphs
-    name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    name = slot_of(module)
     forward = functools.partial(function, module, plan, module.__dict__.get(name), method, *fixed)
     functools.update_wrapper(forward, method.__get__(module))
     setattr(module, name, forward)

@@ -22,6 +22,7 @@ from turbovlm.config import TurboConfig
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.functional.attention import size_bias
 from turbovlm.functional.backend import is_readable
+from turbovlm.hooks import slot_of
 from turbovlm.language.plan import arguments_by_name
 from turbovlm.language.readers import READERS, reader_of
 from turbovlm.language.select import Selection, kept_count, select
@@ -205,6 +206,6 @@ def install_grounding(model: nn.Module, plan: GroundingPlan) -> None:
     """Put the overrides in place."""
     layers: Any = model.get_submodule(plan.layers)
     for index, layer in enumerate(layers):
-        layer.forward = functools.partial(layer_forward, layer, plan, index)
+        setattr(layer, slot_of(layer), functools.partial(layer_forward, layer, plan, index))
         cross = layer.crossattention.self
-        cross.forward = functools.partial(cross_forward, cross, plan, index)
+        setattr(cross, slot_of(cross), functools.partial(cross_forward, cross, plan, index))

@@ -12,6 +12,7 @@ from turbovlm.adapters import layout_of
 from turbovlm.adapters.layout import fetch, library_version, spell
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, UnsupportedModelError
+from turbovlm.hooks import slot_of
 from turbovlm.language.attention import encoding, expanding, guiding_forward, reading_across, rearranging
 from turbovlm.language.plan import ReadingPlan
 from turbovlm.language.readers import PIXELS, READERS, Reader, blocks_of, reader_of
@@ -85,7 +86,8 @@ def install_reading(model: nn.Module, plan: ReadingPlan) -> None:
     """Put the overrides in place, after those of the towers' blocks."""
     part: Any = model.get_submodule(plan.name) if plan.name else model
     guide = part.get_submodule(plan.guide)
-    guide.forward = functools.partial(guiding_forward, guide, plan, guide.__dict__.get("forward"))
+    slot = slot_of(guide)
+    setattr(guide, slot, functools.partial(guiding_forward, guide, plan, guide.__dict__.get(slot)))
     if plan.reader.across:
         _override(fetch(part, tuple(plan.reader.tower.split("."))), "forward", reading_across, plan)
         return
@@ -122,4 +124,4 @@ def _generating(model: nn.Module, part: nn.Module) -> list[nn.Module]:
 def _override(module: nn.Module, name: str, function: Any, *fixed: Any) -> None:
     method = functools.partial(function, module, *fixed)
     functools.update_wrapper(method, getattr(type(module), name).__get__(module))
-    setattr(module, name, method)
+    setattr(module, slot_of(module) if name == "forward" else name, method)

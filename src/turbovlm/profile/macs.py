@@ -20,8 +20,8 @@ def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 
     Counts matrix products, convolutions and attention (2·N²·D per block), on any device, `meta` included: there a
     model of any size costs nothing to count. Norms, softmax and other elementwise work, about 0.1 % of a vision
-    transformer, are left out, and so are operators from outside PyTorch (xformers, quantised kernels). A product of
-    integers, as quantised layers have them, counts as one of floats.
+    transformer, are left out, and so are operators from outside PyTorch, such as xformers'; those of bitsandbytes are
+    counted. A product of integers, as quantised layers have them, counts as one of floats.
 
     Args:
         model: any module; it runs once, without gradients, in the mode it is in.
@@ -38,7 +38,7 @@ def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 @contextlib.contextmanager
 def counting() -> Iterator[Callable[[], int]]:
     """Counts what runs inside, as `macs` does; gives a function that tells the multiply-accumulates so far."""
-    counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
+    counter = FlopCounterMode(display=False, custom_mapping=_FLOPS | _outside())
     # Only the total is wanted; the tracker of submodules would hook autograd, which fails on a parameter as an input.
     counter.mod_tracker = _Untracked()
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -80,6 +80,27 @@ def _packed_product_flops(left: Shape, packed: Shape, *args: Any, **kwargs: Any)
     return 2 * prod(left) * packed[0]
 
 
+def _mixed_product_flops(left: Shape, rounded: Shape, packed: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(left) * packed[0]
+
+
+def _unpacked_product_flops(left: Shape, packed: Shape, shape: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(left) * shape[0]
+
+
+def _outside() -> dict[Any, Callable[..., int]]:
+    """The products of bitsandbytes, where it is loaded."""
+    loaded = torch.ops.bitsandbytes
+    return {getattr(loaded, name): flops for name, flops in _BITSANDBYTES.items() if hasattr(loaded, name)}
+
+
+_BITSANDBYTES: dict[str, Callable[..., int]] = {
+    "int8_linear_matmul": _packed_product_flops,
+    "int8_scaled_mm": _packed_product_flops,
+    "int8_mixed_scaled_mm": _mixed_product_flops,
+    "gemv_4bit": _unpacked_product_flops,
+    "gemm_4bit": _unpacked_product_flops,
+}
 _ATEN = torch.ops.aten
 _FLOPS = {
     _ATEN._scaled_dot_product_flash_attention: _attention_flops,
