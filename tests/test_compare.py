@@ -53,7 +53,10 @@ def test_the_books_of_a_comparison(vit, images):
 
 
 def test_ratios_are_paired_round_by_round():
-    runs = (Run("model", 10, (1.0, 2.0, 4.0), (1.0, 2.0, 4.0), None), Run("a", 5, (0.5, 1.0, 2.0), (1.0,) * 3, None))
+    runs = (
+        Run("model", 10, (1.0, 2.0, 4.0), (1.0, 2.0, 4.0), None, 8),
+        Run("a", 5, (0.5, 1.0, 2.0), (1.0,) * 3, None, 8),
+    )
     result = Comparison(runs, 8, "x", "float32", 1, "clock", False)
     assert result.speedup("a") == Quartiles(2, 2, 2) and result.efficiency("a") == 1
     assert result.images_per_second("model") == 4 and "peak" in str(result)

@@ -14,7 +14,7 @@ import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.errors import DataError, UnsupportedModelError
 from turbovlm.evaluate.data import Data, Picture, Sample
-from turbovlm.evaluate.run import Predictor, Setting, merged, predict_all, read_predictions
+from turbovlm.evaluate.run import Predictor, Setting, arranged, predict_all, read_predictions
 from turbovlm.evaluate.study import header_of, run_study
 
 Image = pytest.importorskip("PIL.Image")
@@ -224,9 +224,9 @@ def test_the_model_merges_within_and_not_after():
     with torch.no_grad():
         plain = model(pixels)[0]
         predictor = Predictor(model, lambda sample, size: sample, lambda prepared: prepared)
-        with merged(predictor, TurboConfig(r=2)):
+        with arranged(predictor, Setting("two", TurboConfig(r=2))):
             assert turbovlm.get_handle(model) is not None
             assert model(pixels)[0].shape[1] == plain.shape[1] - 4
-        with merged(dataclasses.replace(predictor, dense=True), TurboConfig(r=2)):
+        with arranged(dataclasses.replace(predictor, dense=True), Setting("two", TurboConfig(r=2))):
             assert model(pixels)[0].shape == plain.shape
         assert torch.equal(model(pixels)[0], plain)

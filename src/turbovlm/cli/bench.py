@@ -11,6 +11,7 @@ examples:
   turbovlm bench timm:vit_base_patch16_384 --r 35            one setting, fp32, batch 8, random weights
   turbovlm bench timm:vit_base_patch16_384 --r 8 16 35 --dtype bfloat16 --plot bench.png
   turbovlm bench torchvision:vit_b_16 --flops 0.6 --compile  against the compiled model
+  turbovlm bench timm:vit_base_patch16_224 --r 13 --quantize int8 nf4    on top of weights in 8 and in 4 bits
   turbovlm bench zoo:saliency --pretrained --batch 1 --r 8   the real ViT-S/14 at 518 pixels
   turbovlm bench timm:vit_large_patch16_384 --r 16 --device cuda --dtype bfloat16 --batch 64
 
@@ -40,6 +41,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command's parser."""
     from turbovlm.cli.bench_encoders import DEFAULT_R
     from turbovlm.cli.bench_pictures import DEFAULT_KEEP
+    from turbovlm.cli.evaluate import QUANTIZATIONS
     from turbovlm.cli.models import MODEL_HELP
     from turbovlm.config import COMPONENTS
 
@@ -83,6 +85,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SIZE",
         help="instead of the model's own: N pixels per side; for image generation also WIDTHxHEIGHT, as in 768x512, "
         "and several, a table each",
+    )
+    parser.add_argument(
+        "--quantize",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        metavar="KIND",
+        help=f"encoders: also with quantised weights, {', '.join(QUANTIZATIONS)}, each alone and with every setting",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile every version, the model itself too")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
@@ -129,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
                     f"--{name}: image generation takes --keep, the share of the tokens that each block reads, because "
                     "a block restores what it merges"
                 )
+        if args.quantize:
+            raise ConfigError("--quantize: only encoders are quantised here; quantise the pipeline's parts yourself")
         return bench_pictures.run(args)
     for name in _PICTURES_ONLY:
         if getattr(args, name) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import TYPE_CHECKING, Any
 
 from turbovlm.cli.measuring import (
@@ -16,8 +17,11 @@ from turbovlm.cli.measuring import (
 from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from turbovlm.config import TurboConfig
     from turbovlm.profile import Comparison
+    from turbovlm.profile.compare import Prepare
 
 DEFAULT_R = (8, 16)
 DEFAULTS = {"batch": 8, "rounds": 10, "warmup": 2}
@@ -32,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_numbers(args, "batch", "rounds", "warmup")
     check_plot(args.plot)
-    configs, size = _configs(args), _size(args.image_size)
+    versions, size = _versions(args), _size(args.image_size)
     device, dtype = device_named(args.device), getattr(torch, args.dtype)
     console = console_for_tables()
     model = load_model(args.model, size, device=device, pretrained=args.pretrained).to(dtype)
@@ -40,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     for tower in find_towers(model):
         name = tower.name or type(tower.module).__name__
         inputs = random_inputs(tower, args.batch or DEFAULTS["batch"], dtype, device)
-        comparisons[name] = measured(tower.module, inputs, configs, args)
+        comparisons[name] = measured(tower.module, inputs, versions, args)
         console.print(f"{args.model}, {name}: {tower.tokens} tokens", highlight=False, markup=False)
         console.print(comparison_table(comparisons[name]))
     if args.plot:
@@ -77,7 +81,8 @@ def comparison_table(comparison: Comparison) -> Any:
     table = Table(box=SIMPLE_HEAD, caption=comparison.conditions, caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     columns = ("s/batch", "images\n/s", "GMACs", "speed-up", "quartiles", "MACs\nratio", "effi-\nciency", "peak\nMB")
-    for column in columns:
+    weighed = any(run.weight_bytes != comparison.baseline.weight_bytes for run in comparison.runs)
+    for column in (*columns, *(["weights\nMB"] if weighed else [])):
         table.add_column(column, justify="right", no_wrap=True)
     for run in comparison.runs:
         speedup = comparison.speedup(run.name)
@@ -91,8 +96,29 @@ def comparison_table(comparison: Comparison) -> Any:
             f"{comparison.macs_ratio(run.name):.3f}x",
             f"{comparison.efficiency(run.name):.3f}",
             "" if run.peak_bytes is None else f"{run.peak_bytes / 1e6:.1f}",
+            *([f"{run.weight_bytes / 1e6:.1f}"] if weighed else []),
         )
     return table
+
+
+def _versions(args: argparse.Namespace) -> dict[str, TurboConfig | Prepare]:
+    """What merges; then each way to quantise, alone and with each of what merges on top."""
+    from turbovlm.profile.compare import named
+
+    merging = named(_configs(args))
+    found: dict[str, TurboConfig | Prepare] = {**merging}
+    for kind in dict.fromkeys(args.quantize or ()):
+        found[kind] = functools.partial(_become, kind=kind)
+        found |= {f"{kind}, {name}": functools.partial(_become, kind=kind, config=c) for name, c in merging.items()}
+    return found
+
+
+def _become(model: nn.Module, kind: str, config: TurboConfig | None = None) -> None:
+    import turbovlm
+
+    turbovlm.profile.quantize(model, kind)
+    if config is not None:
+        turbovlm.apply(model, config)
 
 
 def _configs(args: argparse.Namespace) -> list[TurboConfig]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from turbovlm.evaluate.study import Metric, Study
 
 TASKS = ("classification", "retrieval", "captioning", "vqa", "nlvr2", "saliency", "text-to-image")
+QUANTIZATIONS = ("int8", "int8-dynamic", "nf4")
 CONTROLS = ("paper", "ToMe", "semantics", "random", "uniform", "smaller")
 DEFAULT_FLOPS, DEFAULT_KEEP = 0.6, 0.7
 
@@ -25,6 +26,7 @@ examples:
   turbovlm evaluate saliency                                   a pretrained ViT and drawings on photographs: no download
   turbovlm evaluate saliency --flops 0.5 --controls --plot saliency.png
   turbovlm evaluate saliency --settings turbo.json             what `turbovlm calibrate` found, beside the default
+  turbovlm evaluate saliency --quantize int8 nf4               weights in 8 and in 4 bits, with and without merging
   turbovlm evaluate captioning --model Salesforce/blip-image-captioning-base \\
       --data dataset_coco.json --images coco --split test --r 16 --batch 32 --dtype bfloat16
   turbovlm evaluate vqa --model ./blip-vqa --data questions.json annotations.json --images val2014 --limit 5000
@@ -75,6 +77,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=CONTROLS,
         metavar="NAME",
         help=f"beside the default also {', '.join(CONTROLS)}, at the same cost; all of them if none is named",
+    )
+    amount.add_argument(
+        "--quantize",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        metavar="KIND",
+        help=f"beside these the model quantised, {', '.join(QUANTIZATIONS)}, alone and merging",
     )
     amount.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of the random control (default 1)")
     how = parser.add_argument_group("how it runs")
@@ -148,6 +157,9 @@ def study_table(study: Study) -> Any:
     table.add_column("setting")
     table.add_column("MACs", justify="right")
     first = study.rows[0]
+    weighed = any(row.weights != first.weights for row in study.rows)
+    if weighed:
+        table.add_column("weights", justify="right")
     for metric in first.metrics:
         table.add_column(metric.name, justify="right")
     table.add_column(f"{first.metrics[0].name} kept", justify="right")
@@ -158,6 +170,7 @@ def study_table(study: Study) -> Any:
         table.add_row(
             name,
             f"{row.macs / 1e9:.2f} G, {row.ratio:.0%}",
+            *([f"{row.weights / 1e6:.1f} MB"] if weighed else []),
             *(_value(metric) for metric in row.metrics),
             "" if kept is None else f"{kept.value:.1%} [{kept.low:.1%}, {kept.high:.1%}]",
             "" if row.same is None else f"{row.same.value:.1%}",
@@ -253,7 +266,7 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
 def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> list[Setting]:
     from turbovlm.config import TurboConfig
     from turbovlm.evaluate.run import Setting
-    from turbovlm.evaluate.settings import OWN, encoder_macs, methods, smaller
+    from turbovlm.evaluate.settings import OWN, encoder_macs, methods, on_quantized, smaller
 
     given = {name: getattr(args, name) for name in ("r", "keep", "flops") if getattr(args, name) is not None}
     default = {"keep": DEFAULT_KEEP} if args.task == "text-to-image" else {"flops": DEFAULT_FLOPS}
@@ -265,6 +278,7 @@ def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> lis
         raise ConfigError("--controls: text-to-image has none; benchmarks/diffusion_quality.py compares matchings")
     named = ("turbovlm", *(name for name in controls if name != "smaller"))
     found = [Setting(OWN), *methods(amount, named, args.seeds), *_from_files(args)]
+    found += on_quantized(args.quantize or (), [each for each in found if each.config is not None])
     if "smaller" in controls and predictor.image_sizes:
         macs = encoder_macs(predictor, data.samples[0], found[1])
         found.append(smaller(predictor, data.samples[0], macs, "smaller"))

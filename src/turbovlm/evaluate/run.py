@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader
 
 import turbovlm
 from turbovlm.config import TurboConfig
 from turbovlm.errors import DataError
 from turbovlm.evaluate.data import Sample
+from turbovlm.profile.pipelines import find_denoiser
+from turbovlm.profile.quantize import quantized
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Setting:
         name: for tables and file names.
         config: how tokens are merged; None for the model itself.
         image_size: pixels a side instead of the model's own: the control that makes pictures smaller.
+        quantize: how its weights are quantised before tokens are merged, of `turbovlm.profile.QUANTIZATIONS`.
     """
 
     name: str
     config: TurboConfig | None = None
     image_size: int | None = None
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def predict_all(
     on_progress(len(samples) - sum(len(groups[number]) for number in missing))
     if missing:
         todo = [sample for number in missing for sample in groups[number]]
-        with merged(predictor, setting.config), file.open("a", encoding="utf-8") as lines:
+        with arranged(predictor, setting), file.open("a", encoding="utf-8") as lines:
             if not lines.tell():
                 lines.write(json.dumps(dict(header)) + "\n")
             for number, prepared in zip(missing, batches(predictor, todo, setting.image_size, batch, workers)):
@@ -135,13 +140,20 @@ def read_predictions(file: Path, header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def merged(predictor: Predictor, config: TurboConfig | None) -> Iterator[None]:
-    """The model with merging; as it is for None."""
-    if config is None:
+def arranged(predictor: Predictor, setting: Setting) -> Iterator[None]:
+    """The model as a setting wants it: quantised, then merging."""
+    with contextlib.ExitStack() as changes:
+        if setting.quantize is not None:
+            changes.enter_context(quantized(module_of(predictor.model), setting.quantize))
+        if setting.config is not None:
+            config = dataclasses.replace(setting.config, dense=True) if predictor.dense else setting.config
+            changes.enter_context(turbovlm.apply(predictor.model, config))
         yield
-        return
-    with turbovlm.apply(predictor.model, dataclasses.replace(config, dense=True) if predictor.dense else config):
-        yield
+
+
+def module_of(model: Any) -> nn.Module:
+    """The model, or a pipeline's denoiser."""
+    return model if isinstance(model, nn.Module) else find_denoiser(model)[1]
 
 
 def batches(

@@ -14,9 +14,9 @@ from turbovlm.adapters import find_towers
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError
 from turbovlm.evaluate.data import Sample
-from turbovlm.evaluate.run import Predictor, Setting, merged
+from turbovlm.evaluate.run import Predictor, Setting, arranged, module_of
 from turbovlm.profile.macs import counting
-from turbovlm.profile.pipelines import find_denoiser
+from turbovlm.profile.quantize import weight_bytes
 
 OWN = "unmerged"
 """The model itself."""
@@ -77,6 +77,20 @@ def methods(amount: TurboConfig, names: Sequence[str] = tuple(METHODS), seeds: i
     return found
 
 
+def on_quantized(kinds: Sequence[str], settings: Sequence[Setting]) -> list[Setting]:
+    """Each way to quantise the model, alone and below each setting that merges, under names that say both.
+
+    Args:
+        kinds: of `turbovlm.profile.QUANTIZATIONS`.
+        settings: those that merge.
+    """
+    found = []
+    for kind in kinds:
+        found.append(Setting(kind, quantize=kind))
+        found += [dataclasses.replace(each, name=f"{kind}, {each.name}", quantize=kind) for each in settings]
+    return found
+
+
 def smaller(predictor: Predictor, sample: Sample, macs: int, name: str = SMALLER) -> Setting:
     """Pictures with as few pixels as make the unmerged model cost what merging leaves.
 
@@ -112,7 +126,7 @@ def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting, whole: 
         whole: those of all that answers the sample instead, every step of a language model included.
     """
     counter = counting() if whole else _within(_modules(predictor.model))
-    with merged(predictor, setting.config), counter as total:
+    with arranged(predictor, setting), counter as total:
         predictor.predict([predictor.prepare(sample, setting.image_size)])
         return total()
 
@@ -124,11 +138,17 @@ def mean_macs(predictor: Predictor, samples: Sequence[Sample], setting: Setting,
     return round(sum(encoder_macs(predictor, sample, setting, whole) for sample in some) / count)
 
 
+def weights_of(predictor: Predictor, quantize: str | None) -> int:
+    """Bytes of the model's weights, or of a pipeline's denoiser's, quantised in this way."""
+    with arranged(predictor, Setting("", quantize=quantize)):
+        return weight_bytes(module_of(predictor.model))
+
+
 def _modules(model: Any) -> list[nn.Module]:
     """The vision encoders, or a pipeline's denoiser."""
     if isinstance(model, nn.Module):
         return list({tower.name: tower.module for tower in find_towers(model)}.values())
-    return [find_denoiser(model)[1]]
+    return [module_of(model)]
 
 
 @contextlib.contextmanager

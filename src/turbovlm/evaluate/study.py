@@ -17,7 +17,7 @@ from turbovlm.evaluate import statistics
 from turbovlm.evaluate.data import Data
 from turbovlm.evaluate.run import Predictor, Setting, predict_all, read_predictions
 from turbovlm.evaluate.scoring import Score, agreement, scores
-from turbovlm.evaluate.settings import mean_macs
+from turbovlm.evaluate.settings import mean_macs, weights_of
 from turbovlm.evaluate.statistics import Interval
 
 
@@ -45,6 +45,7 @@ class Row:
         macs: the vision encoders' multiply-accumulates for one sample; the whole model's in a study of `visual_keep`,
             which saves behind the encoders.
         ratio: those as a share of the unmerged model's.
+        weights: bytes of the model's weights.
         image_size: pixels a side, where they are not the model's own.
         metrics: the one to compare by first.
         same: how often the answer is the unmerged model's; None for that itself.
@@ -53,6 +54,7 @@ class Row:
     setting: str
     macs: int
     ratio: float
+    weights: int
     image_size: int | None
     metrics: tuple[Metric, ...]
     same: Interval | None
@@ -108,7 +110,8 @@ def run_study(
         UnsupportedModelError: a setting cannot be had. All but pictures is seen before the model is asked.
     """
     names = [setting.name for setting in settings]
-    if not settings or settings[0].config is not None or len({*names}) < len(names):
+    first = settings[0] if settings else None
+    if first is None or first.config is not None or first.quantize is not None or len({*names}) < len(names):
         raise ConfigError(f"settings={names}: must be of different names, the unmerged model first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +122,7 @@ def run_study(
     for name in names:
         read_predictions(files[name], headers[name])
     whole = any(setting.config is not None and setting.config.visual_keep is not None for setting in settings)
+    weights = {kind: weights_of(predictor, kind) for kind in dict.fromkeys(setting.quantize for setting in settings)}
     costs = {setting.name: mean_macs(predictor, data.samples, setting, whole) for setting in settings}
     judged = scoring or (lambda data, predictions: scores(task, data, predictions))
     rows: list[Row] = []
@@ -137,7 +141,7 @@ def run_study(
         metrics = tuple(_metric(a, None if setting is settings[0] else b) for a, b in zip(reached, own_scores))
         macs = costs[setting.name]
         ratio = macs / rows[0].macs if rows else 1.0
-        rows.append(Row(setting.name, macs, ratio, setting.image_size, metrics, same))
+        rows.append(Row(setting.name, macs, ratio, weights[setting.quantize], setting.image_size, metrics, same))
     return Study(task, model, data.name, len(data.samples), tuple(rows))
 
 
@@ -148,7 +152,8 @@ def header_of(
     asked = [[s.id, s.text, s.answers, [picture.name for picture in s.pictures]] for s in data.samples]
     content = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     known = {"task": task, "model": model, "data": data.name, "samples": len(data.samples), "content": content}
-    return {**known, **(about or {}), "setting": _plain(setting.config), "image_size": setting.image_size}
+    known |= {**(about or {}), "setting": _plain(setting.config), "image_size": setting.image_size}
+    return known if setting.quantize is None else {**known, "quantize": setting.quantize}
 
 
 def file_name(text: str) -> str:

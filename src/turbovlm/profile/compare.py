@@ -16,6 +16,7 @@ from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.handle import apply, overrides
 from turbovlm.profile.macs import macs
+from turbovlm.profile.quantize import weight_bytes
 from turbovlm.profile.timing import CLOCKS, Forward, Quartiles, interleaved, peak_memory
 
 Prepare = Callable[[nn.Module], Any]
@@ -35,6 +36,7 @@ class Run:
         wall_seconds: the same by the wall's clock.
         peak_bytes: the most memory that a forward had allocated at once, beside weights and inputs; None where the
             device does not tell.
+        weight_bytes: of parameters and buffers as they lie in memory.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Run:
     seconds: tuple[float, ...]
     wall_seconds: tuple[float, ...]
     peak_bytes: int | None
+    weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Comparison:
                     "seconds": list(run.seconds),
                     "wall_seconds": list(run.wall_seconds),
                     "peak_bytes": run.peak_bytes,
+                    "weight_bytes": run.weight_bytes,
                     "speedup": speedup.median,
                     "speedup_quartiles": [speedup.low, speedup.high],
                     "macs_ratio": self.macs_ratio(run.name),
@@ -181,18 +185,20 @@ def compare(
     weights = next(model.parameters(), None)
     if weights is None:
         raise TurboError(f"this {type(model).__name__} has no parameters, so no device and dtype to measure on")
-    device, forwards, costs = weights.device, [], []
+    device, forwards, costs, sizes = weights.device, [], [], []
     for prepare in (_nothing, *versions.values()):
         version = twin(model)
         prepare(version)
         costs.append(macs(version, *_arguments(inputs)[0], **_arguments(inputs)[1]))
+        sizes.append(weight_bytes(version))
         forwards.append(_forward(torch.compile(version) if compile else version, inputs))
     # All copies have one forward, whose compiled versions would otherwise give way to eager ones from the ninth on.
     with torch._dynamo.config.patch(recompile_limit=max(8, 2 * len(forwards))):
         clock, wall = interleaved(forwards, device, rounds, warmup, progress or _nothing)
         peaks = [peak_memory(forward, device) for forward in forwards]
     names = (BASELINE, *versions)
-    runs = [Run(n, c, tuple(s), tuple(w), p) for n, c, s, w, p in zip(names, costs, clock, wall, peaks)]
+    measured = zip(names, costs, clock, wall, peaks, sizes)
+    runs = [Run(name, cost, tuple(s), tuple(w), peak, size) for name, cost, s, w, peak, size in measured]
     return Comparison(
         runs=tuple(runs),
         batch=batch,

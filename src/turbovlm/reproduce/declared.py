@@ -54,6 +54,8 @@ PLUGINS: dict[str, dict[str, Any]] = {
     "coupled division (A5)": {**PAPER, "degree": "coupled_division"},
 }
 """What the printed names merge by; the others are pruned or quantised models."""
+QUANTIZED = {"GPTQ": "nf4"}
+"""How a printed name's weights are quantised here: to 4 bits as well, without the data that GPTQ needs."""
 PRINTED_PATCHES, BUILTIN_PATCHES = 576, 256
 SWEPT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 ALPHAS = (0.0, 2.0, 6.0, 20.0, 60.0, 180.0, 600.0)
@@ -71,7 +73,8 @@ class Line:
         builtin: the same for a built-in model.
         printed: the paper's row beside which it stands.
         curve, x: in a figure, the curve it is on, and where.
-        runs: whether there is anything to run; pruned and quantised models are only printed.
+        runs: whether there is anything to run; pruned models are only printed.
+        quantize: how the model's weights are quantised before tokens are merged.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Line:
     curve: str = ""
     x: float = 0.0
     runs: bool = True
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ FIGURES = {
     6: "which patches become one token",
 }
 UNDERSTANDING = ("saliency", "classification", "retrieval", "captioning", "vqa", "nlvr2")
+WEIGHTS = ("int8-dynamic", "nf4")
+"""How weights are quantised below the default, in the comparisons of tasks."""
 SWEPT_TASKS = ("captioning", "retrieval")
 """Of Figures 4 and 5."""
 SEARCHED = ("nlvr2", "vqa", "captioning", "retrieval")
@@ -179,6 +185,9 @@ def _is_begun(row: Printed) -> bool:
 def _task(task: str) -> Declared:
     """Not of the paper: the default, the paper's setting and all controls, of one cost."""
     lines = [Line(name, _at(how, flops=DEFAULT_SHARE), _at(how, flops=DEFAULT_SHARE)) for name, how in METHODS.items()]
+    ours = lines[0]
+    for kind in WEIGHTS:
+        lines += [Line(kind, quantize=kind), dataclasses.replace(ours, name=f"{kind}, {ours.name}", quantize=kind)]
     title = f"{task.capitalize()} at {DEFAULT_SHARE:.0%} of the encoder's multiply-accumulates"
     return Declared(f"tasks/{task}", title, task, (Line("unmerged"), *lines, Line(SMALLER), Line(MATCHED)))
 
@@ -189,13 +198,16 @@ def _merging(table: int, model: str, rows: Sequence[Printed]) -> tuple[Line, ...
     for row in rows:
         if row is own:
             continue
-        if row.plugin in PLUGINS and row.r is not None:
+        merging, _, compressed = row.plugin.partition("+") if "+" in row.plugin else ("", "", row.plugin)
+        name, kind = f"{row.plugin}, r={row.amount}" if row.amount else row.plugin, QUANTIZED.get(compressed)
+        if kind is not None:
+            name = name.replace(compressed, f"{compressed} (here {kind})")
+        method = PLUGINS.get(merging if kind is not None else row.plugin)
+        if method is not None and row.r is not None:
             share = encoder_share(table, model, row.r)
-            method = PLUGINS[row.plugin]
-            name = f"{row.plugin}, r={row.amount}"
-            lines.append(Line(name, _at(method, r=row.r), _at(method, flops=share), row))
+            lines.append(Line(name, _at(method, r=row.r), _at(method, flops=share), row, quantize=kind))
         else:
-            lines.append(Line(f"{row.plugin}, r={row.amount}" if row.amount else row.plugin, printed=row, runs=False))
+            lines.append(Line(name, printed=row, runs=kind is not None, quantize=kind))
     main = next(row for row in rows if row.plugin in ("turbo", "weighted difference (A4)"))
     assert main.r is not None
     share = encoder_share(table, model, main.r)

@@ -110,8 +110,7 @@ def settings_of(declared: Declared, source: Source) -> dict[str, Setting]:
     found = {}
     for line in declared.lines:
         if line.runs and line.name not in (SMALLER, MATCHED):
-            config = line.builtin if source.builtin else line.config
-            found[line.name] = Setting(OWN) if config is None else Setting(named(config), config)
+            found[line.name] = _setting(line.builtin if source.builtin else line.config, line.quantize)
     costs = source.size_costs if any(line.name == SMALLER for line in declared.lines) else {}
     if costs:
         first = next(setting for setting in found.values() if setting.config is not None)
@@ -123,6 +122,11 @@ def settings_of(declared: Declared, source: Source) -> dict[str, Setting]:
             config = TurboConfig(flops=round(costs[size] / whole, 3))
             found[MATCHED] = Setting(named(config), config)
     return found
+
+
+def _setting(config: TurboConfig | None, quantize: str | None) -> Setting:
+    parts = [*([quantize] if quantize else []), *([named(config)] if config is not None else [])]
+    return Setting(", ".join(parts) or OWN, config, quantize=quantize)
 
 
 def compare(declared: Declared, source: Source, on_progress: Progress) -> Finished:
