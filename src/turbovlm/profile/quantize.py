@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch.nn as nn
 
@@ -73,7 +73,7 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size()) + sum(map(_bytes, scales))
 
 
-def _is_linear(module: nn.Module, name: str = "") -> bool:
+def _is_linear(module: nn.Module, name: str = "") -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear
 
 
@@ -94,7 +94,7 @@ def _nf4(model: nn.Module) -> None:
 
     for module in list(model.modules()):
         for name, linear in list(module.named_children()):
-            if _is_linear(linear) and all(side % NF4_BLOCK == 0 for side in linear.weight.shape):
+            if _is_linear(linear) and not (linear.in_features % NF4_BLOCK or linear.out_features % NF4_BLOCK):
                 weight, bias = linear.weight, linear.bias is not None
                 kind = {"compute_dtype": weight.dtype, "quant_type": "nf4"}
                 layer = Linear4bit(linear.in_features, linear.out_features, bias, **kind).to(weight.dtype)

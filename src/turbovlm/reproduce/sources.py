@@ -23,7 +23,7 @@ from turbovlm.reproduce.running import Source
 REQUIRED, OPTIONAL = ("model", "data"), ("images", "split", "limit", "prompt", "steps")
 """What an entry of the sources' file has; each is what `turbovlm evaluate` calls so."""
 EXAMPLES = {
-    "nlvr2": {"model": "blip-nlvr2:model_base_nlvr.pth", "data": ["nlvr2/dev.json"], "images": "nlvr2/dev"},
+    "nlvr2": {"model": "blip:model_base_nlvr.pth", "data": ["nlvr2/dev.json"], "images": "nlvr2/dev"},
     "vqa": {
         "model": "Salesforce/blip-vqa-base",
         "data": ["v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"],

@@ -7,7 +7,7 @@ from typing import Any
 
 from turbovlm.errors import TurboError
 from turbovlm.evaluate.data import Data
-from turbovlm.evaluate.predictors.blip_nlvr2 import BLIP_NLVR2, blip_nlvr2
+from turbovlm.evaluate.predictors.blip import BLIP, blip_nlvr2
 from turbovlm.evaluate.predictors.encoders import classification, retrieval
 from turbovlm.evaluate.predictors.generating import generating
 from turbovlm.evaluate.predictors.loading import Where
@@ -16,18 +16,20 @@ from turbovlm.evaluate.run import Predictor
 
 MODELS = {
     "classification": "an image classifier of transformers or timm:NAME; CLIP, SigLIP or open_clip:NAME by class names",
-    "retrieval": "CLIP, SigLIP or BLIP's ITM model of transformers, or open_clip:hf-hub:ID",
-    "captioning": "BLIP, BLIP-2, LLaVA, Qwen-VL or another model of transformers that writes",
-    "vqa": "BLIP-VQA, BLIP-2, ViLT, LLaVA, Qwen-VL or another model of transformers that answers",
-    "nlvr2": "ViLT's NLVR2 model, one of transformers that follows a chat with two pictures, or blip-nlvr2:FILE",
+    "retrieval": "CLIP, SigLIP or BLIP's ITM model of transformers, open_clip:hf-hub:ID, or blip:FILE",
+    "captioning": "BLIP, BLIP-2, LLaVA, Qwen-VL or another model of transformers that writes, or blip:FILE",
+    "vqa": "BLIP-VQA, BLIP-2, ViLT, LLaVA, Qwen-VL or another model of transformers that answers, or blip:FILE",
+    "nlvr2": "ViLT's NLVR2 model, one of transformers that follows a chat with two pictures, or blip:FILE",
     "text-to-image": "a pipeline of diffusers",
     "saliency": "zoo:saliency",
 }
 """What each task takes."""
 LIBRARIES = {
     "classification": ("timm", "open_clip"),
-    "retrieval": ("open_clip",),
-    "nlvr2": (BLIP_NLVR2,),
+    "retrieval": ("open_clip", BLIP),
+    "captioning": (BLIP,),
+    "vqa": (BLIP,),
+    "nlvr2": (BLIP,),
     "text-to-image": ("diffusers",),
 }
 """That a model's name may begin with, beside those of transformers and the zoo."""
@@ -68,7 +70,7 @@ def _loaded(task: str, where: Where, data: Data, making: Making, features: Featu
         return text_to_image(where, data.samples, making, features)
     if task == "saliency":
         raise TurboError(f"{where.spec}: saliency takes {MODELS[task]}")
-    if where.library == BLIP_NLVR2:
+    if task == "nlvr2" and where.library == BLIP:
         return blip_nlvr2(where)
     return generating(task, where)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from turbovlm.errors import ConfigError
 from turbovlm.evaluate.data import Data, Sample
+from turbovlm.evaluate.predictors.blip import BLIP, blip_file
 from turbovlm.evaluate.predictors.loading import Where, architecture, loading, resized, sizes_of, with_processor
 from turbovlm.evaluate.run import Predictor
 
@@ -104,8 +105,12 @@ def transformers_pair(where: Where) -> Pair:
     Raises:
         TurboError: it is none of these.
     """
-    kind = architecture(where, ("CLIPModel", "SiglipModel", "Siglip2Model", "BlipForImageTextRetrieval"))
-    model, processor = with_processor(where, kind)
+    if where.library == BLIP:
+        model, processor = blip_file(where, "retrieval")
+        kind = type(model)
+    else:
+        kind = architecture(where, ("CLIPModel", "SiglipModel", "Siglip2Model", "BlipForImageTextRetrieval"))
+        model, processor = with_processor(where, kind)
     other_size = _interpolation(getattr(model, "vision_model", model))
     is_siglip, has_shapes = "Siglip" in kind.__name__, kind.__name__ == "Siglip2Model"
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.evaluate.data import Sample
+from turbovlm.evaluate.predictors.blip import BLIP, blip_file
 from turbovlm.evaluate.predictors.loading import Where, architecture, resized, sizes_of, with_processor
 from turbovlm.evaluate.run import Predictor
 
@@ -51,10 +52,16 @@ def generating(task: str, where: Where) -> Predictor:
         TurboError: there is no such model, or it writes nothing about pictures.
         ConfigError: a prompt without `{}` where a question is to be asked.
     """
-    kind = architecture(where, TAKES[task])
-    if kind.__name__ == "BlipForConditionalGeneration" and task != "captioning":
-        raise TurboError(f"{where.spec}: is a {kind.__name__}, which writes captions; BlipForQuestionAnswering answers")
-    model, processor = with_processor(where, kind)
+    if where.library == BLIP:
+        model, processor = blip_file(where, task)
+        kind = type(model)
+    else:
+        kind = architecture(where, TAKES[task])
+        if kind.__name__ == "BlipForConditionalGeneration" and task != "captioning":
+            raise TurboError(
+                f"{where.spec}: is a {kind.__name__}, which writes captions; BlipForQuestionAnswering answers"
+            )
+        model, processor = with_processor(where, kind)
     is_chat = getattr(processor, "chat_template", None) is not None
     chooses = kind.__name__ in CHOOSE.values()
     if task == "nlvr2" and not (is_chat or chooses):
