@@ -4,6 +4,7 @@ measures."""
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import sys
 import warnings
@@ -17,6 +18,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from turbovlm.errors import TurboError
+from turbovlm.profile import quantize
 from turbovlm.zoo import preprocess
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -136,22 +138,9 @@ def _seen(block: nn.Module, layer: nn.Module, tokens: Tensor) -> Tensor:
     return torch.cat(seen)
 
 
-def int8(model: nn.Module, given: Tensor) -> nn.Module:
-    """Weights in 8 bits, products in fp32 (torchao)."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    smaller = copy.deepcopy(model)
-    quantize_(smaller, Int8WeightOnlyConfig())
-    return smaller
-
-
-def int8_dynamic(model: nn.Module, given: Tensor) -> nn.Module:
-    """Weights in 8 bits, activations rounded to 8 bits as they come, products of integers (torchao)."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    smaller = copy.deepcopy(model)
-    quantize_(smaller, Int8DynamicActivationInt8WeightConfig())
-    return smaller
+def rounded(kind: str, model: nn.Module, given: Tensor) -> nn.Module:
+    """Weights in fewer bits; see `turbovlm.profile.quantize` for the kinds."""
+    return quantize(copy.deepcopy(model), kind)
 
 
 class Int4Linear(nn.Module):
@@ -210,22 +199,12 @@ VARIANTS: dict[str, Compress] = {
     "none": unchanged,
     "pruned": pruned,
     "pruned, refitted": refitted,
-    "int8 weights": int8,
-    "int8 dynamic": int8_dynamic,
+    "int8 weights": functools.partial(rounded, "int8"),
+    "int8 dynamic": functools.partial(rounded, "int8-dynamic"),
+    "int4 NF4": functools.partial(rounded, "nf4"),
     "int4 GPTQ": gptq,
 }
 
 
 def blocks_of(model: Any) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__ == "Dinov2Layer"]
-
-
-def megabytes(model: nn.Module) -> float:
-    """Of all parameters and buffers, as they lie in memory, in 10⁶ bytes."""
-    return sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers())) / 1e6
-
-
-def _bytes(tensor: Any) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):  # several tensors that torchao makes look like one
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return int(tensor.numel() * tensor.element_size())

@@ -2,9 +2,10 @@
 
     python studies/photos/prepare.py           # 256 photographs, fetched
     python studies/compression/quantise.py     # GPTQ's weights in 4 bits; see there for what it needs
-    python benchmarks/compression.py           # on half of the photographs, and 200 pictures of the task
+    python benchmarks/compression.py           # on half of the photographs, and 200 pictures of each task: an hour
     python benchmarks/compression.py --quick   # the whole path, on the demo's photographs and 16 pictures
     python benchmarks/compression.py --variants none pruned     # some of the variants
+    python benchmarks/compression.py --parts tasks              # the other tasks alone, beside the last run's rest
     python benchmarks/compression.py --docs    # the last run's tables, put into docs/compression.md
 
 The pretrained ViT-S/14 of turbovlm.zoo is compressed with half of the photographs and measured on the others. All is
@@ -12,6 +13,7 @@ compared with the model that is neither compressed nor merged:
 
 - drift: 1 − cosine of CLS and of the patches' tokens at every position, the mean photograph taken off;
 - salient IoU on the photographs; the built-in saliency task's score kept, with its 95 % bootstrap interval;
+- the score kept on the other built-in tasks, whose models see with the first ten of the encoder's twelve blocks;
 - multiply-accumulates, memory of the weights, and process time (interleaved in one process, medians);
 - loss over sum: what both lose together, over what compression and Turbo lose alone;
 - speed-up over product: the speed-up of both, over the product of the two alone;
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import io
 from collections.abc import Callable
@@ -40,7 +43,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 from cases import RESULTS, compare_shown, described, load, machine, save
-from compressed import BATCH, SEED, VARIANTS, megabytes, photographs
+from compressed import BATCH, SEED, VARIANTS, photographs
+from compression_tasks import TASKS, ask_tasks, task_lines
 from torch import Tensor
 
 import turbovlm
@@ -54,6 +58,7 @@ from turbovlm.evaluate.scoring import scores
 from turbovlm.evaluate.statistics import kept
 from turbovlm.profile.compare import Comparison, twin
 from turbovlm.profile.macs import macs
+from turbovlm.profile.quantize import weight_bytes
 from turbovlm.reproduce.published import Printed, printed_rows
 from turbovlm.zoo import load_saliency_vit
 from turbovlm.zoo.saliency import SaliencyViT
@@ -65,7 +70,8 @@ ROUNDS, TIMED = 10, 8
 QUICK = {"pictures": 16, "rounds": 2, "timed": 2}
 DOCS = Path(__file__).parents[1] / "docs" / "compression.md"
 MARKS = ("<!-- measured -->\n", "<!-- end -->\n")
-LIBRARIES = ("turbovlm", "torch", "transformers", "torchao", "torch-pruning")
+PARTS = ("photographs", "tasks")
+LIBRARIES = ("turbovlm", "torch", "transformers", "torchao", "bitsandbytes", "torch-pruning")
 SUM, PRODUCT = 1.3, 0.9
 """Goals: both lose at most 1.3 times the sum of what each loses; their speed-ups multiply, within 10 %."""
 LOSSES: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -79,6 +85,7 @@ LOSSES: dict[str, Callable[[dict[str, Any]], float]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: both)")
     parser.add_argument("--quick", action="store_true", help="few photographs, pictures and rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
     parser.add_argument("--docs", action="store_true", help="measure nothing; put the last run's tables into docs")
@@ -89,13 +96,31 @@ def main() -> None:
         return
     sizes = QUICK if args.quick else {"pictures": PICTURES, "rounds": ROUNDS, "timed": TIMED}
     given, held = photographs(args.quick)
+    file, names = args.out / f"{name}.json", list(dict.fromkeys(["none", *args.variants]))
+    found = load(file) if file.exists() else {}
     try:
-        found = measured(load_saliency_vit(), given, held, ["none", *args.variants], **sizes)
+        if "photographs" in args.parts:
+            found |= measured(load_saliency_vit(), given, held, names, **sizes)
+        if "tasks" in args.parts:
+            found["tasks"] = {"machine": machine(), **asked(given, names, sizes["pictures"])}
     except TurboError as error:
         parser.error(str(error))
-    save(args.out / f"{name}.json", found)
+    save(file, found)
     (args.out / f"{name}.md").write_text(report(found))
     print(report(found))
+
+
+@torch.no_grad()
+def asked(given: Tensor, names: list[str], pictures: int) -> dict[str, Any]:
+    """The other built-in tasks, of every variant that is no mere step to another."""
+    backbone: Any = load_saliency_vit().backbone
+    names = [name for name in names if name != "pruned"]
+    with progress_bar(len(names) * (1 + 2 * len(TASKS)), "asking") as advance:
+        variants = {}
+        for name in names:
+            variants[name] = VARIANTS[name](backbone, given)
+            advance(1)
+        return {"pictures": pictures, "rows": ask_tasks(variants, TURBO, pictures, advance)}
 
 
 @torch.no_grad()
@@ -104,7 +129,6 @@ def measured(
 ) -> dict[str, Any]:
     """Every variant with tokens merged and without, measured on the photographs `held`."""
     backbone: Any = model.backbone
-    names = list(dict.fromkeys(names))
     with progress_bar(len(names), "compressing") as advance:
         variants = {}
         for name in names:
@@ -166,14 +190,15 @@ def _demand(holds: bool, otherwise: str) -> None:
 
 
 def _saved(model: nn.Module) -> bytes:
+    # Of a copy: on CPUs with AVX512-BF16 bitsandbytes packs 4 bits anew, and rounds their scales, when it saves.
     file = io.BytesIO()
-    torch.save(model.state_dict(), file)
+    torch.save(copy.deepcopy(model).state_dict(), file)
     return file.getvalue()
 
 
 def _costs(model: Any, pixels: Tensor, config: TurboConfig | None) -> dict[str, float]:
     with _applied(model, config):
-        return {"macs": macs(model, pixel_values=pixels[:1]), "megabytes": megabytes(model)}
+        return {"macs": macs(model, pixel_values=pixels[:1]), "megabytes": weight_bytes(model) / 1e6}
 
 
 def _applied(model: Any, config: TurboConfig | None) -> Any:
@@ -285,6 +310,9 @@ def report(found: dict[str, Any]) -> str:
             product = _speedup(plain, alone) * _speedup(plain, turbo)
             cells += [f"{_speedup(plain, both) / product:.2f}", f"{both['decisions']:.1%}"]
             lines.append(f"| {name} | {' | '.join(cells)} |")
+    if "tasks" in found:
+        lines += task_lines(found["tasks"]["rows"], _over, SUM)
+        lines += ["", f"{found['tasks']['pictures']} pictures of each. {described(found['tasks']['machine'])}."]
     lines += ["", "## The paper's own rows", "", "Turbo on top of UPop (pruned and retrained) and of GPTQ, as printed."]
     lines += ["Speed-up: over the model itself, on an RTX 3090.", ""]
     lines += ["| table | task | model, data | method | scores | multiply-accumulates | speed-up |", "|---" * 7 + "|"]

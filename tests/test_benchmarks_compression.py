@@ -17,12 +17,14 @@ from turbovlm.profile import macs
 
 pytest.importorskip("torchao")
 pytest.importorskip("torch_pruning")
+pytest.importorskip("bitsandbytes")
 pytest.importorskip("transformers")
 pytest.importorskip("skimage")
 pytest.importorskip("scipy")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compressed
 import compression
+import compression_tasks
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +55,35 @@ def test_every_variant_is_measured(model):
         assert rows[name, True]["macs"] == pytest.approx(0.6 * rows[name, False]["macs"], rel=0.03)
     assert rows["pruned", False]["megabytes"] < plain["megabytes"]
     assert sum(rows["pruned, refitted", False]["patches"]) < sum(rows["pruned", False]["patches"])
-    for name in ("int8 weights", "int8 dynamic"):
+    for name in ("int8 weights", "int8 dynamic", "int4 NF4"):
         assert rows[name, False]["macs"] == plain["macs"] and rows[name, False]["megabytes"] < plain["megabytes"]
     assert "| int8 dynamic, Turbo |" in compression.report(found)
+
+
+@torch.no_grad()
+def test_a_task_is_asked_with_compressed_blocks():
+    from turbovlm.profile import quantize
+    from turbovlm.zoo import load_saliency_vit
+
+    backbone = load_saliency_vit().backbone
+    variants = {"none": backbone, "int8": quantize(copy.deepcopy(backbone), "int8")}
+    done = []
+    found = compression_tasks.ask_tasks(variants, compression.TURBO, 8, done.append, ("classification",))
+    rows = found["classification"]
+    assert [(row["variant"], row["turbo"]) for row in rows] == [(v, t) for v in variants for t in (False, True)]
+    assert rows[0]["kept"][0] == 1 and len(done) == 4 and len(backbone.encoder.layer) == 12
+    (line,) = [line for line in compression_tasks.task_lines(found, compression._over, 1.3) if "top-1" in line]
+    assert line.startswith("| classification: top-1 | int8 | ")
+
+
+def test_other_blocks_stand_in_for_a_while(model):
+    backbone, other = model.backbone, copy.deepcopy(model.backbone)
+    own = list(backbone.encoder.layer)
+    backbone.encoder.layer = backbone.encoder.layer[:2]
+    with compression_tasks.standing_in(backbone, other):
+        assert list(backbone.encoder.layer) == list(other.encoder.layer)[:2]
+    assert list(backbone.encoder.layer) == own[:2]
+    backbone.encoder.layer = nn.ModuleList(own)
 
 
 def test_four_bits_are_merged_counted_and_given_back(model):
