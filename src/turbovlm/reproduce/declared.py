@@ -198,11 +198,11 @@ def _merging(table: int, model: str, rows: Sequence[Printed]) -> tuple[Line, ...
     for row in rows:
         if row is own:
             continue
-        merging, _, compressed = row.plugin.partition("+") if "+" in row.plugin else ("", "", row.plugin)
-        name, kind = f"{row.plugin}, r={row.amount}" if row.amount else row.plugin, QUANTIZED.get(compressed)
-        if kind is not None:
-            name = name.replace(compressed, f"{compressed} (here {kind})")
-        method = PLUGINS.get(merging if kind is not None else row.plugin)
+        merging, _, compressed = row.plugin.rpartition("+")
+        kind = QUANTIZED.get(compressed)
+        name = row.plugin if kind is None else f"{row.plugin} (here {kind})"
+        name += f", r={row.amount}" if row.amount else ""
+        method = PLUGINS.get(row.plugin if kind is None else merging)
         if method is not None and row.r is not None:
             share = encoder_share(table, model, row.r)
             lines.append(Line(name, _at(method, r=row.r), _at(method, flops=share), row, quantize=kind))
