@@ -5,7 +5,7 @@
     python benchmarks/compression.py           # on half of the photographs, and 200 pictures of each task: an hour
     python benchmarks/compression.py --quick   # the whole path, on the demo's photographs and 16 pictures
     python benchmarks/compression.py --variants none pruned     # some of the variants
-    python benchmarks/compression.py --parts tasks              # the other tasks alone, beside the last run's rest
+    python benchmarks/compression.py --parts compiled tasks     # these alone, beside the last run's rest
     python benchmarks/compression.py --docs    # the last run's tables, put into docs/compression.md
 
 The pretrained ViT-S/14 of turbovlm.zoo is compressed with half of the photographs and measured on the others. All is
@@ -70,7 +70,9 @@ ROUNDS, TIMED = 10, 8
 QUICK = {"pictures": 16, "rounds": 2, "timed": 2}
 DOCS = Path(__file__).parents[1] / "docs" / "compression.md"
 MARKS = ("<!-- measured -->\n", "<!-- end -->\n")
-PARTS = ("photographs", "tasks")
+PARTS = ("photographs", "compiled", "tasks")
+COMPILED = ("none", "pruned, refitted", "int8 weights", "int8 dynamic")
+"""What is timed compiled as well."""
 LIBRARIES = ("turbovlm", "torch", "transformers", "torchao", "bitsandbytes", "torch-pruning")
 SUM, PRODUCT = 1.3, 0.9
 """Goals: both lose at most 1.3 times the sum of what each loses; their speed-ups multiply, within 10 %."""
@@ -85,7 +87,7 @@ LOSSES: dict[str, Callable[[dict[str, Any]], float]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: both)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--quick", action="store_true", help="few photographs, pictures and rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
     parser.add_argument("--docs", action="store_true", help="measure nothing; put the last run's tables into docs")
@@ -101,6 +103,8 @@ def main() -> None:
     try:
         if "photographs" in args.parts:
             found |= measured(load_saliency_vit(), given, held, names, **sizes)
+        if "compiled" in args.parts:
+            found["compiled"] = compiled(given, held[: sizes["timed"]], names, sizes["rounds"])
         if "tasks" in args.parts:
             found["tasks"] = {"machine": machine(), **asked(given, names, sizes["pictures"])}
     except TurboError as error:
@@ -108,6 +112,20 @@ def main() -> None:
     save(file, found)
     (args.out / f"{name}.md").write_text(report(found))
     print(report(found))
+
+
+@torch.no_grad()
+def compiled(given: Tensor, pixels: Tensor, names: list[str], rounds: int) -> dict[str, Any]:
+    """Times of versions that `torch.compile` has been through, the model itself too."""
+    backbone: Any = load_saliency_vit().backbone
+    variants = {name: VARIANTS[name](backbone, given) for name in names if name in COMPILED}
+    times = _timed(variants, pixels, rounds, compile=True)
+    rows = [
+        {"variant": name, "turbo": turbo, "seconds": list(times.run(_label(name, turbo)).seconds)}
+        for name in variants
+        for turbo in (False, True)
+    ]
+    return {"machine": machine(), "timing": times.conditions, "rows": rows}
 
 
 @torch.no_grad()
@@ -260,7 +278,7 @@ def decisions(model: Any, compressed: Any, pixels: Tensor) -> float:
     return fmean(shares)
 
 
-def _timed(variants: dict[str, Any], pixels: Tensor, rounds: int) -> Comparison:
+def _timed(variants: dict[str, Any], pixels: Tensor, rounds: int, **how: Any) -> Comparison:
     """All in one process, in turn."""
 
     def become(variant: nn.Module, config: TurboConfig | None, version: nn.Module) -> None:
@@ -273,7 +291,7 @@ def _timed(variants: dict[str, Any], pixels: Tensor, rounds: int) -> Comparison:
         for name, variant in variants.items()
         for config in (None, TURBO)
     }
-    return compare_shown(variants["none"], {"pixel_values": pixels}, versions, "timing", rounds)
+    return compare_shown(variants["none"], {"pixel_values": pixels}, versions, "timing", rounds, **how)
 
 
 def _label(variant: str, turbo: bool) -> str:
@@ -310,6 +328,8 @@ def report(found: dict[str, Any]) -> str:
             product = _speedup(plain, alone) * _speedup(plain, turbo)
             cells += [f"{_speedup(plain, both) / product:.2f}", f"{both['decisions']:.1%}"]
             lines.append(f"| {name} | {' | '.join(cells)} |")
+    if "compiled" in found:
+        lines += _compiled_lines(found["compiled"])
     if "tasks" in found:
         lines += task_lines(found["tasks"]["rows"], _over, SUM)
         lines += ["", f"{found['tasks']['pictures']} pictures of each. {described(found['tasks']['machine'])}."]
@@ -318,6 +338,18 @@ def report(found: dict[str, Any]) -> str:
     lines += ["| table | task | model, data | method | scores | multiply-accumulates | speed-up |", "|---" * 7 + "|"]
     lines += [_printed(row) for row in printed_rows() if row.table < 5 and _compressed(row)]
     return "\n".join(lines) + "\n"
+
+
+def _compiled_lines(found: dict[str, Any]) -> list[str]:
+    at = {(row["variant"], row["turbo"]): row for row in found["rows"]}
+    plain, merged = at["none", False], at["none", True]
+    lines = ["", "## Compiled", "", f"{found['timing']}; {described(found['machine'])}.", ""]
+    lines += ["| compression | alone | with Turbo | over the product |", "|---|---|---|---|"]
+    for name in dict.fromkeys(row["variant"] for row in found["rows"]):
+        alone, both = (_speedup(plain, at[name, turbo]) for turbo in (False, True))
+        product = "" if name == "none" else f"{both / (alone * _speedup(plain, merged)):.2f}"
+        lines.append(f"| {name} | {alone:.2f}× | {both:.2f}× | {product} |")
+    return lines
 
 
 def into_docs(text: str) -> None:

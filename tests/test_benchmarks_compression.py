@@ -58,6 +58,9 @@ def test_every_variant_is_measured(model):
     for name in ("int8 weights", "int8 dynamic", "int4 NF4"):
         assert rows[name, False]["macs"] == plain["macs"] and rows[name, False]["megabytes"] < plain["megabytes"]
     assert "| int8 dynamic, Turbo |" in compression.report(found)
+    timed = [{key: row[key] for key in ("variant", "turbo", "seconds")} for row in found["rows"]]
+    found["compiled"] = {"machine": found["machine"], "timing": "compiled", "rows": timed}
+    assert "| none | 1.00× | " in compression.report(found)
 
 
 @torch.no_grad()
