@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 import turbovlm  # noqa: E402
 from turbovlm import kernels  # noqa: E402
 from turbovlm.functional import (  # noqa: E402
+    information_degree,
     informativity,
     matching,
     mutual_redundancy,
@@ -132,9 +133,9 @@ def slots_of(partition, tokens):
 
 def check_merge(x, plain: Merge, told):
     """All outputs as on the plain path; y is the exact average rounded once."""
-    y, source, weights, merged_sizes = kernels.merge_tokens(x, *told)
-    assert source.dtype == torch.int64
-    assert torch.equal(source, plain.source)
+    y, rows, weights, merged_sizes = kernels.merge_tokens(x, *told)
+    assert rows.dtype == torch.int64
+    assert torch.equal(rows, plain.rows)
     torch.testing.assert_close(weights, plain.weights, rtol=1e-6, atol=0)
     torch.testing.assert_close(merged_sizes, plain.sizes, rtol=1e-6, atol=0)
     expected = plain.merge(x.double())
@@ -240,12 +241,12 @@ def test_gradients_of_means_that_keep_their_norm_take_the_plain_path(monkeypatch
 def test_the_operators_keep_to_their_contracts():
     partition = split(17)
     for index in (partition, own_split(2, 17, 8)):
-        torch.library.opcheck(kernels.most_similar, (randn(2, 17, 64), index.candidates, index.partners))
+        torch.library.opcheck(kernels.most_similar.operator, (randn(2, 17, 64), index.candidates, index.partners))
     sizes = torch.ones(2, 17, device=DEVICE)
     for order, reduce, known in (("partition", "merge", sizes), ("spatial", "prune", None)):
         _, told = merged(2, 17, partition, 6, sizes=known, order=order, reduce=reduce)
-        torch.library.opcheck(kernels.merge_tokens, (randn(2, 17, 64), *told))
-        torch.library.opcheck(kernels.merge_tokens, (randn(2, 17, 64).requires_grad_(), *told))
+        torch.library.opcheck(kernels.merge_tokens.operator, (randn(2, 17, 64), *told))
+        torch.library.opcheck(kernels.merge_tokens.operator, (randn(2, 17, 64).requires_grad_(), *told))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -277,18 +278,55 @@ def test_a_block_compiles_into_one_graph(backend):
         redundancy, partner = kernels.most_similar(x.detach(), partition.candidates, partition.partners)
         chosen = redundancy.topk(5, dim=1).indices
         gone, into = partition.candidates[chosen], partition.partners[partner.gather(1, chosen)]
-        y, source, weights, _ = kernels.merge_tokens(x * 2, None, gone, into, slots, "merge")
-        return y.square(), source, weights
+        y, rows, weights, _ = kernels.merge_tokens(x * 2, None, gone, into, slots, "merge")
+        return y.square(), rows, weights
 
     x = randn(2, 17, 64).requires_grad_()
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     results = []
     for run in (block, compiled):
-        y, source, weights = run(x)
+        y, rows, weights = run(x)
         (grad,) = torch.autograd.grad(y.sum(), x)
-        results.append((y, source, weights, grad))
+        results.append((y, rows, weights, grad))
     for expected, found in zip(*results):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [3, 50, 2100])
+def test_degrees_are_those_of_the_plain_path(tokens, dtype):
+    semantic = randn(2, tokens, seed=1).softmax(dim=1).to(dtype)
+    for partition in (split(tokens), own_split(2, tokens, tokens // 2)):
+        redundancy = randn(2, count(partition.candidates), dtype=dtype).clamp(-1, 1)
+        own = semantic.double().gather(1, partition.candidates.expand(2, -1))
+        expected = information_degree(redundancy.double(), own, degree="weighted_distance", alpha=0.7)
+        found = kernels.weighted_distance(redundancy, semantic, partition.candidates, 0.7)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.library.opcheck(kernels.weighted_distance.operator, (redundancy, semantic, partition.candidates, 0.7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "r"), [(3, 1), (50, 0), (50, 16), (131, 65), (1300, 400)])
+def test_those_of_highest_degree_are_chosen(tokens, r, dtype):
+    for partition in (split(tokens), own_split(2, tokens, tokens - 1 - max(r, 1))):
+        degree = randn(2, count(partition.candidates), dtype=dtype)
+        degree[:, ::7] = degree[:, :1].clone()  # equals
+        degree[1, -2:] = torch.inf
+        partner = torch.arange(degree.shape[1], device=DEVICE).expand(2, -1) % count(partition.partners)
+        gone, into = kernels.choose(degree, partner, partition.candidates, partition.partners, r)
+        chosen = degree.argsort(dim=1, descending=True, stable=True)[:, :r]
+        assert torch.equal(gone, partition.candidates.expand(2, -1).gather(1, chosen))
+        assert torch.equal(into, partition.partners.expand(2, -1).gather(1, partner.gather(1, chosen)))
+    torch.library.opcheck(kernels.choose.operator, (degree, partner, partition.candidates, partition.partners, r))
+
+
+def test_a_degree_that_is_no_number_goes_first_and_nobody_twice():
+    partition = split(51)
+    degree, partner = randn(1, 25), torch.zeros(1, 25, dtype=torch.int64, device=DEVICE)
+    degree[0, [3, 4, 20]] = torch.nan
+    gone, _ = kernels.choose(degree, partner, partition.candidates, partition.partners, 9)
+    assert torch.equal(gone[0, :3], partition.candidates[[3, 4, 20]]) and len(gone.unique()) == 9
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -305,10 +343,10 @@ def test_means_of_bags_are_those_of_the_plain_path(dtype, monkeypatch):
             roundings = 2 if reduce == "keep_norm" else 1
             bound = roundings * torch.finfo(dtype).eps
             torch.testing.assert_close(found.double(), expected, rtol=bound + 1e-6, atol=bound)
-    torch.library.opcheck(kernels.mean_of_bags, (randn(2, 50, 72), *plain._bags))
+    torch.library.opcheck(kernels.mean_of_bags.operator, (randn(2, 50, 72), *plain._bags))
 
 
-ATTENTION = [(197, 64), (50, 32), (17, 88), (129, 128), (1, 64), (300, 40)]
+ATTENTION = [(197, 64), (50, 32), (17, 88), (129, 128), (1, 64), (300, 40), (65, 80), (33, 24)]
 
 
 def heads(tokens, head_dim, dtype):
@@ -345,8 +383,8 @@ def test_attention_rows_of_a_guide(tokens, head_dim, dtype):
 
 def test_attention_operators_keep_to_their_contracts():
     q, k, v, bias = heads(17, 32, torch.float16)
-    torch.library.opcheck(kernels.biased_attention, (q, k, v, bias, 0.2))
-    torch.library.opcheck(kernels.attention_rows, (q[:, :, :1], k, bias))
+    torch.library.opcheck(kernels.biased_attention.operator, (q, k, v, bias, 0.2))
+    torch.library.opcheck(kernels.attention_rows.operator, (q[:, :, :1], k, bias))
     assert torch.compile(kernels.biased_attention, fullgraph=True, backend="eager")(q, k, v, bias, 0.2).shape == q.shape
 
 
@@ -374,17 +412,22 @@ def test_the_module_can_be_imported_without_triton():
     ],
     ids=["default", "published", "grid", "hidden and prune"],
 )
+@torch.no_grad()
 def test_an_encoder_on_the_kernels_is_the_encoder_on_the_plain_path(setting, monkeypatch):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=3, img_size=96, embed_dim=48).eval()
-    images = torch.randn(2, 3, 96, 96)
-    with turbovlm.apply(vit, r=6, trace=True, **setting) as handle, torch.no_grad():
-        plain, plain_trace = vit.forward_features(images), handle.trace
-        used = []
+    vit, images, used = vit.to(DEVICE), randn(2, 3, 96, 96), []
+
+    def run(kernels_or_none):
         for module in (informativity, matching):
-            monkeypatch.setattr(module, "fused_kernels", lambda x: (used.append(x), kernels)[1])
-        fused, fused_trace = vit.forward_features(images), handle.trace
+            monkeypatch.setattr(module, "fused_kernels", lambda x: (used.append(x), kernels_or_none)[1])
+        return vit.forward_features(images), handle.trace
+
+    with turbovlm.apply(vit, r=6, trace=True, **setting) as handle:
+        plain, plain_trace = run(None)
+        used.clear()
+        fused, fused_trace = run(kernels)
     assert len(used) >= 6
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-5)
     for a, b in zip(plain_trace, fused_trace):

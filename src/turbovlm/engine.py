@@ -18,8 +18,7 @@ from turbovlm.functional.attention import attend, size_bias
 from turbovlm.functional.backend import is_exporting, is_readable
 from turbovlm.functional.informativity import (
     attention_row,
-    candidates_of,
-    information_degree,
+    degree_of_candidates,
     mutual_redundancy,
     needs_semantic,
 )
@@ -90,10 +89,10 @@ class Plan:
         """Whether the merge needs the semantic value."""
         return needs_semantic(self.config.degree)
 
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _solved_amounts(plan: Plan, tokens: int, prefix: int) -> tuple[int, ...]:
-    return requested_amounts(plan.config, replace(plan.shape, prefix=prefix), tokens)
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def solved_amounts(self, tokens: int, prefix: int) -> tuple[int, ...]:
+        """How many tokens each block merges. A method: of functions, Dynamo of torch 2.11 must know all arguments."""
+        return requested_amounts(self.config, replace(self.shape, prefix=prefix), tokens)
 
 
 def accelerated_forward(
@@ -158,7 +157,7 @@ def _begin(plan: Plan, hidden: Tensor) -> State:
         return State(0, plan.config.r, prefix)
     if plan.config.r is not None:
         return State(0, (cast(int, plan.config.r),) * plan.shape.depth, prefix)
-    amounts: tuple[int, ...] = _solved_amounts(plan, operator.index(hidden.shape[1]), operator.index(prefix))
+    amounts: tuple[int, ...] = plan.solved_amounts(operator.index(hidden.shape[1]), operator.index(prefix))
     return State(0, amounts, prefix)
 
 
@@ -287,9 +286,10 @@ def _merge(
         norm2 = plan.spelling.mlp[0] if plan.spelling.norm_after_attention is None else None
         features = _normed(block, norm2, x).detach()
     redundancy, partner = mutual_redundancy(features, partition)
-    e = information_degree(
+    e = degree_of_candidates(
         redundancy,
-        None if semantic is None else candidates_of(semantic, partition.candidates),
+        semantic,
+        partition.candidates,
         len(state.merges),
         degree=config.degree,
         alpha=config.alpha,

@@ -16,7 +16,7 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
 from turbovlm.errors import ConfigError, StateError
-from turbovlm.functional.informativity import candidates_of, information_degree, mutual_redundancy, needs_semantic
+from turbovlm.functional.informativity import degree_of_candidates, mutual_redundancy, needs_semantic
 from turbovlm.functional.matching import Merge, bipartite_merge
 from turbovlm.functional.partition import partition_tokens
 
@@ -79,10 +79,11 @@ def decide(
             semantic = features.new_zeros(features.shape[:2])
         else:
             semantic = mean_attention(guide, features)
-        semantic = candidates_of(_shared(plan, semantic), pairs.split.candidates)
-    e = information_degree(
+        semantic = _shared(plan, semantic)
+    e = degree_of_candidates(
         pairs.redundancy,
         semantic,
+        pairs.split.candidates,
         spot.index,
         degree=config.degree,
         alpha=config.alpha,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from turbovlm.config import DEGREES, DegreeFunction, own_alpha
 from turbovlm.errors import ConfigError
 from turbovlm.functional.attention import size_bias
 from turbovlm.functional.backend import fused_kernels
-from turbovlm.functional.partition import Index, Partition, count, hashed_uniform, part, take
+from turbovlm.functional.partition import Index, Partition, count, hashed_uniform, part, positions, take
 
 SIMILARITY_ROWS = 1024
 """Candidates compared at a time: the similarity in memory is never larger than this times the partners."""
@@ -107,6 +109,26 @@ def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         scores = scores + bias[:, 0]
     return scores.softmax(dim=-1).mean(dim=1)
+
+
+def degree_of_candidates(
+    redundancy: Tensor,
+    semantic: Tensor | None,
+    candidates: Index,
+    block: int = 0,
+    *,
+    degree: str | DegreeFunction,
+    alpha: float | None,
+    **settings: Any,
+) -> Tensor:
+    """`information_degree` of candidates, of the A of all tokens, `[batch, tokens]`."""
+    kernels = None if semantic is None or degree != "weighted_distance" else fused_kernels(redundancy)
+    if kernels is None:
+        own = None if semantic is None else candidates_of(semantic, candidates)
+        return information_degree(redundancy, own, block, degree=degree, alpha=alpha, **settings)
+    alpha = own_alpha(degree) if alpha is None else alpha
+    e: Tensor = kernels.weighted_distance(redundancy, semantic, positions(candidates, redundancy.device), alpha)
+    return e
 
 
 def information_degree(

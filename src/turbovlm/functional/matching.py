@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turbovlm.config import DegreeFunction
 from turbovlm.functional.backend import fused_kernels, has_bags
-from turbovlm.functional.informativity import SHORTEST, candidates_of, information_degree, mutual_redundancy
+from turbovlm.functional.informativity import SHORTEST, candidates_of, degree_of_candidates, mutual_redundancy
 from turbovlm.functional.partition import Partition, count, look_up, partition_tokens, positions
 
 
@@ -170,9 +170,8 @@ def match(
     tokens = features.shape[1]
     split = partition_tokens(tokens, prefix, partition, block=block, seed=seed, grid=grid, device=features.device)
     redundancy, partner = mutual_redundancy(features, split)
-    candidate_semantic = None if semantic is None else candidates_of(semantic, split.candidates)
-    e = information_degree(
-        redundancy, candidate_semantic, block, degree=degree, alpha=alpha, beta=beta, gamma=gamma, seed=seed
+    e = degree_of_candidates(
+        redundancy, semantic, split.candidates, block, degree=degree, alpha=alpha, beta=beta, gamma=gamma, seed=seed
     )
     if sizes is not None:
         e = padding_first(e, sizes, split)
@@ -234,13 +233,17 @@ def merge_tokens(
         return merge.merge(x), merge
     gone, into = _choose(degree, partner, partition, r)
     layout = None if order == "spatial" else _layout(partition, x)
-    merged, source, weights, merged_sizes = kernels.merge_tokens(x, sizes, gone, into, layout, reduce)
-    rows = (source + _first_rows(merged_sizes)).flatten()
+    merged, rows, weights, merged_sizes = kernels.merge_tokens(x, sizes, gone, into, layout, reduce)
     return merged, Merge(rows, gone, weights, merged_sizes, reduce == "keep_norm")
 
 
 def _choose(degree: Tensor, partner: Tensor, partition: Partition, r: int) -> tuple[Tensor, Tensor]:
     """The r candidates of highest degree, and the partners that they go into, `[batch, r]` each."""
+    kernels = fused_kernels(degree)
+    if kernels is not None and degree.shape[1] <= kernels.MOST_RANKED:
+        candidates, partners = (positions(index, degree.device) for index in (partition.candidates, partition.partners))
+        gone, into = kernels.choose(degree.detach(), partner, candidates, partners, r)
+        return gone, into
     chosen = degree.topk(r, dim=1, sorted=False).indices
     return look_up(partition.candidates, chosen), look_up(partition.partners, partner.gather(1, chosen))
 

@@ -1,20 +1,24 @@
-"""Triton kernels for CUDA: attention in proportion to sizes, who resembles whom, and the merge.
+"""Triton kernels for CUDA: attention in proportion to sizes, who resembles whom, who goes, and the merge.
 
 All are operators of their own, opaque to `torch.compile`. Without Triton they can be imported, not called.
 """
 
 from turbovlm.kernels.attention import attends, attention_rows, biased_attention
+from turbovlm.kernels.choosing import MOST_RANKED, choose, weighted_distance
 from turbovlm.kernels.common import HAS_TRITON, usable
 from turbovlm.kernels.merging import mean_of_bags, merge_tokens
 from turbovlm.kernels.similarity import most_similar
 
 __all__ = [
     "HAS_TRITON",
+    "MOST_RANKED",
     "attends",
     "attention_rows",
     "biased_attention",
+    "choose",
     "mean_of_bags",
     "merge_tokens",
     "most_similar",
     "usable",
+    "weighted_distance",
 ]

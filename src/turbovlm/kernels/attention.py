@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from turbovlm.kernels.common import HAS_TRITON, LEAST_CAPABILITY, alignment, interpreted, jit, usable
+from turbovlm.kernels.common import HAS_TRITON, LEAST_CAPABILITY, alignment, interpreted, jit, operator, usable
 
 if HAS_TRITON:
     import triton
@@ -29,7 +29,7 @@ def _is_capable(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
-@torch.library.custom_op("turbovlm::biased_attention", mutates_args=())
+@operator
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """`softmax(QKᵀ·scale + bias) V`, the map never in memory; not differentiable.
 
@@ -64,7 +64,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     return out
 
 
-@torch.library.custom_op("turbovlm::attention_rows", mutates_args=())
+@operator
 def attention_rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     """`softmax(g·Kᵀ + bias)` of one query per head; not differentiable.
 
@@ -92,15 +92,19 @@ def attention_rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     return rows
 
 
-@biased_attention.register_fake
 def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     batch, heads, queries, head_dim = q.shape
     return q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
 
 
-@attention_rows.register_fake
+biased_attention.operator.register_fake(_attended)
+
+
 def _rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+
+
+attention_rows.operator.register_fake(_rows)
 
 
 @register_flop_formula(torch.ops.turbovlm.biased_attention)

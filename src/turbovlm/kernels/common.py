@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -16,7 +18,8 @@ if HAS_TRITON:
 
 COUNTS = (
     *("tokens", "queries", "entries", "gone_count", "candidate_count", "partner_count"),
-    *("candidates_stride", "partners_stride", "slots_stride"),
+    *("candidates_stride", "partners_stride", "slots_stride", "lengths_stride"),
+    *("degree_stride", "partner_stride", "redundancy_stride", "semantic_stride", "bias_picture"),
 )
 """Arguments that change from block to block: no variant of a kernel is compiled for special values of them."""
 
@@ -41,6 +44,34 @@ def alignment(*tensors: Tensor) -> int:
     Triton sees by itself what is a multiple of 16; heads of 88 channels are 88 apart.
     """
     return math.gcd(8, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))
+
+
+def operator(function: Callable[..., Any]) -> Any:
+    """`function` as an operator `turbovlm::…`, to be called by position; in eager it runs as it is.
+
+    Compilers, autograd, tracers, tensor subclasses and modes that count or fake see the operator, `.operator`. Without
+    them its dispatch would only take longer than the launch of a kernel.
+    """
+    opaque = torch.library.custom_op(f"turbovlm::{function.__name__}", mutates_args=())(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if (
+            traced
+            or torch.is_grad_enabled()
+            or _get_current_dispatch_mode() is not None
+            or not all(map(_is_plain, args))
+        ):
+            return opaque(*args)
+        return function(*args)
+
+    call.operator = opaque  # type: ignore[attr-defined]
+    return call
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is Tensor or not isinstance(value, Tensor)
 
 
 def jit(kernel: Callable[..., None]) -> Any:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.kernels.common import HAS_TRITON, by_picture, jit
+from turbovlm.kernels.common import HAS_TRITON, by_picture, jit, operator
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
 
-@torch.library.custom_op("turbovlm::merge_tokens", mutates_args=())
+@operator
 def merge_tokens(
     x: Tensor, sizes: Tensor | None, gone: Tensor, into: Tensor, slots: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -30,9 +30,9 @@ def merge_tokens(
             value and size.
 
     Returns:
-        The averages by size, `[batch, N − r, width]`, rounded once to `x`'s dtype; for each of the N, the token it
-        became part of, `[batch, N]`, int64, and its share in it, `[batch, N]`, float32; and patches that each token
-        left stands for, `[batch, N − r]`, float32.
+        The averages by size, `[batch, N − r, width]`, rounded once to `x`'s dtype; for each of the N, the row of the
+        `batch · (N − r)` that it became part of, `[batch · N]`, int64, and its share in it, `[batch, N]`, float32; and
+        patches that each token left stands for, `[batch, N − r]`, float32.
     """
     outputs = _merge_tokens_outputs(x, sizes, gone, into, slots, reduce)
     batch, tokens, width = x.shape
@@ -52,7 +52,7 @@ def merge_tokens(
     return outputs
 
 
-@torch.library.custom_op("turbovlm::mean_of_bags", mutates_args=())
+@operator
 def mean_of_bags(x: Tensor, bag: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of a batch's tokens; not differentiable.
 
@@ -77,9 +77,11 @@ def mean_of_bags(x: Tensor, bag: Tensor, starts: Tensor, weights: Tensor) -> Ten
     return out
 
 
-@mean_of_bags.register_fake
 def _bags_output(x: Tensor, bag: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], len(starts) // x.shape[0], x.shape[2])
+
+
+mean_of_bags.operator.register_fake(_bags_output)
 
 
 def _merge_tokens_outputs(
@@ -88,32 +90,32 @@ def _merge_tokens_outputs(
     batch, tokens, width = x.shape
     left = tokens - gone.shape[1]
     weights, merged_sizes = (x.new_empty(batch, length, dtype=torch.float32) for length in (tokens, left))
-    return x.new_empty(batch, left, width), gone.new_empty(batch, tokens), weights, merged_sizes
+    return x.new_empty(batch, left, width), gone.new_empty(batch * tokens), weights, merged_sizes
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     if inputs[-1] == "keep_norm":
         raise NotImplementedError("merge_tokens keeps nothing to differentiate keep_norm by: use Merge.merge")
-    _, source, weights, merged_sizes = output
+    _, rows, weights, merged_sizes = output
     ctx.mark_non_differentiable(weights, merged_sizes)
-    ctx.save_for_backward(source, weights)
+    ctx.save_for_backward(rows, weights)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    source, weights = ctx.saved_tensors
-    gathered = grad.gather(1, source.unsqueeze(-1).expand(-1, -1, grad.shape[-1]))
+    rows, weights = ctx.saved_tensors
+    gathered = grad.flatten(0, 1).index_select(0, rows).view(*weights.shape, grad.shape[-1])
     return (gathered * weights.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
 
 
-merge_tokens.register_fake(_merge_tokens_outputs)
-merge_tokens.register_autograd(_backward, setup_context=_keep_for_backward)
+merge_tokens.operator.register_fake(_merge_tokens_outputs)
+merge_tokens.operator.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 @jit
 def _merge_tokens(
     x: tl.tensor, picture_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
     sizes: tl.tensor, gone: tl.tensor, into: tl.tensor, slots: tl.tensor, slots_stride: tl.tensor,
-    y: tl.tensor, source: tl.tensor, weights: tl.tensor, merged_sizes: tl.tensor,
+    y: tl.tensor, rows: tl.tensor, weights: tl.tensor, merged_sizes: tl.tensor,
     tokens: tl.tensor, gone_count: tl.tensor, width: tl.tensor,
     REDUCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -155,10 +157,10 @@ def _merge_tokens(
 
     own = 1.0 if sizes is None else tl.load(sizes + token)
     weight = (target == token).to(tl.float32) if REDUCE == "prune" else own / tl.maximum(total, 1e-6)
-    tl.store(source + tl.program_id(0), position)
+    out = picture * (tokens - gone_count) + position
+    tl.store(rows + tl.program_id(0), out)
     tl.store(weights + tl.program_id(0), weight)
     if target == token:
-        out = picture * (tokens - gone_count) + position
         tl.store(merged_sizes + out, total)
         own_row = loaded.to(tl.float32)
         mean = weight * own_row

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from turbovlm.kernels.common import HAS_TRITON, by_picture, interpreted, jit
+from turbovlm.kernels.common import HAS_TRITON, by_picture, interpreted, jit, operator
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
 
-@torch.library.custom_op("turbovlm::most_similar", mutates_args=())
+@operator
 def most_similar(features: Tensor, candidates: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
     """Each candidate's most similar partner; the similarity of all pairs is never in memory.
 
@@ -60,7 +60,7 @@ def _(features: Any, candidates: Any, partners: Any, *args: Any, **kwargs: Any) 
     return flops
 
 
-most_similar.register_fake(_most_similar_outputs)
+most_similar.operator.register_fake(_most_similar_outputs)
 
 
 @jit
