@@ -73,6 +73,19 @@ def test_compiles_for_other_image_sizes(vit, setting, dynamic):
         assert counter.frame_count <= len(inputs)
 
 
+@torch.no_grad()
+def test_random_halves_are_constants_of_the_graph(vit):
+    names = set()
+
+    def record(module, inputs):
+        names.update(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    with turbovlm.apply(vit, r=5):
+        torch.compile(vit, fullgraph=True, backend=record)(images(2, 48))
+    assert not any(word in name for name in names for word in ("xor", "rshift"))
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-"""torch 2.6 has no `is_exporting`: there, whatever compiles is treated as if it were exported."""
+
+def is_exporting() -> bool:
+    """Whether a program is exported, not merely compiled.
+
+    What Dynamo compiles, it tells of `torch.compiler.is_exporting()` that it is true, up to torch 2.11 at least; so
+    the flag behind it is read. torch 2.6 has neither: there, whatever compiles is treated as if it were exported.
+    """
+    compiler: Any = torch.compiler
+    if hasattr(compiler, "_is_exporting_flag"):
+        return bool(compiler._is_exporting_flag)
+    return bool(getattr(compiler, "is_exporting", compiler.is_compiling)())
 
 
 def fused_kernels(x: Tensor) -> ModuleType | None:

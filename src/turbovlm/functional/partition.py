@@ -165,8 +165,12 @@ def take(x: Tensor, index: Index) -> Tensor:
 
 
 def hashed_uniform(length: int, seed: int, block: int, device: torch.device | None = None) -> Tensor:
-    """Numbers in [0, 1) that depend on position, seed and block alone: `[length]`, float32, without a generator."""
-    x = torch.arange(1, length + 1, device=device) * 2654435761 + (seed * 1000003 + block + 1) * 40503
+    """Numbers in [0, 1) that depend on position, seed and block alone: `[length]`, float32, without a generator.
+
+    Positions are counted up, as Inductor takes products of `arange` for small enough for 32 bits.
+    """
+    positions_from_1 = torch.ones(length, dtype=torch.int64, device=device).cumsum(0)
+    x = positions_from_1 * 2654435761 + (seed * 1000003 + block + 1) * 40503
     for multiplier in (73244475, 73244475, 1):
         x = ((x ^ (x >> 16)) * multiplier) & 0xFFFFFFFF
     return (x & 0xFFFFFF).to(torch.float32) / 0x1000000
