@@ -75,9 +75,10 @@ CPU_CASES = tuple(name for name in CASES if name != "eva-g-448")
 
 
 def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
-    """The encoder in eval mode, its random weights from seed 0."""
+    """The encoder in eval mode, its random weights from seed 0, drawn on the device."""
     torch.manual_seed(0)
-    return case.build().eval().to(device, dtype)
+    with torch.device(device):
+        return case.build().eval().to(dtype)
 
 
 def images(case: Case, batch: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:

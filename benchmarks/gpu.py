@@ -9,7 +9,8 @@ Parts: `checks`: the kernels against the plain path, every attention route again
 CUDA graph against itself outside of one. `routes`: which exact way of attending is fastest, per shape and dtype; what
 wins here belongs in `turbovlm.functional.routes.fastest`. `kernels`: similarity and merge, Triton against the plain
 path. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, by the route that the library chooses and
-by others, and beside ToMe.
+by others, and beside ToMe. `graphs`: the same encoders captured in CUDA graphs, where launches cost nothing, at
+batch 1, 8 and 64.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.functional import informativity, matching, mutual_redundancy, partition_tokens, routes, size_bias
-from turbovlm.functional.informativity import attention_row
+from turbovlm.functional.informativity import attention_row, degree_of_candidates
 from turbovlm.functional.matching import bipartite_merge, merge_tokens
 from turbovlm.profile import compare
 from turbovlm.profile.timing import interleaved
@@ -135,6 +136,15 @@ def _graph_difference(dtype: torch.dtype) -> float:
     with turbovlm.apply(model, TurboConfig(35)), torch.inference_mode():
         model(second.clone())
         static = first.clone()
+        replay, out = _captured(model, static)
+        static.copy_(second)
+        replay()
+        return float((out - model(second)).abs().max())
+
+
+def _captured(model: torch.nn.Module, static: Tensor) -> tuple[Callable[[], object], Tensor]:
+    """A replay of the model on what `static` holds, and where its result comes to lie."""
+    with torch.inference_mode():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -144,9 +154,7 @@ def _graph_difference(dtype: torch.dtype) -> float:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = model(static)
-        static.copy_(second)
-        graph.replay()
-        return float((out - model(second)).abs().max())
+    return graph.replay, getattr(out, "last_hidden_state", out)
 
 
 def _seconds(functions: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, float]:
@@ -190,7 +198,7 @@ def time_routes(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds of similarity, CLS's attention and the merge, by Triton's kernels (where they run) and by plain ones."""
+    """Seconds of what a merge is made of, by Triton's kernels (where they run) and by plain operators."""
     found = {}
     for dtype, name, shape in track(_shapes(args), description="kernels"):
         q, k, _, sizes = heads(shape, DTYPES[dtype], args.device)
@@ -199,6 +207,14 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         redundancy, partner = mutual_redundancy(features, split)
         steps: dict[str, Callable[[], object]] = {
             "similarity": functools.partial(mutual_redundancy, features, split),
+            "degree": functools.partial(
+                degree_of_candidates,
+                redundancy,
+                sizes.softmax(dim=1),
+                split.candidates,
+                degree="weighted_distance",
+                alpha=None,
+            ),
             "attention row": functools.partial(attention_row, q[:, :, :1], k, size_bias(sizes, k.dtype)),
             "merge": functools.partial(
                 merge_tokens, x, redundancy, partner, split, 16, sizes=sizes, reduce="keep_norm"
@@ -242,6 +258,24 @@ def time_models(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def time_graphs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of whole encoders captured in CUDA graphs, as they are and merged, by batch."""
+    if args.device == "cpu":
+        print("graphs: CUDA's, so not on a CPU")
+        return {}
+    found = {}
+    for name, dtype in track([(n, d) for n in args.encoders for d in args.dtypes], description="graphs"):
+        case = CASES[name]
+        model = build(case, DTYPES[dtype], args.device)
+        for batch in sorted({1, 8, args.batch}):
+            pictures = images(case, batch, DTYPES[dtype], args.device)
+            replays = {"model": _captured(model, pictures)[0]}
+            with turbovlm.apply(model, TurboConfig(case.r)):
+                replays["turbo"] = _captured(model, pictures)[0]
+            found[f"{case.name} {dtype} batch {batch}"] = _seconds(replays, args)
+    return found
+
+
 def report(results: dict[str, Any]) -> str:
     """Everything as tables in Markdown."""
     lines = ["# On a GPU", "", described(results["machine"]), ""]
@@ -256,6 +290,12 @@ def report(results: dict[str, Any]) -> str:
                 f"| {key} | {model['images_per_second']:.0f} | {turbo['images_per_second']:.0f} "
                 f"| {turbo['macs_ratio']:.3f}× | **{turbo['speedup']:.3f}×** | {turbo['efficiency']:.3f} | {rivals} |"
             )
+        lines.append("")
+    if results.get("graphs"):
+        lines += ["## In CUDA graphs", "", "| model, dtype, batch | ms | with turbo | speed-up |", "|---|--:|--:|--:|"]
+        for key, seconds in results["graphs"].items():
+            model, turbo = (1e3 * seconds[name] for name in ("model", "turbo"))
+            lines.append(f"| {key} | {model:.2f} | {turbo:.2f} | **{model / turbo:.3f}×** |")
         lines.append("")
     for part, title in (("routes", "Attention, ms"), ("kernels", "Similarity and merge, ms")):
         if part in results:
@@ -278,7 +318,7 @@ def _name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"none ({device})"
 
 
-PARTS = {"checks": check, "routes": time_routes, "kernels": time_kernels, "models": time_models}
+PARTS = {"checks": check, "routes": time_routes, "kernels": time_kernels, "models": time_models, "graphs": time_graphs}
 
 if __name__ == "__main__":
     main()
