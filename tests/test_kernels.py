@@ -13,6 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import turbovlm  # noqa: E402
 from turbovlm import kernels  # noqa: E402
@@ -386,6 +387,16 @@ def test_attention_operators_keep_to_their_contracts():
     torch.library.opcheck(kernels.biased_attention.operator, (q, k, v, bias, 0.2))
     torch.library.opcheck(kernels.attention_rows.operator, (q[:, :, :1], k, bias))
     assert torch.compile(kernels.biased_attention, fullgraph=True, backend="eager")(q, k, v, bias, 0.2).shape == q.shape
+
+
+@torch.no_grad()
+def test_counters_see_the_operator_that_eager_calls_leave_out():
+    q, k, v, bias = heads(17, 32, torch.float16)
+    direct = kernels.biased_attention(q, k, v, bias, 0.2)
+    with FlopCounterMode(display=False) as counter:
+        counted = kernels.biased_attention(q, k, v, bias, 0.2)
+    assert counter.get_total_flops() == 4 * q.numel() * 17
+    assert torch.equal(direct, counted)
 
 
 def test_only_what_the_kernels_take_is_usable():
