@@ -15,7 +15,8 @@ compared with the model that is neither compressed nor merged:
 - salient IoU on the photographs; the built-in saliency task's score kept, with its 95 % bootstrap interval;
 - the score kept on the other built-in tasks, whose models see with the first ten of the encoder's twelve blocks;
 - multiply-accumulates, memory of the weights, and process time (interleaved in one process, medians);
-- loss over sum: what both lose together, over what compression and Turbo lose alone;
+- loss over sum: what both lose together, over what compression and Turbo lose alone; for the tasks' scores also the
+  difference of the two, with its interval, as the ratio of two small losses says little;
 - speed-up over product: the speed-up of both, over the product of the two alone;
 - other fate: the share of merged tokens that would not have gone, or not into the same partner, had the compressed
   model's block decided on the same input.
@@ -44,7 +45,7 @@ import torch
 import torch.nn as nn
 from cases import RESULTS, compare_shown, described, load, machine, save
 from compressed import BATCH, SEED, VARIANTS, photographs
-from compression_tasks import TASKS, ask_tasks, task_lines
+from compression_tasks import TASKS, ask_tasks, beyond_sum, points, task_lines
 from torch import Tensor
 
 import turbovlm
@@ -154,7 +155,7 @@ def measured(
             advance(1)
     own = _seen(model, held, None)
     asked = _Task(model, pictures)
-    own_score = asked.parts(backbone, None)
+    scored: dict[tuple[str, bool], tuple[float, ...]] = {}
     rows: list[dict[str, Any]] = []
     with progress_bar(2 * len(names) * (len(held) + pictures), "measuring") as advance:
         for name, variant in variants.items():
@@ -165,9 +166,11 @@ def measured(
                 row |= _costs(variant, held, config)
                 row |= _quality(_seen(whole, held, config), own)
                 advance(len(held))
-                row["kept"] = astuple(kept(asked.parts(variant, config), own_score, seed=SEED))
+                score = scored[name, row["turbo"]] = asked.parts(variant, config)
+                row["kept"] = astuple(kept(score, scored["none", False], seed=SEED))
                 advance(pictures)
                 if config is not None:
+                    row["beyond"] = beyond_sum(score, scored[name, False], scored["none", True], scored["none", False])
                     row["decisions"] = decisions(backbone, variant, held)
                 rows.append(row)
     times = _timed(variants, held[:timed], rounds)
@@ -320,11 +323,13 @@ def report(found: dict[str, Any]) -> str:
     lines += ["", "## Together, beside each alone", "", "Loss: over the sum of the two losses; the goal is at most"]
     lines += [f"{SUM}. Speed-up: over the product of the two; the goal is {PRODUCT} or more. Other fate: of the merged"]
     lines += ["tokens, by the compressed model's keys on the same input.", ""]
-    lines += [f"| compression | loss: {' | '.join(LOSSES)} | speed-up | other fate |", "|---" * 7 + "|"]
+    lines[-1:] = ["Beyond: what both lose of the task's score more than that sum, in points; below 0, less.", ""]
+    lines += [f"| compression | loss: {' | '.join(LOSSES)} | beyond | speed-up | other fate |", "|---" * 8 + "|"]
     for name in dict.fromkeys(row["variant"] for row in rows):
         if name != "none":
             alone, both, turbo = at[name, False], at[name, True], at["none", True]
             cells = [_over(loss(both), loss(alone) + loss(turbo)) for loss in LOSSES.values()]
+            cells.append(points(both["beyond"]))
             product = _speedup(plain, alone) * _speedup(plain, turbo)
             cells += [f"{_speedup(plain, both) / product:.2f}", f"{both['decisions']:.1%}"]
             lines.append(f"| {name} | {' | '.join(cells)} |")

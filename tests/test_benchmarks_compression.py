@@ -74,6 +74,8 @@ def test_a_task_is_asked_with_compressed_blocks():
     found = compression_tasks.ask_tasks(variants, compression.TURBO, 8, done.append, ("classification",))
     rows = found["classification"]
     assert [(row["variant"], row["turbo"]) for row in rows] == [(v, t) for v in variants for t in (False, True)]
+    kept, beyond = ([row[what][0] for row in rows if what in row] for what in ("kept", "beyond"))
+    assert beyond == [pytest.approx(0), pytest.approx(kept[2] + kept[1] - kept[3] - 1)]
     assert rows[0]["kept"][0] == 1 and len(done) == 4 and len(backbone.encoder.layer) == 12
     (line,) = [line for line in compression_tasks.task_lines(found, compression._over, 1.3) if "top-1" in line]
     assert line.startswith("| classification: top-1 | int8 | ")
