@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compressed
 import compression
 import compression_tasks
+import seeds
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,15 @@ def test_a_task_is_asked_with_compressed_blocks():
     assert rows[0]["kept"][0] == 1 and len(done) == 4 and len(backbone.encoder.layer) == 12
     (line,) = [line for line in compression_tasks.task_lines(found, compression._over, 1.3) if "top-1" in line]
     assert line.startswith("| classification: top-1 | int8 | ")
+
+
+def test_a_task_by_seed():
+    done = []
+    found = seeds.by_seed("classification", 2, 8, done.append)
+    assert len(found["kept"]) == 2 and len(done) == 3
+    assert found["mean"][0] == pytest.approx(sum(found["kept"]) / 2)
+    told = {"machine": {"cpu": "one"}, "seeds": 2, "pictures": 8, "tasks": {"classification": found}}
+    assert "| classification: top-1 | " in seeds.report(told)
 
 
 def test_other_blocks_stand_in_for_a_while(model):
