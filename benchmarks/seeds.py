@@ -2,6 +2,7 @@
 
     python benchmarks/seeds.py                      # writes benchmarks/results/seeds.{json,md}; a quarter of an hour
     python benchmarks/seeds.py --tasks captioning   # that task anew; the files keep the others
+    python benchmarks/seeds.py --tasks captioning --quantize int8-dynamic nf4   # on top of quantised weights as well
     python benchmarks/seeds.py --quick --out /tmp   # few pictures and two seeds, to see that it runs
 
 Who may be merged into whom is drawn by `TurboConfig.seed`, 0 unless told otherwise. Another seed is another draw, and
@@ -27,6 +28,7 @@ from turbovlm.evaluate.builtin_models import MODELS, zoo_predictor
 from turbovlm.evaluate.run import Setting, arranged
 from turbovlm.evaluate.scoring import Score, scores
 from turbovlm.evaluate.statistics import kept
+from turbovlm.profile.quantize import QUANTIZATIONS
 
 TASKS = ("saliency", "retrieval", "nlvr2", "classification", "vqa", "captioning")
 SEEDS, PICTURES, BATCH = 8, 200, 8
@@ -36,6 +38,7 @@ QUICK = {"seeds": 2, "pictures": 16}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="(default: all)")
+    parser.add_argument("--quantize", nargs="+", choices=QUANTIZATIONS, default=(), help="(default: none)")
     parser.add_argument("--quick", action="store_true", help="few pictures and seeds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
     args = parser.parse_args()
@@ -43,30 +46,36 @@ def main() -> None:
     name = "seeds_quick" if args.quick else "seeds"
     found: dict[str, Any] = {"tasks": {}} | load(args.out / f"{name}.json")
     found |= {"machine": machine(), **sizes}
-    with progress_bar(len(args.tasks) * (1 + sizes["seeds"]), "asking") as advance:
-        for task in args.tasks:
-            found["tasks"][task] = by_seed(task, sizes["seeds"], sizes["pictures"], advance)
+    todo = [(task, kind) for kind in args.quantize or (None,) for task in args.tasks]
+    with progress_bar(len(todo) * (1 + sizes["seeds"]), "asking") as advance:
+        for task, kind in todo:
+            key = task if kind is None else f"{task}, {kind}"
+            found["tasks"][key] = by_seed(task, sizes["seeds"], sizes["pictures"], advance, kind)
             save(args.out / f"{name}.json", found)
     (args.out / f"{name}.md").write_text(report(found))
     print(report(found))
 
 
 @torch.no_grad()
-def by_seed(task: str, seeds: int, pictures: int, advance: Any) -> dict[str, Any]:
-    """The score kept by each seed, and by their mean, with its interval over pictures."""
+def by_seed(task: str, seeds: int, pictures: int, advance: Any, quantize: str | None = None) -> dict[str, Any]:
+    """The score kept by each seed, and by their mean, with its interval over pictures.
+
+    With `quantize`, that of the merged model in few bits, as a share of the unmerged model's in fp32.
+    """
     predictor, data = zoo_predictor(task, MODELS[task].partition(":")[2]), DATA[task](pictures)
     prepared = [predictor.prepare(sample, None) for sample in data.samples]
 
-    def asked(config: Any) -> Score:
+    def asked(setting: Setting) -> Score:
         answers: list[Any] = []
-        with arranged(predictor, Setting("asked", config)):
+        with arranged(predictor, setting):
             for start in range(0, len(prepared), BATCH):
                 answers += predictor.predict(prepared[start : start + BATCH])
         advance(1)
         return scores(task, data, answers)[0]
 
-    own = asked(None)
-    merged = [asked(replace(TURBO, seed=seed)) for seed in range(seeds)]
+    own = asked(Setting("unmerged"))
+    configs = [replace(TURBO, seed=seed) for seed in range(seeds)]
+    merged = [asked(Setting(f"seed {config.seed}", config, quantize=quantize)) for config in configs]
     mean = [fmean(parts) for parts in zip(*(score.parts for score in merged), strict=True)]
     shares = [kept(score.parts, own.parts, own.groups).value for score in merged]
     return {"metric": own.name, "kept": shares, "mean": astuple(kept(mean, own.parts, own.groups))}
