@@ -322,8 +322,8 @@ def report(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([*cells, f'{value:.1%} [{low:.1%}, {high:.1%}]'])} |")
     lines += ["", "## Together, beside each alone", "", "Loss: over the sum of the two losses; the goal is at most"]
     lines += [f"{SUM}. Speed-up: over the product of the two; the goal is {PRODUCT} or more. Other fate: of the merged"]
-    lines += ["tokens, by the compressed model's keys on the same input.", ""]
-    lines[-1:] = ["Beyond: what both lose of the task's score more than that sum, in points; below 0, less.", ""]
+    lines += ["tokens, by the compressed model's keys on the same input."]
+    lines += ["Beyond: what both lose of the task's score more than that sum, in points; below 0, less.", ""]
     lines += [f"| compression | loss: {' | '.join(LOSSES)} | beyond | speed-up | other fate |", "|---" * 8 + "|"]
     for name in dict.fromkeys(row["variant"] for row in rows):
         if name != "none":

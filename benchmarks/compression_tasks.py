@@ -13,7 +13,8 @@ from compressed import BATCH, SEED
 from turbovlm import TurboConfig
 from turbovlm.evaluate.builtin_data import DATA
 from turbovlm.evaluate.builtin_models import MODELS, zoo_predictor
-from turbovlm.evaluate.run import Setting, arranged
+from turbovlm.evaluate.data import Data
+from turbovlm.evaluate.run import Predictor, Setting, arranged
 from turbovlm.evaluate.scoring import Score, scores
 from turbovlm.evaluate.statistics import kept
 
@@ -42,24 +43,32 @@ def ask_tasks(
         prepared = [predictor.prepare(sample, None) for sample in data.samples]
         encoder = next(each for each in predictor.model.modules() if type(each).__name__ == "Dinov2Model")
         rows: list[dict[str, Any]] = []
-        found_scores: dict[tuple[str, bool], Score] = {}
+        scored: dict[tuple[str, bool], Score] = {}
         for name, variant in variants.items():
             for config in (None, turbo):
-                with standing_in(encoder, variant), arranged(predictor, Setting(name, config)):
-                    answers = []
-                    for start in range(0, len(prepared), BATCH):
-                        answers += predictor.predict(prepared[start : start + BATCH])
-                score = found_scores[name, config is not None] = scores(task, data, answers)[0]
-                own = found_scores["none", False]
+                with standing_in(encoder, variant):
+                    score = scored[name, config is not None] = asked(
+                        task, predictor, data, prepared, Setting(name, config)
+                    )
+                own = scored["none", False]
                 row = {"variant": name, "turbo": config is not None, "metric": score.name}
                 row["kept"] = astuple(kept(score.parts, own.parts, score.groups, seed=SEED))
                 if config is not None:
-                    alone, merged = found_scores[name, False], found_scores["none", True]
+                    alone, merged = scored[name, False], scored["none", True]
                     row["beyond"] = beyond_sum(score.parts, alone.parts, merged.parts, own.parts, score.groups)
                 rows.append(row)
                 advance(1)
         found[task] = rows
     return found
+
+
+def asked(task: str, predictor: Predictor, data: Data, prepared: Sequence[Any], setting: Setting) -> Score:
+    """The task's first score with one setting."""
+    answers: list[Any] = []
+    with arranged(predictor, setting):
+        for start in range(0, len(prepared), BATCH):
+            answers += predictor.predict(prepared[start : start + BATCH])
+    return scores(task, data, answers)[0]
 
 
 def beyond_sum(

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from cases import RESULTS, described, load, machine, save
 from compression import TURBO
+from compression_tasks import asked
 
 from turbovlm.cli.measuring import progress_bar
 from turbovlm.evaluate.builtin_data import DATA
 from turbovlm.evaluate.builtin_models import MODELS, zoo_predictor
-from turbovlm.evaluate.run import Setting, arranged
-from turbovlm.evaluate.scoring import Score, scores
+from turbovlm.evaluate.run import Setting
 from turbovlm.evaluate.statistics import kept
 from turbovlm.profile.quantize import QUANTIZATIONS
 
 TASKS = ("saliency", "retrieval", "nlvr2", "classification", "vqa", "captioning")
-SEEDS, PICTURES, BATCH = 8, 200, 8
+SEEDS, PICTURES = 8, 200
 QUICK = {"seeds": 2, "pictures": 16}
 
 
@@ -65,17 +65,13 @@ def by_seed(task: str, seeds: int, pictures: int, advance: Any, quantize: str | 
     predictor, data = zoo_predictor(task, MODELS[task].partition(":")[2]), DATA[task](pictures)
     prepared = [predictor.prepare(sample, None) for sample in data.samples]
 
-    def asked(setting: Setting) -> Score:
-        answers: list[Any] = []
-        with arranged(predictor, setting):
-            for start in range(0, len(prepared), BATCH):
-                answers += predictor.predict(prepared[start : start + BATCH])
+    settings = [Setting("unmerged")]
+    settings += [Setting(f"seed {s}", replace(TURBO, seed=s), quantize=quantize) for s in range(seeds)]
+    found = []
+    for setting in settings:
+        found.append(asked(task, predictor, data, prepared, setting))
         advance(1)
-        return scores(task, data, answers)[0]
-
-    own = asked(Setting("unmerged"))
-    configs = [replace(TURBO, seed=seed) for seed in range(seeds)]
-    merged = [asked(Setting(f"seed {config.seed}", config, quantize=quantize)) for config in configs]
+    own, *merged = found
     mean = [fmean(parts) for parts in zip(*(score.parts for score in merged), strict=True)]
     shares = [kept(score.parts, own.parts, own.groups).value for score in merged]
     return {"metric": own.name, "kept": shares, "mean": astuple(kept(mean, own.parts, own.groups))}

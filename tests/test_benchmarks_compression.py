@@ -82,9 +82,10 @@ def test_a_task_is_asked_with_compressed_blocks():
     assert line.startswith("| classification: top-1 | int8 | ")
 
 
-def test_a_task_by_seed():
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_task_by_seed(quantize):
     done = []
-    found = seeds.by_seed("classification", 2, 8, done.append)
+    found = seeds.by_seed("classification", 2, 8, done.append, quantize)
     assert len(found["kept"]) == 2 and len(done) == 3
     assert found["mean"][0] == pytest.approx(sum(found["kept"]) / 2)
     told = {"machine": {"cpu": "one"}, "seeds": 2, "pictures": 8, "tasks": {"classification": found}}

@@ -91,7 +91,10 @@ class Plan:
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def solved_amounts(self, tokens: int, prefix: int) -> tuple[int, ...]:
-        """How many tokens each block merges. A method: of functions, Dynamo of torch 2.11 must know all arguments."""
+        """How many tokens each block merges.
+
+        A method, as Dynamo of torch 2.11 wants constants for all arguments of such a function, but not for `self`.
+        """
         return requested_amounts(self.config, replace(self.shape, prefix=prefix), tokens)
 
 

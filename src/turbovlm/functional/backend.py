@@ -12,8 +12,8 @@ from torch import Tensor
 def is_exporting() -> bool:
     """Whether a program is exported, not merely compiled.
 
-    What Dynamo compiles, it tells of `torch.compiler.is_exporting()` that it is true, up to torch 2.11 at least; so
-    the flag behind it is read. torch 2.6 has neither: there, whatever compiles is treated as if it were exported.
+    In torch 2.11, unlike 2.13, Dynamo takes `torch.compiler.is_exporting()` for true in all that it compiles, so the
+    flag behind it is read. torch 2.6 has neither: there, whatever compiles is treated as if it were exported.
     """
     compiler: Any = torch.compiler
     if hasattr(compiler, "_is_exporting_flag"):
