@@ -42,15 +42,15 @@ from turbovlm.calibration.handing import handed_on
 from turbovlm.calibration.pictures import PictureSearch, PictureSubject
 from turbovlm.calibration.speed import speedup_of
 from turbovlm.cli.measuring import progress_bar
-from turbovlm.demo.result import describe_machine
-from turbovlm.demo.run import overlap, salient_region
-from turbovlm.evaluate.builtin_data import DATA
-from turbovlm.evaluate.builtin_models import MODELS, zoo_predictor
-from turbovlm.evaluate.run import Setting
-from turbovlm.evaluate.settings import METHODS, OWN
-from turbovlm.evaluate.study import Study, run_study
-from turbovlm.zoo import load_saliency_vit, preprocess
-from turbovlm.zoo.emoji import emoji_prompts, load_emoji_pipeline
+from turbovlm_lab.demo.result import describe_machine
+from turbovlm_lab.demo.run import overlap, salient_region
+from turbovlm_lab.evaluate.builtin_data import DATA
+from turbovlm_lab.evaluate.builtin_models import MODELS, zoo_predictor
+from turbovlm_lab.evaluate.run import Setting
+from turbovlm_lab.evaluate.settings import METHODS, OWN
+from turbovlm_lab.evaluate.study import Study, run_study
+from turbovlm_lab.zoo import load_saliency_vit, preprocess
+from turbovlm_lab.zoo.emoji import emoji_prompts, load_emoji_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "photos"))
 from prepare import load_photos

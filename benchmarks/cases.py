@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from turbovlm.demo.result import describe_machine
+from turbovlm_lab.demo.result import describe_machine
 
 if TYPE_CHECKING:
     from turbovlm.profile import Comparison

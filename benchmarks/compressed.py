@@ -1,5 +1,7 @@
-"""The pretrained ViT-S/14 of `turbovlm.zoo`, compressed in the ways that are used most: what benchmarks/compression.py
-measures."""
+"""The pretrained ViT-S/14 of `turbovlm_lab.zoo`, compressed in the ways that are used most.
+
+They are what benchmarks/compression.py measures.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from turbovlm.errors import TurboError
 from turbovlm.profile import quantize
-from turbovlm.zoo import preprocess
+from turbovlm_lab.zoo import preprocess
 
 STUDIES = Path(__file__).parents[1] / "studies"
 CHECKPOINT = STUDIES / "compression" / "data"
@@ -42,7 +44,7 @@ def photographs(quick: bool = False) -> tuple[Tensor, Tensor]:
         quick: the 28 pictures of the demo, instead of the 256 that studies/photos/prepare.py fetches.
     """
     if quick:
-        from turbovlm.demo.photos import load_photos
+        from turbovlm_lab.demo.photos import load_photos
 
         pictures = [photo.image for photo in load_photos()]
     else:
@@ -176,7 +178,7 @@ def gptq(model: nn.Module, given: Tensor) -> nn.Module:
     """
     from safetensors.torch import load_file
 
-    from turbovlm.zoo.saliency import _rename
+    from turbovlm_lab.zoo.saliency import _rename
 
     path = CHECKPOINT / "model.safetensors"
     if not path.is_file():

@@ -8,8 +8,8 @@
     python benchmarks/compression.py --parts compiled tasks     # these alone, beside the last run's rest
     python benchmarks/compression.py --docs    # the last run's tables, put into docs/compression.md
 
-The pretrained ViT-S/14 of turbovlm.zoo is compressed with half of the photographs and measured on the others. All is
-compared with the model that is neither compressed nor merged:
+The pretrained ViT-S/14 of turbovlm_lab.zoo is compressed with half of the photographs and measured on the others. All
+is compared with the model that is neither compressed nor merged:
 
 - drift: 1 − cosine of CLS and of the patches' tokens at every position, the mean photograph taken off;
 - salient IoU on the photographs; the built-in saliency task's score kept, with its 95 % bootstrap interval;
@@ -49,20 +49,21 @@ from compression_tasks import TASKS, ask_tasks, beyond_sum, points, task_lines
 from torch import Tensor
 
 import turbovlm
-from turbovlm import TurboConfig, engine
+from turbovlm import TurboConfig
 from turbovlm.cli.measuring import progress_bar
-from turbovlm.demo.run import overlap, salient_region
+from turbovlm.encoder import block as engine
 from turbovlm.errors import TurboError
-from turbovlm.evaluate.builtin_data import DATA
-from turbovlm.evaluate.builtin_models import _find, zoo_predictor
-from turbovlm.evaluate.scoring import scores
-from turbovlm.evaluate.statistics import kept
 from turbovlm.profile.compare import Comparison, twin
 from turbovlm.profile.macs import macs
 from turbovlm.profile.quantize import weight_bytes
-from turbovlm.reproduce.published import Printed, printed_rows
-from turbovlm.zoo import load_saliency_vit
-from turbovlm.zoo.saliency import SaliencyViT
+from turbovlm_lab.demo.run import overlap, salient_region
+from turbovlm_lab.evaluate.builtin_data import DATA
+from turbovlm_lab.evaluate.builtin_models import _find, zoo_predictor
+from turbovlm_lab.evaluate.scoring import scores
+from turbovlm_lab.evaluate.statistics import kept
+from turbovlm_lab.reproduce.published import Printed, printed_rows
+from turbovlm_lab.zoo import load_saliency_vit
+from turbovlm_lab.zoo.saliency import SaliencyViT
 
 TASK, PICTURES, FLOPS = "saliency", 200, 0.6
 TURBO = TurboConfig(flops=FLOPS, dense=True)

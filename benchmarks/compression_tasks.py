@@ -11,12 +11,12 @@ import torch.nn as nn
 from compressed import BATCH, SEED
 
 from turbovlm import TurboConfig
-from turbovlm.evaluate.builtin_data import DATA
-from turbovlm.evaluate.builtin_models import MODELS, zoo_predictor
-from turbovlm.evaluate.data import Data
-from turbovlm.evaluate.run import Predictor, Setting, arranged
-from turbovlm.evaluate.scoring import Score, scores
-from turbovlm.evaluate.statistics import kept
+from turbovlm_lab.evaluate.builtin_data import DATA
+from turbovlm_lab.evaluate.builtin_models import MODELS, zoo_predictor
+from turbovlm_lab.evaluate.data import Data
+from turbovlm_lab.evaluate.run import Predictor, Setting, arranged
+from turbovlm_lab.evaluate.scoring import Score, scores
+from turbovlm_lab.evaluate.statistics import kept
 
 TASKS = ("classification", "retrieval", "captioning", "vqa", "nlvr2")
 """Besides saliency, which is asked of the photographs' model; all see with its first ten blocks."""

@@ -3,7 +3,7 @@
     python studies/photos/prepare.py                   # 256 photographs, fetched
     python benchmarks/defaults.py                      # prints, and writes benchmarks/results/defaults.md and .json
 
-The pretrained ViT-S/14 with its saliency head (`turbovlm.zoo`), on the middle squares of 256 different photographs.
+The pretrained ViT-S/14 with its saliency head (`turbovlm_lab.zoo`), on the middle squares of 256 different photographs.
 Every setting merges the same number of tokens in every block, so all rows of one r cost the same but for the width of
 what is compared. Measured against the full model: drift (1 − cosine) of CLS, and of the patches' tokens, restored, each
 with the photographs' mean taken off; and IoU of the salient regions. Differences to ToMe are paired, picture by
@@ -27,9 +27,9 @@ from torch import Tensor
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.demo.result import describe_machine
-from turbovlm.demo.run import overlap, salient_region
-from turbovlm.zoo import load_saliency_vit, preprocess
+from turbovlm_lab.demo.result import describe_machine
+from turbovlm_lab.demo.run import overlap, salient_region
+from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "photos"))
 from prepare import load_photos

@@ -3,9 +3,9 @@
     python benchmarks/diffusion_quality.py                   # drift and time of all settings, and their plot
     python benchmarks/diffusion_quality.py --frechet 2000    # Fréchet distances, hours; goes on where it was stopped
 
-On the small text-to-image model trained on emoji (turbovlm.zoo.emoji), 64×64 pixels, 10 steps, guidance 3, fp32. Drift
-is the relative error of the last latent, per picture; its mean and standard error. Time is process CPU time of calls
-for 16 pictures without the text encoder, settings in turn, as a ratio to the pipeline's own; medians. The Fréchet
+On the small text-to-image model trained on emoji (turbovlm_lab.zoo.emoji), 64×64 pixels, 10 steps, guidance 3, fp32.
+Drift is the relative error of the last latent, per picture; its mean and standard error. Time is process CPU time of
+calls for 16 pictures without the text encoder, settings in turn, as a ratio to the pipeline's own; medians. The Fréchet
 distance is between features of a ViT-S/14 (CLS after block 9, of pictures scaled to 112 pixels) of the pictures made
 and of as many drawn ones, which studies/emoji/prepare.py fetches; smaller is better.
 tomesd (pip install --no-deps tomesd) merges in all components, by its deterministic partition.
@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 import turbovlm
 from turbovlm.config import COMPONENTS
-from turbovlm.evaluate.metrics import frechet_distance
-from turbovlm.zoo import load_saliency_vit
-from turbovlm.zoo.emoji import emoji_prompts, load_emoji_pipeline
+from turbovlm_lab.evaluate.metrics import frechet_distance
+from turbovlm_lab.zoo import load_saliency_vit
+from turbovlm_lab.zoo.emoji import emoji_prompts, load_emoji_pipeline
 
 KEEPS = (0.9, 0.8, 0.7, 0.5, 0.3)
 STEPS, GUIDANCE, BATCH = 10, 3.0, 16

@@ -1,11 +1,11 @@
-"""What the fast ways cost in fidelity, on the pretrained ViT-S/14 of `turbovlm.zoo` and photographs.
+"""What the fast ways cost in fidelity, on the pretrained ViT-S/14 of `turbovlm_lab.zoo` and photographs.
 
     python benchmarks/fidelity.py                       # writes benchmarks/results/fidelity.{json,md}
 
 Decisions: in an fp32 forward, every block's choice is made a second time from queries and keys rounded to bf16 or fp16;
 counted are the merged tokens that would not have gone, or not into the same partner. Drift: 1 − cosine between the
 final CLS and the fp32 model's own, the photographs' mean feature taken off; in bf16 once with PyTorch's fused attention
-and once with plain products (`turbovlm.functional.routes.stored`). Windows: drift at 518 pixels (1,370 tokens), where
+and once with plain products (`turbovlm.ops.routes.stored`). Windows: drift at 518 pixels (1,370 tokens), where
 `partition="random"` merges within windows, beside the same halves without windows.
 """
 
@@ -24,10 +24,11 @@ from cases import RESULTS, described, machine, save
 from torch import Tensor
 
 import turbovlm
-from turbovlm import TurboConfig, engine
-from turbovlm.demo.photos import load_photos
-from turbovlm.functional import partition, routes
-from turbovlm.zoo import load_saliency_vit, preprocess
+from turbovlm import TurboConfig
+from turbovlm.encoder import block as engine
+from turbovlm.ops import partition, routes
+from turbovlm_lab.demo.photos import load_photos
+from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROUTES = {"fused": routes.masked, "plain products": routes.stored}

@@ -7,7 +7,7 @@
 
 Parts: `checks`: the kernels against the plain path, every attention route against float64, and a whole encoder in a
 CUDA graph against itself outside of one. `routes`: which exact way of attending is fastest, per shape and dtype; what
-wins here belongs in `turbovlm.functional.routes.fastest`. `kernels`: similarity and merge, Triton against the plain
+wins here belongs in `turbovlm.ops.routes.fastest`. `kernels`: similarity and merge, Triton against the plain
 path. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, by the route that the library chooses and
 by others, and beside ToMe. `graphs`: the same encoders captured in CUDA graphs, where launches cost nothing, at
 batch 1, 8 and 64.
@@ -32,9 +32,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.functional import informativity, matching, mutual_redundancy, partition_tokens, routes, size_bias
-from turbovlm.functional.informativity import attention_row, degree_of_candidates
-from turbovlm.functional.matching import bipartite_merge, merge_tokens
+from turbovlm.ops import informativity, matching, mutual_redundancy, partition_tokens, routes, size_bias
+from turbovlm.ops.informativity import attention_row, degree_of_candidates
+from turbovlm.ops.matching import bipartite_merge, merge_tokens
 from turbovlm.profile import compare
 from turbovlm.profile.timing import interleaved
 

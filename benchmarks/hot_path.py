@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import turbovlm
-from turbovlm import TurboConfig, engine
-from turbovlm.functional import partition
+from turbovlm import TurboConfig
+from turbovlm.encoder import block as engine
+from turbovlm.ops import partition
 from turbovlm.profile import macs
 
 FILE = RESULTS / "hot_path.json"

@@ -1,4 +1,4 @@
-"""Latency of one picture over r, on a real checkpoint: the pretrained ViT-S/14 of `turbovlm.zoo` at 518 pixels.
+"""Latency of one picture over r, on a real checkpoint: the pretrained ViT-S/14 of `turbovlm_lab.zoo` at 518 pixels.
 
 python benchmarks/latency.py                        # writes benchmarks/results/latency.{json,md,png}
 """
@@ -11,9 +11,9 @@ from typing import Any
 from cases import DTYPES, RESULTS, compare_shown, described, machine, pooled, save
 
 from turbovlm import TurboConfig
-from turbovlm.demo.photos import load_photos
 from turbovlm.profile import Comparison
-from turbovlm.zoo import load_saliency_vit, preprocess
+from turbovlm_lab.demo.photos import load_photos
+from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
 AMOUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 

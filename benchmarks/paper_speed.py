@@ -19,11 +19,11 @@ import torch.nn as nn
 from cases import RESULTS, compare_shown, described, load, machine, save
 
 from turbovlm import TurboConfig
-from turbovlm.adapters import find_towers
-from turbovlm.engine import unmerged_forward
+from turbovlm.encoder.block import unmerged_forward
+from turbovlm.encoder.state import State
+from turbovlm.encoder.towers import find_towers
 from turbovlm.profile import Quartiles
-from turbovlm.profile.paper import ENCODERS, ROWS, PaperRow
-from turbovlm.state import State
+from turbovlm_lab.costs.paper import ENCODERS, ROWS, PaperRow
 
 SDPA = "on SDPA"
 """The encoder itself, where its library does not run it on fused attention."""

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm import TurboConfig
-from turbovlm.adapters import Tower, find_towers
-from turbovlm.adapters.layout import run_steps
-from turbovlm.engine import _heads
-from turbovlm.state import State
+from turbovlm.encoder.block import _heads
+from turbovlm.encoder.layout import run_steps
+from turbovlm.encoder.state import State
+from turbovlm.encoder.towers import Tower, find_towers
 
 CONFIG = TurboConfig(0)
 

@@ -24,11 +24,11 @@ from compression import TURBO
 from compression_tasks import asked
 
 from turbovlm.cli.measuring import progress_bar
-from turbovlm.evaluate.builtin_data import DATA
-from turbovlm.evaluate.builtin_models import MODELS, zoo_predictor
-from turbovlm.evaluate.run import Setting
-from turbovlm.evaluate.statistics import kept
 from turbovlm.profile.quantize import QUANTIZATIONS
+from turbovlm_lab.evaluate.builtin_data import DATA
+from turbovlm_lab.evaluate.builtin_models import MODELS, zoo_predictor
+from turbovlm_lab.evaluate.run import Setting
+from turbovlm_lab.evaluate.statistics import kept
 
 TASKS = ("saliency", "retrieval", "nlvr2", "classification", "vqa", "captioning")
 SEEDS, PICTURES = 8, 200

@@ -19,7 +19,7 @@ from cases import RESULTS, compare_shown, described, machine, save
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.zoo import SentenceEncoder, load_minilm
+from turbovlm_lab.zoo import SentenceEncoder, load_minilm
 
 SHARES = (0.8, 0.6)
 SETTINGS: dict[str, dict[str, Any]] = {

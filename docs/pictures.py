@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import turbovlm
-from turbovlm.demo.photos import load_photos
 from turbovlm.visualize import groups, heatmap
-from turbovlm.zoo import load_saliency_vit, preprocess
-from turbovlm.zoo.emoji import PLACES, load_emoji_pipeline
+from turbovlm_lab.demo.photos import load_photos
+from turbovlm_lab.zoo import load_saliency_vit, preprocess
+from turbovlm_lab.zoo.emoji import PLACES, load_emoji_pipeline
 
 IMAGES = Path(__file__).parent / "images"
 SHOWN = ("chelsea", "coffee", "flower")

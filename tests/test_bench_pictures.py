@@ -13,9 +13,9 @@ import turbovlm
 from denoisers import DENOISERS
 from folders import stable_diffusion_folder
 from turbovlm import ConfigError, TurboConfig, TurboError, UnsupportedModelError
+from turbovlm.apply import overrides
 from turbovlm.cli import main
 from turbovlm.cli.pipelines import denoiser_inputs, load_generator
-from turbovlm.handle import overrides
 from turbovlm.profile import Drift, PictureComparison, PictureRun, Quartiles, compare_pictures, macs
 
 diffusers = pytest.importorskip("diffusers")
@@ -276,7 +276,7 @@ def test_inputs_of_a_denoiser_follow_from_its_config(family):
 
 
 def test_the_emoji_pipeline(pipe, monkeypatch, capsys):
-    from turbovlm.zoo import emoji
+    from turbovlm_lab.zoo import emoji
 
     monkeypatch.setattr(emoji, "load_emoji_pipeline", lambda: pipe)
     assert bench("zoo:emoji", "--pretrained", "--keep", "0.5", "--steps", "2") == 0

@@ -16,14 +16,14 @@ FEW = {"steps": 2, "batch": 15}
 
 @pytest.fixture(scope="module")
 def pipe():
-    from turbovlm.zoo.emoji import load_emoji_pipeline
+    from turbovlm_lab.zoo.emoji import load_emoji_pipeline
 
     return load_emoji_pipeline()
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    from turbovlm.zoo.emoji import emoji_prompts
+    from turbovlm_lab.zoo.emoji import emoji_prompts
 
     return list(emoji_prompts())[::40][:30]
 

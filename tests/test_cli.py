@@ -261,7 +261,7 @@ def test_unknown_options_exit_with_2(capsys):
 
 def test_importing_the_library_imports_nothing_optional():
     code = (
-        "import sys, turbovlm, turbovlm.functional\n"
+        "import sys, turbovlm, turbovlm.ops\n"
         "names = ('transformers', 'timm', 'torchvision', 'open_clip', 'rich', 'PIL', 'onnx', 'matplotlib')\n"
         "print([n for n in names if n in sys.modules])"
     )

@@ -11,8 +11,8 @@ from denoisers import DENOISERS
 pytest.importorskip("triton")
 
 import turbovlm
-from turbovlm import kernels
 from turbovlm.diffusion import biasing
+from turbovlm.ops import kernels
 
 
 class Interpreted:

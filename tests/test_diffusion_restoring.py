@@ -10,8 +10,8 @@ import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
 from turbovlm.diffusion.restoring import likeness, linear_map, restore_linear
 from turbovlm.errors import ConfigError
-from turbovlm.functional import bipartite_merge, partition_tokens
-from turbovlm.functional.informativity import mutual_redundancy
+from turbovlm.ops import bipartite_merge, partition_tokens
+from turbovlm.ops.informativity import mutual_redundancy
 
 pytest.importorskip("diffusers")
 BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"

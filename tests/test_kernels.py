@@ -16,18 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import turbovlm  # noqa: E402
-from turbovlm import kernels  # noqa: E402
-from turbovlm.functional import (  # noqa: E402
+from turbovlm.ops import (  # noqa: E402
     information_degree,
     informativity,
+    kernels,
     matching,
     mutual_redundancy,
     partition_tokens,
     routes,
     size_bias,
 )
-from turbovlm.functional.matching import Merge, bipartite_merge  # noqa: E402
-from turbovlm.functional.partition import Partition, count, positions  # noqa: E402
+from turbovlm.ops.matching import Merge, bipartite_merge  # noqa: E402
+from turbovlm.ops.partition import Partition, count, positions  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -407,7 +407,7 @@ def test_only_what_the_kernels_take_is_usable():
 
 def test_the_module_can_be_imported_without_triton():
     code = (
-        "import sys; sys.modules['triton'] = None; import torch; from turbovlm import kernels; "
+        "import sys; sys.modules['triton'] = None; import torch; from turbovlm.ops import kernels; "
         "assert not kernels.HAS_TRITON and not kernels.usable(torch.zeros(1))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,11 +10,11 @@ import torch.nn as nn
 
 import turbovlm
 from families import FAMILIES
-from turbovlm.adapters import find_towers
 from turbovlm.cli.models import example_inputs
+from turbovlm.encoder.towers import find_towers
 from turbovlm.profile import macs
-from turbovlm.profile.paper import ENCODERS, ROWS, encoder_macs, paper_costs
-from turbovlm.profile.paper_models import WHOLE_ROWS, whole_costs
+from turbovlm_lab.costs.models import WHOLE_ROWS, whole_costs
+from turbovlm_lab.costs.paper import ENCODERS, ROWS, encoder_macs, paper_costs
 
 
 def test_plain_modules():

@@ -13,14 +13,14 @@ from torch import nn
 import turbovlm
 from test_compressed import PIXELS, out, vit
 from turbovlm.cli import main
-from turbovlm.cli.evaluate import QUANTIZATIONS as OFFERED
 from turbovlm.errors import ConfigError, TurboError
-from turbovlm.evaluate.data import Data
-from turbovlm.evaluate.run import Setting
-from turbovlm.evaluate.settings import on_quantized
-from turbovlm.evaluate.study import header_of
 from turbovlm.profile import QUANTIZATIONS, macs, quantize, quantized, weight_bytes
-from turbovlm.reproduce.declared import comparisons
+from turbovlm_lab.cli.evaluate import QUANTIZATIONS as OFFERED
+from turbovlm_lab.evaluate.data import Data
+from turbovlm_lab.evaluate.run import Setting
+from turbovlm_lab.evaluate.settings import on_quantized
+from turbovlm_lab.evaluate.study import header_of
+from turbovlm_lab.reproduce.declared import comparisons
 
 pytest.importorskip("torchao")
 pytest.importorskip("bitsandbytes")

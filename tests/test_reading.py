@@ -208,7 +208,7 @@ def test_baselines(llava, select):
 
 
 def test_tokens_are_averaged_by_size():
-    from turbovlm.language.select import select
+    from turbovlm.vlm.select import select
 
     features = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
     semantic = torch.rand(2, 30, generator=torch.Generator().manual_seed(1)).softmax(-1)

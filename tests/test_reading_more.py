@@ -13,8 +13,8 @@ import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.cli import main
 from turbovlm.errors import TurboError, UnsupportedModelError
-from turbovlm.language.attention import detach
-from turbovlm.language.install import plan_reading
+from turbovlm.vlm.attention import detach
+from turbovlm.vlm.install import plan_reading
 from vlms import (
     PAD,
     SPECIAL,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from turbovlm.errors import ConfigError, UnsupportedModelError
-from turbovlm.language import downsample
+from turbovlm.vlm import downsample
 
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")

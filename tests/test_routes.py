@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.functional import routes, size_bias
+from turbovlm.ops import routes, size_bias
 from turbovlm.profile import macs
 
 ROUTES = [routes.masked, routes.channel, routes.flex, routes.stored]

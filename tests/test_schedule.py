@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbovlm import TurboConfig
-from turbovlm.schedule import EncoderShape, clamp, make_schedule, requested_amounts, spread, token_counts
+from turbovlm.encoder.schedule import EncoderShape, clamp, make_schedule, requested_amounts, spread, token_counts
 
 
 def vit(depth=12, width=768, prefix=1):

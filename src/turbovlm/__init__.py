@@ -3,12 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from turbovlm import functional
+from turbovlm import ops
+from turbovlm.apply import Handle, apply, get_handle
 from turbovlm.config import TurboConfig
+from turbovlm.encoder.schedule import Schedule
+from turbovlm.encoder.state import BlockTrace
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
-from turbovlm.handle import Handle, apply, get_handle
-from turbovlm.schedule import Schedule
-from turbovlm.state import BlockTrace
 
 if TYPE_CHECKING:
     from turbovlm.calibration.calibrate import calibrate
@@ -30,8 +30,8 @@ __all__ = [
     "calibrate",
     "calibrate_pictures",
     "calibrate_reading",
-    "functional",
     "get_handle",
+    "ops",
     "profile",
     "visualize",
 ]
@@ -43,6 +43,6 @@ CALIBRATIONS = {"calibrate": "calibrate", "calibrate_pictures": "pictures", "cal
 def __getattr__(name: str) -> Any:
     if name in CALIBRATIONS:
         return getattr(importlib.import_module(f"turbovlm.calibration.{CALIBRATIONS[name]}"), name)
-    if name in ("profile", "visualize", "zoo"):
+    if name in ("profile", "visualize"):
         return importlib.import_module(f"turbovlm.{name}")
     raise AttributeError(f"module 'turbovlm' has no attribute {name!r}")

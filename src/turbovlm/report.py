@@ -5,11 +5,11 @@ from __future__ import annotations
 from turbovlm.config import TurboConfig
 from turbovlm.diffusion.deciding import fewest
 from turbovlm.diffusion.plan import DiffusionPlan
-from turbovlm.engine import Plan
-from turbovlm.language.grounding import GroundingPlan
-from turbovlm.language.plan import ReadingPlan
-from turbovlm.language.select import needs_attention
-from turbovlm.schedule import Schedule
+from turbovlm.encoder.block import Plan
+from turbovlm.encoder.schedule import Schedule
+from turbovlm.vlm.grounding import GroundingPlan
+from turbovlm.vlm.plan import ReadingPlan
+from turbovlm.vlm.select import needs_attention
 
 WEIGHTED = ("weighted_distance", "weighted_difference", "damped", "layered")
 """Degrees that read alpha."""

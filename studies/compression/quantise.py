@@ -1,4 +1,4 @@
-"""The ViT-S/14 of turbovlm.zoo with weights in 4 bits by GPTQ, as benchmarks/compression.py measures it.
+"""The ViT-S/14 of turbovlm_lab.zoo with weights in 4 bits by GPTQ, as benchmarks/compression.py measures it.
 
     pip install llmcompressor                  # in an environment of its own: it asks for older transformers
     python studies/photos/prepare.py           # 256 photographs, fetched
@@ -20,7 +20,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from torch.utils.data import DataLoader
 from transformers import BitImageProcessor, Dinov2Model
 
-from turbovlm.zoo import load_saliency_vit
+from turbovlm_lab.zoo import load_saliency_vit
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from compressed import CHECKPOINT, photographs

@@ -33,13 +33,13 @@ from rich.progress import track
 from torch import Tensor
 
 from turbovlm.calibration.search import Encoder, Shares
-from turbovlm.demo.result import describe_machine
-from turbovlm.demo.run import overlap, salient_region
-from turbovlm.evaluate.builtin_data import DATA
-from turbovlm.schedule import EncoderShape
-from turbovlm.zoo import load_saliency_vit, preprocess
-from turbovlm.zoo.dual_encoder import load_dual_encoder
-from turbovlm.zoo.reader import load_scene_reader
+from turbovlm.encoder.schedule import EncoderShape
+from turbovlm_lab.demo.result import describe_machine
+from turbovlm_lab.demo.run import overlap, salient_region
+from turbovlm_lab.evaluate.builtin_data import DATA
+from turbovlm_lab.zoo import load_saliency_vit, preprocess
+from turbovlm_lab.zoo.dual_encoder import load_dual_encoder
+from turbovlm_lab.zoo.reader import load_scene_reader
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "photos"))
 from prepare import load_photos

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from turbovlm.demo.photos import load_photos
-from turbovlm.zoo.emoji import NAMES, STYLES
+from turbovlm_lab.demo.photos import load_photos
+from turbovlm_lab.zoo.emoji import NAMES, STYLES
 
 DATA = Path(__file__).parent / "data" / "emoji.pt"
 SIDE = 64

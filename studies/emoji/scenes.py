@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.zoo.emoji import PLACES
+from turbovlm_lab.zoo.emoji import PLACES
 
 BLUR = 2.5
 """Standard deviation, in pixels, of how far out of focus the photographs are."""

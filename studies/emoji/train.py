@@ -24,7 +24,7 @@ from scenes import load_emoji, scenes
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from turbovlm.zoo.emoji import WEIGHTS, WORDS, emoji_pipeline, emoji_unet
+from turbovlm_lab.zoo.emoji import WEIGHTS, WORDS, emoji_pipeline, emoji_unet
 
 CHECKPOINT = DATA.with_name("checkpoint.pt")
 BATCH = 16

@@ -40,11 +40,11 @@ from prepare import DATA as SCENES
 from prepare import PARTIAL, VENDORS, fetch_npm, read_json, unpack
 from prepare import draw as drawn
 
-from turbovlm.zoo import preprocess
-from turbovlm.zoo.dual_encoder import unseen
-from turbovlm.zoo.reader import scene_encoder
-from turbovlm.zoo.scenes import on_photo
-from turbovlm.zoo.sprites import load_sprites
+from turbovlm_lab.zoo import preprocess
+from turbovlm_lab.zoo.dual_encoder import unseen
+from turbovlm_lab.zoo.reader import scene_encoder
+from turbovlm_lab.zoo.scenes import on_photo
+from turbovlm_lab.zoo.sprites import load_sprites
 
 DATA = Path(__file__).parent / "data"
 ICONS = ("streamline-kameleon-color", "streamline-ultimate-color", "flat-color-icons")

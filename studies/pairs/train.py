@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenes"))
 
-from turbovlm.zoo.dual_encoder import CLASSIFIER, WEIGHTS, Projection
-from turbovlm.zoo.minilm import load_minilm
-from turbovlm.zoo.sprites import load_sprites
+from turbovlm_lab.zoo.dual_encoder import CLASSIFIER, WEIGHTS, Projection
+from turbovlm_lab.zoo.minilm import load_minilm
+from turbovlm_lab.zoo.sprites import load_sprites
 
 DATA = Path(__file__).parent / "data"
 BATCH, RATE, DECAY, TEMPERATURE = 1024, 1e-3, 0.1, 0.05

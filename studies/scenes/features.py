@@ -21,10 +21,10 @@ from PIL import Image
 from prepare import DATA, PARTIAL, VENDORS
 from tqdm import tqdm
 
-from turbovlm.zoo import preprocess
-from turbovlm.zoo.reader import scene_encoder
-from turbovlm.zoo.scenes import Scene, draw_scene, make_pair
-from turbovlm.zoo.sprites import SCENE_NAMES, load_sprites
+from turbovlm_lab.zoo import preprocess
+from turbovlm_lab.zoo.reader import scene_encoder
+from turbovlm_lab.zoo.scenes import Scene, draw_scene, make_pair
+from turbovlm_lab.zoo.sprites import SCENE_NAMES, load_sprites
 
 PAIRS = {"train": 20_000, "validation": 500}
 SEEDS = {"train": 0, "validation": 1_000_000}

@@ -1,7 +1,7 @@
 """Drawings for scenes and for image-text pairs, and photographs to put them on.
 
     python studies/scenes/prepare.py           # writes studies/scenes/data: a pack per vendor, and photos.zip
-    python studies/scenes/prepare.py --ship    # also the pack that ships: turbovlm/zoo/data/twemoji.zip
+    python studies/scenes/prepare.py --ship    # also the pack that ships: turbovlm_lab/zoo/data/twemoji.zip
 
 Needs npm, apt-get (for `apt-get download`, without root), dpkg-deb, resvg-py and the `demo` extra. What is fetched:
 
@@ -30,7 +30,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from turbovlm.zoo.sprites import PACK, SCENE_NAMES
+from turbovlm_lab.zoo.sprites import PACK, SCENE_NAMES
 
 DATA = Path(__file__).parent / "data"
 VENDORS = {

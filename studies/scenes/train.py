@@ -35,8 +35,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from turbovlm.zoo.grammar import captions, plural, questions, statement
-from turbovlm.zoo.reader import (
+from turbovlm_lab.zoo.grammar import captions, plural, questions, statement
+from turbovlm_lab.zoo.reader import (
     ANSWER,
     CAPTION,
     END,
@@ -50,7 +50,7 @@ from turbovlm.zoo.reader import (
     encode,
     scene_decoder,
 )
-from turbovlm.zoo.scenes import COLOURS, PLACES, Scene
+from turbovlm_lab.zoo.scenes import COLOURS, PLACES, Scene
 
 CHECKPOINT, LOG = DATA / "checkpoint.pt", DATA / "train.jsonl"
 PAIRS = 4

@@ -10,10 +10,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.apply import apply
 from turbovlm.calibration.handing import Measure, features_of, some_of
 from turbovlm.config import TurboConfig
 from turbovlm.errors import TurboError
-from turbovlm.handle import apply
 
 
 @dataclass(eq=False)

@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.adapters import find_towers
+from turbovlm.encoder.towers import find_towers
 from turbovlm.errors import ConfigError, UnsupportedModelError
-from turbovlm.language.readers import reader_of
+from turbovlm.vlm.families import reader_of
 
 Measure = Callable[[nn.Module, Any], Any]
 """`(model, inputs) -> features`: a tensor `[batch, width]` or `[batch, tokens, width]`, or several."""

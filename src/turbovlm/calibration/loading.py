@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from turbovlm.errors import ConfigError
-from turbovlm.evaluate.predictors.loading import Where, loading, with_processor
+from turbovlm.loading import Where, added_models, loading, with_processor
 
 Prepare = Callable[[Sequence[Any]], Any]
 """Pictures to what the model takes."""
@@ -18,11 +17,13 @@ def load(where: Where) -> tuple[Any, Prepare]:
     """A model in eval mode, and what prepares pictures for it.
 
     Raises:
-        ConfigError: no such model in the zoo.
+        ConfigError: no such model among those of another package.
         TurboError: it cannot be loaded.
     """
-    if where.library == "zoo":
-        return _of_zoo(where)
+    added = added_models(where.library)
+    if added is not None:
+        model, preprocess = added.load_encoder_for_pictures(where.name)
+        return model.to(where.device, where.dtype), lambda pictures: _there(preprocess(list(pictures)), where)
     if where.library == "timm":
         return _of_timm(where)
     with loading(where):
@@ -47,24 +48,6 @@ def _of_timm(where: Where) -> tuple[Any, Prepare]:
         model = timm.create_model(where.name, pretrained=True).eval().to(where.device, where.dtype)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     return model, lambda pictures: _there(torch.stack([transform(picture) for picture in pictures]), where)
-
-
-def _of_zoo(where: Where) -> tuple[Any, Prepare]:
-    from turbovlm.zoo import load_saliency_vit, preprocess
-
-    if where.name == "saliency":
-        model: Any = load_saliency_vit().backbone
-    elif where.name == "pairs":
-        from turbovlm.zoo.dual_encoder import load_dual_encoder
-
-        model = load_dual_encoder().vision
-    elif where.name == "scenes":
-        from turbovlm.zoo.reader import scene_encoder
-
-        model = scene_encoder()
-    else:
-        raise ConfigError(f"{where.spec}: of the zoo, saliency, pairs and scenes have an encoder to calibrate")
-    return model.to(where.device, where.dtype), lambda pictures: _there(preprocess(list(pictures)), where)
 
 
 def _there(value: torch.Tensor, where: Where) -> torch.Tensor:

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
+from turbovlm.apply import apply
 from turbovlm.calibration.drift import Subject
 from turbovlm.calibration.search import Encoder
 from turbovlm.config import TurboConfig
-from turbovlm.handle import apply
 
 NEVER = 1e9
 """A threshold that no degree is above."""

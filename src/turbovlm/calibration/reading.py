@@ -11,13 +11,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.apply import apply, overrides
 from turbovlm.calibration.bound import FEWEST as HELD
 from turbovlm.calibration.bound import promise_of
 from turbovlm.calibration.search import clearly_less
 from turbovlm.calibration.targets import nothing
 from turbovlm.config import READINGS, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
-from turbovlm.handle import apply, overrides
 from turbovlm.profile.macs import macs
 
 FEWEST = 2 * HELD

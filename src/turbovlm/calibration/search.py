@@ -14,8 +14,8 @@ from torch import Tensor
 
 from turbovlm.calibration.drift import Subject
 from turbovlm.config import TurboConfig
+from turbovlm.encoder.schedule import EncoderShape, token_counts
 from turbovlm.errors import ConfigError
-from turbovlm.schedule import EncoderShape, token_counts
 
 CANDIDATES: tuple[Mapping[str, Any], ...] = (
     {},

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from turbovlm.apply import apply
 from turbovlm.calibration.drift import Subject
 from turbovlm.calibration.handing import some_of
 from turbovlm.config import TurboConfig
-from turbovlm.handle import apply
 from turbovlm.profile.compare import ratios, twin
 from turbovlm.profile.timing import interleaved
 

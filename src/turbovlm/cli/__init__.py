@@ -1,4 +1,7 @@
-"""The command `turbovlm`: each subcommand is a module with `register(subparsers)` and `run(args) -> int`."""
+"""The command `turbovlm`: each subcommand is a module with `register(subparsers)` and `run(args) -> int`.
+
+Other packages add subcommands by the entry point group `turbovlm.commands`: such a module.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,21 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
+from types import ModuleType
 
 from turbovlm import __version__
-from turbovlm.cli import bench, calibrate, demo, evaluate, inspect, macs, reproduce
+from turbovlm.cli import bench, calibrate, inspect, macs
 from turbovlm.errors import TurboError
 
-COMMANDS = (demo, inspect, bench, calibrate, evaluate, reproduce, macs)
+COMMANDS = (inspect, bench, calibrate, macs)
+
+LAB_COMMANDS = {
+    "demo": "measure on photographs what merging saves and costs, and write a report",
+    "evaluate": "what merging costs in quality, on a task",
+    "reproduce": "the paper's tables and figures",
+}
+"""Subcommands that the package turbovlm-lab brings, named here to say so where it is not installed."""
 
 _EPILOG = """\
 examples:
@@ -22,6 +34,7 @@ examples:
   turbovlm evaluate saliency                      what it costs in quality, on a task
   turbovlm macs --paper                           published encoder costs beside ours
 
+demo, evaluate, reproduce and models named zoo:… come with the package turbovlm-lab.
 turbovlm COMMAND --help explains each command.
 """
 
@@ -35,6 +48,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 for bad input, said in one message on standard error.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if importlib.util.find_spec("rich") is None:
+            raise TurboError("the command line needs rich: pip install 'turbovlm[cli]'")
+        added = _added_commands()
+        parser = _parser([*COMMANDS, *added.values()])
+        if argv and argv[0] in LAB_COMMANDS and argv[0] not in added:
+            raise TurboError(f"{argv[0]} comes with the package turbovlm-lab: pip install turbovlm-lab")
+        args = parser.parse_args(argv)
+        code: int = args.run(args)
+    except TurboError as error:
+        print(f"turbovlm: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _added_commands() -> dict[str, ModuleType]:
+    """The subcommands of other packages, by name."""
+    return {point.name: point.load() for point in sorted(entry_points(group="turbovlm.commands"))}
+
+
+def _parser(commands: Sequence[ModuleType]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="turbovlm",
         description="Faster vision transformers without retraining, by merging tokens.",
@@ -43,14 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"turbovlm {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for command in commands:
         command.register(subparsers)
-    args = parser.parse_args(argv)
-    try:
-        if importlib.util.find_spec("rich") is None:
-            raise TurboError("the command line needs rich: pip install 'turbovlm[cli]'")
-        code: int = args.run(args)
-    except TurboError as error:
-        print(f"turbovlm: {error}", file=sys.stderr)
-        return 2
-    return code
+    return parser

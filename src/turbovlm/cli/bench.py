@@ -41,7 +41,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command's parser."""
     from turbovlm.cli.bench_encoders import DEFAULT_R
     from turbovlm.cli.bench_pictures import DEFAULT_KEEP
-    from turbovlm.cli.evaluate import QUANTIZATIONS
+    from turbovlm.cli.measuring import QUANTIZATIONS
     from turbovlm.cli.models import MODEL_HELP
     from turbovlm.config import COMPONENTS
 

@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
     import torch
 
-    from turbovlm.adapters import find_towers
     from turbovlm.cli.models import load_model, random_inputs, write_json
+    from turbovlm.encoder.towers import find_towers
 
     check_numbers(args, "batch", "rounds", "warmup")
     check_plot(args.plot)

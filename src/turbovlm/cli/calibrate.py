@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from turbovlm.errors import ConfigError, DataError, TurboError
+from turbovlm.errors import ConfigError, TurboError
 
 EFFORT, MOST_PICTURES = 100, 256
 
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     import turbovlm
     from turbovlm.calibration.loading import load
     from turbovlm.calibration.page import sentence, write_page
+    from turbovlm.cli.images import picture_files, read_picture
     from turbovlm.cli.measuring import check_numbers, device_named, progress_bar, versions_used
-    from turbovlm.evaluate.data import Picture
-    from turbovlm.evaluate.predictors.loading import Where
+    from turbovlm.loading import Where
 
     check_numbers(args, "limit", "effort", "batch")
     if importlib.util.find_spec("matplotlib") is None:
@@ -78,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out}: must end in .json")
     if not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no such folder")
-    files = _files(Path(args.images), args.limit)
+    files = picture_files(Path(args.images), args.limit)
     model, prepare = load(Where(args.model, device_named(args.device), getattr(torch, args.dtype)))
-    images = prepare([Picture.file(file).open() for file in files])
+    images = prepare([read_picture(file) for file in files])
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
     how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}
     with progress_bar(len(files) // 2 * (args.effort + 20), "calibrating") as advance:
@@ -95,15 +95,3 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"tokens merged in each block{', on average' if config.thresholds else ''}: {config.r}")
     console.print(f"settings: {out}; the curve: {out.with_suffix('.html')}")
     return 0
-
-
-def _files(folder: Path, limit: int) -> list[Path]:
-    """Pictures in a folder, evenly spaced if there are more than `limit`."""
-    from turbovlm.evaluate.readers.files import PICTURE_SUFFIXES
-
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not found:
-        raise DataError(f"{folder}: holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found

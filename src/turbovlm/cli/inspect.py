@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from turbovlm.config import TurboConfig
-    from turbovlm.schedule import Schedule
+    from turbovlm.encoder.schedule import Schedule
 
 DEFAULT_R = 16
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Schedule) -> None:
     from rich.table import Table
 
-    from turbovlm.adapters import find_towers
+    from turbovlm.encoder.towers import find_towers
 
     tower = next(tower for tower in find_towers(model) if tower.name == schedule.tower)
     before, after = sum(schedule.macs_before) / 1e9, sum(schedule.macs_after) / 1e9
@@ -101,9 +101,9 @@ def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Sch
 
 def _reading(model: Any, config: TurboConfig, pixels: int | None, schedules: list[Schedule]) -> dict[str, Any]:
     """What the language model reads of one image, by words and numbers."""
-    from turbovlm.language.install import plan_reading
-    from turbovlm.language.readers import native_pixels, tokens_per_image
-    from turbovlm.language.select import kept_count
+    from turbovlm.vlm.families import native_pixels, tokens_per_image
+    from turbovlm.vlm.install import plan_reading
+    from turbovlm.vlm.select import kept_count
 
     plan = plan_reading(model, config)
     part = model.get_submodule(plan.name) if plan.name else model

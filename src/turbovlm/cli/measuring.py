@@ -15,6 +15,9 @@ from turbovlm.errors import ConfigError, TurboError
 if TYPE_CHECKING:
     from rich.console import Console
 
+QUANTIZATIONS = ("int8", "int8-dynamic", "nf4")
+"""Those of `turbovlm.profile.quantize`, without importing it."""
+
 WIDE = 300
 """Columns of a table that is written to a file or a pipe: none of it is cut."""
 

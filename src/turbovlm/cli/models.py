@@ -12,16 +12,17 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.adapters import Tower
-from turbovlm.adapters.layout import fetch, path_of
 from turbovlm.config import TurboConfig
+from turbovlm.encoder.layout import fetch, path_of
+from turbovlm.encoder.towers import Tower
 from turbovlm.errors import ConfigError, TurboError
+from turbovlm.loading import added_models
 
 MODEL_HELP = (
     "a transformers hub id, a folder with a config.json, or timm:NAME, torchvision:NAME, open_clip:NAME; "
@@ -46,6 +47,10 @@ def load_model(
     library, separator, name = spec.partition(":")
     if not separator:
         library, name = "transformers", spec
+    added = added_models(library)
+    if added is not None:
+        model: nn.Module = added.load_encoder(name, image_size, pretrained)
+        return model.eval().to(device)
     if library not in _LOADERS:
         raise TurboError(f"{spec!r}: {library!r} is none of {', '.join(_LOADERS)}")
     if library == "transformers" and name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
@@ -61,7 +66,7 @@ def loading(spec: str, library: str) -> Iterator[None]:
     Raises:
         TurboError: also where the library is not installed.
     """
-    if importlib.util.find_spec("turbovlm.zoo" if library == "zoo" else library) is None:
+    if importlib.util.find_spec(library) is None:
         raise TurboError(f"{spec!r} needs {library}: pip install 'turbovlm[{library}]'")
     try:
         with _without_warnings():
@@ -217,23 +222,9 @@ def _open_clip(name: str, image_size: int | None, pretrained: bool) -> nn.Module
     return model
 
 
-def _zoo(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
-    from turbovlm.zoo import load_saliency_vit
-
-    if name != "saliency":
-        raise TurboError(f"'zoo:{name}': there is zoo:saliency, and zoo:emoji for turbovlm bench")
-    if not pretrained:
-        raise TurboError("'zoo:saliency' is a pretrained model: give --pretrained")
-    model: Any = load_saliency_vit()
-    if image_size is not None:
-        model.backbone.config.image_size = image_size
-    return cast(nn.Module, model.backbone)
-
-
 _LOADERS: dict[str, Callable[[str, int | None, bool], nn.Module]] = {
     "transformers": _transformers,
     "timm": _timm,
     "torchvision": _torchvision,
     "open_clip": _open_clip,
-    "zoo": _zoo,
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from turbovlm.cli.models import loading
 from turbovlm.errors import ConfigError, TurboError
+from turbovlm.loading import added_models
 
 PREFIX = "diffusers:"
 EMOJI = "zoo:emoji"
@@ -48,13 +49,10 @@ def load_generator(spec: str, device: str, dtype: torch.dtype, pretrained: bool)
     Raises:
         TurboError: `diffusers` is not installed, does not know the model, or has no weights for it.
     """
+    if not spec.startswith(PREFIX):
+        prefix, _, name = spec.partition(":")
+        return added_models(prefix).load_pipeline(name, pretrained).to(device, dtype)
     with loading(spec, "diffusers"):
-        if spec == EMOJI:
-            if not pretrained:
-                raise TurboError(f"{spec!r} is a pretrained model: give --pretrained")
-            from turbovlm.zoo.emoji import load_emoji_pipeline
-
-            return load_emoji_pipeline().to(device, dtype)
         where = spec.removeprefix(PREFIX)
         if where.startswith((".", "/", "~")):
             where = str(Path(where).expanduser())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from turbovlm.functional.backend import fused_kernels
+from turbovlm.ops.backend import fused_kernels
 
 
 def biased_attention_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:

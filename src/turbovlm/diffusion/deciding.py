@@ -16,9 +16,9 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
 from turbovlm.errors import ConfigError, StateError
-from turbovlm.functional.informativity import degree_of_candidates, mutual_redundancy, needs_semantic
-from turbovlm.functional.matching import Merge, bipartite_merge
-from turbovlm.functional.partition import partition_tokens
+from turbovlm.ops.informativity import degree_of_candidates, mutual_redundancy, needs_semantic
+from turbovlm.ops.matching import Merge, bipartite_merge
+from turbovlm.ops.partition import partition_tokens
 
 FEWEST = 64
 """Tokens below which nothing is merged, unless `min_tokens` asks for more."""

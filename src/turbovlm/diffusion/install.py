@@ -8,13 +8,13 @@ from typing import Any
 
 import torch.nn as nn
 
-from turbovlm.adapters import class_paths
 from turbovlm.config import COMPONENTS, TurboConfig
+from turbovlm.diffusion.families import Block, Part
 from turbovlm.diffusion.merging import denoiser_forward, part_forward
-from turbovlm.diffusion.parts import BLOCKS, Block, Part
 from turbovlm.diffusion.plan import DiffusionPlan, Spot
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
-from turbovlm.hooks import slot_of
+from turbovlm.patching import slot_of
+from turbovlm.registry import class_paths, family_of
 
 OVERRIDES = (part_forward, denoiser_forward)
 """The functions that take a method's place on one module."""
@@ -56,12 +56,10 @@ SEQUENCES = {f"{TRANSFORMERS}.transformer_flux.FluxTransformer2DModel"}
 """What is given tokens, and where they stand."""
 
 
-_BY_BLOCK = {block.block: block for block in BLOCKS}
-
-
 def block_of(module: nn.Module) -> Block | None:
     """What kind of block a module is, or None."""
-    return next((_BY_BLOCK[path] for path in class_paths(module) if path in _BY_BLOCK), None)
+    block: Block | None = family_of("denoiser", module)
+    return block
 
 
 def is_denoiser(model: nn.Module) -> bool:

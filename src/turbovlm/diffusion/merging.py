@@ -23,9 +23,9 @@ from turbovlm.diffusion.plan import DiffusionPlan, Spot
 from turbovlm.diffusion.restoring import likeness, restore_linear
 from turbovlm.diffusion.steps import follow
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
-from turbovlm.functional.attention import size_bias
-from turbovlm.functional.backend import is_readable
-from turbovlm.functional.matching import Merge
+from turbovlm.ops.attention import size_bias
+from turbovlm.ops.backend import is_readable
+from turbovlm.ops.matching import Merge
 
 
 def part_forward(

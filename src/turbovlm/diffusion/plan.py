@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from turbovlm.config import TurboConfig
-from turbovlm.diffusion.parts import Part
-from turbovlm.functional.matching import Merge
-from turbovlm.functional.partition import Partition
+from turbovlm.diffusion.families import Part
+from turbovlm.ops.matching import Merge
+from turbovlm.ops.partition import Partition
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.functional.matching import Merge
+from turbovlm.ops.matching import Merge
 
 RIDGE = 0.3
 """Added to the variance of every direction, as a share of the mean one."""

@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.apply import apply, overrides
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, TurboError
-from turbovlm.handle import apply, overrides
 from turbovlm.profile.macs import macs
 from turbovlm.profile.quantize import weight_bytes
 from turbovlm.profile.timing import CLOCKS, Forward, Quartiles, interleaved, peak_memory

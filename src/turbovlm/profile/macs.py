@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-import turbovlm.kernels  # noqa: F401, what it says of its operators' costs must be known before a counter is made
+import turbovlm.ops.kernels  # noqa: F401, what it says of its operators' costs must be known before a counter is made
 
 Shape = Sequence[int]
 

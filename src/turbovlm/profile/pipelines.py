@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.apply import apply, overrides
 from turbovlm.config import TurboConfig
 from turbovlm.diffusion.install import DENOISERS
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
-from turbovlm.handle import apply, overrides
 from turbovlm.profile.compare import twin
 from turbovlm.profile.macs import counting
 from turbovlm.profile.timing import elapsed, mark, peak_memory

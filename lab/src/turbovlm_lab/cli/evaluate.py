@@ -1,0 +1,312 @@
+"""`turbovlm evaluate`: what merging costs on a task, beside what it saves."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbovlm.cli.measuring import QUANTIZATIONS
+from turbovlm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from turbovlm_lab.evaluate.data import Data
+    from turbovlm_lab.evaluate.run import Predictor, Setting
+    from turbovlm_lab.evaluate.study import Metric, Study
+
+TASKS = ("classification", "retrieval", "captioning", "vqa", "nlvr2", "saliency", "text-to-image")
+CONTROLS = ("paper", "ToMe", "semantics", "random", "uniform", "smaller")
+DEFAULT_FLOPS, DEFAULT_KEEP = 0.6, 0.7
+
+_EPILOG = """\
+examples:
+  turbovlm evaluate saliency                                   a pretrained ViT and drawings on photographs: no download
+  turbovlm evaluate saliency --flops 0.5 --controls --plot saliency.png
+  turbovlm evaluate saliency --settings turbo.json             what `turbovlm calibrate` found, beside the default
+  turbovlm evaluate saliency --quantize int8 nf4               weights in 8 and in 4 bits, with and without merging
+  turbovlm evaluate captioning --model Salesforce/blip-image-captioning-base \\
+      --data dataset_coco.json --images coco --split test --r 16 --batch 32 --dtype bfloat16
+  turbovlm evaluate vqa --model ./blip-vqa --data questions.json annotations.json --images val2014 --limit 5000
+  turbovlm evaluate retrieval --model openai/clip-vit-base-patch32 --data datasets:nlphuji/flickr30k --keep 0.5
+  turbovlm evaluate classification --model timm:vit_base_patch16_224 --data imagenet --split val --r 13
+  turbovlm evaluate nlvr2 --data dev.json --images images --check        are all files there, do all pictures decode?
+
+Data are in the field's own formats, told apart by what is in them:
+{formats}
+
+Every sample's prediction is kept in --out; a run that was stopped goes on where it was. Intervals hold 95 % of the
+bootstrap's draws over pictures; "kept" compares with the unmerged model over the same samples.
+"""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="what merging costs on a task, beside what it saves",
+        description="Ask a model with and without Turbo, and compare official metrics over the same samples.",
+        epilog=_EPILOG.format(formats=_formats()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--model", metavar="MODEL", help="a hub id, a folder, timm:NAME, … (default: the built-in one)")
+    given = parser.add_argument_group("data (default: built in)")
+    given.add_argument("--data", nargs="+", metavar="FILE", help="annotations, a folder, or datasets:ID")
+    given.add_argument("--images", metavar="FOLDER", help="where the pictures are that annotations name")
+    given.add_argument("--split", metavar="NAME", help="which part, where one file, folder or data set has several")
+    given.add_argument("--limit", type=int, metavar="N", help="that many samples, evenly spaced (default: all)")
+    given.add_argument("--check", action="store_true", help="open every picture, list what is wrong, and stop there")
+    given.add_argument("--skip-bad", action="store_true", help="go on without what is wrong")
+    amount = parser.add_argument_group("how much is merged")
+    exclusive = amount.add_mutually_exclusive_group()
+    exclusive.add_argument("--r", type=int, metavar="N", help="tokens merged in every block")
+    exclusive.add_argument("--keep", type=float, metavar="SHARE", help="share of the tokens left")
+    exclusive.add_argument(
+        "--flops", type=float, metavar="SHARE", help=f"share of the encoder's MACs left (default {DEFAULT_FLOPS})"
+    )
+    amount.add_argument(
+        "--settings", nargs="+", metavar="FILE", help="also these, as `turbovlm calibrate` writes them: turbo.json"
+    )
+    amount.add_argument("--visual-keep", type=float, metavar="SHARE", help="share of the tokens that is read on")
+    amount.add_argument(
+        "--controls",
+        nargs="*",
+        choices=CONTROLS,
+        metavar="NAME",
+        help=f"beside the default also {', '.join(CONTROLS)}, at the same cost; all of them if none is named",
+    )
+    amount.add_argument(
+        "--quantize",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        metavar="KIND",
+        help=f"beside these the model quantised, {', '.join(QUANTIZATIONS)}, alone and merging",
+    )
+    amount.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of the random control (default 1)")
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--batch", type=int, default=16, metavar="N", help="samples in a forward (default 16)")
+    how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read pictures (default 0)")
+    how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    how.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
+    how.add_argument("--prompt", metavar="TEXT", help="what the model is asked, {} standing for question or class")
+    how.add_argument("--out", metavar="FOLDER", help="of predictions (default turbovlm-evaluate/TASK-MODEL)")
+    how.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
+    how.add_argument("--plot", metavar="FILE", help="also draw score against cost: .png, .svg or .pdf")
+    made = parser.add_argument_group("text-to-image only")
+    made.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the pipeline's)")
+    made.add_argument("--guidance-scale", type=float, metavar="X", help="instead of the pipeline's own")
+    made.add_argument(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="begin with the real pictures, noised as far as this share of the steps takes away (default: with noise)",
+    )
+    made.add_argument("--seed", type=int, metavar="N", help="of the first picture; the next has the next (default 0)")
+    made.add_argument(
+        "--features",
+        choices=("inception", "vit"),
+        help="that pictures are compared by (default inception: FID; vit of built-in data)",
+    )
+    made.add_argument("--pictures", metavar="FOLDER", help="where the pictures made are kept")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, check, ask, compare, print, and write what was asked for."""
+    from turbovlm.cli.measuring import check_numbers, check_plot, console_for_tables
+    from turbovlm.cli.models import write_json
+    from turbovlm_lab.evaluate.asking import beginning
+    from turbovlm_lab.evaluate.study import run_study
+
+    check_numbers(args, "batch", "seeds")
+    check_plot(args.plot)
+    _check_options(args)
+    console = console_for_tables()
+    data = _checked(args, _data(args))
+    if args.strength is not None:
+        data = beginning(data)
+    if args.check:
+        console.print(f"{data.name}: {len(data.samples)} samples, all of which can be read")
+        return 0
+    model = args.model or _builtin_model(args)
+    predictor, scoring = _predictor(args, model, data)
+    settings = _settings(args, predictor, data)
+    folder = Path(args.out or Path("turbovlm-evaluate") / f"{args.task}-{_slug(model)}")
+    options = {"batch": args.batch, "workers": args.workers, "scoring": scoring}
+    with _progress(len(data.samples) * len(settings)) as advance:
+        study = run_study(args.task, model, predictor, data, settings, folder, **options, on_progress=advance)
+    console.print(study_table(study))
+    console.print(f"predictions: {folder}")
+    if args.json:
+        write_json(args.json, study.to_dict())
+    if args.plot:
+        from turbovlm_lab.evaluate.plot import save_study
+
+        save_study(study, args.plot)
+    return 0
+
+
+def study_table(study: Study) -> Any:
+    """For a terminal."""
+    from rich.table import Table
+
+    table = Table(title=f"{study.task}: {study.model} on {study.data}, {study.samples} samples")
+    table.add_column("setting")
+    table.add_column("MACs", justify="right")
+    first = study.rows[0]
+    weighed = any(row.weights != first.weights for row in study.rows)
+    if weighed:
+        table.add_column("weights", justify="right")
+    for metric in first.metrics:
+        table.add_column(metric.name, justify="right")
+    table.add_column(f"{first.metrics[0].name} kept", justify="right")
+    table.add_column("same answer", justify="right")
+    for row in study.rows:
+        name = row.setting if row.image_size is None else f"{row.setting}, {row.image_size} pixels"
+        kept = row.metrics[0].kept
+        table.add_row(
+            name,
+            f"{row.macs / 1e9:.2f} G, {row.ratio:.0%}",
+            *([f"{row.weights / 1e6:.1f} MB"] if weighed else []),
+            *(_value(metric) for metric in row.metrics),
+            "" if kept is None else f"{kept.value:.1%} [{kept.low:.1%}, {kept.high:.1%}]",
+            "" if row.same is None else f"{row.same.value:.1%}",
+        )
+    return table
+
+
+def _value(metric: Metric) -> str:
+    value = metric.value
+    if value.low == value.high:
+        return f"{value.value:.3f}"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _formats() -> str:
+    from turbovlm_lab.evaluate.readers import formats_of
+
+    return "\n".join(f"  {task}: {formats_of(task)}" for task in TASKS)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.workers < 0:
+        raise ConfigError(f"--workers {args.workers}: must be an integer ≥ 0")
+    if args.data is None:
+        for name in ("images", "split"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name} says where --data are; the built-in data have none")
+    elif args.model is None and not args.check:
+        raise ConfigError("--data without --model: the built-in models read the built-in data; give --model")
+    for name in ("json", "plot"):
+        given = getattr(args, name)
+        if given is not None and not Path(given).absolute().parent.is_dir():
+            raise ConfigError(f"--{name} {given}: there is no folder {Path(given).parent} to write it to")
+    if args.task != "text-to-image":
+        for name in ("steps", "guidance_scale", "strength", "seed", "features", "pictures"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')}: only text-to-image has it")
+
+
+def _data(args: argparse.Namespace) -> Data:
+    from turbovlm_lab.evaluate.builtin_data import DATA, PICTURES
+    from turbovlm_lab.evaluate.readers import read
+
+    if args.data is not None:
+        return read(args.task, args.data, args.images, args.split, args.limit)
+    if args.task not in DATA:
+        raise ConfigError(f"{args.task}: has no built-in data; give --data and --model")
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"limit={args.limit}: must be an integer ≥ 1")
+    return DATA[args.task](args.limit or PICTURES)
+
+
+def _builtin_model(args: argparse.Namespace) -> str:
+    from turbovlm_lab.evaluate.builtin_models import MODELS
+
+    return MODELS[args.task]
+
+
+def _checked(args: argparse.Namespace, data: Data) -> Data:
+    """Without what is wrong, where that was asked for. Built-in data are right."""
+    from turbovlm.cli.measuring import progress_bar
+    from turbovlm_lab.evaluate.check import check
+
+    if args.data is None:
+        return data
+    with progress_bar(len(data.samples) + len(data.real), "checking") as advance:
+        good, bad = check(data, advance)
+    for line in bad:
+        print(line, file=sys.stderr)
+    if not good.samples:
+        raise DataError(f"{data.name}: none of its samples can be used")
+    if bad and not args.skip_bad:
+        raise DataError(f"{data.name}: what is listed above, {len(bad)}, cannot be used; --skip-bad goes on without")
+    return good
+
+
+def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predictor, Any]:
+    import torch
+
+    from turbovlm.cli.measuring import device_named
+    from turbovlm.loading import Where
+    from turbovlm_lab.evaluate.asking import asked
+    from turbovlm_lab.evaluate.predictors.pictures import Making
+
+    folder = None if args.pictures is None else Path(args.pictures)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    where = Where(model, device_named(args.device), getattr(torch, args.dtype), args.prompt)
+    making = Making(args.steps, args.guidance_scale, args.seed or 0, folder, args.strength)
+    return asked(args.task, where, data, making, args.features or ("inception" if args.data else "vit"))
+
+
+def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> list[Setting]:
+    from turbovlm.config import TurboConfig
+    from turbovlm_lab.evaluate.run import Setting
+    from turbovlm_lab.evaluate.settings import OWN, encoder_macs, methods, on_quantized, smaller
+
+    given = {name: getattr(args, name) for name in ("r", "keep", "flops") if getattr(args, name) is not None}
+    default = {"keep": DEFAULT_KEEP} if args.task == "text-to-image" else {"flops": DEFAULT_FLOPS}
+    if args.visual_keep is not None:
+        default = {}
+    amount = TurboConfig(**(given or default), visual_keep=args.visual_keep)
+    controls = CONTROLS if args.controls == [] else tuple(args.controls or ())
+    if args.task == "text-to-image" and controls:
+        raise ConfigError("--controls: text-to-image has none; benchmarks/diffusion_quality.py compares matchings")
+    named = ("turbovlm", *(name for name in controls if name != "smaller"))
+    found = [Setting(OWN), *methods(amount, named, args.seeds), *_from_files(args)]
+    found += on_quantized(args.quantize or (), [each for each in found if each.config is not None])
+    if "smaller" in controls and predictor.image_sizes:
+        macs = encoder_macs(predictor, data.samples[0], found[1])
+        found.append(smaller(predictor, data.samples[0], macs, "smaller"))
+    elif "smaller" in controls and args.controls:
+        raise ConfigError("--controls smaller: this model takes pictures of one size only")
+    return found
+
+
+def _from_files(args: argparse.Namespace) -> list[Setting]:
+    from turbovlm.config import TurboConfig
+    from turbovlm_lab.evaluate.run import Setting
+
+    found = [Setting(Path(file).stem, TurboConfig.load(file)) for file in args.settings or ()]
+    for setting in found:
+        if setting.config is not None and setting.config.thresholds and args.batch > 1:
+            raise ConfigError(f"--batch {args.batch}: {setting.name} has thresholds, which are for --batch 1")
+    return found
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str, int], object]]:
+    from turbovlm.cli.measuring import progress_bar
+
+    with progress_bar(total, "evaluating") as advance:
+        yield lambda _, done: advance(done)
+
+
+def _slug(model: str) -> str:
+    from turbovlm_lab.evaluate.study import file_name
+
+    return file_name(model)

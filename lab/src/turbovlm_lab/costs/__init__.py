@@ -1,0 +1,1 @@
+"""The costs that the paper prints, and ours beside them."""

@@ -1,0 +1,59 @@
+"""A task's model and metrics together: what a study of it needs beside data and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from turbovlm.errors import ConfigError
+from turbovlm.loading import Where
+from turbovlm_lab.evaluate.data import Data
+from turbovlm_lab.evaluate.metrics import frechet_distance, needs_java
+from turbovlm_lab.evaluate.predictors import load_predictor
+from turbovlm_lab.evaluate.predictors.pictures import DEFAULT, Making, features_named, features_of
+from turbovlm_lab.evaluate.run import Predictor
+from turbovlm_lab.evaluate.scoring import Score
+from turbovlm_lab.evaluate.study import Scoring
+
+LABELS = {"inception": "FID", "vit": "Fréchet distance"}
+
+
+def beginning(data: Data) -> Data:
+    """Text-to-image's data, each prompt with one of the real pictures to begin with, in their order."""
+    pairs = zip(data.samples, itertools.cycle(data.real))
+    samples = tuple(dataclasses.replace(sample, pictures=(picture,)) for sample, picture in pairs)
+    return dataclasses.replace(data, name=f"{data.name}, begun", samples=samples)
+
+
+def asked(
+    task: str, where: Where, data: Data, making: Making = DEFAULT, features: str = "inception"
+) -> tuple[Predictor, Scoring | None]:
+    """The model, and what its predictions are worth where that is not the task's own metrics.
+
+    Args:
+        task: of `turbovlm evaluate`.
+        where: the model.
+        data: what it is asked.
+        making, features: of text-to-image: how pictures are made, and what compares them, `"inception"` or `"vit"`.
+
+    Raises:
+        TurboError: there is no such model, or something that the metrics need is not installed.
+        ConfigError: it does not fit the data.
+    """
+    if task == "captioning" and not data.tokenized:
+        needs_java()
+    if task != "text-to-image":
+        return load_predictor(task, where, data, making, None), None
+    compared = features_named(features, where.device)
+    real = features_of(data.real, compared)
+    if making.strength is not None and not any(sample.pictures for sample in data.samples):
+        raise ConfigError(f"strength={making.strength}: the data have no pictures to begin with")
+
+    def scoring(_: Data, predictions: Sequence[Any]) -> list[Score]:
+        return [Score(LABELS[features], frechet_distance(torch.tensor(predictions), real), higher=False)]
+
+    return load_predictor(task, where, data, making, compared), scoring

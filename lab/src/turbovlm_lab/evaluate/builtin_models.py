@@ -1,0 +1,149 @@
+"""The small models of `turbovlm_lab.zoo`, as tasks ask them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbovlm.errors import ConfigError
+from turbovlm_lab.evaluate.data import Sample
+from turbovlm_lab.evaluate.predictors.encoders import Pair, likeliest, vectors_of
+from turbovlm_lab.evaluate.predictors.pictures import DEFAULT, Features, Making, made_by
+from turbovlm_lab.evaluate.run import Predictor
+from turbovlm_lab.evaluate.scoring import encode_map
+
+PIXELS = 224
+SIZES = range(14, PIXELS + 1, 14)
+MODELS = {
+    "classification": "zoo:classifier",
+    "retrieval": "zoo:pairs",
+    "captioning": "zoo:scenes",
+    "vqa": "zoo:scenes",
+    "nlvr2": "zoo:scenes",
+    "saliency": "zoo:saliency",
+    "text-to-image": "zoo:emoji",
+}
+"""Of each task."""
+
+
+EMOJI = {"steps": 10, "guidance": 3.0}
+"""How the emoji model makes pictures, unless told otherwise."""
+
+
+def zoo_predictor(
+    task: str, name: str, samples: Sequence[Sample] = (), making: Making = DEFAULT, features: Features | None = None
+) -> Predictor:
+    """A small model that comes with turbovlm; `samples`, `making` and `features` are of text-to-image alone.
+
+    Raises:
+        ConfigError: there is none of that name for the task.
+        TurboError: its weights are not there.
+    """
+    if MODELS.get(task) != f"zoo:{name}":
+        raise ConfigError(f"model='zoo:{name}': of the zoo, {task} takes {MODELS.get(task, 'none')}")
+    if task == "text-to-image":
+        from turbovlm_lab.zoo.emoji import load_emoji_pipeline
+
+        if features is None:
+            raise ValueError("text-to-image needs features")
+        given = {name: value for name, value in vars(making).items() if value is not None}
+        return made_by(load_emoji_pipeline(), samples, Making(**(EMOJI | given)), features)
+    if task == "saliency":
+        return _saliency()
+    if task == "classification":
+        return _classification()
+    return _retrieval() if task == "retrieval" else _reading(task)
+
+
+def _saliency() -> Predictor:
+    """The pretrained ViT and its head, which reads every position."""
+    from turbovlm_lab.zoo import load_saliency_vit
+
+    model = load_saliency_vit()
+    return Predictor(model.backbone, _whole, functools.partial(_find, model), SIZES, dense=True)
+
+
+@torch.inference_mode()
+def _find(model: Any, prepared: list[Tensor]) -> list[str]:
+    pixels = torch.stack(prepared)
+    side = pixels.shape[-1] // 14
+    tokens = model.backbone(pixel_values=pixels).last_hidden_state
+    heat = model.head(tokens[:, 1:].unflatten(1, (side, side)))
+    full = F.interpolate(heat, size=(PIXELS, PIXELS), mode="bilinear", align_corners=False)
+    return [encode_map(each[0]) for each in full]
+
+
+def _whole(sample: Sample, image_size: int | None) -> Tensor:
+    """The whole picture, made square."""
+    from PIL.Image import Resampling
+
+    from turbovlm_lab.zoo import preprocess
+
+    size = image_size or PIXELS
+    return preprocess([sample.pictures[0].open().resize((size, size), Resampling.BICUBIC)], size)[0]
+
+
+def _classification() -> Predictor:
+    from turbovlm_lab.zoo.dual_encoder import load_emoji_classifier
+
+    model: Any = load_emoji_classifier()
+
+    @torch.inference_mode()
+    def predict(prepared: list[Tensor]) -> list[Any]:
+        return likeliest(model(pixel_values=torch.stack(prepared)).logits)
+
+    return Predictor(model, _whole, predict, SIZES)
+
+
+def _retrieval() -> Predictor:
+    from turbovlm_lab.zoo import preprocess
+    from turbovlm_lab.zoo.dual_encoder import load_dual_encoder
+
+    model = load_dual_encoder()
+
+    def pixels(picture: Any, image_size: int | None) -> Tensor:
+        return preprocess([picture], image_size or PIXELS)[0]
+
+    pair = Pair(model.vision, pixels, lambda batch, _: model.encode_image(batch), model.encode_text, SIZES)
+    return vectors_of(pair)
+
+
+def _reading(task: str) -> Predictor:
+    """The scene reader, asked for captions, answers, or whether statements are true."""
+    from turbovlm_lab.zoo.reader import ANSWER, CAPTION, QUESTION, STATEMENT, load_scene_reader
+
+    forms = {
+        "captioning": CAPTION,
+        "vqa": f"{QUESTION} {{}} {ANSWER}",
+        "nlvr2": f"{STATEMENT} {{}} {ANSWER}",
+    }
+    reader = load_scene_reader()
+    read = functools.partial(_read, reader, forms[task], task == "nlvr2")
+    return Predictor(reader.encoder, _pictures, read, SIZES, dense=True)
+
+
+@torch.inference_mode()
+def _read(reader: Any, form: str, is_truth: bool, prepared: list[tuple[tuple[str, ...], Tensor, str]]) -> list[str]:
+    """Pictures that several samples of the batch share are looked at once; texts of one length are read together."""
+    rows = {names: pixels for names, pixels, _ in prepared}
+    tokens = dict(zip(rows, reader.look(torch.stack(list(rows.values())))))
+    beginnings = [form.format(text) for _, _, text in prepared]
+    answers = [""] * len(prepared)
+    for length in sorted({len(text.split()) for text in beginnings}):
+        some = [i for i, text in enumerate(beginnings) if len(text.split()) == length]
+        seen = torch.stack([tokens[prepared[i][0]] for i in some])
+        for i, answer in zip(some, reader.write(seen, [beginnings[i] for i in some])):
+            answers[i] = answer.capitalize() if is_truth else answer
+    return answers
+
+
+def _pictures(sample: Sample, image_size: int | None) -> tuple[tuple[str, ...], Tensor, str]:
+    from turbovlm_lab.zoo import preprocess
+
+    pixels = preprocess([picture.open() for picture in sample.pictures], image_size or PIXELS)
+    return tuple(p.name for p in sample.pictures), pixels if len(pixels) > 1 else pixels[0], sample.text

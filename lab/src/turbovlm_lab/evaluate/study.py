@@ -1,0 +1,199 @@
+"""One task, one model, several settings: predictions kept in a folder, and what they are worth beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbovlm.config import TurboConfig
+from turbovlm.errors import ConfigError, DataError
+from turbovlm_lab.evaluate import statistics
+from turbovlm_lab.evaluate.data import Data
+from turbovlm_lab.evaluate.run import Predictor, Setting, predict_all, read_predictions
+from turbovlm_lab.evaluate.scoring import Score, agreement, scores
+from turbovlm_lab.evaluate.settings import mean_macs, weights_of
+from turbovlm_lab.evaluate.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of one setting.
+
+    Attributes:
+        value: with its 95 % interval; the value alone, of what is no mean over samples.
+        kept: the value as a share of the unmerged model's, over the same samples; None for the unmerged model, and for
+            metrics of which less is better.
+    """
+
+    name: str
+    value: Interval
+    kept: Interval | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one setting came to.
+
+    Attributes:
+        setting: its name.
+        macs: the vision encoders' multiply-accumulates for one sample; the whole model's in a study of `visual_keep`,
+            which saves behind the encoders.
+        ratio: those as a share of the unmerged model's.
+        weights: bytes of the model's weights.
+        image_size: pixels a side, where they are not the model's own.
+        metrics: the one to compare by first.
+        same: how often the answer is the unmerged model's; None for that itself.
+    """
+
+    setting: str
+    macs: int
+    ratio: float
+    weights: int
+    image_size: int | None
+    metrics: tuple[Metric, ...]
+    same: Interval | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished comparison."""
+
+    task: str
+    model: str
+    data: str
+    samples: int
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of what JSON has."""
+        return dataclasses.asdict(self)
+
+
+Scoring = Callable[[Data, Sequence[Any]], list[Score]]
+
+
+def run_study(
+    task: str,
+    model: str,
+    predictor: Predictor,
+    data: Data,
+    settings: Sequence[Setting],
+    folder: Path,
+    *,
+    batch: int = 16,
+    workers: int = 0,
+    scoring: Scoring | None = None,
+    on_progress: Callable[[str, int], object] = lambda setting, done: None,
+) -> Study:
+    """Asks the model in every setting, and compares each with the first.
+
+    Args:
+        task: names the metrics.
+        model: its name, which predictions are kept under.
+        predictor: the model; it is left as it was.
+        data: what it is asked.
+        settings: the first is the unmerged model.
+        folder: of predictions, a file per setting; what is there already is not made again.
+        batch, workers: see `predict_all`.
+        scoring: what predictions are worth, instead of the task's own metrics.
+        on_progress: given the setting's name and how many more samples are done.
+
+    Raises:
+        ConfigError: the first setting merges, or two have one name.
+        DataError: the folder holds another study or cannot be written, or a picture does not decode.
+        UnsupportedModelError: a setting cannot be had. All but pictures is seen before the model is asked.
+    """
+    names = [setting.name for setting in settings]
+    first = settings[0] if settings else None
+    if first is None or first.config is not None or first.quantize is not None or len({*names}) < len(names):
+        raise ConfigError(f"settings={names}: must be of different names, the unmerged model first")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: predictions cannot be kept there ({error.strerror})") from error
+    headers = {setting.name: header_of(task, model, data, setting, predictor.about) for setting in settings}
+    files = {name: folder / f"{file_name(name)}.jsonl" for name in names}
+    for name in names:
+        read_predictions(files[name], headers[name])
+    whole = any(setting.config is not None and setting.config.visual_keep is not None for setting in settings)
+    weights = {kind: weights_of(predictor, kind) for kind in dict.fromkeys(setting.quantize for setting in settings)}
+    costs = {setting.name: mean_macs(predictor, data.samples, setting, whole) for setting in settings}
+    judged = scoring or (lambda data, predictions: scores(task, data, predictions))
+    rows: list[Row] = []
+    own: list[Any] = []
+    own_scores: list[Score] = []
+    for setting in settings:
+        progress = _progress_of(setting.name, on_progress)
+        file, header = files[setting.name], headers[setting.name]
+        found = predict_all(
+            predictor, data.samples, setting, file, header, batch=batch, workers=workers, on_progress=progress
+        )
+        own = own or found
+        reached = judged(data, found)
+        own_scores = own_scores or reached
+        same = None if setting is settings[0] else _agreement(task, data, found, own)
+        metrics = tuple(_metric(a, None if setting is settings[0] else b) for a, b in zip(reached, own_scores))
+        macs = costs[setting.name]
+        ratio = macs / rows[0].macs if rows else 1.0
+        rows.append(Row(setting.name, macs, ratio, weights[setting.quantize], setting.image_size, metrics, same))
+    return Study(task, model, data.name, len(data.samples), tuple(rows))
+
+
+def header_of(
+    task: str, model: str, data: Data, setting: Setting, about: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What predictions depend on; `about` is the predictor's."""
+    asked = [[s.id, s.text, s.answers, [picture.name for picture in s.pictures]] for s in data.samples]
+    content = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    known = {"task": task, "model": model, "data": data.name, "samples": len(data.samples), "content": content}
+    known |= {**(about or {}), "setting": _plain(setting.config), "image_size": setting.image_size}
+    return known if setting.quantize is None else {**known, "quantize": setting.quantize}
+
+
+def file_name(text: str) -> str:
+    """A setting's name as that of a file."""
+    return re.sub(r"[^\w.=-]+", "-", text.lower()).strip("-")
+
+
+def _plain(config: TurboConfig | None) -> Mapping[str, Any] | None:
+    """Settings that are not the defaults, as JSON gives them back; not what they promise."""
+    if config is None:
+        return None
+    default = {field.name: field.default for field in dataclasses.fields(config)}
+    changed = {name: value for name, value in vars(config).items() if value != default[name] and name != "promise"}
+    if callable(changed.get("degree")):
+        changed["degree"] = getattr(changed["degree"], "__name__", type(changed["degree"]).__name__)
+    plain: Mapping[str, Any] = json.loads(json.dumps(changed))
+    return plain
+
+
+def _progress_of(name: str, on_progress: Callable[[str, int], object]) -> Callable[[int], object]:
+    return lambda done: on_progress(name, done)
+
+
+def _agreement(task: str, data: Data, found: Sequence[Any], own: Sequence[Any]) -> Interval | None:
+    if task == "text-to-image":
+        return None
+    return statistics.mean(agreement(task, found, own), groups_of(data))
+
+
+def groups_of(data: Data) -> list[tuple[str, ...]]:
+    """Samples of the same pictures belong together."""
+    return [tuple(picture.name for picture in sample.pictures) for sample in data.samples]
+
+
+def _metric(score: Score, own: Score | None) -> Metric:
+    if not score.parts:
+        value = Interval(score.value, score.value, score.value)
+        share = None if own is None or not score.higher or own.value <= 0 else Interval(*[score.value / own.value] * 3)
+        return Metric(score.name, value, share)
+    value = statistics.mean(score.parts, score.groups)
+    if own is None or not score.higher or own.value <= 0:
+        return Metric(score.name, value, None)
+    return Metric(score.name, value, statistics.kept(score.parts, own.parts, score.groups))

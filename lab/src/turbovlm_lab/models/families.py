@@ -1,0 +1,8 @@
+"""The paper's own models as families of `turbovlm`, whose image tokens are read by cross-attention."""
+
+from turbovlm.vlm.families import Reader
+
+FAMILIES = (
+    Reader("BLIP for NLVR2", ("turbovlm_lab.models.blip_nlvr2.BlipForNLVR2",), "vision_model", across=True),
+    Reader("MiniGPT-v2", ("turbovlm_lab.models.minigpt_v2.MiniGPTv2",), "vision_model", across=True),
+)

@@ -1,0 +1,1 @@
+"""turbovlm inside evaluation harnesses: lmms-eval and VLMEvalKit."""

@@ -1,0 +1,100 @@
+"""The scene reader: what it says of scenes, and that merged tokens weigh in its attention what they weighed before."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import turbovlm
+from turbovlm.errors import ConfigError, TurboError
+
+pytest.importorskip("transformers")
+
+from turbovlm_lab.evaluate.builtin_data import DATA
+from turbovlm_lab.zoo import preprocess
+from turbovlm_lab.zoo.grammar import words
+from turbovlm_lab.zoo.reader import (
+    ANSWER,
+    CAPTION,
+    QUESTION,
+    SceneReader,
+    decode,
+    encode,
+    load_scene_reader,
+    scene_decoder,
+)
+from turbovlm_lab.zoo.sprites import SCENE_NAMES
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return load_scene_reader()
+
+
+@torch.inference_mode()
+def test_it_answers_and_describes(reader):
+    """Far more often right than by chance, on drawings of a vendor that it has never seen."""
+    samples = DATA["vqa"](12).samples
+    pictures = list(dict.fromkeys(sample.pictures for sample in samples))
+    seen = reader.look(preprocess([each[0].open() for each in pictures]))
+    answers = []
+    for sample in samples:
+        tokens = seen[pictures.index(sample.pictures)][None]
+        (answer,) = reader.write(tokens, [f"{QUESTION} {sample.text} {ANSWER}"])
+        answers.append(answer in sample.answers)
+    assert len(answers) > 45 and sum(answers) / len(answers) > 0.6
+    captions = reader.write(seen, [CAPTION] * len(seen))
+    assert all(" at the " in text or text.startswith("at the ") for text in captions)
+    assert set(" ".join(captions).split()) <= set(words(SCENE_NAMES))
+
+
+@torch.inference_mode()
+def test_merged_tokens_are_restored(reader):
+    pixels = torch.randn(2, 3, 224, 224)
+    full = reader.look(pixels)
+    with turbovlm.apply(reader.encoder, r=16) as handle:
+        merged = reader.look(pixels)
+        assert merged.shape == full.shape == (2, 257, 256)
+        short = reader.connector(reader.encoder(pixel_values=pixels).last_hidden_state)
+        assert short.shape[1] < 257 and torch.equal(handle.restore(short), merged)
+        small = reader.look(pixels[:, :, :168, :140])
+        assert small.shape == (2, 1 + 12 * 10, 256)
+    assert torch.equal(reader.look(pixels), full)
+
+
+@torch.inference_mode()
+def test_two_pictures_are_one_sequence(reader):
+    pixels = torch.randn(3, 2, 3, 56, 56)
+    both = reader.look(pixels)
+    left, right = (reader.look(pixels[:, side]) + reader.sides[side] for side in (0, 1))
+    torch.testing.assert_close(both, torch.cat([left, right], dim=1))
+
+
+def test_texts_in_one_row_see_themselves_alone():
+    """As training puts them; the mask and positions given."""
+    torch.manual_seed(0)
+    reader = SceneReader(torch.nn.Identity(), scene_decoder()).eval()
+    tokens, first, second = torch.randn(1, 5, 256), encode("what is at the top ?"), encode("a dog")
+    alone = [reader(torch.tensor([ids]), tokens) for ids in (first, second)]
+    of = torch.tensor([0] * len(first) + [1] * len(second))
+    seen = (of[:, None] == of[None, :]).tril()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    positions = torch.tensor([[*range(len(first)), *range(len(second))]])
+    row = reader(torch.tensor([first + second]), tokens, positions, mask)
+    torch.testing.assert_close(row, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
+
+
+def test_words_and_numbers():
+    chance = random.Random(0)
+    text = " ".join(chance.choice(words(SCENE_NAMES)) for _ in range(20))
+    assert decode(encode(text)) == text
+    assert decode(encode("a dog [end] a cat")) == "a dog"
+    with pytest.raises(ConfigError, match="does not know 'zebu', 'barn'"):
+        encode("a zebu at the barn")
+
+
+def test_weights_that_are_not_there(tmp_path):
+    with pytest.raises(TurboError, match=r"train\.py makes them"):
+        load_scene_reader(tmp_path / "none.safetensors")

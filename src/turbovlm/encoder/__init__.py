@@ -1,0 +1,5 @@
+"""Tokens merged in the blocks of an encoder."""
+
+from turbovlm.encoder.layout import Layout, variant
+
+__all__ = ["Layout", "variant"]

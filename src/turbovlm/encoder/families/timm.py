@@ -1,0 +1,112 @@
+"""The blocks of `timm`'s VisionTransformer and EVA families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbovlm.encoder.layout import Around, Layout, variant
+
+
+def _patches(tower: Any) -> int:
+    return int(tower.patch_embed.num_patches)
+
+
+def _pools_tokens(tower: Any, ancestors: Around) -> bool:
+    return bool(tower.global_pool != "token")
+
+
+def _has_cls(tower: Any) -> bool:
+    return tower.cls_token is not None
+
+
+def _refuse(tower: Any, block: Any, ancestors: Around) -> str | None:
+    attention = block.attn
+    if type(attention).__name__ not in ("Attention", "EvaAttention", "AttentionRope"):
+        return f"its attention is a {type(attention).__name__}, whose map is not softmax(QKᵀ)"
+    if getattr(attention, "gate", None) is not None:
+        return "its attention is gated"
+    if getattr(attention, "num_kv_groups", 1) != 1:
+        return "its attention shares keys between heads (grouped queries)"
+    return None
+
+
+def _eva_project(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attention = block.attn
+    if attention.qkv is None:
+        return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    if getattr(attention, "q_bias", None) is None:
+        qkv = attention.qkv(x)
+    else:
+        bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+        separate = attention.qkv_bias_separate
+        qkv = attention.qkv(x) + bias if separate else F.linear(x, attention.qkv.weight, bias)
+    q, k, v = qkv.chunk(3, dim=-1)
+    return q, k, v
+
+
+def _eva_rotary(
+    block: Any, q: Tensor, k: Tensor, home: Tensor | None, arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    from timm.layers import apply_rot_embed_cat
+
+    rope = arguments.get("rope")
+    if rope is None:
+        return q, k
+    if home is not None:
+        rope = rope[home].unsqueeze(1) if rope.ndim == 2 else rope[:, home].transpose(0, 1)
+    prefix, half = block.attn.num_prefix_tokens, getattr(block.attn, "rotate_half", False)
+
+    def rotate(x: Tensor) -> Tensor:
+        return torch.cat((x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)), dim=2)
+
+    return rotate(q), rotate(k)
+
+
+def _eva_example(block: Any, patches: int) -> dict[str, Any]:
+    angles = torch.linspace(0, 3, patches).unsqueeze(1) * torch.linspace(1, 2, block.attn.head_dim)
+    return {"rope": torch.cat((angles.sin(), angles.cos()), dim=-1)}
+
+
+VISION_TRANSFORMER = Layout(
+    family="timm VisionTransformer",
+    block="timm.models.vision_transformer.Block",
+    towers=("timm.models.vision_transformer.VisionTransformer",),
+    norm1="norm1",
+    project=("attn.qkv",),
+    heads="attn.num_heads",
+    after_attention=("attn.norm?", "attn.proj", "attn.proj_drop", "ls1", "drop_path1"),
+    mlp=("norm2", "mlp", "ls2", "drop_path2"),
+    patch="patch_embed.proj",
+    patches=_patches,
+    prefix=lambda tower: int(tower.num_prefix_tokens),
+    cls=_has_cls,
+    query_norm="attn.q_norm",
+    key_norm="attn.k_norm",
+    dropout="attn.attn_drop",
+    arguments=("attn_mask", "is_causal"),
+    restore=_pools_tokens,
+    refuse=_refuse,
+)
+
+EVA = variant(
+    VISION_TRANSFORMER,
+    family="timm EVA",
+    block="timm.models.eva.EvaBlock",
+    towers=("timm.models.eva.Eva",),
+    project=_eva_project,
+    after_attention=("attn.norm", "attn.proj", "attn.proj_drop", "gamma_1", "drop_path1"),
+    mlp=("norm2", "mlp", "gamma_2", "drop_path2"),
+    query_norm="attn.q_norm?",
+    key_norm="attn.k_norm?",
+    rotary=_eva_rotary,
+    example=_eva_example,
+    understood=("rope",),
+    arguments=("rope", "attn_mask", "is_causal"),
+)
+
+LAYOUTS = (VISION_TRANSFORMER, EVA)

@@ -1,0 +1,229 @@
+"""How one library spells a transformer block, as data.
+
+A block is two halves, `x + attention(norm1(x))` and `x + mlp(norm2(x))`, or, where norms come after the residual,
+`norm1(x + attention(x))` and `norm2(x + mlp(x))`. Merging happens between them. A `Layout`
+names the sub-modules of both halves by their attribute paths, so that the block's own modules are called and nothing
+of them is written again. A new model family is a new `Layout`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch.nn as nn
+from torch import Tensor
+
+from turbovlm.errors import UnsupportedModelError
+
+Path = tuple[str, ...]
+"""An attribute path, split at its dots."""
+Project = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""`(block, normed) -> (q, k, v)`, each `[batch, tokens, heads * head_dim]`; defined in a module, so that it pickles."""
+Rotary = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Mapping[str, Any]], tuple[Tensor, Tensor]]
+"""`(block, q, k, home, arguments) -> (q, k)`; defined in a module, so that it pickles."""
+Around = tuple[nn.Module, ...]
+"""The modules around a tower, outermost first."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spell a block, and what must be known about the encoder around it.
+
+    A path is dotted and starts at the block. Several spellings are separated by `|`; the first that exists is used.
+    A path that ends in `?` may be missing.
+
+    Args:
+        family: name for people, such as `"transformers ViT"`.
+        block: dotted path of the block's class.
+        towers: dotted paths of the classes inside which such blocks form a vision encoder.
+        norm1: the norm before attention, or None.
+        project: paths of the query, key and value projections, or a function `(block, normed) -> (q, k, v)`,
+            each `[batch, tokens, heads * head_dim]`.
+        heads: path of the number of heads.
+        after_attention: what is applied to attention's `[batch, tokens, heads * head_dim]` before the residual, in
+            order: modules are called, tensors and numbers multiply, None is skipped.
+        mlp: the second half's steps, in the same way; the first is the norm before the MLP.
+        patch: path, from the tower, of the patch embedding's projection; None for tokens that are looked up.
+        patches: native number of patches of a tower, before any are merged.
+        prefix: number of CLS, distillation and register tokens at the front, or a function of the tower.
+        cls: whether token 0 is a CLS token, or a function of the tower.
+        norm_after_attention, norm_after_mlp: what normalises each half's sum with the residual.
+        joint: path, from the tower, of the module that puts text tokens in front of an image's; they are never merged,
+            and `prefix` counts the longest text.
+        returns_tuple: whether the block returns its tokens in a tuple; None to go by its annotation, as where
+            releases differ.
+        text: whether it encodes text, and so stays as it is in a model that also encodes images.
+        scale: path of what attention multiplies its scores by; 1/√head_dim where it is None, or there is none.
+        query_norm, key_norm: paths of the norms of each head's queries and keys.
+        dropout: path of attention's dropout, a number or an `nn.Dropout`.
+        rotary: `(block, q, k, home, arguments) -> (q, k)`: rotate by the positions of the patches `home`,
+            `[batch, patches]`; None means all patches, in order.
+        arguments: names of what the block takes by position after the tokens.
+        understood: names of arguments that `rotary` reads, or that have no effect on these blocks.
+        mask: name of the argument that masks keys, if the encoder uses one.
+        restore: whether the reader of the tower's output needs every position back, or a function
+            `(tower, ancestors)`: the ancestors are the modules around the tower, outermost first.
+        example: `(block, patches)`: arguments with which the block can be tried on random tokens.
+        refuse: `(tower, block, ancestors)`: the reason why this model cannot be accelerated, or None.
+    """
+
+    kind: ClassVar[str] = "encoder"
+
+    family: str
+    block: str
+    towers: tuple[str, ...]
+    norm1: str | None
+    project: tuple[str, str, str] | tuple[str] | Project
+    heads: str
+    after_attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    patch: str | None
+    patches: Callable[[Any], int]
+    prefix: int | Callable[[Any], int] = 1
+    cls: bool | Callable[[Any], bool] = True
+    norm_after_attention: str | None = None
+    norm_after_mlp: str | None = None
+    joint: str | None = None
+    returns_tuple: bool | None = None
+    text: bool = False
+    scale: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    dropout: str | None = None
+    rotary: Rotary | None = None
+    arguments: tuple[str, ...] = ("attention_mask",)
+    understood: tuple[str, ...] = ()
+    mask: str | None = None
+    restore: bool | Callable[[Any, Around], bool] = False
+    example: Callable[[Any, int], dict[str, Any]] | None = None
+    refuse: Callable[[Any, Any, Around], str | None] | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """By which blocks are recognised."""
+        return (self.block,)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What a forward needs of a layout, with each path as the encoder's blocks spell it. It pickles."""
+
+    norm1: Path | None
+    project: tuple[Path, ...] | Project
+    heads: Path
+    after_attention: tuple[Path, ...]
+    mlp: tuple[Path, ...]
+    norm_after_attention: Path | None
+    norm_after_mlp: Path | None
+    scale: Path | None
+    query_norm: Path | None
+    key_norm: Path | None
+    dropout: Path | None
+    rotary: Rotary | None
+    arguments: tuple[str, ...]
+    understood: tuple[str, ...]
+    mask: str | None
+    returns_tuple: bool
+
+
+def fetch(root: Any, path: Path) -> Any:
+    """The attribute at `path`."""
+    for name in path:
+        root = getattr(root, name)
+    return root
+
+
+def spell(layout: Layout, block: nn.Module) -> Spelling:
+    """Find the spelling of each path that `block` has.
+
+    Raises:
+        UnsupportedModelError: the block has none of a path's spellings, as with a release of its library that this
+            layout does not know.
+    """
+
+    def one(path: str) -> Path | None:
+        for spelled in path.removesuffix("?").split("|"):
+            if _exists(block, spelled):
+                return tuple(spelled.split("."))
+        if path.endswith("?"):
+            return None
+        raise UnsupportedModelError(
+            f"{layout.family}: {type(block).__module__}.{type(block).__qualname__} has no {path.replace('|', ' or ')}; "
+            f"this release of {library_version(type(block))} spells the block in a way turbovlm does not know"
+        )
+
+    def required(path: str) -> Path:
+        found = one(path)
+        assert found is not None
+        return found
+
+    def chain(paths: tuple[str, ...]) -> tuple[Path, ...]:
+        return tuple(found for path in paths if (found := one(path)) is not None)
+
+    def maybe(path: str | None) -> Path | None:
+        return None if path is None else one(path)
+
+    annotated = "tuple" in str(inspect.signature(type(block).forward).return_annotation).lower()
+    return Spelling(
+        norm1=maybe(layout.norm1),
+        project=layout.project if callable(layout.project) else chain(layout.project),
+        heads=required(layout.heads),
+        after_attention=chain(layout.after_attention),
+        mlp=chain(layout.mlp),
+        norm_after_attention=maybe(layout.norm_after_attention),
+        norm_after_mlp=maybe(layout.norm_after_mlp),
+        scale=maybe(layout.scale),
+        query_norm=maybe(layout.query_norm),
+        key_norm=maybe(layout.key_norm),
+        dropout=maybe(layout.dropout),
+        rotary=layout.rotary,
+        arguments=layout.arguments,
+        understood=layout.understood,
+        mask=layout.mask,
+        returns_tuple=annotated if layout.returns_tuple is None else layout.returns_tuple,
+    )
+
+
+def path_of(family: str, tower: nn.Module, paths: str) -> Path:
+    """The first of the `|`-separated `paths` that `tower` has."""
+    for spelled in paths.split("|"):
+        if _exists(tower, spelled):
+            return tuple(spelled.split("."))
+    raise UnsupportedModelError(
+        f"{family}: {type(tower).__name__} of {library_version(type(tower))} has no {paths.replace('|', ' or ')}"
+    )
+
+
+def run_steps(block: nn.Module, steps: tuple[Path, ...], x: Tensor) -> Tensor:
+    """Apply the steps in order: modules are called, tensors and numbers multiply, None is skipped."""
+    for path in steps:
+        step = fetch(block, path)
+        if isinstance(step, nn.Module):
+            x = step(x)
+        elif step is not None:
+            x = x * step
+    return x
+
+
+def library_version(cls: type) -> str:
+    """Name and version of the library that defines `cls`, such as `"timm 1.0.31"`."""
+    package = cls.__module__.partition(".")[0]
+    distributions = metadata.packages_distributions().get(package, [])
+    return f"{package} {metadata.version(distributions[0])}" if distributions else package
+
+
+def variant(layout: Layout, **changes: Any) -> Layout:
+    """The same layout but for `changes`."""
+    return replace(layout, **changes)
+
+
+def _exists(root: Any, dotted: str) -> bool:
+    for name in dotted.split("."):
+        if not hasattr(root, name):
+            return False
+        root = getattr(root, name)
+    return True

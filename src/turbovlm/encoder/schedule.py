@@ -1,0 +1,211 @@
+"""How many tokens each block gives up.
+
+`r` is taken as it is; `keep` and `flops` are solved over the schedules that spread one total evenly over the blocks.
+Every amount is then clamped as in the paper: at most half of the tokens that may merge, and nothing in a block that
+starts with fewer than `min_tokens`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+from turbovlm.config import TurboConfig
+from turbovlm.errors import ConfigError
+from turbovlm.ops.partition import window_count
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What the cost of one encoder depends on, read off its modules. All counts are per image.
+
+    Args:
+        attention_weights: entries of the projection matrices before the merge, per block.
+        mlp_weights: entries of the MLP's matrices, after the merge, per block.
+        attention_widths: heads × head_dim, per block.
+        hidden_size: width of a token.
+        similarity_width: width of the features compared (head_dim for keys, hidden_size for hidden), per block.
+        patch_weights: entries of the patch embedding's kernel.
+        prefix: CLS, distillation and register tokens, which are never merged.
+        windowed: whether many patches are compared within windows only.
+    """
+
+    attention_weights: tuple[int, ...]
+    mlp_weights: tuple[int, ...]
+    attention_widths: tuple[int, ...]
+    hidden_size: int
+    similarity_width: tuple[int, ...]
+    patch_weights: int
+    prefix: int
+    windowed: bool = False
+
+    @property
+    def depth(self) -> int:
+        return len(self.attention_weights)
+
+    def block_macs(self, block: int, before: int, after: int) -> int:
+        """Multiply-accumulates of one block: projections, attention, similarity, MLP, and norms."""
+        width = self.attention_widths[block]
+        macs = before * self.attention_weights[block] + 2 * before * before * width
+        macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
+        if after < before:
+            patches = before - self.prefix
+            pairs = patches // 2 * (patches - patches // 2)
+            macs += pairs // (window_count(patches) if self.windowed else 1) * self.similarity_width[block]
+        return macs
+
+    def macs(self, tokens: Sequence[int]) -> int:
+        """Multiply-accumulates of the encoder with `tokens[l]` tokens before block l and `tokens[-1]` at its end."""
+        blocks = sum(self.block_macs(i, tokens[i], tokens[i + 1]) for i in range(self.depth))
+        return blocks + (tokens[0] - self.prefix) * self.patch_weights + 5 * self.hidden_size * tokens[-1]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one encoder does with a number of tokens.
+
+    Attributes:
+        tower: path of the encoder in the model; empty where it is the model itself.
+        blocks: paths of its blocks.
+        tokens: tokens before the first block, then after each block.
+        macs_before: multiply-accumulates of each block without merging.
+        macs_after: the same with merging.
+        ratio: share of the encoder's multiply-accumulates left, patch embedding and final norm included.
+        asked: the amount asked for, such as `"keep=0.25"`.
+        note: empty, or which part of what was asked for was not possible.
+    """
+
+    tower: str
+    blocks: tuple[str, ...]
+    tokens: tuple[int, ...]
+    macs_before: tuple[int, ...]
+    macs_after: tuple[int, ...]
+    ratio: float
+    asked: str
+    note: str
+
+    @property
+    def merged(self) -> tuple[int, ...]:
+        """Tokens merged in each block."""
+        return tuple(a - b for a, b in zip(self.tokens, self.tokens[1:]))
+
+
+def clamp(r: int, tokens: int, prefix: int, min_tokens: int) -> int:
+    """Tokens that a block with `tokens` tokens can give up when asked for `r`: at most half of those that may merge."""
+    if tokens < min_tokens:
+        return 0
+    return min(r, max(tokens - prefix, 0) // 2)
+
+
+def token_counts(amounts: Sequence[int], tokens: int, prefix: int, min_tokens: int, fixed: int = 0) -> tuple[int, ...]:
+    """Tokens before the first block and after each, when block l is asked for `amounts[l]`.
+
+    `fixed` tokens beside the prefix can never merge: the partners of `partition="grid"`.
+    """
+    counts = [tokens]
+    for r in amounts:
+        left = counts[-1]
+        counts.append(left - min(clamp(r, left, prefix, min_tokens), left - prefix - fixed))
+    return tuple(counts)
+
+
+def fixed_partners(config: TurboConfig, patches: int) -> int:
+    """Patches that stay partners in every block: one per 2×2 cell with `partition="grid"`, else none."""
+    if config.partition != "grid":
+        return 0
+    rows, columns = config.grid or (math.isqrt(patches), math.isqrt(patches))
+    return min((rows + 1) // 2 * ((columns + 1) // 2), patches)
+
+
+def spread(total: int, depth: int) -> tuple[int, ...]:
+    """`total` tokens over `depth` blocks, as evenly as integers allow."""
+    return tuple((i + 1) * total // depth - i * total // depth for i in range(depth))
+
+
+def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
+    """Raise `ConfigError` where `r` is a list whose length is not the number of blocks."""
+    if isinstance(config.keep, tuple):
+        raise ConfigError(f"{config.amount}: an encoder has one resolution, and takes one share; give r per block")
+    if isinstance(config.r, tuple) and len(config.r) != depth:
+        where = f" in {tower!r}" if tower else ""
+        raise ConfigError(f"r has {len(config.r)} entries, but the encoder{where} has {depth} blocks")
+
+
+@lru_cache(maxsize=1024)
+def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int) -> tuple[int, ...]:
+    """Tokens asked of each block, before clamping, for an input of `tokens` tokens."""
+    if isinstance(config.r, tuple):
+        return config.r
+    if config.r is not None:
+        return (cast(int, config.r),) * shape.depth
+    if config.keep is not None:
+        target = max(round(cast(float, config.keep) * tokens), shape.prefix)
+        return _closest(config, shape, tokens, target, lambda counts: counts[-1])
+    assert config.flops is not None
+    full = shape.macs((tokens,) * (shape.depth + 1))
+    return _closest(config, shape, tokens, config.flops * full, shape.macs)
+
+
+def _closest(
+    config: TurboConfig,
+    shape: EncoderShape,
+    tokens: int,
+    target: float,
+    cost: Callable[[tuple[int, ...]], int],
+) -> tuple[int, ...]:
+    """The evenly spread amounts whose cost is closest to `target`; of equals, the fewest tokens merged."""
+    best, best_gap = spread(0, shape.depth), abs(cost((tokens,) * (shape.depth + 1)) - target)
+    previous: tuple[int, ...] = ()
+    fixed = fixed_partners(config, tokens - shape.prefix)
+    for total in range(1, shape.depth * (tokens // 2) + 1):
+        amounts = spread(total, shape.depth)
+        counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens, fixed)
+        if counts == previous:
+            continue
+        previous = counts
+        gap = abs(cost(counts) - target)
+        if gap < best_gap:
+            best, best_gap = amounts, gap
+    return best
+
+
+def make_schedule(
+    config: TurboConfig, shape: EncoderShape, tokens: int, tower: str, blocks: tuple[str, ...]
+) -> Schedule:
+    """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
+    amounts = requested_amounts(config, shape, tokens)
+    fixed = fixed_partners(config, tokens - shape.prefix)
+    counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens, fixed)
+    full = (tokens,) * (shape.depth + 1)
+    ratio = shape.macs(counts) / shape.macs(full)
+    return Schedule(
+        tower=tower,
+        blocks=blocks,
+        tokens=counts,
+        macs_before=tuple(shape.block_macs(i, tokens, tokens) for i in range(shape.depth)),
+        macs_after=tuple(shape.block_macs(i, counts[i], counts[i + 1]) for i in range(shape.depth)),
+        ratio=ratio,
+        asked=config.amount,
+        note=_shortfall(config, amounts, counts, ratio),
+    )
+
+
+def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int], ratio: float) -> str:
+    if config.r is not None:
+        short = [i for i, r in enumerate(amounts) if counts[i] - counts[i + 1] < r]
+        if not short:
+            return ""
+        return (
+            f"{config.amount} is more than {len(short)} of {len(amounts)} blocks have to give "
+            f"(from block {short[0]} on): half of a block's tokens at most, none below min_tokens={config.min_tokens}"
+        )
+    if config.keep is not None:
+        reached = counts[-1] / counts[0]
+        missed = abs(counts[-1] - cast(float, config.keep) * counts[0]) > 1
+        return f"keep={config.keep} is out of reach: {reached:.3f} of the tokens are left" if missed else ""
+    assert config.flops is not None
+    missed = abs(ratio - config.flops) > 0.01
+    return f"flops={config.flops} is out of reach: {ratio:.3f} is the closest" if missed else ""

@@ -1,0 +1,130 @@
+"""What one forward carries from block to block.
+
+The state is an attribute of the hidden-state tensor itself, so it travels through every library's loop over its blocks
+and belongs to one forward: threads and re-entrant calls never share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turbovlm.ops.matching import Merge
+from turbovlm.ops.partition import Partition, positions
+
+STATE = "_turbovlm"
+"""Name of the attribute of the hidden states that carries the state."""
+PREFIX = "_turbovlm_prefix"
+"""Name of the attribute of an encoder's input that says how many tokens in front never merge, where that varies."""
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """What one block of the last forward did.
+
+    Attributes:
+        name: the block's path in the model; `block`: its index in its encoder.
+        prefix: CLS, distillation and register tokens at the front.
+        source: for every token of the encoder's input, the token it is part of after this block, `[batch, N0]`.
+        sizes: patches that each token stands for after this block, `[batch, M]`.
+        redundancy: R, `[batch, N]` over the tokens before the merge; NaN for tokens that are no candidates.
+        semantic: A, `[batch, N]`.
+        degree: E, `[batch, N]`; NaN for tokens that are no candidates.
+    """
+
+    name: str
+    block: int
+    prefix: int
+    source: Tensor
+    sizes: Tensor
+    redundancy: Tensor
+    semantic: Tensor
+    degree: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """What the tokens of one forward have become after some of the blocks.
+
+    Attributes:
+        block: the block that comes next.
+        amounts: tokens asked of each block.
+        prefix: tokens in front that are never merged.
+        sizes: patches each token stands for, `[batch, tokens]`; None while every token stands for itself.
+        merges: one per merge so far; `lost`: what each has lost (`Merge.lost`), where it is to be given back.
+        home: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
+            None before the first merge.
+        partners: where the fixed partners of `partition="grid"` are, `[batch, partners]`; None before the first merge.
+        traces: one per block so far, with `trace=True`.
+        padded: whether some tokens are padding, of size 0.
+    """
+
+    block: int
+    amounts: tuple[int, ...]
+    prefix: int
+    sizes: Tensor | None = None
+    merges: tuple[Merge, ...] = ()
+    lost: tuple[Tensor, ...] = ()
+    home: Tensor | None = None
+    partners: Tensor | None = None
+    traces: tuple[BlockTrace, ...] = ()
+    padded: bool = False
+
+    def attended(self, proportional: bool) -> Tensor | None:
+        """The sizes that attention goes by: all of them, or only which tokens are padding; None for plain attention."""
+        if proportional or self.sizes is None:
+            return self.sizes
+        return (self.sizes > 0).to(self.sizes.dtype) if self.padded else None
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Every position of the input with its token's row of `x`, `[batch, M, width]`, and what merges have lost."""
+        lost = self.lost or (None,) * len(self.merges)
+        for merge, apart in zip(reversed(self.merges), reversed(lost)):
+            x = merge.unmerge(x, apart)
+        return x
+
+    def source(self) -> Tensor | None:
+        """For every token of the input, the token it is part of now, `[batch, N0]`; None before the first merge."""
+        if not self.merges:
+            return None
+        source = self.merges[0].source
+        for merge in self.merges[1:]:
+            source = merge.source.gather(1, source)
+        return source
+
+
+def traced(
+    name: str,
+    state: State,
+    x: Tensor,
+    partition: Partition,
+    redundancy: Tensor,
+    semantic: Tensor,
+    degree: Tensor,
+    tokens: int,
+) -> BlockTrace:
+    """What the block that has just merged did, to `x`, `[batch, M, width]`, which was of `tokens` tokens before."""
+    batch, device = x.shape[0], x.device
+    candidates = positions(partition.candidates, device).expand(batch, -1)
+
+    def everywhere(values: Tensor) -> Tensor:
+        return values.new_full((batch, tokens), torch.nan).scatter(1, candidates, values)
+
+    source = state.source()
+    if source is None:
+        source = torch.arange(tokens, device=device).expand(batch, -1)
+    sizes = state.sizes
+    if sizes is None:
+        sizes = torch.ones(batch, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=device)
+    return BlockTrace(
+        name=name,
+        block=state.block,
+        prefix=state.prefix,
+        source=source,
+        sizes=sizes,
+        redundancy=everywhere(redundancy),
+        semantic=semantic,
+        degree=everywhere(degree),
+    )

@@ -1,0 +1,253 @@
+"""Finding the encoders that can be accelerated inside any model.
+
+Blocks are recognised by the full dotted path of their class or one of its base classes, so no library is imported
+for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+
+from turbovlm.encoder.families import text, transformers
+from turbovlm.encoder.layout import Layout, Spelling, fetch, path_of, spell
+from turbovlm.errors import UnsupportedModelError
+from turbovlm.registry import class_paths, families, family_of
+from turbovlm.vlm.families import several_layers
+
+WINDOWED = "windowed attention in hierarchical stages needs its grid"
+PATCH_MERGER = "the 2x2 patch merger that follows needs the grid; visual_keep shortens what the language model reads"
+REFUSED = {
+    "timm.models.swin_transformer.SwinTransformerBlock": WINDOWED,
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": WINDOWED,
+    "timm.models.vision_transformer.ResPostBlock": "the norm comes after the residual branch, not before it",
+    "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run side by side",
+    "timm.models.vision_transformer.ParallelThingsBlock": "several attentions and MLPs run side by side",
+    "timm.models.eva.EvaBlockPostNorm": "the norm comes after the residual branch, not before it",
+    "timm.models.beit.Block": "its relative position bias is a table over pairs of grid positions",
+    "transformers.models.swin.modeling_swin.SwinLayer": WINDOWED,
+    "transformers.models.swinv2.modeling_swinv2.Swinv2Layer": WINDOWED,
+    "transformers.models.sam.modeling_sam.SamVisionLayer": "windowed attention and relative positions need the grid",
+    "transformers.models.hiera.modeling_hiera.HieraLayer": "mask units pool over the grid between stages",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": PATCH_MERGER,
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock": (
+        f"its windowed attention needs the grid, and {PATCH_MERGER}"
+    ),
+    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": PATCH_MERGER,
+    "open_clip.transformer.CustomResidualAttentionBlock": "its attention scales heads or cosines in its own way",
+}
+"""Blocks that are known and cannot lose tokens, with the reason."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An encoder found in a model.
+
+    Attributes:
+        name: its path in the model; empty where it is the model itself.
+        module: the encoder.
+        layout: how its blocks are spelled in general; `spelling`: in this release of its library.
+        blocks: `(path in the model, block)`, in the order of the forward.
+        prefix: CLS, distillation and register tokens at the front.
+        cls: whether token 0 is a CLS token.
+        restore: whether its reader needs every position back.
+        tokens: its native number of tokens, prefix included.
+    """
+
+    name: str
+    module: nn.Module
+    layout: Layout
+    spelling: Spelling
+    blocks: tuple[tuple[str, nn.Module], ...]
+    prefix: int
+    cls: bool
+    restore: bool
+    tokens: int
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a token."""
+        return self._output_shapes[0][0]
+
+    @property
+    def attention_widths(self) -> tuple[int, ...]:
+        """Heads × head_dim of each block, which differ where heads were pruned."""
+        return tuple(width for _, width in self._output_shapes)
+
+    @property
+    def _output_shapes(self) -> list[tuple[int, int]]:
+        """Of each block's projection behind attention, out × in."""
+        found = []
+        for name, block in self.blocks:
+            steps = [(path, fetch(block, path)) for path in self.spelling.after_attention]
+            layers = [(path, step) for path, step in steps if isinstance(step, nn.Module)]
+            shape = next((shape for _, step in layers if (shape := matrix_shape(step)) is not None), None)
+            if shape is None:
+                path, step = layers[0]
+                raise UnsupportedModelError(f"{name}.{'.'.join(path)}: {_PACKED}, {type(step).__name__}")
+            found.append(shape)
+        return found
+
+    @property
+    def patch_weights(self) -> int:
+        """Entries of the patch embedding's kernel."""
+        if self.layout.patch is None:
+            return 0
+        return sum(parameter.numel() for parameter in self._patch_projection.parameters() if parameter.ndim > 1)
+
+    @property
+    def plain_stem(self) -> bool:
+        """Whether the patch embedding is one projection of each patch, and not a convolutional network of its own."""
+        if self.layout.patch is None:
+            return True
+        in_blocks = {id(module) for _, block in self.blocks for module in block.modules()}
+        convolutions = [m for m in self.module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+        return all(m is self._patch_projection or id(m) in in_blocks for m in convolutions)
+
+    @property
+    def _patch_projection(self) -> nn.Module:
+        assert self.layout.patch is not None
+        projection: nn.Module = fetch(self.module, path_of(self.layout.family, self.module, self.layout.patch))
+        return projection
+
+
+_PACKED = "a layer holds its weights in a format that turbovlm does not know"
+
+
+def find_towers(model: nn.Module) -> list[Tower]:
+    """Every vision encoder in `model` whose blocks a layout knows; where there is none, every text encoder.
+
+    Raises:
+        UnsupportedModelError: there is none, or one of them cannot lose tokens; the message says which blocks were
+            found and why.
+    """
+    modules = dict(model.named_modules())
+    grouped: dict[str, list[tuple[str, nn.Module, Layout]]] = {}
+    strays: dict[str, str] = {}
+    for name, module in modules.items():
+        layout = layout_of(module)
+        if layout is None:
+            continue
+        tower = next((n for n in _ancestors(name) if set(class_paths(modules[n])) & set(layout.towers)), None)
+        if tower is None:
+            wanted = " or ".join(path.rpartition(".")[2] for path in layout.towers)
+            causal = any(set(class_paths(modules[n])) & text.CAUSAL_TOWERS for n in _ancestors(name))
+            reason = text.CAUSAL if causal else f"not inside an encoder turbovlm knows ({wanted})"
+            strays[class_paths(module)[0]] = reason
+        else:
+            grouped.setdefault(tower, []).append((name, module, layout))
+    if not grouped:
+        raise UnsupportedModelError(_nothing_found(model, modules, strays))
+    images = {name: blocks for name, blocks in grouped.items() if not blocks[0][2].text}
+    return [_tower(name, modules, blocks) for name, blocks in (images or grouped).items()]
+
+
+def layout_of(block: nn.Module) -> Layout | None:
+    """The layout that knows a block, or None."""
+    layout: Layout | None = family_of("encoder", block)
+    return layout
+
+
+def matrix_shape(step: Any) -> tuple[int, int] | None:
+    """Out × in of a linear layer, be its weights packed or not; None of anything else."""
+    if not isinstance(step, nn.Module):
+        return None
+    for weight in step.parameters(recurse=False):
+        if weight.ndim == 2 and weight.is_floating_point():
+            return weight.shape[0], weight.shape[1]
+    given, taken = getattr(step, "out_features", None), getattr(step, "in_features", None)
+    return (given, taken) if isinstance(given, int) and isinstance(taken, int) else None
+
+
+def matrix_entries(step: Any, name: str = "") -> int:
+    """Entries of all weight matrices in a module, those of quantised layers as if they were not packed.
+
+    Raises:
+        UnsupportedModelError: a layer whose weights are packed, and which does not say what it takes and gives.
+    """
+    if not isinstance(step, nn.Module):
+        return 0
+    inside = sum(matrix_entries(child, f"{name}.{path}") for path, child in step.named_children())
+    own = [p for p in step.parameters(recurse=False) if p.ndim == 2]
+    if own and all(p.is_floating_point() for p in own):
+        return inside + sum(p.numel() for p in own)
+    shape = matrix_shape(step)
+    if shape is None and own:
+        raise UnsupportedModelError(f"{name.lstrip('.')}: {_PACKED}, {type(step).__name__}")
+    return inside or (0 if shape is None else shape[0] * shape[1])
+
+
+def check_readable(step: Any, name: str) -> None:
+    """Raise `UnsupportedModelError` where a projection's shape cannot be told."""
+    if matrix_shape(step) is None:
+        raise UnsupportedModelError(f"{name}: {_PACKED}, {type(step).__name__}")
+
+
+def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.Module, Layout]]) -> Tower:
+    module, layout = modules[name], found[0][2]
+    around = tuple(modules[n] for n in reversed(_ancestors(name)))
+    part = next((ancestor for ancestor in around if family_of("vlm", ancestor)), None)
+    reader = None if part is None else family_of("vlm", part)
+    if part is not None and reader is not None and reader.inside:
+        if several_layers(part):
+            raise UnsupportedModelError(
+                f"{name} cannot lose tokens: {reader.family} reads several blocks' outputs; visual_keep shortens what "
+                "the language model reads"
+            )
+        found = found[: len(found) + reader.guide(part) + 1]
+        restore = True
+    else:
+        for ancestor in around:
+            if reason := transformers.placeholders(ancestor):
+                raise UnsupportedModelError(f"{name or type(module).__name__} cannot lose tokens: {reason}")
+        restore = layout.restore(module, around) if callable(layout.restore) else layout.restore
+    for path, block, _ in found:
+        if layout.refuse is not None and (reason := layout.refuse(module, block, around)):
+            raise UnsupportedModelError(f"{path} ({layout.family}) cannot be accelerated: {reason}")
+    spelling = spell(layout, found[0][1])
+    prefix = layout.prefix(module) if callable(layout.prefix) else layout.prefix
+    return Tower(
+        name=name,
+        module=module,
+        layout=layout,
+        spelling=spelling,
+        blocks=tuple((path, block) for path, block, _ in found),
+        prefix=prefix,
+        cls=layout.cls(module) if callable(layout.cls) else layout.cls,
+        restore=restore,
+        tokens=layout.patches(module) + prefix,
+    )
+
+
+def _ancestors(name: str) -> list[str]:
+    """Paths of a module and all around it, innermost first: `"a.b"` gives `["a.b", "a", ""]`."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
+
+
+def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], strays: dict[str, str]) -> str:
+    lines = [f"{type(model).__name__} has no block that turbovlm can accelerate."]
+    for path, reason in sorted({**_refused(modules), **strays}.items()):
+        lines.append(f"  {path}: {reason}")
+    known = set(strays) | set(REFUSED)
+    repeated = sorted(path for path in _repeated_blocks(modules) if path not in known)
+    if repeated:
+        lines.append(f"  Blocks found: {', '.join(repeated)}")
+    lines.append(f"  Supported: {', '.join(layout.family for layout in families('encoder'))}")
+    return "\n".join(lines)
+
+
+def _refused(modules: dict[str, nn.Module]) -> dict[str, str]:
+    return {path: REFUSED[path] for module in modules.values() for path in class_paths(module) if path in REFUSED}
+
+
+def _repeated_blocks(modules: dict[str, nn.Module]) -> set[str]:
+    """Classes of which a list or sequence in the model holds several: what a reader would call its blocks."""
+    found = set()
+    for module in modules.values():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            classes = [class_paths(child)[0] for child in module]
+            found |= {path for path in classes if classes.count(path) > 1 and not path.startswith("torch.nn.")}
+    return found or {class_paths(child)[0] for child in modules[""].children()}

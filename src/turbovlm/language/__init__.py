@@ -1,5 +1,0 @@
-"""Between the vision tower and the language model: which visual tokens it reads, and the prompt that fits them."""
-
-from turbovlm.language.resolution import downsample
-
-__all__ = ["downsample"]

@@ -1,0 +1,63 @@
+"""Attention in proportion to the patches that each token stands for (Turbo, equation 16)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbovlm.ops import routes
+
+
+def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """`log s` as an additive attention bias.
+
+    Args:
+        sizes: patches each token stands for, `[batch, tokens]`; 0 for a padding token, which nobody attends to.
+        dtype: that of the queries.
+
+    Returns:
+        `[batch, 1, 1, tokens]`, finite: a size of 0 gives the lowest number of `dtype`.
+    """
+    bias = sizes.log().clamp_min(torch.finfo(dtype).min)
+    return bias.to(dtype)[:, None, None, :]
+
+
+def proportional_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sizes: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`softmax(QKᵀ·scale + log s) V`; the map itself is never stored whole.
+
+    Args:
+        queries, keys, values: `[batch, heads, tokens, head_dim]`.
+        sizes: `[batch, tokens]`; None (all ones) leaves plain attention, and its fastest kernel.
+        scale: 1/√head_dim if None.
+        dropout_p: dropout of the attention weights, for training.
+
+    Returns:
+        `[batch, heads, tokens, head_dim]`.
+    """
+    bias = None if sizes is None else size_bias(sizes, queries.dtype)
+    return attend(queries, keys, values, bias, scale=scale, dropout_p=dropout_p)
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`softmax(QKᵀ·scale + bias) V` by the fastest way; `bias` as `size_bias` gives it, the rest as above."""
+    if dropout_p > 0:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    route = routes.fastest(queries, keys, values)
+    return route(queries, keys, values, bias, queries.shape[-1] ** -0.5 if scale is None else scale)

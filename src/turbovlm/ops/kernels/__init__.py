@@ -1,0 +1,24 @@
+"""Triton kernels for CUDA: attention in proportion to sizes, who resembles whom, who goes, and the merge.
+
+All are operators of their own, opaque to `torch.compile`. Without Triton they can be imported, not called.
+"""
+
+from turbovlm.ops.kernels.attention import attends, attention_rows, biased_attention
+from turbovlm.ops.kernels.choosing import MOST_RANKED, choose, weighted_distance
+from turbovlm.ops.kernels.common import HAS_TRITON, usable
+from turbovlm.ops.kernels.merging import mean_of_bags, merge_tokens
+from turbovlm.ops.kernels.similarity import most_similar
+
+__all__ = [
+    "HAS_TRITON",
+    "MOST_RANKED",
+    "attends",
+    "attention_rows",
+    "biased_attention",
+    "choose",
+    "mean_of_bags",
+    "merge_tokens",
+    "most_similar",
+    "usable",
+    "weighted_distance",
+]

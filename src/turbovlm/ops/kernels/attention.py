@@ -1,0 +1,217 @@
+"""Attention with a bias per key, which FlashAttention does not take, and the attention row of a guide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from turbovlm.ops.kernels.common import HAS_TRITON, LEAST_CAPABILITY, alignment, interpreted, jit, operator, usable
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+LARGEST_HEAD = 128
+LOG2_E = 1.4426950408889634
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `biased_attention` takes them: half precision, all of one dtype, heads of at most 128 channels."""
+    alike = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
+    return alike and usable(q) and q.shape[-1] == v.shape[-1] <= LARGEST_HEAD and _is_capable(q.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_capable(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+
+
+@operator
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """`softmax(QKᵀ·scale + bias) V`, the map never in memory; not differentiable.
+
+    Args:
+        q: `[batch, heads, queries, head_dim]`, float16 or bfloat16, with any strides; head_dim ≤ 128.
+        k, v: `[batch, heads, tokens, head_dim]`, likewise.
+        bias: `[batch, 1 or heads, 1, tokens]`, finite.
+        scale: of the products.
+
+    Returns:
+        `[batch, heads, queries, head_dim]`; in memory a token's heads lie side by side.
+    """
+    out: Tensor = _attended(q, k, v, bias, scale)
+    batch, heads, queries, head_dim = q.shape
+    bias = bias.expand(batch, heads, 1, k.shape[2])
+    wide = head_dim > 64
+    block = 128 if wide else 64
+    with torch.cuda.device(q.get_device()):
+        _biased_attention[(triton.cdiv(queries, block), batch * heads)](
+            *(q, *q.stride(), k, *k.stride(), v, *v.stride()),
+            *(bias, bias.stride(0), bias.stride(1), bias.stride(3), out, *out.stride()),
+            *(scale * LOG2_E, heads, queries, k.shape[2]),
+            HEAD_DIM=head_dim,
+            WIDENED=interpreted(q),
+            ALIGNED=alignment(q, k, v),
+            BLOCK_Q=block,
+            BLOCK_K=32 if wide else 64,
+            BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
+            num_warps=4,
+            num_stages=3,
+        )
+    return out
+
+
+@operator
+def attention_rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """`softmax(g·Kᵀ + bias)` of one query per head; not differentiable.
+
+    Args:
+        guide: `[batch, heads, 1, head_dim]`, scaled, float32, float16 or bfloat16, with any strides.
+        keys: `[batch, heads, tokens, head_dim]`, likewise.
+        bias: `[batch, 1, 1, tokens]`, or None.
+
+    Returns:
+        `[batch, heads, tokens]`, float32.
+    """
+    rows: Tensor = _rows(guide, keys, bias)
+    batch, heads, tokens, head_dim = keys.shape
+    with torch.cuda.device(keys.get_device()):
+        _attention_rows[(batch * heads,)](
+            *(guide, guide.stride(0), guide.stride(1), guide.stride(3), keys, *keys.stride()),
+            *((None, 0, 0) if bias is None else (bias, bias.stride(0), bias.stride(3))),
+            *(rows, heads, tokens),
+            HEAD_DIM=head_dim,
+            ALIGNED=alignment(keys),
+            BLOCK_K=128,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            num_warps=4,
+        )
+    return rows
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    batch, heads, queries, head_dim = q.shape
+    return q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+
+
+biased_attention.operator.register_fake(_attended)
+
+
+def _rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+
+
+attention_rows.operator.register_fake(_rows)
+
+
+@register_flop_formula(torch.ops.turbovlm.biased_attention)
+def _(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, queries, head_dim = q
+    flops: int = 4 * batch * heads * queries * k[2] * head_dim
+    return flops
+
+
+@jit
+def _biased_attention(
+    q: tl.tensor, q_picture: tl.tensor, q_head: tl.tensor, q_token: tl.tensor, q_channel: tl.tensor,
+    k: tl.tensor, k_picture: tl.tensor, k_head: tl.tensor, k_token: tl.tensor, k_channel: tl.tensor,
+    v: tl.tensor, v_picture: tl.tensor, v_head: tl.tensor, v_token: tl.tensor, v_channel: tl.tensor,
+    bias: tl.tensor, bias_picture: tl.tensor, bias_head: tl.tensor, bias_token: tl.tensor,
+    out: tl.tensor, out_picture: tl.tensor, out_head: tl.tensor, out_token: tl.tensor, out_channel: tl.tensor,
+    scale: tl.tensor, heads: tl.tensor, queries: tl.tensor, tokens: tl.tensor,
+    HEAD_DIM: tl.constexpr, WIDENED: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per `BLOCK_Q` queries of a head; keys come in blocks, the softmax is kept up to date.
+
+    Scores are in powers of 2: `scale` holds log₂e, and so does the bias once it is loaded.
+    """
+    picture, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    query, channel = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    in_queries, in_head = query < queries, channel < HEAD_DIM
+    q += tl.multiple_of(picture * q_picture + head * q_head, ALIGNED)
+    k += tl.multiple_of(picture * k_picture + head * k_head, ALIGNED)
+    v += tl.multiple_of(picture * v_picture + head * v_head, ALIGNED)
+    bias += picture * bias_picture + head * bias_head
+    out += picture * out_picture + head * out_head
+
+    asked = tl.load(
+        q + query[:, None] * q_token + channel[None, :] * q_channel,
+        mask=in_queries[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    if WIDENED:
+        asked = asked.to(tl.float32)
+    highest = tl.full([BLOCK_Q], -1e38, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mixed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for first in range(0, tokens, BLOCK_K):
+        key = first + tl.arange(0, BLOCK_K)
+        there = key < tokens
+        keys = tl.load(
+            k + channel[:, None] * k_channel + key[None, :] * k_token, mask=in_head[:, None] & there[None, :], other=0.0
+        )
+        if WIDENED:
+            keys = keys.to(tl.float32)
+        more = tl.load(bias + key * bias_token, mask=there, other=float("-inf")).to(tl.float32)
+        scores = tl.dot(asked, keys) * scale + (more * 1.4426950408889634)[None, :]
+        now = tl.maximum(highest, tl.max(scores, axis=1))
+        shares = tl.exp2(scores - now[:, None])
+        fade = tl.exp2(highest - now)
+        total = total * fade + tl.sum(shares, axis=1)
+        values = tl.load(
+            v + key[:, None] * v_token + channel[None, :] * v_channel, mask=there[:, None] & in_head[None, :], other=0.0
+        )
+        if WIDENED:
+            values = values.to(tl.float32)
+        mixed = tl.dot(shares.to(values.dtype), values, mixed * fade[:, None])
+        highest = now
+    mixed /= tl.maximum(total, 1e-30)[:, None]
+    tl.store(
+        out + query[:, None] * out_token + channel[None, :] * out_channel,
+        mixed.to(out.dtype.element_ty),
+        mask=in_queries[:, None] & in_head[None, :],
+    )
+
+
+@jit
+def _attention_rows(
+    guide: tl.tensor, guide_picture: tl.tensor, guide_head: tl.tensor, guide_channel: tl.tensor,
+    keys: tl.tensor, picture_stride: tl.tensor, head_stride: tl.tensor, token_stride: tl.tensor,
+    channel_stride: tl.tensor, bias: tl.tensor, bias_picture: tl.tensor, bias_token: tl.tensor,
+    rows: tl.tensor, heads: tl.tensor, tokens: tl.tensor,
+    HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per head of a picture: scores first, then what they are of their softmax."""
+    picture, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    in_head = channel < HEAD_DIM
+    keys += tl.multiple_of(picture * picture_stride + head * head_stride, ALIGNED)
+    rows += tl.program_id(0).to(tl.int64) * tokens
+    query = tl.load(
+        guide + picture * guide_picture + head * guide_head + channel * guide_channel, mask=in_head, other=0.0
+    ).to(tl.float32)
+
+    highest, total = -1e38, 0.0
+    for first in range(0, tokens, BLOCK_K):
+        token = first + tl.arange(0, BLOCK_K)
+        there = token < tokens
+        pointers = keys + token[:, None] * token_stride + channel[None, :] * channel_stride
+        key = tl.load(pointers, mask=there[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+        scores = tl.sum(key * query[None, :], axis=1)
+        if bias is not None:
+            more = tl.load(bias + picture * bias_picture + token * bias_token, mask=there, other=0.0)
+            scores += more.to(tl.float32)
+        tl.store(rows + token, scores, mask=there)
+        now = tl.maximum(highest, tl.max(tl.where(there, scores, float("-inf"))))
+        total = total * tl.exp(highest - now) + tl.sum(tl.where(there, tl.exp(scores - now), 0.0))
+        highest = now
+    tl.debug_barrier()
+    for first in range(0, tokens, BLOCK_K):
+        token = first + tl.arange(0, BLOCK_K)
+        there = token < tokens
+        scores = tl.load(rows + token, mask=there, other=float("-inf"))
+        tl.store(rows + token, tl.exp(scores - highest) / tl.maximum(total, 1e-30), mask=there)

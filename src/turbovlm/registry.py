@@ -1,0 +1,122 @@
+"""Families that turbovlm knows: its own, and those that other packages register.
+
+A family is one entry of data: an encoder's `Layout`, a vision-language model's `Reader`, a denoiser's `Block`. Models
+are recognised by the dotted path of a class or of one of its base classes, so no library is imported for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import torch.nn as nn
+
+from turbovlm.errors import ConfigError
+
+ENTRY_POINTS = "turbovlm.families"
+"""Group of entry points by which other packages bring families: each names a module with a tuple `FAMILIES`."""
+
+
+class Family(Protocol):
+    """What an entry has, whatever it describes."""
+
+    @property
+    def kind(self) -> str:
+        """`"encoder"`, `"vlm"` or `"denoiser"`."""
+
+    @property
+    def family(self) -> str:
+        """Name for people."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Dotted paths of the classes by which a model is recognised."""
+
+
+OWN = {
+    "encoder": ("turbovlm.encoder.families", ()),
+    "vlm": ("turbovlm.vlm.families", ("transformers.",)),
+    "denoiser": ("turbovlm.diffusion.families", ("diffusers.",)),
+}
+"""Where turbovlm's own families of each kind are, and what the paths of all their classes begin with: they are imported
+when such a class is seen."""
+
+_FAMILIES: dict[str, dict[str, Family]] = {kind: {} for kind in OWN}
+_LOADED: set[str] = set()
+
+
+def register(*entries: Any) -> None:
+    """Make families known, so that `turbovlm.apply` finds them.
+
+    Args:
+        entries: `turbovlm.encoder.Layout`, `turbovlm.vlm.Reader` or `turbovlm.diffusion.Block`.
+
+    Raises:
+        ConfigError: an entry is none of these, or its classes are registered already. Nothing is registered then.
+    """
+    for entry in entries:
+        if getattr(entry, "kind", None) not in OWN:
+            raise ConfigError(f"{entry!r}: must be an encoder's Layout, a VLM's Reader or a denoiser's Block")
+        _load_own(entry.kind)
+        for path in entry.classes:
+            if path in _FAMILIES[entry.kind]:
+                raise ConfigError(f"{path} is registered already, as {_FAMILIES[entry.kind][path].family}")
+    for entry in entries:
+        _FAMILIES[entry.kind].update(dict.fromkeys(entry.classes, entry))
+
+
+def unregister(*entries: Any) -> None:
+    """Forget families that `register` has made known; models accelerated by them stay as they are."""
+    for entry in entries:
+        for path in entry.classes:
+            _FAMILIES[entry.kind].pop(path, None)
+
+
+def family_of(kind: str, module: nn.Module) -> Any:
+    """The family of that kind that a module's class belongs to, or None."""
+    paths = class_paths(module)
+    if any(path.startswith(OWN[kind][1]) for path in paths) or not OWN[kind][1]:
+        _load_own(kind)
+    _load_added()
+    known = _FAMILIES[kind]
+    return next((known[path] for path in paths if path in known), None)
+
+
+def families(kind: str) -> tuple[Any, ...]:
+    """All families of that kind, turbovlm's own first."""
+    _load_own(kind)
+    _load_added()
+    return tuple(dict.fromkeys(_FAMILIES[kind].values()))
+
+
+def named(kind: str, path: str) -> Any:
+    """The family of that kind whose classes have the dotted path.
+
+    Raises:
+        ConfigError: none is registered in this process.
+    """
+    _load_own(kind)
+    _load_added()
+    if path not in _FAMILIES[kind]:
+        raise ConfigError(f"{path}: no family of it is registered in this process; call turbovlm.register first")
+    return _FAMILIES[kind][path]
+
+
+def class_paths(module: nn.Module) -> list[str]:
+    """Dotted paths of a module's class and its bases."""
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+
+
+def _load_own(kind: str) -> None:
+    if kind not in _LOADED:
+        _LOADED.add(kind)
+        register(*importlib.import_module(OWN[kind][0]).FAMILIES)
+
+
+def _load_added() -> None:
+    if ENTRY_POINTS in _LOADED:
+        return
+    _LOADED.add(ENTRY_POINTS)
+    for point in entry_points(group=ENTRY_POINTS):
+        register(*point.load().FAMILIES)

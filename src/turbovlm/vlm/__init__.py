@@ -1,0 +1,5 @@
+"""Between the vision tower and the language model: which visual tokens it reads, and the prompt that fits them."""
+
+from turbovlm.vlm.resolution import downsample
+
+__all__ = ["downsample"]

@@ -1,0 +1,212 @@
+"""Image tokens reduced between the cross-attention layers of a text model: the text's attention says what matters.
+
+The first third of the layers reads all of them, the last third as few as asked for, the layers between half way. A is
+the attention that a layer's words have just paid, R is the image tokens'; what is chosen so depends on the text. The
+tokens left travel on the words' hidden states from layer to layer; in generation the cache holds each layer's keys and
+values, and the sizes of their tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from turbovlm.config import TurboConfig
+from turbovlm.encoder.layout import fetch, library_version, path_of
+from turbovlm.errors import StateError, UnsupportedModelError
+from turbovlm.ops.attention import size_bias
+from turbovlm.ops.backend import is_readable
+from turbovlm.patching import slot_of
+from turbovlm.registry import families
+from turbovlm.vlm.families import reader_of
+from turbovlm.vlm.plan import arguments_by_name
+from turbovlm.vlm.select import Selection, kept_count, select
+
+IMAGE = "_turbovlm_image"
+"""Attribute of the words' hidden states, and of the image tokens that a layer is given: the `Image` it reads."""
+SIZES = "_turbovlm_sizes"
+"""Attribute of a cache: for each layer, the sizes of the image tokens whose keys it holds."""
+
+STAGES = 3
+"""Groups of layers that read equally many tokens."""
+
+
+@dataclass(eq=False)
+class GroundingPlan:
+    """How one text model's image tokens become fewer.
+
+    Attributes:
+        config: the settings.
+        family: the model's family.
+        layers: path of the text model's layers.
+        depth: how many there are.
+        prefix: image tokens in front that always stay: CLS.
+        last: what was left from stage to stage in the last forward; not copied or pickled.
+    """
+
+    config: TurboConfig
+    family: str
+    layers: str
+    depth: int
+    prefix: int = 1
+    last: tuple[Selection, ...] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": None}
+
+    def patches(self, layer: int, patches: int) -> int:
+        """How many of an image's `patches` that layer reads."""
+        assert self.config.cross_keep is not None
+        fewest = kept_count(self.config.cross_keep, patches, "cross_keep")
+        stages = min(STAGES, self.depth)
+        return patches - round((patches - fewest) * (layer * stages // self.depth) / (stages - 1))
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a layer reads.
+
+    Attributes:
+        tokens: `[batch, M, width]`.
+        sizes: how many of the image's tokens each stands for, `[batch, M]`.
+        words: which of the words are no padding, `[batch or 1, words]`, bool; None for all.
+        native: image tokens at first.
+        selections: what was left from stage to stage.
+    """
+
+    tokens: Tensor
+    sizes: Tensor
+    words: Tensor | None
+    native: int
+    selections: tuple[Selection, ...] = ()
+
+
+def layer_forward(layer: nn.Module, plan: GroundingPlan, index: int, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of one text layer, with the image that the layer before has left."""
+    method = type(layer).forward
+    inputs = arguments_by_name(method, layer, args, kwargs)
+    whole = inputs.get("encoder_hidden_states")
+    if whole is None:
+        return method(layer, **inputs)  # type: ignore[no-any-return]
+    image: Image | None = getattr(inputs["hidden_states"], IMAGE, None)
+    if index == 0:
+        image = _whole(whole, inputs.get("attention_mask"), inputs.get("encoder_attention_mask"))
+    if image is None:
+        raise StateError(
+            f"{plan.layers}.{index} got words without the image tokens that the layer before has left: something "
+            "between the two layers replaces the hidden states; handle.remove() gives the model back"
+        )
+    tokens = image.tokens.view_as(image.tokens)
+    setattr(tokens, IMAGE, image)
+    out: Tensor = method(layer, **{**inputs, "encoder_hidden_states": tokens, "encoder_attention_mask": None})
+    setattr(out, IMAGE, getattr(tokens, IMAGE))
+    return out
+
+
+def cross_forward(cross: nn.Module, plan: GroundingPlan, index: int, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """The forward of a layer's cross-attention, in proportion to sizes; it leaves the next layer its image."""
+    method = type(cross).forward
+    inputs = arguments_by_name(method, cross, args, kwargs)
+    tokens, cache = inputs["encoder_hidden_states"], inputs.get("past_key_values")
+    image: Image = getattr(tokens, IMAGE)
+    held: dict[int, Tensor] = {} if cache is None else cache.__dict__.setdefault(SIZES, {})
+    cached = cache is not None and bool(cache.is_updated.get(index))
+    sizes = held[index] if cached else image.sizes
+    if plan.config.proportional and index > 0:
+        inputs["encoder_attention_mask"] = size_bias(sizes, tokens.dtype)
+    outputs: tuple[Tensor, ...] = method(cross, **inputs)
+    if cached:
+        return outputs
+    held[index] = sizes
+    if index + 1 < plan.depth:
+        setattr(tokens, IMAGE, _left(plan, index, image, outputs[1]))
+    else:
+        plan.last = image.selections
+    return outputs
+
+
+def _whole(tokens: Tensor, text_mask: Tensor | None, image_mask: Tensor | None) -> Image:
+    """The image as the tower hands it on."""
+    if image_mask is not None and is_readable(image_mask):
+        seen = image_mask if image_mask.dtype == torch.bool else image_mask > -1
+        if not bool(seen.all()):
+            raise StateError("encoder_attention_mask: with cross_keep every image token has to be attended to")
+    sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.promote_types(tokens.dtype, torch.float32))
+    words = None
+    if text_mask is not None:  # the last word sees every word
+        last = text_mask[:, 0, -1]
+        words = last if last.dtype == torch.bool else last > -1
+    return Image(tokens, sizes, words, tokens.shape[1])
+
+
+def _left(plan: GroundingPlan, index: int, image: Image, attention: Tensor) -> Image:
+    """What the next layer reads, where this one has paid `attention`, `[batch, heads, words, M]`."""
+    front, patches = image.tokens[:, : plan.prefix], image.tokens[:, plan.prefix :]
+    sizes = image.sizes[:, plan.prefix :]
+    k = plan.patches(index + 1, image.native - plan.prefix)
+    if k == patches.shape[1]:
+        return image
+    semantic = _row(attention.detach(), image.words)[:, plan.prefix :]
+    selection = select(patches.detach(), semantic, k, plan.config, sizes)
+    counted = sizes * (selection.weights > 0)
+    left = torch.zeros_like(sizes[:, :k]).scatter_add(1, selection.destination, counted)
+    return replace(
+        image,
+        tokens=torch.cat([front, selection.take(patches)], dim=1),
+        sizes=torch.cat([image.sizes[:, : plan.prefix], left], dim=1),
+        selections=(*image.selections, selection),
+    )
+
+
+def _row(attention: Tensor, words: Tensor | None) -> Tensor:
+    """A: the mean over heads and words, `[batch, M]`, sums to 1."""
+    rows = attention.mean(dim=1, dtype=torch.float32)
+    if words is None:
+        return rows.mean(dim=1)
+    weights = words.to(rows).expand(rows.shape[:2])
+    return torch.einsum("bwm,bw->bm", rows, weights / weights.sum(dim=1, keepdim=True))
+
+
+def plan_grounding(model: nn.Module, config: TurboConfig) -> GroundingPlan:
+    """How `model`'s text layers will read an image.
+
+    Raises:
+        UnsupportedModelError: no text model in it that turbovlm knows reads an image by cross-attention, or its
+            library keeps the attention to itself.
+    """
+    asked = f"cross_keep={config.cross_keep}"
+    for name, part in model.named_modules():
+        reader = reader_of(part)
+        if reader is None or not reader.grounded:
+            continue
+        path = path_of(reader.family, part, reader.grounded)
+        layers, place = fetch(part, path), ".".join((name, *path)).lstrip(".")
+        if len(layers) < 2:
+            raise UnsupportedModelError(f"{asked}: {place} has one layer, and cross_keep needs one behind it")
+        taken = inspect.signature(type(layers[0].crossattention.self).forward).parameters
+        if not {"encoder_hidden_states", "encoder_attention_mask", "past_key_values"} <= set(taken):
+            raise UnsupportedModelError(
+                f"{asked}: the cross-attention of {reader.family} in {library_version(type(part))} takes "
+                f"{', '.join(taken)}, which turbovlm does not know"
+            )
+        return GroundingPlan(config, reader.family, place, len(layers))
+    known = ", ".join(reader.family for reader in families("vlm") if reader.grounded)
+    raise UnsupportedModelError(
+        f"{asked}: {type(model).__name__} has no text model that reads an image by cross-attention, as far as turbovlm "
+        f"knows; supported: {known}. visual_keep shortens what language models read in place of placeholders"
+    )
+
+
+def install_grounding(model: nn.Module, plan: GroundingPlan) -> None:
+    """Put the overrides in place."""
+    layers: Any = model.get_submodule(plan.layers)
+    for index, layer in enumerate(layers):
+        setattr(layer, slot_of(layer), functools.partial(layer_forward, layer, plan, index))
+        cross = layer.crossattention.self
+        setattr(cross, slot_of(cross), functools.partial(cross_forward, cross, plan, index))

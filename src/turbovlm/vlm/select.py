@@ -1,0 +1,172 @@
+"""Which of an image's visual tokens the language model reads, and what the others become.
+
+Works on what the projector hands on, `[images, tokens, width]`, one group of equally many tokens at a time. Nothing
+here depends on the text, so a prompt's prefix stays valid in caches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turbovlm.config import TurboConfig
+from turbovlm.errors import ConfigError
+from turbovlm.ops.informativity import needs_semantic
+from turbovlm.ops.matching import Merge, match
+from turbovlm.ops.partition import hashed_uniform
+
+ROUND_SHARE = 4
+"""A round of matching takes at most one token in so many, so that the best of them are chosen and not whole halves."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What becomes of the n visual tokens of each image of a group.
+
+    Attributes:
+        kept: positions of the k tokens that stay, ascending, `[images, k]`, int64.
+        destination: the one of the k that each token is averaged into, `[images, n]`, int64.
+        weights: the share of each token in its destination, `[images, n]`; 0 for a token that is dropped.
+    """
+
+    kept: Tensor
+    destination: Tensor
+    weights: Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        """`[images, n, width]` to `[images, k, width]`: averages where tokens are merged."""
+        images, k, width = *self.kept.shape, x.shape[-1]
+        index = self.destination.unsqueeze(-1).expand(-1, -1, width)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        weighted = x.to(precise) * self.weights.unsqueeze(-1).to(precise)
+        return weighted.new_zeros(images, k, width).scatter_add(1, index, weighted).to(x.dtype)
+
+
+def kept_count(keep: float | int, tokens: int, name: str = "visual_keep") -> int:
+    """How many of an image's `tokens` stay: a share of them, rounded, or a count; at most all.
+
+    Raises:
+        ConfigError: the share is less than one token; `name` is the setting's.
+    """
+    wanted = keep if isinstance(keep, int) else math.floor(keep * tokens + 0.5)
+    if wanted < 1:
+        raise ConfigError(
+            f"{name}={keep}: not one of an image's {tokens} visual tokens would be left; "
+            f"at least {1 / tokens:.3g} keeps one, and {name}=1 does for every image"
+        )
+    return min(wanted, tokens)
+
+
+def needs_attention(config: TurboConfig) -> bool:
+    """Whether `select` needs the tower's attention A."""
+    return config.visual_select == "attention" or (
+        config.visual_select == "information" and needs_semantic(config.degree)
+    )
+
+
+def select(
+    features: Tensor, semantic: Tensor | None, k: int, config: TurboConfig, sizes: Tensor | None = None
+) -> Selection:
+    """Choose `k` of the n tokens of each image.
+
+    `"information"`: rounds of bipartite matching by the information degree (Turbo, equation 12), R from the features
+    and A from the tower's attention; `"redundancy"` (E = R) and `"attention"` (E = −A) in the same way. `"random"` and
+    `"uniform"` (every n/k-th token) drop the others; `"pooling"` averages cells of 2×2.
+
+    Args:
+        features: `[images, n, width]`.
+        semantic: A of every token, `[images, n]`; None where `needs_attention(config)` is false.
+        k: tokens left, 1 ≤ k ≤ n.
+        config: `visual_select`, `reduce`, `degree`, `alpha`, `beta`, `gamma` and `seed` are used.
+        sizes: patches that each token stands for, `[images, n]`; ones if None.
+
+    Raises:
+        ConfigError: `"pooling"` of tokens that are no square grid, or that cells of 2×2 do not bring down to `k`.
+    """
+    match config.visual_select:
+        case "uniform":
+            middle = (torch.arange(k, device=features.device) + 0.5) * (features.shape[1] / k)
+            return _drop_all_but(middle.long().expand(len(features), -1), features)
+        case "random":
+            return _drop_all_but(_drawn(features, k, config.seed), features)
+        case "pooling":
+            return _pool(features, k)
+    return _by_rounds(features, semantic, k, config, sizes)
+
+
+def _by_rounds(
+    features: Tensor, semantic: Tensor | None, k: int, config: TurboConfig, sizes: Tensor | None
+) -> Selection:
+    degree = {"redundancy": "redundancy", "attention": "semantics"}.get(config.visual_select, config.degree)
+    merges: list[Merge] = []
+    x = features
+    while (tokens := x.shape[1]) > k:
+        found = match(
+            x,
+            min(tokens - k, max(1, tokens // ROUND_SHARE)),
+            semantic,
+            sizes=sizes,
+            block=len(merges),
+            degree=degree,
+            alpha=config.alpha,
+            beta=config.beta,
+            gamma=config.gamma,
+            partition="random",
+            order="spatial",
+            reduce=config.reduce,
+            seed=config.seed,
+        )
+        if semantic is not None:
+            counted = semantic * found.weights if config.reduce == "prune" else semantic
+            semantic = torch.zeros_like(found.sizes).scatter_add(1, found.source, counted.to(found.sizes))
+        x, sizes = found.merge(x), found.sizes
+        merges.append(found)
+    return _composed(merges, features)
+
+
+def _composed(merges: list[Merge], features: Tensor) -> Selection:
+    """All rounds as one."""
+    everyone = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
+    kept = destination = everyone
+    weights = torch.ones(features.shape[:2], device=features.device)
+    for merge in merges:
+        kept = kept.gather(1, merge.kept)
+        weights = weights * merge.weights.gather(1, destination).to(weights)
+        destination = merge.source.gather(1, destination)
+    return Selection(kept, destination, weights)
+
+
+def _drop_all_but(kept: Tensor, features: Tensor) -> Selection:
+    images, n = features.shape[:2]
+    slots = torch.arange(kept.shape[1], device=kept.device).expand(images, -1)
+    destination = torch.zeros(images, n, dtype=torch.int64, device=kept.device).scatter(1, kept, slots)
+    weights = torch.zeros(images, n, device=kept.device).scatter(1, kept, 1.0)
+    return Selection(kept, destination, weights)
+
+
+def _drawn(features: Tensor, k: int, seed: int) -> Tensor:
+    """`k` positions drawn from `seed`, ascending; the same for every image, so that beams agree."""
+    images, n = features.shape[:2]
+    return hashed_uniform(n, seed, 0, features.device).argsort()[:k].sort().values.expand(images, -1)
+
+
+def _pool(features: Tensor, k: int) -> Selection:
+    images, n = features.shape[:2]
+    side = math.isqrt(n)
+    cells = -(-side // 2)
+    if side * side != n or cells * cells != k:
+        raise ConfigError(
+            f"visual_select='pooling': {n} visual tokens cannot become {k}; cells of 2×2 make "
+            f"{cells * cells if side * side == n else 'nothing'} of them"
+            + ("" if side * side == n else ", because they are no square")
+        )
+    place = torch.arange(n, device=features.device)
+    row, column = place // side, place % side
+    destination = (row // 2) * cells + column // 2
+    sizes = torch.bincount(destination, minlength=k)
+    first = place[(row % 2 == 0) & (column % 2 == 0)]
+    weights = 1.0 / sizes[destination]
+    return Selection(*(values.expand(images, -1) for values in (first, destination, weights)))
