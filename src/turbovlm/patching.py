@@ -1,34 +1,172 @@
-"""Where a forward goes in a module that `accelerate` moves between devices or memory."""
+"""The one way to put something on a module, and to take it off again.
+
+A `Patch` stands in a module's `__dict__` in place of one of its methods and is called instead of it. It is found by its
+type, so whatever turbovlm has put into a model, or a copy of it, can be listed and removed at any time. It holds its
+module weakly: a patched model is freed as soon as nobody else holds it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import torch.nn as nn
 
 from turbovlm.errors import TurboError, UnsupportedModelError
 
-_HOOK, _BELOW = "_hf_hook", "_old_forward"
+ACCELERATE_HOOK, BELOW_HOOK = "_hf_hook", "_old_forward"
 """What accelerate's `add_hook_to_module` gives a module: its hook, and the forward that the hook calls."""
 
 
-def slot_of(module: nn.Module) -> str:
-    """The attribute that a module's forward is put in: below accelerate's hook, where there is one."""
-    return _BELOW if _BELOW in module.__dict__ else "forward"
+class Feature(Protocol):
+    """One thing that turbovlm does to a model: an encoder that merges, a prompt that is shortened, a denoiser.
+
+    It is shared by its patches, copied and pickled with the model, and holds none of the model's modules.
+
+    Attributes:
+        config: its settings.
+        removed: whether its patches were taken off; those that another library still holds on to do nothing then.
+        last: what it did in the last forward, None before; it is neither copied nor pickled.
+    """
+
+    config: Any
+    removed: bool
+    last: Any
+
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """What to put where in the model that it was found in. Changes nothing."""
+
+    def describe(self) -> list[str]:
+        """Lines for `print(handle)`."""
 
 
-def check_hooks(modules: Iterable[tuple[str, nn.Module]], one_device: bool = True) -> None:
-    """See that the forward of each module, given with its path, can be replaced.
+Function = Callable[..., Any]
+"""`(patch, *args, **kwargs)`: what runs in place of a method, with the method's own arguments."""
+
+
+class Patch:
+    """A callable in place of one method of one module.
+
+    Attributes:
+        name: the method's name.
+        function: what runs instead, called with this patch in front; defined in a module, so that it pickles.
+        feature: what it belongs to.
+        detail: what `function` needs to know beside the feature, such as the index of a block.
+        before: what stood in the module's own `__dict__` under that name; None where the class's method was used.
+        method: the class's own method, unbound.
+    """
+
+    def __init__(self, module: nn.Module, name: str, function: Function, feature: Feature, detail: Any = None) -> None:
+        self._module = weakref.ref(module)
+        self.name, self.function, self.feature, self.detail = name, function, feature, detail
+        self.before: Any = None
+        self.method: Any = getattr(type(module), name)
+
+    @property
+    def module(self) -> Any:
+        """The module that is patched."""
+        return self._module()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.feature.removed:
+            return self.original(*args, **kwargs)
+        return self.function(self, *args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what ran before the patch."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return self.method(self.module, *args, **kwargs)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, without those left out."""
+        bound = self.__signature__.bind(*args, **kwargs)
+        named = dict(bound.arguments)
+        rest = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+        extra = named.pop(rest, {}) if rest is not None else {}
+        return {**named, **extra}
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.method)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        # The module is being copied itself, so its copy is known; a patch that is copied alone stays on its module.
+        new = Patch(
+            memo.get(id(self.module), self.module),
+            self.name,
+            self.function,
+            copy.deepcopy(self.feature, memo),
+            copy.deepcopy(self.detail, memo),
+        )
+        new.before = copy.deepcopy(self.before, memo)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        made_of = self.module, self.name, self.function, self.feature, self.detail
+        return Patch, made_of, {"before": self.before}
+
+
+def slot_of(module: nn.Module, name: str) -> str:
+    """The attribute where a patch of method `name` belongs: a forward goes below accelerate's hook, where there is one.
+
+    So the hook moves inputs and weights before the patch runs.
+    """
+    return BELOW_HOOK if name == "forward" and BELOW_HOOK in module.__dict__ else name
+
+
+def install(patches: Iterable[Patch]) -> None:
+    """Put patches on their modules, in order; a later one on the same method goes around the earlier one."""
+    for patch in patches:
+        slot = slot_of(patch.module, patch.name)
+        patch.before = patch.module.__dict__.get(slot)
+        setattr(patch.module, slot, patch)
+
+
+def patches_on(model: nn.Module) -> Iterator[Patch]:
+    """Every patch in `model`, of nested ones the outer first."""
+    for module in model.modules():
+        for value in list(module.__dict__.values()):
+            while isinstance(value, Patch):
+                yield value
+                value = value.before
+
+
+def remove(patches: Iterable[Patch]) -> None:
+    """Put back what was there before each patch, the outer of nested ones first."""
+    for patch in list(patches):
+        patch.feature.removed = True
+        for slot, value in list(patch.module.__dict__.items()):
+            if value is patch:
+                _put_back(patch, slot)
+
+
+def _put_back(patch: Patch, slot: str) -> None:
+    if patch.before is not None:
+        setattr(patch.module, slot, patch.before)
+    elif slot == patch.name:
+        del patch.module.__dict__[slot]
+    else:  # accelerate's hook came after the patch and keeps it: it needs a method to call
+        setattr(patch.module, slot, patch.method.__get__(patch.module))
+
+
+def check_forwards(modules: Iterable[tuple[str, nn.Module]], one_device: bool = True) -> None:
+    """See that the forward of each module, paired with its path, can be patched.
+
+    Args:
+        one_device: whether the modules hand tokens on to each other, so that all must run on one device.
 
     Raises:
         TurboError: it has been replaced already, by something other than accelerate.
-        UnsupportedModelError: the modules, which hand tokens on to each other, run on several devices.
+        UnsupportedModelError: accelerate runs the modules on several devices.
     """
     devices: dict[str, str] = {}
     for name, module in modules:
-        slot = slot_of(module)
-        own = module.__dict__.get(slot)
+        own = module.__dict__.get(slot_of(module, "forward"))
         if own is not None and getattr(own, "__func__", None) is not type(module).forward:
             raise TurboError(
                 f"{name or 'the model'} has a forward of its own, set by another library: apply turbovlm before it"
@@ -45,7 +183,7 @@ def check_hooks(modules: Iterable[tuple[str, nn.Module]], one_device: bool = Tru
 
 
 def _device(module: nn.Module) -> str | None:
-    hook: Any = getattr(module, _HOOK, None)
+    hook: Any = getattr(module, ACCELERATE_HOOK, None)
     hooks = getattr(hook, "hooks", (hook,))
     found = [device for each in hooks if (device := getattr(each, "execution_device", None)) is not None]
     return str(found[-1]) if found else None

@@ -1,31 +1,33 @@
-"""The accelerated block: attention, merge, MLP, through the block's own modules."""
+"""The accelerated block: attention, merge, MLP, through the block's own modules.
+
+The data's way: the library's loop calls `block_forward`; the state comes with the hidden tokens, and leaves with them.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.config import TurboConfig
-from turbovlm.encoder.layout import Path, Spelling, fetch, run_steps
-from turbovlm.encoder.schedule import EncoderShape, clamp, requested_amounts
+from turbovlm.encoder.layout import Layout, Parts
+from turbovlm.encoder.schedule import clamp
 from turbovlm.encoder.state import PREFIX, STATE, State, traced
 from turbovlm.errors import StateError
 from turbovlm.ops.attention import attend, size_bias
 from turbovlm.ops.backend import is_exporting, is_readable
-from turbovlm.ops.informativity import (
-    attention_row,
-    degree_of_candidates,
-    mutual_redundancy,
-    needs_semantic,
-)
+from turbovlm.ops.informativity import attention_row, degree_of_candidates, mutual_redundancy, needs_semantic
 from turbovlm.ops.matching import Merge, merge_tokens, padding_first
 from turbovlm.ops.partition import Partition, count, partition_tokens, positions
+from turbovlm.patching import Patch
+
+if TYPE_CHECKING:
+    from turbovlm.encoder.feature import EncoderFeature
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Heads:
         content: the unrotated keys, or queries for `similarity="queries"`.
         bias: what attention adds to its scores, `[batch, 1, 1, tokens]`, or None.
         scale: what it multiplies them by before.
+        dropout: of the attention weights.
     """
 
     q: Tensor
@@ -45,95 +48,46 @@ class Heads:
     content: Tensor
     bias: Tensor | None
     scale: float
+    dropout: float
 
 
-@dataclass(frozen=True)
-class Clues:
-    """What the heads say about the tokens, small beside them.
-
-    Attributes:
-        features: what is compared, `[batch, tokens, head_dim]`, or all heads' for `similarity="heads"`; None for
-            `"hidden"`.
-        semantic: A, `[batch, tokens]`; None where the degree does not need it.
-    """
-
-    features: Tensor | None
-    semantic: Tensor | None
-
-
-@dataclass(eq=False)
-class Plan:
-    """What the blocks of one accelerated encoder share.
-
-    `restore` says how every position gets its token back behind the last block, `"copy"` or `"residual"`; None where
-    tokens are handed on merged. `last` is the state at the end of the last forward; it is not copied or pickled.
-    """
-
-    config: TurboConfig
-    spelling: Spelling
-    shape: EncoderShape
-    tower: str
-    names: tuple[str, ...]
-    native_tokens: int
-    guidance: str
-    similarity: str
-    restore: str | None
-    plain_stem: bool
-    last: State | None = field(default=None, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None}
-
-    @property
-    def guided(self) -> bool:
-        """Whether the merge needs the semantic value."""
-        return needs_semantic(self.config.degree)
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def solved_amounts(self, tokens: int, prefix: int) -> tuple[int, ...]:
-        """How many tokens each block merges.
-
-        A method, as Dynamo of torch 2.11 wants constants for all arguments of such a function, but not for `self`.
-        """
-        return requested_amounts(self.config, replace(self.shape, prefix=prefix), tokens)
-
-
-def accelerated_forward(
-    block: nn.Module, plan: Plan, index: int, hidden: Tensor, *args: Any, **kwargs: Any
-) -> Tensor | tuple[Tensor]:
-    """The forward of block `index`: attention, merge, MLP, through the block's own modules.
+def block_forward(patch: Patch, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    """Run one block of an encoder, with a merge between its halves.
 
     A block that has nothing to merge, on tokens that were never merged, runs its own forward.
     """
-    arguments = {**dict(zip(plan.spelling.arguments, args)), **kwargs}
-    state = _begin(plan, hidden) if index == 0 else _resume(plan, index, hidden)
-    config = plan.config
+    feature: EncoderFeature = patch.feature  # type: ignore[assignment]
+    index, config, layout = patch.detail, feature.config, feature.layout
+    arguments = {**dict(zip(layout.arguments, args)), **kwargs}
+    state = _begin(feature, hidden) if index == 0 else _resume(feature, index, hidden)
     asked = state.amounts[index] if config.thresholds is None else hidden.shape[1]
-    r = clamp(asked, hidden.shape[1], state.prefix, config.min_tokens)
+    r = clamp(asked, hidden.shape[1], state.prefix + state.suffix, config.min_tokens)
     if r == 0 and not state.merges and not config.trace:
-        out = type(block).forward(block, hidden, *args, **kwargs)
-        return _hand_on(plan, replace(state, block=index + 1), out[0] if plan.spelling.returns_tuple else out)
-    _check_arguments(plan, index, arguments)
-    if state.sizes is None and plan.spelling.mask is not None:
-        sizes = _sizes_from_mask(arguments.get(plan.spelling.mask), hidden)
+        out = patch.original(hidden, *args, **kwargs)
+        return _hand_on(feature, replace(state, block=index + 1), out[0] if layout.returns_tuple else out)
+    _check_arguments(feature, index, arguments)
+    if state.sizes is None and layout.mask is not None:
+        sizes = _sizes_from_mask(arguments.get(layout.mask), hidden)
         state = replace(state, sizes=sizes, padded=sizes is not None)
-    x, state = _attend_and_merge(block, plan, index, state, r, hidden, arguments)
-    return _hand_on(plan, replace(state, block=index + 1), _second_half(block, plan.spelling, x))
+    block = patch.module
+    parts = layout.parts(block)
+    x, state = _attend_and_merge(block, parts, feature, index, state, r, hidden, arguments)
+    return _hand_on(feature, replace(state, block=index + 1), _second_half(parts, x))
 
 
 def unmerged_forward(
-    block: nn.Module, spelling: Spelling, config: TurboConfig, x: Tensor, state: State, arguments: Mapping[str, Any]
+    block: nn.Module, layout: Layout, config: TurboConfig, x: Tensor, state: State, arguments: Mapping[str, Any]
 ) -> Tensor:
     """Both halves of a block without a merge between them."""
-    x = _attend(block, spelling, x, _heads(block, spelling, config, x, state, arguments))
-    return _second_half(block, spelling, x)
+    parts = layout.parts(block)
+    return _second_half(parts, _attend(parts, x, _heads(block, parts, layout, config, x, state, arguments)))
 
 
 @torch.no_grad()
 def attention_of_guide(
     block: nn.Module,
-    spelling: Spelling,
-    config: TurboConfig,
+    layout: Layout,
+    config: Any,
     prefix: int,
     guidance: str,
     hidden: Tensor,
@@ -142,152 +96,158 @@ def attention_of_guide(
     """A of every patch, `[batch, patches]`, in a block that attends to `hidden`, `[batch, tokens, width]`.
 
     Where tokens were merged before, the patches of one share what it gets.
+
+    Args:
+        config: one with `proportional`, and `similarity` where it has it.
     """
     state: State = getattr(hidden, STATE, State(0, (), prefix))
-    if state.sizes is None and spelling.mask is not None:
-        state = replace(state, sizes=_sizes_from_mask(arguments.get(spelling.mask), hidden))
-    heads = _heads(block, spelling, config, hidden, state, arguments)
-    row = attention_row(_guide(heads, guidance, prefix, state.sizes), heads.k, heads.bias)
+    if state.sizes is None and layout.mask is not None:
+        state = replace(state, sizes=_sizes_from_mask(arguments.get(layout.mask), hidden))
+    heads = _heads(block, layout.parts(block), layout, config, hidden, state, arguments)
+    row = attention_row(_guide(heads, guidance, state), heads.k, heads.bias)
     source = state.source()
     if source is not None and state.sizes is not None:
         row = (row / state.sizes).gather(1, source)
-    return row[:, prefix:]
+    return row[:, prefix : row.shape[1] - state.suffix]
 
 
-def _begin(plan: Plan, hidden: Tensor) -> State:
-    prefix: int = getattr(hidden, PREFIX, plan.shape.prefix)
-    if isinstance(plan.config.r, tuple):
-        return State(0, plan.config.r, prefix)
-    if plan.config.r is not None:
-        return State(0, (cast(int, plan.config.r),) * plan.shape.depth, prefix)
-    amounts: tuple[int, ...] = plan.solved_amounts(operator.index(hidden.shape[1]), operator.index(prefix))
-    return State(0, amounts, prefix)
+def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
+    prefix: int = getattr(hidden, PREFIX, feature.shape.prefix)
+    r, suffix = feature.config.r, feature.shape.suffix
+    if isinstance(r, tuple):
+        return State(0, r, prefix, suffix)
+    if r is not None:
+        return State(0, (cast(int, r),) * feature.shape.depth, prefix, suffix)
+    amounts: tuple[int, ...] = feature.solved_amounts(operator.index(hidden.shape[1]), operator.index(prefix))
+    return State(0, amounts, prefix, suffix)
 
 
-def _resume(plan: Plan, index: int, hidden: Tensor) -> State:
+def _resume(feature: EncoderFeature, index: int, hidden: Tensor) -> State:
     state: State | None = getattr(hidden, STATE, None)
     if state is None or state.block != index:
         found = "tokens without turbovlm's state" if state is None else f"the tokens of block {state.block - 1}"
         raise StateError(
-            f"{plan.names[index]} got {found} instead of the output of {plan.names[index - 1]}: something between the "
-            "two blocks replaces the hidden states, so it is not known which tokens were merged; "
+            f"{feature.names[index]} got {found} instead of the output of {feature.names[index - 1]}: something "
+            "between the two blocks replaces the hidden states, so it is not known which tokens were merged; "
             "handle.remove() gives the model back"
         )
     return state
 
 
-def _hand_on(plan: Plan, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
+def _hand_on(feature: EncoderFeature, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
     """Attach the state for the next block; at the end of the encoder, keep it, and restore what needs restoring."""
-    if state.block < plan.shape.depth or not plan.restore:
+    if state.block < feature.shape.depth or not feature.restore:
         setattr(x, STATE, state)
     else:
         x = state.restored(x)
-    if state.block == plan.shape.depth and not is_exporting():
-        plan.last = replace(state, lost=())
-    return (x,) if plan.spelling.returns_tuple else x
+    if state.block == feature.shape.depth and not is_exporting():
+        feature.last = replace(state, lost=())
+    return (x,) if feature.layout.returns_tuple else x
 
 
-def _check_arguments(plan: Plan, index: int, arguments: Mapping[str, Any]) -> None:
-    known = (*plan.spelling.understood, plan.spelling.mask)
+def _check_arguments(feature: EncoderFeature, index: int, arguments: Mapping[str, Any]) -> None:
+    known = (*feature.layout.understood, feature.layout.mask)
     for name, value in arguments.items():
         if name == "output_attentions" and value:
             raise StateError(
-                f"output_attentions=True: {plan.names[index]} is accelerated and never builds its attention map; "
+                f"output_attentions=True: {feature.names[index]} is accelerated and never builds its attention map; "
                 "TurboConfig(trace=True) records the guide's attention row, handle.remove() brings the map back"
             )
         if name not in known and (isinstance(value, Tensor) or (name == "is_causal" and value)):
-            raise StateError(f"{plan.names[index]} got {name}, which an accelerated block cannot honour")
+            raise StateError(f"{feature.names[index]} got {name}, which an accelerated block cannot honour")
 
 
 def _attend_and_merge(
-    block: nn.Module, plan: Plan, index: int, state: State, r: int, hidden: Tensor, arguments: Mapping[str, Any]
+    block: nn.Module,
+    parts: Parts,
+    feature: EncoderFeature,
+    index: int,
+    state: State,
+    r: int,
+    hidden: Tensor,
+    arguments: Mapping[str, Any],
 ) -> tuple[Tensor, State]:
-    """A function of its own, so that what it computed is gone from memory before the MLP needs some."""
-    heads = _heads(block, plan.spelling, plan.config, hidden, state, arguments)
-    if r == 0 and not plan.config.trace:
-        return _attend(block, plan.spelling, hidden, heads), state
-    clues = _clues(plan, state, heads)
-    return _merge(block, plan, index, state, r, _attend(block, plan.spelling, hidden, heads), clues)
+    """The first half and the merge; what they computed is gone from memory before the MLP needs some."""
+    config = feature.config
+    heads = _heads(block, parts, feature.layout, config, hidden, state, arguments)
+    if r == 0 and not config.trace:
+        return _attend(parts, hidden, heads), state
+    features = semantic = None
+    content = heads.content.detach()
+    if feature.similarity == "heads":
+        features = content.transpose(1, 2).flatten(2)
+    elif feature.similarity != "hidden":  # the sum over heads: its cosine is the mean's
+        features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
+    if needs_semantic(config.degree) or config.trace:
+        semantic = attention_row(_guide(heads, feature.guidance, state).detach(), heads.k.detach(), heads.bias)
+    x = _attend(parts, hidden, heads)
+    del heads, content
+    if features is None:  # what the MLP reads, normed already where norms come after the residual
+        features = _normed(None if parts.norm_after_attention is not None else parts.mlp[0], x).detach()
+    return _merge(feature, index, state, r, x, features, semantic)
 
 
 def _heads(
     block: nn.Module,
-    spelling: Spelling,
-    config: TurboConfig,
+    parts: Parts,
+    layout: Layout,
+    config: Any,
     hidden: Tensor,
     state: State,
     arguments: Mapping[str, Any],
 ) -> Heads:
     """Queries, keys and values of `norm1(hidden)`, and attention's bias."""
-    normed = _normed(block, spelling.norm1, hidden)
-    if callable(spelling.project):
-        flat = spelling.project(block, normed)
-    elif len(spelling.project) == 1:
-        flat = fetch(block, spelling.project[0])(normed).chunk(3, dim=-1)
+    normed = _normed(parts.norm1, hidden)
+    if callable(parts.project):
+        flat = parts.project(block, normed)
+    elif len(parts.project) == 1:
+        flat = parts.project[0](normed).chunk(3, dim=-1)
     else:
-        flat = tuple(fetch(block, path)(normed) for path in spelling.project)
-    heads = fetch(block, spelling.heads)
-    q, k, v = (part.view(*part.shape[:2], heads, -1).transpose(1, 2) for part in flat)
-    if spelling.query_norm is not None:
-        q = fetch(block, spelling.query_norm)(q)
-    if spelling.key_norm is not None:
-        k = fetch(block, spelling.key_norm)(k)
+        flat = tuple(project(normed) for project in parts.project)
+    q, k, v = (each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)
+    q, k = _normed(parts.query_norm, q), _normed(parts.key_norm, k)
     content = q if config.similarity == "queries" else k
-    if spelling.rotary is not None:
-        q, k = spelling.rotary(block, q, k, state.home, arguments)
+    if layout.rotary is not None:
+        q, k = layout.rotary(block, q, k, state.home, arguments)
     attended = state.attended(config.proportional)
     bias = None if attended is None else size_bias(attended, q.dtype)
-    scale = q.shape[-1] ** -0.5 if spelling.scale is None else fetch(block, spelling.scale)
-    return Heads(q, k, v, content, bias, scale)
+    scale = q.shape[-1] ** -0.5 if parts.scale is None else parts.scale
+    dropout = parts.dropout.p if isinstance(parts.dropout, nn.Dropout) else parts.dropout or 0.0
+    return Heads(q, k, v, content, bias, scale, float(dropout) if block.training else 0.0)
 
 
-def _attend(block: nn.Module, spelling: Spelling, hidden: Tensor, heads: Heads) -> Tensor:
+def _attend(parts: Parts, hidden: Tensor, heads: Heads) -> Tensor:
     """The first half: `hidden + attention`, `[batch, tokens, width]`."""
-    mixed = attend(heads.q, heads.k, heads.v, heads.bias, scale=heads.scale, dropout_p=_dropout(block, spelling))
-    out = hidden + run_steps(block, spelling.after_attention, mixed.transpose(1, 2).flatten(2))
-    return _normed(block, spelling.norm_after_attention, out)
+    mixed = attend(heads.q, heads.k, heads.v, heads.bias, scale=heads.scale, dropout_p=heads.dropout)
+    out = hidden + _apply_steps(parts.after_attention, mixed.transpose(1, 2).flatten(2))
+    return _normed(parts.norm_after_attention, out)
 
 
-def _second_half(block: nn.Module, spelling: Spelling, x: Tensor) -> Tensor:
-    return _normed(block, spelling.norm_after_mlp, x + run_steps(block, spelling.mlp, x))
+def _second_half(parts: Parts, x: Tensor) -> Tensor:
+    return _normed(parts.norm_after_mlp, x + _apply_steps(parts.mlp, x))
 
 
-def _normed(block: nn.Module, norm: Path | None, x: Tensor) -> Tensor:
-    if norm is None:
-        return x
-    normed: Tensor = fetch(block, norm)(x)
+def _apply_steps(steps: tuple[Any, ...], x: Tensor) -> Tensor:
+    """Call modules, multiply by tensors and numbers, skip None, in order."""
+    for step in steps:
+        if isinstance(step, nn.Module):
+            x = step(x)
+        elif step is not None:
+            x = x * step
+    return x
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    normed: Tensor = x if norm is None else norm(x)
     return normed
 
 
-def _clues(plan: Plan, state: State, heads: Heads) -> Clues:
-    features = semantic = None
-    content = heads.content.detach()
-    if plan.similarity == "heads":
-        features = content.transpose(1, 2).flatten(2)
-    elif plan.similarity != "hidden":  # the sum over heads: its cosine is the mean's
-        features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
-    if plan.guided or plan.config.trace:
-        guide = _guide(heads, plan.guidance, state.prefix, state.sizes).detach()
-        semantic = attention_row(guide, heads.k.detach(), heads.bias)
-    return Clues(features, semantic)
-
-
 def _merge(
-    block: nn.Module,
-    plan: Plan,
-    index: int,
-    state: State,
-    r: int,
-    x: Tensor,
-    clues: Clues,
+    feature: EncoderFeature, index: int, state: State, r: int, x: Tensor, features: Tensor, semantic: Tensor | None
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
-    config, tokens = plan.config, x.shape[1]
-    partition = _partition(plan, state, index, x)
-    features, semantic = clues.features, clues.semantic
-    if features is None:
-        norm2 = plan.spelling.mlp[0] if plan.spelling.norm_after_attention is None else None
-        features = _normed(block, norm2, x).detach()
+    config, tokens = feature.config, x.shape[1]
+    partition = _partition(config, state, index, x)
     redundancy, partner = mutual_redundancy(features, partition)
     e = degree_of_candidates(
         redundancy,
@@ -296,8 +256,6 @@ def _merge(
         len(state.merges),
         degree=config.degree,
         alpha=config.alpha,
-        beta=config.beta,
-        gamma=config.gamma,
         seed=config.seed,
     )
     if state.padded and state.sizes is not None:
@@ -309,57 +267,59 @@ def _merge(
         merged, merge = merge_tokens(
             x, e, partner, partition, r, sizes=state.sizes, order=config.order, reduce=config.reduce
         )
-        if plan.restore == "residual":
+        if feature.restore == "residual":
             state = replace(state, lost=(*state.lost, merge.lost(x, merged)))
-        x, state = merged, _follow(plan, state, merge, partition)
+        x, state = merged, _follow(feature, state, merge, partition)
     if config.trace:
         assert semantic is not None
-        trace = traced(plan.names[index], state, x, partition, redundancy, semantic, e, tokens)
+        trace = traced(feature.names[index], state, x, partition, redundancy, semantic, e, tokens)
         state = replace(state, traces=(*state.traces, trace))
     return x, state
 
 
 def _spared(degree: Tensor, threshold: float) -> int:
-    """How many tokens every picture of the batch can spare."""
+    """How many tokens every image of the batch can spare."""
     if torch.compiler.is_compiling() or is_exporting():
-        raise StateError("thresholds make the number of tokens depend on the picture, which cannot be compiled: use r")
+        raise StateError("thresholds make the number of tokens depend on the image, which cannot be compiled: use r")
     return int((degree > threshold).sum(dim=1).amin())
 
 
-def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> State:
-    home, partners, prefix = state.home, state.partners, state.prefix
-    if plan.spelling.rotary is not None:
-        kept = merge.kept[:, prefix:] - prefix
+def _follow(feature: EncoderFeature, state: State, merge: Merge, partition: Partition) -> State:
+    home, partners = state.home, state.partners
+    if feature.layout.rotary is not None:
+        kept = merge.kept[:, state.prefix : merge.kept.shape[1] - state.suffix] - state.prefix
         home = kept if home is None else home.gather(1, kept)
-    if plan.config.partition == "grid":
+    if feature.config.partition == "grid":
         old = positions(partition.partners, merge.source.device).expand(merge.source.shape[0], -1)
         partners = merge.source.gather(1, old)
     return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), home=home, partners=partners)
 
 
-def _partition(plan: Plan, state: State, index: int, x: Tensor) -> Partition:
-    prefix, tokens, device = state.prefix, x.shape[1], x.device
+def _partition(config: TurboConfig, state: State, index: int, x: Tensor) -> Partition:
+    prefix, suffix, tokens, device = state.prefix, state.suffix, x.shape[1], x.device
     if state.partners is None:
-        kind, seed, grid = plan.config.partition, plan.config.seed, plan.config.grid
-        return partition_tokens(tokens, prefix, kind, block=index, seed=seed, grid=grid, device=device)
+        kind, seed, grid = config.partition, config.seed, config.grid
+        return partition_tokens(tokens, prefix, kind, suffix=suffix, block=index, seed=seed, grid=grid, device=device)
+    # the partners of a grid stay partners: all other patches are candidates, sorted in front of those left out
     batch, partners = state.partners.shape
     place = torch.arange(tokens, device=device).expand(batch, -1).scatter(1, state.partners, tokens)
     place[:, :prefix] = tokens
-    candidates = place.sort(dim=1).values[:, : tokens - prefix - partners]
+    place[:, tokens - suffix :] = tokens
+    candidates = place.sort(dim=1).values[:, : tokens - prefix - suffix - partners]
     return Partition(candidates, state.partners)
 
 
-def _guide(heads: Heads, guidance: str, prefix: int, sizes: Tensor | None) -> Tensor:
+def _guide(heads: Heads, guidance: str, state: State) -> Tensor:
     """The guide's query, scaled: CLS's, or the mean of the patches', weighted by size."""
-    q = heads.q
     if guidance == "cls":
-        guide = q[:, :, :1]
-    elif sizes is None:
-        guide = q[:, :, prefix:].mean(dim=2, keepdim=True)
-    else:
-        weights = sizes[:, prefix:] / sizes[:, prefix:].sum(dim=1, keepdim=True)
-        guide = (q[:, :, prefix:] * weights.to(q.dtype)[:, None, :, None]).sum(dim=2, keepdim=True)
-    return guide * heads.scale
+        return heads.q[:, :, :1] * heads.scale
+    patches = slice(state.prefix, heads.q.shape[2] - state.suffix)
+    q = heads.q[:, :, patches]
+    if state.sizes is None:
+        return q.mean(dim=2, keepdim=True) * heads.scale
+    sizes = state.sizes[:, patches]
+    weights = sizes / sizes.sum(dim=1, keepdim=True)
+    return (q * weights.to(q.dtype)[:, None, :, None]).sum(dim=2, keepdim=True) * heads.scale
 
 
 def _sizes_from_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -375,8 +335,3 @@ def _sizes_from_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     return seen.to(torch.promote_types(hidden.dtype, torch.float32)).expand(hidden.shape[0], -1)
 
 
-def _dropout(block: nn.Module, spelling: Spelling) -> float:
-    if not block.training or spelling.dropout is None:
-        return 0.0
-    dropout = fetch(block, spelling.dropout)
-    return float(dropout.p if isinstance(dropout, nn.Dropout) else dropout)

@@ -18,9 +18,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.errors import UnsupportedModelError
+from turbovlm.registry import named
 
-Path = tuple[str, ...]
-"""An attribute path, split at its dots."""
 Project = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
 """`(block, normed) -> (q, k, v)`, each `[batch, tokens, heads * head_dim]`; defined in a module, so that it pickles."""
 Rotary = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Mapping[str, Any]], tuple[Tensor, Tensor]]
@@ -34,7 +33,9 @@ class Layout:
     """One way to spell a block, and what must be known about the encoder around it.
 
     A path is dotted and starts at the block. Several spellings are separated by `|`; the first that exists is used.
-    A path that ends in `?` may be missing.
+    A path that ends in `?` may be missing. `resolve` gives the same layout with the paths that one block has.
+
+    Layouts of registered families pickle, by the block's class and the resolved paths.
 
     Args:
         family: name for people, such as `"transformers ViT"`.
@@ -50,6 +51,8 @@ class Layout:
         patch: path, from the tower, of the patch embedding's projection; None for tokens that are looked up.
         patches: native number of patches of a tower, before any are merged.
         prefix: number of CLS, distillation and register tokens at the front, or a function of the tower.
+        suffix: number of tokens behind the patches that never merge, such as detection tokens, or a function of the
+            tower.
         cls: whether token 0 is a CLS token, or a function of the tower.
         norm_after_attention, norm_after_mlp: what normalises each half's sum with the residual.
         joint: path, from the tower, of the module that puts text tokens in front of an image's; they are never merged,
@@ -84,6 +87,7 @@ class Layout:
     patch: str | None
     patches: Callable[[Any], int]
     prefix: int | Callable[[Any], int] = 1
+    suffix: int | Callable[[Any], int] = 0
     cls: bool | Callable[[Any], bool] = True
     norm_after_attention: str | None = None
     norm_after_mlp: str | None = None
@@ -104,109 +108,107 @@ class Layout:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """By which blocks are recognised."""
+        """Dotted path of the class by which a block is recognised."""
         return (self.block,)
+
+    def resolve(self, block: nn.Module) -> Layout:
+        """The same layout with the spelling that `block` has of each path.
+
+        Raises:
+            UnsupportedModelError: the block has none of a path's spellings, as with a release of its library that this
+                layout does not know.
+        """
+
+        def one(path: str | None) -> str | None:
+            if path is None or (path.endswith("?") and not _has_any(block, path[:-1])):
+                return None
+            return path_of(self.family, block, path.removesuffix("?"))
+
+        def several(paths: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(found for path in paths if (found := one(path)) is not None)
+
+        found: dict[str, Any] = {name: one(getattr(self, name)) for name in _PATHS}
+        found |= {name: several(getattr(self, name)) for name in ("after_attention", "mlp")}
+        if not callable(self.project):
+            found["project"] = several(self.project)
+        if self.returns_tuple is None:
+            annotation = inspect.signature(type(block).forward).return_annotation
+            found["returns_tuple"] = "tuple" in str(annotation).lower()
+        return replace(self, **found)
+
+    def parts(self, block: nn.Module) -> Parts:
+        """Fetch what `block`'s forward calls, of a resolved layout."""
+
+        def one(path: str | None) -> Any:
+            return None if path is None else fetch(block, path)
+
+        def several(paths: tuple[str, ...]) -> tuple[Any, ...]:
+            return tuple(fetch(block, path) for path in paths)
+
+        return Parts(
+            norm1=one(self.norm1),
+            project=self.project if callable(self.project) else several(self.project),
+            heads=fetch(block, self.heads),
+            after_attention=several(self.after_attention),
+            mlp=several(self.mlp),
+            norm_after_attention=one(self.norm_after_attention),
+            norm_after_mlp=one(self.norm_after_mlp),
+            scale=one(self.scale),
+            query_norm=one(self.query_norm),
+            key_norm=one(self.key_norm),
+            dropout=one(self.dropout),
+        )
+
+    def of_tower(self, name: str, tower: nn.Module) -> Any:
+        """The value of `prefix`, `suffix` or `cls` for one tower."""
+        value = getattr(self, name)
+        return value(tower) if callable(value) else value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = (*_PATHS, "after_attention", "mlp", "project", "returns_tuple")
+        return _layout_of, (self.block, {name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """What a forward needs of a layout, with each path as the encoder's blocks spell it. It pickles."""
+class Parts:
+    """The modules and values of one block that a layout names; see there."""
 
-    norm1: Path | None
-    project: tuple[Path, ...] | Project
-    heads: Path
-    after_attention: tuple[Path, ...]
-    mlp: tuple[Path, ...]
-    norm_after_attention: Path | None
-    norm_after_mlp: Path | None
-    scale: Path | None
-    query_norm: Path | None
-    key_norm: Path | None
-    dropout: Path | None
-    rotary: Rotary | None
-    arguments: tuple[str, ...]
-    understood: tuple[str, ...]
-    mask: str | None
-    returns_tuple: bool
+    norm1: Any
+    project: Any
+    heads: int
+    after_attention: tuple[Any, ...]
+    mlp: tuple[Any, ...]
+    norm_after_attention: Any
+    norm_after_mlp: Any
+    scale: float | None
+    query_norm: Any
+    key_norm: Any
+    dropout: Any
 
 
-def fetch(root: Any, path: Path) -> Any:
-    """The attribute at `path`."""
-    for name in path:
+def fetch(root: Any, path: str) -> Any:
+    """The attribute at a dotted path."""
+    for name in path.split("."):
         root = getattr(root, name)
     return root
 
 
-def spell(layout: Layout, block: nn.Module) -> Spelling:
-    """Find the spelling of each path that `block` has.
+def path_of(family: str, module: nn.Module, paths: str) -> str:
+    """The first of the `|`-separated `paths` that `module` has.
 
     Raises:
-        UnsupportedModelError: the block has none of a path's spellings, as with a release of its library that this
-            layout does not know.
+        UnsupportedModelError: it has none of them, as with a release of its library that is not known.
     """
-
-    def one(path: str) -> Path | None:
-        for spelled in path.removesuffix("?").split("|"):
-            if _exists(block, spelled):
-                return tuple(spelled.split("."))
-        if path.endswith("?"):
-            return None
-        raise UnsupportedModelError(
-            f"{layout.family}: {type(block).__module__}.{type(block).__qualname__} has no {path.replace('|', ' or ')}; "
-            f"this release of {library_version(type(block))} spells the block in a way turbovlm does not know"
-        )
-
-    def required(path: str) -> Path:
-        found = one(path)
-        assert found is not None
-        return found
-
-    def chain(paths: tuple[str, ...]) -> tuple[Path, ...]:
-        return tuple(found for path in paths if (found := one(path)) is not None)
-
-    def maybe(path: str | None) -> Path | None:
-        return None if path is None else one(path)
-
-    annotated = "tuple" in str(inspect.signature(type(block).forward).return_annotation).lower()
-    return Spelling(
-        norm1=maybe(layout.norm1),
-        project=layout.project if callable(layout.project) else chain(layout.project),
-        heads=required(layout.heads),
-        after_attention=chain(layout.after_attention),
-        mlp=chain(layout.mlp),
-        norm_after_attention=maybe(layout.norm_after_attention),
-        norm_after_mlp=maybe(layout.norm_after_mlp),
-        scale=maybe(layout.scale),
-        query_norm=maybe(layout.query_norm),
-        key_norm=maybe(layout.key_norm),
-        dropout=maybe(layout.dropout),
-        rotary=layout.rotary,
-        arguments=layout.arguments,
-        understood=layout.understood,
-        mask=layout.mask,
-        returns_tuple=annotated if layout.returns_tuple is None else layout.returns_tuple,
-    )
-
-
-def path_of(family: str, tower: nn.Module, paths: str) -> Path:
-    """The first of the `|`-separated `paths` that `tower` has."""
-    for spelled in paths.split("|"):
-        if _exists(tower, spelled):
-            return tuple(spelled.split("."))
+    for path in paths.split("|"):
+        if _exists(module, path):
+            return path
     raise UnsupportedModelError(
-        f"{family}: {type(tower).__name__} of {library_version(type(tower))} has no {paths.replace('|', ' or ')}"
+        f"{family}: {type(module).__module__}.{type(module).__qualname__} has no {paths.replace('|', ' or ')}; "
+        f"this release of {library_version(type(module))} spells it in a way turbovlm does not know"
     )
-
-
-def run_steps(block: nn.Module, steps: tuple[Path, ...], x: Tensor) -> Tensor:
-    """Apply the steps in order: modules are called, tensors and numbers multiply, None is skipped."""
-    for path in steps:
-        step = fetch(block, path)
-        if isinstance(step, nn.Module):
-            x = step(x)
-        elif step is not None:
-            x = x * step
-    return x
 
 
 def library_version(cls: type) -> str:
@@ -216,9 +218,26 @@ def library_version(cls: type) -> str:
     return f"{package} {metadata.version(distributions[0])}" if distributions else package
 
 
+_PATHS = (
+    *("norm1", "heads", "norm_after_attention", "norm_after_mlp"),
+    *("scale", "query_norm", "key_norm", "dropout"),
+)
+"""Fields of a `Layout` that are one path."""
+
+
+def _layout_of(block: str, resolved: dict[str, Any]) -> Layout:
+    """Unpickle a layout: that of the family which is registered for the class of its blocks, with resolved paths."""
+    layout: Layout = named("encoder", block)
+    return replace(layout, **resolved)
+
+
 def variant(layout: Layout, **changes: Any) -> Layout:
     """The same layout but for `changes`."""
     return replace(layout, **changes)
+
+
+def _has_any(root: Any, paths: str) -> bool:
+    return any(_exists(root, path) for path in paths.split("|"))
 
 
 def _exists(root: Any, dotted: str) -> bool:

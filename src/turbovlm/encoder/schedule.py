@@ -29,7 +29,8 @@ class EncoderShape:
         hidden_size: width of a token.
         similarity_width: width of the features compared (head_dim for keys, hidden_size for hidden), per block.
         patch_weights: entries of the patch embedding's kernel.
-        prefix: CLS, distillation and register tokens, which are never merged.
+        prefix: CLS, distillation and register tokens at the front, which are never merged.
+        suffix: tokens behind the patches, which are never merged.
         windowed: whether many patches are compared within windows only.
     """
 
@@ -40,11 +41,18 @@ class EncoderShape:
     similarity_width: tuple[int, ...]
     patch_weights: int
     prefix: int
+    suffix: int = 0
     windowed: bool = False
 
     @property
     def depth(self) -> int:
+        """Number of blocks."""
         return len(self.attention_weights)
+
+    @property
+    def protected(self) -> int:
+        """Number of tokens that are never merged."""
+        return self.prefix + self.suffix
 
     def block_macs(self, block: int, before: int, after: int) -> int:
         """Multiply-accumulates of one block: projections, attention, similarity, MLP, and norms."""
@@ -52,7 +60,7 @@ class EncoderShape:
         macs = before * self.attention_weights[block] + 2 * before * before * width
         macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
         if after < before:
-            patches = before - self.prefix
+            patches = before - self.protected
             pairs = patches // 2 * (patches - patches // 2)
             macs += pairs // (window_count(patches) if self.windowed else 1) * self.similarity_width[block]
         return macs
@@ -60,7 +68,7 @@ class EncoderShape:
     def macs(self, tokens: Sequence[int]) -> int:
         """Multiply-accumulates of the encoder with `tokens[l]` tokens before block l and `tokens[-1]` at its end."""
         blocks = sum(self.block_macs(i, tokens[i], tokens[i + 1]) for i in range(self.depth))
-        return blocks + (tokens[0] - self.prefix) * self.patch_weights + 5 * self.hidden_size * tokens[-1]
+        return blocks + (tokens[0] - self.protected) * self.patch_weights + 5 * self.hidden_size * tokens[-1]
 
 
 @dataclass(frozen=True)
@@ -93,22 +101,27 @@ class Schedule:
         return tuple(a - b for a, b in zip(self.tokens, self.tokens[1:]))
 
 
-def clamp(r: int, tokens: int, prefix: int, min_tokens: int) -> int:
-    """Tokens that a block with `tokens` tokens can give up when asked for `r`: at most half of those that may merge."""
+def clamp(r: int, tokens: int, protected: int, min_tokens: int) -> int:
+    """Tokens that a block with `tokens` tokens can give up when asked for `r`: at most half of those that may merge.
+
+    `protected` tokens, prefix and suffix, never merge.
+    """
     if tokens < min_tokens:
         return 0
-    return min(r, max(tokens - prefix, 0) // 2)
+    return min(r, max(tokens - protected, 0) // 2)
 
 
-def token_counts(amounts: Sequence[int], tokens: int, prefix: int, min_tokens: int, fixed: int = 0) -> tuple[int, ...]:
+def token_counts(
+    amounts: Sequence[int], tokens: int, protected: int, min_tokens: int, fixed: int = 0
+) -> tuple[int, ...]:
     """Tokens before the first block and after each, when block l is asked for `amounts[l]`.
 
-    `fixed` tokens beside the prefix can never merge: the partners of `partition="grid"`.
+    `fixed` tokens beside the protected ones can never merge: the partners of `partition="grid"`.
     """
     counts = [tokens]
     for r in amounts:
         left = counts[-1]
-        counts.append(left - min(clamp(r, left, prefix, min_tokens), left - prefix - fixed))
+        counts.append(left - min(clamp(r, left, protected, min_tokens), left - protected - fixed))
     return tuple(counts)
 
 
@@ -142,7 +155,7 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int) -> 
     if config.r is not None:
         return (cast(int, config.r),) * shape.depth
     if config.keep is not None:
-        target = max(round(cast(float, config.keep) * tokens), shape.prefix)
+        target = max(round(cast(float, config.keep) * tokens), shape.protected)
         return _closest(config, shape, tokens, target, lambda counts: counts[-1])
     assert config.flops is not None
     full = shape.macs((tokens,) * (shape.depth + 1))
@@ -159,10 +172,10 @@ def _closest(
     """The evenly spread amounts whose cost is closest to `target`; of equals, the fewest tokens merged."""
     best, best_gap = spread(0, shape.depth), abs(cost((tokens,) * (shape.depth + 1)) - target)
     previous: tuple[int, ...] = ()
-    fixed = fixed_partners(config, tokens - shape.prefix)
+    fixed = fixed_partners(config, tokens - shape.protected)
     for total in range(1, shape.depth * (tokens // 2) + 1):
         amounts = spread(total, shape.depth)
-        counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens, fixed)
+        counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
         if counts == previous:
             continue
         previous = counts
@@ -177,8 +190,8 @@ def make_schedule(
 ) -> Schedule:
     """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
     amounts = requested_amounts(config, shape, tokens)
-    fixed = fixed_partners(config, tokens - shape.prefix)
-    counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens, fixed)
+    fixed = fixed_partners(config, tokens - shape.protected)
+    counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
     full = (tokens,) * (shape.depth + 1)
     ratio = shape.macs(counts) / shape.macs(full)
     return Schedule(

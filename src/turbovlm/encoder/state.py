@@ -26,7 +26,7 @@ class BlockTrace:
 
     Attributes:
         name: the block's path in the model; `block`: its index in its encoder.
-        prefix: CLS, distillation and register tokens at the front.
+        prefix: CLS, distillation and register tokens at the front; `suffix`: tokens behind the patches that never merge.
         source: for every token of the encoder's input, the token it is part of after this block, `[batch, N0]`.
         sizes: patches that each token stands for after this block, `[batch, M]`.
         redundancy: R, `[batch, N]` over the tokens before the merge; NaN for tokens that are no candidates.
@@ -37,6 +37,7 @@ class BlockTrace:
     name: str
     block: int
     prefix: int
+    suffix: int
     source: Tensor
     sizes: Tensor
     redundancy: Tensor
@@ -51,7 +52,7 @@ class State:
     Attributes:
         block: the block that comes next.
         amounts: tokens asked of each block.
-        prefix: tokens in front that are never merged.
+        prefix: tokens in front that are never merged; `suffix`: those behind the patches.
         sizes: patches each token stands for, `[batch, tokens]`; None while every token stands for itself.
         merges: one per merge so far; `lost`: what each has lost (`Merge.lost`), where it is to be given back.
         home: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
@@ -64,6 +65,7 @@ class State:
     block: int
     amounts: tuple[int, ...]
     prefix: int
+    suffix: int = 0
     sizes: Tensor | None = None
     merges: tuple[Merge, ...] = ()
     lost: tuple[Tensor, ...] = ()
@@ -122,6 +124,7 @@ def traced(
         name=name,
         block=state.block,
         prefix=state.prefix,
+        suffix=state.suffix,
         source=source,
         sizes=sizes,
         redundancy=everywhere(redundancy),

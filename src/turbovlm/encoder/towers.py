@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn as nn
 
 from turbovlm.encoder.families import text, transformers
-from turbovlm.encoder.layout import Layout, Spelling, fetch, path_of, spell
+from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.errors import UnsupportedModelError
 from turbovlm.registry import class_paths, families, family_of
 from turbovlm.vlm.families import several_layers
@@ -48,23 +48,29 @@ class Tower:
     Attributes:
         name: its path in the model; empty where it is the model itself.
         module: the encoder.
-        layout: how its blocks are spelled in general; `spelling`: in this release of its library.
+        layout: its family's, with the paths that its blocks have.
         blocks: `(path in the model, block)`, in the order of the forward.
         prefix: CLS, distillation and register tokens at the front.
+        suffix: tokens behind the patches that never merge.
         cls: whether token 0 is a CLS token.
-        restore: whether its reader needs every position back.
-        tokens: its native number of tokens, prefix included.
+        restore: whether what reads its output needs every position back.
+        tokens: its native number of tokens, prefix and suffix included.
     """
 
     name: str
     module: nn.Module
     layout: Layout
-    spelling: Spelling
     blocks: tuple[tuple[str, nn.Module], ...]
     prefix: int
+    suffix: int
     cls: bool
     restore: bool
     tokens: int
+
+    @property
+    def title(self) -> str:
+        """Its path, or its class where it is the model itself."""
+        return self.name or type(self.module).__name__
 
     @property
     def hidden_size(self) -> int:
@@ -81,12 +87,12 @@ class Tower:
         """Of each block's projection behind attention, out × in."""
         found = []
         for name, block in self.blocks:
-            steps = [(path, fetch(block, path)) for path in self.spelling.after_attention]
+            steps = [(path, fetch(block, path)) for path in self.layout.after_attention]
             layers = [(path, step) for path, step in steps if isinstance(step, nn.Module)]
             shape = next((shape for _, step in layers if (shape := matrix_shape(step)) is not None), None)
             if shape is None:
                 path, step = layers[0]
-                raise UnsupportedModelError(f"{name}.{'.'.join(path)}: {_PACKED}, {type(step).__name__}")
+                raise UnsupportedModelError(f"{name}.{path}: {_PACKED}, {type(step).__name__}")
             found.append(shape)
         return found
 
@@ -206,18 +212,17 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
     for path, block, _ in found:
         if layout.refuse is not None and (reason := layout.refuse(module, block, around)):
             raise UnsupportedModelError(f"{path} ({layout.family}) cannot be accelerated: {reason}")
-    spelling = spell(layout, found[0][1])
-    prefix = layout.prefix(module) if callable(layout.prefix) else layout.prefix
+    prefix, suffix, cls = (layout.of_tower(field, module) for field in ("prefix", "suffix", "cls"))
     return Tower(
         name=name,
         module=module,
-        layout=layout,
-        spelling=spelling,
+        layout=layout.resolve(found[0][1]),
         blocks=tuple((path, block) for path, block, _ in found),
         prefix=prefix,
-        cls=layout.cls(module) if callable(layout.cls) else layout.cls,
+        suffix=suffix,
+        cls=cls,
         restore=restore,
-        tokens=layout.patches(module) + prefix,
+        tokens=prefix + layout.patches(module) + suffix,
     )
 
 

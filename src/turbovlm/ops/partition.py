@@ -42,6 +42,7 @@ def partition_tokens(
     prefix: int = 0,
     kind: str = "alternate",
     *,
+    suffix: int = 0,
     block: int = 0,
     seed: int = 0,
     grid: tuple[int, int] | None = None,
@@ -50,7 +51,7 @@ def partition_tokens(
     """Split `tokens` tokens, the first `prefix` of which (CLS, distillation, registers) are protected.
 
     Args:
-        tokens: N, the prefix included.
+        tokens: N, prefix and suffix included.
         prefix: tokens at the front that are never merged and never merged into.
         kind: `"alternate"`: even indices are candidates, odd ones partners, as published. `"random"`: halves drawn
             from `seed` and `block`; from 1,025 patches on, merged within windows of about 512 patches, which costs N
@@ -60,12 +61,13 @@ def partition_tokens(
     Raises:
         ConfigError: the patches do not fill the grid.
     """
-    patches = tokens - prefix
+    end = tokens - suffix
+    patches = end - prefix
     if kind == "alternate":
         first = prefix + prefix % 2
-        return Partition(slice(first, tokens, 2), slice(2 * prefix + 1 - first, tokens, 2))
+        return Partition(slice(first, end, 2), slice(2 * prefix + 1 - first, end, 2))
     if kind == "random":
-        order = _order("random", tokens, prefix, block, seed, device)
+        order = _order("random", end, prefix, block, seed, device)
         return Partition(order[patches // 2 :], order[: patches // 2], window_count(patches))
     rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
     if rows * columns != patches:

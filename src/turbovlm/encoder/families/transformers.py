@@ -57,6 +57,12 @@ def _backbone(tower: Any, block: Any, ancestors: Around) -> str | None:
     return None
 
 
+def _positions_between_blocks(tower: Any, block: Any, ancestors: Around) -> str | None:
+    if tower.config.use_mid_position_embeddings:
+        return "it adds position embeddings between its blocks, to tokens that would be merged by then"
+    return None
+
+
 def _relative_positions(tower: Any, block: Any, ancestors: Around) -> str | None:
     if tower.config.use_relative_position_bias or tower.config.use_shared_relative_position_bias:
         return (
@@ -109,6 +115,16 @@ DEIT = variant(
     towers=(f"{MODELS}.deit.modeling_deit.DeiTModel",),
     prefix=2,
     restore=_inside("DeiTForMaskedImageModeling"),
+)
+
+YOLOS = variant(
+    VIT,
+    family="transformers YOLOS",
+    block=f"{MODELS}.yolos.modeling_yolos.YolosLayer",
+    towers=(f"{MODELS}.yolos.modeling_yolos.YolosModel",),
+    suffix=lambda tower: int(tower.config.num_detection_tokens),
+    restore=False,
+    refuse=_positions_between_blocks,
 )
 
 VIT_MSN = variant(
@@ -341,6 +357,18 @@ SMOL_VLM = variant(
     towers=(f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer",),
 )
 
+VILT = variant(
+    VIT,
+    family="transformers ViLT",
+    block=f"{MODELS}.vilt.modeling_vilt.ViltLayer",
+    towers=(f"{MODELS}.vilt.modeling_vilt.ViltModel",),
+    patches=lambda tower: min(native_patches(tower), max(tower.config.max_image_length, 0) or native_patches(tower)),
+    prefix=lambda tower: int(tower.config.max_position_embeddings) + 1,
+    joint="embeddings",
+    arguments=("attention_mask", "output_attentions"),
+    restore=False,
+    returns_tuple=True,
+)
 
 LAYOUTS = (
     VIT,
@@ -363,6 +391,8 @@ LAYOUTS = (
     INTERN_VL,
     IDEFICS3,
     SMOL_VLM,
+    VILT,
+    YOLOS,
 )
 
 FIXED_READERS = ("blip-2", "instructblip", "instructblipvideo")
