@@ -11,6 +11,7 @@ import torch.nn as nn
 import turbovlm
 from families import FAMILIES, _livelier
 from turbovlm import ConfigError, StateError, TurboConfig, TurboError, UnsupportedModelError
+from turbovlm.ops import LayeredDegree
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -263,7 +264,7 @@ def test_every_setting_runs_and_matters(vit, images):
         {"degree": "damped", "alpha": 30},
         {"degree": lambda r, a, block: a},
         {"alpha": 100},
-        {"degree": "layered", "beta": 0.5, "gamma": 9, "alpha": 200},
+        {"degree": LayeredDegree(alpha=200, beta=0.5, gamma=9)},
         {"degree": "weighted_distance"},
         {"similarity": "heads"},
         {"similarity": "queries"},

@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounter
 import turbovlm
 from families import FAMILIES
 from turbovlm import TurboConfig
+from turbovlm.ops import LayeredDegree
+from turbovlm.ops.degree import DEGREES
 
 SOME = ("vit", "dinov2_registers", "clip", "blip_2", "timm_layerscale", "timm_eva02", "torchvision")
 SETTINGS = {
@@ -52,6 +54,14 @@ def vit():
     model = timm.models.VisionTransformer(**settings, dynamic_img_size=True).eval()
     yield model
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("degree", [*DEGREES, LayeredDegree(alpha=20, beta=0.9, gamma=2)], ids=str)
+@torch.no_grad()
+def test_every_degree_compiles(vit, degree):
+    with turbovlm.apply(vit, r=5, degree=degree):
+        reference = vit(images(2, 48))
+        torch.testing.assert_close(torch.compile(vit, fullgraph=True, backend="eager")(images(2, 48)), reference)
 
 
 def images(batch, size):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from turbovlm import ConfigError, TurboConfig, TurboError
+from turbovlm.ops import LayeredDegree
 
 WRONG = [
     ({}, "exactly one of r, keep and flops"),
@@ -42,9 +44,6 @@ WRONG = [
     ({"r": 1, "alpha": -1}, "alpha=-1"),
     ({"r": 1, "alpha": "6"}, "alpha='6'"),
     ({"r": 1, "alpha": False}, "alpha=False"),
-    ({"r": 1, "beta": 0}, "beta=0"),
-    ({"r": 1, "beta": float("inf")}, "beta=inf"),
-    ({"r": 1, "gamma": None}, "gamma=None"),
     ({"r": 1, "similarity": "values"}, "similarity='values': must be one of heads, keys, queries, hidden"),
     ({"r": 1, "guidance": "text"}, "guidance='text'"),
     ({"r": 1, "partition": "halves"}, "partition='halves'"),
@@ -96,12 +95,46 @@ def test_paper_multiplies_alpha_by_30():
     config = TurboConfig.paper(16, alpha=6)
     assert (config.alpha, config.similarity, config.partition, config.order) == (180, "keys", "alternate", "partition")
     assert config.degree == "weighted_difference" and config.proportional and config.reduce == "merge"
-    assert TurboConfig.paper(16, beta=0.9, gamma=3).degree == "layered"
+    assert TurboConfig.paper(16, beta=0.9, gamma=3).degree == LayeredDegree(180, 0.9, 3)
+    assert TurboConfig.paper(16, degree="layered", alpha=2).degree == LayeredDegree(60, 1, 0)
     assert TurboConfig.paper(16, degree="redundancy").degree == "redundancy"
     with pytest.raises(ConfigError, match="alpha='6'"):
         TurboConfig.paper(16, alpha="6")
     with pytest.raises(ConfigError, match="r=-1"):
         TurboConfig.paper(-1)
+
+
+def test_a_layered_degree_is_saved_and_loaded(tmp_path):
+    path, config = tmp_path / "turbo.json", TurboConfig.paper(16, beta=0.9, gamma=3)
+    config.save(path)
+    assert json.loads(path.read_text())["degree"] == {"layered": {"alpha": 180.0, "beta": 0.9, "gamma": 3.0}}
+    assert TurboConfig.load(path) == config
+    path.write_text('{"turbovlm": 1, "r": 1, "degree": {"layered": {"alpha": 1}}}')
+    with pytest.raises(ConfigError, match=r"turbo\.json: degree=.*beta"):
+        TurboConfig.load(path)
+    path.write_text('{"turbovlm": 1, "r": 1, "degree": {"layered": {"alpha": 1, "beta": 0, "gamma": 0}}}')
+    with pytest.raises(ConfigError, match=r"beta=0\.0"):
+        TurboConfig.load(path)
+
+
+def test_settings_with_beta_and_gamma_are_still_read(tmp_path):
+    path = tmp_path / "turbo.json"
+
+    def loaded(**content):
+        path.write_text(json.dumps({"turbovlm": 1, "r": 8, **content}))
+        return TurboConfig.load(path)
+
+    assert loaded(degree="damped", alpha=3.0, beta=1.0, gamma=0) == TurboConfig(r=8, degree="damped", alpha=3.0)
+    assert loaded(degree="redundancy", beta=0.9, gamma=3) == TurboConfig(r=8, degree="redundancy")
+    layered = loaded(degree="layered", alpha=180.0, beta=0.9, gamma=3)
+    assert layered == TurboConfig(r=8, degree=LayeredDegree(180, 0.9, 3)) and layered.alpha is None
+    assert loaded(degree="layered", alpha=None, beta=1.0, gamma=0).degree == LayeredDegree(2, 1, 0)
+
+
+@pytest.mark.parametrize(("field", "value"), [("alpha", -1), ("beta", 0), ("beta", float("inf")), ("gamma", None)])
+def test_a_layered_degree_names_what_is_wrong(field, value):
+    with pytest.raises(ConfigError, match=f"{field}={value}"):
+        LayeredDegree(**{"alpha": 1, "beta": 1, "gamma": 0, field: value})
 
 
 def test_amount_is_what_was_written():

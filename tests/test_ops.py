@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from turbovlm import ConfigError
 from turbovlm.ops import (
+    LayeredDegree,
     information_degree,
     match,
     mutual_redundancy,
@@ -29,8 +30,8 @@ SHAPES = {
     "reduce": st.sampled_from(["merge", "keep_norm", "prune"]),
     "degree": st.sampled_from(
         [
-            *("weighted_distance", "weighted_difference", "coupled_division", "damped", "layered"),
-            *("redundancy", "semantics", "random"),
+            *("weighted_distance", "weighted_difference", "coupled_division", "damped"),
+            *("redundancy", "semantics", "random", LayeredDegree(alpha=6, beta=0.9, gamma=3)),
         ]
     ),
     "seed": st.integers(0, 1000),
@@ -170,12 +171,14 @@ def test_information_degrees_are_the_published_ones():
     assert information_degree(r, torch.zeros_like(a), degree="weighted_distance").isfinite().all()
     torch.testing.assert_close(degree("coupled_division"), r / (a + 1e-3))
     torch.testing.assert_close(degree("damped", alpha=2), r * (1 - 2 * a))
-    torch.testing.assert_close(degree("layered", block=5, alpha=6, beta=0.9, gamma=3), r - 0.9**2 * 6 * a)
+    torch.testing.assert_close(degree(LayeredDegree(alpha=6, beta=0.9, gamma=3), block=5), r - 0.9**2 * 6 * a)
     torch.testing.assert_close(degree("redundancy"), r)
     torch.testing.assert_close(degree("semantics"), -a)
     torch.testing.assert_close(degree(lambda r, a, block: r * block + a, block=2), 2 * r + a)
     with pytest.raises(ConfigError, match="'entropy'"):
         degree("entropy")
+    with pytest.raises(ConfigError, match="'layered'"):
+        degree("layered")
     with pytest.raises(ConfigError, match="needs the semantic value"):
         information_degree(r, None, degree="semantics")
     with pytest.raises(ConfigError, match="R's shape"):

@@ -13,6 +13,7 @@ from folders import blip_folder, clip_folder
 from turbovlm.apply import overrides
 from turbovlm.cli import main
 from turbovlm.config import TurboConfig
+from turbovlm.ops import LayeredDegree
 from turbovlm_lab.evaluate.data import Data, Sample
 from turbovlm_lab.evaluate.run import Predictor
 from turbovlm_lab.evaluate.scoring import Score
@@ -99,6 +100,10 @@ def test_lines_run_as_printed():
     ]
     fused = found["table9"]
     assert fused["S3, E = R(1 − αA), α=2"].config.alpha == 60 and fused["S2, E = R/A"].config.alpha == 180
+    assert fused["S4, E = R − β^|γ−l| αA, α=6, β=0.9, γ=5"].config.degree == LayeredDegree(180, 0.9, 5)
+    assert "degree=LayeredDegree(alpha=180.0, beta=0.9, gamma=5.0)" in named(
+        fused["S4, E = R − β^|γ−l| αA, α=6, β=0.9, γ=5"].config
+    )
     for study in comparisons():
         assert study.lines[0].name == OWN and study.lines[0].config is None
         assert len({line.name for line in study.lines}) == len(study.lines)

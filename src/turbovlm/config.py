@@ -5,30 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from turbovlm.errors import ConfigError
+from turbovlm.ops.degree import DEGREES, DegreeFunction, LayeredDegree, default_alpha
 from turbovlm.promise import Promise
 
-DegreeFunction = Callable[[Tensor, Tensor, int], Tensor]
-"""`(R, A, block) -> E`: redundancy and semantic value of the candidates, `[batch, candidates]` each."""
-
-DEGREES = (
-    "weighted_distance",
-    "weighted_difference",
-    "coupled_division",
-    "damped",
-    "layered",
-    "redundancy",
-    "semantics",
-    "random",
-)
 SIMILARITIES = ("heads", "keys", "queries", "hidden", "auto")
 GUIDANCES = ("auto", "cls", "mean")
 PARTITIONS = ("alternate", "random", "grid", "auto")
@@ -51,6 +37,9 @@ READINGS = ("visual_keep", "cross_keep")
 
 FORMAT = 1
 """Of saved settings."""
+
+LAYERED = "layered"
+"""S4's name in saved settings, where its three numbers stand behind it, and in `TurboConfig.paper`."""
 
 PAPER_ALPHA_SCALE = 30.0
 """The authors' code multiplies the published alpha by 30 before it multiplies A."""
@@ -76,13 +65,11 @@ class TurboConfig:
         degree: the information degree E; the tokens of highest E are merged.
             `"weighted_distance"` E = −(1 − R)(1 + α√(A/Ā)), Ā the mean A of the candidates,
             `"weighted_difference"` E = R − αA (S1), `"coupled_division"` E = R / (A + 1e-3) (S2),
-            `"damped"` E = R(1 − αA) (S3), `"layered"` E = R − β^|γ−l|·αA (S4, l counts the merging blocks from 0),
-            `"redundancy"` E = R (ToMe), `"semantics"` E = −A, `"random"`, a callable `(R, A, block) -> E`, or `"auto"`:
-            `"weighted_distance"` in encoders, else `"weighted_difference"`.
-        alpha: α, the plain multiplier of A. The authors scale theirs by 30: the paper's α = 6 is `alpha=180`. None is
-            1 for `"weighted_distance"`, where α multiplies √(A/Ā), and 2 for the others.
-        beta: base of the layered weight, > 0.
-        gamma: the merging block at which the layered weight is 1.
+            `"damped"` E = R(1 − αA) (S3), `"redundancy"` E = R (ToMe), `"semantics"` E = −A, `"random"`, a callable
+            `(R, A, block) -> E`, block counting the merging blocks from 0, such as `turbovlm.ops.LayeredDegree` (S4),
+            or `"auto"`: `"weighted_distance"` in encoders, else `"weighted_difference"`.
+        alpha: α of a named degree, the plain multiplier of A. The authors scale theirs by 30: the paper's α = 6 is
+            `alpha=180`. None is 1 for `"weighted_distance"`, where α multiplies √(A/Ā), and 2 for the others.
         similarity: the features whose cosine is the redundancy: `"heads"` (keys before rotary positions, those of
             all heads side by side), `"keys"` (the same averaged over heads; the paper's), `"queries"` (averaged),
             `"hidden"` (the normed tokens that the MLP reads), or `"auto"`: `"heads"` for images, `"hidden"` for text.
@@ -133,8 +120,6 @@ class TurboConfig:
     thresholds: Sequence[float] | None = None
     degree: str | DegreeFunction = "auto"
     alpha: float | None = None
-    beta: float = 1.0
-    gamma: float = 0
     similarity: str = "auto"
     guidance: str = "auto"
     partition: str = "auto"
@@ -159,13 +144,10 @@ class TurboConfig:
         self._set(min_tokens=_integer("min_tokens", self.min_tokens), seed=_integer("seed", self.seed))
         if not callable(self.degree):
             _check_choice("degree", self.degree, (*DEGREES, "auto"), extra=" or a callable (R, A, block) -> E")
-        self._set(beta=_number("beta", self.beta), gamma=_number("gamma", self.gamma))
         if self.alpha is not None:
             self._set(alpha=_number("alpha", self.alpha))
             if self.alpha < 0:
                 raise ConfigError(f"alpha={self.alpha!r}: must be a number ≥ 0")
-        if self.beta <= 0:
-            raise ConfigError(f"beta={self.beta!r}: must be a number > 0")
         _check_choice("similarity", self.similarity, SIMILARITIES)
         _check_choice("guidance", self.guidance, GUIDANCES)
         _check_choice("partition", self.partition, PARTITIONS)
@@ -197,17 +179,16 @@ class TurboConfig:
     ) -> TurboConfig:
         """The authors' implementation to the letter: keys, alternate halves, and α multiplied by 30.
 
-        `beta` other than 1 makes `"weighted_difference"` the layered fusion S4, as it does in their code.
+        `degree="layered"` is the layered fusion S4, a `LayeredDegree`; so is `"weighted_difference"` with a `beta`
+        other than 1, as in their code. Other degrees know neither `beta` nor `gamma`.
         """
-        if degree == "weighted_difference" and beta != 1:
-            degree = "layered"
+        multiplier = _number("alpha", alpha) * PAPER_ALPHA_SCALE
+        layered = degree == LAYERED or (degree == "weighted_difference" and beta != 1)
         return cls(
             r=r,
             min_tokens=min_tokens,
-            degree=degree,
-            alpha=_number("alpha", alpha) * PAPER_ALPHA_SCALE,
-            beta=beta,
-            gamma=gamma,
+            degree=LayeredDegree(multiplier, beta, gamma) if layered else degree,
+            alpha=None if layered else multiplier,
             similarity="keys",
             guidance="auto",
             partition="alternate",
@@ -233,7 +214,7 @@ class TurboConfig:
     def settled(self, degree: str, reduce: str = "merge") -> TurboConfig:
         """The same with `degree` and `reduce` where they are `"auto"`, and with the degree's own alpha."""
         chosen = degree if self.degree == "auto" else self.degree
-        alpha = own_alpha(chosen) if self.alpha is None else self.alpha
+        alpha = default_alpha(chosen) if self.alpha is None else self.alpha
         reduce = reduce if self.reduce == "auto" else self.reduce
         return dataclasses.replace(self, degree=chosen, alpha=alpha, reduce=reduce)
 
@@ -241,11 +222,13 @@ class TurboConfig:
         """Write the settings, and what they promise, as JSON.
 
         Raises:
-            ConfigError: the degree is a function, which JSON has no word for.
+            ConfigError: the degree is a callable other than `LayeredDegree`, which JSON has no word for.
         """
-        if callable(self.degree):
-            raise ConfigError(f"degree={self.degree!r}: a function cannot be saved")
         content = {"turbovlm": FORMAT, **dataclasses.asdict(self)}
+        if isinstance(self.degree, LayeredDegree):
+            content["degree"] = {LAYERED: dataclasses.asdict(self.degree)}
+        elif callable(self.degree):
+            raise ConfigError(f"degree={self.degree!r}: a function cannot be saved, a name or a LayeredDegree can")
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -264,6 +247,10 @@ class TurboConfig:
             raise ConfigError(f"{path}: holds no settings of turbovlm ({error!r})") from error
         if version != FORMAT:
             raise ConfigError(f"{path}: is of format {version!r}; this release reads {FORMAT}")
+        try:
+            content = _with_layered_degree(content)
+        except TypeError as error:
+            raise ConfigError(f"{path}: degree={content['degree']!r}: {error}") from error
         unknown = content.keys() - cls.__dataclass_fields__.keys()
         if unknown:
             raise ConfigError(f"{path}: settings that this release does not know: {', '.join(sorted(unknown))}")
@@ -347,9 +334,20 @@ def _share(name: str, value: Any) -> float:
     return number
 
 
-def own_alpha(degree: str | DegreeFunction) -> float:
-    """Of a degree that is given none."""
-    return 1.0 if degree == "weighted_distance" else 2.0
+def _with_layered_degree(content: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings with S4, where they name it, as a `LayeredDegree`.
+
+    Settings that were saved before there was one hold `beta` and `gamma` beside every degree, and S4 as
+    `degree="layered"` with its α as `alpha`.
+    """
+    content = dict(content)
+    beta, gamma, degree = content.pop("beta", 1.0), content.pop("gamma", 0.0), content.get("degree")
+    if degree == LAYERED:
+        alpha = content.pop("alpha", None)
+        content["degree"] = LayeredDegree(default_alpha(LAYERED) if alpha is None else alpha, beta, gamma)
+    elif isinstance(degree, dict) and degree.keys() == {LAYERED}:
+        content["degree"] = LayeredDegree(**degree[LAYERED])
+    return content
 
 
 def _integer(name: str, value: Any, minimum: int = 0, shown: Any = None) -> int:

@@ -11,13 +11,13 @@ from turbovlm.vlm.grounding import GroundingPlan
 from turbovlm.vlm.plan import ReadingPlan
 from turbovlm.vlm.select import needs_attention
 
-WEIGHTED = ("weighted_distance", "weighted_difference", "damped", "layered")
+WEIGHTED = ("weighted_distance", "weighted_difference", "damped")
 """Degrees that read alpha."""
 
 
 def describe(config: TurboConfig) -> str:
     """The settings that say which tokens are merged."""
-    degree = config.degree if isinstance(config.degree, str) else getattr(config.degree, "__name__", "callable")
+    degree = getattr(config.degree, "__name__", str(config.degree))
     alpha = f", alpha={config.alpha:g}" if degree in WEIGHTED and config.alpha is not None else ""
     return f"degree={degree}{alpha}, partition={config.partition}, {config.reduce}"
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
 from turbovlm.errors import ConfigError, StateError
-from turbovlm.ops.informativity import degree_of_candidates, mutual_redundancy, needs_semantic
+from turbovlm.ops.degree import needs_semantic
+from turbovlm.ops.informativity import degree_of_candidates, mutual_redundancy
 from turbovlm.ops.matching import Merge, bipartite_merge
 from turbovlm.ops.partition import partition_tokens
 
@@ -87,8 +88,6 @@ def decide(
         spot.index,
         degree=config.degree,
         alpha=config.alpha,
-        beta=config.beta,
-        gamma=config.gamma,
         seed=config.seed,
     )
     return bipartite_merge(e, pairs.partner, pairs.split, r, tokens, order="spatial", reduce=config.reduce)

@@ -21,7 +21,8 @@ from turbovlm.encoder.state import PREFIX, STATE, State, traced
 from turbovlm.errors import StateError
 from turbovlm.ops.attention import attend, size_bias
 from turbovlm.ops.backend import is_exporting, is_readable
-from turbovlm.ops.informativity import attention_row, degree_of_candidates, mutual_redundancy, needs_semantic
+from turbovlm.ops.degree import needs_semantic
+from turbovlm.ops.informativity import attention_row, degree_of_candidates, mutual_redundancy
 from turbovlm.ops.matching import Merge, merge_tokens, padding_first
 from turbovlm.ops.partition import Partition, count, partition_tokens, positions
 from turbovlm.patching import Patch

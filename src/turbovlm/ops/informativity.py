@@ -1,26 +1,20 @@
-"""How much information a token carries: its redundancy R, its semantic value A, and E, made of both."""
+"""How much information a token carries: its redundancy R and its semantic value A."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from turbovlm.config import DEGREES, DegreeFunction, own_alpha
-from turbovlm.errors import ConfigError
 from turbovlm.ops.attention import size_bias
 from turbovlm.ops.backend import fused_kernels
-from turbovlm.ops.partition import Index, Partition, count, hashed_uniform, part, positions, take
+from turbovlm.ops.degree import DegreeFunction, default_alpha, information_degree
+from turbovlm.ops.partition import Index, Partition, count, part, positions, take
 
 SIMILARITY_ROWS = 1024
 """Candidates compared at a time: the similarity in memory is never larger than this times the partners."""
 
 SHORTEST = 1e-12
 """Features of less length than this count as this long."""
-
-COUPLED_DIVISION_EPSILON = 1e-3
-"""Added to A before the division of S2, as in the authors' code."""
 
 
 def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
@@ -119,80 +113,16 @@ def degree_of_candidates(
     *,
     degree: str | DegreeFunction,
     alpha: float | None,
-    **settings: Any,
+    seed: int = 0,
 ) -> Tensor:
     """`information_degree` of candidates, of the A of all tokens, `[batch, tokens]`."""
     kernels = None if semantic is None or degree != "weighted_distance" else fused_kernels(redundancy)
     if kernels is None:
         own = None if semantic is None else candidates_of(semantic, candidates)
-        return information_degree(redundancy, own, block, degree=degree, alpha=alpha, **settings)
-    alpha = own_alpha(degree) if alpha is None else alpha
+        return information_degree(redundancy, own, block, degree=degree, alpha=alpha, seed=seed)
+    alpha = default_alpha(degree) if alpha is None else alpha
     e: Tensor = kernels.weighted_distance(redundancy, semantic, positions(candidates, redundancy.device), alpha)
     return e
-
-
-def information_degree(
-    redundancy: Tensor,
-    semantic: Tensor | None,
-    block: int = 0,
-    *,
-    degree: str | DegreeFunction = "weighted_difference",
-    alpha: float | None = None,
-    beta: float = 1.0,
-    gamma: float = 0.0,
-    seed: int = 0,
-) -> Tensor:
-    """E, by which tokens are ranked: those of highest E are merged (Turbo, equations 12 and 17 to 20).
-
-    `"weighted_distance"` is ours: how far a token is from its partner, weighed by the attention that is paid to it.
-
-    Args:
-        redundancy: R of the candidates, `[batch, candidates]`.
-        semantic: A of the candidates, `[batch, candidates]`; may be None for `"redundancy"` and `"random"`.
-        block: the index l of the merging block, counted from 0.
-        degree, alpha, beta, gamma, seed: as in `TurboConfig`.
-
-    Returns:
-        `[batch, candidates]`.
-
-    Raises:
-        ConfigError: an unknown degree, a degree that needs A without it, or a callable whose result has another shape.
-    """
-    if degree == "redundancy":
-        return redundancy
-    if degree == "random":
-        return hashed_uniform(redundancy.shape[-1], seed, block, redundancy.device).to(redundancy).expand_as(redundancy)
-    if semantic is None:
-        raise ConfigError(f"degree={degree!r} needs the semantic value A, got None")
-    if callable(degree):
-        result = degree(redundancy, semantic, block)
-        if not isinstance(result, Tensor) or result.shape != redundancy.shape:
-            found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise ConfigError(f"degree={degree!r} must return a tensor of R's shape {tuple(redundancy.shape)}: {found}")
-        return result
-    if alpha is None:
-        alpha = own_alpha(degree)
-    match degree:
-        case "weighted_distance":
-            mean = semantic.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(semantic.dtype).tiny)
-            return (redundancy - 1) * (1 + alpha * (semantic / mean).sqrt())
-        case "weighted_difference":
-            return torch.sub(redundancy, semantic, alpha=alpha)
-        case "coupled_division":
-            return redundancy / (semantic + COUPLED_DIVISION_EPSILON)
-        case "damped":
-            return redundancy * (1 - alpha * semantic)
-        case "layered":
-            weight: float = alpha * beta ** abs(gamma - block)
-            return redundancy - weight * semantic
-        case "semantics":
-            return -semantic
-    raise ConfigError(f"degree={degree!r}: must be one of {', '.join(DEGREES)} or a callable (R, A, block) -> E")
-
-
-def needs_semantic(degree: str | DegreeFunction) -> bool:
-    """Whether E depends on A."""
-    return degree not in ("redundancy", "random")
 
 
 def candidates_of(values: Tensor, candidates: Index) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.config import DegreeFunction
 from turbovlm.ops.backend import fused_kernels, has_bags
+from turbovlm.ops.degree import DegreeFunction
 from turbovlm.ops.informativity import SHORTEST, candidates_of, degree_of_candidates, mutual_redundancy
 from turbovlm.ops.partition import Partition, count, look_up, partition_tokens, positions
 
@@ -143,8 +143,6 @@ def match(
     block: int = 0,
     degree: str | DegreeFunction = "weighted_difference",
     alpha: float | None = None,
-    beta: float = 1.0,
-    gamma: float = 0.0,
     partition: str = "alternate",
     grid: tuple[int, int] | None = None,
     order: str = "partition",
@@ -159,7 +157,7 @@ def match(
         semantic: A of every token, `[batch, tokens]`; not needed for `"redundancy"` and `"random"`.
         sizes: patches each token stands for, `[batch, tokens]`; ones if None.
         prefix: tokens at the front (CLS, distillation, registers) that never merge.
-        block, degree, alpha, beta, gamma, partition, grid, order, reduce, seed: as in `TurboConfig`.
+        block, degree, alpha, partition, grid, order, reduce, seed: as in `TurboConfig`.
 
     Returns:
         A `Merge` of `tokens` into `tokens − r`.
@@ -170,9 +168,7 @@ def match(
     tokens = features.shape[1]
     split = partition_tokens(tokens, prefix, partition, block=block, seed=seed, grid=grid, device=features.device)
     redundancy, partner = mutual_redundancy(features, split)
-    e = degree_of_candidates(
-        redundancy, semantic, split.candidates, block, degree=degree, alpha=alpha, beta=beta, gamma=gamma, seed=seed
-    )
+    e = degree_of_candidates(redundancy, semantic, split.candidates, block, degree=degree, alpha=alpha, seed=seed)
     if sizes is not None:
         e = padding_first(e, sizes, split)
     limit = count(split.candidates) if partition == "grid" else (tokens - prefix) // 2

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError
-from turbovlm.ops.informativity import needs_semantic
+from turbovlm.ops.degree import needs_semantic
 from turbovlm.ops.matching import Merge, match
 from turbovlm.ops.partition import hashed_uniform
 
@@ -80,7 +80,7 @@ def select(
         features: `[images, n, width]`.
         semantic: A of every token, `[images, n]`; None where `needs_attention(config)` is false.
         k: tokens left, 1 ≤ k ≤ n.
-        config: `visual_select`, `reduce`, `degree`, `alpha`, `beta`, `gamma` and `seed` are used.
+        config: `visual_select`, `reduce`, `degree`, `alpha` and `seed` are used.
         sizes: patches that each token stands for, `[images, n]`; ones if None.
 
     Raises:
@@ -112,8 +112,6 @@ def _by_rounds(
             block=len(merges),
             degree=degree,
             alpha=config.alpha,
-            beta=config.beta,
-            gamma=config.gamma,
             partition="random",
             order="spatial",
             reduce=config.reduce,

@@ -13,6 +13,7 @@ from typing import Any
 
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, DataError
+from turbovlm.ops import LayeredDegree
 from turbovlm_lab.evaluate import statistics
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.run import Predictor, Setting, predict_all, read_predictions
@@ -167,8 +168,10 @@ def _plain(config: TurboConfig | None) -> Mapping[str, Any] | None:
         return None
     default = {field.name: field.default for field in dataclasses.fields(config)}
     changed = {name: value for name, value in vars(config).items() if value != default[name] and name != "promise"}
-    if callable(changed.get("degree")):
-        changed["degree"] = getattr(changed["degree"], "__name__", type(changed["degree"]).__name__)
+    if isinstance(config.degree, LayeredDegree):
+        changed["degree"] = str(config.degree)
+    elif callable(config.degree):
+        changed["degree"] = getattr(config.degree, "__name__", type(config.degree).__name__)
     plain: Mapping[str, Any] = json.loads(json.dumps(changed))
     return plain
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turbovlm.config import PAPER_ALPHA_SCALE, TurboConfig
+from turbovlm.ops import LayeredDegree
 from turbovlm_lab.costs.paper import encoder_macs
 from turbovlm_lab.evaluate.settings import MATCHED, METHODS, SMALLER
 from turbovlm_lab.reproduce.published import Printed, printed_in
@@ -241,7 +242,11 @@ def _fusions() -> Declared:
             for a in (1, 2, 3, 4)
         },
         **{
-            f"S4, E = R − β^|γ−l| αA, α=6, β={b}, γ={g}": {**PAPER, "degree": "layered", "beta": b, "gamma": g}
+            f"S4, E = R − β^|γ−l| αA, α=6, β={b}, γ={g}": {
+                **PAPER,
+                "degree": LayeredDegree(6 * PAPER_ALPHA_SCALE, b, g),
+                "alpha": None,
+            }
             for b in (0.9, 1.1)
             for g in (1, 5, 10)
         },

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from turbovlm.config import TurboConfig
+from turbovlm.ops import LayeredDegree
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.run import Predictor, Setting
 from turbovlm_lab.evaluate.settings import (
@@ -189,4 +190,4 @@ def named(config: TurboConfig) -> str:
 def _text(value: Any) -> str:
     if value is evenly:
         return "evenly"
-    return value if isinstance(value, str) else json.dumps(value)
+    return str(value) if isinstance(value, str | LayeredDegree) else json.dumps(value)
