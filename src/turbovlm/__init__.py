@@ -3,24 +3,28 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from turbovlm import ops
 from turbovlm.apply import Handle, apply, get_handle
-from turbovlm.config import TurboConfig
-from turbovlm.encoder.schedule import Schedule
-from turbovlm.encoder.state import BlockTrace
+from turbovlm.calibration.result import Calibration
+from turbovlm.config import DenoiseConfig, ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
+from turbovlm.registry import register
 
 if TYPE_CHECKING:
     from turbovlm.calibration.calibrate import calibrate
     from turbovlm.calibration.pictures import calibrate_pictures
     from turbovlm.calibration.reading import calibrate_reading
+    from turbovlm.encoder.schedule import Schedule
+    from turbovlm.encoder.state import BlockTrace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockTrace",
+    "Calibration",
     "ConfigError",
+    "DenoiseConfig",
     "Handle",
+    "ReadConfig",
     "Schedule",
     "StateError",
     "TurboConfig",
@@ -33,16 +37,23 @@ __all__ = [
     "get_handle",
     "ops",
     "profile",
+    "register",
     "visualize",
 ]
 
-CALIBRATIONS = {"calibrate": "calibrate", "calibrate_pictures": "pictures", "calibrate_reading": "reading"}
-"""Where they are; imported when they are used."""
+_WHERE = {
+    "calibrate": "turbovlm.calibration.calibrate",
+    "calibrate_pictures": "turbovlm.calibration.pictures",
+    "calibrate_reading": "turbovlm.calibration.reading",
+    "Schedule": "turbovlm.encoder.schedule",
+    "BlockTrace": "turbovlm.encoder.state",
+}
+"""Names that are imported when they are used."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in CALIBRATIONS:
-        return getattr(importlib.import_module(f"turbovlm.calibration.{CALIBRATIONS[name]}"), name)
-    if name in ("profile", "visualize"):
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in ("ops", "profile", "visualize"):
         return importlib.import_module(f"turbovlm.{name}")
     raise AttributeError(f"module 'turbovlm' has no attribute {name!r}")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.config import Config, DenoiseConfig, ReadConfig, TurboConfig, configs_from
+from turbovlm.config import Config, DenoiseConfig, ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 from turbovlm.patching import Feature, install, patches_on, remove
 from turbovlm.registry import family_of
+from turbovlm.workflows import configs_from
 
 if TYPE_CHECKING:
     from turbovlm.encoder.feature import EncoderFeature

@@ -26,7 +26,7 @@ class EncoderFeature:
     """What the blocks of one accelerated encoder share.
 
     Attributes:
-        config: the settings, without `"auto"` in `degree`, `reduce` and `partition`.
+        config: the settings.
         layout: how its blocks are spelled.
         shape: what its cost depends on.
         tower: its path in the model; `names`: those of its blocks.
@@ -141,7 +141,6 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
     Raises:
         ConfigError: settings that this encoder cannot have.
     """
-    config = config.settled()
     check_depth(config, len(tower.blocks), tower.name)
     if config.guidance == "cls" and not tower.cls:
         raise ConfigError(

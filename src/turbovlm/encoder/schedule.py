@@ -140,8 +140,6 @@ def spread(total: int, depth: int) -> tuple[int, ...]:
 
 def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
     """Raise `ConfigError` where `r` is a list whose length is not the number of blocks."""
-    if isinstance(config.keep, tuple):
-        raise ConfigError(f"{config.amount}: an encoder has one resolution, and takes one share; give r per block")
     if isinstance(config.r, tuple) and len(config.r) != depth:
         where = f" in {tower!r}" if tower else ""
         raise ConfigError(f"r has {len(config.r)} entries, but the encoder{where} has {depth} blocks")

@@ -41,7 +41,7 @@ def _verify(tower: Tower, name: str, block: nn.Module) -> None:
     weights = [parameter for parameter in block.parameters() if parameter.is_floating_point()]
     if any(weight.device.type == "meta" or hasattr(weight, "full_tensor") for weight in weights):
         return
-    tokens = torch.randn(2, tower.prefix + PATCHES, tower.hidden_size, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(2, tower.prefix + PATCHES + tower.suffix, tower.hidden_size, generator=torch.Generator().manual_seed(0))
     x = tokens.to(weights[0])
     example = tower.layout.example(block, PATCHES) if tower.layout.example is not None else {}
     arguments = {key: value.to(x) if isinstance(value, Tensor) else value for key, value in example.items()}
@@ -50,11 +50,11 @@ def _verify(tower: Tower, name: str, block: nn.Module) -> None:
         block.eval()
         with torch.no_grad():
             own = type(block).forward(block, x, **_required(block), **arguments)
-            ours = unmerged_forward(block, tower.spelling, TurboConfig(r=0), x, State(0, (), tower.prefix), arguments)
+            ours = unmerged_forward(block, tower.layout, TurboConfig(r=0), x, State(0, (), tower.prefix, tower.suffix), arguments)
     finally:
         for module in training:
             module.training = True
-    own = own[0] if tower.spelling.returns_tuple else own
+    own = own[0] if tower.layout.returns_tuple else own
     gap = (ours - own).abs().max() / own.abs().max()
     tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
     if not gap <= tolerance:

@@ -1,0 +1,59 @@
+"""What a calibration found: settings, and what they promise for images that they were not found on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from turbovlm import config as configs
+from turbovlm.config import Config
+from turbovlm.errors import ConfigError
+from turbovlm.settings_file import make_config, read_content, write_settings
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Settings, and what was measured of them on images that took no part in the search.
+
+    `turbovlm.apply` takes it as it takes its `config`.
+
+    Attributes:
+        config: the settings.
+        flops: share of the multiply-accumulates left.
+        drift: the mean over the images; 1 − cosine of what the model hands on to its own.
+        bound: with a probability of 95 %, at least `coverage` of as many other images like these drift no further.
+        images: how many it was measured on.
+        speedup: times faster, where that was asked for: measured.
+        curve: shares of multiply-accumulates, each with its mean drift, of the same settings at other costs, by numbers
+            and not by thresholds.
+    """
+
+    config: Config
+    flops: float
+    drift: float
+    bound: float
+    coverage: float
+    images: int
+    speedup: float | None
+    curve: tuple[tuple[float, float], ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write the settings and what they promise as JSON; `load` of the config's class reads it too."""
+        measured = asdict(self)
+        del measured["config"]
+        write_settings(path, self.config, promise=measured)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what `save` has written.
+
+        Raises:
+            ConfigError: no such file, another format, or settings that were not calibrated.
+        """
+        content = read_content(path)
+        promise: dict[str, Any] | None = content.get("promise")
+        if promise is None:
+            raise ConfigError(f"{path}: these settings were not calibrated: read them with {content['kind']}.load")
+        config = make_config(path, getattr(configs, content["kind"]), content["settings"])
+        return cls(config, **{**promise, "curve": tuple((share, drift) for share, drift in promise["curve"])})

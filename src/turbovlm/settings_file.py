@@ -1,0 +1,135 @@
+"""Settings as JSON files, and those of earlier formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from turbovlm.errors import ConfigError
+from turbovlm.ops.degree import LayeredDegree
+
+FORMAT = 2
+"""Number of the format that is written; 1 had the fields of all workflows in one class."""
+
+KINDS = ("TurboConfig", "ReadConfig", "DenoiseConfig")
+
+OLD_DENOISING: dict[str, Any] = {
+    "components": ["attention", "cross_attention", "ffn"],
+    "refresh": 1,
+    "share_guidance": True,
+}
+"""Fields of format 1 that only denoisers had, and their defaults."""
+_READING = ("visual_keep", "cross_keep", "visual_select")
+_MERGING = ("r", "flops", "thresholds", "similarity", "partition", "order", "dense", "trace")
+OLD_LEFT_OUT = {
+    "TurboConfig": (*OLD_DENOISING, *_READING),
+    "ReadConfig": (*OLD_DENOISING, *_MERGING, "keep", "min_tokens", "grid", "restore"),
+    "DenoiseConfig": (*_READING, *_MERGING, "guidance"),
+}
+"""Fields of format 1 that each class of now has not."""
+
+
+def write_settings(path: str | Path, config: Any, **beside: Any) -> None:
+    """Write a config, and what else the file is to hold, each under its name.
+
+    Raises:
+        ConfigError: the degree is a callable other than `LayeredDegree`, which JSON has no word for.
+    """
+    settings = dataclasses.asdict(config)
+    if isinstance(config.degree, LayeredDegree):
+        settings["degree"] = {"layered": dataclasses.asdict(config.degree)}
+    elif callable(config.degree):
+        raise ConfigError(f"degree={config.degree!r}: a function cannot be saved, a name or a LayeredDegree can")
+    content = {"turbovlm": FORMAT, "kind": type(config).__name__, "settings": settings, **beside}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_settings(path: str | Path, kind: type) -> Any:
+    """The config of a class that a file holds.
+
+    Raises:
+        ConfigError: no such file, another format, a setting that is unknown or wrong, or settings of another class.
+    """
+    content = read_content(path, kind.__name__)
+    if content["kind"] != kind.__name__:
+        raise ConfigError(
+            f"{path}: holds settings of {content['kind']}: read them with turbovlm.{content['kind']}.load"
+        )
+    return make_config(path, kind, content["settings"])
+
+
+def read_content(path: str | Path, wanted: str | None = None) -> dict[str, Any]:
+    """What a file holds, in the present format: `kind`, `settings`, and `promise` where it was calibrated.
+
+    Args:
+        wanted: the kind that is asked for, as files of format 1 may fit several.
+
+    Raises:
+        ConfigError: no such file, or it is of another format.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        version = content.pop("turbovlm")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: holds no settings of turbovlm ({error!r})") from error
+    if version == 1:
+        return _from_first_format(path, content, wanted)
+    if version != FORMAT:
+        raise ConfigError(f"{path}: is of format {version!r}; this release reads 1 and {FORMAT}")
+    if content.get("kind") not in KINDS or not isinstance(content.get("settings"), dict):
+        raise ConfigError(f"{path}: holds no settings of turbovlm (kind {content.get('kind')!r})")
+    return dict(content)
+
+
+def make_config(path: str | Path, kind: type, settings: dict[str, Any]) -> Any:
+    """A config of plain settings that were read from `path`.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong.
+    """
+    unknown = settings.keys() - kind.__dataclass_fields__.keys()  # type: ignore[attr-defined]
+    if unknown:
+        raise ConfigError(f"{path}: settings that this release does not know: {', '.join(sorted(unknown))}")
+    try:
+        degree = settings.get("degree")
+        if isinstance(degree, dict):
+            settings = {**settings, "degree": LayeredDegree(**degree["layered"])}
+        return kind(**settings)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _from_first_format(path: str | Path, content: dict[str, Any], wanted: str | None) -> dict[str, Any]:
+    """Format 1: one class for all workflows, `"auto"` for defaults, and S4's numbers as fields.
+
+    Raises:
+        ConfigError: the file has settings of several workflows, which are saved apart now.
+    """
+    settings = dict(content)
+    promise = settings.pop("promise", None)
+    beta, gamma = settings.pop("beta", 1.0), settings.pop("gamma", 0)
+    if settings.get("degree") == "layered":
+        alpha = settings.pop("alpha", None)
+        settings["degree"] = {"layered": {"alpha": 2.0 if alpha is None else alpha, "beta": beta, "gamma": gamma}}
+    for name in ("degree", "reduce", "partition"):
+        if settings.get(name) == "auto":
+            del settings[name]
+    merges = any(settings.get(name) is not None for name in ("r", "keep", "flops"))
+    reads = any(settings.get(name) is not None for name in ("visual_keep", "cross_keep"))
+    if merges and reads:
+        raise ConfigError(
+            f"{path}: holds settings of an encoder and of what is read, which are saved apart now: save a TurboConfig "
+            "and a ReadConfig, and give both to turbovlm.apply"
+        )
+    denoises = any(settings.get(name, default) != default for name, default in OLD_DENOISING.items())
+    denoises |= isinstance(settings.get("keep"), list)
+    kind = "ReadConfig" if reads else "DenoiseConfig" if denoises else "TurboConfig"
+    if wanted == "DenoiseConfig" and settings.get("keep") is not None:
+        kind = wanted
+    left_out = OLD_LEFT_OUT[kind]
+    kept = {name: value for name, value in settings.items() if name not in left_out}
+    return {"kind": kind, "settings": kept} | ({} if promise is None else {"promise": promise})

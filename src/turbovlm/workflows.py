@@ -1,0 +1,82 @@
+"""Which config a keyword of `apply` belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from turbovlm.calibration.result import Calibration
+from turbovlm.config import AMOUNTS, READINGS, Config, DenoiseConfig, ReadConfig, TurboConfig
+from turbovlm.errors import ConfigError
+
+ABOUT: dict[type, str] = {
+    TurboConfig: "encoders: r, keep or flops",
+    ReadConfig: "what a language model reads: visual_keep or cross_keep",
+    DenoiseConfig: "denoisers of image generation: keep",
+}
+"""The classes, what each is for, and the fields that say how much."""
+
+
+def configs_from(
+    configs: Sequence[Any], settings: Mapping[str, Any], denoises: bool, model: str
+) -> tuple[Config, ...]:
+    """The configs of one call of `apply`.
+
+    Args:
+        configs: config objects, or what `turbovlm.calibrate` returned.
+        settings: or fields by name; each goes to every class in use that has it.
+        denoises: whether the model is a denoiser, which alone takes a `DenoiseConfig`.
+        model: its class's name, for messages.
+
+    Raises:
+        ConfigError: both, neither, two of one class, an unknown field, or one that the model has no use for: the
+            message says which class has it.
+    """
+    if not configs:
+        return _from_names(settings, denoises, model)
+    if settings:
+        raise ConfigError(f"a config or settings by name, not both: got {', '.join(settings)} beside a config")
+    found = [config.config if isinstance(config, Calibration) else config for config in configs]
+    for config in found:
+        if not isinstance(config, tuple(ABOUT)):
+            raise ConfigError(
+                f"config={config!r}: must be a TurboConfig, ReadConfig or DenoiseConfig; an amount goes by name, as in "
+                "apply(model, r=16)"
+            )
+        if isinstance(config, DenoiseConfig) != denoises:
+            raise ConfigError(f"{type(config).__name__} is for {ABOUT[type(config)]}; {_takes(denoises, model)}")
+    kinds = [type(config).__name__ for config in found]
+    if len(set(kinds)) < len(kinds):
+        raise ConfigError(f"several of one kind: {', '.join(kinds)}; give one config of each at most")
+    return tuple(found)
+
+
+def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tuple[Config, ...]:
+    names: dict[type, set[str]] = {kind: {field.name for field in fields(kind)} for kind in ABOUT}
+    for name, value in settings.items():
+        if not any(name in known for known in names.values()):
+            known = ", ".join(dict.fromkeys(field.name for kind in ABOUT for field in fields(kind)))
+            raise ConfigError(f"{name}={value!r}: no such setting; there are {known}")
+    wanted: list[type] = [DenoiseConfig] if denoises else []
+    if not denoises:
+        asked = {name for name, value in settings.items() if value is not None}
+        wanted = [kind for kind, amounts in ((TurboConfig, AMOUNTS), (ReadConfig, READINGS)) if asked & set(amounts)]
+        if not wanted:
+            TurboConfig(**{name: value for name, value in settings.items() if name in AMOUNTS})  # raises
+    for name, value in settings.items():
+        if not any(name in names[kind] for kind in wanted):
+            owners = [kind for kind in ABOUT if name in names[kind]]
+            where = "; ".join(f"{kind.__name__} has it, which is for {ABOUT[kind]}" for kind in owners)
+            raise ConfigError(f"{name}={value!r}: {where}; {_takes(denoises, model)}")
+    if denoises and "keep" not in settings:
+        raise ConfigError(f"give keep, the share of its tokens that a block reads: {_takes(denoises, model)}")
+    return tuple(
+        kind(**{name: value for name, value in settings.items() if name in names[kind]}) for kind in wanted
+    )
+
+
+def _takes(denoises: bool, model: str) -> str:
+    if denoises:
+        return f"this {model} is a denoiser, which takes the fields of DenoiseConfig"
+    return f"this {model} is none of a denoiser: TurboConfig and ReadConfig are for it"
