@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 import torch.nn as nn
+from torch import Tensor
 
-from turbovlm.encoder.families.transformers import MODELS, VIT, native_patches
+from turbovlm.encoder.families.transformers import MODELS, VIT, native_input, native_patches
 from turbovlm.encoder.layout import variant
 from turbovlm.encoder.state import PREFIX
 
@@ -25,6 +27,11 @@ def joining_forward(embeddings: nn.Module, plan: Any, *args: Any, **kwargs: Any)
     return tokens, mask
 
 
+def _longest_text_and_image(tower: Any) -> dict[str, Tensor | None]:
+    words = torch.zeros(1, tower.config.max_position_embeddings, dtype=torch.long)
+    return {"input_ids": words, **native_input(tower)}
+
+
 VILT = variant(
     VIT,
     family="transformers ViLT",
@@ -36,6 +43,7 @@ VILT = variant(
     arguments=("attention_mask", "output_attentions"),
     restore=False,
     returns_tuple=True,
+    inputs=_longest_text_and_image,
 )
 
 LAYOUTS = (VILT,)

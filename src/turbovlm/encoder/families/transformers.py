@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.encoder.layout import Around, Layout, variant
+from turbovlm.encoder.layout import Around, Layout, native_image, variant
 
 MODELS = "transformers.models"
 
@@ -37,6 +37,25 @@ def _registers(tower: Any) -> int:
 
 def _pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (int(value), int(value))
+
+
+def native_input(tower: Any) -> dict[str, Tensor | None]:
+    """One image of the size in the tower's config."""
+    return {"pixel_values": native_image(tower, tower.config.image_size)}
+
+
+def _native_video(tower: Any) -> dict[str, Tensor | None]:
+    return {"pixel_values": native_image(tower, tower.config.image_size, tower.config.num_frames)}
+
+
+def _native_patches_in_rows(tower: Any) -> dict[str, Tensor | None]:
+    """SigLIP 2 takes the patches of images of any shape, and their rows and columns; here a square."""
+    patches = int(tower.config.num_patches)
+    return {
+        "pixel_values": torch.empty(1, patches, tower.embeddings.patch_embedding.in_features, device="meta"),
+        "pixel_attention_mask": None,
+        "spatial_shapes": torch.full((1, 2), int(patches**0.5), device="cpu"),
+    }
 
 
 def _inside(*names: str) -> Any:
@@ -100,6 +119,7 @@ VIT = Layout(
     scale="attention.scaling|attention.attention.scaling?",
     mask="attention_mask",
     restore=_inside("ViTForMaskedImageModeling"),
+    inputs=native_input,
 )
 
 DEIT = variant(
@@ -147,6 +167,7 @@ VIDEO_MAE = variant(
     prefix=0,
     cls=False,
     restore=True,
+    inputs=_native_video,
 )
 
 DINOV2 = Layout(
@@ -170,6 +191,7 @@ DINOV2 = Layout(
     mask="attention_mask",
     restore=_inside("Dinov2ForImageClassification", "Dinov2Backbone"),
     refuse=_backbone,
+    inputs=native_input,
 )
 
 DINOV2_WITH_REGISTERS = variant(
@@ -246,6 +268,7 @@ CLIP = Layout(
     arguments=("attention_mask", "causal_attention_mask"),
     mask="attention_mask",
     restore=_inside("CLIPForImageClassification"),
+    inputs=native_input,
 )
 
 SIGLIP = variant(
@@ -270,6 +293,7 @@ SIGLIP2 = variant(
         f"{MODELS}.siglip2.modeling_siglip2.Siglip2VisionTransformer",
     ),
     patches=lambda tower: int(tower.config.num_patches),
+    inputs=_native_patches_in_rows,
 )
 
 BLIP = variant(
@@ -324,6 +348,7 @@ INTERN_VL = Layout(
     patches=native_patches,
     dropout="attention.attention_dropout",
     refuse=_needs_grid,
+    inputs=native_input,
 )
 
 IDEFICS3 = variant(
