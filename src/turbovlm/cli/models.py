@@ -19,9 +19,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.config import TurboConfig
-from turbovlm.encoder.layout import fetch, path_of
 from turbovlm.encoder.towers import Tower
-from turbovlm.errors import ConfigError, TurboError
+from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.loading import added_models
 
 MODEL_HELP = (
@@ -93,28 +92,14 @@ def random_inputs(tower: Tower, batch: int, dtype: torch.dtype, device: str | to
 
 
 def example_inputs(tower: Tower) -> dict[str, Tensor | None]:
-    """One input of native size for a tower's forward, on the meta device, by argument name."""
-    module: Any = tower.module
-    patches = tower.tokens - tower.prefix
-    family = tower.layout.family
-    if tower.layout.patch is None:
-        return {"input_ids": torch.arange(tower.tokens).unsqueeze(0) % module.config.vocab_size}
-    if family == "transformers SigLIP 2":
-        projection: Any = fetch(module, path_of(tower.layout.family, module, tower.layout.patch))
-        return {
-            "pixel_values": torch.empty(1, patches, projection.in_features, device="meta"),
-            "pixel_attention_mask": None,
-            "spatial_shapes": torch.full((1, 2), int(patches**0.5), device="cpu"),
-        }
-    if family.startswith("transformers"):
-        key, size = "pixel_values", module.config.image_size
-    else:
-        key, size = "x", module.patch_embed.img_size if hasattr(module, "patch_embed") else module.image_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    frames = (module.config.num_frames,) if family == "transformers VideoMAE" else ()
-    channels = next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-    words = {} if tower.layout.joint is None else {"input_ids": torch.zeros(1, tower.prefix - 1, dtype=torch.long)}
-    return {**words, key: torch.empty(1, *frames, channels, height, width, device="meta")}
+    """One input of native size for a tower's forward, by argument name; see `Layout.inputs`.
+
+    Raises:
+        UnsupportedModelError: the family does not say how to run it.
+    """
+    if tower.layout.inputs is None:
+        raise UnsupportedModelError(f"{tower.layout.family}: give its Layout `inputs`, which say how to run it")
+    return tower.layout.inputs(tower.module)
 
 
 def add_amount_options(parser: argparse.ArgumentParser, required: bool) -> None:

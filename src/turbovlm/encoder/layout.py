@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -71,6 +72,9 @@ class Layout:
         restore: whether the reader of the tower's output needs every position back, or a function
             `(tower, ancestors)`: the ancestors are the modules around the tower, outermost first.
         example: `(block, patches)`: arguments with which the block can be tried on random tokens.
+        inputs: `(tower)`: one input of native size by argument name, of a batch of 1: tensors on the meta device stand
+            for noise, others and None are taken as they are. Without it the encoder can be accelerated, but
+            `turbovlm macs` and `turbovlm bench` cannot run it.
         refuse: `(tower, block, ancestors)`: the reason why this model cannot be accelerated, or None.
     """
 
@@ -104,6 +108,7 @@ class Layout:
     mask: str | None = None
     restore: bool | Callable[[Any, Around], bool] = False
     example: Callable[[Any, int], dict[str, Any]] | None = None
+    inputs: Callable[[Any], dict[str, Tensor | None]] | None = None
     refuse: Callable[[Any, Any, Around], str | None] | None = None
 
     @property
@@ -209,6 +214,22 @@ def path_of(family: str, module: nn.Module, paths: str) -> str:
         f"{family}: {type(module).__module__}.{type(module).__qualname__} has no {paths.replace('|', ' or ')}; "
         f"this release of {library_version(type(module))} spells it in a way turbovlm does not know"
     )
+
+
+def native_image(tower: nn.Module, size: Any, frames: int | None = None) -> Tensor:
+    """An image (or a video) without values, as a `Layout.inputs` gives it.
+
+    Args:
+        tower: the encoder, whose first convolution says how many channels an image has.
+        size: pixels per side, or height and width.
+        frames: of a video; None for an image.
+
+    Returns:
+        `[1, channels, height, width]`, or `[1, frames, channels, height, width]`, on the meta device.
+    """
+    channels = next(m.in_channels for m in tower.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return torch.empty(1, *(() if frames is None else (frames,)), channels, height, width, device="meta")
 
 
 def library_version(cls: type) -> str:

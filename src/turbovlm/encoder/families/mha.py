@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.encoder.layout import Around, Layout
+from turbovlm.encoder.layout import Around, Layout, native_image
 
 
 def _packed(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,6 +34,10 @@ def _open_clip_refuse(tower: Any, block: nn.Module, ancestors: Around) -> str | 
     return None
 
 
+def _native_input(tower: Any) -> dict[str, Tensor | None]:
+    return {"x": native_image(tower, tower.image_size)}
+
+
 TORCHVISION = Layout(
     family="torchvision VisionTransformer",
     block="torchvision.models.vision_transformer.EncoderBlock",
@@ -47,6 +51,7 @@ TORCHVISION = Layout(
     patches=lambda tower: (tower.image_size // tower.patch_size) ** 2,
     dropout="self_attention.dropout",
     arguments=(),
+    inputs=_native_input,
 )
 
 OPEN_CLIP = Layout(
@@ -64,6 +69,7 @@ OPEN_CLIP = Layout(
     arguments=("k_x", "v_x", "attn_mask"),
     restore=_open_clip_pools_tokens,
     refuse=_open_clip_refuse,
+    inputs=_native_input,
 )
 
 LAYOUTS = (TORCHVISION, OPEN_CLIP)

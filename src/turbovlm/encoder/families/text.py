@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from turbovlm.encoder.layout import Around, Layout, variant
 
 MODELS = "transformers.models"
@@ -16,6 +19,11 @@ CAUSAL_TOWERS = {
 
 def _longest_text(tower: Any) -> int:
     return int(tower.config.max_position_embeddings) - 1
+
+
+def _longest_words(tower: Any) -> dict[str, Tensor | None]:
+    """Words of many kinds, as many as the encoder takes."""
+    return {"input_ids": torch.arange(_longest_text(tower) + 1).unsqueeze(0) % tower.config.vocab_size}
 
 
 def _causal(tower: Any, block: Any, ancestors: Around) -> str | None:
@@ -45,6 +53,7 @@ BERT = Layout(
     restore=True,
     text=True,
     refuse=_causal,
+    inputs=_longest_words,
 )
 
 ROBERTA = variant(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.encoder.layout import Around, Layout, variant
+from turbovlm.encoder.layout import Around, Layout, native_image, variant
 
 
 def _patches(tower: Any) -> int:
@@ -72,6 +72,10 @@ def _eva_example(block: Any, patches: int) -> dict[str, Any]:
     return {"rope": torch.cat((angles.sin(), angles.cos()), dim=-1)}
 
 
+def _native_input(tower: Any) -> dict[str, Tensor | None]:
+    return {"x": native_image(tower, tower.patch_embed.img_size)}
+
+
 VISION_TRANSFORMER = Layout(
     family="timm VisionTransformer",
     block="timm.models.vision_transformer.Block",
@@ -91,6 +95,7 @@ VISION_TRANSFORMER = Layout(
     arguments=("attn_mask", "is_causal"),
     restore=_pools_tokens,
     refuse=_refuse,
+    inputs=_native_input,
 )
 
 EVA = variant(

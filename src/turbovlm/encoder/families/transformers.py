@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.encoder.layout import Around, Layout, variant
+from turbovlm.encoder.layout import Around, Layout, native_image, variant
 
 MODELS = "transformers.models"
 
@@ -39,6 +39,25 @@ def _pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (int(value), int(value))
 
 
+def native_input(tower: Any) -> dict[str, Tensor | None]:
+    """One image of the size in the tower's config."""
+    return {"pixel_values": native_image(tower, tower.config.image_size)}
+
+
+def _native_video(tower: Any) -> dict[str, Tensor | None]:
+    return {"pixel_values": native_image(tower, tower.config.image_size, tower.config.num_frames)}
+
+
+def _native_patches_in_rows(tower: Any) -> dict[str, Tensor | None]:
+    """SigLIP 2 takes the patches of images of any shape, and their rows and columns; here a square."""
+    patches = int(tower.config.num_patches)
+    return {
+        "pixel_values": torch.empty(1, patches, tower.embeddings.patch_embedding.in_features, device="meta"),
+        "pixel_attention_mask": None,
+        "spatial_shapes": torch.full((1, 2), int(patches**0.5), device="cpu"),
+    }
+
+
 def _inside(*names: str) -> Any:
     """Whether the tower is, or is part of, one of `transformers`' classes `names`."""
 
@@ -55,6 +74,11 @@ def _backbone(tower: Any, block: Any, ancestors: Around) -> str | None:
         if type(module).__name__.endswith("Backbone") and list(module.out_features) != list(module.stage_names)[-1:]:
             return f"{type(module).__name__} hands out the grids of several blocks ({', '.join(module.out_features)})"
     return None
+
+
+def _longest_text_and_image(tower: Any) -> dict[str, Tensor | None]:
+    words = torch.zeros(1, tower.config.max_position_embeddings, dtype=torch.long)
+    return {"input_ids": words, **native_input(tower)}
 
 
 def _positions_between_blocks(tower: Any, block: Any, ancestors: Around) -> str | None:
@@ -106,6 +130,7 @@ VIT = Layout(
     scale="attention.scaling|attention.attention.scaling?",
     mask="attention_mask",
     restore=_inside("ViTForMaskedImageModeling"),
+    inputs=native_input,
 )
 
 DEIT = variant(
@@ -163,6 +188,7 @@ VIDEO_MAE = variant(
     prefix=0,
     cls=False,
     restore=True,
+    inputs=_native_video,
 )
 
 DINOV2 = Layout(
@@ -186,6 +212,7 @@ DINOV2 = Layout(
     mask="attention_mask",
     restore=_inside("Dinov2ForImageClassification", "Dinov2Backbone"),
     refuse=_backbone,
+    inputs=native_input,
 )
 
 DINOV2_WITH_REGISTERS = variant(
@@ -262,6 +289,7 @@ CLIP = Layout(
     arguments=("attention_mask", "causal_attention_mask"),
     mask="attention_mask",
     restore=_inside("CLIPForImageClassification"),
+    inputs=native_input,
 )
 
 SIGLIP = variant(
@@ -286,6 +314,7 @@ SIGLIP2 = variant(
         f"{MODELS}.siglip2.modeling_siglip2.Siglip2VisionTransformer",
     ),
     patches=lambda tower: int(tower.config.num_patches),
+    inputs=_native_patches_in_rows,
 )
 
 BLIP = variant(
@@ -340,6 +369,7 @@ INTERN_VL = Layout(
     patches=native_patches,
     dropout="attention.attention_dropout",
     refuse=_needs_grid,
+    inputs=native_input,
 )
 
 IDEFICS3 = variant(
@@ -368,6 +398,7 @@ VILT = variant(
     arguments=("attention_mask", "output_attentions"),
     restore=False,
     returns_tuple=True,
+    inputs=_longest_text_and_image,
 )
 
 LAYOUTS = (
