@@ -1,4 +1,4 @@
-"""`apply` finds what can be made faster in a model, checks it, and installs it; a `Handle` reports, restores, removes."""
+"""`apply` finds what can be made faster, checks it and installs it; a `Handle` reports, restores and removes."""
 
 from __future__ import annotations
 

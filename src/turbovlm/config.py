@@ -1,7 +1,6 @@
 """The settings: one frozen dataclass for each of the three workflows.
 
-`TurboConfig` is for encoders, `ReadConfig` for what a language model reads of an image, `DenoiseConfig` for denoisers of
-image generation. Each field is valid wherever its class is.
+`TurboConfig` is for encoders, `ReadConfig` for what a language model reads of an image, `DenoiseConfig` for denoisers. Each field is valid wherever its class is.
 """
 
 from __future__ import annotations
@@ -174,7 +173,7 @@ class TurboConfig(Settings):
         self._check_r()
         for name in ("keep", "flops"):
             if is_list(getattr(self, name)):
-                raise ConfigError(f"{self._amount((name,))}: an encoder takes one share; give a list of r, one per block")
+                raise ConfigError(f"{self._amount((name,))}: an encoder takes one share; give r a value per block")
             if getattr(self, name) is not None:
                 self._set(**{name: check_share(name, getattr(self, name))})
         self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_integer("seed", self.seed))

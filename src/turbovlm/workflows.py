@@ -18,9 +18,7 @@ ABOUT: dict[type, str] = {
 """The classes, what each is for, and the fields that say how much."""
 
 
-def configs_from(
-    configs: Sequence[Any], settings: Mapping[str, Any], denoises: bool, model: str
-) -> tuple[Config, ...]:
+def configs_from(configs: Sequence[Any], settings: Mapping[str, Any], denoises: bool, model: str) -> tuple[Config, ...]:
     """The configs of one call of `apply`.
 
     Args:
@@ -71,9 +69,7 @@ def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tupl
             raise ConfigError(f"{name}={value!r}: {where}; {_takes(denoises, model)}")
     if denoises and "keep" not in settings:
         raise ConfigError(f"give keep, the share of its tokens that a block reads: {_takes(denoises, model)}")
-    return tuple(
-        kind(**{name: value for name, value in settings.items() if name in names[kind]}) for kind in wanted
-    )
+    return tuple(kind(**{name: value for name, value in settings.items() if name in names[kind]}) for kind in wanted)
 
 
 def _takes(denoises: bool, model: str) -> str:

@@ -334,5 +334,3 @@ def _sizes_from_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
         mask = alike[:, 0, 0]
     seen = mask if mask.dtype == torch.bool else mask > -1
     return seen.to(torch.promote_types(hidden.dtype, torch.float32)).expand(hidden.shape[0], -1)
-
-

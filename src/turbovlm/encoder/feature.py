@@ -64,7 +64,8 @@ class EncoderFeature:
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """The forward of every block, and of what joins text and image where the layout has it."""
-        found = [Patch(model.get_submodule(name), "forward", block_forward, self, i) for i, name in enumerate(self.names)]
+        blocks = [model.get_submodule(name) for name in self.names]
+        found = [Patch(block, "forward", block_forward, self, index) for index, block in enumerate(blocks)]
         if self.layout.joint is not None:
             tower = model.get_submodule(self.tower)
             joint = fetch(tower, path_of(self.layout.family, tower, self.layout.joint))
@@ -194,5 +195,3 @@ def _shape(tower: Tower, config: TurboConfig, similarity: str) -> EncoderShape:
         suffix=tower.suffix,
         windowed=config.partition == "random",
     )
-
-

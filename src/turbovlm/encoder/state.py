@@ -26,7 +26,8 @@ class BlockTrace:
 
     Attributes:
         name: the block's path in the model; `block`: its index in its encoder.
-        prefix: CLS, distillation and register tokens at the front; `suffix`: tokens behind the patches that never merge.
+        prefix: CLS, distillation and register tokens at the front.
+        suffix: tokens behind the patches that never merge.
         source: for every token of the encoder's input, the token it is part of after this block, `[batch, N0]`.
         sizes: patches that each token stands for after this block, `[batch, M]`.
         redundancy: R, `[batch, N]` over the tokens before the merge; NaN for tokens that are no candidates.

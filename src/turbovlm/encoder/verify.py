@@ -41,7 +41,8 @@ def _verify(tower: Tower, name: str, block: nn.Module) -> None:
     weights = [parameter for parameter in block.parameters() if parameter.is_floating_point()]
     if any(weight.device.type == "meta" or hasattr(weight, "full_tensor") for weight in weights):
         return
-    tokens = torch.randn(2, tower.prefix + PATCHES + tower.suffix, tower.hidden_size, generator=torch.Generator().manual_seed(0))
+    count = tower.prefix + PATCHES + tower.suffix
+    tokens = torch.randn(2, count, tower.hidden_size, generator=torch.Generator().manual_seed(0))
     x = tokens.to(weights[0])
     example = tower.layout.example(block, PATCHES) if tower.layout.example is not None else {}
     arguments = {key: value.to(x) if isinstance(value, Tensor) else value for key, value in example.items()}
@@ -50,7 +51,8 @@ def _verify(tower: Tower, name: str, block: nn.Module) -> None:
         block.eval()
         with torch.no_grad():
             own = type(block).forward(block, x, **_required(block), **arguments)
-            ours = unmerged_forward(block, tower.layout, TurboConfig(r=0), x, State(0, (), tower.prefix, tower.suffix), arguments)
+            state = State(0, (), tower.prefix, tower.suffix)
+            ours = unmerged_forward(block, tower.layout, TurboConfig(r=0), x, state, arguments)
     finally:
         for module in training:
             module.training = True
