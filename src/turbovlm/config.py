@@ -1,6 +1,7 @@
 """The settings: one frozen dataclass for each of the three workflows.
 
-`TurboConfig` is for encoders, `ReadConfig` for what a language model reads of an image, `DenoiseConfig` for denoisers. Each field is valid wherever its class is.
+`TurboConfig` is for encoders, `ReadConfig` for what a language model reads of an image, `DenoiseConfig` for denoisers.
+Each field is valid wherever its class is.
 """
 
 from __future__ import annotations
