@@ -126,7 +126,7 @@ def _seen(model: Any, pixels: Tensor, config: TurboConfig | None) -> tuple[Tenso
         dense = dataclasses.replace(config, dense=True, trace=config.thresholds is not None)
         with turbovlm.apply(model.backbone, dense) as handle:
             costs = [] if config.thresholds else [handle.schedule(own_tokens).ratio]
-            shape = handle._plans[0].shape
+            shape = handle.features[0].shape
             for chunk in pixels.split(1 if config.thresholds else BATCH):
                 tokens.append(model.backbone(pixel_values=chunk).last_hidden_state)
                 if config.thresholds:

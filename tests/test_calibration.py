@@ -78,7 +78,7 @@ def test_the_search_pays(vit, images):
     subject = Subject(vit, images, 36, handed_on(vit), 16, lambda _: None)
     searched = sorted(random.Random(0).sample(range(36), 36)[:18])
     with turbovlm.apply(vit, r=1) as handle:
-        encoder = Encoder(handle._plans[0].shape, 65)
+        encoder = Encoder(handle.features[0].shape, 65)
     even = encoder.amounts(encoder.even(), 0.7)
     assert subject.drift(config, searched).mean() <= subject.drift(TurboConfig(r=even), searched).mean()
 

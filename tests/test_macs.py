@@ -116,7 +116,7 @@ def test_the_schedules_cost_is_the_counted_one(name, settings):
     family = FAMILIES[name]
     model = family.make()
     with turbovlm.apply(model, **settings) as handle:
-        schedule, shape = handle.schedules[0], handle._plans[0].shape
+        schedule, shape = handle.schedules[0], handle.features[0].shape
         counts = []
         for _, block in find_towers(model)[0].blocks:
             block.forward = Counted(block.forward, counts)

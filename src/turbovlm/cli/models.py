@@ -77,31 +77,6 @@ def loading(spec: str, library: str) -> Iterator[None]:
         raise TurboError(f"{spec!r}: {library} could not build it: {reason}{_hint(spec)}") from error
 
 
-def random_inputs(tower: Tower, batch: int, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """`example_inputs` of `batch` images of seeded noise."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
-        if value.device.type != "meta":
-            return value.expand(batch, *value.shape[1:]).to(device)
-        return torch.randn(batch, *value.shape[1:], generator=generator).to(device, dtype)
-
-    return {name: noise(value) for name, value in example_inputs(tower).items()}
-
-
-def example_inputs(tower: Tower) -> dict[str, Tensor | None]:
-    """One input of native size for a tower's forward, by argument name; see `Layout.inputs`.
-
-    Raises:
-        UnsupportedModelError: the family does not say how to run it.
-    """
-    if tower.layout.inputs is None:
-        raise UnsupportedModelError(f"{tower.layout.family}: give its Layout `inputs`, which say how to run it")
-    return tower.layout.inputs(tower.module)
-
-
 def add_amount_options(parser: argparse.ArgumentParser, required: bool) -> None:
     """`--r`, `--keep`, `--flops`, `--min-tokens`, and `--image-size`."""
     group = parser.add_mutually_exclusive_group(required=required)
@@ -118,8 +93,7 @@ def config_from(args: argparse.Namespace, default_r: int | None) -> TurboConfig:
     if args.image_size is not None and args.image_size < 1:
         raise ConfigError(f"--image-size {args.image_size}: must be an integer ≥ 1")
     given = {name: getattr(args, name) for name in ("r", "keep", "flops") if getattr(args, name) is not None}
-    visual_keep = getattr(args, "visual_keep", None)
-    return TurboConfig(**(given or {"r": default_r}), min_tokens=args.min_tokens, visual_keep=visual_keep)
+    return TurboConfig(**(given or {"r": default_r}), min_tokens=args.min_tokens)
 
 
 def write_json(path: str, content: Any) -> None:

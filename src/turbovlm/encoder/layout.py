@@ -73,8 +73,7 @@ class Layout:
             `(tower, ancestors)`: the ancestors are the modules around the tower, outermost first.
         example: `(block, patches)`: arguments with which the block can be tried on random tokens.
         inputs: `(tower)`: one input of native size by argument name, of a batch of 1: tensors on the meta device stand
-            for noise, others and None are taken as they are. Without it the encoder can be accelerated, but
-            `turbovlm macs` and `turbovlm bench` cannot run it.
+            for noise, others and None are taken as they are.
         refuse: `(tower, block, ancestors)`: the reason why this model cannot be accelerated, or None.
     """
 
@@ -90,6 +89,7 @@ class Layout:
     mlp: tuple[str, ...]
     patch: str | None
     patches: Callable[[Any], int]
+    inputs: Callable[[Any], dict[str, Tensor | None]]
     prefix: int | Callable[[Any], int] = 1
     suffix: int | Callable[[Any], int] = 0
     cls: bool | Callable[[Any], bool] = True
@@ -108,7 +108,6 @@ class Layout:
     mask: str | None = None
     restore: bool | Callable[[Any, Around], bool] = False
     example: Callable[[Any, int], dict[str, Any]] | None = None
-    inputs: Callable[[Any], dict[str, Tensor | None]] | None = None
     refuse: Callable[[Any, Any, Around], str | None] | None = None
 
     @property

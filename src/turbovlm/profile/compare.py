@@ -12,9 +12,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.apply import apply, overrides
+from turbovlm.apply import apply
 from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError, TurboError
+from turbovlm.patching import patches_on
 from turbovlm.profile.macs import macs
 from turbovlm.profile.quantize import weight_bytes
 from turbovlm.profile.timing import CLOCKS, Forward, Quartiles, interleaved, peak_memory
@@ -179,7 +180,7 @@ def compare(
     """
     versions = {name: _preparation(name, config) for name, config in named(configs).items()}
     check_integers(rounds=(rounds, 1), warmup=(warmup, 1 if compile else 0))
-    if any(True for _ in overrides(model)):
+    if any(True for _ in patches_on(model)):
         raise TurboError("this model is accelerated already: compare against the model itself, after handle.remove()")
     batch = _batch(inputs)
     weights = next(model.parameters(), None)

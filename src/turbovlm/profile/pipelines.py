@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.apply import apply, overrides
+from turbovlm.apply import DENOISERS, apply
 from turbovlm.config import TurboConfig
-from turbovlm.diffusion.install import DENOISERS
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
+from turbovlm.patching import patches_on
 from turbovlm.profile.compare import twin
 from turbovlm.profile.macs import counting
 from turbovlm.profile.timing import elapsed, mark, peak_memory
@@ -165,7 +165,7 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     for name in DENOISERS:
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module) and not isinstance(pipe, nn.Module):
-            if any(True for _ in overrides(module)):
+            if any(True for _ in patches_on(module)):
                 raise TurboError(
                     "this pipeline is accelerated already: compare against it itself, after handle.remove()"
                 )
