@@ -16,12 +16,11 @@ from turbovlm.encoder.layout import Path, Spelling, fetch, run_steps
 from turbovlm.encoder.schedule import EncoderShape, clamp, requested_amounts
 from turbovlm.encoder.state import PREFIX, STATE, State, traced
 from turbovlm.errors import StateError
-from turbovlm.ops.attention import attend, size_bias
-from turbovlm.ops.backend import is_exporting, is_readable
+from turbovlm.ops.attention import attention_row, biased_attention, size_bias
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.informativity import attention_row, degree_of_candidates, mutual_redundancy
-from turbovlm.ops.matching import Merge, merge_tokens, padding_first
+from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
 from turbovlm.ops.partition import Partition, count, partition_tokens, positions
+from turbovlm.ops.tracing import constant_in_graphs, is_exporting, is_readable
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Plan:
         """Whether the merge needs the semantic value."""
         return needs_semantic(self.config.degree)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @constant_in_graphs
     def solved_amounts(self, tokens: int, prefix: int) -> tuple[int, ...]:
         """How many tokens each block merges.
 
@@ -239,7 +238,9 @@ def _heads(
 
 def _attend(block: nn.Module, spelling: Spelling, hidden: Tensor, heads: Heads) -> Tensor:
     """The first half: `hidden + attention`, `[batch, tokens, width]`."""
-    mixed = attend(heads.q, heads.k, heads.v, heads.bias, scale=heads.scale, dropout_p=_dropout(block, spelling))
+    mixed = biased_attention(
+        heads.q, heads.k, heads.v, heads.bias, scale=heads.scale, dropout_p=_dropout(block, spelling)
+    )
     out = hidden + run_steps(block, spelling.after_attention, mixed.transpose(1, 2).flatten(2))
     return _normed(block, spelling.norm_after_attention, out)
 
@@ -278,37 +279,33 @@ def _merge(
     clues: Clues,
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
-    config, tokens = plan.config, x.shape[1]
+    config = plan.config
     partition = _partition(plan, state, index, x)
     features, semantic = clues.features, clues.semantic
     if features is None:
         norm2 = plan.spelling.mlp[0] if plan.spelling.norm_after_attention is None else None
         features = _normed(block, norm2, x).detach()
-    redundancy, partner = mutual_redundancy(features, partition)
-    e = degree_of_candidates(
-        redundancy,
+    ranking = rank_candidates(
+        features,
+        partition,
         semantic,
-        partition.candidates,
         len(state.merges),
         degree=config.degree,
         alpha=config.alpha,
         seed=config.seed,
+        sizes=state.sizes if state.padded else None,
     )
-    if state.padded and state.sizes is not None:
-        e = padding_first(e, state.sizes, partition)
     r = min(r, count(partition.candidates))
     if config.thresholds is not None:
-        r = min(r, _spared(e, config.thresholds[index]))
+        r = min(r, _spared(ranking.degree, config.thresholds[index]))
     if r > 0:
-        merged, merge = merge_tokens(
-            x, e, partner, partition, r, sizes=state.sizes, order=config.order, reduce=config.reduce
-        )
+        merge, merged = merge_ranked(ranking, r, x, sizes=state.sizes, order=config.order, reduce=config.reduce)
         if plan.restore == "residual":
             state = replace(state, lost=(*state.lost, merge.lost(x, merged)))
         x, state = merged, _follow(plan, state, merge, partition)
     if config.trace:
         assert semantic is not None
-        trace = traced(plan.names[index], state, x, partition, redundancy, semantic, e, tokens)
+        trace = traced(plan.names[index], state, x, ranking, semantic)
         state = replace(state, traces=(*state.traces, trace))
     return x, state
 
@@ -326,7 +323,7 @@ def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> Sta
         kept = merge.kept[:, prefix:] - prefix
         home = kept if home is None else home.gather(1, kept)
     if plan.config.partition == "grid":
-        old = positions(partition.partners, merge.source.device).expand(merge.source.shape[0], -1)
+        old = positions(partition.destinations, merge.source.device).expand(merge.source.shape[0], -1)
         partners = merge.source.gather(1, old)
     return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), home=home, partners=partners)
 

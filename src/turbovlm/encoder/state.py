@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turbovlm.ops.matching import Merge
-from turbovlm.ops.partition import Partition, positions
+from turbovlm.ops.merging import Merge, Ranking
+from turbovlm.ops.partition import positions
 
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
@@ -95,19 +95,10 @@ class State:
         return source
 
 
-def traced(
-    name: str,
-    state: State,
-    x: Tensor,
-    partition: Partition,
-    redundancy: Tensor,
-    semantic: Tensor,
-    degree: Tensor,
-    tokens: int,
-) -> BlockTrace:
-    """What the block that has just merged did, to `x`, `[batch, M, width]`, which was of `tokens` tokens before."""
-    batch, device = x.shape[0], x.device
-    candidates = positions(partition.candidates, device).expand(batch, -1)
+def traced(name: str, state: State, x: Tensor, ranking: Ranking, semantic: Tensor) -> BlockTrace:
+    """What the block that has just merged did, by `ranking`, to what is `x`, `[batch, M, width]`, now."""
+    batch, device, tokens = x.shape[0], x.device, ranking.tokens
+    candidates = positions(ranking.partition.candidates, device).expand(batch, -1)
 
     def everywhere(values: Tensor) -> Tensor:
         return values.new_full((batch, tokens), torch.nan).scatter(1, candidates, values)
@@ -124,7 +115,7 @@ def traced(
         prefix=state.prefix,
         source=source,
         sizes=sizes,
-        redundancy=everywhere(redundancy),
+        redundancy=everywhere(ranking.redundancy),
         semantic=semantic,
-        degree=everywhere(degree),
+        degree=everywhere(ranking.degree),
     )
