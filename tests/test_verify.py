@@ -79,7 +79,7 @@ def test_detections_stay_close_and_come_back():
 
 def test_tokens_behind_the_patches_that_a_layout_forgets(relaid):
     relaid(suffix=0)
-    with pytest.raises(turbovlm.UnsupportedModelError, match="42 tokens reach its first block .* not 37"):
+    with pytest.raises(turbovlm.UnsupportedModelError, match=r"42 tokens reach its first block .* not 37"):
         turbovlm.apply(yolos(), r=6)
 
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 from PIL import Image
+from turbovlm.promise import Promise
 
 from folders import blip_folder, stable_diffusion_folder
 from turbovlm.cli import main
 from turbovlm.config import TurboConfig
-from turbovlm.promise import Promise
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import zoo_predictor
 from turbovlm_lab.evaluate.run import Setting

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from turbovlm.config import TurboConfig
-from turbovlm.encoder.towers import Tower
-from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
+from turbovlm.errors import ConfigError, TurboError
 from turbovlm.loading import added_models
 
 MODEL_HELP = (

@@ -24,7 +24,7 @@ from turbovlm.registry import named
 Project = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
 """`(block, normed) -> (q, k, v)`, each `[batch, tokens, heads * head_dim]`; defined in a module, so that it pickles."""
 Rotary = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Mapping[str, Any]], tuple[Tensor, Tensor]]
-"""`(block, q, k, home, arguments) -> (q, k)`; defined in a module, so that it pickles."""
+"""`(block, q, k, positions, arguments) -> (q, k)`; defined in a module, so that it pickles."""
 Around = tuple[nn.Module, ...]
 """The modules around a tower, outermost first."""
 
@@ -64,7 +64,7 @@ class Layout:
         scale: path of what attention multiplies its scores by; 1/√head_dim where it is None, or there is none.
         query_norm, key_norm: paths of the norms of each head's queries and keys.
         dropout: path of attention's dropout, a number or an `nn.Dropout`.
-        rotary: `(block, q, k, home, arguments) -> (q, k)`: rotate by the positions of the patches `home`,
+        rotary: `(block, q, k, positions, arguments) -> (q, k)`: rotate by the positions of the patches `positions`,
             `[batch, patches]`; None means all patches, in order.
         arguments: names of what the block takes by position after the tokens.
         understood: names of arguments that `rotary` reads, or that have no effect on these blocks.

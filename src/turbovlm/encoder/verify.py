@@ -47,28 +47,28 @@ def verify(tower: Tower) -> None:
 
 def _verify_tokens(tower: Tower, like: Tensor) -> None:
     """See that two different images of native size differ in every patch, and in no token of prefix and suffix."""
-    hidden = _first_hidden(tower, like)
+    hidden, which = _first_hidden(tower, like), f"{tower.title} ({tower.layout.family})"
+    end = tower.tokens - tower.suffix
     if hidden.shape[1] != tower.tokens:
         raise UnsupportedModelError(
-            f"{tower.title} ({tower.layout.family}): {hidden.shape[1]} tokens reach its first block of an input of native "
-            f"size, and not {tower.tokens}, as its layout counts: prefix {tower.prefix}, suffix {tower.suffix}, patches "
-            f"{tower.tokens - tower.prefix - tower.suffix}"
+            f"{which}: {hidden.shape[1]} tokens reach its first block of an input of native size, and not "
+            f"{tower.tokens}, as its layout counts: prefix {tower.prefix}, patches {end - tower.prefix}, suffix "
+            f"{tower.suffix}"
         )
     if tower.layout.text:  # any word may be the same in two texts
         return
     constant = (hidden[0] == hidden[1]).all(dim=-1).tolist()
     for position, same in enumerate(constant):
-        special = position < tower.prefix or position >= tower.tokens - tower.suffix
+        special = position < tower.prefix or position >= end
         if same and not special:
             raise UnsupportedModelError(
-                f"{tower.title} ({tower.layout.family}): token {position} does not depend on the image, so it is no patch "
-                f"and must not merge, but its layout has only tokens 0 to {tower.prefix - 1} as prefix and the last "
-                f"{tower.suffix} as suffix"
+                f"{which}: token {position} does not depend on the image, so it is no patch and must not merge, but its "
+                f"layout has a prefix of {tower.prefix} and a suffix of {tower.suffix} tokens"
             )
         if special and not same:
+            part = "prefix" if position < tower.prefix else "suffix"
             raise UnsupportedModelError(
-                f"{tower.title} ({tower.layout.family}): token {position} depends on the image, so it is a patch, but its "
-                f"layout counts it to the {'prefix' if position < tower.prefix else 'suffix'}"
+                f"{which}: token {position} depends on the image, so it is a patch, but its layout counts it to the {part}"
             )
 
 

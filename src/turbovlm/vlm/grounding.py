@@ -21,7 +21,7 @@ from turbovlm.config import TurboConfig
 from turbovlm.encoder.layout import fetch, library_version, path_of
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.ops.attention import size_bias
-from turbovlm.ops.backend import is_readable
+from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import slot_of
 from turbovlm.registry import families
 from turbovlm.vlm.families import reader_of
