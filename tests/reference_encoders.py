@@ -142,11 +142,11 @@ class Chosen:
     restore: str | None = None
     grid: tuple[int, int] | None = None
 
-    def apply(self, model):
+    def apply(self, model, trace=True):
         named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("prefix", "restore")}
         if self.restore is not None:
             named |= {"restore": self.restore, "dense": True}
-        return turbovlm.apply(model, **named, trace=True)
+        return turbovlm.apply(model, **named, trace=trace)
 
 
 @dataclass
