@@ -13,7 +13,7 @@ from reference_encoders import images, vit
 from turbovlm import TurboConfig
 from turbovlm.ops import information_degree, mutual_redundancy, partition_tokens
 from turbovlm.vlm.select import select
-from vlms import VLMS, seeded
+from vlms import VLMS, seeded, vision_encoder_decoder
 
 timm = pytest.importorskip("timm")
 
@@ -85,32 +85,70 @@ class Recorded:
         return R
 
 
+def attention_row(block, names, inputs, run):
+    """The queries of CLS and all keys that `block` projects while `run` runs, `[batch, 4, N, 8]` each."""
+    seen = {}
+    hooks = [
+        block.get_submodule(name).register_forward_hook(
+            lambda m, i, out, name=name: seen.update({name: out.unflatten(-1, (4, 8)).transpose(1, 2)})
+        )
+        for name in names
+    ]
+    run(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return (seen[name] for name in names)
+
+
+def of_patches(q, k, before):
+    """A of each token of the tower's input, `[37]`: the guide's row, divided among those that a token stands for."""
+    row = reference.semantic_value(q[:, 0], k, before.sizes, 8**-0.5)
+    return (row / before.sizes)[before.source]
+
+
+def of_image(trace, b):
+    """One image's sizes and sources."""
+    return type(trace)(**{**vars(trace), "sizes": trace.sizes[b], "source": trace.source[b]})
+
+
 @torch.no_grad()
 def test_patches_share_the_attention_of_the_token_they_became():
-    """A that guides the choice of visual tokens: the guide's row, divided among the patches of each merged token."""
+    """The A by which visual tokens are chosen, where the tower gives every position back."""
     family, model = VLMS["llava"], seeded(VLMS["llava"].make).double()
     inputs = family.inputs([5, "image", 6], [7, 8, "image"])
     inputs["pixel_values"] = inputs["pixel_values"].double()
-    layers = turbovlm.encoder.towers.find_towers(model)[0].module.encoder.layers
-    guide, seen = layers[2], {}  # the last of which the language model reads
-    for name in ("q_proj", "k_proj"):
-        projection = getattr(guide.self_attn, name)
-        projection.register_forward_hook(lambda m, i, out, name=name: seen.update({name: out.unflatten(-1, (4, 8))}))
+    guide = turbovlm.encoder.towers.find_towers(model)[0].module.encoder.layers[2]  # the last that LLaVA reads
     degree = Recorded()
     with turbovlm.apply(model, r=5, visual_keep=0.5, degree=degree, trace=True) as handle:
         degree.semantic.clear()
-        model(**inputs)
-        before = handle.trace[1]  # the state in which tokens enter the block that guides
-        assert len(handle.trace) == 3
-    assert before.sizes.shape == (2, 37 - 10) and before.sizes.max() > 1
-    chosen_by = degree.semantic[3]  # after three blocks' own
+        q, k = attention_row(guide, ("self_attn.q_proj", "self_attn.k_proj"), inputs, model)
+        before = handle.trace[1]  # as tokens enter the block that guides
+        assert len(handle.trace) == 3 and before.sizes.shape == (2, 37 - 10)
     split = partition_tokens(36, 0, "random")
     for b in range(2):
-        q, k = (seen[name][b].transpose(0, 1) for name in ("q_proj", "k_proj"))
-        row = reference.semantic_value(q[:, 0], k, before.sizes[b], 8**-0.5)
-        of_patches = (row / before.sizes[b])[before.source[b]]
-        assert of_patches.sum() == pytest.approx(1)
-        torch.testing.assert_close(chosen_by[b], of_patches[1:][split.candidates], rtol=1e-6, atol=1e-8)
+        A = of_patches(q[b], k[b], of_image(before, b))
+        assert A.sum() == pytest.approx(1)
+        chosen_by = degree.semantic[3][b]  # behind the three blocks' own
+        torch.testing.assert_close(chosen_by, A[1:][split.candidates], rtol=1e-6, atol=1e-8)
+
+
+@torch.no_grad()
+def test_a_merged_token_has_the_attention_of_all_its_patches():
+    """The A by which visual tokens are chosen, where the tower hands on merged ones."""
+    model = seeded(vision_encoder_decoder).double()
+    guide = turbovlm.encoder.towers.find_towers(model)[0].blocks[-1][1]
+    degree = Recorded()
+    with turbovlm.apply(model, r=5, visual_keep=0.5, degree=degree, trace=True) as handle:
+        degree.semantic.clear()
+        pixels = {"pixel_values": randn(2, 3, 48, 48)}
+        q, k = attention_row(guide, ("attention.q_proj", "attention.k_proj"), pixels, model.encoder)
+        before, after = handle.trace[-2:]
+    assert after.sizes.shape == (2, 17)
+    split = partition_tokens(16, 0, "random")
+    for b in range(2):
+        A = of_patches(q[b], k[b], of_image(before, b))
+        summed = torch.zeros(17).double().index_add(0, after.source[b], A)
+        torch.testing.assert_close(degree.semantic[4][b], summed[1:][split.candidates], rtol=1e-6, atol=1e-8)
 
 
 @settings(deadline=None, max_examples=40)
@@ -123,7 +161,7 @@ def test_patches_share_the_attention_of_the_token_they_became():
     seed=st.integers(0, 1000),
 )
 def test_visual_tokens_are_chosen_in_rounds(tokens, k, degree, reduce, sized, seed):
-    """Each round merges at most a quarter; a merged token has its parts' A together, a pruned one takes its own away."""
+    """Each round merges at most a quarter; a merged token has its parts' A together, a pruned one loses its own."""
     k = min(k, tokens)
     x = randn(2, tokens, 6, seed=seed)
     A = randn(2, tokens, seed=seed + 1).softmax(dim=1)
