@@ -62,13 +62,14 @@ def _verify_tokens(tower: Tower, like: Tensor) -> None:
         special = position < tower.prefix or position >= end
         if same and not special:
             raise UnsupportedModelError(
-                f"{which}: token {position} does not depend on the image, so it is no patch and must not merge, but its "
-                f"layout has a prefix of {tower.prefix} and a suffix of {tower.suffix} tokens"
+                f"{which}: token {position} does not depend on the image, so it is no patch and must not merge, but "
+                f"its layout has a prefix of {tower.prefix} and a suffix of {tower.suffix} tokens"
             )
         if special and not same:
             part = "prefix" if position < tower.prefix else "suffix"
             raise UnsupportedModelError(
-                f"{which}: token {position} depends on the image, so it is a patch, but its layout counts it to the {part}"
+                f"{which}: token {position} depends on the image, so it is a patch, but its layout counts it to the "
+                f"{part}"
             )
 
 
