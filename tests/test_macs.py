@@ -10,8 +10,8 @@ import torch.nn as nn
 
 import turbovlm
 from families import FAMILIES
-from turbovlm.cli.models import example_inputs
 from turbovlm.encoder.towers import find_towers
+from turbovlm.loading.inputs import example_inputs
 from turbovlm.profile import macs
 from turbovlm_lab.costs.models import WHOLE_ROWS, whole_costs
 from turbovlm_lab.costs.paper import ENCODERS, ROWS, encoder_macs, paper_costs

@@ -30,7 +30,8 @@ Without an amount, r={DEFAULT_R}. A model that cannot be accelerated is said to 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
-    from turbovlm.cli.models import MODEL_HELP, add_amount_options
+    from turbovlm.cli.amounts import add_amount_options
+    from turbovlm.loading.models import MODEL_HELP
 
     parser = subparsers.add_parser(
         "inspect",
@@ -55,10 +56,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import turbovlm
-    from turbovlm.cli.models import config_from, load_model, write_json
+    from turbovlm.cli.amounts import config_from
+    from turbovlm.cli.measuring import check_file, write_json
+    from turbovlm.loading import ModelSpec
+    from turbovlm.loading.models import load_model
 
+    check_file("--json", args.json)
     config = config_from(args, None if args.visual_keep is not None else DEFAULT_R)
-    model = load_model(args.model, args.image_size if config.merges else None)
+    model = load_model(ModelSpec(args.model, "meta"), args.image_size if config.merges else None)
     schedules = turbovlm.apply(model, config).schedules
     console = Console()
     for schedule in schedules:
