@@ -283,7 +283,7 @@ def test_from_the_command_line(folder, vit, capsys, monkeypatch):
         (["./vit", "none", "--flops", "0.5"], "none: there is no such folder"),
         (["./vit", "vit", "--flops", "0.5"], "vit: holds no pictures"),
         (["./none", "pictures", "--flops", "0.5"], "there is no such folder"),
-        (["zoo:emoji", "pictures", "--flops", "0.5"], "of the zoo, saliency, pairs and scenes"),
+        (["zoo:emoji", "pictures", "--flops", "0.5"], "makes images, and takes none"),
         (["./vit", "pictures", "--flops", "0.5", "--out", "turbo.txt"], "must end in .json"),
         (["./vit", "pictures", "--flops", "0.5", "--out", "none/turbo.json"], "there is no such folder"),
         (["./vit", "pictures", "--flops", "0.5", "--effort", "0"], "--effort 0: must be an integer ≥ 1"),

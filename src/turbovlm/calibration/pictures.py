@@ -18,7 +18,7 @@ from turbovlm.config import TurboConfig
 from turbovlm.diffusion.install import LEAST_KEPT
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.profile.compare import check_integers
-from turbovlm.profile.pictures import compare_pictures
+from turbovlm.profile.images import compare_images
 from turbovlm.profile.pipelines import WatchedPipeline, find_denoiser, inputs_of
 from turbovlm.promise import Promise
 
@@ -156,7 +156,7 @@ class PictureSubject:
             some = places[start : start + self.batch]
             watched = self._watched(config, some)
             watched.draw()
-            made.append(watched.picture.float().cpu().flatten(1))
+            made.append(watched.image.float().cpu().flatten(1))
             self.progress(len(some))
         return torch.cat(made)
 
@@ -177,7 +177,7 @@ class PictureSubject:
         return self._costs[config] / self._costs[None]
 
     def speedup(self, config: TurboConfig) -> float:
-        compared = compare_pictures(
+        compared = compare_images(
             self.pipe,
             {"merged": config},
             size=self.size,

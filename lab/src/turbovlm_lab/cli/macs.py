@@ -43,8 +43,7 @@ def _paper(args: argparse.Namespace) -> int:
     from rich.progress import track
     from rich.table import Table
 
-    from turbovlm.cli.measuring import console_for_tables
-    from turbovlm.cli.models import write_json
+    from turbovlm.cli.measuring import console_for_tables, write_json
     from turbovlm_lab.costs.models import COUNTS, WHOLE_ROWS, whole_costs
     from turbovlm_lab.costs.paper import ROWS, paper_costs
 
