@@ -253,6 +253,41 @@ def test_bad_input_is_one_message_and_exit_code_2(argv, message, capsys):
     assert message in error and "Traceback" not in error
 
 
+UNWRITABLE = [
+    ["inspect", "timm:vit_tiny_patch16_224", "--json", "no/such/folder/x.json"],
+    ["macs", "timm:vit_tiny_patch16_224", "--json", "no/such/folder/x.json"],
+    ["macs", "--paper", "--json", "no/such/folder/x.json"],
+    ["bench", "timm:vit_tiny_patch16_224", "--json", "no/such/folder/x.json"],
+    ["bench", "timm:vit_tiny_patch16_224", "--plot", "no/such/folder/x.png"],
+    ["bench", "diffusers:a/pipeline", "--json", "no/such/folder/x.json"],
+    ["calibrate", "timm:vit_tiny_patch16_224", "photos", "--flops", "0.5", "--out", "no/such/folder/x.json"],
+    ["evaluate", "saliency", "--json", "no/such/folder/x.json"],
+    ["evaluate", "saliency", "--plot", "no/such/folder/x.png"],
+    ["evaluate", "saliency", "--out", "file/predictions"],
+    ["reproduce", "all", "--builtin", "--out", "file"],
+    ["demo", "--out", "no/such/folder/x.html"],
+    ["demo", "--json", "no/such/folder/x.json"],
+]
+
+
+@pytest.mark.parametrize("argv", UNWRITABLE, ids=[" ".join(argv) for argv in UNWRITABLE])
+def test_what_cannot_be_written_is_refused_before_anything_is_built(argv, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("turbovlm_lab")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was built")
+
+    for name in ("models.load_model", "pipelines.load_pipeline", "processors.load_for_images"):
+        monkeypatch.setattr(f"turbovlm.loading.{name}", refuse)
+    for name in ("evaluate.asking.asked", "costs.paper.paper_costs", "zoo.load_saliency_vit"):
+        monkeypatch.setattr(f"turbovlm_lab.{name}", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"turbovlm: {argv[-2]} {argv[-1]}: ") and error.count("\n") == 1
+
+
 def test_unknown_options_exit_with_2(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["macs", "--papers"])

@@ -62,10 +62,10 @@ def test_ratios_are_paired_round_by_round():
     assert result.images_per_second("model") == 4 and result.seconds_per_image("model") == 2 / 8
     assert str(result).splitlines() == [
         "x, float32, batch 8, eager, 3 rounds, clock",
-        "                images                                  MACs    effi-  peak",
-        "       s/batch      /s  GMACs  speed-up    quartiles   ratio   ciency    MB",
-        "model        2       4   0.00    1.000x  1.000–1.000  1.000x    1.000",
-        "a            1       8   0.00    2.000x  2.000–2.000  2.000x    1.000   3.0",
+        "                images                                  MACs   effi-  peak",
+        "       s/batch      /s  GMACs  speed-up    quartiles   ratio  ciency    MB",
+        "model        2       4   0.00    1.000x  1.000–1.000  1.000x   1.000",
+        "a            1       8   0.00    2.000x  2.000–2.000  2.000x   1.000   3.0",
     ]
 
 

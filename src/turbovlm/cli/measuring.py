@@ -67,6 +67,24 @@ def check_file(option: str, name: str | None, suffixes: Sequence[str] = ()) -> N
         raise ConfigError(f"{option} {name}: may not be written")
 
 
+def check_folder(option: str, name: str) -> None:
+    """Refuse a folder that could not be made or written to, before anything is built or measured.
+
+    Args:
+        option: that names the folder, for the message.
+        name: of the folder, which is made with those around it where it is not there.
+
+    Raises:
+        ConfigError: naming the option and what is wrong with the folder.
+    """
+    path = Path(name).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{option} {name}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{option} {name}: nothing may be written to {there}")
+
+
 def check_plot(name: str | None) -> None:
     """Refuse a plot that could not be drawn or written: `check_file` of `--plot`.
 

@@ -116,13 +116,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, ask, compare, print, and write what was asked for."""
-    from turbovlm.cli.measuring import check_file, check_numbers, check_plot, console_for_tables, write_json
+    from turbovlm.cli.measuring import check_numbers, console_for_tables, write_json
     from turbovlm_lab.evaluate.asking import beginning
     from turbovlm_lab.evaluate.study import run_study
 
     check_numbers(args, "batch", "seeds")
-    check_plot(args.plot)
-    check_file("--json", args.json)
+    _check_outputs(args)
     _check_options(args)
     console = console_for_tables()
     data = _checked(args, _data(args))
@@ -189,6 +188,16 @@ def _formats() -> str:
     from turbovlm_lab.evaluate.readers import formats_of
 
     return "\n".join(f"  {task}: {formats_of(task)}" for task in TASKS)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    from turbovlm.cli.measuring import check_file, check_folder, check_plot
+
+    check_plot(args.plot)
+    check_file("--json", args.json)
+    for name in ("out", "pictures"):
+        if getattr(args, name) is not None:
+            check_folder(f"--{name}", getattr(args, name))
 
 
 def _check_options(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from turbovlm.cli import macs
+from turbovlm.cli.measuring import check_file
 from turbovlm.errors import TurboError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.paper or args.model is not None:
         return macs.run(args)
     _check_paper(args)
+    check_file("--json", args.json)
     return _paper(args)
 
 
