@@ -27,6 +27,7 @@ import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.encoder import block as engine
 from turbovlm.ops import dispatch, partition, plain
+from turbovlm.ops.attention import attention_row
 from turbovlm_lab.demo.photos import load_photos
 from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
@@ -55,32 +56,34 @@ def main() -> None:
 
 def decisions(model: nn.Module, pixels: Tensor, r: int, dtype: torch.dtype) -> dict[str, float]:
     """Share of the merged tokens with another fate: over all blocks, and in the block where it is largest."""
-    clues, merge = engine._clues, engine._merge
-    rounded: list[Any] = []
+    project, merge = engine._heads, engine._merge
+    rounded: list[engine.Heads] = []
     shares: dict[int, list[float]] = {}
 
-    def both_clues(plan: Any, state: Any, heads: Any) -> Any:
+    def both_heads(*args: Any) -> engine.Heads:
+        heads = project(*args)
         low = {name: getattr(heads, name) for name in ("q", "k", "content", "bias")}
         low = {name: None if value is None else value.to(dtype) for name, value in low.items()}
-        rounded.append(clues(plan, state, replace(heads, **low)))
-        return clues(plan, state, heads)
+        rounded[:] = [replace(heads, **low)]
+        return heads
 
-    def both_merges(block: Any, plan: Any, index: int, state: Any, r: int, x: Tensor, exact: Any) -> Any:
-        found = merge(block, plan, index, state, r, x, exact)
-        fate, other = (
-            _destinations(s.merges[-1]) for s in (found[1], merge(block, plan, index, state, r, x, rounded.pop())[1])
-        )
+    def both_merges(feature: Any, index: int, state: Any, r: int, x: Tensor, features: Tensor, semantic: Any) -> Any:
+        assert feature.similarity == "heads"
+        found, (low,) = merge(feature, index, state, r, x, features, semantic), rounded
+        row = attention_row(engine._guide(low, feature.guidance, state), low.k, low.bias)
+        other = merge(feature, index, state, r, x, low.content.transpose(1, 2).flatten(2), row)
+        fate, their = (_destinations(each.merges[-1]) for _, each in (found, other))
         gone = found[1].merges[-1].gone
-        shares.setdefault(index, []).append(float((fate.gather(1, gone) != other.gather(1, gone)).float().mean()))
+        shares.setdefault(index, []).append(float((fate.gather(1, gone) != their.gather(1, gone)).float().mean()))
         return found
 
-    engine._clues, engine._merge = both_clues, both_merges
+    engine._heads, engine._merge = both_heads, both_merges
     try:
         with turbovlm.apply(model, TurboConfig(r)), torch.inference_mode():
             for chunk in pixels.split(4):
                 model(pixel_values=chunk)
     finally:
-        engine._clues, engine._merge = clues, merge
+        engine._heads, engine._merge = project, merge
     means = [sum(values) / len(values) for values in shares.values()]
     return {"share": sum(means) / len(means), "worst_block": max(means)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from turbovlm.errors import TurboError
 
@@ -83,14 +84,15 @@ def run(args: argparse.Namespace) -> int:
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
     how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}
     with progress_bar(len(files) // 2 * (args.effort + 20), "calibrating") as advance:
-        config = turbovlm.calibrate(model, images, **target, **how, progress=advance)
-    config.save(out)
+        found = turbovlm.calibrate(model, images, **target, **how, progress=advance)
+    found.save(out)
+    config: Any = found.config
     used = ", ".join(f"{name} {version}" for name, version in versions_used().items())
     about = f"{len(files)} pictures of {args.images}; {used}; {datetime.now(timezone.utc):%Y-%m-%d}"
     command = shlex.join(["turbovlm", *sys.argv[1:]])
-    write_page(config, out.with_suffix(".html"), f"{args.model}, calibrated", command, about)
+    write_page(found, out.with_suffix(".html"), f"{args.model}, calibrated", command, about)
     console = Console()
-    console.print(sentence(config))
+    console.print(sentence(found))
     console.print(f"tokens merged in each block{', on average' if config.thresholds else ''}: {config.r}")
     console.print(f"settings: {out}; the curve: {out.with_suffix('.html')}")
     return 0

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TASKS = ("classification", "retrieval", "captioning", "vqa", "nlvr2", "saliency", "text-to-image")
 CONTROLS = ("paper", "ToMe", "semantics", "random", "uniform", "smaller")
+AMOUNTS = ("r", "keep", "flops", "visual_keep")
 DEFAULT_FLOPS, DEFAULT_KEEP = 0.6, 0.7
 
 _EPILOG = """\
@@ -70,7 +71,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     amount.add_argument(
         "--settings", nargs="+", metavar="FILE", help="also these, as `turbovlm calibrate` writes them: turbo.json"
     )
-    amount.add_argument("--visual-keep", type=float, metavar="SHARE", help="share of the tokens that is read on")
+    amount.add_argument(
+        "--visual-keep", type=float, metavar="SHARE", help="share of an image's tokens that a language model reads"
+    )
     amount.add_argument(
         "--controls",
         nargs="*",
@@ -269,21 +272,20 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
 
 
 def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> list[Setting]:
-    from turbovlm.config import TurboConfig
+    from turbovlm.workflows import configs_from
     from turbovlm_lab.evaluate.run import Setting
     from turbovlm_lab.evaluate.settings import OWN, encoder_macs, methods, on_quantized, smaller
 
-    given = {name: getattr(args, name) for name in ("r", "keep", "flops") if getattr(args, name) is not None}
-    default = {"keep": DEFAULT_KEEP} if args.task == "text-to-image" else {"flops": DEFAULT_FLOPS}
-    if args.visual_keep is not None:
-        default = {}
-    amount = TurboConfig(**(given or default), visual_keep=args.visual_keep)
+    denoises = args.task == "text-to-image"
+    default = {"keep": DEFAULT_KEEP} if denoises else {"flops": DEFAULT_FLOPS}
+    given = {name: getattr(args, name) for name in AMOUNTS if getattr(args, name) is not None}
+    amounts = configs_from((), given or default, denoises, type(predictor.model).__name__)
     controls = CONTROLS if args.controls == [] else tuple(args.controls or ())
-    if args.task == "text-to-image" and controls:
+    if denoises and controls:
         raise ConfigError("--controls: text-to-image has none; benchmarks/diffusion_quality.py compares matchings")
     named = ("turbovlm", *(name for name in controls if name != "smaller"))
-    found = [Setting(OWN), *methods(amount, named, args.seeds), *_from_files(args)]
-    found += on_quantized(args.quantize or (), [each for each in found if each.config is not None])
+    found = [Setting(OWN), *methods(amounts, named, args.seeds), *_from_files(args)]
+    found += on_quantized(args.quantize or (), [each for each in found if each.configs])
     if "smaller" in controls and predictor.image_sizes:
         macs = encoder_macs(predictor, data.samples[0], found[1])
         found.append(smaller(predictor, data.samples[0], macs, "smaller"))
@@ -293,12 +295,14 @@ def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> lis
 
 
 def _from_files(args: argparse.Namespace) -> list[Setting]:
-    from turbovlm.config import TurboConfig
+    from turbovlm import config
+    from turbovlm.settings_file import read_content
     from turbovlm_lab.evaluate.run import Setting
 
-    found = [Setting(Path(file).stem, TurboConfig.load(file)) for file in args.settings or ()]
+    kinds = {file: getattr(config, read_content(file)["kind"]) for file in args.settings or ()}
+    found = [Setting(Path(file).stem, (kind.load(file),)) for file, kind in kinds.items()]
     for setting in found:
-        if setting.config is not None and setting.config.thresholds and args.batch > 1:
+        if setting.per_image and args.batch > 1:
             raise ConfigError(f"--batch {args.batch}: {setting.name} has thresholds, which are for --batch 1")
     return found
 
