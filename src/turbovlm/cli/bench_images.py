@@ -10,7 +10,7 @@ from turbovlm.cli.measuring import check_numbers, device_named, progress_bar
 from turbovlm.errors import ConfigError, TurboError
 
 if TYPE_CHECKING:
-    from turbovlm.config import TurboConfig
+    from turbovlm.config import DenoiseConfig
     from turbovlm.loading import ModelSpec
     from turbovlm.profile import Comparison
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _bench_pipeline(
-    pipe: Any, spec: ModelSpec, configs: dict[str, TurboConfig], sizes: list[Size], args: argparse.Namespace
+    pipe: Any, spec: ModelSpec, configs: dict[str, DenoiseConfig], sizes: list[Size], args: argparse.Namespace
 ) -> None:
     from turbovlm.cli.bench import Results
     from turbovlm.profile.pipelines import check_size
@@ -66,7 +66,7 @@ def _bench_pipeline(
 
 
 def _compare_pipeline(
-    pipe: Any, configs: dict[str, TurboConfig], size: Size, prompt: Any, args: argparse.Namespace
+    pipe: Any, configs: dict[str, DenoiseConfig], size: Size, prompt: Any, args: argparse.Namespace
 ) -> Comparison:
     import turbovlm
 
@@ -101,7 +101,7 @@ def _prompt(pipe: Any, spec: ModelSpec, given: list[str] | None) -> Any:
     return [int(word) if word.isdecimal() else word for word in given] if takes_classes(pipe) else given
 
 
-def _bench_denoiser(model: Any, configs: dict[str, TurboConfig], sizes: list[Size], args: argparse.Namespace) -> None:
+def _bench_denoiser(model: Any, configs: dict[str, DenoiseConfig], sizes: list[Size], args: argparse.Namespace) -> None:
     from turbovlm.cli.bench import Results
     from turbovlm.cli.bench_encoders import compare_shown
     from turbovlm.diffusion.inputs import denoiser_inputs
@@ -121,13 +121,13 @@ def _bench_denoiser(model: Any, configs: dict[str, TurboConfig], sizes: list[Siz
     results.write()
 
 
-def _configs(args: argparse.Namespace) -> dict[str, TurboConfig]:
+def _configs(args: argparse.Namespace) -> dict[str, DenoiseConfig]:
     """By the share that is kept; what else is set holds for all of them."""
-    from turbovlm.config import TurboConfig
+    from turbovlm.config import DenoiseConfig
 
     more = {name: getattr(args, name) for name in ("refresh", "components") if getattr(args, name) is not None}
     keeps = DEFAULT_KEEP if args.keep is None else args.keep
-    return {f"keep={keep:g}": TurboConfig(keep=keep, **more) for keep in keeps}
+    return {f"keep={keep:g}": DenoiseConfig(keep=keep, **more) for keep in keeps}
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.apply import apply
-from turbovlm.config import TurboConfig
+from turbovlm.config import Config, Settings
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.patching import patches_on
 from turbovlm.profile.comparison import BASELINE, FORWARD, Comparison, Run, Timing, measured_on
@@ -26,7 +26,7 @@ Prepare = Callable[[nn.Module], Any]
 def compare(
     model: nn.Module,
     inputs: Tensor | Sequence[Any] | Mapping[str, Any],
-    configs: TurboConfig | Sequence[TurboConfig] | Mapping[str, TurboConfig | Prepare],
+    configs: Config | Sequence[Config] | Mapping[str, Config | Sequence[Config] | Prepare],
     *,
     rounds: int = 10,
     warmup: int = 2,
@@ -42,8 +42,8 @@ def compare(
     Args:
         model: on the device and in the dtype to be measured.
         inputs: a tensor, a sequence of arguments, or a mapping of keyword arguments.
-        configs: the settings to compare; or by name, and then also functions that prepare a copy of the model in
-            place, for other methods.
+        configs: the settings to compare; or by name, and then also several configs of one version, and functions that
+            prepare a copy of the model in place, for other methods.
         rounds: how often each version is timed, ≥ 1.
         warmup: rounds before that, which do not count; ≥ 1 where something must be compiled first.
         compile: compile every version, the model itself included, with `torch.compile`'s defaults.
@@ -85,15 +85,15 @@ def named(configs: Any) -> dict[str, Any]:
     Raises:
         ConfigError: none, several of one name, or one named as the model itself.
     """
-    if isinstance(configs, TurboConfig):
+    if isinstance(configs, Settings):
         configs = [configs]
     if not isinstance(configs, Mapping):
         listed = list(configs)
-        configs = {config.amount if isinstance(config, TurboConfig) else repr(config): config for config in listed}
+        configs = {config.amount if isinstance(config, Settings) else repr(config): config for config in listed}
         if len(configs) < len(listed):
             raise ConfigError(f"configs: several are called {next(iter(configs))!r}; give them names, as a mapping")
     if not configs:
-        raise ConfigError("configs: give at least one TurboConfig to compare the model with")
+        raise ConfigError("configs: give at least one config to compare the model with")
     if BASELINE in configs:
         raise ConfigError(f"configs: the name {BASELINE!r} is the model's own")
     return dict(configs)
@@ -111,10 +111,11 @@ def check_integers(**values: tuple[Any, int]) -> None:
 
 
 def _preparation(name: str, config: Any) -> Prepare:
-    if isinstance(config, TurboConfig):
-        return lambda model: apply(model, config)
+    several = config if isinstance(config, list | tuple) else (config,)
+    if all(isinstance(each, Settings) for each in several):
+        return lambda model: apply(model, *several)
     if not callable(config):
-        raise ConfigError(f"configs[{name!r}]={config!r}: must be a TurboConfig, or a function that prepares a model")
+        raise ConfigError(f"configs[{name!r}]={config!r}: must be one or several configs, or a function of a model")
     prepare: Prepare = config
     return prepare
 

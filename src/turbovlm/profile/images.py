@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.config import TurboConfig
+from turbovlm.config import DenoiseConfig
 from turbovlm.errors import ConfigError
 from turbovlm.profile.compare import check_integers, named
 from turbovlm.profile.comparison import BASELINE, IMAGE, STEP, Comparison, Drift, Generation, Run, Timing, measured_on
@@ -24,7 +24,7 @@ another method."""
 
 def compare_images(
     pipe: Any,
-    configs: TurboConfig | Sequence[TurboConfig] | Mapping[str, TurboConfig],
+    configs: DenoiseConfig | Sequence[DenoiseConfig] | Mapping[str, DenoiseConfig],
     *,
     size: tuple[int, int] | None = None,
     batch: int = 1,
@@ -89,15 +89,15 @@ def compare_images(
     return Comparison(tuple(runs), batch, **measured_on(device, denoiser.dtype, compile), generation=made)
 
 
-def _checked(configs: Any) -> dict[str, TurboConfig]:
+def _checked(configs: Any) -> dict[str, DenoiseConfig]:
     versions = named(configs)
     for name, config in versions.items():
-        if not isinstance(config, TurboConfig):
-            raise ConfigError(f"configs[{name!r}]={config!r}: must be a TurboConfig")
+        if not isinstance(config, DenoiseConfig):
+            raise ConfigError(f"configs[{name!r}]={config!r}: must be a DenoiseConfig")
     return versions
 
 
-def _macs_per_step(watched: WatchedPipeline, config: TurboConfig | None, steps: int) -> float:
+def _macs_per_step(watched: WatchedPipeline, config: DenoiseConfig | None, steps: int) -> float:
     """Multiply-accumulates of a step, over as many as share one decision of what is merged."""
     refresh = 1 if config is None else config.refresh
     return watched.count(min(steps, max(FEW_STEPS, refresh)))
