@@ -5,7 +5,7 @@
 Decisions: in an fp32 forward, every block's choice is made a second time from queries and keys rounded to bf16 or fp16;
 counted are the merged tokens that would not have gone, or not into the same partner. Drift: 1 − cosine between the
 final CLS and the fp32 model's own, the photographs' mean feature taken off; in bf16 once with PyTorch's fused attention
-and once with plain products (`turbovlm.ops.routes.stored`). Windows: drift at 518 pixels (1,370 tokens), where
+and once with plain products (`turbovlm.ops.plain.stored_attention`). Windows: drift at 518 pixels (1,370 tokens), where
 `partition="random"` merges within windows, beside the same halves without windows.
 """
 
@@ -26,13 +26,13 @@ from torch import Tensor
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.encoder import block as engine
-from turbovlm.ops import partition, routes
-from turbovlm.ops.informativity import attention_row
+from turbovlm.ops import dispatch, partition, plain
+from turbovlm.ops.attention import attention_row
 from turbovlm_lab.demo.photos import load_photos
 from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ROUTES = {"fused": routes.masked, "plain products": routes.stored}
+ROUTES = {"fused": plain.masked_attention, "plain products": plain.stored_attention}
 SETTINGS = ((224, 16), (518, 64))
 """Pixels and r."""
 
@@ -101,7 +101,7 @@ def drifts(model: nn.Module, pixels: Tensor) -> dict[str, float]:
         low = copy.deepcopy(model).to(dtype)
         found[f"{name}, the model itself"] = _drift(_cls(low, pixels, None), exact)
         for r in (1, 16):
-            for way, route in ROUTES.items() if name == "bf16" else [("fused", routes.masked)]:
+            for way, route in ROUTES.items() if name == "bf16" else [("fused", plain.masked_attention)]:
                 with _attending_by(route):
                     found[f"{name}, r={r}, {way}"] = _drift(_cls(low, pixels, TurboConfig(r)), exact)
     return found
@@ -129,13 +129,13 @@ def windows(model: nn.Module, pixels: Tensor) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
-def _attending_by(route: routes.Route) -> Iterator[None]:
-    original = routes.fastest
-    routes.fastest = lambda q, k, v: route
+def _attending_by(route: dispatch.Attention) -> Iterator[None]:
+    original = dispatch.fastest_attention
+    dispatch.fastest_attention = lambda q, k, v: route
     try:
         yield
     finally:
-        routes.fastest = original
+        dispatch.fastest_attention = original
 
 
 def _cls(model: Any, pixels: Tensor, config: TurboConfig | None) -> Tensor:

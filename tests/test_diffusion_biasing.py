@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 import turbovlm
 from turbovlm.diffusion import biasing
 from turbovlm.ops import kernels
+from turbovlm.ops.dispatch import wants_gradient
 
 
 class Interpreted:
@@ -32,7 +33,7 @@ class Interpreted:
 @pytest.fixture
 def interpreted(monkeypatch):
     found = Interpreted(torch.bfloat16)
-    monkeypatch.setattr(biasing, "fused_kernels", lambda x: found)
+    monkeypatch.setattr(biasing, "kernels_for", lambda x, *rest: None if wants_gradient(*rest) else found)
     return found
 
 
@@ -42,7 +43,7 @@ def test_merged_self_attention_runs_on_the_kernel(name, monkeypatch):
     model, given, found = denoiser().eval(), denoiser.inputs(2, 16, 16), Interpreted(torch.float32)
     with turbovlm.apply(model, keep=0.5, restore="copy"), torch.no_grad():
         plain = model(**given)[0]
-        monkeypatch.setattr(biasing, "fused_kernels", lambda x: found)
+        monkeypatch.setattr(biasing, "kernels_for", lambda x, *differentiated: found)
         fused = model(**given)[0]
     assert found.calls > 0
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ import turbovlm
 from folders import blip2_folder, blip_folder, clip_folder, llava_folder, saved, siglip2_folder, tokenizer
 from turbovlm import ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
-from turbovlm.loading import Where
+from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Data, Picture, Sample
 from turbovlm_lab.evaluate.predictors import load_predictor
 from turbovlm_lab.evaluate.predictors.encoders import Pair, by_names, class_order
@@ -43,7 +43,7 @@ def asked(predictor, some, image_size=None):
 
 
 def loaded(task, folder, data=None, prompt=None):
-    return load_predictor(task, Where(str(folder), prompt=prompt), data or Data("d", ()), Making(), None)
+    return load_predictor(task, AskedModel(str(folder), prompt=prompt), data or Data("d", ()), Making(), None)
 
 
 def classifier_folder(tmp_path, labels=("ant", "bee", "cat", "dog", "eel", "fox")):
@@ -268,20 +268,20 @@ def test_image_to_image():
     with pytest.raises(ConfigError, match=r"strength=1.5: must be a number in \(0, 1\]"):
         Making(strength=1.5)
     with pytest.raises(ConfigError, match="the data have no pictures to begin with"):
-        ask_task("text-to-image", Where("zoo:emoji"), Data("d", some, real=real), Making(strength=0.5), "vit")
+        ask_task("text-to-image", AskedModel("zoo:emoji"), Data("d", some, real=real), Making(strength=0.5), "vit")
 
 
 def test_how_a_model_is_asked_is_told(tmp_path):
     """What predictions depend on beside the model: it goes into their file, so that others are not taken for them."""
     folder = blip_folder(tmp_path, "QuestionAnswering")
-    where = Where(folder, dtype=torch.bfloat16, prompt="what {}")
+    where = AskedModel(folder, dtype=torch.bfloat16, prompt="what {}")
     assert loaded("vqa", folder).about == {}
     assert load_predictor("vqa", where, Data("d", ()), Making(), None).about == {
         "dtype": "bfloat16",
         "prompt": "what {}",
     }
     making, features = Making(steps=2, seed=3), lambda pictures: torch.zeros(len(pictures), 2)
-    emoji = load_predictor("text-to-image", Where("zoo:emoji"), Data("d", ()), making, features)
+    emoji = load_predictor("text-to-image", AskedModel("zoo:emoji"), Data("d", ()), making, features)
     assert emoji.about == {"steps": "2", "seed": "3", "features": "<lambda>"}
 
 

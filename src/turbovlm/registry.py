@@ -1,7 +1,7 @@
 """Families that turbovlm knows: its own, and those that other packages register.
 
-A family is one entry of data: an encoder's `Layout`, a vision-language model's `VlmFamily`, a denoiser's `Block`. Models
-are recognised by the dotted path of a class or of one of its base classes, so no library is imported for it.
+A family is one entry of data: an encoder's `Layout`, a vision-language model's `VlmFamily`, a denoiser's `Block`.
+Models are recognised by the dotted path of a class or of one of its base classes, so no library is imported for it.
 """
 
 from __future__ import annotations

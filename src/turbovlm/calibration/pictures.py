@@ -18,7 +18,7 @@ from turbovlm.calibration.targets import check_targets, nothing
 from turbovlm.config import LEAST_KEPT, DenoiseConfig
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.profile.compare import check_integers
-from turbovlm.profile.pictures import compare_pictures
+from turbovlm.profile.images import compare_images
 from turbovlm.profile.pipelines import WatchedPipeline, find_denoiser, inputs_of
 
 FEWEST = 2 * HELD
@@ -155,7 +155,7 @@ class PictureSubject:
             some = places[start : start + self.batch]
             watched = self._watched(config, some)
             watched.draw()
-            made.append(watched.picture.float().cpu().flatten(1))
+            made.append(watched.image.float().cpu().flatten(1))
             self.progress(len(some))
         return torch.cat(made)
 
@@ -176,7 +176,7 @@ class PictureSubject:
         return self._costs[config] / self._costs[None]
 
     def speedup(self, config: DenoiseConfig) -> float:
-        compared = compare_pictures(
+        compared = compare_images(
             self.pipe,
             {"merged": config},
             size=self.size,

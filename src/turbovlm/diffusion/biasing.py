@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from turbovlm.ops.backend import fused_kernels
+from turbovlm.ops.dispatch import kernels_for
 
 
 def biased_attention_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -19,8 +19,8 @@ def biased_attention_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
     On devices without it, in graphs that are compiled, and where gradients are wanted, nothing changes.
     """
-    compiling, training = torch.compiler.is_compiling(), torch.is_grad_enabled() and x.requires_grad
-    return contextlib.nullcontext() if compiling or training or fused_kernels(x) is None else _OnKernel()
+    left_alone = torch.compiler.is_compiling() or kernels_for(x, x) is None
+    return contextlib.nullcontext() if left_alone else _OnKernel()
 
 
 class _OnKernel(TorchFunctionMode):
@@ -46,7 +46,7 @@ def _attended(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """By the kernel, or None where it does not take these."""
-    kernels = fused_kernels(query)
+    kernels = kernels_for(query)
     if kernels is None or attn_mask is None or dropout_p > 0 or is_causal or enable_gqa:
         return None
     shared = attn_mask.ndim == 4 == query.ndim and attn_mask.shape[2] == 1 and attn_mask.dtype.is_floating_point

@@ -17,8 +17,8 @@ from turbovlm.config import TurboConfig
 from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.informativity import degree_of_candidates, mutual_redundancy
-from turbovlm.ops.matching import Merge, bipartite_merge
+from turbovlm.ops.dispatch import degree_of_candidates
+from turbovlm.ops.merging import Merge, Ranking, merge_ranked, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
 
 FEWEST = 64
@@ -90,7 +90,8 @@ def decide(
         alpha=config.alpha,
         seed=config.seed,
     )
-    return bipartite_merge(e, pairs.partner, pairs.split, r, tokens, order="spatial", reduce=config.reduce)
+    ranking = Ranking(pairs.split, tokens, pairs.redundancy, pairs.nearest, e)
+    return merge_ranked(ranking, r, order="spatial", reduce=config.reduce)[0]
 
 
 def _share(plan: DiffusionPlan, tokens: int) -> float:

@@ -24,8 +24,8 @@ from turbovlm.diffusion.restoring import likeness, restore_linear
 from turbovlm.diffusion.steps import follow
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.ops.attention import size_bias
-from turbovlm.ops.backend import is_readable
-from turbovlm.ops.matching import Merge
+from turbovlm.ops.merging import Merge
+from turbovlm.ops.tracing import is_readable
 
 
 def part_forward(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turbovlm.config import TurboConfig
 from turbovlm.diffusion.families import Part
-from turbovlm.ops.matching import Merge
+from turbovlm.ops.merging import Merge
 from turbovlm.ops.partition import Partition
 
 
@@ -39,11 +39,11 @@ class Spot:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Each candidate's most similar partner, and how similar: R and its argument, `[batch, candidates]` each."""
+    """Each candidate's most similar destination, and how similar: R and its argument, `[batch, candidates]` each."""
 
     split: Partition
     redundancy: Tensor
-    partner: Tensor
+    nearest: Tensor
 
 
 @dataclass(eq=False)

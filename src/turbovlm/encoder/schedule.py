@@ -153,7 +153,7 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int) -> 
     if config.r is not None:
         return (cast(int, config.r),) * shape.depth
     if config.keep is not None:
-        target = max(round(cast(float, config.keep) * tokens), shape.protected)
+        target = max(round(config.keep * tokens), shape.protected)
         return _closest(config, shape, tokens, target, lambda counts: counts[-1])
     assert config.flops is not None
     full = shape.macs((tokens,) * (shape.depth + 1))
@@ -215,7 +215,7 @@ def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int
         )
     if config.keep is not None:
         reached = counts[-1] / counts[0]
-        missed = abs(counts[-1] - cast(float, config.keep) * counts[0]) > 1
+        missed = abs(counts[-1] - config.keep * counts[0]) > 1
         return f"keep={config.keep} is out of reach: {reached:.3f} of the tokens are left" if missed else ""
     assert config.flops is not None
     missed = abs(ratio - config.flops) > 0.01

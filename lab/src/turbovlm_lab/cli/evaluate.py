@@ -119,13 +119,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, ask, compare, print, and write what was asked for."""
-    from turbovlm.cli.measuring import check_numbers, check_plot, console_for_tables
-    from turbovlm.cli.models import write_json
+    from turbovlm.cli.measuring import check_numbers, console_for_tables, write_json
     from turbovlm_lab.evaluate.asking import beginning
     from turbovlm_lab.evaluate.study import run_study
 
     check_numbers(args, "batch", "seeds")
-    check_plot(args.plot)
+    _check_outputs(args)
     _check_options(args)
     console = console_for_tables()
     data = _checked(args, _data(args))
@@ -194,6 +193,16 @@ def _formats() -> str:
     return "\n".join(f"  {task}: {formats_of(task)}" for task in TASKS)
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    from turbovlm.cli.measuring import check_file, check_folder, check_plot
+
+    check_plot(args.plot)
+    check_file("--json", args.json)
+    for name in ("out", "pictures"):
+        if getattr(args, name) is not None:
+            check_folder(f"--{name}", getattr(args, name))
+
+
 def _check_options(args: argparse.Namespace) -> None:
     if args.workers < 0:
         raise ConfigError(f"--workers {args.workers}: must be an integer ≥ 0")
@@ -203,10 +212,6 @@ def _check_options(args: argparse.Namespace) -> None:
                 raise ConfigError(f"--{name} says where --data are; the built-in data have none")
     elif args.model is None and not args.check:
         raise ConfigError("--data without --model: the built-in models read the built-in data; give --model")
-    for name in ("json", "plot"):
-        given = getattr(args, name)
-        if given is not None and not Path(given).absolute().parent.is_dir():
-            raise ConfigError(f"--{name} {given}: there is no folder {Path(given).parent} to write it to")
     if args.task != "text-to-image":
         for name in ("steps", "guidance_scale", "strength", "seed", "features", "pictures"):
             if getattr(args, name) is not None:
@@ -254,16 +259,16 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
     import torch
 
     from turbovlm.cli.measuring import device_named
-    from turbovlm.loading import Where
+    from turbovlm_lab.evaluate.asked_model import AskedModel
     from turbovlm_lab.evaluate.asking import asked
     from turbovlm_lab.evaluate.predictors.pictures import Making
 
     folder = None if args.pictures is None else Path(args.pictures)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    where = Where(model, device_named(args.device), getattr(torch, args.dtype), args.prompt)
+    spec = AskedModel(model, device_named(args.device), getattr(torch, args.dtype), args.prompt)
     making = Making(args.steps, args.guidance_scale, args.seed or 0, folder, args.strength)
-    return asked(args.task, where, data, making, args.features or ("inception" if args.data else "vit"))
+    return asked(args.task, spec, data, making, args.features or ("inception" if args.data else "vit"))
 
 
 def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> list[Setting]:
