@@ -79,12 +79,12 @@ class TurboConfig:
             (halves drawn anew in every block from `seed`), `"grid"` (one destination in every 2×2 cell), or `"auto"`:
             `"random"` in encoders, `"grid"` in image generation.
         grid: patch rows and columns, for `"grid"` on pictures that are not square.
-        order: order of the tokens left: `"partition"` (unmerged candidates, then partners, as published)
+        order: order of the tokens left: `"partition"` (unmerged candidates, then destinations, as published)
             or `"spatial"` (that of the picture).
         proportional: attend in proportion to the patches that a token stands for (equation 16).
-        reduce: `"merge"` averages a token into its partner, weighted by size; `"keep_norm"` also makes the mean, which
-            is shorter, as long as its parts are on average; `"prune"` drops the token; or `"auto"`: `"keep_norm"` in
-            encoders, `"merge"` elsewhere.
+        reduce: `"merge"` averages a token into its destination, weighted by size; `"keep_norm"` also makes the mean,
+            which is shorter, as long as its parts are on average; `"prune"` drops the token; or `"auto"`: `"keep_norm"`
+            in encoders, `"merge"` elsewhere.
         dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose
             head needs all of them do so unasked.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.

@@ -318,26 +318,27 @@ def _spared(degree: Tensor, threshold: float) -> int:
 
 
 def _follow(plan: Plan, state: State, merge: Merge, partition: Partition) -> State:
-    home, partners, prefix = state.home, state.partners, state.prefix
+    home, destinations, prefix = state.home, state.destinations, state.prefix
     if plan.spelling.rotary is not None:
         kept = merge.kept[:, prefix:] - prefix
         home = kept if home is None else home.gather(1, kept)
     if plan.config.partition == "grid":
         old = positions(partition.destinations, merge.source.device).expand(merge.source.shape[0], -1)
-        partners = merge.source.gather(1, old)
-    return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), home=home, partners=partners)
+        destinations = merge.source.gather(1, old)
+    return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), home=home, destinations=destinations)
 
 
 def _partition(plan: Plan, state: State, index: int, x: Tensor) -> Partition:
     prefix, tokens, device = state.prefix, x.shape[1], x.device
-    if state.partners is None:
+    if state.destinations is None:
         kind, seed, grid = plan.config.partition, plan.config.seed, plan.config.grid
         return partition_tokens(tokens, prefix, kind, block=index, seed=seed, grid=grid, device=device)
-    batch, partners = state.partners.shape
-    place = torch.arange(tokens, device=device).expand(batch, -1).scatter(1, state.partners, tokens)
+    batch, destinations = state.destinations.shape
+    # what is no candidate is numbered last, so that sorting puts the candidates first, in ascending order
+    place = torch.arange(tokens, device=device).expand(batch, -1).scatter(1, state.destinations, tokens)
     place[:, :prefix] = tokens
-    candidates = place.sort(dim=1).values[:, : tokens - prefix - partners]
-    return Partition(candidates, state.partners)
+    candidates = place.sort(dim=1).values[:, : tokens - prefix - destinations]
+    return Partition(candidates, state.destinations)
 
 
 def _guide(heads: Heads, guidance: str, prefix: int, sizes: Tensor | None) -> Tensor:

@@ -103,7 +103,7 @@ def clamp(r: int, tokens: int, prefix: int, min_tokens: int) -> int:
 def token_counts(amounts: Sequence[int], tokens: int, prefix: int, min_tokens: int, fixed: int = 0) -> tuple[int, ...]:
     """Tokens before the first block and after each, when block l is asked for `amounts[l]`.
 
-    `fixed` tokens beside the prefix can never merge: the partners of `partition="grid"`.
+    `fixed` tokens beside the prefix can never merge: the destinations of `partition="grid"`.
     """
     counts = [tokens]
     for r in amounts:
@@ -112,8 +112,8 @@ def token_counts(amounts: Sequence[int], tokens: int, prefix: int, min_tokens: i
     return tuple(counts)
 
 
-def fixed_partners(config: TurboConfig, patches: int) -> int:
-    """Patches that stay partners in every block: one per 2×2 cell with `partition="grid"`, else none."""
+def fixed_destinations(config: TurboConfig, patches: int) -> int:
+    """Patches that are destinations in every block: one per 2×2 cell with `partition="grid"`, else none."""
     if config.partition != "grid":
         return 0
     rows, columns = config.grid or (math.isqrt(patches), math.isqrt(patches))
@@ -159,7 +159,7 @@ def _closest(
     """The evenly spread amounts whose cost is closest to `target`; of equals, the fewest tokens merged."""
     best, best_gap = spread(0, shape.depth), abs(cost((tokens,) * (shape.depth + 1)) - target)
     previous: tuple[int, ...] = ()
-    fixed = fixed_partners(config, tokens - shape.prefix)
+    fixed = fixed_destinations(config, tokens - shape.prefix)
     for total in range(1, shape.depth * (tokens // 2) + 1):
         amounts = spread(total, shape.depth)
         counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens, fixed)
@@ -177,7 +177,7 @@ def make_schedule(
 ) -> Schedule:
     """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
     amounts = requested_amounts(config, shape, tokens)
-    fixed = fixed_partners(config, tokens - shape.prefix)
+    fixed = fixed_destinations(config, tokens - shape.prefix)
     counts = token_counts(amounts, tokens, shape.prefix, config.min_tokens, fixed)
     full = (tokens,) * (shape.depth + 1)
     ratio = shape.macs(counts) / shape.macs(full)

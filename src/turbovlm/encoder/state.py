@@ -56,7 +56,8 @@ class State:
         merges: one per merge so far; `lost`: what each has lost (`Merge.lost`), where it is to be given back.
         home: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
             None before the first merge.
-        partners: where the fixed partners of `partition="grid"` are, `[batch, partners]`; None before the first merge.
+        destinations: where those of `partition="grid"`, which stay the same, are now, `[batch, destinations]`;
+            None before the first merge.
         traces: one per block so far, with `trace=True`.
         padded: whether some tokens are padding, of size 0.
     """
@@ -68,7 +69,7 @@ class State:
     merges: tuple[Merge, ...] = ()
     lost: tuple[Tensor, ...] = ()
     home: Tensor | None = None
-    partners: Tensor | None = None
+    destinations: Tensor | None = None
     traces: tuple[BlockTrace, ...] = ()
     padded: bool = False
 
