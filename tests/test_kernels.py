@@ -113,7 +113,7 @@ def test_short_features_are_normalised_as_by_torch():
     torch.testing.assert_close(redundancy, mutual_redundancy(features, partition)[0], rtol=0, atol=5e-6)
 
 
-def test_of_equally_similar_partners_the_first_is_chosen():
+def test_of_equally_similar_destinations_the_first_is_chosen():
     features = randn(1, 200, 64).sign()
     destinations = torch.arange(100, 200, device=DEVICE)
     features[:, 120:] = features[:, 100:180].clone()  # each again 20 columns on, and past the block of 64

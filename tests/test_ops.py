@@ -102,7 +102,7 @@ def test_the_most_redundant_go_into_their_most_similar_partner(tokens, prefix, s
             assert merge.source[b, i] == merge.source[b, destination]
 
 
-def test_the_published_order_is_unmerged_candidates_then_partners():
+def test_the_published_order_is_unmerged_candidates_then_destinations():
     x = features_of(1, 9, 0)
     merge = match(x, 2, prefix=1, degree="redundancy")
     kept = merge.kept[0].tolist()

@@ -135,11 +135,11 @@ class TurboConfig(Settings):
         partition: which half may be merged into which: `"alternate"` (even into odd, as published), `"random"`
             (halves drawn anew in every block from `seed`), or `"grid"` (one destination in every 2×2 cell).
         grid: patch rows and columns, for `partition="grid"` on images that are not square.
-        order: order of the tokens left: `"partition"` (unmerged candidates, then partners, as published)
+        order: order of the tokens left: `"partition"` (unmerged candidates, then destinations, as published)
             or `"spatial"` (that of the image).
         proportional: attend in proportion to the patches that a token stands for (Turbo, equation 16).
-        reduce: `"merge"` averages a token into its partner, weighted by size; `"keep_norm"` also makes the mean, which
-            is shorter, as long as its parts are on average; `"prune"` drops the token.
+        reduce: `"merge"` averages a token into its destination, weighted by size; `"keep_norm"` also makes the mean,
+            which is shorter, as long as its parts are on average; `"prune"` drops the token.
         dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose
             head needs all of them do so unasked.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.
@@ -274,7 +274,7 @@ class ReadConfig(Settings):
         guidance: whose attention row in the tower is A: `"cls"`, `"mean"`, or `"auto"`: `"cls"` where it has one.
         proportional: attend in proportion to the patches that a token stands for, where the tower has merged some and
             in cross-attention.
-        reduce: `"merge"` averages a token into its partner, weighted by size; `"prune"` drops it.
+        reduce: `"merge"` averages a token into its destination, weighted by size; `"prune"` drops it.
         seed: of `visual_select="random"` and `degree="random"`; the same in every forward.
 
     Raises:
