@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from turbovlm.apply import apply, overrides
+from turbovlm.apply import apply, denoiser_of, overrides
 from turbovlm.calibration.bound import FEWEST as HELD
 from turbovlm.calibration.bound import promise_of
 from turbovlm.calibration.drift import Subject
@@ -19,7 +19,6 @@ from turbovlm.calibration.search import Best, Encoder, Shares, clearly_less, sch
 from turbovlm.calibration.speed import speedup_of
 from turbovlm.calibration.targets import check_targets, nothing
 from turbovlm.config import AMOUNTS, READINGS, TurboConfig
-from turbovlm.diffusion.install import denoiser_of
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.profile.compare import check_integers
 from turbovlm.promise import Promise

@@ -14,8 +14,7 @@ from turbovlm.calibration.bound import FEWEST as HELD
 from turbovlm.calibration.bound import promise_of
 from turbovlm.calibration.search import clearly_less
 from turbovlm.calibration.targets import check_targets, nothing
-from turbovlm.config import TurboConfig
-from turbovlm.diffusion.install import LEAST_KEPT
+from turbovlm.config import LEAST_KEPT, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.profile.compare import check_integers
 from turbovlm.profile.pictures import compare_pictures

@@ -14,9 +14,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.apply import apply, overrides
+from turbovlm.apply import DENOISERS, apply, overrides
 from turbovlm.config import TurboConfig
-from turbovlm.diffusion.install import DENOISERS
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.profile.compare import twin
 from turbovlm.profile.macs import counting
