@@ -230,7 +230,7 @@ def test_duplicate_invariance(name, order):
         model, r=amounts, degree="redundancy", similarity="keys", partition="alternate", order=order
     ) as handle:
         out = family.output(model(**inputs))
-        assert handle._plans[0].last.sizes[:, prefix:].eq(2).all()
+        assert handle.features[0].last.sizes[:, prefix:].eq(2).all()
         if out.ndim == 3 and not tower.restore:
             assert out.shape[1] == prefix + patches
             out = handle.restore(out)
@@ -410,7 +410,7 @@ def test_blip_generates_accelerated(images):
     with turbovlm.apply(model, r=5) as handle:
         assert handle.schedules[0].tower == "vision_model"
         assert model.generate(pixel_values=images, max_new_tokens=4).shape[0] == 2
-        assert handle._plans[0].last.sizes.shape[1] == 22
+        assert handle.features[0].last.sizes.shape[1] == 22
     assert torch.equal(model.generate(pixel_values=images, max_new_tokens=4), reference)
 
 
@@ -439,7 +439,7 @@ def test_heads_that_need_every_position_get_it(name, config, settings, restored,
     model = _livelier(cls(made))
     with turbovlm.apply(model, r=5) as handle:
         out = model(images)
-        assert handle._plans[0].restore == ("residual" if restored else None)
+        assert handle.features[0].restore == ("residual" if restored else None)
         assert ("restored to" in repr(handle)) == restored
     for value in out.values():
         if isinstance(value, torch.Tensor):

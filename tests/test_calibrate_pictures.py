@@ -7,7 +7,7 @@ import torch
 
 import turbovlm
 from turbovlm import ConfigError, TurboConfig, TurboError, UnsupportedModelError
-from turbovlm.profile import compare_pictures
+from turbovlm.profile import compare_images
 
 pytest.importorskip("diffusers")
 GIVEN = {"components": ("ffn",), "degree": "redundancy", "alpha": 2.0, "restore": "copy", "refresh": 1}
@@ -44,7 +44,7 @@ def test_a_share_for_each_resolution_at_one_cost(pipe, prompts):
     shares = [share for share, _ in promise.curve]
     drifts = [drift for _, drift in promise.curve]
     assert len(shares) > 3 and drifts == sorted(drifts, reverse=True)
-    compared = compare_pictures(pipe, config, steps=2, prompt=prompts[0], rounds=1, warmup=0)
+    compared = compare_images(pipe, config, steps=2, prompt=prompts[0], rounds=1, warmup=0)
     assert 1 / compared.macs_ratio(compared.runs[1].name) == pytest.approx(promise.flops, abs=0.005)
 
 

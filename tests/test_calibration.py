@@ -78,7 +78,7 @@ def test_the_search_pays(vit, images):
     subject = Subject(vit, images, 36, handed_on(vit), 16, lambda _: None)
     searched = sorted(random.Random(0).sample(range(36), 36)[:18])
     with turbovlm.apply(vit, r=1) as handle:
-        encoder = Encoder(handle._plans[0].shape, 65)
+        encoder = Encoder(handle.features[0].shape, 65)
     even = encoder.amounts(encoder.even(), 0.7)
     assert subject.drift(config, searched).mean() <= subject.drift(TurboConfig(r=even), searched).mean()
 
@@ -283,7 +283,7 @@ def test_from_the_command_line(folder, vit, capsys, monkeypatch):
         (["./vit", "none", "--flops", "0.5"], "none: there is no such folder"),
         (["./vit", "vit", "--flops", "0.5"], "vit: holds no pictures"),
         (["./none", "pictures", "--flops", "0.5"], "there is no such folder"),
-        (["zoo:emoji", "pictures", "--flops", "0.5"], "of the zoo, saliency, pairs and scenes"),
+        (["zoo:emoji", "pictures", "--flops", "0.5"], "makes images, and takes none"),
         (["./vit", "pictures", "--flops", "0.5", "--out", "turbo.txt"], "must end in .json"),
         (["./vit", "pictures", "--flops", "0.5", "--out", "none/turbo.json"], "there is no such folder"),
         (["./vit", "pictures", "--flops", "0.5", "--effort", "0"], "--effort 0: must be an integer ≥ 1"),

@@ -68,6 +68,40 @@ def test_r0_changes_nothing(tower, name):
 
 @EACH
 @torch.no_grad()
+def test_dropout_is_the_models_own(name):
+    """In training, the attention's dropout draws the same numbers and drops the same weights."""
+    family = FAMILIES[name]
+    model, inputs = family.make(), family.inputs(2)
+    certain = family.output(model(**inputs))
+    for module in model.modules():
+        if "Attention" in type(module).__name__:
+            drop_attention(module)
+    model.train()
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(0)
+        return family.output(model(**inputs))
+
+    own = run()
+    assert (own - certain).abs().max() > 0.1
+    with turbovlm.apply(model, r=0, trace=True):
+        torch.testing.assert_close(run(), own, rtol=0, atol=1e-5)
+
+
+def drop_attention(module: Any, p: float = 0.4) -> None:
+    """Let an attention module drop weights, whatever its library calls the setting."""
+    for attribute in ("attn_drop", "dropout", "attention_dropout", "dropout_prob"):
+        value = getattr(module, attribute, None)
+        if isinstance(value, nn.Dropout):
+            value.p = p
+        elif isinstance(value, float):
+            setattr(module, attribute, p)
+    if hasattr(getattr(module, "config", None), "attention_probs_dropout_prob"):
+        module.config.attention_probs_dropout_prob = p
+
+
+@EACH
+@torch.no_grad()
 def test_remove_restores_everything(tower, name):
     inputs = FAMILIES[name].inputs(2)
     reference, before, keys = tower(**inputs), snapshot(tower), list(tower.state_dict())

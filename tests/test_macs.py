@@ -10,7 +10,6 @@ import torch.nn as nn
 
 import turbovlm
 from families import FAMILIES
-from turbovlm.cli.models import example_inputs
 from turbovlm.encoder.towers import find_towers
 from turbovlm.profile import macs
 from turbovlm_lab.costs.models import WHOLE_ROWS, whole_costs
@@ -102,7 +101,8 @@ def test_the_meta_device_counts_as_the_cpu(name):
     model = FAMILIES[name].make()
     turbovlm.apply(model, r=5)
     tower = find_towers(model)[0].module
-    inputs = example_inputs(find_towers(model)[0])
+    tower = find_towers(model)[0]
+    inputs = tower.layout.inputs(tower.module)
     real = {key: torch.zeros(x.shape) if x is not None and x.is_meta else x for key, x in inputs.items()}
     counted = macs(tower, **real)
     model.to("meta")
@@ -116,7 +116,7 @@ def test_the_schedules_cost_is_the_counted_one(name, settings):
     family = FAMILIES[name]
     model = family.make()
     with turbovlm.apply(model, **settings) as handle:
-        schedule, shape = handle.schedules[0], handle._plans[0].shape
+        schedule, shape = handle.schedules[0], handle.features[0].shape
         counts = []
         for _, block in find_towers(model)[0].blocks:
             block.forward = Counted(block.forward, counts)

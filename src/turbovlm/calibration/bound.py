@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from turbovlm.calibration.result import Calibration
+from turbovlm.config import Config
 from turbovlm.errors import ConfigError
-from turbovlm.promise import Promise
 
 CERTAINTY = 0.95
 """How sure a bound is to hold for the share of images that it says."""
@@ -62,8 +63,8 @@ def _rank(count: int, coverage: float) -> int | None:
 
 
 def promise_of(
-    drift: Tensor, flops: float, curve: Iterable[tuple[float, float]], speedup: float | None = None
-) -> Promise:
+    config: Config, drift: Tensor, flops: float, curve: Iterable[tuple[float, float]], speedup: float | None = None
+) -> Calibration:
     """What settings promise.
 
     Args:
@@ -72,7 +73,8 @@ def promise_of(
         curve: other shares, and the mean drift there.
     """
     bound, mean = upper_bound(drift.tolist()), drift.mean().item()
-    return Promise(
+    return Calibration(
+        config,
         flops=flops,
         drift=mean,
         bound=bound.value,

@@ -9,20 +9,21 @@ from typing import Any
 
 import torch.nn as nn
 
-from turbovlm.apply import apply, overrides
+from turbovlm.apply import apply, denoiser_of
 from turbovlm.calibration.bound import FEWEST as HELD
 from turbovlm.calibration.bound import promise_of
 from turbovlm.calibration.drift import Subject
 from turbovlm.calibration.handing import Measure, count_of, handed_on
 from turbovlm.calibration.per_image import mean_ratio, with_thresholds
+from turbovlm.calibration.result import Calibration
 from turbovlm.calibration.search import Best, Encoder, Shares, clearly_less, schedule_search, settings_search, tried
 from turbovlm.calibration.speed import speedup_of
 from turbovlm.calibration.targets import check_targets, nothing
-from turbovlm.config import AMOUNTS, READINGS, TurboConfig
-from turbovlm.diffusion.install import denoiser_of
+from turbovlm.config import AMOUNTS, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
+from turbovlm.ops.degree import default_alpha
+from turbovlm.patching import patches_on
 from turbovlm.profile.compare import check_integers
-from turbovlm.promise import Promise
 
 FEWEST = 2 * HELD
 EFFORT = 100
@@ -49,7 +50,7 @@ def calibrate(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
     **settings: Any,
-) -> TurboConfig:
+) -> Calibration:
     """The settings that keep most of what a model hands on, found on unlabelled images.
 
     Half of the images are searched on: which similarity, degree and partition, then how many tokens in which block. On
@@ -73,7 +74,7 @@ def calibrate(
         settings: fields of `TurboConfig` that are to stay as given, such as `dense=True`.
 
     Returns:
-        Settings with a list of `r`, for images of that size, and their `promise`.
+        Settings with a list of `r`, for images of that size, and what they promise.
 
     Raises:
         ConfigError: none or several of the targets, one out of reach (the message says what can be reached), too few
@@ -84,7 +85,7 @@ def calibrate(
     check_targets(flops, max_drift, speedup)
     _check(model)
     check_integers(effort=(effort, 1), batch=(batch, 1))
-    for name in (*AMOUNTS, *READINGS, "min_tokens", "thresholds", "grid", "promise"):
+    for name in (*AMOUNTS, "min_tokens", "thresholds", "grid"):
         if name in settings:
             raise ConfigError(f"{name}: calibrate finds how much is merged in the encoder, and nothing beside it")
     if settings.get("partition") == "grid":
@@ -112,9 +113,10 @@ def calibrate(
     if per_image:
         found = with_thresholds(subject, best.config, searched)
         if clearly_less(subject.drift(found, searched), best.drift):
-            held = promise_of(subject.drift(found, kept), mean_ratio(subject, encoder, found, kept), promise.curve)
-            return replace(_spelled_out(model, found), promise=replace(held, curve=promise.curve))
-    return replace(_spelled_out(model, best.config), promise=promise)
+            cost = mean_ratio(subject, encoder, found, kept)
+            held = promise_of(_spelled_out(model, found), subject.drift(found, kept), cost, promise.curve)
+            return replace(held, curve=promise.curve)
+    return promise
 
 
 class _Search:
@@ -190,7 +192,7 @@ def _check(model: Any) -> None:
         raise ConfigError(f"model: must be a torch.nn.Module, got {type(model).__name__}{other}")
     if model.training:
         raise TurboError("the model is in training mode: dropout would be taken for drift; call model.eval() first")
-    if any(True for _ in overrides(model)):
+    if any(True for _ in patches_on(model)):
         raise TurboError("this model is accelerated already: calibrate the model itself, after handle.remove()")
 
 
@@ -198,7 +200,7 @@ def _encoder(subject: Subject, base: TurboConfig) -> Encoder:
     """Read off the model with one token merged."""
     with apply(subject.model, replace(base, r=1, dense=True)) as handle:
         subject.look([0])
-        plans = handle._plans
+        plans: Any = handle.features
     depths = {plan.shape.depth for plan in plans}
     if len(depths) > 1:
         raise ConfigError(f"the model's encoders have {sorted(depths)} blocks: calibrate one of them at a time")
@@ -211,15 +213,23 @@ def _encoder(subject: Subject, base: TurboConfig) -> Encoder:
 def _spelled_out(model: nn.Module, config: TurboConfig) -> TurboConfig:
     """With what every `"auto"` came to, so that a later release does the same."""
     with apply(model, config) as handle:
-        plan = handle._plans[0]
-    return replace(plan.config, similarity=plan.similarity, guidance=plan.guidance)
+        feature: Any = handle.features[0]
+    alpha = config.alpha
+    if alpha is None and not callable(config.degree):
+        alpha = default_alpha(config.degree)
+    return replace(config, similarity=feature.similarity, guidance=feature.guidance, alpha=alpha)
 
 
-def _promise(subject: Subject, encoder: Encoder, best: Best, images: Sequence[int], speedup: float | None) -> Promise:
+def _promise(
+    subject: Subject, encoder: Encoder, best: Best, images: Sequence[int], speedup: float | None
+) -> Calibration:
     assert isinstance(best.config.r, tuple)
     curve = []
     for share in CURVE:
         found = tried(subject, encoder, best.config, best.shares, share, images)
         if found is not None:
             curve.append((share, found.mean))
-    return promise_of(subject.drift(best.config, images), round(encoder.ratio(best.config.r), 4), curve, speedup)
+    config = _spelled_out(subject.model, best.config)
+    return promise_of(
+        config, subject.drift(best.config, images), round(encoder.ratio(best.config.r), 4), curve, speedup
+    )

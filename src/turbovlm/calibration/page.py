@@ -6,8 +6,9 @@ import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from turbovlm.config import TurboConfig
+from turbovlm.calibration.result import Calibration
 from turbovlm.errors import TurboError
 
 _PAGE = """\
@@ -31,15 +32,9 @@ td:first-child, th:first-child {{ text-align: left; }} svg {{ max-width: 100%; h
 """
 
 
-def sentence(config: TurboConfig) -> str:
-    """What the settings promise.
-
-    Raises:
-        TurboError: they promise nothing.
-    """
-    promise = config.promise
-    if promise is None:
-        raise TurboError("these settings were not calibrated: they promise nothing")
+def sentence(calibration: Calibration) -> str:
+    """What the settings promise."""
+    promise = calibration
     faster = "" if promise.speedup is None else f", {promise.speedup:.2f} times faster as measured here"
     return (
         f"{promise.flops:.1%} of the encoder's multiply-accumulates are left{faster}. On {promise.images} images that "
@@ -48,19 +43,20 @@ def sentence(config: TurboConfig) -> str:
     )
 
 
-def write_page(config: TurboConfig, path: Path, title: str, command: str, about: str) -> None:
+def write_page(calibration: Calibration, path: Path, title: str, command: str, about: str) -> None:
     """Write the page.
 
     Raises:
-        TurboError: the settings promise nothing, or the file cannot be written.
+        TurboError: the file cannot be written.
     """
+    config: Any = calibration.config
     shown = {"degree": config.degree, "alpha": config.alpha, "similarity": config.similarity}
     shown |= {"partition": config.partition, "seed": config.seed, "dense": config.dense}
     amounts: Sequence[int] = config.r if isinstance(config.r, tuple) else ()
     text = _PAGE.format(
         title=escape(title),
-        promise=escape(sentence(config)),
-        curve=_curve(config),
+        promise=escape(sentence(calibration)),
+        curve=_curve(calibration),
         settings="".join(f"<tr><td>{name}</td><td>{escape(str(value))}</td></tr>" for name, value in shown.items()),
         blocks=_row("th", ["block", *map(str, range(len(amounts)))]) + _row("td", ["r", *map(str, amounts)]),
         command=escape(command),
@@ -76,12 +72,11 @@ def _row(cell: str, values: Sequence[str]) -> str:
     return f"<tr>{''.join(f'<{cell}>{value}</{cell}>' for value in values)}</tr>"
 
 
-def _curve(config: TurboConfig) -> str:
+def _curve(calibration: Calibration) -> str:
     """Drift over cost, as SVG."""
     from matplotlib.figure import Figure
 
-    promise = config.promise
-    assert promise is not None
+    promise = calibration
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.plot(*zip(*promise.curve), marker="o", markersize=4, color="#0b6e99")

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from turbovlm.calibration.bound import FEWEST as HELD
 from turbovlm.calibration.bound import promise_of
+from turbovlm.calibration.result import Calibration
 from turbovlm.calibration.search import clearly_less
 from turbovlm.calibration.targets import check_targets, nothing
-from turbovlm.config import TurboConfig
-from turbovlm.diffusion.install import LEAST_KEPT
+from turbovlm.config import LEAST_KEPT, DenoiseConfig
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.profile.compare import check_integers
-from turbovlm.profile.pictures import compare_pictures
+from turbovlm.profile.images import compare_images
 from turbovlm.profile.pipelines import WatchedPipeline, find_denoiser, inputs_of
-from turbovlm.promise import Promise
 
 FEWEST = 2 * HELD
 SLOPES = (1.0, 0.5, 0.0, 1.5)
@@ -62,7 +61,7 @@ def calibrate_pictures(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
     **settings: Any,
-) -> TurboConfig:
+) -> Calibration:
     """The settings that change a pipeline's pictures least, found on prompts.
 
     Half of the prompts are searched on: how much to merge in which resolution and in which parts of a block, and what
@@ -82,10 +81,10 @@ def calibrate_pictures(
         batch: pictures in a call.
         seed: of the first prompt's picture (the next has the next) and of the split.
         progress: told how many more pictures were made.
-        settings: fields of `TurboConfig` that are to stay as given.
+        settings: fields of `DenoiseConfig` that are to stay as given.
 
     Returns:
-        Settings with a list of `keep`, one for each resolution, and their `promise`.
+        Settings with a list of `keep`, one for each resolution, and what they promise.
 
     Raises:
         ConfigError: none or several of the targets, one out of reach (the message says what can be reached), too few
@@ -95,7 +94,7 @@ def calibrate_pictures(
     """
     check_targets(flops, max_drift, speedup)
     check_integers(steps=(steps, 1), batch=(batch, 1))
-    for name in ("r", "keep", "flops", "visual_keep", "cross_keep", "min_tokens", "promise"):
+    for name in ("keep", "min_tokens"):
         if name in settings:
             raise ConfigError(f"{name}: calibrate_pictures finds how much is merged, and nothing beside it")
     if len(prompts) < FEWEST or isinstance(prompts, str):
@@ -106,7 +105,7 @@ def calibrate_pictures(
     order = random.Random(seed).sample(range(len(prompts)), len(prompts))
     half = len(order) // 2
     searched, kept = sorted(order[:half]), sorted(order[half:])
-    search = PictureSearch(subject, TurboConfig(keep=1.0, **settings), searched, frozenset(settings))
+    search = PictureSearch(subject, DenoiseConfig(keep=1.0, **settings), searched, frozenset(settings))
     measured = None
     if flops is not None:
         best = search.at(flops)
@@ -115,14 +114,14 @@ def calibrate_pictures(
     else:
         assert speedup is not None
         best, measured = search.as_fast_as(speedup)
-    return replace(best.config, promise=_promise(subject, search, best, kept, measured))
+    return _promise(subject, search, best, kept, measured)
 
 
 @dataclass(frozen=True)
 class _Best:
     """The best so far, how its smaller resolutions compare, and the drift of each prompt searched on."""
 
-    config: TurboConfig
+    config: DenoiseConfig
     slope: float
     drift: Tensor
 
@@ -143,24 +142,24 @@ class PictureSubject:
     ) -> None:
         self.pipe, self.prompts, self.size, self.steps, self.inputs = pipe, prompts, size, steps, inputs
         self.batch, self.seed, self.progress = batch, seed, progress
-        self._costs: dict[TurboConfig | None, float] = {}
+        self._costs: dict[DenoiseConfig | None, float] = {}
         own = self.pictures(None, range(len(prompts)))
         if not own.isfinite().all():
             raise TurboError("the pipeline's own pictures are NaN or infinite; nothing was calibrated")
         self.mean = own.mean(dim=0)
         self.own = own - self.mean
 
-    def pictures(self, config: TurboConfig | None, places: Sequence[int]) -> Tensor:
+    def pictures(self, config: DenoiseConfig | None, places: Sequence[int]) -> Tensor:
         made = []
         for start in range(0, len(places), self.batch):
             some = places[start : start + self.batch]
             watched = self._watched(config, some)
             watched.draw()
-            made.append(watched.picture.float().cpu().flatten(1))
+            made.append(watched.image.float().cpu().flatten(1))
             self.progress(len(some))
         return torch.cat(made)
 
-    def drift(self, config: TurboConfig, places: Sequence[int]) -> Tensor:
+    def drift(self, config: DenoiseConfig, places: Sequence[int]) -> Tensor:
         """`[len(places)]`."""
         there = self.pictures(config, places) - self.mean
         found = 1 - torch.cosine_similarity(there, self.own[list(places)], dim=-1)
@@ -168,7 +167,7 @@ class PictureSubject:
             raise TurboError(f"the pictures are NaN or infinite with {config.amount}; nothing was calibrated")
         return found
 
-    def ratio(self, config: TurboConfig) -> float:
+    def ratio(self, config: DenoiseConfig) -> float:
         """Share of the denoiser's multiply-accumulates left, of one picture."""
         for each in (None, config):
             if each not in self._costs:
@@ -176,8 +175,8 @@ class PictureSubject:
                 self._costs[each] = self._watched(each, [0]).count(min(self.steps, max(2, refresh)))
         return self._costs[config] / self._costs[None]
 
-    def speedup(self, config: TurboConfig) -> float:
-        compared = compare_pictures(
+    def speedup(self, config: DenoiseConfig) -> float:
+        compared = compare_images(
             self.pipe,
             {"merged": config},
             size=self.size,
@@ -188,7 +187,7 @@ class PictureSubject:
         )
         return compared.speedup("merged").median
 
-    def _watched(self, config: TurboConfig | None, places: Sequence[int]) -> WatchedPipeline:
+    def _watched(self, config: DenoiseConfig | None, places: Sequence[int]) -> WatchedPipeline:
         prompts = [self.prompts[place] for place in places]
         given = inputs_of(self.pipe, self.size, len(places), self.steps, prompts, self.inputs)
         return WatchedPipeline(self.pipe, given, [self.seed + place for place in places], config)
@@ -198,7 +197,7 @@ class PictureSearch:
     """The three targets over one subject."""
 
     def __init__(
-        self, subject: PictureSubject, base: TurboConfig, places: Sequence[int], given: frozenset[str]
+        self, subject: PictureSubject, base: DenoiseConfig, places: Sequence[int], given: frozenset[str]
     ) -> None:
         self.subject, self.base, self.places, self.given = subject, base, places, given
 
@@ -245,7 +244,7 @@ class PictureSearch:
         found = self._tried(best.config, best.slope, flops)
         return found or best, measured
 
-    def _paced(self, speedup: float, config: TurboConfig, slope: float, flops: float) -> tuple[float, float]:
+    def _paced(self, speedup: float, config: DenoiseConfig, slope: float, flops: float) -> tuple[float, float]:
         """The share of multiply-accumulates whose measured speed-up comes nearest, and that speed-up."""
         least = self.subject.ratio(_kept(config, 0.0, slope))
         seen: list[tuple[float, float]] = []
@@ -260,14 +259,14 @@ class PictureSearch:
             flops *= measured / speedup
         return min(seen, key=lambda pair: abs(pair[1] / speedup - 1))
 
-    def _tried(self, config: TurboConfig, slope: float, flops: float) -> _Best | None:
+    def _tried(self, config: DenoiseConfig, slope: float, flops: float) -> _Best | None:
         """With as much kept as makes the cost; None where it cannot be met."""
         solved = self.solved(config, slope, flops)
         if abs(self.subject.ratio(solved) - flops) > NEAR:
             return None
         return _Best(solved, slope, self.subject.drift(solved, self.places))
 
-    def solved(self, config: TurboConfig, slope: float, flops: float) -> TurboConfig:
+    def solved(self, config: DenoiseConfig, slope: float, flops: float) -> DenoiseConfig:
         """As much kept as comes nearest to the cost, which is nearly linear in it."""
         ends = [(self.subject.ratio(_kept(config, kept, slope)), kept) for kept in (0.0, 1.0)]
         for _ in range(SOLVING):
@@ -286,7 +285,7 @@ class PictureSearch:
         return found if found is not None and clearly_less(found.drift, best.drift) else best
 
 
-def _kept(config: TurboConfig, kept: float, slope: float) -> TurboConfig:
+def _kept(config: DenoiseConfig, kept: float, slope: float) -> DenoiseConfig:
     """From the least that can be kept (0) to everything (1) of the largest resolution, and of three smaller ones."""
     lost = (1 - LEAST_KEPT) * (1 - kept)
     shares = (1 - min(lost * slope**level, 1 - LEAST_KEPT) for level in range(4))
@@ -295,10 +294,12 @@ def _kept(config: TurboConfig, kept: float, slope: float) -> TurboConfig:
 
 def _promise(
     subject: PictureSubject, search: PictureSearch, best: _Best, places: Sequence[int], speedup: float | None
-) -> Promise:
+) -> Calibration:
     curve = []
     for share in CURVE:
         solved = search.solved(best.config, best.slope, share)
         if abs(subject.ratio(solved) - share) <= NEAR:
             curve.append((share, subject.drift(solved, places).mean().item()))
-    return promise_of(subject.drift(best.config, places), round(subject.ratio(best.config), 4), curve, speedup)
+    return promise_of(
+        best.config, subject.drift(best.config, places), round(subject.ratio(best.config), 4), curve, speedup
+    )

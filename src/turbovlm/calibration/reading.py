@@ -11,13 +11,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.apply import apply, overrides
+from turbovlm.apply import apply
 from turbovlm.calibration.bound import FEWEST as HELD
 from turbovlm.calibration.bound import promise_of
+from turbovlm.calibration.result import Calibration
 from turbovlm.calibration.search import clearly_less
 from turbovlm.calibration.targets import nothing
-from turbovlm.config import READINGS, TurboConfig
+from turbovlm.config import READINGS, ReadConfig
 from turbovlm.errors import ConfigError, TurboError
+from turbovlm.patching import patches_on
 from turbovlm.profile.macs import macs
 
 FEWEST = 2 * HELD
@@ -44,7 +46,7 @@ def calibrate_reading(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
     **settings: Any,
-) -> TurboConfig:
+) -> Calibration:
     """The settings of `visual_keep` that change least what a language model says next, found on prompts with images.
 
     Half of the prompts are searched on, with the other half it is measured what can be promised. Drift is 1 − cosine of
@@ -57,7 +59,7 @@ def calibrate_reading(
         max_drift: the fewest tokens whose mean drift is not above it.
         seed: of the split.
         progress: told how many more prompts went through the model.
-        settings: fields of `TurboConfig` that are to stay as given, such as `r` inside the vision tower.
+        settings: fields of `ReadConfig` that are to stay as given, such as `r` inside the vision tower.
 
     Returns:
         Settings and their `promise`, whose `flops` are those of a prompt through the whole model.
@@ -69,7 +71,7 @@ def calibrate_reading(
         TurboError: a model in training mode or accelerated already, or whose logits are NaN.
     """
     _check(model, prompts, visual_keep, max_drift, settings)
-    base = TurboConfig(visual_keep=START if visual_keep is None else visual_keep, **settings)
+    base = ReadConfig(visual_keep=START if visual_keep is None else visual_keep, **settings)
     apply(model, base).remove()
     subject = _Subject(model, prompts, progress or nothing)
     order = random.Random(seed).sample(range(len(prompts)), len(prompts))
@@ -87,10 +89,10 @@ def calibrate_reading(
         (subject.ratio(config), subject.drift(config, kept).mean().item())
         for config in (replace(best, visual_keep=share) for share in SHARES)
     ]
-    return replace(best, promise=promise_of(subject.drift(best, kept), subject.ratio(best), curve))
+    return promise_of(best, subject.drift(best, kept), subject.ratio(best), curve)
 
 
-def _fewest_within(subject: _Subject, config: TurboConfig, max_drift: float, places: Sequence[int]) -> TurboConfig:
+def _fewest_within(subject: _Subject, config: ReadConfig, max_drift: float, places: Sequence[int]) -> ReadConfig:
     best = None
     for share in SHARES:
         found = replace(config, visual_keep=share)
@@ -112,14 +114,14 @@ def _check(model: Any, prompts: Any, visual_keep: Any, max_drift: Any, settings:
         raise ConfigError(f"give exactly one of visual_keep and max_drift: got {given}")
     if max_drift is not None and (isinstance(max_drift, bool) or not 0 < max_drift < 1):
         raise ConfigError(f"max_drift={max_drift!r}: must be in (0, 1); 0 is the model itself")
-    for name in ("promise", *(name for name in READINGS if name != "visual_keep")):
+    for name in (name for name in READINGS if name != "visual_keep"):
         if name in settings:
             raise ConfigError(f"{name}: calibrate_reading finds visual_keep, and nothing beside it")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
         raise TurboError("the model is in training mode: dropout would be taken for drift; call model.eval() first")
-    if any(True for _ in overrides(model)):
+    if any(True for _ in patches_on(model)):
         raise TurboError("this model is accelerated already: calibrate the model itself, after handle.remove()")
     if isinstance(prompts, Mapping) or not all(isinstance(prompt, Mapping) for prompt in prompts):
         raise ConfigError("prompts: must be a list of what the model takes, each a mapping of one prompt's tensors")
@@ -142,7 +144,7 @@ class _Subject:
         self.mean = own.mean(dim=0)
         self.own = own - self.mean
 
-    def drift(self, config: TurboConfig, places: Sequence[int]) -> Tensor:
+    def drift(self, config: ReadConfig, places: Sequence[int]) -> Tensor:
         """`[len(places)]`."""
         with apply(self.model, config):
             logits = self._logits(places)
@@ -151,7 +153,7 @@ class _Subject:
             raise TurboError(f"the model's logits are NaN or infinite with {config.amount}; nothing was calibrated")
         return found
 
-    def ratio(self, config: TurboConfig) -> float:
+    def ratio(self, config: ReadConfig) -> float:
         """Share of the multiply-accumulates left, of the first prompt through the whole model."""
         own = macs(self.model, **self.prompts[0])
         with apply(self.model, config):

@@ -8,7 +8,8 @@ from turbovlm.apply import apply
 from turbovlm.calibration.drift import Subject
 from turbovlm.calibration.handing import some_of
 from turbovlm.config import TurboConfig
-from turbovlm.profile.compare import ratios, twin
+from turbovlm.profile.compare import twin
+from turbovlm.profile.comparison import ratios
 from turbovlm.profile.timing import interleaved
 
 ROUNDS, WARMUP = 7, 1

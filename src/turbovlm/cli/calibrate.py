@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
+from typing import Any
 
-from turbovlm.errors import ConfigError, TurboError
+from turbovlm.errors import TurboError
 
 EFFORT, MOST_PICTURES = 100, 256
 
@@ -64,34 +65,34 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import turbovlm
-    from turbovlm.calibration.loading import load
     from turbovlm.calibration.page import sentence, write_page
     from turbovlm.cli.images import picture_files, read_picture
-    from turbovlm.cli.measuring import check_numbers, device_named, progress_bar, versions_used
-    from turbovlm.loading import Where
+    from turbovlm.cli.measuring import check_file, check_numbers, device_named, progress_bar, versions_used
+    from turbovlm.loading import ModelSpec
+    from turbovlm.loading.processors import load_for_images
 
     check_numbers(args, "limit", "effort", "batch")
     if importlib.util.find_spec("matplotlib") is None:
         raise TurboError("the page needs matplotlib: pip install 'turbovlm[plot]'")
     out = Path(args.out)
-    if out.suffix != ".json":
-        raise ConfigError(f"--out {out}: must end in .json")
-    if not out.resolve().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no such folder")
+    check_file("--out", args.out, (".json",))
+    check_file("--out", str(out.with_suffix(".html")))
     files = picture_files(Path(args.images), args.limit)
-    model, prepare = load(Where(args.model, device_named(args.device), getattr(torch, args.dtype)))
+    spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
+    model, prepare = load_for_images(spec)
     images = prepare([read_picture(file) for file in files])
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
     how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}
     with progress_bar(len(files) // 2 * (args.effort + 20), "calibrating") as advance:
-        config = turbovlm.calibrate(model, images, **target, **how, progress=advance)
-    config.save(out)
+        found = turbovlm.calibrate(model, images, **target, **how, progress=advance)
+    found.save(out)
+    config: Any = found.config
     used = ", ".join(f"{name} {version}" for name, version in versions_used().items())
     about = f"{len(files)} pictures of {args.images}; {used}; {datetime.now(timezone.utc):%Y-%m-%d}"
     command = shlex.join(["turbovlm", *sys.argv[1:]])
-    write_page(config, out.with_suffix(".html"), f"{args.model}, calibrated", command, about)
+    write_page(found, out.with_suffix(".html"), f"{args.model}, calibrated", command, about)
     console = Console()
-    console.print(sentence(config))
+    console.print(sentence(found))
     console.print(f"tokens merged in each block{', on average' if config.thresholds else ''}: {config.r}")
     console.print(f"settings: {out}; the curve: {out.with_suffix('.html')}")
     return 0

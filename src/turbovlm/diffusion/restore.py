@@ -1,4 +1,4 @@
-"""What a position gets back besides its token's result: what linear regression says of the difference, or less of it.
+"""What every position gets back behind a part: its token's result, and what linear regression says of the difference.
 
 A feed-forward is smooth: tokens that are close come to results that are close, and how these differ is nearly linear in
 how the tokens do. The merged tokens and their results, which are there anyway, tell that linear map.
@@ -6,17 +6,29 @@ how the tokens do. The merged tokens and their results, which are there anyway, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.ops.matching import Merge
+from turbovlm.diffusion.families import Part
+from turbovlm.ops.merging import Merge
 
 RIDGE = 0.3
 """Added to the variance of every direction, as a share of the mean one."""
 
 SAMPLES = 0.5
 """Most tokens that the regression sees, per direction; and it never sees more than positions are gone."""
+
+
+def restore_copies(part: Part, merge: Merge, out: Any) -> Any:
+    """Every position with its token's result; the text's tokens, and outputs that are not the image's, as they are."""
+    if not isinstance(out, Tensor):
+        return tuple(merge.unmerge(each) if i in part.restored else each for i, each in enumerate(out))
+    words = out.shape[1] - merge.sizes.shape[1]
+    if words == 0:
+        return merge.unmerge(out)
+    return torch.cat([out[:, :words], merge.unmerge(out[:, words:])], dim=1)
 
 
 def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tensor:
@@ -31,7 +43,7 @@ def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tens
     Returns:
         `[batch, N, out_width]`, in the dtype of `out`.
     """
-    samples = min(out.shape[1], int(SAMPLES * x.shape[2]), merge.gone.shape[1])
+    samples = min(out.shape[1], int(SAMPLES * x.shape[2]), merge.src.shape[1])
     across, weights = (factor.to(out.dtype) for factor in linear_map(merged, out, max(1, samples)))
     places = _moved(merge) + torch.arange(len(x), device=x.device).unsqueeze(1) * x.shape[1]
     flat = places.flatten()
@@ -42,8 +54,8 @@ def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tens
 
 def _moved(merge: Merge) -> Tensor:
     """The positions whose token is not theirs alone, those gone and where they went, `[batch, ≤ 2r]`; each once."""
-    largest = merge.sizes.topk(min(merge.gone.shape[1], merge.sizes.shape[1])).indices
-    return torch.cat([merge.gone, merge.kept.gather(1, largest)], dim=1)
+    largest = merge.sizes.topk(min(merge.src.shape[1], merge.sizes.shape[1])).indices
+    return torch.cat([merge.src, merge.kept.gather(1, largest)], dim=1)
 
 
 @torch.no_grad()
@@ -64,13 +76,3 @@ def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tenso
         ridge = RIDGE * samples * z.square().mean(dim=(1, 2)).clamp_min(1e-6)  # of equal tokens, too
         system = products + ridge.view(-1, 1, 1) * torch.eye(samples, dtype=precise, device=out.device)
         return z.transpose(1, 2), torch.cholesky_solve(y, torch.linalg.cholesky_ex(system).L)
-
-
-def likeness(merge: Merge, x: Tensor, merged: Tensor) -> Tensor:
-    """Cosine of each position's own tokens and the one it went into, `[batch, N, 1]`, at least 0; 1 of those alone.
-
-    The share of its token's result that a position takes by equation (14): the less alike, the more stays its own.
-    """
-    cosine = F.cosine_similarity(x, merge.unmerge(merged), dim=-1).unsqueeze(-1).clamp_min(0)
-    alone = merge.unmerge(merge.sizes.unsqueeze(-1)) == 1
-    return torch.where(alone, torch.ones((), dtype=cosine.dtype, device=cosine.device), cosine)
