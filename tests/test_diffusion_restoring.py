@@ -111,13 +111,30 @@ def test_weighted_positions_take_less():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "pixart"])
-def test_weighted_restoring_of_every_kind_of_part(name):
-    model, inputs = DENOISERS[name](), DENOISERS[name].inputs(2, 32, 32)
-    plain, made = model(**inputs, return_dict=False)[0], {}
+def test_weighted_restoring_of_a_feed_forward(name):
+    """Equation (14) for the first that merges: of its token's result, each position takes as much as it is alike."""
+    from diffusers.models.attention import FeedForward
+
+    model, inputs, first = DENOISERS[name](), DENOISERS[name].inputs(2, 32, 32), {}
+
+    def record(module, args, kwargs, out):
+        merged = len(out[0].unique(dim=0)) < len(out[0]) or restore == "weighted"
+        if merged and restore not in first and (restore == "copy" or module is first["copy"][0]):
+            first[restore] = module, args[0] if args else kwargs["hidden_states"], out
+
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.register_forward_hook(record, with_kwargs=True)
     for restore in ("copy", "weighted"):
-        with turbovlm.apply(model, keep=0.5, restore=restore):
-            made[restore] = model(**inputs, return_dict=False)[0]
-    assert made["weighted"].shape == plain.shape and not torch.equal(made["weighted"], made["copy"])
+        with turbovlm.apply(model, keep=0.5, components=["ffn"], restore=restore):
+            model(**inputs, return_dict=False)
+    (_, x, copied), (_, _, weighted) = first["copy"], first["weighted"]
+    for b in range(2):
+        _, token, sizes = copied[b].unique(dim=0, return_inverse=True, return_counts=True)
+        assert len(sizes) == len(token) // 2
+        mean = torch.zeros(len(sizes), x.shape[-1]).index_add(0, token, x[b]) / sizes.unsqueeze(1)
+        share = torch.cosine_similarity(x[b], mean[token], dim=-1).clamp_min(0).masked_fill(sizes[token] == 1, 1)
+        torch.testing.assert_close(weighted[b], copied[b] * share.unsqueeze(1), rtol=1e-4, atol=1e-5)
 
 
 def test_restore_is_checked():

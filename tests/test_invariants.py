@@ -17,6 +17,11 @@ from families import FAMILIES, Family
 from turbovlm import StateError
 
 EACH = pytest.mark.parametrize("name", FAMILIES)
+STRUCTURES = ("timm_vit", "timm_eva02", "clip", "dinov3", "torchvision")
+"""Families whose blocks differ in more than names: packed projections, rotary positions, registers, no packing."""
+EACH_PROGRAM = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in STRUCTURES else pytest.mark.slow) for name in FAMILIES]
+)
 FLOAT32_POSITIONS = "apply tries DINOv3's blocks with positions in float32, which those in half precision refuse"
 
 
@@ -146,7 +151,7 @@ def real_tokens(name, inputs, source):
     return torch.ones(source.shape) if mask is None else mask.float()
 
 
-@EACH
+@EACH_PROGRAM
 @torch.no_grad()
 def test_compiles_once_per_shape(tower, name):
     with turbovlm.apply(tower, r=5):
@@ -161,7 +166,7 @@ def test_compiles_once_per_shape(tower, name):
         assert counter.frame_count == 2
 
 
-@EACH
+@EACH_PROGRAM
 @torch.no_grad()
 def test_exports(tower, name):
     with turbovlm.apply(tower, r=5):
