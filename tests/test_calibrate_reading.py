@@ -74,6 +74,7 @@ def test_what_keeps_most_at_so_many_tokens(case, tmp_path):
     assert TurboConfig.load(tmp_path / "turbo.json") == config
 
 
+@pytest.mark.slow
 def test_the_fewest_tokens_within_a_tolerance(case):
     """Of shares that go down from 0.9, the last before the mean drift is first above the tolerance."""
     model, prompts = case
@@ -88,6 +89,10 @@ def test_the_fewest_tokens_within_a_tolerance(case):
             if drifts[share] > max_drift:
                 break
         assert found.visual_keep == [share for share, drift in drifts.items() if drift <= max_drift][-1]
+
+
+def test_a_tolerance_out_of_reach(case):
+    model, prompts = case
     with pytest.raises(ConfigError, match=r"max_drift=1e-12 is out of reach: with 90% of the visual tokens it is 0\."):
         turbovlm.calibrate_reading(model, prompts, max_drift=1e-12)
 

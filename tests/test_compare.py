@@ -94,6 +94,7 @@ def test_inputs_by_name_and_in_sequence():
     assert by_name.run("r=2").macs == in_sequence.run("r=2").macs
 
 
+@pytest.mark.slow
 def test_compiled_versions(vit, images):
     torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit

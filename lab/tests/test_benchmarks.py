@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
