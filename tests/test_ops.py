@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -249,8 +247,3 @@ def test_merging_is_differentiable(reduce):
     merge = match(x.detach(), 3, prefix=1, degree="redundancy", reduce=reduce)
     assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t)), (x,))
     assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t).exp(), merge.lost(t, merge.merge(t))), (x,))
-    if reduce == "keep_norm":
-        return
-    assert math.isclose(
-        merge.merge(x).sum(dim=1).sum().item(), (x * merge.weights[..., None]).sum().item(), rel_tol=1e-9
-    )
