@@ -7,8 +7,8 @@
 
 Parts: `checks`: the kernels against the plain path, every attention route against float64, and a whole encoder in a
 CUDA graph against itself outside of one. `routes`: which exact way of attending is fastest, per shape and dtype; what
-wins here belongs in `turbovlm.ops.dispatch.fastest_attention`. `kernels`: similarity and merge, Triton against the
-plain path. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, by the route that the library chooses
+wins here belongs in `turbovlm.ops.dispatch.fastest_attention`. `kernels`: similarity and merge, Triton against plain
+operators. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, by the route that the library chooses
 and by others, and beside ToMe. `graphs`: the same encoders captured in CUDA graphs, where launches cost nothing, at
 batch 1, 8 and 64.
 """

@@ -29,9 +29,10 @@ OWN_ALPHA = {"weighted_distance": 1.0}  # 2 for all others
 
 @dataclass(frozen=True)
 class Block:
-    """R and E of the candidates, A `[N]`; of the M left, whose place each has, token, size; the place of each N."""
+    """R, partner and E of the candidates, A `[N]`; of the M left, whose place, token, size; the place of each N."""
 
     candidates: list[int]
+    partners: list[int]
     redundancy: Tensor
     semantic: Tensor
     degree: Tensor
@@ -127,7 +128,8 @@ def merging_block(
         E = DEGREES[degree](R, A[candidates], OWN_ALPHA.get(degree, 2.0) if alpha is None else alpha)
     ranked = E.masked_fill(s[candidates] == 0, torch.inf)  # padding goes before all else
     chosen = [candidates[i] for i in ranked.argsort(descending=True, stable=True)[:r]]
-    return Block(candidates, R, A, ranked, *merge(x, s, {i: partner[i] for i in chosen}, windows, order, reduce))
+    merged = merge(x, s, {i: partner[i] for i in chosen}, windows, order, reduce)
+    return Block(candidates, [partner[i] for i in candidates], R, A, ranked, *merged)
 
 
 def clamped(r: int, tokens: int, prefix: int, min_tokens: int) -> int:

@@ -142,6 +142,7 @@ def test_versions_alternate_and_share_weights(pipe, monkeypatch):
     assert order == [first, second, second, first, first, second]
 
 
+@pytest.mark.slow
 def test_compiled_versions(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

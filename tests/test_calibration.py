@@ -285,7 +285,7 @@ def test_from_the_command_line(folder, vit, capsys, monkeypatch):
         (["./none", "pictures", "--flops", "0.5"], "there is no such folder"),
         (["zoo:emoji", "pictures", "--flops", "0.5"], "makes images, and takes none"),
         (["./vit", "pictures", "--flops", "0.5", "--out", "turbo.txt"], "must end in .json"),
-        (["./vit", "pictures", "--flops", "0.5", "--out", "none/turbo.json"], "there is no such folder"),
+        (["./vit", "pictures", "--flops", "0.5", "--out", "none/turbo.json"], "there is no folder none"),
         (["./vit", "pictures", "--flops", "0.5", "--effort", "0"], "--effort 0: must be an integer ≥ 1"),
         (["./vit", "pictures", "--flops", "0.5", "--limit", "20"], "images: 20 are too few, at least 30"),
     ],

@@ -305,6 +305,19 @@ def test_importing_the_library_imports_nothing_optional():
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_the_library_imports_no_compiler():
+    """They take ten times as long to import as all the rest."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import turbovlm, turbovlm.ops\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'triton', 'sympy', 'torch.onnx', 'torch.utils.flop_counter'}\n"
+        "print(sorted(heavy & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "turbovlm", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("turbovlm 0.")

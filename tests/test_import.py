@@ -1,4 +1,4 @@
-"""`import turbovlm` brings little, and a feature is imported when a model needs it. Modules are counted, not seconds."""
+"""`import turbovlm` brings little; a feature is imported when a model needs it. Modules are counted, not seconds."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_short_features_are_normalised_as_by_torch():
     torch.testing.assert_close(redundancy, mutual_redundancy(features, partition)[0], rtol=0, atol=5e-6)
 
 
-def test_of_equally_similar_partners_the_first_is_chosen():
+def test_of_equally_similar_destinations_the_first_is_chosen():
     features = randn(1, 200, 64).sign()
     destinations = torch.arange(100, 200, device=DEVICE)
     features[:, 120:] = features[:, 100:180].clone()  # each again 20 columns on, and past the block of 64
@@ -169,6 +169,7 @@ def test_the_merge_is_that_of_the_plain_path(order, reduce, sized, dtype):
     check_merge(randn(2, 50, 72, dtype=dtype), merge, told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "r", "kind"),
     [
@@ -186,6 +187,7 @@ def test_the_merge_at_awkward_sizes(batch, tokens, width, r, kind, order):
     check_merge(randn(batch, tokens, width), merge, told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_candidates_may_go_into_one_destination(dtype):
     sizes = torch.rand(1, 300, generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -252,6 +254,7 @@ def test_gradients_of_means_that_keep_their_norm_take_the_plain_path(monkeypatch
         kernels.merge_tokens(x, *merged(2, 17, partition, 6, reduce="keep_norm")[1])
 
 
+@pytest.mark.slow
 def test_the_operators_keep_to_their_contracts():
     partition = split(17)
     for index in (partition, own_split(2, 17, 8)):
@@ -321,7 +324,9 @@ def test_degrees_are_those_of_the_plain_path(tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "r"), [(3, 1), (50, 0), (50, 16), (131, 65), (1300, 400)])
+@pytest.mark.parametrize(
+    ("tokens", "r"), [(3, 1), (50, 0), (50, 16), (131, 65), pytest.param(1300, 400, marks=pytest.mark.slow)]
+)
 def test_those_of_highest_degree_are_chosen(tokens, r, dtype):
     for partition in (split(tokens), own_split(2, tokens, tokens - 1 - max(r, 1))):
         degree = randn(2, count(partition.candidates), dtype=dtype)
@@ -360,7 +365,9 @@ def test_means_of_bags_are_those_of_the_plain_path(dtype, monkeypatch):
     torch.library.opcheck(kernels.mean_of_bags.operator, (randn(2, 50, 72), *merge._bags))
 
 
-ATTENTION = [(197, 64), (50, 32), (17, 88), (129, 128), (1, 64), (300, 40), (65, 80), (33, 24)]
+ATTENTION = [(50, 32), (17, 88), (1, 64)]
+LARGER = [(197, 64), (129, 128), (300, 40), (65, 80), (33, 24)]
+ATTENTION += [pytest.param(*size, marks=pytest.mark.slow) for size in LARGER]
 
 
 def heads(tokens, head_dim, dtype):
@@ -395,6 +402,7 @@ def test_attention_rows_of_a_guide(tokens, head_dim, dtype):
         torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_attention_operators_keep_to_their_contracts():
     q, k, v, bias = heads(17, 32, torch.float16)
     torch.library.opcheck(kernels.biased_attention.operator, (q, k, v, bias, 0.2))
@@ -418,6 +426,7 @@ def test_only_what_the_kernels_take_is_usable():
     assert not kernels.usable(randn(1, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_the_module_can_be_imported_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None; import torch; from turbovlm.ops import kernels; "
@@ -426,6 +435,7 @@ def test_the_module_can_be_imported_without_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,7 +100,7 @@ def test_the_most_redundant_go_into_their_most_similar_partner(tokens, prefix, s
             assert merge.source[b, i] == merge.source[b, destination]
 
 
-def test_the_published_order_is_unmerged_candidates_then_partners():
+def test_the_published_order_is_unmerged_candidates_then_destinations():
     x = features_of(1, 9, 0)
     merge = match(x, 2, prefix=1, degree="redundancy")
     kept = merge.kept[0].tolist()
@@ -249,8 +247,3 @@ def test_merging_is_differentiable(reduce):
     merge = match(x.detach(), 3, prefix=1, degree="redundancy", reduce=reduce)
     assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t)), (x,))
     assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t).exp(), merge.lost(t, merge.merge(t))), (x,))
-    if reduce == "keep_norm":
-        return
-    assert math.isclose(
-        merge.merge(x).sum(dim=1).sum().item(), (x * merge.weights[..., None]).sum().item(), rel_tol=1e-9
-    )

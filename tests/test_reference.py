@@ -107,13 +107,15 @@ def test_rotary_positions(r, similarity, order, restore):
     tokens=st.integers(4, 30),
     lengths=st.lists(st.integers(2, 30), min_size=1, max_size=3),
     guidance=st.sampled_from(["cls", "mean"]),
-    **{name: strategy for name, strategy in SETTINGS.items() if name not in ("order", "restore")},
+    **{name: strategy for name, strategy in SETTINGS.items() if name not in ("order", "reduce", "restore")},
+    reduce=st.sampled_from(["merge", "keep_norm"]),
     restore=st.sampled_from(["copy", "residual"]),
 )
 def test_padded_texts(tokens, lengths, **chosen):
     """Padding goes first, weighs nothing and is attended by nobody. Of itself nothing is said.
 
-    All padding is of equal degree, so which of it goes is open; in spatial order no word's place depends on it.
+    All padding is of equal degree, so which of it goes is open: in spatial order no word's place depends on it, and
+    what is left of it is all alike, unless it is pruned.
     """
     mask = torch.stack([torch.arange(tokens) < length for length in lengths]).long()
     # all different, so that no two words are alike

@@ -12,6 +12,9 @@ import torch
 
 from turbovlm.ops import size_bias
 
+pytestmark = pytest.mark.slow
+
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 

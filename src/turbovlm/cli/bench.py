@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,9 @@ With --pretrained, every version makes the images of the same prompts and seeds,
 drift (root mean square error of the last latent over that of the latent itself) and PSNR of the decoded image.
 Random weights say nothing about images, so there both are left out. One image is a small sample: --batch 8.
 """
+
+WIDTH = 80
+"""Columns of a line of results, so that they can be read in any terminal."""
 
 _IMAGES_ONLY = ("steps", "refresh", "components", "prompt", "seed", "guidance_scale")
 
@@ -184,7 +188,9 @@ class Results:
             drift: whether to show how images changed.
         """
         self.comparisons[name] = comparison
-        print(f"{self.args.model}, {title}{self.settings}\n{comparison.table(drift=drift)}\n{comparison.conditions}\n")
+        print(f"{self.args.model}, {title}{self.settings}")
+        print(comparison.table(drift=drift))
+        print(textwrap.fill(comparison.conditions, WIDTH), end="\n\n")
 
     def write(self) -> None:
         """Write the plot and the JSON that were asked for.

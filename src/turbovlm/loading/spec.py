@@ -122,7 +122,9 @@ def library_errors(spec: ModelSpec) -> Iterator[None]:
     if spec.name.startswith((".", "/")) and not Path(spec.name).exists():
         raise TurboError(f"{spec.text}: there is no such folder")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that we use for the sake of older releases
+            yield
     except TurboError:
         raise
     except Exception as error:  # every library and file format has its own kinds
@@ -132,16 +134,14 @@ def library_errors(spec: ModelSpec) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_remarks() -> Iterator[None]:
-    """Silence what libraries say of random weights, of deprecations, and of downloads whose failure ends in an error.
+    """Silence what libraries log of random weights, and of downloads whose failure ends in an error.
 
     Only for random weights: what a library says of weights that it does not find must be read.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
+        yield
     finally:
         logging.disable(before)
 

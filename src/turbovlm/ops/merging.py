@@ -81,7 +81,7 @@ class Merge:
         With `keep_norm` each is as long as its parts are on average; a token that nothing joined is bit for bit itself.
         """
         if dispatch.has_bags(x):
-            # Dynamo cannot write into the cache of a property
+            # a graph that is compiled caches nothing: its tensors are not there yet
             bags = self._sort_into_bags() if torch.compiler.is_compiling() else self._bags
             mean = dispatch.mean_of_bags(x, *bags)
         else:
