@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import turbovlm
-from turbovlm import TurboConfig
+from turbovlm import ReadConfig
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from vlms import (
     NEW,
@@ -212,7 +212,7 @@ def test_tokens_are_averaged_by_size():
 
     features = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
     semantic = torch.rand(2, 30, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    found = select(features, semantic, 5, TurboConfig(visual_keep=5).settled("weighted_difference"))
+    found = select(features, semantic, 5, ReadConfig(5))
     merged = found.take(features)
     for image in range(2):
         for k in range(5):
@@ -275,7 +275,7 @@ def test_what_disagrees_keeps_the_librarys_error(llava):
 @pytest.mark.parametrize("keep", [0, 0.0, 1.5, -1, True, "half"])
 def test_impossible_shares(keep):
     with pytest.raises(ConfigError, match="visual_keep="):
-        TurboConfig(visual_keep=keep)
+        ReadConfig(keep)
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import turbovlm
-from turbovlm import TurboConfig
+from turbovlm import ReadConfig
 from turbovlm.cli import main
 from turbovlm.errors import TurboError, UnsupportedModelError
-from turbovlm.vlm.attention import detach
-from turbovlm.vlm.install import plan_reading
+from turbovlm.vlm.install import find_reading
+from turbovlm.vlm.marks import ATTENTION
 from vlms import (
     PAD,
     SPECIAL,
@@ -89,8 +89,8 @@ def test_a_videos_attention_is_that_of_its_frames(name):
     else:
         alone = [{"pixel_values_videos": frame} for frame in whole["pixel_values_videos"].split(1, dim=1)]
     with turbovlm.apply(model, visual_keep=0.5):
-        (found,) = detach(model.get_video_features(**whole, return_dict=True))[1]
-        each = [detach(model.get_video_features(**frame, return_dict=True))[1][0] for frame in alone]
+        (found,) = getattr(model.get_video_features(**whole, return_dict=True), ATTENTION)
+        each = [getattr(model.get_video_features(**frame, return_dict=True), ATTENTION)[0] for frame in alone]
     wanted = torch.cat(each if name.startswith("qwen") else [frame[:-1] for frame in each])
     torch.testing.assert_close(found[: len(wanted)], wanted, rtol=0, atol=1e-6)
     assert not any(torch.equal(each[0], other) for other in each[1:])
@@ -250,7 +250,7 @@ def test_an_older_library(monkeypatch):
 @pytest.mark.parametrize("which", ["part", "guide", "tower"])
 def test_a_forward_that_another_library_has_set(which):
     model = seeded(lambda: blip("ConditionalGeneration")) if which == "tower" else made("llava")[1]
-    guide = plan_reading(model, TurboConfig(visual_keep=0.5)).guide
+    guide = find_reading(model, ReadConfig(0.5)).guide
     module = model.get_submodule({"tower": "vision_model", "part": "model", "guide": f"model.{guide}"}[which])
     module.forward = functools.partial(type(module).forward, module)
     with pytest.raises(TurboError, match="a forward of its own"):

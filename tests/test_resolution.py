@@ -65,7 +65,7 @@ def test_what_cannot_be_done_says_why(qwen, tokenizer):
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    with pytest.raises(ConfigError, match="makes 256 tokens of this picture in smaller sizes, and nothing near 128"):
+    with pytest.raises(ConfigError, match="makes 256 tokens of this image in smaller sizes, and nothing near 128"):
         downsample(llava, picture, 0.5)
     with pytest.raises(UnsupportedModelError, match="CLIPProcessor does not say"):
         downsample(

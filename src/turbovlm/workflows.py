@@ -47,7 +47,7 @@ def configs_from(configs: Sequence[Any], settings: Mapping[str, Any], denoises: 
     kinds = [type(config).__name__ for config in found]
     if len(set(kinds)) < len(kinds):
         raise ConfigError(f"several of one kind: {', '.join(kinds)}; give one config of each at most")
-    return tuple(found)
+    return tuple(sorted(found, key=lambda config: list(ABOUT).index(type(config))))
 
 
 def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tuple[Config, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turbovlm.encoder.towers import find_towers
 from turbovlm.errors import ConfigError, UnsupportedModelError
-from turbovlm.vlm.families import reader_of
+from turbovlm.registry import family_of
 
 Measure = Callable[[nn.Module, Any], Any]
 """`(model, inputs) -> features`: a tensor `[batch, width]` or `[batch, tokens, width]`, or several."""
@@ -26,7 +26,7 @@ def default_measure(model: nn.Module) -> Measure:
     Raises:
         UnsupportedModelError: several vision encoders, of which it is not known what is read.
     """
-    if any(reader_of(part) is not None for part in model.modules()):
+    if any(family_of("vlm", part) is not None for part in model.modules()):
         towers = find_towers(model)
         if len(towers) > 1:
             names = ", ".join(tower.name for tower in towers)

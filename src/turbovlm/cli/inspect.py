@@ -102,20 +102,20 @@ def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Sch
 def _reading(model: Any, config: TurboConfig, pixels: int | None, schedules: list[Schedule]) -> dict[str, Any]:
     """What the language model reads of one image, by words and numbers."""
     from turbovlm.vlm.families import native_pixels, tokens_per_image
-    from turbovlm.vlm.install import plan_reading
+    from turbovlm.vlm.install import find_reading
     from turbovlm.vlm.select import kept_count
 
-    plan = plan_reading(model, config)
-    part = model.get_submodule(plan.name) if plan.name else model
-    pixels = native_pixels(plan.reader, part) if pixels is None else pixels
-    tokens = tokens_per_image(plan.reader, part, pixels)
-    if plan.reader.across and schedules:  # merged in the tower, and not restored
-        tokens = schedules[0].tokens[-1] - plan.prefix
+    feature = find_reading(model, config)
+    part = model.get_submodule(feature.part)
+    pixels = native_pixels(feature.family, part) if pixels is None else pixels
+    tokens = tokens_per_image(feature.family, part, pixels)
+    if feature.family.cross_attention and schedules:  # merged in the tower, and not restored
+        tokens = schedules[0].tokens[-1] - feature.prefix
     assert config.visual_keep is not None
     return {
-        "family": plan.reader.family,
-        "guide": f"{plan.name}.{plan.guide}".lstrip("."),
-        "guidance": plan.guidance,
+        "family": feature.family.family,
+        "guide": f"{feature.part}.{feature.guide}".lstrip("."),
+        "guidance": feature.guidance,
         "pixels": pixels,
         "tokens": [tokens, kept_count(config.visual_keep, tokens)],
     }

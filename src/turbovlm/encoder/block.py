@@ -207,7 +207,7 @@ def _heads(
         flat = tuple(project(normed) for project in parts.project)
     q, k, v = (each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)
     q, k = _normed(parts.query_norm, q), _normed(parts.key_norm, k)
-    content = q if config.similarity == "queries" else k
+    content = q if getattr(config, "similarity", None) == "queries" else k
     if layout.rotary is not None:
         q, k = layout.rotary(block, q, k, state.home, arguments)
     attended = state.attended(config.proportional)

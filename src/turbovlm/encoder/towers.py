@@ -195,14 +195,14 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
     module, layout = modules[name], found[0][2]
     around = tuple(modules[n] for n in reversed(_ancestors(name)))
     part = next((ancestor for ancestor in around if family_of("vlm", ancestor)), None)
-    reader = None if part is None else family_of("vlm", part)
-    if part is not None and reader is not None and reader.inside:
+    vlm = None if part is None else family_of("vlm", part)
+    if part is not None and vlm is not None and vlm.merges_inside:
         if several_layers(part):
             raise UnsupportedModelError(
-                f"{name} cannot lose tokens: {reader.family} reads several blocks' outputs; visual_keep shortens what "
+                f"{name} cannot lose tokens: {vlm.family} reads several blocks' outputs; visual_keep shortens what "
                 "the language model reads"
             )
-        found = found[: len(found) + reader.guide(part) + 1]
+        found = found[: len(found) + vlm.guide(part) + 1]
         restore = True
     else:
         for ancestor in around:

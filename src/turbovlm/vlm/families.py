@@ -1,13 +1,12 @@
 """Vision-language models, as data: where the tower is, whose attention says what matters, how patches become tokens.
 
 A language model reads visual tokens in place of placeholders in its prompt, or by cross-attention. A new family is a
-new `Reader`.
+new `VlmFamily`.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.encoder.layout import fetch
-from turbovlm.registry import family_of, named
+from turbovlm.registry import named
 
 MODELS = "transformers.models"
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -25,53 +24,51 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 @dataclass(frozen=True)
-class Reader:
-    """One family.
+class VlmFamily:
+    """One family of vision-language models.
 
     Args:
         family: name for people.
-        models: dotted paths of the classes that put visual features in place of placeholders, or attend to them.
-        tower: path of the vision encoder in it.
+        classes: dotted paths of the classes that put visual features in place of placeholders, or attend to them.
+        tower: path of the vision encoder in such a class.
         guide: index of the tower's block whose attention is the semantic value: the last one that the features pass.
         cell: side of the square of patches that one visual token is made of.
-        across: whether no prompt has placeholders for visual tokens, as where they are read by cross-attention.
-        inside: whether tokens can be merged in the tower as well, and restored for the projector.
+        cross_attention: whether visual tokens are read by cross-attention, and no prompt has placeholders for them.
+        cross_layers: path of the text model's layers that cross-attend to the image, for `cross_keep`; several
+            spellings are separated by `|`.
+        merges_inside: whether tokens can be merged in the tower as well, and restored for the projector.
         packed: whether the tower runs all images as one sequence, as Qwen's do.
         order: `(tower, grid)`: for such a tower, the place of each token among those the tower's blocks see, where
             it reorders them.
         rearrange: methods that rearrange features after the projector; they rearrange the attention too.
         per_image: tokens of one image, where the library joins those of one prompt.
         first_position: position of a prompt's first token.
-        grounded: path of the layers of the text model that cross-attends to the image, for `cross_keep`; several
-            spellings are separated by `|`.
     """
 
     kind: ClassVar[str] = "vlm"
 
     family: str
-    models: tuple[str, ...]
+    classes: tuple[str, ...]
     tower: str
     guide: Callable[[Any], int] = lambda model: -1
     cell: Callable[[Any], int] = lambda model: 1
-    across: bool = False
-    inside: bool = False
+    cross_attention: bool = False
+    cross_layers: str | None = None
+    merges_inside: bool = False
     packed: bool = False
     order: Callable[[Any, Tensor], Tensor] | None = None
     rearrange: tuple[str, ...] = ()
     per_image: Callable[[Any], int] | None = None
     first_position: int = 0
-    grounded: str | None = None
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """By which models are recognised."""
-        return self.models
+    def __deepcopy__(self, memo: dict[int, Any]) -> VlmFamily:
+        return self
 
-    def __reduce__(self) -> tuple[Callable[[str, str], Reader], tuple[str, str]]:
-        return named, (self.kind, self.models[0])
+    def __reduce__(self) -> tuple[Callable[[str, str], VlmFamily], tuple[str, str]]:
+        return named, (self.kind, self.classes[0])
 
 
-def cells(values: Tensor, side: int) -> Tensor:
+def sum_cells(values: Tensor, side: int) -> Tensor:
     """The sum over squares of `side`×`side` patches of a square image: `[images, patches]` to `[images, tokens]`."""
     images, patches = values.shape
     length = math.isqrt(patches)
@@ -95,23 +92,23 @@ def blocks_of(tower: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def native_pixels(reader: Reader, model: Any) -> int:
+def native_pixels(family: VlmFamily, model: Any) -> int:
     """Side of the images, or tiles of them, that a family's tower is made for; 448 where images keep their own."""
-    size = getattr(_tower_config(reader, model), "image_size", None) or 448
+    size = getattr(_tower_config(family, model), "image_size", None) or 448
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
-def tokens_per_image(reader: Reader, model: Any, pixels: int) -> int:
+def tokens_per_image(family: VlmFamily, model: Any, pixels: int) -> int:
     """Visual tokens of a square image, or tile of one, of `pixels` a side; `model` is the part that reads them."""
-    if reader.per_image is not None:
-        return reader.per_image(model)
-    patch = _tower_config(reader, model).patch_size
-    side = int(patch[0] if isinstance(patch, list | tuple) else patch) * reader.cell(model)
+    if family.per_image is not None:
+        return family.per_image(model)
+    patch = _tower_config(family, model).patch_size
+    side = int(patch[0] if isinstance(patch, list | tuple) else patch) * family.cell(model)
     return int((pixels // side) ** 2)
 
 
-def _tower_config(reader: Reader, model: Any) -> Any:
-    return fetch(model, tuple(reader.tower.split("."))).config
+def _tower_config(family: VlmFamily, model: Any) -> Any:
+    return fetch(model, family.tower).config
 
 
 def several_layers(model: Any) -> bool:
@@ -147,27 +144,29 @@ def _gemma_cell(model: Any) -> int:
     return int(model.multi_modal_projector.kernel_size)
 
 
-LLAVA = Reader("LLaVA", (f"{MODELS}.llava.modeling_llava.LlavaModel",), "vision_tower", _read_layer, inside=True)
-LLAVA_NEXT = Reader(
+LLAVA = VlmFamily(
+    "LLaVA", (f"{MODELS}.llava.modeling_llava.LlavaModel",), "vision_tower", _read_layer, merges_inside=True
+)
+LLAVA_NEXT = VlmFamily(
     "LLaVA-NeXT",
     (f"{MODELS}.llava_next.modeling_llava_next.LlavaNextModel",),
     "vision_tower",
     _read_layer,
-    inside=True,
+    merges_inside=True,
     rearrange=("pack_image_features",),
 )
-LLAVA_ONEVISION = Reader(
+LLAVA_ONEVISION = VlmFamily(
     "LLaVA-OneVision",
     (f"{MODELS}.llava_onevision.modeling_llava_onevision.LlavaOnevisionModel",),
     "vision_tower",
     _read_layer,
-    inside=True,
+    merges_inside=True,
     rearrange=("pack_image_features", "apply_pooling"),
 )
-QWEN2_VL = Reader(
+QWEN2_VL = VlmFamily(
     "Qwen2-VL", (f"{MODELS}.qwen2_vl.modeling_qwen2_vl.Qwen2VLModel",), "visual", cell=_merge_side, packed=True
 )
-QWEN2_5_VL = Reader(
+QWEN2_5_VL = VlmFamily(
     "Qwen2.5-VL",
     (f"{MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLModel",),
     "visual",
@@ -176,65 +175,67 @@ QWEN2_5_VL = Reader(
     packed=True,
     order=_windows,
 )
-QWEN3_VL = Reader(
+QWEN3_VL = VlmFamily(
     "Qwen3-VL", (f"{MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLModel",), "visual", cell=_merge_side, packed=True
 )
-INTERN_VL = Reader("InternVL", (f"{MODELS}.internvl.modeling_internvl.InternVLModel",), "vision_tower", cell=_shuffle)
-IDEFICS3 = Reader(
+INTERN_VL = VlmFamily(
+    "InternVL", (f"{MODELS}.internvl.modeling_internvl.InternVLModel",), "vision_tower", cell=_shuffle
+)
+IDEFICS3 = VlmFamily(
     "Idefics3",
     (f"{MODELS}.idefics3.modeling_idefics3.Idefics3Model",),
     "vision_model",
     cell=lambda model: int(model.config.scale_factor),
     per_image=lambda model: int(model.image_seq_len),
 )
-SMOL_VLM = Reader(
+SMOL_VLM = VlmFamily(
     "SmolVLM",
     (f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMModel",),
     "vision_model",
     cell=lambda model: int(model.config.scale_factor),
     per_image=lambda model: int(model.image_seq_len),
 )
-PALI_GEMMA = Reader(
+PALI_GEMMA = VlmFamily(
     "PaliGemma",
     (f"{MODELS}.paligemma.modeling_paligemma.PaliGemmaModel",),
     "vision_tower",
-    inside=True,
+    merges_inside=True,
     first_position=1,
 )
-GEMMA3 = Reader("Gemma 3", (f"{MODELS}.gemma3.modeling_gemma3.Gemma3Model",), "vision_tower", cell=_gemma_cell)
-BLIP = Reader(
+GEMMA3 = VlmFamily("Gemma 3", (f"{MODELS}.gemma3.modeling_gemma3.Gemma3Model",), "vision_tower", cell=_gemma_cell)
+BLIP = VlmFamily(
     "BLIP",
     tuple(
         f"{MODELS}.blip.modeling_blip.BlipFor{task}"
         for task in ("ConditionalGeneration", "QuestionAnswering", "ImageTextRetrieval")
     ),
     "vision_model",
-    across=True,
-    grounded="text_encoder.encoder.layer|text_decoder.bert.encoder.layer",
+    cross_attention=True,
+    cross_layers="text_encoder.encoder.layer|text_decoder.bert.encoder.layer",
 )
-BLIP_2 = Reader(
+BLIP_2 = VlmFamily(
     "BLIP-2",
     tuple(
         f"{MODELS}.blip_2.modeling_blip_2.Blip2{name}"
         for name in ("Model", "ForConditionalGeneration", "ForImageTextRetrieval")
     ),
     "vision_model",
-    across=True,
+    cross_attention=True,
 )
-INSTRUCT_BLIP = Reader(
+INSTRUCT_BLIP = VlmFamily(
     "InstructBLIP",
     tuple(
         f"{MODELS}.instructblip.modeling_instructblip.InstructBlip{name}"
         for name in ("Model", "ForConditionalGeneration")
     ),
     "vision_model",
-    across=True,
+    cross_attention=True,
 )
-VISION_ENCODER_DECODER = Reader(
+VISION_ENCODER_DECODER = VlmFamily(
     "VisionEncoderDecoderModel",
     (f"{MODELS}.vision_encoder_decoder.modeling_vision_encoder_decoder.VisionEncoderDecoderModel",),
     "encoder",
-    across=True,
+    cross_attention=True,
 )
 
 FAMILIES = (
@@ -254,33 +255,3 @@ FAMILIES = (
     INSTRUCT_BLIP,
     VISION_ENCODER_DECODER,
 )
-
-
-def reader_of(module: nn.Module) -> Reader | None:
-    """The family of the part that reads visual tokens, or None where `module` is no such part."""
-    reader: Reader | None = family_of("vlm", module)
-    return reader
-
-
-@torch.no_grad()
-def packed_row(block: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The mean query's attention row of one block of a Qwen tower, for each image of the packed sequence.
-
-    Args:
-        block: a block with `norm1` and `attn.qkv`.
-        hidden: the block's input, `[patches of all images, width]`.
-        arguments: the block's keyword arguments: `cu_seqlens`, where each image ends, and `position_embeddings`.
-
-    Returns:
-        `[patches of all images]`; sums to 1 over each image.
-    """
-    attention = block.attn
-    q, k, _ = attention.qkv(block.norm1(hidden)).view(len(hidden), 3, attention.num_heads, -1).unbind(1)
-    rotate = sys.modules[type(block).__module__].apply_rotary_pos_emb_vision
-    q, k = rotate(q, k, *arguments["position_embeddings"])
-    lengths = arguments["cu_seqlens"].diff().tolist()
-    rows = []
-    for queries, keys in zip(torch.split(q, lengths), torch.split(k, lengths)):
-        scores = torch.einsum("hd,nhd->hn", queries.float().mean(0) * attention.scaling, keys.float())
-        rows.append(scores.softmax(dim=-1).mean(dim=0))
-    return torch.cat(rows)

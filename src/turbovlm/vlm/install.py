@@ -1,128 +1,139 @@
-"""Finding the part of a model that reads visual tokens, and putting the shorter prompt into it."""
+"""The feature that shortens what a language model reads, found in a model by its family."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch.nn as nn
 
-from turbovlm.config import TurboConfig
-from turbovlm.encoder.layout import fetch, library_version, spell
+from turbovlm.config import ReadConfig
+from turbovlm.encoder.layout import Layout, fetch, library_version
 from turbovlm.encoder.towers import layout_of
 from turbovlm.errors import ConfigError, UnsupportedModelError
-from turbovlm.patching import slot_of
-from turbovlm.registry import families
-from turbovlm.vlm.attention import encoding, expanding, guiding_forward, reading_across, rearranging
-from turbovlm.vlm.families import PIXELS, Reader, blocks_of, reader_of
-from turbovlm.vlm.plan import ReadingPlan
-from turbovlm.vlm.reading import positioning, prefilling, preparing, reading_forward
-
-GENERATING = {
-    "_expand_multimodal_outputs": expanding,
-    "_prefill": prefilling,
-    "_prepare_position_ids_for_generation": positioning,
-}
-"""What `generate` calls on the model."""
-OVERRIDES = (
-    guiding_forward,
-    encoding,
-    reading_across,
-    rearranging,
-    reading_forward,
-    preparing,
-    *GENERATING.values(),
-)
-"""The functions that take a method's place on one module."""
+from turbovlm.patching import Feature, Patch, check_forwards
+from turbovlm.registry import families, family_of
+from turbovlm.vlm.cross import find_cross
+from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
+from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
+from turbovlm.vlm.select import Selection, needs_attention
+from turbovlm.vlm.tower import encode, guide_forward, rearrange, repeat_for_beams, tower_forward
 
 
-def plan_reading(model: nn.Module, config: TurboConfig) -> ReadingPlan:
+@dataclass(eq=False)
+class ReadFeature:
+    """How one model's language model reads fewer visual tokens (`visual_keep`).
+
+    Attributes:
+        config: the settings.
+        family: the model's.
+        part: path of the part that reads visual tokens; empty where it is the model itself.
+        guide: path, from there, of the tower's block whose attention is A.
+        layout: that block's, resolved; None for a packed tower.
+        prefix: tokens at the front of the tower's, which no visual token is made of.
+        guidance: `"cls"` or `"mean"`: whose attention row is A.
+        removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` per image of the last prompt.
+    """
+
+    setting: ClassVar[str] = "visual_keep"
+
+    config: ReadConfig
+    family: VlmFamily
+    part: str
+    guide: str
+    layout: Layout | None
+    prefix: int
+    guidance: str
+    removed: bool = False
+    last: tuple[Selection, ...] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": None}
+
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """What the tower, the part that reads, and `generate` around it run instead of their own."""
+        part = model.get_submodule(self.part)
+        found = [Patch(part.get_submodule(self.guide), "forward", guide_forward, self)]
+        if self.family.cross_attention:
+            return [*found, Patch(fetch(part, self.family.tower), "forward", tower_forward, self)]
+        found.append(Patch(part, "forward", read_forward, self))
+        for modality in PIXELS:
+            if hasattr(type(part), f"get_{modality}_features"):
+                found.append(Patch(part, f"get_{modality}_features", encode, self, modality))
+        found += [Patch(part, name, rearrange, self) for name in self.family.rearrange]
+        around = {"prepare_inputs_for_generation": prepare_inputs, "_prefill": prefill}
+        around["_expand_multimodal_outputs"] = repeat_for_beams
+        if hasattr(type(part), "compute_3d_position_ids"):
+            around["_prepare_position_ids_for_generation"] = prepare_positions
+        for owner in model.modules():
+            if hasattr(type(owner), "generate") and any(module is part for module in owner.modules()):
+                found += [Patch(owner, name, function, self) for name, function in around.items()]
+        return found
+
+    def describe(self) -> list[str]:
+        """What the language model reads of each image."""
+        keep = self.config.visual_keep
+        amount = f"{keep} visual tokens" if isinstance(keep, int) else f"{keep:.0%} of the visual tokens"
+        place = ".".join(filter(None, (self.part, self.guide)))
+        guided = f", guided by {self.guidance} in {place}" if needs_attention(self.config) else ""
+        how = f"visual_select={self.config.visual_select}, {self.config.reduce}"
+        return [f"  {self.part or 'model'} ({self.family.family}): reads {amount} of each image ({how}){guided}"]
+
+
+def find_readings(model: nn.Module, config: ReadConfig) -> list[Feature]:
+    """A feature for `visual_keep` and one for `cross_keep`, of those that are set.
+
+    Raises:
+        ConfigError: `guidance="cls"` for a tower without CLS.
+        TurboError: another library has replaced a forward that is to be patched.
+        UnsupportedModelError: nothing in the model that turbovlm knows reads images in that way.
+    """
+    found: list[Feature] = []
+    if config.visual_keep is not None:
+        found.append(find_reading(model, config))
+    if config.cross_keep is not None:
+        found.append(find_cross(model, config))
+    for feature in found:
+        names = {id(module): name for name, module in model.named_modules()}
+        forwards = [patch.module for patch in feature.patches(model) if patch.name == "forward"]
+        check_forwards([(names[id(module)], module) for module in forwards], one_device=False)
+    return found
+
+
+def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     """How `model`'s visual tokens will be chosen.
 
     Raises:
-        UnsupportedModelError: nothing in the model reads visual tokens in place of placeholders, or its library is
-            too old for it.
         ConfigError: `guidance="cls"` for a tower without CLS.
+        UnsupportedModelError: nothing in the model reads visual tokens, or its library is too old for it.
     """
-    found = [(name, module, reader) for name, module in model.named_modules() if (reader := reader_of(module))]
+    found = [(name, part, family) for name, part in model.named_modules() if (family := family_of("vlm", part))]
     if not found:
         raise UnsupportedModelError(
             f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model that reads visual tokens, "
-            f"as far as turbovlm knows; supported: {', '.join(reader.family for reader in families('vlm'))}"
+            f"as far as turbovlm knows; supported: {', '.join(family.family for family in families('vlm'))}"
         )
-    name, part, reader = found[0]
-    if not reader.across and "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
+    name, part, family = found[0]
+    if not family.cross_attention and "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
         raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {reader.family} of {library_version(type(part))} does not take encoded "
+            f"visual_keep={config.visual_keep}: {family.family} of {library_version(type(part))} does not take encoded "
             "images apart from the prompt; transformers ≥ 5.18 does"
         )
-    return _plan(name, part, reader, config)
-
-
-def _plan(name: str, part: Any, reader: Reader, config: TurboConfig) -> ReadingPlan:
-    tower = fetch(part, tuple(reader.tower.split(".")))
-    blocks = blocks_of(tower)
-    guide = blocks[reader.guide(part)]
+    tower = fetch(part, family.tower)
+    guide = blocks_of(tower)[family.guide(part)]
     path = next(path for path, module in part.named_modules() if module is guide)
-    if reader.packed:
-        cls, prefix, spelling = False, 0, None
-    else:
+    layout, cls, prefix = None, False, 0
+    if not family.packed:
         layout = layout_of(guide)
         if layout is None:
             raise UnsupportedModelError(
-                f"visual_keep={config.visual_keep}: {reader.family} with a tower of {type(guide).__qualname__}, whose "
+                f"visual_keep={config.visual_keep}: {family.family} with a tower of {type(guide).__qualname__}, whose "
                 "attention turbovlm cannot read"
             )
-        spelling = spell(layout, guide)
-        cls = layout.cls(tower) if callable(layout.cls) else layout.cls
-        prefix = layout.prefix(tower) if callable(layout.prefix) else layout.prefix
+        cls, prefix = layout.of_tower("cls", tower), layout.of_tower("prefix", tower)
+        layout = layout.resolve(guide)
     if config.guidance == "cls" and not cls:
-        raise ConfigError(f"guidance='cls': {reader.family}'s tower has no CLS token; use 'mean' or 'auto'")
+        raise ConfigError(f"guidance='cls': {family.family}'s tower has no CLS token; use 'mean' or 'auto'")
     guidance = ("cls" if cls else "mean") if config.guidance == "auto" else config.guidance
-    return ReadingPlan(config, reader, name, path, spelling, prefix, guidance)
-
-
-def install_reading(model: nn.Module, plan: ReadingPlan) -> None:
-    """Put the overrides in place, after those of the towers' blocks."""
-    part: Any = model.get_submodule(plan.name) if plan.name else model
-    guide = part.get_submodule(plan.guide)
-    slot = slot_of(guide)
-    setattr(guide, slot, functools.partial(guiding_forward, guide, plan, guide.__dict__.get(slot)))
-    if plan.reader.across:
-        _override(fetch(part, tuple(plan.reader.tower.split("."))), "forward", reading_across, plan)
-        return
-    _override(part, "forward", reading_forward, plan)
-    for modality in PIXELS:
-        if hasattr(type(part), f"get_{modality}_features"):
-            _override(part, f"get_{modality}_features", encoding, plan, modality)
-    for name in plan.reader.rearrange:
-        _override(part, name, rearranging, plan, name)
-    for owner in _generating(model, part):
-        path = next(path for path, module in owner.named_modules() if module is part)
-        _override(owner, "prepare_inputs_for_generation", preparing, plan, path)
-        for name, function in GENERATING.items():
-            if hasattr(type(owner), name):
-                _override(owner, name, function, plan)
-
-
-def replaced(model: nn.Module, plan: ReadingPlan) -> list[tuple[str, nn.Module]]:
-    """The modules whose forward `install_reading` replaces, with their paths."""
-    paths = [plan.guide, plan.reader.tower if plan.reader.across else ""]
-    names = [".".join(filter(None, (plan.name, path))) for path in paths]
-    return [(name, model.get_submodule(name)) for name in names]
-
-
-def _generating(model: nn.Module, part: nn.Module) -> list[nn.Module]:
-    """The modules with a `generate` around the part that reads."""
-    return [
-        module
-        for module in model.modules()
-        if hasattr(type(module), "prepare_inputs_for_generation") and any(child is part for child in module.modules())
-    ]
-
-
-def _override(module: nn.Module, name: str, function: Any, *fixed: Any) -> None:
-    method = functools.partial(function, module, *fixed)
-    functools.update_wrapper(method, getattr(type(module), name).__get__(module))
-    setattr(module, slot_of(module) if name == "forward" else name, method)
+    return ReadFeature(config, family, name, path, layout, prefix, guidance)

@@ -8,33 +8,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.errors import StateError
+from turbovlm.vlm.cache import CachedPrompts
 
 
 @dataclass(frozen=True)
-class Shortening:
-    """Which columns of a batch of prompts are left.
+class ShortenedPrompt:
+    """The new columns of a batch of prompts, without those that were dropped.
 
-    Rows lose different numbers of tokens, so the shorter ones begin with columns that nobody attends to.
+    Rows lose different numbers of tokens, so the shorter ones begin with columns that nobody attends to. Of N new
+    columns, M are left; where a cache holds earlier turns, their columns stand in front of the new ones.
 
     Attributes:
         index: for each column left, the one it was, `[batch, M]`, ascending but for the unattended ones in front.
         seen: whether it is a token, and not padding, `[batch, M]`, bool.
-        columns: N, the number of columns before.
+        columns: N.
+        earlier: columns of earlier turns, as the user has them.
+        earlier_seen: whether each column that a cache holds of them is a token, `[batch, held]`, bool.
+        after_images: how many of the new columns follow the last one that was dropped.
     """
 
     index: Tensor
     seen: Tensor
     columns: int
+    earlier: int
+    earlier_seen: Tensor
+    after_images: int
+
+    @property
+    def mask(self) -> Tensor:
+        """The attention mask over the cache and the columns left, `[batch, held + M]`, bool."""
+        return torch.cat([self.earlier_seen, self.seen], dim=1)
 
     def take(self, values: Tensor) -> Tensor:
         """`[batch, N]`, `[planes, batch, N]`, `[1, N]` or `[planes, 1, N]` to the same of M."""
         index = self.index.expand(*values.shape[:-2], *self.index.shape)
         return values.expand(*values.shape[:-2], *(len(self.index), values.shape[-1])).gather(-1, index)
 
-    def take_vectors(self, values: Tensor) -> Tensor:
-        """`[batch, N, width]` to `[batch, M, width]`."""
-        return values.gather(1, self.index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+    def tokens(self, ids: Tensor, filler: int) -> Tensor:
+        """The tokens left, `[batch, M]`, of `ids`, `[batch, N]`; `filler` in columns that nobody attends to."""
+        return self.take(ids).masked_fill(~self.seen, filler)
+
+    def embeddings(self, embeds: Tensor) -> Tensor:
+        """`[batch, N, width]` to `[batch, M, width]`; zeros in columns that nobody attends to."""
+        taken = embeds.gather(1, self.index.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
+        return taken * self.seen.unsqueeze(-1)
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """Those of the columns left, of positions that end with the N new columns', `[..., 1 or batch, ≥ N]`."""
+        return self.take(positions[..., -self.columns :])
+
+    def types(self, types: Tensor) -> Tensor:
+        """Token types of the columns left, `[batch, M]`.
+
+        Args:
+            types: of the new columns, or of all, `[batch, columns]`; those missing at the end are of text, as assisted
+                decoding leaves out its candidates'.
+        """
+        new = types[..., self.earlier :] if types.shape[-1] > self.columns else types
+        return self.take(F.pad(new, (0, self.columns - new.shape[-1])))
+
+    def held_types(self, types: Tensor) -> Tensor:
+        """The same by their place in the cache, `[batch, held + M]`, where all that it holds counts as text."""
+        return F.pad(self.types(types), (self.earlier_seen.shape[1], 0))
 
     def restore(self, hidden: Tensor) -> Tensor:
         """`[batch, M, width]` to `[batch, N, width]`: a dropped column gets the last one before it that is left."""
@@ -44,67 +79,32 @@ class Shortening:
         last = at.cummax(dim=1).values.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return F.pad(hidden, (0, 0, 1, 0)).gather(1, last)
 
+    def cached(self) -> CachedPrompts:
+        """What a cache holds once it has read the prompt."""
+        return CachedPrompts(self.earlier + self.columns, self.mask, self.after_images)
 
-def shorten(mask: Tensor, dropped: Tensor) -> Shortening:
+
+def shorten(mask: Tensor, dropped: Tensor, prompts: CachedPrompts | None = None) -> ShortenedPrompt:
     """Leave the dropped columns out, and padding as far as every row can spare it.
 
     Args:
-        mask: 1 or True for tokens, 0 or False for padding, `[batch, N]`.
-        dropped: the columns to leave out, `[batch, N]`, bool.
+        mask: 1 or True for tokens, 0 or False for padding, `[batch, earlier + N]`: of the N new columns, and in front
+            of those that a cache stands for, as the user has them.
+        dropped: the new columns to leave out, `[batch, N]`, bool.
+        prompts: what the cache knows of its prompts, if some were shortened.
     """
-    left = mask.bool() & ~dropped
+    columns = dropped.shape[1]
+    earlier = mask.shape[1] - columns
+    seen = mask[:, :earlier] if prompts is None else prompts.held_mask(mask[:, :earlier])
+    left = mask[:, earlier:].bool() & ~dropped
     longest = int(left.sum(dim=1).max())
     order = left.to(torch.uint8).sort(dim=1, stable=True)
-    return Shortening(order.indices[:, -longest:], order.values[:, -longest:].bool(), mask.shape[1])
-
-
-def places(placeholders: Tensor, counts: list[int]) -> list[Tensor]:
-    """Where each image's tokens stand, as indices into the flattened batch, `[tokens of the image]` each.
-
-    Features fill placeholders in the order of the batch's rows, image after image.
-
-    Args:
-        placeholders: `[batch, N]`, bool.
-        counts: tokens of each image; together as many as there are placeholders.
-    """
-    return list(torch.split(placeholders.flatten().nonzero().squeeze(1), counts))
-
-
-@dataclass(frozen=True)
-class Shortened:
-    """What a cache of keys and values knows of the prompts behind it; it is an attribute of the cache.
-
-    Attributes:
-        columns: columns of the prompts as the user has them, all turns together.
-        seen: whether each column that they take in the cache is a token, `[batch, columns in the cache]`, bool.
-        after_images: how many columns follow the last one dropped.
-    """
-
-    columns: int
-    seen: Tensor
-    after_images: int
-
-    def without_last(self, lost: int) -> Shortened:
-        """When the cache's last `lost` columns have been taken out.
-
-        Raises:
-            StateError: they reach back to an image, of which the cache has fewer columns than the prompt.
-        """
-        if lost > self.after_images:
-            raise StateError(
-                f"{lost} columns were taken out of a cache that has {self.after_images} behind its last image, whose "
-                "columns visual_keep has shortened: start again from the whole prompt"
-            )
-        return Shortened(self.columns - lost, self.seen[:, :-lost], self.after_images - lost)
-
-    def mask(self, full: Tensor | None, after: int) -> Tensor:
-        """The attention mask over the prompts in the cache and the `after` columns behind them, bool.
-
-        Args:
-            full: the user's, over all columns, `[batch, columns + after]`; all of them tokens if None.
-        """
-        if full is None:
-            behind = self.seen.new_ones(len(self.seen), after)
-        else:
-            behind = full[:, self.columns : self.columns + after].to(self.seen)
-        return torch.cat([self.seen, behind], dim=1)
+    after_images = columns - 1 - int(dropped.any(dim=0).nonzero().max()) if dropped.any() else columns
+    return ShortenedPrompt(
+        index=order.indices[:, -longest:],
+        seen=order.values[:, -longest:].bool(),
+        columns=columns,
+        earlier=earlier,
+        earlier_seen=seen.bool(),
+        after_images=after_images,
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turbovlm.config import TurboConfig
+from turbovlm.config import ReadConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.ops.matching import Merge, match
@@ -35,6 +35,11 @@ class Selection:
     kept: Tensor
     destination: Tensor
     weights: Tensor
+
+    def of_image(self, image: int) -> Selection:
+        """What becomes of one image's tokens: a group of one."""
+        one = slice(image, image + 1)
+        return Selection(self.kept[one], self.destination[one], self.weights[one])
 
     def take(self, x: Tensor) -> Tensor:
         """`[images, n, width]` to `[images, k, width]`: averages where tokens are merged."""
@@ -60,7 +65,7 @@ def kept_count(keep: float | int, tokens: int, name: str = "visual_keep") -> int
     return min(wanted, tokens)
 
 
-def needs_attention(config: TurboConfig) -> bool:
+def needs_attention(config: ReadConfig) -> bool:
     """Whether `select` needs the tower's attention A."""
     return config.visual_select == "attention" or (
         config.visual_select == "information" and needs_semantic(config.degree)
@@ -68,7 +73,7 @@ def needs_attention(config: TurboConfig) -> bool:
 
 
 def select(
-    features: Tensor, semantic: Tensor | None, k: int, config: TurboConfig, sizes: Tensor | None = None
+    features: Tensor, semantic: Tensor | None, k: int, config: ReadConfig, sizes: Tensor | None = None
 ) -> Selection:
     """Choose `k` of the n tokens of each image.
 
@@ -98,7 +103,7 @@ def select(
 
 
 def _by_rounds(
-    features: Tensor, semantic: Tensor | None, k: int, config: TurboConfig, sizes: Tensor | None
+    features: Tensor, semantic: Tensor | None, k: int, config: ReadConfig, sizes: Tensor | None
 ) -> Selection:
     degree = {"redundancy": "redundancy", "attention": "semantics"}.get(config.visual_select, config.degree)
     merges: list[Merge] = []

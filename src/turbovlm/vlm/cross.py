@@ -8,59 +8,77 @@ values, and the sizes of their tokens.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.config import TurboConfig
+from turbovlm.config import ReadConfig
 from turbovlm.encoder.layout import fetch, library_version, path_of
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.ops.attention import size_bias
 from turbovlm.ops.backend import is_readable
-from turbovlm.patching import slot_of
-from turbovlm.registry import families
-from turbovlm.vlm.families import reader_of
-from turbovlm.vlm.plan import arguments_by_name
+from turbovlm.patching import Patch
+from turbovlm.registry import families, family_of
+from turbovlm.vlm.marks import IMAGE, IMAGE_SIZES
 from turbovlm.vlm.select import Selection, kept_count, select
-
-IMAGE = "_turbovlm_image"
-"""Attribute of the words' hidden states, and of the image tokens that a layer is given: the `Image` it reads."""
-SIZES = "_turbovlm_sizes"
-"""Attribute of a cache: for each layer, the sizes of the image tokens whose keys it holds."""
 
 STAGES = 3
 """Groups of layers that read equally many tokens."""
 
 
 @dataclass(eq=False)
-class GroundingPlan:
-    """How one text model's image tokens become fewer.
+class CrossFeature:
+    """How one text model's image tokens become fewer from layer to layer (`cross_keep`).
 
     Attributes:
         config: the settings.
-        family: the model's family.
+        family: name of the model's family.
         layers: path of the text model's layers.
         depth: how many there are.
         prefix: image tokens in front that always stay: CLS.
-        last: what was left from stage to stage in the last forward; not copied or pickled.
+        removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` for each time that tokens were left
+            out.
     """
 
-    config: TurboConfig
+    setting: ClassVar[str] = "cross_keep"
+
+    config: ReadConfig
     family: str
     layers: str
     depth: int
     prefix: int = 1
+    removed: bool = False
     last: tuple[Selection, ...] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}
 
-    def patches(self, layer: int, patches: int) -> int:
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """The forward of every layer, and of its cross-attention."""
+        layers: Any = model.get_submodule(self.layers)
+        return [
+            patch
+            for index, layer in enumerate(layers)
+            for patch in (
+                Patch(layer, "forward", layer_forward, self, index),
+                Patch(layer.crossattention.self, "forward", cross_forward, self, index),
+            )
+        ]
+
+    def describe(self) -> list[str]:
+        """What the text model's layers attend to."""
+        keep = self.config.cross_keep
+        amount = f"{keep} image tokens" if isinstance(keep, int) else f"{keep:.0%} of the image tokens"
+        return [
+            f"  {self.layers} ({self.family}): {self.depth} layers, the last third of which cross-attends to {amount}, "
+            f"guided by the words ({self.config.reduce})"
+        ]
+
+    def tokens_read(self, layer: int, patches: int) -> int:
         """How many of an image's `patches` that layer reads."""
         assert self.config.cross_keep is not None
         fewest = kept_count(self.config.cross_keep, patches, "cross_keep")
@@ -87,52 +105,52 @@ class Image:
     selections: tuple[Selection, ...] = ()
 
 
-def layer_forward(layer: nn.Module, plan: GroundingPlan, index: int, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of one text layer, with the image that the layer before has left."""
-    method = type(layer).forward
-    inputs = arguments_by_name(method, layer, args, kwargs)
+def layer_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
+    """Run one text layer on the image that the layer before has left, and leave the next one its own."""
+    inputs = patch.arguments(args, kwargs)
     whole = inputs.get("encoder_hidden_states")
     if whole is None:
-        return method(layer, **inputs)  # type: ignore[no-any-return]
+        return patch.original(**inputs)  # type: ignore[no-any-return]
     image: Image | None = getattr(inputs["hidden_states"], IMAGE, None)
-    if index == 0:
+    if patch.detail == 0:
         image = _whole(whole, inputs.get("attention_mask"), inputs.get("encoder_attention_mask"))
     if image is None:
+        feature: CrossFeature = patch.feature  # type: ignore[assignment]
         raise StateError(
-            f"{plan.layers}.{index} got words without the image tokens that the layer before has left: something "
-            "between the two layers replaces the hidden states; handle.remove() gives the model back"
+            f"{feature.layers}.{patch.detail} got words without the image tokens that the layer before has left: "
+            "something between the two layers replaces the hidden states; handle.remove() gives the model back"
         )
     tokens = image.tokens.view_as(image.tokens)
     setattr(tokens, IMAGE, image)
-    out: Tensor = method(layer, **{**inputs, "encoder_hidden_states": tokens, "encoder_attention_mask": None})
+    out: Tensor = patch.original(**{**inputs, "encoder_hidden_states": tokens, "encoder_attention_mask": None})
     setattr(out, IMAGE, getattr(tokens, IMAGE))
     return out
 
 
-def cross_forward(cross: nn.Module, plan: GroundingPlan, index: int, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """The forward of a layer's cross-attention, in proportion to sizes; it leaves the next layer its image."""
-    method = type(cross).forward
-    inputs = arguments_by_name(method, cross, args, kwargs)
+def cross_forward(patch: Patch, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """Run a layer's cross-attention in proportion to sizes, and choose what the next layer reads."""
+    feature: CrossFeature = patch.feature  # type: ignore[assignment]
+    index, inputs = patch.detail, patch.arguments(args, kwargs)
     tokens, cache = inputs["encoder_hidden_states"], inputs.get("past_key_values")
     image: Image = getattr(tokens, IMAGE)
-    held: dict[int, Tensor] = {} if cache is None else cache.__dict__.setdefault(SIZES, {})
+    held: dict[int, Tensor] = {} if cache is None else cache.__dict__.setdefault(IMAGE_SIZES, {})
     cached = cache is not None and bool(cache.is_updated.get(index))
     sizes = held[index] if cached else image.sizes
-    if plan.config.proportional and index > 0:
+    if feature.config.proportional and index > 0:
         inputs["encoder_attention_mask"] = size_bias(sizes, tokens.dtype)
-    outputs: tuple[Tensor, ...] = method(cross, **inputs)
+    outputs: tuple[Tensor, ...] = patch.original(**inputs)
     if cached:
         return outputs
     held[index] = sizes
-    if index + 1 < plan.depth:
-        setattr(tokens, IMAGE, _left(plan, index, image, outputs[1]))
+    if index + 1 < feature.depth:
+        setattr(tokens, IMAGE, _left(feature, index, image, outputs[1]))
     else:
-        plan.last = image.selections
+        feature.last = image.selections
     return outputs
 
 
 def _whole(tokens: Tensor, text_mask: Tensor | None, image_mask: Tensor | None) -> Image:
-    """The image as the tower hands it on."""
+    """The image as the first layer reads it."""
     if image_mask is not None and is_readable(image_mask):
         seen = image_mask if image_mask.dtype == torch.bool else image_mask > -1
         if not bool(seen.all()):
@@ -145,21 +163,21 @@ def _whole(tokens: Tensor, text_mask: Tensor | None, image_mask: Tensor | None) 
     return Image(tokens, sizes, words, tokens.shape[1])
 
 
-def _left(plan: GroundingPlan, index: int, image: Image, attention: Tensor) -> Image:
+def _left(feature: CrossFeature, index: int, image: Image, attention: Tensor) -> Image:
     """What the next layer reads, where this one has paid `attention`, `[batch, heads, words, M]`."""
-    front, patches = image.tokens[:, : plan.prefix], image.tokens[:, plan.prefix :]
-    sizes = image.sizes[:, plan.prefix :]
-    k = plan.patches(index + 1, image.native - plan.prefix)
+    front, patches = image.tokens[:, : feature.prefix], image.tokens[:, feature.prefix :]
+    sizes = image.sizes[:, feature.prefix :]
+    k = feature.tokens_read(index + 1, image.native - feature.prefix)
     if k == patches.shape[1]:
         return image
-    semantic = _row(attention.detach(), image.words)[:, plan.prefix :]
-    selection = select(patches.detach(), semantic, k, plan.config, sizes)
+    semantic = _row(attention.detach(), image.words)[:, feature.prefix :]
+    selection = select(patches.detach(), semantic, k, feature.config, sizes)
     counted = sizes * (selection.weights > 0)
     left = torch.zeros_like(sizes[:, :k]).scatter_add(1, selection.destination, counted)
     return replace(
         image,
         tokens=torch.cat([front, selection.take(patches)], dim=1),
-        sizes=torch.cat([image.sizes[:, : plan.prefix], left], dim=1),
+        sizes=torch.cat([image.sizes[:, : feature.prefix], left], dim=1),
         selections=(*image.selections, selection),
     )
 
@@ -173,40 +191,31 @@ def _row(attention: Tensor, words: Tensor | None) -> Tensor:
     return torch.einsum("bwm,bw->bm", rows, weights / weights.sum(dim=1, keepdim=True))
 
 
-def plan_grounding(model: nn.Module, config: TurboConfig) -> GroundingPlan:
+def find_cross(model: nn.Module, config: ReadConfig) -> CrossFeature:
     """How `model`'s text layers will read an image.
 
     Raises:
         UnsupportedModelError: no text model in it that turbovlm knows reads an image by cross-attention, or its
             library keeps the attention to itself.
     """
-    asked = f"cross_keep={config.cross_keep}"
+    amount = f"cross_keep={config.cross_keep}"
     for name, part in model.named_modules():
-        reader = reader_of(part)
-        if reader is None or not reader.grounded:
+        family = family_of("vlm", part)
+        if family is None or not family.cross_layers:
             continue
-        path = path_of(reader.family, part, reader.grounded)
-        layers, place = fetch(part, path), ".".join((name, *path)).lstrip(".")
+        path = path_of(family.family, part, family.cross_layers)
+        layers, place = fetch(part, path), f"{name}.{path}".lstrip(".")
         if len(layers) < 2:
-            raise UnsupportedModelError(f"{asked}: {place} has one layer, and cross_keep needs one behind it")
+            raise UnsupportedModelError(f"{amount}: {place} has one layer, and cross_keep needs one behind it")
         taken = inspect.signature(type(layers[0].crossattention.self).forward).parameters
         if not {"encoder_hidden_states", "encoder_attention_mask", "past_key_values"} <= set(taken):
             raise UnsupportedModelError(
-                f"{asked}: the cross-attention of {reader.family} in {library_version(type(part))} takes "
+                f"{amount}: the cross-attention of {family.family} in {library_version(type(part))} takes "
                 f"{', '.join(taken)}, which turbovlm does not know"
             )
-        return GroundingPlan(config, reader.family, place, len(layers))
-    known = ", ".join(reader.family for reader in families("vlm") if reader.grounded)
+        return CrossFeature(config, family.family, place, len(layers))
+    known = ", ".join(family.family for family in families("vlm") if family.cross_layers)
     raise UnsupportedModelError(
-        f"{asked}: {type(model).__name__} has no text model that reads an image by cross-attention, as far as turbovlm "
-        f"knows; supported: {known}. visual_keep shortens what language models read in place of placeholders"
+        f"{amount}: {type(model).__name__} has no text model that reads an image by cross-attention, as far as "
+        f"turbovlm knows; supported: {known}. visual_keep shortens what language models read in place of placeholders"
     )
-
-
-def install_grounding(model: nn.Module, plan: GroundingPlan) -> None:
-    """Put the overrides in place."""
-    layers: Any = model.get_submodule(plan.layers)
-    for index, layer in enumerate(layers):
-        setattr(layer, slot_of(layer), functools.partial(layer_forward, layer, plan, index))
-        cross = layer.crossattention.self
-        setattr(cross, slot_of(cross), functools.partial(cross_forward, cross, plan, index))

@@ -216,11 +216,11 @@ def test_what_cannot_be_done_says_why():
     with pytest.raises(UnsupportedModelError, match=r"encoder\.layer has one layer"):
         turbovlm.apply(transformers.BlipForImageTextRetrieval(shallow), cross_keep=0.5)
     with pytest.raises(ConfigError, match="cross_keep=0: it must be an integer"):
-        turbovlm.TurboConfig(cross_keep=0)
+        turbovlm.ReadConfig(cross_keep=0)
     with pytest.raises(ConfigError, match=r"cross_keep=1\.5: must be a share"):
-        turbovlm.TurboConfig(cross_keep=1.5)
+        turbovlm.ReadConfig(cross_keep=1.5)
     with pytest.raises(ConfigError, match="pooling"):
-        turbovlm.TurboConfig(cross_keep=0.5, visual_select="pooling")
+        turbovlm.ReadConfig(cross_keep=0.5, visual_select="pooling")
     model = seeded(lambda: blip("ImageTextRetrieval"))
     mask = torch.ones(2, 37, dtype=torch.long)
     mask[0, 5] = 0

@@ -1,0 +1,185 @@
+"""The tower's attention A: collected on the way through one of its blocks, and brought along with the features.
+
+`get_image_features` runs the tower; the block that guides adds its attention row to what that call collects. The rows
+become one number per visual token and travel with the library's outputs, `marks.ATTENTION`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbovlm.encoder.block import attention_of_guide
+from turbovlm.encoder.layout import fetch
+from turbovlm.encoder.state import STATE, State
+from turbovlm.patching import Patch
+from turbovlm.vlm.families import sum_cells
+from turbovlm.vlm.marks import ATTENTION
+from turbovlm.vlm.select import kept_count, needs_attention, select
+
+if TYPE_CHECKING:
+    from turbovlm.vlm.install import ReadFeature
+
+
+@dataclass(frozen=True)
+class Row:
+    """A of each image's patches, `[images, patches]`, or of a packed sequence of them, `[patches]`.
+
+    Of a tower that hands on merged tokens, A of those, and the patches that each stands for, `[images, M]`.
+    """
+
+    values: Tensor
+    sizes: Tensor | None = None
+
+
+class _Encoding(threading.local):
+    """What the encoding under way in this thread has collected; None outside of one."""
+
+    rows: list[Row] | None = None
+
+
+_ENCODING = _Encoding()
+
+
+def _collect(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Row]]:
+    """Run what runs the tower, and collect the rows of its guide."""
+    outer, rows = _ENCODING.rows, list[Row]()
+    _ENCODING.rows = rows
+    try:
+        return call(*args, **kwargs), rows
+    finally:
+        _ENCODING.rows = outer
+
+
+def guide_forward(patch: Patch, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run the block that guides, accelerated where it is, and collect its row of A."""
+    feature: ReadFeature = patch.feature  # type: ignore[assignment]
+    out = patch.original(hidden, *args, **kwargs)
+    rows = _ENCODING.rows
+    if rows is None:
+        return out
+    if feature.layout is None:
+        rows.append(Row(packed_row(patch.module, hidden, kwargs)))
+        return out
+    arguments = {**dict(zip(feature.layout.arguments, args)), **kwargs}
+    config, guidance = feature.config, feature.guidance
+    row = attention_of_guide(patch.module, feature.layout, config, feature.prefix, guidance, hidden, arguments)
+    state = getattr(out[0] if isinstance(out, tuple) else out, STATE, None)
+    rows.append(Row(row) if state is None else _of_merged(row, feature.prefix, state))
+    return out
+
+
+def _of_merged(row: Tensor, prefix: int, state: State) -> Row:
+    """A of the tokens that an accelerated tower hands on, from that of every patch, `[images, patches]`."""
+    source = state.source()
+    if source is None or state.sizes is None:
+        return Row(row)
+    patches = slice(prefix, prefix + row.shape[1])
+    sizes = state.sizes[:, prefix : state.sizes.shape[1] - state.suffix]
+    return Row(row.new_zeros(sizes.shape).scatter_add(1, source[:, patches] - prefix, row), sizes)
+
+
+@torch.no_grad()
+def packed_row(block: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The mean query's attention row of one block of a Qwen tower, for each image of the packed sequence.
+
+    Args:
+        block: a block with `norm1` and `attn.qkv`.
+        hidden: the block's input, `[patches of all images, width]`.
+        arguments: the block's keyword arguments: `cu_seqlens`, where each image ends, and `position_embeddings`.
+
+    Returns:
+        `[patches of all images]`; sums to 1 over each image.
+    """
+    attention = block.attn
+    q, k, _ = attention.qkv(block.norm1(hidden)).view(len(hidden), 3, attention.num_heads, -1).unbind(1)
+    rotate = sys.modules[type(block).__module__].apply_rotary_pos_emb_vision
+    q, k = rotate(q, k, *arguments["position_embeddings"])
+    lengths = arguments["cu_seqlens"].diff().tolist()
+    rows = []
+    for queries, keys in zip(torch.split(q, lengths), torch.split(k, lengths)):
+        scores = torch.einsum("hd,nhd->hn", queries.float().mean(0) * attention.scaling, keys.float())
+        rows.append(scores.softmax(dim=-1).mean(dim=0))
+    return torch.cat(rows)
+
+
+def encode(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+    """Run `get_image_features` or `get_video_features`, and give their outputs A of every visual token."""
+    outputs, rows = _collect(patch.original, *args, **kwargs)
+    if rows and not isinstance(outputs, tuple):
+        feature: ReadFeature = patch.feature  # type: ignore[assignment]
+        grid = patch.arguments(args, kwargs).get(f"{patch.detail}_grid_thw")
+        lengths = [len(entry) for entry in outputs.pooler_output]
+        row = torch.cat([each.values for each in rows])
+        setattr(outputs, ATTENTION, list(torch.split(_of_tokens(patch.module, feature, row, grid, lengths), lengths)))
+    return outputs
+
+
+def _of_tokens(model: Any, feature: ReadFeature, row: Tensor, grid: Tensor | None, lengths: list[int]) -> Tensor:
+    """A of every visual token, `[sum of lengths]`, from that of the patches."""
+    family = feature.family
+    side = family.cell(model)
+    if family.packed:
+        values = row.view(-1, side * side).sum(dim=1)
+        if family.order is not None:
+            assert grid is not None
+            values = values[family.order(fetch(model, family.tower), grid)]
+    else:
+        values = (sum_cells(row, side) if side > 1 else row).flatten()
+    if len(values) != sum(lengths):  # a token that separates videos ends each
+        values = F.pad(values.view(len(lengths), -1), (0, 1)).flatten()
+    return values
+
+
+def rearrange(patch: Patch, features: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a method that rearranges features after the projector, on what was collected of A as well."""
+    rows = _ENCODING.rows
+    if rows:
+        collected = torch.cat([row.values for row in rows]).unsqueeze(-1)
+        alone = {k: (v.new_zeros(1) if k == "image_newline" and v is not None else v) for k, v in kwargs.items()}
+        if isinstance(features, Tensor):
+            rows[:] = [Row(patch.original(collected, *args, **alone).squeeze(-1))]
+        else:
+            packed, _ = patch.original(torch.split(collected, [len(feature) for feature in features]), *args, **alone)
+            rows[:] = [Row(values.squeeze(-1)) for values in packed]
+    return patch.original(features, *args, **kwargs)
+
+
+def repeat_for_beams(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+    """Run `_expand_multimodal_outputs`, which repeats A as it does planes of features."""
+    inputs = patch.arguments(args, kwargs)
+    with_attention = [outputs for outputs in inputs["mm_encoder_output"].values() if getattr(outputs, ATTENTION, None)]
+    for outputs in with_attention:
+        planes = getattr(outputs, "deepstack_features", None) or []
+        outputs.deepstack_features = [*planes, [values.unsqueeze(-1) for values in getattr(outputs, ATTENTION)]]
+    repeated = patch.original(**inputs)
+    for outputs in with_attention:
+        *planes, last = outputs.deepstack_features
+        setattr(outputs, ATTENTION, [values.squeeze(-1) for values in last])
+        outputs.deepstack_features = planes or None
+    return repeated
+
+
+def tower_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+    """Run a tower whose tokens are read by cross-attention, and return those in front and the patches that stay."""
+    feature: ReadFeature = patch.feature  # type: ignore[assignment]
+    outputs, rows = _collect(patch.original, *args, **kwargs)
+    keep = feature.config.visual_keep
+    assert keep is not None
+    front, patches = outputs[0][:, : feature.prefix], outputs[0][:, feature.prefix :]
+    semantic = rows[0].values if needs_attention(feature.config) else None
+    k = kept_count(keep, patches.shape[1])
+    selection = select(patches.detach(), semantic, k, feature.config, rows[0].sizes)
+    feature.last = (selection,)
+    left = torch.cat([front, selection.take(patches)], dim=1)
+    if isinstance(outputs, tuple):
+        return (left, *outputs[1:])
+    outputs.last_hidden_state = left
+    return outputs
