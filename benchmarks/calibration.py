@@ -12,7 +12,7 @@ searched on: it is taken from one half and has to hold on the other. What is cal
 
 Tasks: `calibrate` is given 128 pictures of a built-in task, without answers, and `evaluate` asks 200 others.
 
-Pictures: `calibrate_pictures` is given prompts of the built-in text-to-image model; on others its settings stand beside
+Generated images: `calibrate` is given prompts of the built-in text-to-image model; on others its settings stand beside
 one `keep` for all resolutions at the same cost.
 
 Writes calibration.md and calibration.json to benchmarks/results.
@@ -35,12 +35,10 @@ from PIL import ImageOps
 from torch import Tensor
 
 import turbovlm
-from turbovlm import TurboConfig
+from turbovlm import Calibration, DenoiseConfig, TurboConfig
 from turbovlm.calibration.bound import upper_bound
-from turbovlm.calibration.drift import Subject
-from turbovlm.calibration.handing import handed_on
-from turbovlm.calibration.pictures import PictureSearch, PictureSubject
-from turbovlm.calibration.speed import speedup_of
+from turbovlm.calibration.subjects.denoiser import RESOLUTIONS, DenoiserSubject
+from turbovlm.calibration.subjects.encoder import EncoderSubject
 from turbovlm.cli.measuring import progress_bar
 from turbovlm_lab.demo.result import describe_machine
 from turbovlm_lab.demo.run import overlap, salient_region
@@ -89,14 +87,16 @@ def on_photos() -> dict[str, Any]:
     pixels = preprocess([ImageOps.fit(photo, (SIDE, SIDE)) for photo in load_photos()], SIDE)
     order = random.Random(SEED).sample(range(len(pixels)), len(pixels))
     given, held = order[: len(order) // 2], order[len(order) // 2 :]
-    subject = Subject(model.backbone, pixels, len(pixels), handed_on(model.backbone), BATCH, lambda _: None)
+    subject = _subject(model.backbone, pixels)
     own = _seen(model, pixels[held], None)
     rows: list[dict[str, Any]] = []
     for share in SHARES:
         configs = {name: dataclasses.replace(TurboConfig(flops=share), **METHODS[name]) for name in METHODS}
+        found = {}
         for name, per_image in (("calibrated", False), ("calibrated, per image", True)):
             start = time.perf_counter()
-            configs[name] = _calibrated(model.backbone, pixels[given], f"{share:.0%}, {name}", share, per_image)
+            found[name] = _calibrated(model.backbone, pixels[given], f"{share:.0%}, {name}", share, per_image)
+            configs[name] = found[name].config
             print(f"{name}, {share:.0%}: {time.perf_counter() - start:.0f} s, {configs[name]}", flush=True)
         for name, config in configs.items():
             rows.append({"flops": share, "setting": name, **_measured(model, pixels[held], config, own)})
@@ -104,13 +104,17 @@ def on_photos() -> dict[str, Any]:
         same = TurboConfig(flops=round(cost, 3))
         rows.append({"flops": share, "setting": "default at that cost", **_measured(model, pixels[held], same, own)})
         if share == 0.6:
-            bound = _tried(subject, configs["calibrated"], given, held)
+            bound = _tried(subject, found["calibrated"], given, held)
     return {"rows": rows, "bound": bound, "speed": _timed(model.backbone, pixels[given])}
+
+
+def _subject(model: Any, images: Tensor) -> EncoderSubject:
+    return EncoderSubject(model, images, TurboConfig(r=0), frozenset(), SEED, lambda _: None, batch=BATCH)
 
 
 def _calibrated(
     model: Any, images: Any, what: str, flops: float, per_image: bool = False, **settings: Any
-) -> TurboConfig:
+) -> Calibration:
     with progress_bar(len(images) // 2 * (EFFORT + 20), what) as advance:
         return turbovlm.calibrate(
             model, images, flops=flops, per_image=per_image, effort=EFFORT, batch=BATCH, progress=advance, **settings
@@ -126,7 +130,7 @@ def _seen(model: Any, pixels: Tensor, config: TurboConfig | None) -> tuple[Tenso
         dense = dataclasses.replace(config, dense=True, trace=config.thresholds is not None)
         with turbovlm.apply(model.backbone, dense) as handle:
             costs = [] if config.thresholds else [handle.schedule(own_tokens).ratio]
-            shape = handle._plans[0].shape
+            shape = handle.features[0].shape
             for chunk in pixels.split(1 if config.thresholds else BATCH):
                 tokens.append(model.backbone(pixel_values=chunk).last_hidden_state)
                 if config.thresholds:
@@ -146,11 +150,11 @@ def _measured(
     return {"macs": cost, **{name: [round(each, 5) for each in values.tolist()] for name, values in both.items()}}
 
 
-def _tried(subject: Subject, config: TurboConfig, given: list[int], held: list[int]) -> dict[str, Any]:
+def _tried(subject: EncoderSubject, found: Calibration, given: list[int], held: list[int]) -> dict[str, Any]:
     """How often a bound from one half of the photographs that were not searched on holds on the other half."""
     count = len(given)
     searched = {given[place] for place in random.Random(SEED).sample(range(count), count)[: count // 2]}
-    drift = subject.drift(config, [place for place in (*given, *held) if place not in searched]).tolist()
+    drift = subject.drift(found.config, [place for place in (*given, *held) if place not in searched]).tolist()
     holds, below = 0, []
     for split in range(SPLITS):
         mixed = random.Random(split).sample(drift, len(drift))
@@ -158,31 +162,29 @@ def _tried(subject: Subject, config: TurboConfig, given: list[int], held: list[i
         others = mixed[len(mixed) // 2 :]
         below.append(sum(value <= bound.value for value in others) / len(others))
         holds += below[-1] >= int(bound.coverage * len(others)) / len(others)
-    assert config.promise is not None
-    promised = sum(value <= config.promise.bound for value in drift[len(drift) - len(held) :]) / len(held)
+    promised = sum(value <= found.bound for value in drift[len(drift) - len(held) :]) / len(held)
     return {
         "splits": SPLITS,
         "photographs": len(drift),
         "coverage": bound.coverage,
         "holds": holds,
         "mean share below": sum(below) / len(below),
-        "promise": {"coverage": config.promise.coverage, "bound": config.promise.bound, "share below": promised},
+        "promise": {"coverage": found.coverage, "bound": found.bound, "share below": promised},
     }
 
 
 def _timed(backbone: Any, images: Tensor) -> dict[str, Any]:
     start = time.perf_counter()
     with progress_bar(len(images) // 2 * (EFFORT + 20), f"{SPEEDUP} times faster") as advance:
-        config = turbovlm.calibrate(backbone, images, speedup=SPEEDUP, effort=EFFORT, batch=BATCH, progress=advance)
+        found = turbovlm.calibrate(backbone, images, speedup=SPEEDUP, effort=EFFORT, batch=BATCH, progress=advance)
     seconds = time.perf_counter() - start
-    subject = Subject(backbone, images, len(images), handed_on(backbone), BATCH, lambda _: None)
-    assert config.promise is not None
+    subject = _subject(backbone, images)
     return {
         "asked": SPEEDUP,
-        "promised": config.promise.speedup,
-        "macs": config.promise.flops,
+        "promised": found.speedup,
+        "macs": found.flops,
         "seconds": seconds,
-        "measured": [speedup_of(subject, config) for _ in range(TIMINGS)],
+        "measured": [subject.speedup(found.config) for _ in range(TIMINGS)],
     }
 
 
@@ -194,28 +196,37 @@ def on_pictures() -> dict[str, Any]:
     for share in MADE:
         with progress_bar(PROMPTS * 10, f"pictures, {share:.0%}") as advance:
             start = time.perf_counter()
-            found = turbovlm.calibrate_pictures(
+            found = turbovlm.calibrate(
                 pipe, prompts[:PROMPTS], flops=share, steps=STEPS, inputs=inputs, batch=BATCH, progress=advance
             )
             seconds = time.perf_counter() - start
-        assert found.promise is not None
-        held = PictureSubject(pipe, prompts[PROMPTS:], None, STEPS, inputs, BATCH, SEED, lambda _: None)
-        keep = PictureSearch(held, TurboConfig(keep=1.0), range(PROMPTS), frozenset()).solved(
-            TurboConfig(keep=1.0), 1.0, share
+        base = DenoiseConfig(keep=1.0)
+        held = DenoiserSubject(
+            pipe,
+            prompts[PROMPTS:],
+            base,
+            frozenset(),
+            SEED,
+            lambda _: None,
+            steps=STEPS,
+            inputs=inputs,
+            batch=BATCH,
         )
-        for name, config in (("one keep", keep), ("calibrated", found)):
+        keep = held.configured(base, (1.0,) * RESOLUTIONS, share)
+        assert keep is not None
+        for name, config in (("one keep", keep), ("calibrated", found.config)):
             drift = held.drift(config, range(PROMPTS))
             rows.append(
                 {
                     "flops": share,
                     "setting": name,
-                    "macs": held.ratio(config),
+                    "macs": held.cost(config),
                     "drift": drift.tolist(),
                     "config": f"keep={list(config.keep)}, components={list(config.components)}, "  # type: ignore[arg-type]
                     f"degree={config.degree}, alpha={config.alpha}, restore={config.restore}, refresh={config.refresh}",
-                    "seconds": seconds if config is found else 0.0,
-                    "below bound": (drift <= found.promise.bound).float().mean().item(),
-                    "coverage": found.promise.coverage,
+                    "seconds": seconds if config is found.config else 0.0,
+                    "below bound": (drift <= found.bound).float().mean().item(),
+                    "coverage": found.coverage,
                 }
             )
     return {"rows": rows}
@@ -231,18 +242,18 @@ def on_tasks() -> dict[str, Any]:
         asked = {picture.name for sample in data.samples for picture in sample.pictures}
         others = [picture for name, picture in pictures.items() if name not in asked][:CALIBRATED_ON]
         images = preprocess([picture.open().resize((SIDE, SIDE)) for picture in others], SIDE)
-        config = _calibrated(predictor.model, images, task, 0.6, dense=predictor.dense)
+        alike = _calibrated(predictor.model, images, task, 0.6, dense=predictor.dense)
         thresholds = _calibrated(predictor.model, images, f"{task}, per image", 0.6, True, dense=predictor.dense)
-        print(task, len(others), config, thresholds.thresholds, flush=True)
+        print(task, len(others), alike, thresholds, flush=True)
         settings = [Setting(OWN)]
         settings += [
             Setting(name, dataclasses.replace(TurboConfig(flops=0.6), **METHODS[name])) for name in ("ToMe", "turbovlm")
         ]
-        settings.append(Setting("calibrated", config))
-        alone = [Setting(OWN), Setting("calibrated, per image", thresholds)]
+        settings.append(Setting("calibrated", alike.config))
+        alone = [Setting(OWN), Setting("calibrated, per image", thresholds.config)]
         with tempfile.TemporaryDirectory() as folder:
             study = _asked(task, predictor, data, settings, Path(folder) / "a", BATCH)
-            one = _asked(task, predictor, data, alone, Path(folder) / "b", 1) if thresholds.thresholds else None
+            one = _asked(task, predictor, data, alone, Path(folder) / "b", 1) if thresholds.config.thresholds else None
         rows = [*study.rows[1:], *([] if one is None else one.rows[1:])]
         found[task] = [
             {

@@ -11,6 +11,7 @@ import torch
 import turbovlm
 from denoisers import DENOISERS, noise, unet, unet_inputs
 from families import _livelier as livelier
+from turbovlm.diffusion.run import Run, run_within
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 
 pytest.importorskip("diffusers")
@@ -135,7 +136,7 @@ def test_compiles_as_one_graph(name, columns, settings):
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({}, "192 tokens are no square: give grid"), ({"grid": (16, 13)}, "the picture has 192 tokens")],
+    [({}, "192 tokens are no square: give grid"), ({"grid": (16, 13)}, "the image has 192 tokens")],
 )
 def test_a_compiled_flux_is_told_of_pictures_that_are_not_square(settings, said):
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(1, 32, 24)
@@ -144,9 +145,10 @@ def test_a_compiled_flux_is_told_of_pictures_that_are_not_square(settings, said)
         run(torch.compile(model, fullgraph=True, backend="eager"), inputs)
 
 
-def under_way(handle):
-    """As in a forward of the denoiser, of one latent."""
-    handle._all[0].running, handle._all[0].batch = True, 1
+def in_a_run(model, function, *args, **kwargs):
+    """Call a part of an accelerated denoiser as in a forward of one latent; also give the run."""
+    run = Run(turbovlm.get_handle(model).features[0], model, 1, None, {})
+    return run_within(run, function, *args, **kwargs), run
 
 
 @torch.no_grad()
@@ -158,9 +160,9 @@ def test_cells_of_equal_tokens_change_nothing(component):
     cells = noise(3, 1, 8, 8, 32).double().repeat_interleave(2, 1).repeat_interleave(2, 2)
     x, text = cells.reshape(1, 256, 32), noise(4, 1, 7, 32).double()
     plain = block(x, encoder_hidden_states=text)
-    with turbovlm.apply(model, keep=0.25, components=[component]) as handle:
-        under_way(handle)
-        merged = block(x, encoder_hidden_states=text)
+    with turbovlm.apply(model, keep=0.25, components=[component]):
+        merged, run = in_a_run(model, block, x, encoder_hidden_states=text)
+    assert [choice.merge.sizes.shape for choice in run.choices.values()] == [(1, 64)]
     torch.testing.assert_close(merged, plain, rtol=0, atol=1e-9)
 
 
@@ -221,6 +223,11 @@ def test_a_pipeline_makes_the_same_picture_for_a_seed():
     assert torch.equal(picture(pipe), plain)
 
 
+def read_by(choice):
+    """Tokens of a group of blocks, before and after."""
+    return choice.tokens, choice.tokens if choice.merge is None else choice.merge.sizes.shape[1]
+
+
 def test_a_share_for_each_resolution():
     """The latent's own, half of it, and whatever is smaller."""
     kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
@@ -231,7 +238,7 @@ def test_a_share_for_each_resolution():
     def read(keep):
         with turbovlm.apply(model, keep=keep) as handle:
             out = model(**inputs).sample
-            return out, {(before, after) for before, after in handle._all[0].seen.values()}, str(handle)
+            return out, {read_by(choice) for choice in handle.features[0].last.values()}, str(handle)
 
     uniform, _, _ = read(0.5)
     same, _, _ = read((0.5, 0.5))
@@ -240,32 +247,31 @@ def test_a_share_for_each_resolution():
     assert seen == {(768, 384), (192, 144)} and "50%, 75% of the tokens" in shown
     assert not torch.allclose(different, uniform, atol=1e-4)
     assert read((1.0, 0.5))[1] == {(768, 768), (192, 96)}
-    with pytest.raises(ConfigError, match=r"keep=\[0.5, 0.1\]: one token in every 2×2 cell stays"):
+    with pytest.raises(ConfigError, match=r"keep=0\.1: must be ≥ 0\.25: one token in every 2×2 cell stays"):
         turbovlm.apply(model, keep=(0.5, 0.1))
 
 
 def test_what_cannot_be_done_says_why():
     model = DENOISERS["sd15"]()
-    with pytest.raises(ConfigError, match="r=4: image generation takes keep"):
+    with pytest.raises(ConfigError, match="r=4: TurboConfig has it"):
         turbovlm.apply(model, r=4)
-    with pytest.raises(ConfigError, match=r"keep=0\.2: one token in every 2×2 cell"):
+    with pytest.raises(ConfigError, match=r"keep=0\.2: must be ≥ 0\.25: one token in every 2×2 cell stays"):
         turbovlm.apply(model, keep=0.2)
     for setting in (
-        {"restore": "residual"},
         {"dense": True},
         {"guidance": "cls"},
         {"partition": "alternate"},
         {"trace": True},
         {"similarity": "keys"},
     ):
-        with pytest.raises(ConfigError, match=rf"{next(iter(setting))}=.*: image generation allows"):
+        with pytest.raises(ConfigError, match=rf"{next(iter(setting))}=.*: .*Config has it, which is for"):
             turbovlm.apply(model, keep=0.5, **setting)
-    with pytest.raises(ConfigError, match=r"grid=\(8, 8\): UNet2DConditionModel is given pictures"):
+    with pytest.raises(ConfigError, match=r"grid=\(8, 8\): UNet2DConditionModel is given images"):
         turbovlm.apply(model, keep=0.5, grid=(8, 8))
     with pytest.raises(ConfigError, match="components='ffn'"):
-        turbovlm.TurboConfig(keep=0.5, components="ffn")
+        turbovlm.DenoiseConfig(keep=0.5, components="ffn")
     with pytest.raises(ConfigError, match=r"components=\['mlp'\]: must be some of attention, cross_attention, ffn"):
-        turbovlm.TurboConfig(keep=0.5, components=["mlp"])
+        turbovlm.DenoiseConfig(keep=0.5, components=["mlp"])
     with turbovlm.apply(model, keep=0.5), pytest.raises(TurboError, match="accelerated already"):
         turbovlm.apply(model, keep=0.5)
     from diffusers import AutoencoderKL, UNet2DModel
@@ -284,7 +290,7 @@ def test_what_cannot_be_done_says_why():
     pipe = WuerstchenDecoderPipeline(None, None, AutoencoderKL(), DDPMScheduler(), None)
     with pytest.raises(UnsupportedModelError, match=r"it has decoder \(AutoencoderKL\), and neither of unet, transf"):
         turbovlm.apply(pipe, keep=0.5)
-    with pytest.raises(ConfigError, match="only image generation has it"):
+    with pytest.raises(ConfigError, match="DenoiseConfig has it, which is for denoisers"):
         turbovlm.apply(torch.nn.Sequential(vit()), keep=0.5, components=["ffn"])
 
 

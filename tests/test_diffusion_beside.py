@@ -87,7 +87,7 @@ def test_an_attention_backend_without_masks():
         merged = run(model, inputs)
         with attention_backend("_native_flash"):
             torch.testing.assert_close(run(model, inputs), merged, rtol=0, atol=1e-4)
-    refused = pytest.raises(StateError, match=r"takes no mask.*proportional=False, or")
+    refused = pytest.raises(StateError, match=r"takes no mask.*proportional=False, or use another")
     with turbovlm.apply(model, keep=0.5), attention_backend("_native_flash"), refused:
         run(model, inputs)
 

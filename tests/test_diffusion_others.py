@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -196,27 +197,68 @@ def test_image_embeddings_of_sd3_in_a_batch():
 
 
 @pytest.mark.parametrize("size", [(16, 20), (20, 16), (16, 24)])
-def test_a_forward_in_another_thread_meanwhile_is_refused(size):
-    model, given, meanwhile = DENOISERS["sd15"](), unet_inputs(1, 16, 20), other(unet_inputs(1, *size))
-    refused = []
+@pytest.mark.parametrize("where", ["another thread", "the same thread"])
+def test_a_forward_in_the_midst_of_another(where, size):
+    model, inputs, within = DENOISERS["sd15"](), unet_inputs(1, 16, 20), other(unet_inputs(2, *size))
+    made = []
 
-    def elsewhere(*_):
+    def elsewhere():
         hook.remove()
-        with pytest.raises(StateError, match="another thread's forward of this denoiser is under way"):
-            run(model, meanwhile)
-        refused.append(size)
+        made.append(run(model, within))
+
+    def start(*_):
+        if where == "the same thread":
+            return elsewhere()
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
 
     with turbovlm.apply(model, keep=0.5):
-        alone = run(model, given)
-
-        def start(*_):
-            thread = threading.Thread(target=elsewhere)
-            thread.start()
-            thread.join()
-
+        alone, alone_within = run(model, inputs), run(model, within)
         hook = model.down_blocks[0].attentions[1].register_forward_pre_hook(start)
-        assert torch.equal(run(model, given), alone) and refused
-        run(model, meanwhile)
+        assert torch.equal(run(model, inputs), alone)
+        assert torch.equal(made[0], alone_within)
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_forwards_in_several_threads_are_as_one_after_another(family):
+    model = DENOISERS[family]()
+    every = [DENOISERS[family].inputs(1 + i % 2, 32, 32 + 4 * i) for i in range(4)]
+    with turbovlm.apply(model, keep=0.5), ThreadPoolExecutor(4) as pool:
+        alone = [run(model, inputs) for inputs in every]
+        for made in (pool.map(lambda inputs: run(model, inputs), every) for _ in range(2)):
+            assert all(torch.equal(a, b) for a, b in zip(made, alone))
+
+
+def test_an_exception_half_way_needs_no_clean_up():
+    model, inputs = DENOISERS["sd15"](), unet_inputs(1, 32, 32)
+    with turbovlm.apply(model, keep=0.5):
+        merged = run(model, inputs)
+        fails = model.mid_block.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, other(inputs))
+        fails.remove()
+        block = model.down_blocks[0].attentions[1].transformer_blocks[0]
+        with pytest.raises(StateError, match="runs outside of its denoiser's forward"):
+            block(noise(3, 1, 256, 32), encoder_hidden_states=noise(4, 1, 7, 32))
+        assert torch.equal(run(model, inputs), merged)
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_a_checkpoint_goes_by_the_merges_of_its_own_forward(family):
+    """And not by those of a later forward, which other latents were merged in."""
+    model, inputs = DENOISERS[family]().train(), DENOISERS[family].inputs(1, 32, 32)
+    with turbovlm.apply(model, keep=0.5):
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+        whole = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        model.zero_grad()
+        model.enable_gradient_checkpointing()
+        loss = model(**inputs, return_dict=False)[0].square().mean()
+        run(model, other(inputs))
+        loss.backward()
+    for name, value in model.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(value.grad, whole[name])
 
 
 def test_places_given_without_their_name():

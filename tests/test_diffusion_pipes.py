@@ -12,7 +12,7 @@ import turbovlm
 from denoisers import unet_inputs
 from prompted_pipelines import PIPES
 from test_diffusion import precise, run
-from turbovlm.diffusion import merging
+from turbovlm.diffusion import choose
 from turbovlm.errors import ConfigError, UnsupportedModelError
 
 pytest.importorskip("diffusers")
@@ -55,13 +55,13 @@ def test_two_pictures_of_a_prompt_are_as_two_runs(kind):
 @pytest.mark.parametrize("kind", [kind for kind in PIPES if kind != "flux-kontext"])
 def test_the_grid_is_that_of_the_latent(kind, monkeypatch):
     pipe, given = PIPES[kind](), PIPES[kind]
-    decide, seen = merging.decide, set()
+    chosen, seen = choose._choose, set()
 
-    def noted(plan, *args):
-        seen.add(plan.grid)
-        return decide(plan, *args)
+    def noted(run, *args):
+        seen.add(run.grid)
+        return chosen(run, *args)
 
-    monkeypatch.setattr(merging, "decide", noted)
+    monkeypatch.setattr(choose, "_choose", noted)
     rows, columns = (22, 36) if given.multiple == 2 else (17, 23)
     with turbovlm.apply(pipe, keep=0.5):
         given.run(pipe, rows, columns, num_inference_steps=2)
@@ -154,14 +154,12 @@ def test_a_run_leaves_nothing_to_the_next():
 
 
 def test_guidance_in_two_forwards_decides_once_for_both(monkeypatch):
-    from turbovlm.diffusion import deciding
-
-    compare, seen = deciding.mutual_redundancy, []
-    monkeypatch.setattr(deciding, "mutual_redundancy", lambda *args: (seen.append(1), compare(*args))[1])
+    compare, seen = choose.mutual_redundancy, []
+    monkeypatch.setattr(choose, "mutual_redundancy", lambda *args: (seen.append(1), compare(*args))[1])
     pipe, given = PIPES["flux-cfg"](), PIPES["flux-cfg"]
     with turbovlm.apply(pipe, keep=0.5, refresh=2):
         given.run(pipe, num_inference_steps=4)
-        groups = len({spot.group for spot in turbovlm.get_handle(pipe)._all[0].spots})
+        groups = len({site.group for site in turbovlm.get_handle(pipe).features[0].sites})
     assert len(seen) == 2 * groups
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
-from turbovlm.diffusion.restoring import likeness, linear_map, restore_linear
+from turbovlm.diffusion.restore import linear_map, restore_linear
 from turbovlm.errors import ConfigError
 from turbovlm.ops import bipartite_merge, partition_tokens
 from turbovlm.ops.informativity import mutual_redundancy
@@ -27,7 +27,7 @@ def merge_of(x, r, reduce="merge"):
 @pytest.mark.parametrize("r", [12, 32, 48])
 def test_a_linear_map_is_found(reduce, r, monkeypatch):
     """Of tokens that lie in fewer directions than the regression sees tokens."""
-    monkeypatch.setattr("turbovlm.diffusion.restoring.RIDGE", 1e-9)
+    monkeypatch.setattr("turbovlm.diffusion.restore.RIDGE", 1e-9)
     torch.manual_seed(0)
     x = torch.randn(3, 64, 8).double() @ torch.randn(8, 24).double() + 1
     linear = torch.nn.Linear(24, 20).double().requires_grad_(False)
@@ -49,7 +49,7 @@ def test_the_map_is_that_of_ridge_regression():
 def test_the_fewer_are_gone_the_fewer_are_seen(monkeypatch):
     """Restoring has to cost less than merging saved."""
     seen = []
-    monkeypatch.setattr("turbovlm.diffusion.restoring.linear_map", lambda *a: seen.append(a[2]) or linear_map(*a))
+    monkeypatch.setattr("turbovlm.diffusion.restore.linear_map", lambda *a: seen.append(a[2]) or linear_map(*a))
     x = noise(0, 2, 64, 24)
     for r in (1, 5, 48):
         merge = merge_of(x, r)
@@ -98,31 +98,9 @@ def test_a_smooth_feed_forward_drifts_less(name):
     assert gap["linear"] < 0.95 * gap["copy"]
 
 
-@torch.no_grad()
-def test_weighted_positions_take_less():
-    x = noise(0, 2, 64, 8)
-    merge = merge_of(x, 32)
-    share = likeness(merge, x, merge.merge(x))
-    token = merge.unmerge(merge.merge(x))
-    expected = (x * token).sum(-1) / x.norm(dim=-1) / token.norm(dim=-1)
-    torch.testing.assert_close(share[..., 0], expected.clamp_min(0))
-    assert (share[merge.unmerge(merge.sizes.unsqueeze(-1)) == 1] == 1).all() and share.min() < 0.9
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "pixart"])
-def test_weighted_restoring_of_every_kind_of_part(name):
-    model, inputs = DENOISERS[name](), DENOISERS[name].inputs(2, 32, 32)
-    plain, made = model(**inputs, return_dict=False)[0], {}
-    for restore in ("copy", "weighted"):
-        with turbovlm.apply(model, keep=0.5, restore=restore):
-            made[restore] = model(**inputs, return_dict=False)[0]
-    assert made["weighted"].shape == plain.shape and not torch.equal(made["weighted"], made["copy"])
-
-
 def test_restore_is_checked():
-    with pytest.raises(ConfigError, match="restore='blend': must be one of auto, copy, residual, linear, weighted"):
-        turbovlm.TurboConfig(keep=0.5, restore="blend")
+    with pytest.raises(ConfigError, match="restore='blend': must be one of auto, copy, linear"):
+        turbovlm.DenoiseConfig(keep=0.5, restore="blend")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -152,8 +130,9 @@ def test_attention_in_proportion(proportional):
     attention.to_out[0].register_forward_hook(lambda m, i, o: seen.update(attended=i[0]))
     with turbovlm.apply(model, keep=0.5, components=["attention"], proportional=proportional) as handle:
         model(**inputs)
-        spot = next(spot for spot in handle._all[0].spots if spot.name == f"{BLOCK}.attn1")
-        sizes = handle._all[0].held[spot.merge].sizes
+        feature = handle.features[0]
+        site = next(site for site in feature.sites if site.name == f"{BLOCK}.attn1")
+        sizes = feature.last[site.key].merge.sizes
     assert sizes.shape == (1, 512) and sizes.sum() == 1024
     times = sizes[0].long() if proportional else torch.ones(512, dtype=torch.long)
     queries, keys, values = (

@@ -9,9 +9,9 @@ import torch
 
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs, words
-from test_diffusion import picture, pipeline, run, under_way
-from turbovlm.diffusion import deciding
-from turbovlm.diffusion.deciding import mean_attention, text_attention, twins_of
+from test_diffusion import in_a_run, picture, pipeline, run
+from turbovlm.diffusion import choose
+from turbovlm.diffusion.choose import find_same_latents, mean_attention, text_attention
 from turbovlm.errors import ConfigError, TurboError
 
 pytest.importorskip("diffusers")
@@ -20,18 +20,23 @@ pytest.importorskip("diffusers")
 @pytest.fixture
 def decisions(monkeypatch):
     """The number of tokens compared, at each comparison."""
-    seen, compare = [], deciding.mutual_redundancy
+    seen, compare = [], choose.mutual_redundancy
 
     def counted(features, split):
         seen.append(features.shape[1])
         return compare(features, split)
 
-    monkeypatch.setattr(deciding, "mutual_redundancy", counted)
+    monkeypatch.setattr(choose, "mutual_redundancy", counted)
     return seen
 
 
-def plan_of(model):
-    return turbovlm.get_handle(model)._all[0]
+def feature_of(model):
+    return turbovlm.get_handle(model).features[0]
+
+
+def merges_of(model):
+    """The merges of the last forward, by group."""
+    return {key: choice.merge for key, choice in feature_of(model).last.items() if choice.merge is not None}
 
 
 @pytest.mark.parametrize(("refresh", "steps"), [(1, 4), (2, 2), (3, 2), (9, 1)])
@@ -39,7 +44,7 @@ def test_refresh_decides_every_kth_step(decisions, refresh, steps):
     pipe = pipeline()
     with turbovlm.apply(pipe, keep=0.5, refresh=refresh):
         first = picture(pipe)
-        groups = len({spot.group for spot in plan_of(pipe).spots})
+        groups = len({site.group for site in feature_of(pipe).sites})
         assert len(decisions) == steps * groups
         assert torch.equal(picture(pipe), first) and len(decisions) == 2 * steps * groups
         other = picture(pipe, height=40, width=88)
@@ -56,7 +61,7 @@ def test_a_scheduler_is_followed_and_given_back(decisions):
     assert {"step", "set_timesteps"} <= set(first.__dict__)
     pipe.scheduler = second = DPMSolverMultistepScheduler.from_config(first.config)
     picture(pipe)
-    assert len(decisions) == len({spot.group for spot in plan_of(pipe).spots})
+    assert len(decisions) == len({site.group for site in feature_of(pipe).sites})
     assert not {"step", "set_timesteps"} & set(first.__dict__)
     handle.remove()
     assert not {"step", "set_timesteps"} & set(second.__dict__)
@@ -114,7 +119,7 @@ def test_refresh_needs_a_pipeline():
     pipe = pipeline()
     with pytest.raises(ConfigError, match="refresh=2: a pipeline's scheduler says when a step ends"):
         turbovlm.apply(pipe.unet, keep=0.5, refresh=2)
-    with pytest.raises(ConfigError, match=r"refresh=0: it must be an integer ≥ 1"):
+    with pytest.raises(ConfigError, match=r"refresh=0: must be an integer ≥ 1"):
         turbovlm.apply(pipe, keep=0.5, refresh=0)
     with turbovlm.apply(pipe, keep=0.5, refresh=2):
         twin = pipeline()
@@ -160,15 +165,13 @@ def test_a_compiled_denoiser_has_one_graph_that_decides_and_one_that_does_not():
             torch.testing.assert_close(picture(pipe), eager, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_both_halves_of_guidance_merge_alike(share):
+def test_both_halves_of_guidance_merge_alike():
     pipe = pipeline()
-    with turbovlm.apply(pipe, keep=0.5, share_guidance=share):
+    with turbovlm.apply(pipe, keep=0.5):
         picture(pipe)
-        held = [merge for merge in plan_of(pipe).held.values() if merge is not None]
-        assert held and all(len(merge.source) == 2 for merge in held)
-        alike = [torch.equal(merge.source[0], merge.source[1]) for merge in held]
-    assert all(alike) if share else not all(alike)
+        merges = list(merges_of(pipe).values())
+    assert len(merges) == 4 and all(len(merge.source) == 2 for merge in merges)
+    assert all(torch.equal(merge.source[0], merge.source[1]) for merge in merges)
 
 
 def test_other_pictures_never_merge_alike():
@@ -182,7 +185,7 @@ def test_other_pictures_never_merge_alike():
 
     with turbovlm.apply(pipe, keep=0.5):
         together = pictures([0, 1])
-        source = next(iter(plan_of(pipe).held.values())).source
+        source = next(iter(merges_of(pipe).values())).source
         assert torch.equal(source[0], source[2]) and not torch.equal(source[0], source[1])
         for row in (0, 1):
             torch.testing.assert_close(
@@ -215,14 +218,14 @@ def test_a_picture_that_is_not_finite_changes_no_other():
         assert torch.equal(run(model, inputs)[::2], good[::2])
 
 
-def test_twins():
+def test_same_latents_are_found():
     latent = noise(0, 2, 4, 8, 8)
-    halves = twins_of(torch.cat([latent, latent[1:], latent[1:]]))
+    halves = find_same_latents(torch.cat([latent, latent[1:], latent[1:]]))
     assert torch.equal(halves, torch.tensor([[1, 0, 0, 0], [0, 0.5, 0, 0.5], [0, 0, 1, 0], [0, 0.5, 0, 0.5]]))
-    assert torch.equal(twins_of(latent[:1].expand(3, 4, 8, 8)), torch.full((3, 3), 1 / 3))
-    assert torch.equal(twins_of(latent[:1].expand(6, 4, 8, 8)), torch.eye(3).repeat(2, 2) / 2)
-    assert torch.equal(twins_of(latent.repeat(3, 1, 1, 1)), torch.eye(2).repeat(3, 3) / 3)
-    assert torch.equal(twins_of(torch.full((2, 4), torch.nan)), torch.eye(2))
+    assert torch.equal(find_same_latents(latent[:1].expand(3, 4, 8, 8)), torch.full((3, 3), 1 / 3))
+    assert torch.equal(find_same_latents(latent[:1].expand(6, 4, 8, 8)), torch.eye(3).repeat(2, 2) / 2)
+    assert torch.equal(find_same_latents(latent.repeat(3, 1, 1, 1)), torch.eye(2).repeat(3, 3) / 3)
+    assert torch.equal(find_same_latents(torch.full((2, 4), torch.nan)), torch.eye(2))
 
 
 @torch.no_grad()
@@ -252,9 +255,9 @@ def test_cross_attention_is_guided_by_the_text():
     model, inputs = DENOISERS["sd15"](), unet_inputs(1, 32, 32)
     with turbovlm.apply(model, keep=0.5, alpha=1000):
         run(model, inputs)
-        first = {name: merge.rows.clone() for name, merge in plan_of(model).held.items() if merge is not None}
+        first = {key: merge.rows for key, merge in merges_of(model).items()}
         run(model, {**inputs, "encoder_hidden_states": noise(8, 1, 7, 32)})
-        second = {name: merge.rows for name, merge in plan_of(model).held.items() if merge is not None}
+        second = {key: merge.rows for key, merge in merges_of(model).items()}
     own, text = "down_blocks.0:0", "down_blocks.0:0, by the text"
     assert torch.equal(first[own], second[own]) and not torch.equal(first[text], second[text])
 
@@ -262,10 +265,9 @@ def test_cross_attention_is_guided_by_the_text():
 @torch.no_grad()
 def test_large_pictures_merge_within_bands():
     model = DENOISERS["sd15"]()
-    with turbovlm.apply(model, keep=0.3) as handle:
-        under_way(handle)
+    with turbovlm.apply(model, keep=0.3):
         block = model.down_blocks[0].attentions[0].transformer_blocks[0]
-        block(noise(3, 1, 96 * 96, 32), encoder_hidden_states=words(1))
-        merge = plan_of(model).held["down_blocks.0:0"]
+        _, run = in_a_run(model, block, noise(3, 1, 96 * 96, 32), encoder_hidden_states=words(1))
+        merge = run.choices["down_blocks.0:0"].merge
     band = torch.arange(96 * 96) // (96 * 96 // 2)
     assert torch.equal(band[merge.kept.gather(1, merge.source)[0]], band)

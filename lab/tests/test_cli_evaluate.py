@@ -9,8 +9,8 @@ from PIL import Image
 
 from folders import blip_folder, stable_diffusion_folder
 from turbovlm.cli import main
+from turbovlm.calibration.result import Calibration
 from turbovlm.config import TurboConfig
-from turbovlm.promise import Promise
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import zoo_predictor
 from turbovlm_lab.evaluate.run import Setting
@@ -60,8 +60,8 @@ def test_a_model_and_data_from_folders(tmp_path, coco, capsys):
 
 def test_calibrated_settings_stand_beside_the_default(tmp_path, capsys):
     """Thresholds cost what they cost on average, and are asked one picture at a time."""
-    promise = Promise(0.7, 0.01, 0.02, 0.8, 14, None, ((0.7, 0.01),))
-    TurboConfig((20,) * 12, promise=promise).save(tmp_path / "numbers.json")
+    calibrated = Calibration(TurboConfig((20,) * 12), 0.7, 0.01, 0.02, 0.8, 14, None, ((0.7, 0.01),))
+    calibrated.save(tmp_path / "numbers.json")
     TurboConfig((0,) * 12, thresholds=(-0.3,) * 12).save(tmp_path / "per-image.json")
     files = [str(tmp_path / name) for name in ("numbers.json", "per-image.json")]
     given = ["evaluate", "saliency", "--limit", "4", "--out", str(tmp_path / "out"), "--settings", *files]

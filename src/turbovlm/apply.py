@@ -71,7 +71,7 @@ def _find(module: nn.Module, owner: Any, configs: tuple[Config, ...]) -> list[Fe
 
             features += find_readings(module, config)
         elif isinstance(config, DenoiseConfig):
-            from turbovlm.diffusion.install import find_denoiser
+            from turbovlm.diffusion.feature import find_denoiser
 
             features.append(find_denoiser(module, config, owner))
     return features

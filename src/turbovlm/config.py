@@ -35,7 +35,7 @@ RESTORES = ("auto", "copy", "residual")
 VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "uniform", "pooling")
 COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a denoiser's block that can read merged tokens."""
-DENOISER_RESTORES = ("auto", "copy", "linear", "weighted")
+DENOISER_RESTORES = ("auto", "copy", "linear")
 
 AMOUNTS = ("r", "keep", "flops")
 """Fields of `TurboConfig` that say how much is merged; one of them is set."""
@@ -325,9 +325,8 @@ class DenoiseConfig(Settings):
         components: which parts of a block read merged tokens: some of `"attention"`, `"cross_attention"`, `"ffn"`.
         refresh: how many denoising steps share what was decided in the first of them, ≥ 1.
         restore: what a position gets back: `"copy"`, what its token came to; `"linear"`, from a feed-forward also what
-            linear regression over the tokens says of the difference; `"weighted"`, less of it the less it is like its
-            token (Turbo, equation 14); or `"auto"`: `"linear"` on the CPU and `"copy"` elsewhere.
-        share_guidance: whether both halves of classifier-free guidance merge alike.
+            linear regression over the tokens says of the difference; or `"auto"`: `"linear"` on the CPU and `"copy"`
+            elsewhere.
         min_tokens: a block that reads fewer tokens does not merge; it never does below 64.
         degree, alpha: as in `TurboConfig`.
         grid: rows and columns of FLUX's tokens, where they cannot be read off `img_ids`.
@@ -344,7 +343,6 @@ class DenoiseConfig(Settings):
     components: Sequence[str] = COMPONENTS
     refresh: int = 1
     restore: str = "auto"
-    share_guidance: bool = True
     min_tokens: int = 0
     degree: str | DegreeFunction = "weighted_difference"
     alpha: float | None = None
@@ -367,8 +365,7 @@ class DenoiseConfig(Settings):
         self._set(components=tuple(name for name in COMPONENTS if name in parts))
         self._set(refresh=check_integer("refresh", self.refresh, minimum=1))
         check_choice("restore", self.restore, DENOISER_RESTORES)
-        for name in ("share_guidance", "proportional"):
-            check_flag(name, getattr(self, name))
+        check_flag("proportional", self.proportional)
         self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_integer("seed", self.seed))
         self._check_degree()
         check_choice("reduce", self.reduce, REDUCTIONS)

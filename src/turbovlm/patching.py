@@ -36,6 +36,8 @@ class Feature(Protocol):
     removed: bool
     last: Any
 
+    # A feature that also patches objects which are no part of the model has them in a property `beside`, a tuple.
+
     def patches(self, model: nn.Module) -> list[Patch]:
         """What to put where in the model that it was found in. Changes nothing."""
 
@@ -48,7 +50,7 @@ Function = Callable[..., Any]
 
 
 class Patch:
-    """A callable in place of one method of one module.
+    """A callable in place of one method of one module, or of another object with a `__dict__`, such as a scheduler.
 
     Attributes:
         name: the method's name.
@@ -59,7 +61,7 @@ class Patch:
         method: the class's own method, unbound.
     """
 
-    def __init__(self, module: nn.Module, name: str, function: Function, feature: Feature, detail: Any = None) -> None:
+    def __init__(self, module: Any, name: str, function: Function, feature: Feature, detail: Any = None) -> None:
         self._module = weakref.ref(module)
         self.name, self.function, self.feature, self.detail = name, function, feature, detail
         self.before: Any = None
@@ -111,7 +113,7 @@ class Patch:
         return Patch, made_of, {"before": self.before}
 
 
-def slot_of(module: nn.Module, name: str) -> str:
+def slot_of(module: Any, name: str) -> str:
     """The attribute where a patch of method `name` belongs: a forward goes below accelerate's hook, where there is one.
 
     So the hook moves inputs and weights before the patch runs.
@@ -128,18 +130,39 @@ def install(patches: Iterable[Patch]) -> None:
 
 
 def patches_on(model: nn.Module) -> Iterator[Patch]:
-    """Every patch in `model`, of nested ones the outer first."""
+    """Every patch in `model` that does something, of nested ones the outer first; then those beside it."""
+    beside: dict[int, Any] = {}
     for module in model.modules():
-        for value in list(module.__dict__.values()):
-            while isinstance(value, Patch):
+        for patch in patches_of(module):
+            yield patch
+            beside |= {id(each): each for each in getattr(patch.feature, "beside", ())}
+    for each in beside.values():
+        yield from patches_of(each)
+
+
+def patches_of(module: Any) -> Iterator[Patch]:
+    """Every patch of one module or other object.
+
+    Not of removed features: a library may put such a patch back that it had found there and kept.
+    """
+    for value in list(module.__dict__.values()):
+        while isinstance(value, Patch):
+            if not value.feature.removed:
                 yield value
-                value = value.before
+            value = value.before
 
 
 def remove(patches: Iterable[Patch]) -> None:
-    """Put back what was there before each patch, the outer of nested ones first."""
-    for patch in list(patches):
+    """Put back what was there before each patch, the outer of nested ones first, and end their features."""
+    found = list(patches)
+    for patch in found:
         patch.feature.removed = True
+    take_off(found)
+
+
+def take_off(patches: Iterable[Patch]) -> None:
+    """Put back what was there before each patch, the outer of nested ones first."""
+    for patch in patches:
         for slot, value in list(patch.module.__dict__.items()):
             if value is patch:
                 _put_back(patch, slot)

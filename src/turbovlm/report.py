@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from turbovlm.config import TurboConfig
-from turbovlm.diffusion.deciding import fewest
-from turbovlm.diffusion.plan import DiffusionPlan
 from turbovlm.encoder.block import Plan
 from turbovlm.encoder.schedule import Schedule
 from turbovlm.vlm.grounding import GroundingPlan
@@ -62,34 +60,3 @@ def report_encoder(plan: Plan, schedule: Schedule) -> list[str]:
     if schedule.note:
         lines.append(f"    note: {schedule.note}")
     return lines
-
-
-def report_diffusion(plan: DiffusionPlan) -> list[str]:
-    """Which blocks merge, by the groups that merge alike, and how many tokens they read in the last forward."""
-    config, groups = plan.config, dict[str, list[str]]()
-    for spot in plan.spots:
-        groups.setdefault(spot.group, []).append(spot.name.removesuffix(f".{spot.part.path}"))
-    often = "" if config.refresh == 1 else f", decided in every {_nth(config.refresh)} step"
-    found = {spot.part.component for spot in plan.spots}
-    parts = ", ".join(name for name in config.components if name in found)
-    shares = config.keep if isinstance(config.keep, tuple) else (config.keep,)
-    kept = ", ".join(f"{share:.0%}" for share in shares)
-    lines = [f"  {plan.family}: {kept} of the tokens in {parts}{often}"]
-    for group, blocks in groups.items():
-        named = list(dict.fromkeys(blocks))
-        alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks merge alike"
-        lines.append(f"    {named[0]}{alike}{_tokens(plan, group)}")
-    return lines
-
-
-def _tokens(plan: DiffusionPlan, group: str) -> str:
-    if group not in plan.seen:
-        return ""
-    before, after = plan.seen[group]
-    if before < fewest(plan.config):
-        return f", {before} tokens: fewer than {fewest(plan.config)} are left as they are"
-    return f", {before} → {after} tokens"
-
-
-def _nth(number: int) -> str:
-    return {2: "second", 3: "third"}.get(number, f"{number}th")

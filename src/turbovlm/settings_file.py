@@ -130,6 +130,8 @@ def _from_first_format(path: str | Path, content: dict[str, Any], wanted: str | 
     kind = "ReadConfig" if reads else "DenoiseConfig" if denoises else "TurboConfig"
     if wanted == "DenoiseConfig" and settings.get("keep") is not None:
         kind = wanted
+    if settings.get("share_guidance", True):
+        settings.pop("share_guidance", None)  # always so now
     left_out = OLD_LEFT_OUT[kind]
     kept = {name: value for name, value in settings.items() if name not in left_out}
     return {"kind": kind, "settings": kept} | ({} if promise is None else {"promise": promise})

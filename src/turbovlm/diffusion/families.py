@@ -1,7 +1,8 @@
-"""The blocks of `diffusers`' denoisers, as data: which of their parts can read merged tokens, and where the text is.
+"""The denoisers of `diffusers`, as data: their blocks, which parts can read merged tokens, and where the text is.
 
 A part takes the image's tokens and gives as many back, to which the block adds what came before; so each part can
-merge what it reads and restore what it gives. A new family is a new `Block`.
+merge what it reads and restore what it gives. A new family is one `Denoiser`, often a copy of another with other paths
+(`dataclasses.replace`).
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from turbovlm.diffusion.attend import Attending, plain_attention, rotary_attention
+
 
 @dataclass(frozen=True)
 class Part:
     """A module of a block whose forward takes the image's tokens first, `[batch, tokens, width]`.
 
     Args:
-        path: of the module, from the block; a block may lack it.
-        component: what it is, one of `turbovlm.config.COMPONENTS`.
+        path: name of the module in the block; a block may lack it.
+        component: what it is, one of `turbovlm.config.COMPONENTS`. In cross-attention A is the attention that the text
+            pays, elsewhere that of the image's own tokens.
         text_in_front: whether the text's tokens stand in front of the image's.
-        restored: which of its outputs are of the image's tokens, where it gives several.
-        bias: how many axes a bias on its keys has, `[batch, …, keys]`, which it takes as `attention_mask`; 0 if none.
+        restored: indices of those outputs that are of the image's tokens, where it gives several.
+        attending: how its keys, which are merged tokens, count in proportion to their sizes; None where they cannot.
         smooth: whether it is a feed-forward, of one token at a time.
     """
 
@@ -27,13 +31,8 @@ class Part:
     component: str
     text_in_front: bool = False
     restored: tuple[int, ...] = (0,)
-    bias: int = 0
+    attending: Attending | None = None
     smooth: bool = False
-
-    @property
-    def by_text(self) -> bool:
-        """Whether A is the attention that the text pays, and not that of the image's own tokens."""
-        return self.component == "cross_attention"
 
 
 @dataclass(frozen=True)
@@ -41,53 +40,95 @@ class Block:
     """One kind of block.
 
     Args:
-        family: name for people.
-        block: dotted path of its class.
-        guide: path of the self-attention, whose queries and keys say what matters.
+        path: dotted path of its class.
+        guide: path, from the block, of the self-attention whose queries and keys say what matters.
         parts: in the order in which the block calls them.
+    """
+
+    path: str
+    guide: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """One family of denoisers.
+
+    Args:
+        family: name for people.
+        holders: dotted paths of the classes that have the blocks, directly or in lists, and know how tokens lie.
+        blocks: the kinds of blocks in them.
+        positions: name of the holder's argument that says where each token stands, `[tokens, 3]`, for holders that are
+            given tokens; None for those that are given images, `[batch, channels, rows, columns]`.
     """
 
     kind: ClassVar[str] = "denoiser"
 
     family: str
-    block: str
-    guide: str
-    parts: tuple[Part, ...]
+    holders: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    positions: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """By which blocks are recognised."""
-        return (self.block,)
+        """Dotted paths of the blocks, by which a family is recognised."""
+        return tuple(block.path for block in self.blocks)
 
 
-DIFFUSERS = "diffusers.models"
+MODELS = "diffusers.models"
+TRANSFORMERS = f"{MODELS}.transformers"
+PROCESSORS = f"{MODELS}.attention_processor"
 
-BASIC = Block(
-    "transformer block of UNets, PixArt and DiT",
-    f"{DIFFUSERS}.attention.BasicTransformerBlock",
-    "attn1",
-    (Part("attn1", "attention", bias=3), Part("attn2", "cross_attention"), Part("ff", "ffn", smooth=True)),
+PLAIN = Attending(
+    plain_attention, (f"{PROCESSORS}.AttnProcessor2_0", f"{PROCESSORS}.FusedAttnProcessor2_0"), mask_axes=3
 )
-SD3 = Block(
-    "Stable Diffusion 3's joint block",
-    f"{DIFFUSERS}.attention.JointTransformerBlock",
-    "attn",
-    (Part("attn", "attention"), Part("attn2", "attention"), Part("ff", "ffn", smooth=True)),
+ROTARY = Attending(rotary_attention, (f"{TRANSFORMERS}.transformer_flux.FluxAttnProcessor",), mask_axes=4)
+FEED_FORWARD = Part("ff", "ffn", smooth=True)
+
+BASIC = Denoiser(
+    "UNets, PixArt and DiT",
+    holders=(
+        f"{TRANSFORMERS}.transformer_2d.Transformer2DModel",
+        f"{TRANSFORMERS}.pixart_transformer_2d.PixArtTransformer2DModel",
+        f"{TRANSFORMERS}.dit_transformer_2d.DiTTransformer2DModel",
+    ),
+    blocks=(
+        Block(
+            f"{MODELS}.attention.BasicTransformerBlock",
+            guide="attn1",
+            parts=(Part("attn1", "attention", attending=PLAIN), Part("attn2", "cross_attention"), FEED_FORWARD),
+        ),
+    ),
 )
-FLUX = Block(
-    "FLUX's joint block",
-    f"{DIFFUSERS}.transformers.transformer_flux.FluxTransformerBlock",
-    "attn",
-    (Part("attn", "attention", restored=(0, 2), bias=4), Part("ff", "ffn", smooth=True)),
+SD3 = Denoiser(
+    "Stable Diffusion 3",
+    holders=(f"{TRANSFORMERS}.transformer_sd3.SD3Transformer2DModel",),
+    blocks=(
+        Block(
+            f"{MODELS}.attention.JointTransformerBlock",
+            guide="attn",
+            parts=(Part("attn", "attention"), Part("attn2", "attention"), FEED_FORWARD),
+        ),
+    ),
+)
+FLUX_DOUBLE = Block(
+    f"{TRANSFORMERS}.transformer_flux.FluxTransformerBlock",
+    guide="attn",
+    parts=(Part("attn", "attention", restored=(0, 2), attending=ROTARY), FEED_FORWARD),
 )
 FLUX_SINGLE = Block(
-    "FLUX's single block",
-    f"{DIFFUSERS}.transformers.transformer_flux.FluxSingleTransformerBlock",
-    "attn",
-    (
+    f"{TRANSFORMERS}.transformer_flux.FluxSingleTransformerBlock",
+    guide="attn",
+    parts=(
         Part("proj_mlp", "ffn", text_in_front=True),
-        Part("attn", "attention", text_in_front=True, bias=4),
+        Part("attn", "attention", text_in_front=True, attending=ROTARY),
         Part("proj_out", "ffn", text_in_front=True),
     ),
 )
-FAMILIES = (BASIC, SD3, FLUX, FLUX_SINGLE)
+FLUX = Denoiser(
+    "FLUX",
+    holders=(f"{TRANSFORMERS}.transformer_flux.FluxTransformer2DModel",),
+    blocks=(FLUX_DOUBLE, FLUX_SINGLE),
+    positions="img_ids",
+)
+FAMILIES = (BASIC, SD3, FLUX)

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.apply import apply
-from turbovlm.config import TurboConfig
+from turbovlm.config import Settings, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.patching import patches_on
 from turbovlm.profile.macs import macs
@@ -217,15 +217,15 @@ def named(configs: Any) -> dict[str, Any]:
     Raises:
         ConfigError: none, several of one name, or one named as the model itself.
     """
-    if isinstance(configs, TurboConfig):
+    if isinstance(configs, Settings):
         configs = [configs]
     if not isinstance(configs, Mapping):
         listed = list(configs)
-        configs = {config.amount if isinstance(config, TurboConfig) else repr(config): config for config in listed}
+        configs = {config.amount if isinstance(config, Settings) else repr(config): config for config in listed}
         if len(configs) < len(listed):
             raise ConfigError(f"configs: several are called {next(iter(configs))!r}; give them names, as a mapping")
     if not configs:
-        raise ConfigError("configs: give at least one TurboConfig to compare the model with")
+        raise ConfigError("configs: give at least one config to compare the model with")
     if BASELINE in configs:
         raise ConfigError(f"configs: the name {BASELINE!r} is the model's own")
     return dict(configs)
@@ -243,7 +243,7 @@ def check_integers(**values: tuple[Any, int]) -> None:
 
 
 def _preparation(name: str, config: Any) -> Prepare:
-    if isinstance(config, TurboConfig):
+    if isinstance(config, Settings):
         return lambda model: apply(model, config)
     if not callable(config):
         raise ConfigError(f"configs[{name!r}]={config!r}: must be a TurboConfig, or a function that prepares a model")

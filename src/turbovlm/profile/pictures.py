@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.config import TurboConfig
+from turbovlm.config import DenoiseConfig
 from turbovlm.errors import ConfigError
 from turbovlm.profile.compare import BASELINE, check_integers, describe_device, named, ratios
 from turbovlm.profile.pipelines import Prompt, WatchedPipeline, find_denoiser, inputs_of
@@ -179,7 +179,7 @@ class PictureComparison:
 
 def compare_pictures(
     pipe: Any,
-    configs: TurboConfig | Sequence[TurboConfig] | Mapping[str, TurboConfig],
+    configs: DenoiseConfig | Sequence[DenoiseConfig] | Mapping[str, DenoiseConfig],
     *,
     size: tuple[int, int] | None = None,
     batch: int = 1,
@@ -220,8 +220,8 @@ def compare_pictures(
     """
     versions = named(configs)
     for name, config in versions.items():
-        if not isinstance(config, TurboConfig):
-            raise ConfigError(f"configs[{name!r}]={config!r}: must be a TurboConfig")
+        if not isinstance(config, DenoiseConfig):
+            raise ConfigError(f"configs[{name!r}]={config!r}: must be a DenoiseConfig")
     check_integers(batch=(batch, 1), steps=(steps, 1), rounds=(rounds, 1), warmup=(warmup, 1 if compile else 0))
     _, denoiser = find_denoiser(pipe)
     given = inputs_of(pipe, size, batch, steps, prompt, inputs or {})

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.apply import DENOISERS, apply
-from turbovlm.config import TurboConfig
+from turbovlm.config import DenoiseConfig
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import patches_on
 from turbovlm.profile.compare import twin
@@ -61,7 +61,7 @@ class WatchedPipeline:
     """
 
     def __init__(
-        self, pipe: Any, inputs: Mapping[str, Any], seeds: Sequence[int], config: TurboConfig | None = None
+        self, pipe: Any, inputs: Mapping[str, Any], seeds: Sequence[int], config: DenoiseConfig | None = None
     ) -> None:
         self._name, denoiser = find_denoiser(pipe)
         self._inputs, self._seeds = inputs, seeds

@@ -163,11 +163,11 @@ def file_name(text: str) -> str:
 
 
 def _plain(config: TurboConfig | None) -> Mapping[str, Any] | None:
-    """Settings that are not the defaults, as JSON gives them back; not what they promise."""
+    """Settings that are not the defaults, as JSON gives them back."""
     if config is None:
         return None
     default = {field.name: field.default for field in dataclasses.fields(config)}
-    changed = {name: value for name, value in vars(config).items() if value != default[name] and name != "promise"}
+    changed = {name: value for name, value in vars(config).items() if value != default[name]}
     if isinstance(config.degree, LayeredDegree):
         changed["degree"] = str(config.degree)
     elif callable(config.degree):

@@ -1,4 +1,4 @@
-"""Which tokens of a picture are merged: R from their features, A from the image's own attention or the text's.
+"""Which tokens of an image are merged: R from their features, A from the image's own attention or the text's.
 
 One token in every 2×2 cell is a destination, so what is restored is never far from its place.
 """
@@ -6,104 +6,137 @@ One token in every 2×2 cell is a destination, so what is restored is never far 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.config import TurboConfig
-from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
+from turbovlm.config import DenoiseConfig
+from turbovlm.diffusion.families import Part
+from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.ops.informativity import degree_of_candidates, mutual_redundancy
-from turbovlm.ops.matching import Merge, bipartite_merge
+from turbovlm.ops.matching import bipartite_merge
 from turbovlm.ops.partition import partition_tokens
 
-FEWEST = 64
+LEAST_TOKENS = 64
 """Tokens below which nothing is merged, unless `min_tokens` asks for more."""
 
 BAND = 4096
-"""Larger pictures are cut into bands of about as many tokens, from top to bottom, and merged within them: to compare
-all tokens with all would cost their square."""
+"""Larger images are cut into bands of about as many tokens, from top to bottom, and merged within them: to compare all
+tokens with all would cost their square."""
 
 
-def fewest(config: TurboConfig) -> int:
+@dataclass(frozen=True)
+class Site:
+    """One part of one block, and the group of blocks whose tokens are merged alike.
+
+    Attributes:
+        name: path of the part in the denoiser.
+        part: what it is.
+        group: names the blocks that compare their tokens once.
+        index: of the group in the denoiser, from 0.
+        guide: path, from the denoiser, of the self-attention whose queries and keys say what matters.
+        key: names the parts that share a merge: those of a group that are guided alike.
+    """
+
+    name: str
+    part: Part
+    group: str
+    index: int
+    guide: str
+    key: str
+
+
+def least_tokens(config: DenoiseConfig) -> int:
     """Tokens below which nothing is merged."""
-    return max(config.min_tokens, FEWEST)
+    return max(config.min_tokens, LEAST_TOKENS)
 
 
-@torch.no_grad()
-def decide(
-    plan: DiffusionPlan, spot: Spot, guide: Any, part: Any, x: Tensor, text: Any, bias: Tensor | None
-) -> Merge | None:
-    """Which tokens of `x`, `[batch, tokens, width]`, are merged, text in front left out; None where there are too few.
+def choice_of(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
+    """What the group of a part reads, chosen by the first of its parts that is called.
 
     Args:
-        plan, spot: of the part that reads `x`.
-        guide: the block's self-attention.
-        part: the part itself.
+        part: the part's module.
+        x: what it is given, `[batch, tokens, width]`, text in front left out.
         text: what it attends to, `[batch, words, width]`, where it does; the first, where there are several.
         bias: added to the attention's logits, `[batch, 1, words]`: words of −10,000 are padding.
 
     Raises:
         ConfigError: the tokens fill no grid that is known.
-        StateError: only some of them were given.
+        StateError: some of the latents only, or of the tokens.
     """
-    config = plan.config
-    rows, columns = plan.grid or square(x)
-    tokens = rows * columns
-    if x.shape[1] != tokens and not spot.part.text_in_front:
+    if x.shape[0] != run.latents:
         raise StateError(
-            f"{spot.name} was given {x.shape[1]} of {tokens} tokens: something cuts them into chunks, which cannot be "
+            f"{site.name} was given {x.shape[0]} of {run.latents} latents: something cuts the batch into chunks, which "
+            "cannot be merged"
+        )
+    choice = run.choices.get(site.key)
+    if choice is None or (choice.merge is not None and not _fits(choice, site, x)):
+        choice = run.choices[site.key] = _choose(run, site, part, x, text, bias)
+    return choice
+
+
+def _fits(choice: Choice, site: Site, x: Tensor) -> bool:
+    """Whether what an earlier step chose is of as many latents and tokens as `x`."""
+    assert choice.merge is not None
+    enough = choice.tokens <= x.shape[1] if site.part.text_in_front else choice.tokens == x.shape[1]
+    return enough and choice.merge.weights.shape[0] == x.shape[0]
+
+
+@torch.no_grad()
+def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
+    config: DenoiseConfig = run.feature.config
+    rows, columns = run.grid or square(x)
+    tokens = rows * columns
+    if x.shape[1] != tokens and not site.part.text_in_front:
+        raise StateError(
+            f"{site.name} was given {x.shape[1]} of {tokens} tokens: something cuts them into chunks, which cannot be "
             "merged"
         )
+    # rounded half up, as round() would not; and every 2×2 cell, also one that is cut off, keeps a token
+    kept = max(math.floor(_share(run, tokens) * tokens + 0.5), -(-rows // 2) * -(-columns // 2))
+    if tokens < least_tokens(config) or kept == tokens:
+        return Choice(tokens, None)
     features = x[:, x.shape[1] - tokens :]
-    r = tokens - max(math.floor(_share(plan, tokens) * tokens + 0.5), -(-rows // 2) * -(-columns // 2))
-    if tokens < fewest(config):
-        r = 0
-    if not torch.compiler.is_compiling():
-        plan.seen[spot.group] = tokens, tokens - r
-    if r == 0:
-        return None
-    if spot.group not in plan.pairs:
-        split = partition_tokens(tokens, kind="grid", grid=(rows, columns), device=x.device)
-        split = replace(split, windows=max(1, tokens // BAND))
-        plan.pairs[spot.group] = Pairs(split, *mutual_redundancy(_shared(plan, features), split))
-    pairs = plan.pairs[spot.group]
+    compared = run.compared.get(site.group)
+    if compared is None:
+        partition = partition_tokens(tokens, kind="grid", grid=(rows, columns), device=x.device)
+        partition = replace(partition, windows=max(1, tokens // BAND))
+        compared = Compared(partition, *mutual_redundancy(_averaged(run, features), partition))
+        run.compared[site.group] = compared
     semantic = None
     if needs_semantic(config.degree):
-        if text is not None and getattr(part, "is_cross_attention", False):
-            semantic = text_attention(part, features, text, bias)
-        elif getattr(guide, "is_cross_attention", False):  # a block without self-attention: nothing says what matters
-            semantic = features.new_zeros(features.shape[:2])
-        else:
-            semantic = mean_attention(guide, features)
-        semantic = _shared(plan, semantic)
+        semantic = _averaged(run, _semantic(run.denoiser.get_submodule(site.guide), part, features, text, bias))
     e = degree_of_candidates(
-        pairs.redundancy,
+        compared.redundancy,
         semantic,
-        pairs.split.candidates,
-        spot.index,
+        compared.partition.candidates,
+        site.index,
         degree=config.degree,
         alpha=config.alpha,
         seed=config.seed,
     )
-    return bipartite_merge(e, pairs.partner, pairs.split, r, tokens, order="spatial", reduce=config.reduce)
+    left = tokens - kept
+    merge = bipartite_merge(
+        e, compared.partner, compared.partition, left, tokens, order="spatial", reduce=config.reduce
+    )
+    return Choice(tokens, merge)
 
 
-def _share(plan: DiffusionPlan, tokens: int) -> float:
-    """Of `tokens` tokens, what blocks read: by how often the picture's rows were halved, where resolutions differ."""
-    keep = plan.config.keep
+def _share(run: Run, tokens: int) -> float:
+    """Share of `tokens` tokens that blocks read: by how often the image's rows were halved, where resolutions differ."""
+    keep: Any = run.feature.config.keep
     if isinstance(keep, tuple):
-        halved = round(math.log(plan.finest / tokens, 4))
+        halved = round(math.log(run.finest / tokens, 4))
         return float(keep[min(halved, len(keep) - 1)])
-    assert isinstance(keep, float)
-    return keep
+    return float(keep)
 
 
-def twins_of(latents: Tensor) -> Tensor:
+def find_same_latents(latents: Tensor) -> Tensor:
     """For each latent of a batch, the share of each that is the same one, `[batch, batch]`; rows sum to 1.
 
     Both halves of classifier-free guidance denoise one latent, and so do the thirds of some other kinds. This tells
@@ -122,12 +155,21 @@ def twins_of(latents: Tensor) -> Tensor:
     return same / same.sum(dim=-1, keepdim=True)
 
 
-def _shared(plan: DiffusionPlan, x: Tensor) -> Tensor:
-    """The average over pictures with the same latent: `[batch, …]`."""
-    if plan.twins is None:
+def _averaged(run: Run, x: Tensor) -> Tensor:
+    """The average over images with the same latent: `[batch, …]`."""
+    if run.same_latent is None:
         return x
-    finite = x.flatten(1).nan_to_num()  # of one picture that is not, nothing gets into the others
-    return (plan.twins.to(x.dtype) @ finite).view_as(x)
+    finite = x.flatten(1).nan_to_num()  # of one image that is not, nothing gets into the others
+    return (run.same_latent.to(x.dtype) @ finite).view_as(x)
+
+
+def _semantic(guide: Any, part: Any, x: Tensor, text: Any, bias: Tensor | None) -> Tensor:
+    """A of every token of `x`, `[batch, tokens]`: by the text in cross-attention, elsewhere by the guide."""
+    if text is not None and getattr(part, "is_cross_attention", False):
+        return text_attention(part, x, text, bias)
+    if getattr(guide, "is_cross_attention", False):  # a block without self-attention: nothing says what matters
+        return x.new_zeros(x.shape[:2])
+    return mean_attention(guide, x)
 
 
 def mean_attention(attention: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a position gets back besides its token's result: what linear regression says of the difference, or less of it.
+"""What every position gets back behind a part: its token's result, and what linear regression says of the difference.
 
 A feed-forward is smooth: tokens that are close come to results that are close, and how these differ is nearly linear in
 how the tokens do. The merged tokens and their results, which are there anyway, tell that linear map.
@@ -6,10 +6,12 @@ how the tokens do. The merged tokens and their results, which are there anyway, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from turbovlm.diffusion.families import Part
 from turbovlm.ops.matching import Merge
 
 RIDGE = 0.3
@@ -17,6 +19,16 @@ RIDGE = 0.3
 
 SAMPLES = 0.5
 """Most tokens that the regression sees, per direction; and it never sees more than positions are gone."""
+
+
+def restore_copies(part: Part, merge: Merge, out: Any) -> Any:
+    """Every position with its token's result; the text's tokens, and outputs that are not the image's, as they are."""
+    if not isinstance(out, Tensor):
+        return tuple(merge.unmerge(each) if i in part.restored else each for i, each in enumerate(out))
+    words = out.shape[1] - merge.sizes.shape[1]
+    if words == 0:
+        return merge.unmerge(out)
+    return torch.cat([out[:, :words], merge.unmerge(out[:, words:])], dim=1)
 
 
 def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tensor:
@@ -64,13 +76,3 @@ def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tenso
         ridge = RIDGE * samples * z.square().mean(dim=(1, 2)).clamp_min(1e-6)  # of equal tokens, too
         system = products + ridge.view(-1, 1, 1) * torch.eye(samples, dtype=precise, device=out.device)
         return z.transpose(1, 2), torch.cholesky_solve(y, torch.linalg.cholesky_ex(system).L)
-
-
-def likeness(merge: Merge, x: Tensor, merged: Tensor) -> Tensor:
-    """Cosine of each position's own tokens and the one it went into, `[batch, N, 1]`, at least 0; 1 of those alone.
-
-    The share of its token's result that a position takes by equation (14): the less alike, the more stays its own.
-    """
-    cosine = F.cosine_similarity(x, merge.unmerge(merged), dim=-1).unsqueeze(-1).clamp_min(0)
-    alone = merge.unmerge(merge.sizes.unsqueeze(-1)) == 1
-    return torch.where(alone, torch.ones((), dtype=cosine.dtype, device=cosine.device), cosine)

@@ -1,0 +1,236 @@
+"""The feature that merges tokens in a denoiser: finding its blocks, checking them, saying what they do."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from turbovlm.config import COMPONENTS, DenoiseConfig
+from turbovlm.diffusion.choose import Site, least_tokens
+from turbovlm.diffusion.families import Block, Denoiser, Part
+from turbovlm.diffusion.merge_part import Holder, block_forward, denoiser_forward, part_forward
+from turbovlm.diffusion.refresh import Steps
+from turbovlm.diffusion.run import Choice
+from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
+from turbovlm.patching import Patch
+from turbovlm.registry import class_paths, families, family_of
+
+SHARED_BY = 4
+"""How many blocks in a row merge alike."""
+
+MODEL = {"diffusers.models.modeling_utils.ModelMixin", "diffusers.configuration_utils.ConfigMixin"}
+"""Bases of every denoiser; a list of ControlNets has no config."""
+
+
+@dataclass(eq=False)
+class DenoiseFeature:
+    """What the patches of one accelerated denoiser share.
+
+    Attributes:
+        config: the settings.
+        family: the families of its blocks, for people.
+        sites: the parts that merge, in the order of the denoiser.
+        blocks: paths of the blocks that have them.
+        holders: paths of the denoisers and of the modules that have the blocks.
+        steps: the pipeline's steps, where several share what was chosen in one; None with `refresh=1`.
+        removed, last: as in `turbovlm.patching.Feature`; `last` is what each group read in the last forward, by
+            `Site.key`, where that was not compiled.
+    """
+
+    config: DenoiseConfig
+    family: str
+    sites: tuple[Site, ...]
+    blocks: tuple[str, ...]
+    holders: tuple[tuple[str, Holder], ...]
+    steps: Steps | None = None
+    removed: bool = False
+    last: dict[str, Choice] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": None}
+
+    @property
+    def beside(self) -> tuple[Any, ...]:
+        """The pipeline's scheduler, where it is patched."""
+        scheduler = None if self.steps is None else self.steps.scheduler
+        return () if scheduler is None else (scheduler,)
+
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """The forwards of the denoiser, its holders, its blocks and their parts; and the scheduler's methods."""
+        found = [
+            Patch(model.get_submodule(name), "forward", denoiser_forward, self, what) for name, what in self.holders
+        ]
+        found += [Patch(model.get_submodule(name), "forward", block_forward, self) for name in self.blocks]
+        found += [Patch(model.get_submodule(site.name), "forward", part_forward, self, site) for site in self.sites]
+        return found if self.steps is None else [*found, *self.steps.patches(self)]
+
+    def restores_linearly(self, x: Tensor) -> bool:
+        """Whether feed-forwards are restored by regression, on the device of `x`."""
+        if self.config.restore == "auto":
+            return x.device.type == "cpu"  # on GPUs a small system of equations takes longer than most feed-forwards
+        return self.config.restore == "linear"
+
+    def describe(self) -> list[str]:
+        """The blocks that merge, by the groups that merge alike, and how many tokens they read in the last forward."""
+        config, groups = self.config, dict[str, list[str]]()
+        for site in self.sites:
+            groups.setdefault(site.group, []).append(site.name.removesuffix(f".{site.part.path}"))
+        often = "" if config.refresh == 1 else f", chosen in every {_nth(config.refresh)} step"
+        there = {site.part.component for site in self.sites}
+        parts = ", ".join(name for name in config.components if name in there)
+        keep: Any = config.keep
+        shares = ", ".join(f"{share:.0%}" for share in (keep if isinstance(keep, tuple) else (keep,)))
+        lines = [f"  {self.family}: {shares} of the tokens in {parts}{often}"]
+        for group, blocks in groups.items():
+            named = list(dict.fromkeys(blocks))
+            alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks merge alike"
+            lines.append(f"    {named[0]}{alike}{self._tokens_of(group)}")
+        return lines
+
+    def _tokens_of(self, group: str) -> str:
+        keys = {site.key for site in self.sites if site.group == group}
+        choice = next((choice for key, choice in (self.last or {}).items() if key in keys), None)
+        if choice is None:
+            return ""
+        fewest = least_tokens(self.config)
+        if choice.tokens < fewest:
+            return f", {choice.tokens} tokens: fewer than {fewest} are left as they are"
+        return f", {choice.tokens} → {choice.tokens if choice.merge is None else choice.merge.sizes.shape[1]} tokens"
+
+
+def _nth(number: int) -> str:
+    return {2: "second", 3: "third"}.get(number, f"{number}th")
+
+
+def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> DenoiseFeature:
+    """The feature of a denoiser, or of several in one module, checked.
+
+    Args:
+        owner: the pipeline that the denoiser is from, or the model itself.
+
+    Raises:
+        ConfigError: components that its blocks do not have, a `grid` of images whose grid is known, or `refresh`
+            without a pipeline.
+        UnsupportedModelError: blocks in a model that is not known, such as a video's.
+        TurboError: a part has a cache already, or the scheduler has methods of its own.
+    """
+    if config.refresh > 1 and getattr(owner, "scheduler", None) is None:
+        raise ConfigError(
+            f"refresh={config.refresh}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to "
+            "its denoiser"
+        )
+    modules = dict(model.named_modules())
+    found = {name: family for name, module in modules.items() if (family := family_of("denoiser", module)) is not None}
+    for name, family in found.items():
+        _check_holder(name, family, modules)
+    if config.grid is not None and not any(family.positions for family in found.values()):
+        raise ConfigError(
+            f"grid={config.grid}: {type(model).__name__} is given images, of which rows and columns are known; only "
+            "denoisers that are given tokens take it"
+        )
+    roots = _find_roots(modules, found)
+    sites = _find_sites(modules, found, roots, config)
+    if not sites:
+        there = {part.component for name, family in found.items() for part in _parts_of(modules[name], family)[1]}
+        raise ConfigError(
+            f"components={list(config.components)}: the blocks of this {type(model).__name__} have no such part; they "
+            f"have {', '.join(name for name in COMPONENTS if name in there)}"
+        )
+    for site in sites:
+        _check_cache(site.name, modules[site.name])
+    names = ", ".join(dict.fromkeys(family.family for family in found.values()))
+    holders = tuple(_find_holders(modules, set(found.values()), roots))
+    steps = Steps(config.refresh, owner) if config.refresh > 1 else None
+    if steps is not None:
+        steps.count_with(owner.scheduler)
+    return DenoiseFeature(config, names, sites, tuple(found), holders, steps)
+
+
+def _find_roots(modules: dict[str, nn.Module], found: dict[str, Denoiser]) -> list[str]:
+    """Paths of the outermost denoisers."""
+    roots: list[str] = []
+    for name, module in modules.items():
+        inside = any(root == "" or name.startswith(f"{root}.") for root in roots)
+        begins = any(name == "" or block.startswith(f"{name}.") for block in found)
+        if not inside and begins and set(class_paths(module)) >= MODEL:
+            roots.append(name)
+    return roots
+
+
+def _find_sites(
+    modules: dict[str, nn.Module], found: dict[str, Denoiser], roots: list[str], config: DenoiseConfig
+) -> tuple[Site, ...]:
+    """The parts that merge, in groups of up to `SHARED_BY` blocks of one stage."""
+    stages: dict[str, list[str]] = {}
+    for name in found:
+        root = next((f"{root}." for root in roots if root and name.startswith(f"{root}.")), "")
+        stages.setdefault(root + _stage_of(name.removeprefix(root)), []).append(name)
+    sites: list[Site] = []
+    groups: list[str] = []
+    for stage, blocks in stages.items():
+        for number, name in enumerate(blocks):
+            if number % SHARED_BY == 0:
+                groups.append(f"{stage}:{number // SHARED_BY}")
+            block, parts = _parts_of(modules[name], found[name])
+            for part in parts:
+                if part.component in config.components:
+                    key = f"{groups[-1]}, by the text" if part.component == "cross_attention" else groups[-1]
+                    guide = f"{name}.{block.guide}"
+                    sites.append(Site(f"{name}.{part.path}", part, groups[-1], len(groups) - 1, guide, key))
+    return tuple(sites)
+
+
+def _parts_of(module: nn.Module, family: Denoiser) -> tuple[Block, list[Part]]:
+    """What kind of block a module is, and the parts that it has."""
+    block = next(block for path in class_paths(module) for block in family.blocks if block.path == path)
+    return block, [part for part in block.parts if getattr(module, part.path, None) is not None]
+
+
+def _stage_of(name: str) -> str:
+    """Path of the part of a denoiser in which all blocks have equally many tokens."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0].endswith("_blocks") and len(parts) > 3 else parts[0]
+
+
+def _find_holders(modules: dict[str, nn.Module], present: set[Denoiser], roots: list[str]) -> list[tuple[str, Holder]]:
+    """The denoisers and the modules that have blocks, with what is known of their arguments."""
+    holders = []
+    for name, module in modules.items():
+        paths = set(class_paths(module))
+        family = next((family for family in present if paths & set(family.holders)), None)
+        if family is None and name not in roots:
+            continue
+        image = family is not None and family.positions is None
+        pixels = int(module.config.get("patch_size") or 1) if image else 0  # type: ignore[operator, union-attr]
+        arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        positions = None if family is None else family.positions
+        holders.append((name, Holder(name in roots, arguments, pixels, positions)))
+    return holders
+
+
+def _check_holder(block: str, family: Denoiser, modules: dict[str, nn.Module]) -> None:
+    """Refuse blocks in models of videos or embeddings: only of images is it known how their tokens lie."""
+    parts = block.split(".")
+    around = [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)]
+    holder = next((module for module in around if not isinstance(module, nn.ModuleList)), None)
+    if holder is None or not set(class_paths(holder)) & set(family.holders):
+        found = type(modules[""] if holder is None else holder).__name__
+        known = sorted(path.rpartition(".")[2] for each in families("denoiser") for path in each.holders)
+        raise UnsupportedModelError(
+            f"{block} is in a {found}, of which turbovlm does not know how its tokens lie; known are {', '.join(known)}"
+        )
+
+
+def _check_cache(name: str, module: nn.Module) -> None:
+    """Refuse a cache below the merge: it would give back what it was given in another step, of other tokens."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    caches = [hook for hook in registry.hooks.values() if hook._is_stateful] if registry is not None else []
+    if caches:
+        raise TurboError(
+            f"{name} has a {type(caches[0]).__name__}, which keeps what it gave in earlier steps: enable the cache "
+            "after turbovlm.apply"
+        )

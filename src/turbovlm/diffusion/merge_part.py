@@ -1,0 +1,179 @@
+"""The forwards of what was patched: a denoiser begins a run, its holders say how tokens lie, its parts merge.
+
+A part reads merged tokens, and every position gets its token's result back behind it (Turbo, §6.2, equation 14). The
+merge is chosen once for a group of blocks, on what its first part reads, and may hold for several steps.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from turbovlm.diffusion.attend import attend_merged
+from turbovlm.diffusion.choose import Site, choice_of, find_same_latents, least_tokens, square
+from turbovlm.diffusion.restore import restore_copies, restore_linear
+from turbovlm.diffusion.run import RUN, Run, current_run, find_run, run_within
+from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
+from turbovlm.ops.backend import is_readable
+from turbovlm.patching import Patch
+
+if TYPE_CHECKING:
+    from turbovlm.diffusion.feature import DenoiseFeature
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A denoiser, or a module in it that has the blocks.
+
+    Attributes:
+        begins: whether it is the denoiser, with which a run begins.
+        arguments: names of what its forward takes; the first is the latent, or the tokens.
+        pixels: latent pixels a side of a token, where it is given an image; 0 where not.
+        positions: name of the argument that says where each token stands, where it has one.
+    """
+
+    begins: bool
+    arguments: tuple[str, ...]
+    pixels: int
+    positions: str | None
+
+
+def denoiser_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+    """Run a denoiser, or a holder in it, whose tokens lie in rows and columns that are known from now on."""
+    feature: DenoiseFeature = patch.feature  # type: ignore[assignment]
+    holder: Holder = patch.detail
+    given: dict[str, Any] = {**dict(zip(holder.arguments, args)), **kwargs}
+    latent = given[holder.arguments[0]]
+    if not holder.begins:
+        run = current_run(patch, type(patch.module).__name__)
+        run.grid = _grid_of(holder, latent, given, feature.config.grid)
+        return patch.original(*args, **kwargs)
+    steps, compiling = feature.steps, torch.compiler.is_compiling()
+    if steps is not None and not compiling:
+        steps.follow_pipeline(feature)
+    guided = latent.ndim == 4 and len(latent) > 1  # FLUX is guided in forwards of their own
+    run = Run(
+        feature,
+        patch.module,
+        len(latent),
+        find_same_latents(latent) if guided else None,
+        {} if steps is None else steps.begin_forward(),
+        _grid_of(holder, latent, given, feature.config.grid),
+    )
+    run.finest = math.prod(run.grid or latent.shape[-2:])
+    out = run_within(run, patch.original, *args, **kwargs)
+    if steps is not None:
+        steps.end_forward()
+    if not compiling:
+        feature.last = run.choices
+        _warn_of_nothing(feature)
+    return out
+
+
+def block_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+    """Run a block, also where gradient checkpointing runs it once more in the backward pass, after its denoiser.
+
+    The first time, its hidden states get the run as an attribute, by which the second time finds it.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return patch.original(*args, **kwargs)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    run = find_run()
+    if run is not None and run.feature is patch.feature:
+        setattr(hidden, RUN, run)
+        return patch.original(*args, **kwargs)
+    first = getattr(hidden, RUN, None)
+    return patch.original(*args, **kwargs) if first is None else run_within(first, patch.original, *args, **kwargs)
+
+
+def part_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+    """Run one part of a block on merged tokens, and give every position its token's result."""
+    site: Site = patch.detail
+    part = site.part
+    x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+    run = current_run(patch, site.name)
+    text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
+    merge = choice_of(run, site, patch.module, x, text, kwargs.get("attention_mask")).merge
+    if merge is None:
+        return patch.original(x, *rest, **kwargs)
+    _check_positions(site, kwargs)
+    words = x.shape[1] - merge.weights.shape[1] if part.text_in_front else 0
+    image = x[:, words:]
+    merged = merge.merge(image)
+    read = torch.cat([x[:, :words], merged], dim=1) if words else merged
+    if part.attending is None:
+        out = patch.original(read, *rest, **kwargs)
+    else:
+        out = attend_merged(patch, part.attending, merge, read, rest, kwargs)
+    if part.smooth and run.feature.restores_linearly(x):
+        return restore_linear(merge, image, merged, out)
+    return restore_copies(part, merge, out)
+
+
+def _check_positions(site: Site, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that speak of the positions that are merged.
+
+    Raises:
+        StateError: naming it.
+    """
+    spoken = "ip_adapter_masks" if site.part.component == "cross_attention" else "attention_mask"
+    if kwargs.get(spoken) is not None:
+        raise StateError(
+            f"{site.name} was given {spoken}, which are of the image's positions, and these are merged: leave "
+            f"{site.part.component!r} out of components"
+        )
+
+
+def _grid_of(
+    holder: Holder, latent: Tensor, given: dict[str, Any], otherwise: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Rows and columns of the tokens of a holder; None where it does not know."""
+    if holder.pixels:
+        return latent.shape[-2] // holder.pixels, latent.shape[-1] // holder.pixels
+    positions = None if holder.positions is None else given.get(holder.positions)
+    return None if positions is None else _grid_of_positions(holder, positions, latent, otherwise)
+
+
+def _grid_of_positions(
+    holder: Holder, positions: Tensor, tokens: Tensor, otherwise: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Rows and columns of tokens that come with the positions where they stand, `[tokens, 3]`.
+
+    Where Python may not look at these, `otherwise`, or a square.
+
+    Raises:
+        UnsupportedModelError: they are not those of one image.
+        ConfigError: there are not as many as `otherwise` says.
+    """
+    if not is_readable(positions):
+        rows, columns = otherwise or square(tokens)
+        if rows * columns != tokens.shape[1]:
+            raise ConfigError(f"grid={otherwise}: the image has {tokens.shape[1]} tokens; give its rows and columns")
+        return rows, columns
+    flat = positions.reshape(-1, positions.shape[-1])
+    rows, columns = (flat.amax(dim=0) - flat.amin(dim=0) + 1).long().tolist()[1:]
+    if rows * columns != tokens.shape[1] or bool((flat[:, 0] != flat[0, 0]).any()):
+        raise UnsupportedModelError(
+            f"{holder.positions} place {tokens.shape[1]} tokens on {rows}×{columns} positions: not one image, row by "
+            "row, so turbovlm does not know how they lie"
+        )
+    return rows, columns
+
+
+def _warn_of_nothing(feature: DenoiseFeature) -> None:
+    """Say where a forward has merged nothing at all, though it should have."""
+    keep: Any = feature.config.keep
+    keeps_all = all(share == 1 for share in (keep if isinstance(keep, tuple) else (keep,)))
+    fewest = least_tokens(feature.config)
+    tokens = max((choice.tokens for choice in (feature.last or {}).values()), default=fewest)
+    if tokens < fewest and not keeps_all:
+        warnings.warn(
+            f"turbovlm merges nothing in this denoiser: its blocks read at most {tokens} tokens, and those of fewer "
+            f"than {fewest} are left as they are",
+            stacklevel=2,
+        )

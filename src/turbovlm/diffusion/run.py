@@ -1,0 +1,101 @@
+"""The state of one forward of a denoiser: which one it is, how its tokens lie, what was chosen in it.
+
+Tensors cannot carry it, because convolutions stand between the blocks. The denoiser's forward makes a `Run` and leaves
+it to its thread while it lasts, so forwards in several threads, and forwards within forwards, do not meet.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from turbovlm.errors import StateError
+from turbovlm.ops.matching import Merge
+from turbovlm.ops.partition import Partition
+
+if TYPE_CHECKING:
+    from turbovlm.diffusion.feature import DenoiseFeature
+    from turbovlm.patching import Patch
+
+RUN = "_turbovlm_run"
+"""Name of the attribute of a block's hidden states that holds the run, for gradient checkpointing."""
+
+_THREAD = threading.local()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Each candidate's most similar partner, and how similar: R and its argument, `[batch, candidates]` each."""
+
+    partition: Partition
+    redundancy: Tensor
+    partner: Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the parts of a group of blocks read: `tokens` tokens, merged by `merge`; None where all of them are read."""
+
+    tokens: int
+    merge: Merge | None
+
+
+@dataclass(eq=False)
+class Run:
+    """What one forward of a denoiser knows.
+
+    Attributes:
+        feature: whose denoiser it is.
+        denoiser: the denoiser.
+        latents: how many it was given.
+        same_latent: for each latent, the share of each that is the same, `[latents, latents]`; None where each merges
+            by itself.
+        choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
+        grid: rows and columns of the tokens at hand; None where nothing says.
+        finest: tokens of the largest resolution that the denoiser could have them of.
+        compared: what each group's tokens were found to be most similar to, by `Site.group`.
+    """
+
+    feature: DenoiseFeature
+    denoiser: nn.Module
+    latents: int
+    same_latent: Tensor | None
+    choices: dict[str, Choice]
+    grid: tuple[int, int] | None = None
+    finest: int = 1
+    compared: dict[str, Compared] = field(default_factory=dict)
+
+
+def run_within(run: Run, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function as a part of that run."""
+    around = find_run()
+    _THREAD.run = run
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _THREAD.run = around
+
+
+def find_run() -> Run | None:
+    """The run that is under way in this thread."""
+    return getattr(_THREAD, "run", None)
+
+
+def current_run(patch: Patch, name: str) -> Run:
+    """The run that a patch's module is called in.
+
+    Raises:
+        StateError: it is called outside of its denoiser's forward.
+    """
+    run = find_run()
+    if run is None or run.feature is not patch.feature:
+        raise StateError(
+            f"{name} runs outside of its denoiser's forward, or that was replaced since turbovlm.apply: remove and "
+            "apply again"
+        )
+    return run

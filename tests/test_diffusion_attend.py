@@ -1,0 +1,114 @@
+"""Attention of merged tokens: known processors attend through turbovlm's operators, others take a bias."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import turbovlm
+from denoisers import DENOISERS, noise, unet_inputs
+from test_diffusion import run
+from turbovlm.diffusion import attend
+from turbovlm.errors import StateError
+
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """The biases of the calls that turbovlm's operators got."""
+    biases, plain = [], attend.attend
+
+    def noted(q, k, v, bias):
+        biases.append(bias)
+        return plain(q, k, v, bias)
+
+    monkeypatch.setattr(attend, "attend", noted)
+    return biases
+
+
+@pytest.mark.parametrize(("name", "calls"), [("sd15", 5), ("sdxl", 17), ("pixart", 3), ("dit", 3), ("flux", 5)])
+def test_known_processors_attend_through_our_operators(name, calls, attended):
+    """And as their own processors do with the bias as a mask."""
+    model, inputs = DENOISERS[name](), DENOISERS[name].inputs(2, 32, 32)
+    with turbovlm.apply(model, keep=0.5):
+        ours = run(model, inputs)
+        assert len(attended) == calls and all(bias.shape[:3] == (2, 1, 1) for bias in attended)
+        for module in model.modules():
+            if hasattr(module, "set_processor"):
+                kind = type(module.processor)
+                module.processor = type(f"My{kind.__name__}", (kind,), {})()
+        theirs = run(model, inputs)
+        assert len(attended) == calls
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_fused_projections_are_known_too(name, attended):
+    model, inputs = DENOISERS[name](), DENOISERS[name].inputs(1, 32, 32)
+    with turbovlm.apply(model, keep=0.5):
+        apart = run(model, inputs)
+        calls = len(attended)
+        model.fuse_qkv_projections()
+        torch.testing.assert_close(run(model, inputs), apart, rtol=0, atol=1e-5 * float(apart.abs().max()))
+    assert len(attended) == 2 * calls > 0
+
+
+def test_a_forward_of_another_library_is_called(attended):
+    model, inputs = DENOISERS["sd15"](), unet_inputs(1, 32, 32)
+    block, calls = model.down_blocks[0].attentions[0].transformer_blocks[0], []
+    own = block.attn1.forward
+    block.attn1.forward = lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
+    with turbovlm.apply(model, keep=0.5):
+        run(model, inputs)
+    assert calls == [1] and len(attended) == 4
+
+
+def test_an_argument_that_is_not_known_reaches_the_processor(attended):
+    model, inputs = DENOISERS["sd15"](), unet_inputs(1, 32, 32)
+    with turbovlm.apply(model, keep=0.5):
+        merged = run(model, inputs)
+        calls = len(attended)
+        other = run(model, {**inputs, "cross_attention_kwargs": {"temb": noise(1, 1, 8)}})
+    torch.testing.assert_close(other, merged, rtol=0, atol=1e-5)
+    assert len(attended) == calls > 0
+
+
+def test_backends_of_attention():
+    from diffusers.models.attention_dispatch import attention_backend
+
+    model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
+    with turbovlm.apply(model, keep=0.5):
+        merged = run(model, inputs)
+        with attention_backend("_native_math"):
+            torch.testing.assert_close(run(model, inputs), merged, rtol=0, atol=1e-4)
+        refused = pytest.raises(StateError, match="backend '_native_flash' takes no mask.*give proportional=False")
+        with attention_backend("_native_flash"), refused:
+            run(model, inputs)
+        model.set_attention_backend("_native_flash")
+        with pytest.raises(StateError, match="backend '_native_flash' takes no mask"):
+            run(model, inputs)
+
+
+@torch.no_grad()
+def test_rotary_positions_are_those_of_the_tokens_that_merged_ones_went_into():
+    """One image after another, each with its own angles, by the library's own processor."""
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    class Own(FluxAttnProcessor):
+        angles = []
+
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            self.angles.append((len(hidden_states), args[-1][0]))
+            return super().__call__(attn, hidden_states, *args, **kwargs)
+
+    model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
+    with turbovlm.apply(model, keep=0.5) as handle:
+        run(model, inputs)
+        model.single_transformer_blocks[0].attn.processor = Own()
+        run(model, inputs)
+        merge = handle.features[0].last["single_transformer_blocks:0"].merge
+    every = model.pos_embed(torch.cat([inputs["txt_ids"], inputs["img_ids"]]))[0]
+    assert [batch for batch, _ in Own.angles] == [1, 1]
+    for kept, (_, cos) in zip(merge.kept, Own.angles):
+        assert torch.equal(cos[:7], every[:7]) and torch.equal(cos[7:], every[7:][kept])
