@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.apply import apply
-from turbovlm.config import Settings, TurboConfig
+from turbovlm.config import Config, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.patching import patches_on
 from turbovlm.profile.macs import macs
@@ -217,11 +217,11 @@ def named(configs: Any) -> dict[str, Any]:
     Raises:
         ConfigError: none, several of one name, or one named as the model itself.
     """
-    if isinstance(configs, Settings):
+    if isinstance(configs, Config):
         configs = [configs]
     if not isinstance(configs, Mapping):
         listed = list(configs)
-        configs = {config.amount if isinstance(config, Settings) else repr(config): config for config in listed}
+        configs = {config.amount if isinstance(config, Config) else repr(config): config for config in listed}
         if len(configs) < len(listed):
             raise ConfigError(f"configs: several are called {next(iter(configs))!r}; give them names, as a mapping")
     if not configs:
@@ -243,7 +243,7 @@ def check_integers(**values: tuple[Any, int]) -> None:
 
 
 def _preparation(name: str, config: Any) -> Prepare:
-    if isinstance(config, Settings):
+    if isinstance(config, Config):
         return lambda model: apply(model, config)
     if not callable(config):
         raise ConfigError(f"configs[{name!r}]={config!r}: must be a TurboConfig, or a function that prepares a model")
