@@ -146,9 +146,6 @@ class Line(Subject):
     def configured(self, config, spread, amount):
         return None if amount < 0.5 else TurboConfig(keep=amount, dense=config.dense, reduce=config.reduce)
 
-    def amount_at(self, flops):
-        return flops
-
     def least(self, config, spread):
         return 0.5
 
@@ -222,10 +219,11 @@ def test_what_is_given_stays(vit, images):
 
 
 def test_the_search_pays(vit, images):
-    """On the images that were searched on, the schedule is better than the even one of the same cost."""
-    found = turbovlm.calibrate(vit, images, flops=0.6, effort=15)
+    """On the images that were searched on, what is found is clearly better than the default settings spread evenly."""
+    found = turbovlm.calibrate(vit, images, flops=0.7, effort=3)
     subject = subject_of(vit, images)
-    even = TurboConfig(r=subject.encoder.amounts(subject.encoder.even(), 0.6))
+    even = TurboConfig(r=subject.encoder.amounts(subject.encoder.even(), 0.7))
+    assert even.r == (10, 11, 11, 11)
     assert clearly_less(subject.drift(found.config, halves()[0]), subject.drift(even, halves()[0]))
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from folders import blip_folder, stable_diffusion_folder
-from turbovlm.cli import main
 from turbovlm.calibration.result import Calibration
+from turbovlm.cli import main
 from turbovlm.config import TurboConfig
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import zoo_predictor

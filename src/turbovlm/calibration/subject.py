@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from turbovlm.calibration.drift import Reference
+from turbovlm.errors import ConfigError
 
 NEAR = 0.01
 """Largest distance of a share of multiply-accumulates from the one asked for: whole tokens nearly always can."""
@@ -68,6 +69,7 @@ class Subject(ABC):
         amounts: those walked through for `max_drift`, descending; settings are compared at `start`, and the last step
             is divided into `finer` parts.
         curve: amounts whose drift is measured at the end.
+        flat: the spread of equal weights, by which most can be lost.
     """
 
     model: Any
@@ -77,6 +79,9 @@ class Subject(ABC):
     seed: int
     progress: Progress
     count: int = field(init=False)
+    amounts: tuple[float, ...] = field(init=False)
+    start: float = field(init=False)
+    flat: Spread = field(init=False)
 
     about: ClassVar[str]
     noun: ClassVar[str] = "prompts"
@@ -87,8 +92,6 @@ class Subject(ABC):
     options: ClassVar[tuple[str, ...]]
     curve: ClassVar[tuple[float, ...]]
     finer: ClassVar[int] = 1
-    amounts = ()
-    start = 1.0
 
     def __post_init__(self) -> None:
         self.count = self.count_samples(self.samples)
@@ -128,16 +131,19 @@ class Subject(ABC):
         """The settings with that amount, spread so; None where no whole number of tokens comes near it."""
 
     @abstractmethod
+    def least(self, config: Any, spread: Spread) -> float:
+        """The smallest amount that can be configured."""
+
     def amount_at(self, flops: float) -> float:
-        """The amount that leaves that share of the multiply-accumulates.
+        """The amount that leaves that share of the multiply-accumulates: the share itself, where amounts are such.
 
         Raises:
             ConfigError: the share is out of reach.
         """
-
-    @abstractmethod
-    def least(self, config: Any, spread: Spread) -> float:
-        """The smallest amount that can be configured."""
+        least = self.least(self.base, self.flat)
+        if flops < least - NEAR:
+            raise ConfigError(f"flops={flops} is out of reach: {least:.3f} is the least that can be left")
+        return flops
 
     def refined(self, found: Found, samples: Sequence[int], parts: int = 1) -> Found:
         """Something at least as good at the same amount, by one of so many equal parts of the effort."""

@@ -55,12 +55,13 @@ class DenoiserSubject(Subject):
     config, whole = DenoiseConfig, 1.0
     found = ("keep", "min_tokens")
     options = ("size", "steps", "inputs", "batch")
+    flat = (1.0,) * RESOLUTIONS
     curve = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 
     def __post_init__(self) -> None:
         self._macs: dict[DenoiseConfig | None, float] = {}
         super().__post_init__()
-        least = self.least(self.base, _weights(SLOPES[0]))
+        least = self.least(self.base, self.flat)
         self.start = max(START, least)
         below = int((self.start - least) / STEP + 1e-9)
         above = int((1 - self.start) / STEP - 1e-9)
@@ -109,8 +110,7 @@ class DenoiserSubject(Subject):
 
     def trials(self, amount: float) -> list[Trial]:
         """Each of `SLOPES`, where there are several resolutions, then each of `SETTINGS`."""
-        same, largest_only = _weights(SLOPES[0]), _weights(0.0)
-        several = self.least(self.base, largest_only) > self.least(self.base, same)
+        several = self.least(self.base, _weights(0.0)) > self.least(self.base, self.flat)
         slopes = [Trial(spread=_weights(slope)) for slope in (SLOPES if several else SLOPES[:1])]
         return slopes + [Trial(change) for change in SETTINGS if not self.fixed & set(change)]
 
@@ -118,12 +118,6 @@ class DenoiserSubject(Subject):
         kept = solve_amount(lambda kept: self.cost(_keeping(config, spread, kept)), amount, 0.0, 1.0)
         solved = _keeping(config, spread, kept)
         return None if abs(self.cost(solved) - amount) > NEAR else solved
-
-    def amount_at(self, flops: float) -> float:
-        least = self.least(self.base, _weights(SLOPES[0]))
-        if flops < least - NEAR:
-            raise ConfigError(f"flops={flops} is out of reach: {least:.3f} is the least that this denoiser can be left")
-        return flops
 
     def least(self, config: DenoiseConfig, spread: Spread) -> float:
         return self.cost(_keeping(config, spread, 0.0))

@@ -82,6 +82,7 @@ class EncoderSubject(Subject):
         if source is None:
             raise ConfigError("measure: the model's vision encoder has not run")
         self.encoder = EncoderCost(features[0].shape, source.shape[1])
+        self.flat = (1.0,) * self.encoder.shape.depth
 
     def outputs(self, config: TurboConfig | None, samples: Sequence[int]) -> list[Tensor]:
         if config is None:
@@ -111,7 +112,7 @@ class EncoderSubject(Subject):
     def trials(self, amount: float) -> list[Trial]:
         """Each of `SETTINGS` in place of the given ones, then each of `SLOPES` with the best of them."""
         even, depth = self.encoder.even(), self.encoder.shape.depth
-        start = even if self.encoder.amounts(even, amount) else (1.0,) * depth
+        start = even if self.encoder.amounts(even, amount) else self.flat
         given = {name: getattr(self.base, name) for name in VARIED}
         changes = [Trial({**given, **change}, start) for change in SETTINGS if not self.fixed & set(change)]
         places = [2 * block / max(depth - 1, 1) - 1 for block in range(depth)]  # from −1 to 1
@@ -120,12 +121,6 @@ class EncoderSubject(Subject):
     def configured(self, config: TurboConfig, spread: Spread, amount: float) -> TurboConfig | None:
         amounts = self.encoder.amounts(spread, amount)
         return None if amounts is None else replace(config, r=amounts)
-
-    def amount_at(self, flops: float) -> float:
-        least = self.encoder.share([self.encoder.tokens] * self.encoder.shape.depth)
-        if flops < least:
-            raise ConfigError(f"flops={flops} is out of reach: {least:.2f} is the least that this encoder can be left")
-        return flops
 
     def least(self, config: TurboConfig, spread: Spread) -> float:
         return self.encoder.least(spread)
