@@ -174,7 +174,8 @@ def _target_of(kind: type[Subject], targets: dict[str, Any], visual_keep: Any) -
         found = ", ".join(asked) or "none of them"
         raise ConfigError(f"give exactly one of {', '.join(names)} and {last}: got {found}")
     name, value = asked.popitem()
-    if isinstance(value, bool) or not isinstance(value, Real):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
         raise ConfigError(f"{name}={value!r}: must be a number")
     if name == "flops" and not 0 < value < 1:
         raise ConfigError(f"flops={value!r}: must be a share in (0, 1)")

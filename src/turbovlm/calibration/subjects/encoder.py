@@ -67,7 +67,6 @@ class EncoderSubject(Subject):
     amounts = tuple(round(1 - STEP * step, 4) for step in range(1, 20))
     start, finer = amounts[0], 4
     curve = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-    count_samples = staticmethod(count_images)
 
     def __post_init__(self) -> None:
         self._measured = self.measure or default_measure(self.model)
@@ -83,6 +82,10 @@ class EncoderSubject(Subject):
             raise ConfigError("measure: the model's vision encoder has not run")
         self.encoder = EncoderCost(features[0].shape, source.shape[1])
         self.flat = (1.0,) * self.encoder.shape.depth
+
+    @staticmethod
+    def count_samples(samples: Any) -> int:
+        return count_images(samples)
 
     def outputs(self, config: TurboConfig | None, samples: Sequence[int]) -> list[Tensor]:
         if config is None:

@@ -49,12 +49,15 @@ class ReadingSubject(Subject):
     amounts = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1)
     start = 0.5
     curve = amounts
-    count_samples = staticmethod(len)
 
     def __post_init__(self) -> None:
         apply(self.model, *self._configs(self.base)).remove()  # what does not fit is refused before all else
         self._own_macs = macs(self.model, **self.samples[0])
         super().__post_init__()
+
+    @staticmethod
+    def count_samples(samples: Any) -> int:
+        return len(samples)
 
     def outputs(self, config: ReadConfig | None, samples: Sequence[int]) -> list[Tensor]:
         """Logits behind the last token of each prompt, `[len(samples), 1, vocabulary]`."""
