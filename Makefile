@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo lint test test-slow test-all clean
 
 setup: .venv/.ready
 
@@ -20,8 +20,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --maxfail=5
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+test-all: lint
+	$(PYTEST)
 
 clean:
 	rm -rf .venv build dist report.html

@@ -14,4 +14,4 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items):
     """What takes minutes comes first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("timeout", "slow")])

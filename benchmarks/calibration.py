@@ -37,7 +37,7 @@ from torch import Tensor
 import turbovlm
 from turbovlm import Calibration, DenoiseConfig, TurboConfig
 from turbovlm.calibration.bound import upper_bound
-from turbovlm.calibration.subjects.denoiser import RESOLUTIONS, DenoiserSubject
+from turbovlm.calibration.subjects.denoiser import DenoiserSubject
 from turbovlm.calibration.subjects.encoder import EncoderSubject
 from turbovlm.cli.measuring import progress_bar
 from turbovlm_lab.demo.result import describe_machine
@@ -45,7 +45,7 @@ from turbovlm_lab.demo.run import overlap, salient_region
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import MODELS, zoo_predictor
 from turbovlm_lab.evaluate.run import Setting
-from turbovlm_lab.evaluate.settings import METHODS, OWN
+from turbovlm_lab.evaluate.settings import METHODS, OWN, by_method, methods
 from turbovlm_lab.evaluate.study import Study, run_study
 from turbovlm_lab.zoo import load_saliency_vit, preprocess
 from turbovlm_lab.zoo.emoji import emoji_prompts, load_emoji_pipeline
@@ -91,20 +91,19 @@ def on_photos() -> dict[str, Any]:
     own = _seen(model, pixels[held], None)
     rows: list[dict[str, Any]] = []
     for share in SHARES:
-        configs = {name: dataclasses.replace(TurboConfig(flops=share), **METHODS[name]) for name in METHODS}
-        found = {}
+        configs: dict[str, TurboConfig] = {name: by_method(TurboConfig(flops=share), name) for name in METHODS}
         for name, per_image in (("calibrated", False), ("calibrated, per image", True)):
             start = time.perf_counter()
-            found[name] = _calibrated(model.backbone, pixels[given], f"{share:.0%}, {name}", share, per_image)
-            configs[name] = found[name].config
+            found = _calibrated(model.backbone, pixels[given], f"{share:.0%}, {name}", share, per_image)
+            configs[name] = found.config
+            if share == 0.6 and not per_image:
+                bound = _tried(subject, found, given, held)
             print(f"{name}, {share:.0%}: {time.perf_counter() - start:.0f} s, {configs[name]}", flush=True)
         for name, config in configs.items():
             rows.append({"flops": share, "setting": name, **_measured(model, pixels[held], config, own)})
         cost = rows[-1]["macs"]
         same = TurboConfig(flops=round(cost, 3))
         rows.append({"flops": share, "setting": "default at that cost", **_measured(model, pixels[held], same, own)})
-        if share == 0.6:
-            bound = _tried(subject, found["calibrated"], given, held)
     return {"rows": rows, "bound": bound, "speed": _timed(model.backbone, pixels[given])}
 
 
@@ -200,19 +199,9 @@ def on_pictures() -> dict[str, Any]:
                 pipe, prompts[:PROMPTS], flops=share, steps=STEPS, inputs=inputs, batch=BATCH, progress=advance
             )
             seconds = time.perf_counter() - start
-        base = DenoiseConfig(keep=1.0)
-        held = DenoiserSubject(
-            pipe,
-            prompts[PROMPTS:],
-            base,
-            frozenset(),
-            SEED,
-            lambda _: None,
-            steps=STEPS,
-            inputs=inputs,
-            batch=BATCH,
-        )
-        keep = held.configured(base, (1.0,) * RESOLUTIONS, share)
+        whole, fixed, options = DenoiseConfig(1.0), frozenset[str](), {"steps": STEPS, "inputs": inputs, "batch": BATCH}
+        held = DenoiserSubject(pipe, prompts[PROMPTS:], whole, fixed, SEED, lambda _: None, **options)
+        keep = held.configured(whole, held.flat, share)
         assert keep is not None
         for name, config in (("one keep", keep), ("calibrated", found.config)):
             drift = held.drift(config, range(PROMPTS))
@@ -242,18 +231,15 @@ def on_tasks() -> dict[str, Any]:
         asked = {picture.name for sample in data.samples for picture in sample.pictures}
         others = [picture for name, picture in pictures.items() if name not in asked][:CALIBRATED_ON]
         images = preprocess([picture.open().resize((SIDE, SIDE)) for picture in others], SIDE)
-        alike = _calibrated(predictor.model, images, task, 0.6, dense=predictor.dense)
-        thresholds = _calibrated(predictor.model, images, f"{task}, per image", 0.6, True, dense=predictor.dense)
-        print(task, len(others), alike, thresholds, flush=True)
-        settings = [Setting(OWN)]
-        settings += [
-            Setting(name, dataclasses.replace(TurboConfig(flops=0.6), **METHODS[name])) for name in ("ToMe", "turbovlm")
-        ]
-        settings.append(Setting("calibrated", alike.config))
-        alone = [Setting(OWN), Setting("calibrated, per image", thresholds.config)]
+        config = _calibrated(predictor.model, images, task, 0.6, dense=predictor.dense).config
+        each = _calibrated(predictor.model, images, f"{task}, per image", 0.6, True, dense=predictor.dense).config
+        print(task, len(others), config, each.thresholds, flush=True)
+        settings = [Setting(OWN), *methods((TurboConfig(flops=0.6),), ("ToMe", "turbovlm"))]
+        settings.append(Setting("calibrated", (config,)))
+        alone = [Setting(OWN), Setting("calibrated, per image", (each,))]
         with tempfile.TemporaryDirectory() as folder:
             study = _asked(task, predictor, data, settings, Path(folder) / "a", BATCH)
-            one = _asked(task, predictor, data, alone, Path(folder) / "b", 1) if thresholds.config.thresholds else None
+            one = _asked(task, predictor, data, alone, Path(folder) / "b", 1) if each.thresholds else None
         rows = [*study.rows[1:], *([] if one is None else one.rows[1:])]
         found[task] = [
             {

@@ -113,7 +113,8 @@ def pooled(
     for same in zip(*(comparison.runs for comparison in found)):
         seconds, wall = (tuple(chain(*(getattr(run, name) for run in same))) for name in ("seconds", "wall_seconds"))
         peak = max((run.peak_bytes for run in same if run.peak_bytes is not None), default=None)
-        runs.append(replace(same[0], seconds=seconds, wall_seconds=wall, peak_bytes=peak))
+        forward = replace(same[0].timings["forward"], seconds=seconds, peak_bytes=peak)
+        runs.append(replace(same[0], timings={"forward": forward}, wall_seconds=wall))
     return replace(found[0], runs=tuple(runs))
 
 

@@ -52,6 +52,8 @@ import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.cli.measuring import progress_bar
 from turbovlm.encoder import block as engine
+from turbovlm.encoder.feature import EncoderFeature
+from turbovlm.encoder.layout import Parts
 from turbovlm.errors import TurboError
 from turbovlm.profile.compare import Comparison, twin
 from turbovlm.profile.macs import macs
@@ -264,9 +266,9 @@ def decisions(model: Any, compressed: Any, pixels: Tensor) -> float:
     """The share of merged tokens that have another fate by the compressed model's keys, on the same input."""
     merge, shares = engine._attend_and_merge, []
 
-    def both(block: nn.Module, plan: engine.Plan, index: int, *rest: Any) -> Any:
-        found = merge(block, plan, index, *rest)
-        other = merge(compressed.get_submodule(plan.names[index]), plan, index, *rest)
+    def both(block: nn.Module, parts: Parts, feature: EncoderFeature, index: int, *rest: Any) -> Any:
+        found, their_block = merge(block, parts, feature, index, *rest), compressed.get_submodule(feature.names[index])
+        other = merge(their_block, feature.layout.parts(their_block), feature, index, *rest)
         own, their = found[1].merges[-1], other[1].merges[-1]
         fates = [each.kept.gather(1, each.source).gather(1, own.gone) for each in (own, their)]
         shares.append((fates[0] != fates[1]).float().mean().item())

@@ -48,7 +48,7 @@ def ask_tasks(
             for config in (None, turbo):
                 with standing_in(encoder, variant):
                     score = scored[name, config is not None] = asked(
-                        task, predictor, data, prepared, Setting(name, config)
+                        task, predictor, data, prepared, Setting(name, () if config is None else (config,))
                     )
                 own = scored["none", False]
                 row = {"variant": name, "turbo": config is not None, "metric": score.name}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from cases import DTYPES, RESULTS, compare_shown, described, load, machine, save
 
-from turbovlm import TurboConfig
+from turbovlm import DenoiseConfig
 
 SIZES = {512: 2, 1024: 1}
 """Pixels a side, and pictures in a batch unless told otherwise."""
@@ -67,7 +67,7 @@ def main() -> None:
 def versions_of(args: argparse.Namespace) -> dict[str, Any]:
     compared: dict[str, Any] = {}
     for keep in args.keeps:
-        compared[f"turbovlm, keep={keep:g}"] = TurboConfig(keep=keep)
+        compared[f"turbovlm, keep={keep:g}"] = DenoiseConfig(keep)
         if not args.compile:
             compared[f"tomesd, keep={keep:g}"] = tomesd(keep, 1)
             compared[f"tomesd, two resolutions, keep={keep:g}"] = tomesd(keep, 2)

@@ -5,7 +5,7 @@
 Decisions: in an fp32 forward, every block's choice is made a second time from queries and keys rounded to bf16 or fp16;
 counted are the merged tokens that would not have gone, or not into the same partner. Drift: 1 − cosine between the
 final CLS and the fp32 model's own, the photographs' mean feature taken off; in bf16 once with PyTorch's fused attention
-and once with plain products (`turbovlm.ops.routes.stored`). Windows: drift at 518 pixels (1,370 tokens), where
+and once with plain products (`turbovlm.ops.plain.stored_attention`). Windows: drift at 518 pixels (1,370 tokens), where
 `partition="random"` merges within windows, beside the same halves without windows.
 """
 
@@ -26,12 +26,13 @@ from torch import Tensor
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.encoder import block as engine
-from turbovlm.ops import partition, routes
+from turbovlm.ops import dispatch, partition, plain
+from turbovlm.ops.attention import attention_row
 from turbovlm_lab.demo.photos import load_photos
 from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ROUTES = {"fused": routes.masked, "plain products": routes.stored}
+ROUTES = {"fused": plain.masked_attention, "plain products": plain.stored_attention}
 SETTINGS = ((224, 16), (518, 64))
 """Pixels and r."""
 
@@ -55,32 +56,34 @@ def main() -> None:
 
 def decisions(model: nn.Module, pixels: Tensor, r: int, dtype: torch.dtype) -> dict[str, float]:
     """Share of the merged tokens with another fate: over all blocks, and in the block where it is largest."""
-    clues, merge = engine._clues, engine._merge
-    rounded: list[Any] = []
+    project, merge = engine._heads, engine._merge
+    rounded: list[engine.Heads] = []
     shares: dict[int, list[float]] = {}
 
-    def both_clues(plan: Any, state: Any, heads: Any) -> Any:
+    def both_heads(*args: Any) -> engine.Heads:
+        heads = project(*args)
         low = {name: getattr(heads, name) for name in ("q", "k", "content", "bias")}
         low = {name: None if value is None else value.to(dtype) for name, value in low.items()}
-        rounded.append(clues(plan, state, replace(heads, **low)))
-        return clues(plan, state, heads)
+        rounded[:] = [replace(heads, **low)]
+        return heads
 
-    def both_merges(block: Any, plan: Any, index: int, state: Any, r: int, x: Tensor, exact: Any) -> Any:
-        found = merge(block, plan, index, state, r, x, exact)
-        fate, other = (
-            _destinations(s.merges[-1]) for s in (found[1], merge(block, plan, index, state, r, x, rounded.pop())[1])
-        )
+    def both_merges(feature: Any, index: int, state: Any, r: int, x: Tensor, features: Tensor, semantic: Any) -> Any:
+        assert feature.similarity == "heads"
+        found, (low,) = merge(feature, index, state, r, x, features, semantic), rounded
+        row = attention_row(engine._guide(low, feature.guidance, state), low.k, low.bias)
+        other = merge(feature, index, state, r, x, low.content.transpose(1, 2).flatten(2), row)
+        fate, their = (_destinations(each.merges[-1]) for _, each in (found, other))
         gone = found[1].merges[-1].gone
-        shares.setdefault(index, []).append(float((fate.gather(1, gone) != other.gather(1, gone)).float().mean()))
+        shares.setdefault(index, []).append(float((fate.gather(1, gone) != their.gather(1, gone)).float().mean()))
         return found
 
-    engine._clues, engine._merge = both_clues, both_merges
+    engine._heads, engine._merge = both_heads, both_merges
     try:
         with turbovlm.apply(model, TurboConfig(r)), torch.inference_mode():
             for chunk in pixels.split(4):
                 model(pixel_values=chunk)
     finally:
-        engine._clues, engine._merge = clues, merge
+        engine._heads, engine._merge = project, merge
     means = [sum(values) / len(values) for values in shares.values()]
     return {"share": sum(means) / len(means), "worst_block": max(means)}
 
@@ -98,7 +101,7 @@ def drifts(model: nn.Module, pixels: Tensor) -> dict[str, float]:
         low = copy.deepcopy(model).to(dtype)
         found[f"{name}, the model itself"] = _drift(_cls(low, pixels, None), exact)
         for r in (1, 16):
-            for way, route in ROUTES.items() if name == "bf16" else [("fused", routes.masked)]:
+            for way, route in ROUTES.items() if name == "bf16" else [("fused", plain.masked_attention)]:
                 with _attending_by(route):
                     found[f"{name}, r={r}, {way}"] = _drift(_cls(low, pixels, TurboConfig(r)), exact)
     return found
@@ -126,13 +129,13 @@ def windows(model: nn.Module, pixels: Tensor) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
-def _attending_by(route: routes.Route) -> Iterator[None]:
-    original = routes.fastest
-    routes.fastest = lambda q, k, v: route
+def _attending_by(route: dispatch.Attention) -> Iterator[None]:
+    original = dispatch.fastest_attention
+    dispatch.fastest_attention = lambda q, k, v: route
     try:
         yield
     finally:
-        routes.fastest = original
+        dispatch.fastest_attention = original
 
 
 def _cls(model: Any, pixels: Tensor, config: TurboConfig | None) -> Tensor:

@@ -7,9 +7,9 @@
 
 Parts: `checks`: the kernels against the plain path, every attention route against float64, and a whole encoder in a
 CUDA graph against itself outside of one. `routes`: which exact way of attending is fastest, per shape and dtype; what
-wins here belongs in `turbovlm.ops.routes.fastest`. `kernels`: similarity and merge, Triton against the plain
-path. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, by the route that the library chooses and
-by others, and beside ToMe. `graphs`: the same encoders captured in CUDA graphs, where launches cost nothing, at
+wins here belongs in `turbovlm.ops.dispatch.fastest_attention`. `kernels`: similarity and merge, Triton against plain
+operators. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, by the route that the library chooses
+and by others, and beside ToMe. `graphs`: the same encoders captured in CUDA graphs, where launches cost nothing, at
 batch 1, 8 and 64.
 """
 
@@ -29,18 +29,17 @@ from rich.progress import track
 from rivals import published, with_sdpa
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flex
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.ops import informativity, matching, mutual_redundancy, partition_tokens, routes, size_bias
-from turbovlm.ops.informativity import attention_row, degree_of_candidates
-from turbovlm.ops.matching import bipartite_merge, merge_tokens
+from turbovlm.ops import dispatch, merge_ranked, mutual_redundancy, partition_tokens, plain, rank_candidates, size_bias
+from turbovlm.ops.attention import attention_row
 from turbovlm.profile import compare
 from turbovlm.profile.timing import interleaved
 
-ROUTES = {"masked": routes.masked, "fused": routes.fused, "channel": routes.channel, "flex": routes.flex}
 CHOSEN = "chosen"
-"""What `routes.fastest` says."""
+"""What `dispatch.fastest_attention` says."""
 BACKENDS = {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 SHAPES = {"ViT-L/16-384": (64, 16, 577, 64), "EVA-g/14-448": (64, 16, 1025, 88), "DINOv2-S/14-518": (64, 6, 1370, 64)}
 """Batch, heads, tokens and head_dim."""
@@ -86,13 +85,57 @@ def main() -> None:
 @contextmanager
 def attending_by(name: str) -> Iterator[None]:
     """Let every accelerated block attend by the route of that name."""
-    original = routes.fastest
+    original = dispatch.fastest_attention
     if name != CHOSEN:
-        routes.fastest = lambda q, k, v: ROUTES[name]
+        dispatch.fastest_attention = lambda q, k, v: ROUTES[name]
     try:
         yield
     finally:
-        routes.fastest = original
+        dispatch.fastest_attention = original
+
+
+def channel_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The bias as channels of the keys against ones in the queries, so that no mask is needed and FlashAttention runs.
+
+    Two channels, the second for what the first loses by rounding; then zeros up to a multiple of 8.
+    """
+    if bias is None:
+        return plain.masked_attention(q, k, v, None, scale)
+    head_dim = q.shape[-1]
+    precise = torch.promote_types(q.dtype, torch.float32)
+    wanted = (bias.to(precise) / scale).clamp_min(torch.finfo(q.dtype).min / 2).transpose(-1, -2)
+    high = wanted.to(q.dtype)
+    pair = torch.cat([high, (wanted - high).to(q.dtype)], dim=-1).expand(*k.shape[:3], 2)
+    padding = -(head_dim + 2) % 8
+    q = torch.cat([q, q.new_ones(()).expand(*q.shape[:3], 2), q.new_zeros(()).expand(*q.shape[:3], padding)], dim=-1)
+    k = torch.cat([k, pair, k.new_zeros(()).expand(*k.shape[:3], padding)], dim=-1)
+    v = F.pad(v, (0, 2 + padding))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :head_dim]
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """FlexAttention, with the bias added by its score modifier."""
+
+    def modified(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert bias is not None
+        return score + bias[batch, 0, 0, key]
+
+    attention: Any = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex.flex_attention
+    attended: Tensor = attention(q, k, v, score_mod=None if bias is None else modified, scale=scale)
+    return attended
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex.flex_attention, dynamic=True)
+
+
+ROUTES = {
+    "masked": plain.masked_attention,
+    "fused": dispatch.fused_attention,
+    "channel": channel_attention,
+    "flex": flex_attention,
+}
 
 
 def heads(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -110,20 +153,20 @@ def check(args: argparse.Namespace) -> dict[str, float]:
     for dtype in args.dtypes:
         q, k, v, sizes = heads((2, 4, 145, 64), DTYPES[dtype], args.device)
         bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
-        exact = routes.masked(q.double(), k.double(), v.double(), bias.double(), scale)
+        exact = plain.masked_attention(q.double(), k.double(), v.double(), bias.double(), scale)
         for name, route in ROUTES.items():
-            if route is routes.fused and args.device == "cpu":
+            if route is dispatch.fused_attention and args.device == "cpu":
                 continue
             found[f"route {name}, {dtype}"] = float((route(q, k, v, bias, scale) - exact).abs().max())
         x = k.transpose(1, 2).flatten(2)
         split = partition_tokens(145, 1, "random", device=x.device)
-        redundancy, partner = mutual_redundancy(x, split)
+        ranking = rank_candidates(x, split, None, degree="redundancy")
         plain_redundancy, _ = _plainly(functools.partial(mutual_redundancy, x, split))
-        found[f"similarity, {dtype}"] = float((redundancy - plain_redundancy).abs().max())
-        y, merge = merge_tokens(x, redundancy, partner, split, 40, sizes=sizes, reduce="keep_norm")
-        plain = bipartite_merge(redundancy, partner, split, 40, 145, sizes=sizes, reduce="keep_norm")
-        found[f"merge, {dtype}"] = float((y - plain.merge(x)).abs().max())
-        assert torch.equal(merge.rows, plain.rows), "the kernel and the plain path place tokens differently"
+        found[f"similarity, {dtype}"] = float((ranking.redundancy - plain_redundancy).abs().max())
+        merging = functools.partial(merge_ranked, ranking, 40, x, sizes=sizes, order="partition", reduce="keep_norm")
+        (merge, y), (plain_merge, plain_y) = merging(), _plainly(merging)
+        found[f"merge, {dtype}"] = float((y - plain_y).abs().max())
+        assert torch.equal(merge.rows, plain_merge.rows), "the kernel and the plain path place tokens differently"
         if args.device == "cuda":
             found[f"CUDA graph, {dtype}"] = _graph_difference(DTYPES[dtype])
     return found
@@ -167,9 +210,9 @@ def _seconds(functions: dict[str, Callable[[], object]], args: argparse.Namespac
 def route_candidates(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> dict[str, Callable[[], object]]:
     """Attention without a bias, and every way to attend with one that this device and release have."""
     bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
-    wanted: dict[str, Callable[[], object]] = {"no bias": lambda: routes.masked(q, k, v, None, scale)}
+    wanted: dict[str, Callable[[], object]] = {"no bias": lambda: plain.masked_attention(q, k, v, None, scale)}
     for name, route in ROUTES.items():
-        if route is routes.fused and not q.is_cuda:
+        if route is dispatch.fused_attention and not q.is_cuda:
             continue
         wanted[name] = lambda route=route: route(q, k, v, bias, scale)
 
@@ -204,20 +247,22 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         q, k, _, sizes = heads(shape, DTYPES[dtype], args.device)
         features, x = k.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2).contiguous()
         split = partition_tokens(shape[2], 1, "random", device=x.device)
-        redundancy, partner = mutual_redundancy(features, split)
+        ranking = rank_candidates(features, split, None, degree="redundancy")
         steps: dict[str, Callable[[], object]] = {
             "similarity": functools.partial(mutual_redundancy, features, split),
             "degree": functools.partial(
-                degree_of_candidates,
-                redundancy,
+                dispatch.degree_of_candidates,
+                ranking.redundancy,
                 sizes.softmax(dim=1),
                 split.candidates,
+                0,
                 degree="weighted_distance",
                 alpha=None,
+                seed=0,
             ),
             "attention row": functools.partial(attention_row, q[:, :, :1], k, size_bias(sizes, k.dtype)),
             "merge": functools.partial(
-                merge_tokens, x, redundancy, partner, split, 16, sizes=sizes, reduce="keep_norm"
+                merge_ranked, ranking, 16, x, sizes=sizes, order="partition", reduce="keep_norm"
             ),
         }
         plain = {f"{step}, plain": functools.partial(_plainly, function) for step, function in steps.items()}
@@ -227,12 +272,12 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def _plainly(function: Callable[[], Any]) -> Any:
     """Run it without the kernels."""
-    before = informativity.fused_kernels, matching.fused_kernels
-    informativity.fused_kernels = matching.fused_kernels = lambda x: None
+    before = dispatch.kernels_for
+    dispatch.kernels_for = lambda x, *differentiated: None
     try:
         return function()
     finally:
-        informativity.fused_kernels, matching.fused_kernels = before
+        dispatch.kernels_for = before
 
 
 def time_models(args: argparse.Namespace) -> dict[str, Any]:

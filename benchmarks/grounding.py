@@ -15,10 +15,10 @@ import torch
 import torch.nn as nn
 from cases import RESULTS, compare_shown, described, machine, save
 
-from turbovlm import TurboConfig
+from turbovlm import ReadConfig
 
 PICTURES, WORDS, IMAGE_SIZE = 16, 35, 384
-VERSIONS = {f"{keep:g}": TurboConfig(cross_keep=keep) for keep in (0.5, 0.25, 0.1)}
+VERSIONS = {f"{keep:g}": ReadConfig(cross_keep=keep) for keep in (0.5, 0.25, 0.1)}
 
 
 class Ranking(nn.Module):

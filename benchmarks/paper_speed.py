@@ -20,6 +20,7 @@ from cases import RESULTS, compare_shown, described, load, machine, save
 
 from turbovlm import TurboConfig
 from turbovlm.encoder.block import unmerged_forward
+from turbovlm.encoder.layout import Layout
 from turbovlm.encoder.state import State
 from turbovlm.encoder.towers import find_towers
 from turbovlm.profile import Quartiles
@@ -68,11 +69,11 @@ def on_sdpa(model: nn.Module) -> None:
     """Give every block of the encoder its two halves with fused attention, and no merge between them."""
     for tower in find_towers(model):
         for _, block in tower.blocks:
-            block.forward = functools.partial(_unmerged, block, tower.spelling, State(0, (), tower.prefix))
+            block.forward = functools.partial(_unmerged, block, tower.layout, State(0, (), tower.prefix))
 
 
-def _unmerged(block: nn.Module, spelling: Any, state: State, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return unmerged_forward(block, spelling, TurboConfig(r=0), x, state, {})
+def _unmerged(block: nn.Module, layout: Layout, state: State, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return unmerged_forward(block, layout, TurboConfig(r=0), x, state, {})
 
 
 def report(results: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import torch
 from cases import DTYPES, RESULTS, compare_shown, described, machine, save
 
 import turbovlm
-from turbovlm import TurboConfig
+from turbovlm import ReadConfig
 
 KEEPS = (0.5, 0.33, 0.22, 0.11)
 WORDS, LAYERS, TOWER_BLOCKS = 64, 2, 8
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), metavar="MODEL")
     args = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "dtype": args.dtype}
-    versions = {f"{keep:g}": TurboConfig(visual_keep=keep) for keep in KEEPS}
+    versions = {f"{keep:g}": ReadConfig(keep) for keep in KEEPS}
     for name in args.models:
         model, inputs = MODELS[name](DTYPES[args.dtype])
         results[name] = {"prompt": int(inputs["input_ids"].shape[1]), "cache": caches(model, inputs)}

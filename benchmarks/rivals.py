@@ -1,6 +1,6 @@
 """Token merging as others ship it, on the same blocks, to be compared with; and what merging for free would cost.
 
-Each is written for any block that turbovlm's adapters know, so that every model of the benchmark has it. The first two
+Each is written for any block that turbovlm has a layout of, so that every model of the benchmark has it. The first two
 follow published code in what they compute and in which operators they use:
 
 - `published`: ToMe as released (Bolya et al., ICLR 2023), which is also how the Turbo paper's code runs: attention as
@@ -22,13 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm import TurboConfig
-from turbovlm.encoder.block import _heads
-from turbovlm.encoder.layout import run_steps
-from turbovlm.encoder.state import State
+from turbovlm.encoder.layout import Parts
 from turbovlm.encoder.towers import Tower, find_towers
-
-CONFIG = TurboConfig(0)
 
 
 def published(r: int) -> Callable[[nn.Module], None]:
@@ -67,16 +62,36 @@ def _forward(
 ) -> Any:
     if index == 0:
         shared["size"] = None
-    spelling = tower.spelling
-    heads = _heads(block, spelling, CONFIG, hidden, State(0, (), tower.prefix), {})
-    mixed = attend(heads.q, heads.k, heads.v, shared["size"]).transpose(1, 2).flatten(2)
-    x = hidden + run_steps(block, spelling.after_attention, mixed)
+    parts = tower.layout.parts(block)
+    q, k, v = _projected(block, parts, hidden)
+    x = hidden + _stepped(parts.after_attention, attend(q, k, v, shared["size"]).transpose(1, 2).flatten(2))
     if merge is None:
         x = x[:, : x.shape[1] - min(r, (x.shape[1] - tower.prefix) // 2)]
     else:
-        x, shared["size"] = merge(_matched(heads.k.mean(dim=1), r, tower.prefix > 0), x, shared["size"])
-    x = x + run_steps(block, spelling.mlp, x)
-    return (x,) if spelling.returns_tuple else x
+        x, shared["size"] = merge(_matched(k.mean(dim=1), r, tower.prefix > 0), x, shared["size"])
+    x = x + _stepped(parts.mlp, x)
+    return (x,) if tower.layout.returns_tuple else x
+
+
+def _projected(block: nn.Module, parts: Parts, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, `[batch, heads, tokens, head_dim]` each."""
+    normed = hidden if parts.norm1 is None else parts.norm1(hidden)
+    if callable(parts.project):
+        flat = parts.project(block, normed)
+    elif len(parts.project) == 1:
+        flat = parts.project[0](normed).chunk(3, dim=-1)
+    else:
+        flat = tuple(project(normed) for project in parts.project)
+    q, k, v = (each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)
+    return q, k, v
+
+
+def _stepped(steps: tuple[Any, ...], x: Tensor) -> Tensor:
+    """Call modules, multiply by tensors and numbers, skip None, in order."""
+    for step in steps:
+        if step is not None:
+            x = step(x) if isinstance(step, nn.Module) else x * step
+    return x
 
 
 def _stored_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:

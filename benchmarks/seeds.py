@@ -66,7 +66,7 @@ def by_seed(task: str, seeds: int, pictures: int, advance: Any, quantize: str | 
     prepared = [predictor.prepare(sample, None) for sample in data.samples]
 
     settings = [Setting("unmerged")]
-    settings += [Setting(f"seed {s}", replace(TURBO, seed=s), quantize=quantize) for s in range(seeds)]
+    settings += [Setting(f"seed {s}", (replace(TURBO, seed=s),), quantize=quantize) for s in range(seeds)]
     found = []
     for setting in settings:
         found.append(asked(task, predictor, data, prepared, setting))

@@ -7,7 +7,7 @@ import torch
 
 import turbovlm
 from turbovlm import Calibration, ConfigError, DenoiseConfig, TurboError
-from turbovlm.profile import compare_pictures
+from turbovlm.profile import compare_images
 
 pytest.importorskip("diffusers")
 GIVEN = {"components": ("ffn",), "degree": "redundancy", "alpha": 2.0, "restore": "copy", "refresh": 1}
@@ -42,7 +42,7 @@ def test_a_share_for_each_resolution_at_one_cost(pipe, prompts):
     assert 0 < found.drift <= found.bound < 0.1
     costs, drifts = zip(*found.curve)
     assert len(costs) > 3 and list(drifts) == sorted(drifts, reverse=True)
-    compared = compare_pictures(pipe, found.config, steps=2, prompt=prompts[0], rounds=1, warmup=0)
+    compared = compare_images(pipe, found.config, steps=2, prompt=prompts[0], rounds=1, warmup=0)
     assert 1 / compared.macs_ratio(compared.runs[1].name) == pytest.approx(found.flops, abs=0.005)
 
 

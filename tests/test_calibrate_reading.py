@@ -76,6 +76,7 @@ def test_what_keeps_most_at_so_many_tokens(case, tmp_path):
     assert Calibration.load(tmp_path / "turbo.json") == found and "15 prompts that took no part" in str(found)
 
 
+@pytest.mark.slow
 def test_the_fewest_tokens_within_a_tolerance(case):
     model, prompts = case
     found = turbovlm.calibrate(model, prompts, max_drift=0.2, reduce="merge")
@@ -88,6 +89,7 @@ def test_the_fewest_tokens_within_a_tolerance(case):
         turbovlm.calibrate(model, prompts, max_drift=1e-12)
 
 
+@pytest.mark.slow
 def test_a_cost_and_a_tower_that_merges_too(case):
     model, prompts = case
     merging = TurboConfig(r=1)

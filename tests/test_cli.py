@@ -169,9 +169,9 @@ def test_nothing_but_the_result_is_written(spec, capsys):
 
 def test_a_folder_without_a_usable_config(tmp_path, capsys):
     for content, message in [
-        (None, "could not build it"),
+        (None, "could not load it"),
         ({"model_type": "vit", "hidden_size": "wide"}, "'hidden_size' expected int"),
-        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "could not build it"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "could not load it"),
     ]:
         if content is not None:
             (tmp_path / "config.json").write_text(json.dumps(content))
@@ -224,21 +224,22 @@ BAD = [
     (["bench", "timm:vit_tiny_patch16_224", "--device", "meta"], "--device meta"),
     (["bench", "timm:vit_tiny_patch16_224", "--plot", "x.bmp"], "--plot x.bmp"),
     (["bench", "zoo:saliency"], "give --pretrained"),
-    (["bench", "zoo:nothing"], "there is zoo:saliency"),
+    (["bench", "zoo:nothing"], "there are zoo:emoji, zoo:pairs, zoo:saliency, zoo:scenes"),
     (["bench", "open_clip:ViT-B-32", "--pretrained"], "hf-hub:ID or local-dir:FOLDER"),
     (["inspect", "timm:no_such_model"], "Unknown model"),
     (["inspect", "timm:swin_tiny_patch4_window7_224"], "windowed attention"),
     (["inspect", "/no/such/folder"], "no such folder"),
     (["inspect", "open_clip:no_such_model"], "no_such_model"),
-    (["inspect", "open_clip:hf-hub:me/mine"], "'open_clip:hf-hub:me/mine'"),
+    (["inspect", "open_clip:hf-hub:me/mine"], "open_clip:hf-hub:me/mine: "),
     (["inspect", "torchvision:no_such_model"], "Unknown model"),
     (["macs", "--paper", "--r", "4"], "--r has no place beside --paper"),
     (["macs", "--paper", "--image-size", "96"], "--image-size has no place beside --paper"),
+    (["inspect", "zoo:emoji"], "zoo:emoji: makes images, and is no encoder"),
     (["inspect", "keras:vit"], "'keras' is none of transformers, timm"),
     (["inspect", "timm:vit_tiny_patch16_224", "--r", "-3"], "r=-3"),
     (["inspect", "timm:vit_tiny_patch16_224", "--keep", "1.5"], "keep=1.5"),
     (["inspect", "timm:vit_tiny_patch16_224", "--image-size", "0"], "--image-size 0"),
-    (["inspect", "torchvision:vit_b_16", "--image-size", "97"], "could not build it"),
+    (["inspect", "torchvision:vit_b_16", "--image-size", "97"], "could not load it"),
     (["inspect", "timm:vit_tiny_patch16_224", "--json", "/no/such/folder/x.json"], "--json /no/such/folder/x.json"),
     (["macs"], "MODEL or --paper"),
     (["macs", "timm:vit_tiny_patch16_224", "--paper"], "MODEL or --paper"),
@@ -250,6 +251,41 @@ def test_bad_input_is_one_message_and_exit_code_2(argv, message, capsys):
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+UNWRITABLE = [
+    ["inspect", "timm:vit_tiny_patch16_224", "--json", "no/such/folder/x.json"],
+    ["macs", "timm:vit_tiny_patch16_224", "--json", "no/such/folder/x.json"],
+    ["macs", "--paper", "--json", "no/such/folder/x.json"],
+    ["bench", "timm:vit_tiny_patch16_224", "--json", "no/such/folder/x.json"],
+    ["bench", "timm:vit_tiny_patch16_224", "--plot", "no/such/folder/x.png"],
+    ["bench", "diffusers:a/pipeline", "--json", "no/such/folder/x.json"],
+    ["calibrate", "timm:vit_tiny_patch16_224", "photos", "--flops", "0.5", "--out", "no/such/folder/x.json"],
+    ["evaluate", "saliency", "--json", "no/such/folder/x.json"],
+    ["evaluate", "saliency", "--plot", "no/such/folder/x.png"],
+    ["evaluate", "saliency", "--out", "file/predictions"],
+    ["reproduce", "all", "--builtin", "--out", "file"],
+    ["demo", "--out", "no/such/folder/x.html"],
+    ["demo", "--json", "no/such/folder/x.json"],
+]
+
+
+@pytest.mark.parametrize("argv", UNWRITABLE, ids=[" ".join(argv) for argv in UNWRITABLE])
+def test_what_cannot_be_written_is_refused_before_anything_is_built(argv, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("turbovlm_lab")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was built")
+
+    for name in ("models.load_model", "pipelines.load_pipeline", "processors.load_for_images"):
+        monkeypatch.setattr(f"turbovlm.loading.{name}", refuse)
+    for name in ("evaluate.asking.asked", "costs.paper.paper_costs", "zoo.load_saliency_vit"):
+        monkeypatch.setattr(f"turbovlm_lab.{name}", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"turbovlm: {argv[-2]} {argv[-1]}: ") and error.count("\n") == 1
 
 
 def test_unknown_options_exit_with_2(capsys):
@@ -264,6 +300,19 @@ def test_importing_the_library_imports_nothing_optional():
         "import sys, turbovlm, turbovlm.ops\n"
         "names = ('transformers', 'timm', 'torchvision', 'open_clip', 'rich', 'PIL', 'onnx', 'matplotlib')\n"
         "print([n for n in names if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_the_library_imports_no_compiler():
+    """They take ten times as long to import as all the rest."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import turbovlm, turbovlm.ops\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'triton', 'sympy', 'torch.onnx', 'torch.utils.flop_counter'}\n"
+        "print(sorted(heavy & (set(sys.modules) - before)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

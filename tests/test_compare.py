@@ -10,7 +10,7 @@ import torch.nn as nn
 
 import turbovlm
 from turbovlm import ConfigError, TurboConfig, TurboError
-from turbovlm.profile import Comparison, Quartiles, Run, compare, macs
+from turbovlm.profile import Comparison, Quartiles, Run, Timing, compare, macs
 from turbovlm.profile.timing import interleaved, peak_memory
 
 timm = pytest.importorskip("timm")
@@ -40,11 +40,8 @@ def test_the_books_of_a_comparison(vit, images):
     for run in result.runs:
         assert len(run.seconds) == len(run.wall_seconds) == 3 and min(run.seconds) > 0
         assert run.peak_bytes > 2 * 37 * 192 * 4  # at least the tokens
-    speedup = result.speedup("r=4")
-    assert speedup.low <= speedup.median <= speedup.high
-    assert result.efficiency("r=4") == pytest.approx(speedup.median / result.macs_ratio("r=4"))
     assert result.speedup("model") == Quartiles(1, 1, 1)
-    for name in ("model", "r=4", "keep=0.5", "efficiency"):
+    for name in ("model", "r=4", "keep=0.5", "ciency"):
         assert name in str(result)
     assert json.loads(json.dumps(result.to_dict()))["runs"][1]["macs"] == result.run("r=4").macs
     assert {name: value.data_ptr() for name, value in vit.state_dict().items()} == before
@@ -53,13 +50,24 @@ def test_the_books_of_a_comparison(vit, images):
 
 
 def test_ratios_are_paired_round_by_round():
+    """2, 4 and 4 times as fast: not the ratio of the medians, 2; with a fifth of the work, 0.8 of what that allows."""
     runs = (
-        Run("model", 10, (1.0, 2.0, 4.0), (1.0, 2.0, 4.0), None, 8),
-        Run("a", 5, (0.5, 1.0, 2.0), (1.0,) * 3, None, 8),
+        Run("model", 10, {"forward": Timing((1.0, 2.0, 4.0), None)}, (1.0, 2.0, 4.0), 8),
+        Run("a", 2, {"forward": Timing((0.5, 0.5, 1.0), 3_000_000)}, (0.25, 1.0, 0.5), 8),
+        Run("b", 5, {"forward": Timing((0.5, 1.0, 2.0), None)}, (1.0,) * 3, 8),
     )
     result = Comparison(runs, 8, "x", "float32", 1, "clock", False)
-    assert result.speedup("a") == Quartiles(2, 2, 2) and result.efficiency("a") == 1
-    assert result.images_per_second("model") == 4 and "peak" in str(result)
+    assert result.speedup("a") == Quartiles(median=4, low=3, high=4)
+    assert result.macs_ratio("a") == 5 and result.efficiency("a") == 0.8
+    assert result.speedup("b") == Quartiles(2, 2, 2) and result.efficiency("b") == 1
+    assert result.images_per_second("model") == 4 and result.images_per_second("a") == 16
+    assert result.seconds_per_image("model") == 2 / 8
+    assert str(result).splitlines()[:4] == [
+        "x, float32, batch 8, eager, 3 rounds, clock",
+        "                images                                  MACs   effi-  peak",
+        "       s/batch      /s  GMACs  speed-up    quartiles   ratio  ciency    MB",
+        "model        2       4   0.00    1.000x  1.000–1.000  1.000x   1.000",
+    ]
 
 
 def test_runs_alternate_and_the_model_stays_as_it_is(vit, images):
@@ -92,6 +100,7 @@ def test_inputs_by_name_and_in_sequence():
     assert by_name.run("r=2").macs == in_sequence.run("r=2").macs
 
 
+@pytest.mark.slow
 def test_compiled_versions(vit, images):
     torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit

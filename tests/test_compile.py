@@ -15,6 +15,14 @@ from turbovlm.ops import LayeredDegree
 from turbovlm.ops.degree import DEGREES
 
 SOME = ("vit", "dinov2_registers", "clip", "blip_2", "timm_layerscale", "timm_eva02", "torchvision")
+CORE = ("clip", "timm_eva02", "r")
+"""Families, and the setting, that are not slow."""
+
+
+def programs(names):
+    return [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in names]
+
+
 SETTINGS = {
     "r": TurboConfig(r=5),
     "keep": TurboConfig(keep=0.5),
@@ -31,7 +39,7 @@ def tower(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", programs(SOME))
 @torch.no_grad()
 def test_compiles_once_for_all_batch_sizes(tower, name):
     with turbovlm.apply(tower, r=5):
@@ -69,7 +77,7 @@ def images(batch, size):
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", programs(SETTINGS))
 @torch.no_grad()
 def test_compiles_for_other_image_sizes(vit, setting, dynamic):
     with turbovlm.apply(vit, SETTINGS[setting]):
@@ -96,7 +104,7 @@ def test_random_halves_are_constants_of_the_graph(vit):
     assert not any(word in name for name in names for word in ("xor", "rshift"))
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", programs(SETTINGS))
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_runs_in_onnxruntime(vit, setting):

@@ -1,4 +1,4 @@
-"""What TurboConfig accepts, and how it says no."""
+"""What the three configs accept, how they say no, and how they are saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from turbovlm import ConfigError, TurboConfig, TurboError
+from turbovlm import Calibration, ConfigError, DenoiseConfig, ReadConfig, TurboConfig, TurboError
 from turbovlm.ops import LayeredDegree
 
 WRONG = [
@@ -25,8 +25,7 @@ WRONG = [
     ({"r": [4, -1]}, "r=\\[4, -1\\]"),
     ({"r": [4, 2.5]}, "r=\\[4, 2.5\\]"),
     ({"r": [4, True]}, "r=\\[4, True\\]"),
-    ({"keep": []}, "needs a share per resolution"),
-    ({"keep": [0.5, 2]}, "keep=2.0: must be a share in"),
+    ({"keep": [0.5, 0.7]}, "keep=\\[0.5, 0.7\\]: an encoder takes one share"),
     ({"keep": 0}, "keep=0.*must be a share in"),
     ({"keep": 1.5}, "keep=1.5"),
     ({"keep": -0.1}, "keep=-0.1"),
@@ -65,11 +64,54 @@ WRONG = [
     ({"r": 1, "partition": "grid", "grid": 4}, "grid=4"),
 ]
 
+WRONG_READING = [
+    ({}, "give visual_keep or cross_keep"),
+    ({"visual_select": "random"}, "give visual_keep or cross_keep"),
+    ({"visual_keep": 0}, "visual_keep=0: it must be an integer ≥ 1"),
+    ({"visual_keep": 0.0}, r"visual_keep=0\.0: must be a share in \(0, 1\] or an integer ≥ 1"),
+    ({"visual_keep": 1.5}, r"visual_keep=1\.5"),
+    ({"visual_keep": True}, "visual_keep=True"),
+    ({"cross_keep": "half"}, "cross_keep='half'"),
+    ({"visual_keep": 0.5, "visual_select": "best"}, "visual_select='best': must be one of information, redundancy"),
+    (
+        {"cross_keep": 0.5, "visual_select": "pooling"},
+        "visual_select='pooling': cross_keep takes tokens layer by layer",
+    ),
+    ({"visual_keep": 0.5, "reduce": "keep_norm"}, "reduce='keep_norm': must be one of merge, prune"),
+    ({"visual_keep": 0.5, "degree": "auto"}, "degree='auto'"),
+    ({"visual_keep": 0.5, "guidance": "text"}, "guidance='text'"),
+    ({"visual_keep": 0.5, "seed": -1}, "seed=-1"),
+]
+WRONG_DENOISING = [
+    ({"keep": None}, "keep=None: must be a finite number"),
+    ({"keep": []}, "needs a share per resolution"),
+    ({"keep": [0.5, 2]}, r"keep=2\.0: must be a share in"),
+    ({"keep": 0.2}, r"keep=0\.2: must be ≥ 0\.25: one token in every 2×2 cell stays"),
+    ({"keep": [0.5, 0.1]}, r"keep=0\.1: must be ≥ 0\.25"),
+    (
+        {"keep": 0.5, "components": "attention"},
+        "components='attention': must be some of attention, cross_attention, ffn",
+    ),
+    ({"keep": 0.5, "components": []}, "components="),
+    ({"keep": 0.5, "components": ["mlp"]}, "components="),
+    ({"keep": 0.5, "refresh": 0}, "refresh=0: it must be an integer ≥ 1"),
+    ({"keep": 0.5, "restore": "residual"}, "restore='residual': must be one of auto, copy, linear"),
+    ({"keep": 0.5, "grid": (4, 0)}, r"grid=\(4, 0\)"),
+    ({"keep": 0.5, "min_tokens": -1}, "min_tokens=-1"),
+]
+WRONG_ANYWHERE = [
+    *((TurboConfig, settings, message) for settings, message in WRONG),
+    *((ReadConfig, settings, message) for settings, message in WRONG_READING),
+    *((DenoiseConfig, settings, message) for settings, message in WRONG_DENOISING),
+]
 
-@pytest.mark.parametrize(("settings", "message"), WRONG, ids=[str(s) for s, _ in WRONG])
-def test_wrong_settings_raise_when_the_config_is_made(settings, message):
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"), WRONG_ANYWHERE, ids=[f"{k.__name__}{s}" for k, s, _ in WRONG_ANYWHERE]
+)
+def test_wrong_settings_raise_when_the_config_is_made(kind, settings, message):
     with pytest.raises(ConfigError, match=message) as error:
-        TurboConfig(**settings)
+        kind(**settings)
     assert isinstance(error.value, TurboError) and isinstance(error.value, ValueError)
 
 
@@ -107,10 +149,12 @@ def test_paper_multiplies_alpha_by_30():
 def test_a_layered_degree_is_saved_and_loaded(tmp_path):
     path, config = tmp_path / "turbo.json", TurboConfig.paper(16, beta=0.9, gamma=3)
     config.save(path)
-    assert json.loads(path.read_text())["degree"] == {"layered": {"alpha": 180.0, "beta": 0.9, "gamma": 3.0}}
+    assert json.loads(path.read_text())["settings"]["degree"] == {
+        "layered": {"alpha": 180.0, "beta": 0.9, "gamma": 3.0}
+    }
     assert TurboConfig.load(path) == config
     path.write_text('{"turbovlm": 1, "r": 1, "degree": {"layered": {"alpha": 1}}}')
-    with pytest.raises(ConfigError, match=r"turbo\.json: degree=.*beta"):
+    with pytest.raises(ConfigError, match=r"turbo\.json: .*beta"):
         TurboConfig.load(path)
     path.write_text('{"turbovlm": 1, "r": 1, "degree": {"layered": {"alpha": 1, "beta": 0, "gamma": 0}}}')
     with pytest.raises(ConfigError, match=r"beta=0\.0"):
@@ -141,3 +185,111 @@ def test_amount_is_what_was_written():
     assert TurboConfig(r=16).amount == "r=16"
     assert TurboConfig(r=[1, 2]).amount == "r=[1, 2]"
     assert TurboConfig(keep=0.25).amount == "keep=0.25"
+
+
+SAVED = [
+    TurboConfig(r=[4, 2, 0], thresholds=[0.1, 0.2, 0.3], degree="redundancy", similarity="keys", seed=3),
+    TurboConfig(keep=0.5, partition="grid", grid=(4, 6), dense=True),
+    ReadConfig(0.5, visual_select="attention", reduce="prune"),
+    ReadConfig(cross_keep=12),
+    DenoiseConfig([0.5, 0.75], components=["attention"], refresh=3, grid=(2, 8)),
+]
+
+
+@pytest.mark.parametrize("config", SAVED, ids=str)
+def test_every_config_is_saved_and_loaded(config, tmp_path):
+    path = tmp_path / "turbo.json"
+    config.save(path)
+    assert type(config).load(path) == config
+    calibration = Calibration(config, 0.6, 0.01, 0.02, 0.9, 31, None, ((0.6, 0.01), (0.8, 0.001)))
+    calibration.save(path)
+    assert Calibration.load(path) == calibration and type(config).load(path) == config
+    other = ReadConfig if isinstance(config, TurboConfig) else TurboConfig
+    kind = type(config).__name__
+    with pytest.raises(ConfigError, match=f"holds settings of {kind}: read them with turbovlm.{kind}.load"):
+        other.load(path)
+
+
+FIRST_FORMAT = {
+    "keep": None,
+    "flops": None,
+    "min_tokens": 0,
+    "thresholds": None,
+    "degree": "auto",
+    "alpha": None,
+    "beta": 1.0,
+    "gamma": 0,
+    "similarity": "auto",
+    "guidance": "auto",
+    "partition": "auto",
+    "grid": None,
+    "order": "spatial",
+    "proportional": True,
+    "reduce": "auto",
+    "dense": False,
+    "trace": False,
+    "seed": 0,
+    "visual_keep": None,
+    "visual_select": "information",
+    "cross_keep": None,
+    "components": ["attention", "cross_attention", "ffn"],
+    "refresh": 1,
+    "restore": "auto",
+    "share_guidance": True,
+    "promise": None,
+}
+"""Everything that a file of the first format held."""
+PROMISE = {
+    "flops": 0.6,
+    "drift": 0.01,
+    "bound": 0.02,
+    "coverage": 0.9,
+    "images": 31,
+    "speedup": None,
+    "curve": [[0.6, 0.01]],
+}
+
+
+def test_files_of_the_first_format_still_load(tmp_path):
+    path = tmp_path / "turbo.json"
+
+    def write(**changes):
+        path.write_text(json.dumps({"turbovlm": 1, "r": None, **FIRST_FORMAT, **changes}))
+
+    write(r=[4, 2], degree="redundancy", partition="random", promise=PROMISE)
+    assert TurboConfig.load(path) == TurboConfig(r=(4, 2), degree="redundancy")
+    assert Calibration.load(path) == Calibration(
+        TurboConfig(r=(4, 2), degree="redundancy"), 0.6, 0.01, 0.02, 0.9, 31, None, ((0.6, 0.01),)
+    )
+    write(visual_keep=0.5, visual_select="attention")
+    assert ReadConfig.load(path) == ReadConfig(0.5, visual_select="attention")
+    write(keep=[0.5, 0.7], refresh=2)
+    assert DenoiseConfig.load(path) == DenoiseConfig((0.5, 0.7), refresh=2)
+    write(keep=0.5)
+    assert TurboConfig.load(path) == TurboConfig(keep=0.5) and DenoiseConfig.load(path) == DenoiseConfig(0.5)
+    with pytest.raises(ConfigError, match="these settings were not calibrated"):
+        Calibration.load(path)
+    write(r=8, visual_keep=0.5)
+    with pytest.raises(ConfigError, match="save a TurboConfig and a ReadConfig"):
+        TurboConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "holds no settings of turbovlm"),
+        ("{", "holds no settings of turbovlm"),
+        ('{"r": 3}', "holds no settings of turbovlm"),
+        ('{"turbovlm": 3}', "is of format 3; this release reads 1 and 2"),
+        ('{"turbovlm": 2, "kind": "Config"}', "holds no settings of turbovlm"),
+        ('{"turbovlm": 2, "kind": "TurboConfig", "settings": {"r": 1, "speed": 2}}', "does not know: speed"),
+        ('{"turbovlm": 2, "kind": "TurboConfig", "settings": {"r": -1}}', "r=-1"),
+    ],
+)
+def test_files_that_hold_no_settings(content, message, tmp_path):
+    path = tmp_path / "turbo.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        TurboConfig.load(path)
+    with pytest.raises(ConfigError, match=r"none\.json: there is no such file"):
+        TurboConfig.load(tmp_path / "none.json")

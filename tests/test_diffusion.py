@@ -119,6 +119,7 @@ def test_copies_and_pickles_merge(family, model):
         assert torch.equal(run(twin, inputs), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "columns", "settings"),
     [("sd15", 32, {}), ("sd3", 32, {}), ("flux", 32, {}), ("flux", 24, {"grid": (16, 12)})],
@@ -134,6 +135,7 @@ def test_compiles_as_one_graph(name, columns, settings):
             torch.testing.assert_close(run(compiled, inputs), eager, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({}, "192 tokens are no square: give grid"), ({"grid": (16, 13)}, "the image has 192 tokens")],

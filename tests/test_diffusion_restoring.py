@@ -10,8 +10,7 @@ import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
 from turbovlm.diffusion.restore import linear_map, restore_linear
 from turbovlm.errors import ConfigError
-from turbovlm.ops import bipartite_merge, partition_tokens
-from turbovlm.ops.informativity import mutual_redundancy
+from turbovlm.ops import merge_ranked, partition_tokens, rank_candidates
 
 pytest.importorskip("diffusers")
 BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
@@ -19,8 +18,8 @@ BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
 
 def merge_of(x, r, reduce="merge"):
     split = partition_tokens(x.shape[1], kind="grid")
-    redundancy, partner = mutual_redundancy(x, split)
-    return bipartite_merge(redundancy, partner, split, r, x.shape[1], order="spatial", reduce=reduce)
+    ranking = rank_candidates(x, split, None, degree="redundancy")
+    return merge_ranked(ranking, r, order="spatial", reduce=reduce)[0]
 
 
 @pytest.mark.parametrize("reduce", ["merge", "prune"])

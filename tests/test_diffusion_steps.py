@@ -154,6 +154,7 @@ def test_what_fails_leaves_the_scheduler_as_it_was():
         turbovlm.apply(pipe, keep=0.5, refresh=2)
 
 
+@pytest.mark.slow
 def test_a_compiled_denoiser_has_one_graph_that_decides_and_one_that_does_not():
     pipe = pipeline()
     with turbovlm.apply(pipe, keep=0.5, refresh=2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import torch.nn as nn
 
 import turbovlm
 from families import FAMILIES
-from turbovlm.cli.models import example_inputs
 from turbovlm.encoder.towers import find_towers
 from turbovlm.profile import macs
 from turbovlm_lab.costs.models import WHOLE_ROWS, whole_costs
@@ -102,7 +102,8 @@ def test_the_meta_device_counts_as_the_cpu(name):
     model = FAMILIES[name].make()
     turbovlm.apply(model, r=5)
     tower = find_towers(model)[0].module
-    inputs = example_inputs(find_towers(model)[0])
+    tower = find_towers(model)[0]
+    inputs = tower.layout.inputs(tower.module)
     real = {key: torch.zeros(x.shape) if x is not None and x.is_meta else x for key, x in inputs.items()}
     counted = macs(tower, **real)
     model.to("meta")
@@ -116,7 +117,7 @@ def test_the_schedules_cost_is_the_counted_one(name, settings):
     family = FAMILIES[name]
     model = family.make()
     with turbovlm.apply(model, **settings) as handle:
-        schedule, shape = handle.schedules[0], handle._plans[0].shape
+        schedule, shape = handle.schedules[0], handle.features[0].shape
         counts = []
         for _, block in find_towers(model)[0].blocks:
             block.forward = Counted(block.forward, counts)
@@ -127,16 +128,34 @@ def test_the_schedules_cost_is_the_counted_one(name, settings):
     assert sum(counts) == pytest.approx(sum(schedule.macs_after) - norms, rel=0.003)
 
 
-@pytest.mark.parametrize("partition", ["random", "alternate"])
-def test_the_schedule_knows_of_windows(partition):
+@pytest.mark.parametrize(
+    ("partition", "pairs"),
+    [
+        ("alternate", (684 * 685, 634 * 635, 584 * 585)),
+        ("random", (684 * 685 // 3, 634 * 635 // 3, 584 * 585 // 3)),  # 3 windows of at most 512 patches
+    ],
+)
+def test_the_schedule_knows_of_windows(partition, pairs):
+    """1,369 patches, then 1,269, then 1,169: keys of 64 channels compared, by the schedule and as counted."""
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         settings = {"img_size": 296, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 1, "num_classes": 0}
         model = timm.models.VisionTransformer(**settings).eval()
         image = torch.zeros(1, 3, 296, 296)
-    full = macs(model, image)
+
+    def cost(block, n, left):  # the paper's, without the embedding and what follows the last block
+        return 4 * n * 64**2 + 2 * n**2 * 64 + 64 * pairs[block] + 8 * left * 64**2
+
+    tokens = (1370, 1270, 1170, 1070)
+    blocks = [cost(i, tokens[i], tokens[i + 1]) for i in range(3)]
     with turbovlm.apply(model, r=100, partition=partition) as handle:
-        assert macs(model, image) / full == pytest.approx(handle.schedules[0].ratio, abs=0.002)
+        schedule = handle.schedules[0]
+        assert schedule.tokens == tokens
+        norms = [5 * 64 * (n + left) for n, left in itertools.pairwise(tokens)]
+        assert [macs_ - norm for macs_, norm in zip(schedule.macs_after, norms)] == blocks
+        embedding = 1369 * 3 * 8 * 8 * 64
+        guide = 64 * sum(tokens[:3])  # A: one row of scores in every block
+        assert macs(model, image) == pytest.approx(sum(blocks) + embedding + guide, rel=1e-3)
 
 
 class Counted:

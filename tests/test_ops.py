@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,7 +100,7 @@ def test_the_most_redundant_go_into_their_most_similar_partner(tokens, prefix, s
             assert merge.source[b, i] == merge.source[b, destination]
 
 
-def test_the_published_order_is_unmerged_candidates_then_partners():
+def test_the_published_order_is_unmerged_candidates_then_destinations():
     x = features_of(1, 9, 0)
     merge = match(x, 2, prefix=1, degree="redundancy")
     kept = merge.kept[0].tolist()
@@ -115,8 +113,8 @@ def test_grid_has_one_partner_in_every_cell(grid, patches):
     split = partition_tokens(patches + 1, 1, "grid", grid=grid)
     rows, columns = grid or (4, 4)
     corners = [1 + i * columns + j for i in range(0, rows, 2) for j in range(0, columns, 2)]
-    assert split.partners.tolist() == corners
-    assert sorted(split.partners.tolist() + split.candidates.tolist()) == list(range(1, patches + 1))
+    assert split.destinations.tolist() == corners
+    assert sorted(split.destinations.tolist() + split.candidates.tolist()) == list(range(1, patches + 1))
 
 
 def test_grid_must_fit():
@@ -127,10 +125,10 @@ def test_grid_must_fit():
 def test_random_partition_is_half_and_half_and_depends_on_seed_and_block():
     splits = [partition_tokens(101, 1, "random", block=b, seed=s) for b, s in [(0, 0), (1, 0), (0, 1), (0, 0)]]
     for split in splits:
-        assert split.candidates.shape == split.partners.shape == (50,)
-        assert sorted(split.candidates.tolist() + split.partners.tolist()) == list(range(1, 101))
-    assert splits[0].partners.tolist() == splits[3].partners.tolist()
-    assert splits[0].partners.tolist() != splits[1].partners.tolist() != splits[2].partners.tolist()
+        assert split.candidates.shape == split.destinations.shape == (50,)
+        assert sorted(split.candidates.tolist() + split.destinations.tolist()) == list(range(1, 101))
+    assert splits[0].destinations.tolist() == splits[3].destinations.tolist()
+    assert splits[0].destinations.tolist() != splits[1].destinations.tolist() != splits[2].destinations.tolist()
 
 
 def test_random_degree_is_uniform():
@@ -154,7 +152,7 @@ def test_what_a_merge_has_lost_brings_the_tokens_back(batch, tokens, prefix, r, 
     back = merge.unmerge(merged, merge.lost(x, merged))
     seen = sizes > 0
     torch.testing.assert_close(back[seen], x[seen])
-    gone = torch.zeros_like(seen).scatter(1, merge.gone, True)
+    gone = torch.zeros_like(seen).scatter(1, merge.src, True)
     torch.testing.assert_close(back[gone], x[gone])
 
 
@@ -249,8 +247,3 @@ def test_merging_is_differentiable(reduce):
     merge = match(x.detach(), 3, prefix=1, degree="redundancy", reduce=reduce)
     assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t)), (x,))
     assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t).exp(), merge.lost(t, merge.merge(t))), (x,))
-    if reduce == "keep_norm":
-        return
-    assert math.isclose(
-        merge.merge(x).sum(dim=1).sum().item(), (x * merge.weights[..., None]).sum().item(), rel_tol=1e-9
-    )

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.ops import routes, size_bias
+from turbovlm.ops import dispatch, plain, size_bias
 from turbovlm.profile import macs
 
-ROUTES = [routes.masked, routes.channel, routes.flex, routes.stored]
+ROUTES = [plain.masked_attention, plain.stored_attention]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 4e-2}
 
 
@@ -28,7 +28,6 @@ def with_padding(tokens=50):
     return sizes
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 @pytest.mark.parametrize("biased", [True, False])
@@ -42,7 +41,6 @@ def test_all_routes_lead_to_one_result(route, dtype, biased):
     torch.testing.assert_close(attended.double(), exact, rtol=0, atol=TOLERANCE[dtype])
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 def test_padding_is_attended_by_nobody(route):
     q, k, v = heads()
@@ -55,25 +53,25 @@ def test_padding_is_attended_by_nobody(route):
 def test_stored_gives_the_same_however_little_it_holds(limit, monkeypatch):
     q, k, v = heads(head_dim=64)
     bias = size_bias(with_padding(), q.dtype)
-    monkeypatch.setattr(routes, "STORED_SCORES", limit)
-    torch.testing.assert_close(routes.stored(q, k, v, bias, 0.25), routes.masked(q, k, v, bias, 0.25))
-    torch.testing.assert_close(routes.stored(q, k, v, None, 0.25), routes.masked(q, k, v, None, 0.25))
+    monkeypatch.setattr(plain, "STORED_SCORES", limit)
+    torch.testing.assert_close(plain.stored_attention(q, k, v, bias, 0.25), plain.masked_attention(q, k, v, bias, 0.25))
+    torch.testing.assert_close(plain.stored_attention(q, k, v, None, 0.25), plain.masked_attention(q, k, v, None, 0.25))
 
 
 def test_stored_never_holds_more_scores_than_its_limit(monkeypatch):
     held = []
     product = torch.baddbmm
     monkeypatch.setattr(torch, "baddbmm", lambda *a, **k: held.append(product(*a, **k)) or held[-1])
-    monkeypatch.setattr(routes, "STORED_SCORES", 600)
+    monkeypatch.setattr(plain, "STORED_SCORES", 600)
     q, k, v = heads()
-    routes.stored(q, k, v, size_bias(with_padding(), q.dtype), 0.25)
+    plain.stored_attention(q, k, v, size_bias(with_padding(), q.dtype), 0.25)
     assert held and max(scores.numel() for scores in held) <= 600
 
 
 def test_stored_is_a_proper_operator():
     q, k, v = heads()
-    torch.library.opcheck(routes._stored, (q, k, v, size_bias(with_padding(), q.dtype), 0.25))
-    torch.library.opcheck(routes._stored, (q, k, v, None, 0.25))
+    torch.library.opcheck(plain.stored_attention_operator, (q, k, v, size_bias(with_padding(), q.dtype), 0.25))
+    torch.library.opcheck(plain.stored_attention_operator, (q, k, v, None, 0.25))
 
 
 def test_stored_is_counted_as_attention_is():
@@ -86,28 +84,27 @@ def test_stored_is_counted_as_attention_is():
             return self.route(q, k, v, None, 0.25)
 
     q, k, v = heads()
-    assert (
-        macs(Attention(routes.stored), q, k, v) == macs(Attention(routes.masked), q, k, v) == 2 * 2 * 3 * 50 * 50 * 16
-    )
+    for attend in (plain.masked_attention, plain.stored_attention):
+        assert macs(Attention(attend), q, k, v) == 2 * 2 * 3 * 50 * 50 * 16
 
 
 @pytest.fixture
 def fast_products(monkeypatch):
-    monkeypatch.setattr(routes, "FAST_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(dispatch, "FAST_BFLOAT16_PRODUCTS", True)
 
 
 def test_the_fastest_by_dtype_and_gradient(fast_products, monkeypatch):
     low = heads(dtype=torch.bfloat16)
-    assert routes.fastest(*low) is routes.stored
-    assert routes.fastest(*heads()) is routes.masked
-    assert routes.fastest(*heads(dtype=torch.float16)) is routes.masked
-    assert routes.fastest(*(t.to("meta") for t in low)) is routes.masked
+    assert dispatch.fastest_attention(*low) is plain.stored_attention
+    assert dispatch.fastest_attention(*heads()) is plain.masked_attention
+    assert dispatch.fastest_attention(*heads(dtype=torch.float16)) is plain.masked_attention
+    assert dispatch.fastest_attention(*(t.to("meta") for t in low)) is plain.masked_attention
     differentiable = [t.clone().requires_grad_() for t in low]
-    assert routes.fastest(*differentiable) is routes.masked
+    assert dispatch.fastest_attention(*differentiable) is plain.masked_attention
     with torch.no_grad():
-        assert routes.fastest(*differentiable) is routes.stored
-    monkeypatch.setattr(routes, "FAST_BFLOAT16_PRODUCTS", False)
-    assert routes.fastest(*low) is routes.masked
+        assert dispatch.fastest_attention(*differentiable) is plain.stored_attention
+    monkeypatch.setattr(dispatch, "FAST_BFLOAT16_PRODUCTS", False)
+    assert dispatch.fastest_attention(*low) is plain.masked_attention
 
 
 @pytest.fixture
@@ -125,9 +122,9 @@ def test_an_encoder_in_bf16_on_plain_products(vit, monkeypatch):
         vit.bfloat16()
         found = {}
         for fast in (True, False):
-            monkeypatch.setattr(routes, "FAST_BFLOAT16_PRODUCTS", fast)
+            monkeypatch.setattr(dispatch, "FAST_BFLOAT16_PRODUCTS", fast)
             found[fast] = 1 - torch.cosine_similarity(vit(images.bfloat16()).float(), exact, dim=-1)
-        monkeypatch.setattr(routes, "FAST_BFLOAT16_PRODUCTS", True)
+        monkeypatch.setattr(dispatch, "FAST_BFLOAT16_PRODUCTS", True)
         compiled = torch.compile(vit, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images.bfloat16()), vit(images.bfloat16()), rtol=0, atol=1e-2)
     assert not torch.equal(found[True], found[False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import turbovlm
 from turbovlm.errors import UnsupportedModelError
@@ -68,6 +69,23 @@ def test_doubled_words_change_nothing():
         after = run(torch.cat([words[:, :1], doubled], dim=1))
         assert handle.schedule(23).tokens[-1] == 12
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_compiles_and_exports_with_padding():
+    torch.manual_seed(0)
+    model, inputs = transformers.BertModel(transformers.BertConfig(**SIZE)).eval(), padded()
+    with turbovlm.apply(model, r=3):
+        wanted = model(**inputs).last_hidden_state
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(**inputs).last_hidden_state, wanted, rtol=0, atol=1e-5)
+        assert counter.frame_count == 1
+        torch._dynamo.reset()
+        exported = torch.export.export(model, (), inputs).module()
+        torch.testing.assert_close(exported(**inputs).last_hidden_state, wanted, rtol=0, atol=1e-5)
 
 
 def test_causal_ones_are_refused():

@@ -24,7 +24,7 @@ def entry(labels: np.ndarray, block: int = 0, prefix: int = 1) -> SimpleNamespac
     """A block's trace, in which patch i is part of token `labels[i]`, after `prefix` tokens of their own."""
     source = torch.cat([torch.arange(prefix), prefix + torch.from_numpy(labels.ravel())])[None]
     sizes = torch.bincount(source[0]).float()[None]
-    return SimpleNamespace(name=f"layer.{block}", block=block, prefix=prefix, source=source, sizes=sizes)
+    return SimpleNamespace(name=f"layer.{block}", block=block, prefix=prefix, suffix=0, source=source, sizes=sizes)
 
 
 def noise(rows: int, columns: int) -> Image.Image:

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from turbovlm.ops import size_bias
+
+pytestmark = pytest.mark.slow
+
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 def run(*arguments):
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["channel", "flex"])
+def test_other_ways_to_attend_lead_to_the_same_result(name, dtype, monkeypatch):
+    for library in ("timm", "rich"):
+        pytest.importorskip(library)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    attend = importlib.import_module("gpu").ROUTES[name]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 50, 16, generator=generator).to(dtype) for _ in range(3))
+    sizes = torch.randint(1, 9, (2, 50), generator=generator).float()
+    sizes[1, -7:] = 0  # padding
+    for bias in (size_bias(sizes, dtype), None):
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), attn_mask=None if bias is None else bias.double(), scale=0.3
+        )
+        found = attend(q, k, v, bias, 0.3)
+        assert found.dtype == dtype
+        tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 4e-2}[dtype]
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
+    if dtype == torch.float32:
+        bias = size_bias(sizes, dtype)[1:]
+        padded, cut = attend(q[1:], k[1:], v[1:], bias, 0.25), [t[1:, :, :-7] for t in (k, v)]
+        torch.testing.assert_close(padded, attend(q[1:], *cut, bias[..., :-7], 0.25))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

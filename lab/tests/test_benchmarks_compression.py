@@ -27,6 +27,8 @@ import compression
 import compression_tasks
 import seeds
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model():

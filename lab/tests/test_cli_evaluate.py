@@ -7,10 +7,9 @@ import json
 import pytest
 from PIL import Image
 
-from folders import blip_folder, stable_diffusion_folder
-from turbovlm.calibration.result import Calibration
+from folders import blip_folder, llava_folder, stable_diffusion_folder
+from turbovlm import Calibration, ReadConfig, TurboConfig
 from turbovlm.cli import main
-from turbovlm.config import TurboConfig
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import zoo_predictor
 from turbovlm_lab.evaluate.run import Setting
@@ -55,13 +54,13 @@ def test_a_model_and_data_from_folders(tmp_path, coco, capsys):
     assert study["rows"][1]["ratio"] < 0.9 and study["data"] == "dataset_coco.json"
     assert Image.open(tmp_path / "a.png").size[0] > 500
     lines = [json.loads(line) for line in (tmp_path / "out" / "turbovlm.jsonl").read_text().splitlines()]
-    assert lines[0]["setting"] == {"r": 4} and len(lines) == 5
+    assert lines[0]["setting"] == {"TurboConfig": {"r": 4}} and len(lines) == 5
 
 
 def test_calibrated_settings_stand_beside_the_default(tmp_path, capsys):
     """Thresholds cost what they cost on average, and are asked one picture at a time."""
-    calibrated = Calibration(TurboConfig((20,) * 12), 0.7, 0.01, 0.02, 0.8, 14, None, ((0.7, 0.01),))
-    calibrated.save(tmp_path / "numbers.json")
+    found = Calibration(TurboConfig((20,) * 12), 0.7, 0.01, 0.02, 0.8, 14, None, ((0.7, 0.01),))
+    found.save(tmp_path / "numbers.json")
     TurboConfig((0,) * 12, thresholds=(-0.3,) * 12).save(tmp_path / "per-image.json")
     files = [str(tmp_path / name) for name in ("numbers.json", "per-image.json")]
     given = ["evaluate", "saliency", "--limit", "4", "--out", str(tmp_path / "out"), "--settings", *files]
@@ -71,7 +70,7 @@ def test_calibrated_settings_stand_beside_the_default(tmp_path, capsys):
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["setting"] for row in rows] == ["unmerged", "turbovlm", "numbers", "per-image"]
     predictor = zoo_predictor("saliency", "saliency")
-    setting = Setting("", TurboConfig.load(files[1]))
+    setting = Setting("", (TurboConfig.load(files[1]),))
     each = [encoder_macs(predictor, sample, setting) for sample in DATA["saliency"](4).samples]
     assert len(set(each)) > 1 and rows[3]["macs"] == round(sum(each) / 4)
 
@@ -117,7 +116,23 @@ def test_built_in_with_controls(tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     capsys.readouterr()
     assert main([*given, "--keep", "0.5"]) == 2
-    assert "was made otherwise (setting was {'flops': 0.6} and is {'keep': 0.5})" in capsys.readouterr().err
+    assert (
+        "was made otherwise (setting was {'TurboConfig': {'flops': 0.6}} and is {'TurboConfig': {'keep': 0.5}})"
+        in capsys.readouterr().err
+    )
+
+
+def test_merging_in_the_tower_and_before_the_language_model(tmp_path, coco, capsys):
+    """Both amounts make one setting, of a config each; settings that were saved alone stand beside it."""
+    ReadConfig(0.25).save(tmp_path / "quarter.json")
+    file, images = coco
+    given = ["--model", llava_folder(tmp_path), "--data", file, "--images", images, "--r", 2, "--visual-keep", 0.5]
+    given += ["--settings", tmp_path / "quarter.json", "--out", tmp_path / "out", "--json", tmp_path / "a.json"]
+    assert main(["evaluate", "captioning", *map(str, given)]) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["setting"] for row in rows] == ["unmerged", "turbovlm", "quarter"] and rows[1]["ratio"] < 0.95
+    header = json.loads((tmp_path / "out" / "turbovlm.jsonl").read_text().splitlines()[0])
+    assert header["setting"] == {"TurboConfig": {"r": 2}, "ReadConfig": {"visual_keep": 0.5}}
 
 
 def test_pictures_from_prompts(tmp_path, capsys):
@@ -147,6 +162,10 @@ WRONG = {
     "workers": (["saliency", "--workers", "-1"], "--workers -1: must be an integer ≥ 0"),
     "nowhere to write to": (["saliency", "--json", "none/a.json"], "--json none/a.json: there is no folder none"),
     "a plot": (["saliency", "--plot", "a.txt"], "--plot a.txt: must end in"),
+    "an amount of another workflow": (
+        ["text-to-image", "--limit", "1", "--r", "2"],
+        "r=2: TurboConfig has it, which is for encoders: r, keep or flops",
+    ),
     "no samples": (["saliency", "--limit", "0"], "limit=0: must be an integer ≥ 1"),
 }
 

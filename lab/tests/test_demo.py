@@ -184,7 +184,6 @@ def test_measurements(quick: Run) -> None:
         assert merged["gmacs"] < 0.7 * baseline["gmacs"]
         assert 0.9 < merged["cls"] < 1
         assert 0.4 < merged["iou_worst"] <= merged["iou"] < 1
-        assert merged["speedup_range"][0] <= merged["speedup"] <= merged["speedup_range"][1]
     assert [image["name"] for image in quick.data["images"]] == ["astronaut", "chelsea", "coffee", "rocket"]
 
 

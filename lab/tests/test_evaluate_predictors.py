@@ -9,9 +9,9 @@ from PIL import Image
 
 import turbovlm
 from folders import blip2_folder, blip_folder, clip_folder, llava_folder, saved, siglip2_folder, tokenizer
-from turbovlm import TurboConfig
+from turbovlm import ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
-from turbovlm.loading import Where
+from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Data, Picture, Sample
 from turbovlm_lab.evaluate.predictors import load_predictor
 from turbovlm_lab.evaluate.predictors.encoders import Pair, by_names, class_order
@@ -43,7 +43,7 @@ def asked(predictor, some, image_size=None):
 
 
 def loaded(task, folder, data=None, prompt=None):
-    return load_predictor(task, Where(str(folder), prompt=prompt), data or Data("d", ()), Making(), None)
+    return load_predictor(task, AskedModel(str(folder), prompt=prompt), data or Data("d", ()), Making(), None)
 
 
 def classifier_folder(tmp_path, labels=("ant", "bee", "cat", "dog", "eel", "fox")):
@@ -268,20 +268,20 @@ def test_image_to_image():
     with pytest.raises(ConfigError, match=r"strength=1.5: must be a number in \(0, 1\]"):
         Making(strength=1.5)
     with pytest.raises(ConfigError, match="the data have no pictures to begin with"):
-        ask_task("text-to-image", Where("zoo:emoji"), Data("d", some, real=real), Making(strength=0.5), "vit")
+        ask_task("text-to-image", AskedModel("zoo:emoji"), Data("d", some, real=real), Making(strength=0.5), "vit")
 
 
 def test_how_a_model_is_asked_is_told(tmp_path):
     """What predictions depend on beside the model: it goes into their file, so that others are not taken for them."""
     folder = blip_folder(tmp_path, "QuestionAnswering")
-    where = Where(folder, dtype=torch.bfloat16, prompt="what {}")
+    where = AskedModel(folder, dtype=torch.bfloat16, prompt="what {}")
     assert loaded("vqa", folder).about == {}
     assert load_predictor("vqa", where, Data("d", ()), Making(), None).about == {
         "dtype": "bfloat16",
         "prompt": "what {}",
     }
     making, features = Making(steps=2, seed=3), lambda pictures: torch.zeros(len(pictures), 2)
-    emoji = load_predictor("text-to-image", Where("zoo:emoji"), Data("d", ()), making, features)
+    emoji = load_predictor("text-to-image", AskedModel("zoo:emoji"), Data("d", ()), making, features)
     assert emoji.about == {"steps": "2", "seed": "3", "features": "<lambda>"}
 
 
@@ -335,7 +335,7 @@ def test_methods_and_smaller_images_cost_the_same(tmp_path):
     predictor = loaded("classification", classifier_folder(tmp_path), Data("d", (), classes=tuple("abcdef")))
     (sample,) = samples(1)
     full = encoder_macs(predictor, sample, Setting("own"))
-    every = methods(turbovlm.TurboConfig(r=4), seeds=2)
+    every = methods((TurboConfig(r=4),), seeds=2)
     assert [setting.name for setting in every] == [
         *list(METHODS)[:4],
         "random, seed 0",
@@ -345,7 +345,7 @@ def test_methods_and_smaller_images_cost_the_same(tmp_path):
     costs = [encoder_macs(predictor, sample, setting) for setting in every]
     assert max(costs) < 0.9 * full and max(costs) < 1.02 * min(costs)
     less = smaller(predictor, sample, costs[0])
-    sizes = {size: encoder_macs(predictor, sample, Setting("", None, size)) for size in (24, 32, 40, 48)}
+    sizes = {size: encoder_macs(predictor, sample, Setting("", image_size=size)) for size in (24, 32, 40, 48)}
     assert sizes[48] == full and less.image_size == min(sizes, key=lambda size: abs(sizes[size] - costs[0]))
 
 
@@ -353,9 +353,13 @@ def test_visual_keep_is_counted_in_the_whole_model(tmp_path):
     """Its encoder costs what it did; the language model reads less."""
     predictor = loaded("captioning", llava_folder(tmp_path))
     data = Data("d", samples(2))
-    settings = [Setting("own"), Setting("half", TurboConfig(visual_keep=0.5))]
+    settings = [
+        Setting("own"),
+        Setting("half", (ReadConfig(0.5),)),
+        Setting("both", (TurboConfig(r=2), ReadConfig(0.5))),
+    ]
     study = run_study(
         "captioning", "llava", predictor, data, settings, tmp_path / "out", scoring=lambda *_: [Score("s", 1.0)]
     )
-    own, half = study.rows
-    assert half.ratio < 0.95 and own.macs > encoder_macs(predictor, data.samples[0], settings[0])
+    own, half, both = study.rows
+    assert both.ratio < half.ratio < 0.95 and own.macs > encoder_macs(predictor, data.samples[0], settings[0])

@@ -146,7 +146,7 @@ def test_files_of_other_settings_are_refused_before_the_model_is_asked(tmp_path,
     predictor = Predictor(encoder, counting.prepare, predict)
 
     def study(r, folder=tmp_path):
-        settings = [Setting("own"), Setting("turbovlm", TurboConfig(r=r))]
+        settings = [Setting("own"), Setting("turbovlm", (TurboConfig(r=r),))]
         return run_study("nlvr2", "m", predictor, Data("d", tuple(SAMPLES)), settings, folder)
 
     study(2)
@@ -162,7 +162,7 @@ def test_files_of_other_settings_are_refused_before_the_model_is_asked(tmp_path,
 
 def test_settings_that_cannot_be_had_are_refused_before_the_model_is_asked(tmp_path):
     counting = Counting()
-    settings = [Setting("own"), Setting("turbovlm", TurboConfig(r=2))]
+    settings = [Setting("own"), Setting("turbovlm", (TurboConfig(r=2),))]
     with pytest.raises(UnsupportedModelError, match="no block that turbovlm can accelerate"):
         run_study("nlvr2", "m", counting.predictor, Data("d", tuple(SAMPLES)), settings, tmp_path)
     assert len(counting.asked) <= 1 and not list(tmp_path.iterdir())
@@ -177,7 +177,7 @@ def test_captions_that_are_all_empty_keep_no_share(tmp_path, encoder):
         return [""] * len(prepared)
 
     predictor = Predictor(encoder, lambda sample, size: sample.id, predict)
-    settings = [Setting("own"), Setting("turbovlm", TurboConfig(r=2))]
+    settings = [Setting("own"), Setting("turbovlm", (TurboConfig(r=2),))]
     study = run_study("captioning", "m", predictor, Data("d", samples, tokenized=True), settings, tmp_path)
     assert [metric.kept for metric in study.rows[1].metrics] == [None, None]
 
@@ -224,9 +224,9 @@ def test_the_model_merges_within_and_not_after():
     with torch.no_grad():
         plain = model(pixels)[0]
         predictor = Predictor(model, lambda sample, size: sample, lambda prepared: prepared)
-        with arranged(predictor, Setting("two", TurboConfig(r=2))):
+        with arranged(predictor, Setting("two", (TurboConfig(r=2),))):
             assert turbovlm.get_handle(model) is not None
             assert model(pixels)[0].shape[1] == plain.shape[1] - 4
-        with arranged(dataclasses.replace(predictor, dense=True), Setting("two", TurboConfig(r=2))):
+        with arranged(dataclasses.replace(predictor, dense=True), Setting("two", (TurboConfig(r=2),))):
             assert model(pixels)[0].shape == plain.shape
         assert torch.equal(model(pixels)[0], plain)

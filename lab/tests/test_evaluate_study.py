@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from turbovlm import TurboConfig
+from turbovlm import ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, DataError
 from turbovlm_lab.evaluate.builtin_data import saliency_data
 from turbovlm_lab.evaluate.builtin_models import zoo_predictor
@@ -79,9 +79,9 @@ def test_maps_are_kept_to_eight_bits():
 @pytest.fixture(scope="module")
 def saliency(tmp_path_factory):
     predictor, data = zoo_predictor("saliency", "saliency"), saliency_data(12)
-    configs = methods(TurboConfig(r=18), names=("turbovlm", "random"))
+    configs = methods((TurboConfig(r=18),), names=("turbovlm", "random"))
     folder = tmp_path_factory.mktemp("study")
-    settings = [Setting(OWN), *configs, Setting("smaller image", None, 112)]
+    settings = [Setting(OWN), *configs, Setting("smaller image", image_size=112)]
     seen = []
     study = run_study(
         "saliency", "zoo:saliency", predictor, data, settings, folder, batch=4, on_progress=lambda *a: seen.append(a)
@@ -123,7 +123,7 @@ def test_a_study_is_not_made_twice(saliency):
 def test_smaller_images_of_the_same_cost(saliency):
     predictor, data, _ = saliency[3]
     found = smaller(predictor, data.samples[0], saliency[0].rows[1].macs)
-    assert 126 <= found.image_size <= 182 and found.config is None
+    assert 126 <= found.image_size <= 182 and found.configs == ()
 
 
 def test_masks_are_where_the_drawings_are():
@@ -136,18 +136,25 @@ def test_masks_are_where_the_drawings_are():
 
 def test_settings_are_told_apart_in_files():
     data = Data("d", (Sample("a"),))
-    headers = [header_of("vqa", "m", data, setting) for setting in [Setting(OWN), *methods(TurboConfig(keep=0.5))]]
+    settings = [Setting(OWN), *methods((TurboConfig(keep=0.5), ReadConfig(0.3)))]
+    headers = [header_of("vqa", "m", data, setting) for setting in settings]
     assert len({str(header) for header in headers}) == len(headers)
-    assert headers[1]["setting"] == {"keep": 0.5} and headers[-1]["setting"]["degree"] == "evenly"
+    assert headers[0]["setting"] == {}
+    assert headers[1]["setting"] == {"TurboConfig": {"keep": 0.5}, "ReadConfig": {"visual_keep": 0.3}}
+    assert headers[2]["setting"]["ReadConfig"] == {"visual_keep": 0.3, "alpha": 180.0}
+    assert {kind: plain["degree"] for kind, plain in headers[-1]["setting"].items()} == {
+        "TurboConfig": "evenly",
+        "ReadConfig": "evenly",
+    }
 
 
 def test_wrong_settings(tmp_path):
     predictor, data = zoo_predictor("saliency", "saliency"), saliency_data(2)
-    for settings in ([], [Setting("a", TurboConfig(r=2))], [Setting("a"), Setting("a")]):
+    for settings in ([], [Setting("a", (TurboConfig(r=2),))], [Setting("a"), Setting("a")]):
         with pytest.raises(ConfigError, match="must be of different names, the unmerged model first"):
             run_study("saliency", "m", predictor, data, settings, tmp_path)
     with pytest.raises(ConfigError, match="method='magic': must be one of turbovlm, "):
-        methods(TurboConfig(r=2), names=("magic",))
+        methods((TurboConfig(r=2),), names=("magic",))
 
 
 def test_what_is_wrong_with_data_is_listed(tmp_path):

@@ -157,7 +157,7 @@ def test_joined_tokens_are_neighbours():
     with turbovlm.apply(model, r=2) as handle:
         model.visual_tokens(conversation()[0])
         kept = torch.arange(37).expand(3, -1)
-        for merge in handle._plans[0].last.merges:
+        for merge in handle.features[0].last.merges:
             kept = kept.gather(1, merge.kept)
     assert kept.diff(dim=1).gt(0).all()
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from folders import blip_folder, clip_folder
-from turbovlm.apply import overrides
 from turbovlm.cli import main
-from turbovlm.config import TurboConfig
+from turbovlm.config import DenoiseConfig, TurboConfig
 from turbovlm.ops import LayeredDegree
+from turbovlm.patching import patches_on
 from turbovlm_lab.evaluate.data import Data, Sample
 from turbovlm_lab.evaluate.run import Predictor
 from turbovlm_lab.evaluate.scoring import Score
@@ -92,7 +92,7 @@ def test_lines_run_as_printed():
     threshold = found["table10/BLIP-B/COCO"]["turbo min_tokens=130, r=65"]
     assert (threshold.config.r, threshold.config.min_tokens) == (65, 130)
     assert (threshold.builtin.r, threshold.builtin.min_tokens) == (29, 58)
-    assert found["table6/SD1.5/ImageNet-1k-classes"]["turbo, 30%"].config.keep == 0.7
+    assert found["table6/SD1.5/ImageNet-1k-classes"]["turbo, 30%"].config == DenoiseConfig(0.7)
     begun = next(study for study in comparisons() if study.key == "table6/SD1.5/ImageNet-1k-classes/image-to-image")
     assert begun.strength == 0.6 and [line.printed.metrics[0] for line in begun.lines[:2]] == [
         ("fid", 30.04),
@@ -135,9 +135,9 @@ class Toy:
 
     @torch.inference_mode()
     def predict(self, prepared):
-        plans = [override.plan for override in overrides(self.model)]
+        share = next((patch.feature.config.flops for patch in patches_on(self.model)), None)
         self.model(pixel_values=torch.zeros(1, 3, prepared[0], prepared[0]))
-        return [plans[0].config.flops if plans else None] * len(prepared)
+        return [share] * len(prepared)
 
     def score(self, data, predictions):
         worth = tuple(self.worse(share) for share in predictions)
@@ -161,7 +161,7 @@ def test_the_default_is_also_asked_at_the_smaller_images_cost(tmp_path):
     source = Toy(tmp_path).source
     settings = settings_of(study, source)
     cost = source.size_costs[settings[SMALLER].image_size] / source.size_costs[224]
-    assert settings[MATCHED].config == TurboConfig(flops=round(cost, 3)) and cost != 0.6
+    assert settings[MATCHED].configs == (TurboConfig(flops=round(cost, 3)),) and cost != 0.6
 
 
 def test_the_largest_saving_is_found(tmp_path):

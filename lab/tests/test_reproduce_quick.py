@@ -15,6 +15,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
 
+pytestmark = pytest.mark.slow
+
+
 WHOLE = (*WEIGHTS, "GPTQ (here nf4)")
 """Lines that quantise, and merge nothing."""
 

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import turbovlm
-from turbovlm import TurboConfig
+from turbovlm import ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm_lab.plugins.vlmevalkit import register
 from vlms import llava, seeded
@@ -31,9 +31,9 @@ def table(monkeypatch):
 
 
 def test_a_model_that_merges(table, capsys):
-    assert register("small", TurboConfig(visual_keep=0.5)) == "turbo_small"
+    assert register("small", TurboConfig(r=2), ReadConfig(0.5)) == "turbo_small"
     plain, made = table["small"](), table["turbo_small"](retry=5)
-    assert made.retry == 5 and turbovlm.get_handle(made.model).config.visual_keep == 0.5
+    assert made.retry == 5 and turbovlm.get_handle(made.model).configs == (TurboConfig(r=2), ReadConfig(0.5))
     assert "reads 50% of the visual tokens" in capsys.readouterr().out
     with pytest.raises(TurboError, match="is not accelerated"):
         turbovlm.get_handle(plain.model)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from turbovlm.checks import (
     check_choice,
@@ -57,6 +57,12 @@ class Settings:
 
     degree: str | DegreeFunction
     alpha: float | None
+    _amounts: ClassVar[tuple[str, ...]]
+
+    @property
+    def amount(self) -> str:
+        """What was asked for, as it was written: `"r=16"`, `"keep=0.25"`, `"visual_keep=0.5"`."""
+        return self._written(self._amounts)
 
     def save(self, path: str | Path) -> None:
         """Write the settings as JSON.
@@ -93,7 +99,7 @@ class Settings:
         if self.alpha is not None:
             self._set(alpha=check_number("alpha", self.alpha, minimum=0))
 
-    def _amount(self, names: Sequence[str]) -> str:
+    def _written(self, names: Sequence[str]) -> str:
         present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         shown = {name: list(value) if isinstance(value, tuple) else value for name, value in present.items()}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
@@ -129,11 +135,11 @@ class TurboConfig(Settings):
         partition: which half may be merged into which: `"alternate"` (even into odd, as published), `"random"`
             (halves drawn anew in every block from `seed`), or `"grid"` (one destination in every 2×2 cell).
         grid: patch rows and columns, for `partition="grid"` on images that are not square.
-        order: order of the tokens left: `"partition"` (unmerged candidates, then partners, as published)
+        order: order of the tokens left: `"partition"` (unmerged candidates, then destinations, as published)
             or `"spatial"` (that of the image).
         proportional: attend in proportion to the patches that a token stands for (Turbo, equation 16).
-        reduce: `"merge"` averages a token into its partner, weighted by size; `"keep_norm"` also makes the mean, which
-            is shorter, as long as its parts are on average; `"prune"` drops the token.
+        reduce: `"merge"` averages a token into its destination, weighted by size; `"keep_norm"` also makes the mean,
+            which is shorter, as long as its parts are on average; `"prune"` drops the token.
         dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose
             head needs all of them do so unasked.
         trace: keep, for every block of the last forward, what was merged where, and R, A and E.
@@ -145,6 +151,8 @@ class TurboConfig(Settings):
     Raises:
         ConfigError: naming the field, the value and what is allowed.
     """
+
+    _amounts: ClassVar[tuple[str, ...]] = AMOUNTS
 
     r: int | Sequence[int] | None = None
     _: dataclasses.KW_ONLY
@@ -174,7 +182,7 @@ class TurboConfig(Settings):
         self._check_r()
         for name in ("keep", "flops"):
             if is_list(getattr(self, name)):
-                raise ConfigError(f"{self._amount((name,))}: an encoder takes one share; give r a value per block")
+                raise ConfigError(f"{self._written((name,))}: an encoder takes one share; give r a value per block")
             if getattr(self, name) is not None:
                 self._set(**{name: check_share(name, getattr(self, name))})
         self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_integer("seed", self.seed))
@@ -226,11 +234,6 @@ class TurboConfig(Settings):
         )
 
     @property
-    def amount(self) -> str:
-        """What was asked for, as it was written: `"r=16"`, `"keep=0.25"`."""
-        return self._amount(AMOUNTS)
-
-    @property
     def summary(self) -> str:
         """The settings that say which tokens are merged."""
         return f"{self.ranking}, partition={self.partition}, {self.reduce}"
@@ -271,12 +274,14 @@ class ReadConfig(Settings):
         guidance: whose attention row in the tower is A: `"cls"`, `"mean"`, or `"auto"`: `"cls"` where it has one.
         proportional: attend in proportion to the patches that a token stands for, where the tower has merged some and
             in cross-attention.
-        reduce: `"merge"` averages a token into its partner, weighted by size; `"prune"` drops it.
+        reduce: `"merge"` averages a token into its destination, weighted by size; `"prune"` drops it.
         seed: of `visual_select="random"` and `degree="random"`; the same in every forward.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
     """
+
+    _amounts: ClassVar[tuple[str, ...]] = READINGS
 
     visual_keep: float | int | None = None
     _: dataclasses.KW_ONLY
@@ -303,11 +308,6 @@ class ReadConfig(Settings):
         check_flag("proportional", self.proportional)
         check_choice("reduce", self.reduce, ("merge", "prune"))
         self._set(seed=check_integer("seed", self.seed))
-
-    @property
-    def amount(self) -> str:
-        """What was asked for, as it was written: `"visual_keep=0.5"`."""
-        return self._amount(READINGS)
 
     @property
     def summary(self) -> str:
@@ -338,6 +338,8 @@ class DenoiseConfig(Settings):
         ConfigError: naming the field, the value and what is allowed.
     """
 
+    _amounts: ClassVar[tuple[str, ...]] = ("keep",)
+
     keep: float | Sequence[float]
     _: dataclasses.KW_ONLY
     components: Sequence[str] = COMPONENTS
@@ -353,7 +355,7 @@ class DenoiseConfig(Settings):
 
     def __post_init__(self) -> None:
         if is_list(self.keep):
-            if not self.keep:  # type: ignore[truthy-bool]
+            if not self.keep:
                 raise ConfigError("keep=[]: a list of keep needs a share per resolution")
             shares: Any = self.keep
             self._set(keep=tuple(check_share("keep", value, LEAST_KEPT) for value in shares))
@@ -371,11 +373,6 @@ class DenoiseConfig(Settings):
         check_choice("reduce", self.reduce, REDUCTIONS)
         if self.grid is not None:
             self._set(grid=check_grid(self.grid))
-
-    @property
-    def amount(self) -> str:
-        """What was asked for, as it was written: `"keep=0.5"`."""
-        return self._amount(("keep",))
 
     @property
     def summary(self) -> str:

@@ -1,7 +1,7 @@
 """Families that turbovlm knows: its own, and those that other packages register.
 
-A family is one entry of data: an encoder's `Layout`, a vision-language model's `VlmFamily`, a `Denoiser`. Models are
-recognised by the dotted path of a class or of one of its base classes, so no library is imported for it.
+A family is one entry of data: an encoder's `Layout`, a vision-language model's `VlmFamily`, a `Denoiser`.
+Models are recognised by the dotted path of a class or of one of its base classes, so no library is imported for it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def register(*entries: Any) -> None:
     """
     for entry in entries:
         if getattr(entry, "kind", None) not in OWN:
-            raise ConfigError(f"{entry!r}: must be an encoder's Layout, a VLM's VlmFamily or a Denoiser")
+            raise ConfigError(f"{entry!r}: must be an encoder's Layout, a VlmFamily or a Denoiser")
         _load_own(entry.kind)
         for path in entry.classes:
             if path in _FAMILIES[entry.kind]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from turbovlm.encoder.state import BlockTrace
+
     Pixels = NDArray[np.uint8]
     Color = tuple[int, int, int]
 
@@ -24,21 +26,8 @@ _ANCHORS = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 
 """Six colours, evenly spaced between which a heat map's colours lie; dark is 0, light is 1."""
 
 
-class Trace(Protocol):
-    """What `groups` reads of a `turbovlm.BlockTrace`."""
-
-    @property
-    def block(self) -> int: ...
-    @property
-    def prefix(self) -> int: ...
-    @property
-    def source(self) -> Tensor: ...
-    @property
-    def sizes(self) -> Tensor: ...
-
-
 def groups(
-    trace: Sequence[Trace],
+    trace: Sequence[BlockTrace],
     image: Image,
     *,
     block: int | Sequence[int] | None = None,
@@ -126,7 +115,7 @@ def heatmap(
     return pillow.fromarray(pixels)
 
 
-def _entry(trace: Sequence[Trace], block: int) -> Trace:
+def _entry(trace: Sequence[BlockTrace], block: int) -> BlockTrace:
     found = [entry for entry in trace if entry.block == block]
     if len(found) == 1:
         return found[0]
@@ -137,7 +126,7 @@ def _entry(trace: Sequence[Trace], block: int) -> Trace:
 
 
 def _panel(
-    entry: Trace, image: Image, batch_index: int, grid: tuple[int, int] | None, cell: int, outline: Color
+    entry: BlockTrace, image: Image, batch_index: int, grid: tuple[int, int] | None, cell: int, outline: Color
 ) -> Image:
     import numpy as np
     from PIL import Image as pillow
@@ -145,7 +134,7 @@ def _panel(
     batch = entry.source.shape[0]
     if not 0 <= batch_index < batch:
         raise ConfigError(f"batch_index={batch_index}: must be in 0 … {batch - 1}; {batch} pictures were traced")
-    token_of_patch = entry.source[batch_index, entry.prefix :].detach().cpu()
+    token_of_patch = entry.source[batch_index, entry.prefix : entry.source.shape[1] - entry.suffix].detach().cpu()
     rows, columns = _grid(int(token_of_patch.numel()), grid)
     resized = image.convert("RGB").resize((columns * cell, rows * cell), pillow.Resampling.BICUBIC)
     pixels = np.asarray(resized, dtype=np.float64)

@@ -56,12 +56,14 @@ def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tupl
         if not any(name in known for known in names.values()):
             known = ", ".join(dict.fromkeys(field.name for kind in ABOUT for field in fields(kind)))
             raise ConfigError(f"{name}={value!r}: no such setting; there are {known}")
+    # an amount of None is none, so that a program can pass all of them on
+    settings = {name: value for name, value in settings.items() if name not in AMOUNTS + READINGS or value is not None}
     wanted: list[type] = [DenoiseConfig] if denoises else []
     if not denoises:
-        asked = {name for name, value in settings.items() if value is not None}
-        wanted = [kind for kind, amounts in ((TurboConfig, AMOUNTS), (ReadConfig, READINGS)) if asked & set(amounts)]
-        if not wanted:
-            TurboConfig(**{name: value for name, value in settings.items() if name in AMOUNTS})  # raises
+        amounts = ((TurboConfig, AMOUNTS), (ReadConfig, READINGS))
+        wanted = [kind for kind, names_of_amounts in amounts if settings.keys() & set(names_of_amounts)]
+    if not denoises and not wanted:
+        raise ConfigError("give exactly one of r, keep and flops: got none of them; or visual_keep, or cross_keep")
     for name, value in settings.items():
         if not any(name in names[kind] for kind in wanted):
             owners = [kind for kind in ABOUT if name in names[kind]]
@@ -75,4 +77,4 @@ def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tupl
 def _takes(denoises: bool, model: str) -> str:
     if denoises:
         return f"this {model} is a denoiser, which takes the fields of DenoiseConfig"
-    return f"this {model} is none of a denoiser: TurboConfig and ReadConfig are for it"
+    return f"this {model} is no denoiser: it takes the fields of TurboConfig and ReadConfig"

@@ -9,7 +9,8 @@ import torch.nn as nn
 
 from turbovlm.apply import apply
 from turbovlm.config import Config
-from turbovlm.profile.compare import ratios, twin
+from turbovlm.profile.compare import twin
+from turbovlm.profile.comparison import ratios
 from turbovlm.profile.timing import interleaved
 
 ROUNDS, WARMUP = 7, 1

@@ -50,23 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if importlib.util.find_spec("rich") is None:
-            raise TurboError("the command line needs rich: pip install 'turbovlm[cli]'")
-        added = _added_commands()
-        parser = _parser([*COMMANDS, *added.values()])
+        added = {point.name: point for point in sorted(entry_points(group="turbovlm.commands"))}
         if argv and argv[0] in LAB_COMMANDS and argv[0] not in added:
             raise TurboError(f"{argv[0]} comes with the package turbovlm-lab: pip install turbovlm-lab")
+        if importlib.util.find_spec("rich") is None:
+            raise TurboError("the command line needs rich: pip install 'turbovlm[cli]'")
+        parser = _parser([*COMMANDS, *(point.load() for point in added.values())])
         args = parser.parse_args(argv)
         code: int = args.run(args)
     except TurboError as error:
         print(f"turbovlm: {error}", file=sys.stderr)
         return 2
     return code
-
-
-def _added_commands() -> dict[str, ModuleType]:
-    """The subcommands of other packages, by name."""
-    return {point.name: point.load() for point in sorted(entry_points(group="turbovlm.commands"))}
 
 
 def _parser(commands: Sequence[ModuleType]) -> argparse.ArgumentParser:

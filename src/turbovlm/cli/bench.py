@@ -1,10 +1,17 @@
-"""`turbovlm bench`: its options, and what they mean together; encoders and pictures are measured elsewhere."""
+"""`turbovlm bench`: its options, what they mean together, and what becomes of what was measured."""
 
 from __future__ import annotations
 
 import argparse
+import textwrap
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.measuring import QUANTIZATIONS, check_file, check_plot, versions_used, write_json
 from turbovlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from turbovlm.profile import Comparison
 
 _EPILOG = """\
 examples:
@@ -16,7 +23,7 @@ examples:
   turbovlm bench timm:vit_large_patch16_384 --r 16 --device cuda --dtype bfloat16 --batch 64
 
 examples of image generation:
-  turbovlm bench zoo:emoji --pretrained --keep 0.9 0.7 0.5   a small trained pipeline: speed, and how pictures change
+  turbovlm bench zoo:emoji --pretrained --keep 0.9 0.7 0.5   a small trained pipeline: speed, and how images change
   turbovlm bench diffusers:stable-diffusion-v1-5/stable-diffusion-v1-5 --keep 0.5 0.7 --image-size 512 768x512
   turbovlm bench diffusers:./my-pipeline --pretrained --keep 0.5 --steps 20 --batch 4 --plot drift.png
   turbovlm bench diffusers:./my-pipeline --pretrained --keep 0.7 --components attention --refresh 5
@@ -28,28 +35,30 @@ CUDA events on a GPU. The weights do not change the time, so random ones will do
 Encoders: efficiency is the speed-up over the ratio of multiply-accumulates, 1 where all that arithmetic allows is
 gained.
 
-Pipelines: a picture is a whole call (text, denoising, decoding), a step the denoiser's part of one denoising step.
-With --pretrained, every version makes the pictures of the same prompts and seeds, and what merging changed is told as
-drift (root mean square error of the last latent over that of the latent itself) and PSNR of the decoded picture.
-Random weights say nothing about pictures, so there both are left out. One picture is a small sample: --batch 8.
+Pipelines: an image is a whole call (text, denoising, decoding), a step the denoiser's part of one denoising step.
+With --pretrained, every version makes the images of the same prompts and seeds, and what merging changed is shown as
+drift (root mean square error of the last latent over that of the latent itself) and PSNR of the decoded image.
+Random weights say nothing about images, so there both are left out. One image is a small sample: --batch 8.
 """
 
-_PICTURES_ONLY = ("steps", "refresh", "components", "prompt", "seed", "guidance_scale")
+WIDTH = 80
+"""Columns of a line of results, so that they can be read in any terminal."""
+
+_IMAGES_ONLY = ("steps", "refresh", "components", "prompt", "seed", "guidance_scale")
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
     from turbovlm.cli.bench_encoders import DEFAULT_R
-    from turbovlm.cli.bench_pictures import DEFAULT_KEEP
-    from turbovlm.cli.measuring import QUANTIZATIONS
-    from turbovlm.cli.models import MODEL_HELP
+    from turbovlm.cli.bench_images import DEFAULT_KEEP
     from turbovlm.config import COMPONENTS
+    from turbovlm.loading.models import MODEL_HELP
 
     parser = subparsers.add_parser(
         "bench",
         help="time an encoder or image generation with and without Turbo on this machine",
         description="Time a model's vision encoders, or image generation, with and without Turbo: speed, memory, "
-        "and how far pictures change.",
+        "and how far images change.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -76,7 +85,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--flops", type=float, nargs="+", metavar="SHARE", help="encoders: share of the encoder's MACs left"
     )
     parser.add_argument(
-        "--batch", type=int, metavar="N", help="images per forward (default 8), or pictures per call (default 1)"
+        "--batch",
+        type=int,
+        metavar="N",
+        help="images per forward of an encoder (default 8), or per call of a pipeline (default 1)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
@@ -104,23 +116,21 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="also draw the speed-ups, or of a pretrained pipeline the drift against them: .png, .svg or .pdf",
     )
-    pictures = parser.add_argument_group("image generation only")
-    pictures.add_argument(
-        "--steps", type=int, metavar="N", help="denoising steps per picture (default 20 with --pretrained, else 4)"
+    images = parser.add_argument_group("image generation only")
+    images.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps per image (default 20 with --pretrained, else 4)"
     )
-    pictures.add_argument(
+    images.add_argument(
         "--refresh", type=int, metavar="N", help="steps that share one decision of what is merged (default 1)"
     )
-    pictures.add_argument(
+    images.add_argument(
         "--components", nargs="+", choices=COMPONENTS, metavar="PART", help=f"some of {', '.join(COMPONENTS)}"
     )
-    pictures.add_argument(
-        "--prompt", nargs="+", metavar="TEXT", help="taken in turn by the pictures of a batch; class numbers for DiT"
+    images.add_argument(
+        "--prompt", nargs="+", metavar="TEXT", help="taken in turn by the images of a batch; class numbers for DiT"
     )
-    pictures.add_argument(
-        "--seed", type=int, metavar="N", help="of the first picture; the next has the next (default 0)"
-    )
-    pictures.add_argument(
+    images.add_argument("--seed", type=int, metavar="N", help="of the first image; the next has the next (default 0)")
+    images.add_argument(
         "--guidance-scale", type=float, metavar="X", help="instead of the pipeline's own; 0 for distilled models"
     )
     parser.set_defaults(run=run)
@@ -128,10 +138,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
-    from turbovlm.cli import bench_encoders, bench_pictures
-    from turbovlm.cli.pipelines import is_generator
+    from turbovlm.cli import bench_encoders, bench_images
+    from turbovlm.loading import ModelSpec
 
-    if is_generator(args.model):
+    check_file("--json", args.json)
+    check_plot(args.plot)
+    if ModelSpec(args.model).makes_images:
         for name in ("r", "flops"):
             if getattr(args, name) is not None:
                 raise ConfigError(
@@ -140,8 +152,59 @@ def run(args: argparse.Namespace) -> int:
                 )
         if args.quantize:
             raise ConfigError("--quantize: only encoders are quantised here; quantise the pipeline's parts yourself")
-        return bench_pictures.run(args)
-    for name in _PICTURES_ONLY:
+        return bench_images.run(args)
+    for name in _IMAGES_ONLY:
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} has no place with an encoder: only image generation has it")
     return bench_encoders.run(args)
+
+
+@dataclass
+class Results:
+    """Comparisons as they are made: each is printed at once, and all are written at the end.
+
+    Attributes:
+        args: of the command.
+        kind: `"encoders"`, `"images"` or `"denoiser"`, the key under which JSON has them.
+        about: what else JSON says of the run.
+        libraries: whose versions it names, beside PyTorch's.
+        settings: what holds for all of them, for titles; empty, or begins with a comma.
+    """
+
+    args: argparse.Namespace
+    kind: str
+    about: dict[str, Any]
+    libraries: tuple[str, ...] = ()
+    settings: str = ""
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+    def add(self, name: str, comparison: Comparison, title: str, *, drift: bool = True) -> None:
+        """Print a comparison and keep it.
+
+        Args:
+            name: of the encoder, or of the size.
+            comparison: what was measured.
+            title: what was measured, for people.
+            drift: whether to show how images changed.
+        """
+        self.comparisons[name] = comparison
+        print(f"{self.args.model}, {title}{self.settings}")
+        print(comparison.table(drift=drift))
+        print(textwrap.fill(comparison.conditions, WIDTH), end="\n\n")
+
+    def write(self) -> None:
+        """Write the plot and the JSON that were asked for.
+
+        Raises:
+            TurboError: a file cannot be written.
+        """
+        if self.args.plot:
+            from turbovlm.profile.plot import save_drifts, save_speedups
+
+            save = save_drifts if self.kind == "images" else save_speedups
+            save(self.comparisons, self.args.plot, title=f"{self.args.model}{self.settings}")
+        if self.args.json:
+            about = {"model": self.args.model, "pretrained": self.args.pretrained, **self.about}
+            versions = versions_used(*self.libraries)
+            found = {name: comparison.to_dict() for name, comparison in self.comparisons.items()}
+            write_json(self.args.json, {**about, "versions": versions, self.kind: found})

@@ -6,14 +6,7 @@ import argparse
 import functools
 from typing import TYPE_CHECKING, Any
 
-from turbovlm.cli.measuring import (
-    check_numbers,
-    check_plot,
-    console_for_tables,
-    device_named,
-    progress_bar,
-    versions_used,
-)
+from turbovlm.cli.measuring import check_numbers, device_named, progress_bar
 from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,34 +24,26 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
     import torch
 
-    from turbovlm.cli.models import load_model, random_inputs, write_json
+    from turbovlm.cli.bench import Results
     from turbovlm.encoder.towers import find_towers
+    from turbovlm.loading import ModelSpec
+    from turbovlm.loading.models import load_model
 
     check_numbers(args, "batch", "rounds", "warmup")
-    check_plot(args.plot)
     versions, size = _versions(args), _size(args.image_size)
-    device, dtype = device_named(args.device), getattr(torch, args.dtype)
-    console = console_for_tables()
-    model = load_model(args.model, size, device=device, pretrained=args.pretrained).to(dtype)
-    comparisons: dict[str, Comparison] = {}
+    spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
+    model = load_model(spec, size, pretrained=args.pretrained)
+    results = Results(args, "encoders", {"image_size": size})
     for tower in find_towers(model):
         name = tower.name or type(tower.module).__name__
-        inputs = random_inputs(tower, args.batch or DEFAULTS["batch"], dtype, device)
-        comparisons[name] = measured(tower.module, inputs, versions, args)
-        console.print(f"{args.model}, {name}: {tower.tokens} tokens", highlight=False, markup=False)
-        console.print(comparison_table(comparisons[name]))
-    if args.plot:
-        from turbovlm.profile.plot import save_speedups
-
-        save_speedups(comparisons, args.plot, title=args.model)
-    if args.json:
-        about = {"model": args.model, "pretrained": args.pretrained, "image_size": size, "versions": versions_used()}
-        write_json(args.json, {**about, "encoders": {name: c.to_dict() for name, c in comparisons.items()}})
+        inputs = tower.random_inputs(args.batch or DEFAULTS["batch"], spec.dtype, spec.device)
+        results.add(name, compare_shown(tower.module, inputs, versions, args), f"{name}: {tower.tokens} tokens")
+    results.write()
     return 0
 
 
-def measured(module: Any, inputs: dict[str, Any], configs: Any, args: argparse.Namespace) -> Comparison:
-    """One module's comparison, with the rounds that were asked for and a progress bar."""
+def compare_shown(module: Any, inputs: dict[str, Any], configs: Any, args: argparse.Namespace) -> Comparison:
+    """Compare one module with the rounds that were asked for, behind a progress bar."""
     import turbovlm
 
     rounds, warmup = (
@@ -71,49 +56,20 @@ def measured(module: Any, inputs: dict[str, Any], configs: Any, args: argparse.N
     return comparison
 
 
-def comparison_table(comparison: Comparison) -> Any:
-    """A row per version."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from turbovlm.profile import Quartiles
-
-    table = Table(box=SIMPLE_HEAD, caption=comparison.conditions, caption_justify="left", padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    columns = ("s/batch", "images\n/s", "GMACs", "speed-up", "quartiles", "MACs\nratio", "effi-\nciency", "peak\nMB")
-    weighed = any(run.weight_bytes != comparison.baseline.weight_bytes for run in comparison.runs)
-    for column in (*columns, *(["weights\nMB"] if weighed else [])):
-        table.add_column(column, justify="right", no_wrap=True)
-    for run in comparison.runs:
-        speedup = comparison.speedup(run.name)
-        table.add_row(
-            run.name,
-            f"{Quartiles.of(run.seconds).median:.4g}",
-            f"{comparison.images_per_second(run.name):.4g}",
-            f"{run.macs / 1e9:.2f}",
-            f"{speedup.median:.3f}x",
-            f"{speedup.low:.3f}–{speedup.high:.3f}",
-            f"{comparison.macs_ratio(run.name):.3f}x",
-            f"{comparison.efficiency(run.name):.3f}",
-            "" if run.peak_bytes is None else f"{run.peak_bytes / 1e6:.1f}",
-            *([f"{run.weight_bytes / 1e6:.1f}"] if weighed else []),
-        )
-    return table
-
-
 def _versions(args: argparse.Namespace) -> dict[str, TurboConfig | Prepare]:
     """What merges; then each way to quantise, alone and with each of what merges on top."""
     from turbovlm.profile.compare import named
 
     merging = named(_configs(args))
-    found: dict[str, TurboConfig | Prepare] = {**merging}
+    versions: dict[str, TurboConfig | Prepare] = {**merging}
     for kind in dict.fromkeys(args.quantize or ()):
-        found[kind] = functools.partial(_become, kind=kind)
-        found |= {f"{kind}, {name}": functools.partial(_become, kind=kind, config=c) for name, c in merging.items()}
-    return found
+        versions[kind] = functools.partial(_quantize_and_apply, kind=kind)
+        for name, config in merging.items():
+            versions[f"{kind}, {name}"] = functools.partial(_quantize_and_apply, kind=kind, config=config)
+    return versions
 
 
-def _become(model: nn.Module, kind: str, config: TurboConfig | None = None) -> None:
+def _quantize_and_apply(model: nn.Module, kind: str, config: TurboConfig | None = None) -> None:
     import turbovlm
 
     turbovlm.profile.quantize(model, kind)

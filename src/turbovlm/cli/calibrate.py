@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from turbovlm.errors import ConfigError, TurboError
+from turbovlm.errors import TurboError
 
 EFFORT, MOST_IMAGES = 100, 256
 PASSES = 20
@@ -62,22 +62,21 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import turbovlm
-    from turbovlm.calibration.loading import load
     from turbovlm.calibration.plot import save_calibration
     from turbovlm.cli.images import picture_files, read_picture
-    from turbovlm.cli.measuring import check_numbers, device_named, progress_bar
-    from turbovlm.loading import Where
+    from turbovlm.cli.measuring import check_file, check_numbers, device_named, progress_bar
+    from turbovlm.loading import ModelSpec
+    from turbovlm.loading.processors import load_for_images
 
     check_numbers(args, "limit", "effort", "batch")
     if importlib.util.find_spec("matplotlib") is None:
         raise TurboError("the figure needs matplotlib: pip install 'turbovlm[plot]'")
     out = Path(args.out)
-    if out.suffix != ".json":
-        raise ConfigError(f"--out {out}: must end in .json")
-    if not out.resolve().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no such folder")
+    check_file("--out", args.out, (".json",))
+    check_file("--out", str(out.with_suffix(".png")))
     files = picture_files(Path(args.images), args.limit)
-    model, prepare = load(Where(args.model, device_named(args.device), getattr(torch, args.dtype)))
+    spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
+    model, prepare = load_for_images(spec)
     images = prepare([read_picture(file) for file in files])
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
     how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}

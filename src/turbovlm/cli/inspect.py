@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch.nn as nn
     from rich.console import Console
 
-    from turbovlm.config import TurboConfig
+    from turbovlm.config import ReadConfig
     from turbovlm.encoder.schedule import Schedule
 
 DEFAULT_R = 16
@@ -30,7 +30,8 @@ Without an amount, r={DEFAULT_R}. A model that cannot be accelerated is said to 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
-    from turbovlm.cli.models import MODEL_HELP, add_amount_options
+    from turbovlm.cli.amounts import add_amount_options
+    from turbovlm.loading.models import MODEL_HELP
 
     parser = subparsers.add_parser(
         "inspect",
@@ -55,15 +56,21 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import turbovlm
-    from turbovlm.cli.models import config_from, load_model, write_json
+    from turbovlm.cli.amounts import settings_from
+    from turbovlm.cli.measuring import check_file, write_json
+    from turbovlm.loading import ModelSpec
+    from turbovlm.loading.models import load_model
 
-    config = config_from(args, None if args.visual_keep is not None else DEFAULT_R)
-    model = load_model(args.model, args.image_size if config.merges else None)
-    schedules = turbovlm.apply(model, config).schedules
+    check_file("--json", args.json)
+    settings = settings_from(args, None if args.visual_keep is not None else DEFAULT_R)
+    model = load_model(ModelSpec(args.model, "meta"), args.image_size if settings else None)
+    schedules = turbovlm.apply(model, **settings, visual_keep=args.visual_keep).schedules
     console = Console()
     for schedule in schedules:
         _print_schedule(console, args.model, model, schedule)
-    reading = None if config.visual_keep is None else _reading(model, config, args.image_size, schedules)
+    reading = None
+    if args.visual_keep is not None:
+        reading = _reading(model, turbovlm.ReadConfig(args.visual_keep), args.image_size, schedules)
     if reading is not None:
         _print_reading(console, reading)
     if args.json:
@@ -99,7 +106,7 @@ def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Sch
         console.print(f"Note: {schedule.note}.")
 
 
-def _reading(model: Any, config: TurboConfig, pixels: int | None, schedules: list[Schedule]) -> dict[str, Any]:
+def _reading(model: Any, config: ReadConfig, pixels: int | None, schedules: list[Schedule]) -> dict[str, Any]:
     """What the language model reads of one image, by words and numbers."""
     from turbovlm.vlm.families import native_pixels, tokens_per_image
     from turbovlm.vlm.install import find_reading

@@ -19,7 +19,8 @@ Counted as the encoder runs once on one image, on the meta device: matrix produc
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
-    from turbovlm.cli.models import MODEL_HELP, add_amount_options
+    from turbovlm.cli.amounts import add_amount_options
+    from turbovlm.loading.models import MODEL_HELP
 
     parser = subparsers.add_parser(
         "macs",
@@ -44,21 +45,24 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     import turbovlm
-    from turbovlm.cli.measuring import console_for_tables
-    from turbovlm.cli.models import config_from, example_inputs, load_model, random_inputs, write_json
+    from turbovlm.cli.amounts import settings_from
+    from turbovlm.cli.measuring import check_file, console_for_tables, write_json
     from turbovlm.encoder.towers import find_towers
+    from turbovlm.loading import ModelSpec
+    from turbovlm.loading.models import load_model
 
-    config = config_from(args, 0)
+    check_file("--json", args.json)
+    config = turbovlm.TurboConfig(**settings_from(args, 0))
     merging = config.r != 0
-    model = load_model(args.model, args.image_size)
+    model = load_model(ModelSpec(args.model, "meta"), args.image_size)
     if any(tower.layout.joint for tower in find_towers(model)):  # how long its sequence is depends on values
-        model = load_model(args.model, args.image_size, device="cpu")
+        model = load_model(ModelSpec(args.model), args.image_size)
     table = Table(title=f"{args.model}, one image" + (f", {config.amount}" if merging else ""))
     for column in ("encoder", "tokens", "GMACs", *(("tokens left", "GMACs left", "ratio") if merging else ())):
         table.add_column(column, justify="left" if column == "encoder" else "right")
     rows = []
     for tower in find_towers(model):
-        inputs = random_inputs(tower, 1, torch.float32, "cpu") if tower.layout.joint else example_inputs(tower)
+        inputs = tower.random_inputs(1, torch.float32, "cpu" if tower.layout.joint else "meta")
         before = turbovlm.profile.macs(tower.module, **inputs)
         with turbovlm.apply(tower.module, config) as handle:
             after = turbovlm.profile.macs(tower.module, **inputs)

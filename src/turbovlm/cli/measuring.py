@@ -1,14 +1,16 @@
-"""What every kind of `turbovlm bench` asks for: a device, a progress bar, the versions of what was measured."""
+"""What commands share: checks of options before anything is built, a device, progress, tables, files."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib.util
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from turbovlm.errors import ConfigError, TurboError
 
@@ -41,18 +43,69 @@ def check_numbers(args: argparse.Namespace, *names: str) -> None:
             raise ConfigError(f"--{name} {value}: must be an integer ≥ {least}")
 
 
-def check_plot(path: str | None) -> None:
-    """Refuse a plot that could not be drawn.
+def check_file(option: str, name: str | None, suffixes: Sequence[str] = ()) -> None:
+    """Refuse a file that could not be written, before anything is built or measured.
+
+    Args:
+        option: that names the file, for the message.
+        name: of the file; None where the option was not given.
+        suffixes: that it may end in; any if empty.
+
+    Raises:
+        ConfigError: naming the option and what is wrong with the file.
+    """
+    if name is None:
+        return
+    path = Path(name)
+    if suffixes and path.suffix not in suffixes:
+        raise ConfigError(f"{option} {name}: must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise ConfigError(f"{option} {name}: is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {name}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{option} {name}: may not be written")
+
+
+def check_folder(option: str, name: str) -> None:
+    """Refuse a folder that could not be made or written to, before anything is built or measured.
+
+    Args:
+        option: that names the folder, for the message.
+        name: of the folder, which is made with those around it where it is not there.
+
+    Raises:
+        ConfigError: naming the option and what is wrong with the folder.
+    """
+    path = Path(name).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{option} {name}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{option} {name}: nothing may be written to {there}")
+
+
+def check_plot(name: str | None) -> None:
+    """Refuse a plot that could not be drawn or written: `check_file` of `--plot`.
 
     Raises:
         TurboError: naming what is missing.
     """
-    if path is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
+    if name is not None and importlib.util.find_spec("matplotlib") is None:
         raise TurboError("--plot needs matplotlib: pip install 'turbovlm[plot]'")
-    if Path(path).suffix not in (".png", ".svg", ".pdf"):
-        raise TurboError(f"--plot {path}: must end in .png, .svg or .pdf")
+    check_file("--plot", name, (".png", ".svg", ".pdf"))
+
+
+def write_json(name: str, content: Any) -> None:
+    """Write what `--json` asked for.
+
+    Raises:
+        TurboError: the file cannot be written.
+    """
+    try:
+        Path(name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TurboError(f"--json {name}: {error.strerror}") from error
 
 
 def device_named(name: str | None) -> str:

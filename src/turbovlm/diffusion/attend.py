@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import StateError
-from turbovlm.ops.attention import attend, size_bias
-from turbovlm.ops.matching import Merge
+from turbovlm.ops.attention import biased_attention, size_bias
+from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch
 
 Rotary = tuple[Tensor, Tensor]
@@ -99,7 +99,7 @@ def plain_attention(
         q = attention.norm_q(q)
     if attention.norm_k is not None:
         k = attention.norm_k(k)
-    attended = attend(q, k, v, bias).transpose(1, 2).flatten(2)
+    attended = biased_attention(q, k, v, bias).transpose(1, 2).flatten(2)
     return attention.to_out[1](attention.to_out[0](attended))  # type: ignore[no-any-return]
 
 
@@ -115,7 +115,9 @@ def rotary_attention(
         q, k, v = (torch.cat(both, dim=1) for both in zip(normed, (q, k, v)))
     if rotary is not None:
         q, k = _rotate(q, rotary), _rotate(k, rotary)
-    attended = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias).transpose(1, 2).flatten(2)
+    attended = (
+        biased_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias).transpose(1, 2).flatten(2)
+    )
     if text is None:
         return attended  # the block projects it
     of_text, of_image = attended.split([text.shape[1], x.shape[1]], dim=1)

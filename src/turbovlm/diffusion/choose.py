@@ -18,8 +18,8 @@ from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.informativity import degree_of_candidates, mutual_redundancy
-from turbovlm.ops.matching import bipartite_merge
+from turbovlm.ops.dispatch import degree_of_candidates
+from turbovlm.ops.merging import Ranking, merge_ranked, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
 
 LEAST_TOKENS = 64
@@ -120,11 +120,8 @@ def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: T
         alpha=config.alpha,
         seed=config.seed,
     )
-    left = tokens - kept
-    merge = bipartite_merge(
-        e, compared.partner, compared.partition, left, tokens, order="spatial", reduce=config.reduce
-    )
-    return Choice(tokens, merge)
+    ranking = Ranking(compared.partition, tokens, compared.redundancy, compared.nearest, e)
+    return Choice(tokens, merge_ranked(ranking, tokens - kept, order="spatial", reduce=config.reduce)[0])
 
 
 def _share(run: Run, tokens: int) -> float:

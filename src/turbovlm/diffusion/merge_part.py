@@ -19,7 +19,7 @@ from turbovlm.diffusion.choose import Site, choice_of, find_same_latents, least_
 from turbovlm.diffusion.restore import restore_copies, restore_linear
 from turbovlm.diffusion.run import RUN, Run, current_run, find_run, run_within
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
-from turbovlm.ops.backend import is_readable
+from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.diffusion.families import Part
-from turbovlm.ops.matching import Merge
+from turbovlm.ops.merging import Merge
 
 RIDGE = 0.3
 """Added to the variance of every direction, as a share of the mean one."""
@@ -43,7 +43,7 @@ def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tens
     Returns:
         `[batch, N, out_width]`, in the dtype of `out`.
     """
-    samples = min(out.shape[1], int(SAMPLES * x.shape[2]), merge.gone.shape[1])
+    samples = min(out.shape[1], int(SAMPLES * x.shape[2]), merge.src.shape[1])
     across, weights = (factor.to(out.dtype) for factor in linear_map(merged, out, max(1, samples)))
     places = _moved(merge) + torch.arange(len(x), device=x.device).unsqueeze(1) * x.shape[1]
     flat = places.flatten()
@@ -54,8 +54,8 @@ def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tens
 
 def _moved(merge: Merge) -> Tensor:
     """The positions whose token is not theirs alone, those gone and where they went, `[batch, ≤ 2r]`; each once."""
-    largest = merge.sizes.topk(min(merge.gone.shape[1], merge.sizes.shape[1])).indices
-    return torch.cat([merge.gone, merge.kept.gather(1, largest)], dim=1)
+    largest = merge.sizes.topk(min(merge.src.shape[1], merge.sizes.shape[1])).indices
+    return torch.cat([merge.src, merge.kept.gather(1, largest)], dim=1)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.errors import StateError
-from turbovlm.ops.matching import Merge
+from turbovlm.ops.merging import Merge
 from turbovlm.ops.partition import Partition
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ _THREAD = threading.local()
 
 @dataclass(frozen=True)
 class Compared:
-    """Each candidate's most similar partner, and how similar: R and its argument, `[batch, candidates]` each."""
+    """Each candidate's most similar destination, and how similar: R and its argument, `[batch, candidates]` each."""
 
     partition: Partition
     redundancy: Tensor
-    partner: Tensor
+    nearest: Tensor
 
 
 @dataclass(frozen=True)

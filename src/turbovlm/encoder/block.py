@@ -19,12 +19,11 @@ from turbovlm.encoder.layout import Layout, Parts
 from turbovlm.encoder.schedule import clamp
 from turbovlm.encoder.state import PREFIX, STATE, State, traced
 from turbovlm.errors import StateError
-from turbovlm.ops.attention import attend, size_bias
-from turbovlm.ops.backend import is_exporting, is_readable
+from turbovlm.ops.attention import attention_row, biased_attention, size_bias
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.informativity import attention_row, degree_of_candidates, mutual_redundancy
-from turbovlm.ops.matching import Merge, merge_tokens, padding_first
+from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
 from turbovlm.ops.partition import Partition, count, partition_tokens, positions
+from turbovlm.ops.tracing import is_exporting, is_readable
 from turbovlm.patching import Patch
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ def _heads(
     q, k = _normed(parts.query_norm, q), _normed(parts.key_norm, k)
     content = q if getattr(config, "similarity", None) == "queries" else k
     if layout.rotary is not None:
-        q, k = layout.rotary(block, q, k, state.home, arguments)
+        q, k = layout.rotary(block, q, k, state.positions, arguments)
     attended = state.attended(config.proportional)
     bias = None if attended is None else size_bias(attended, q.dtype)
     scale = q.shape[-1] ** -0.5 if parts.scale is None else parts.scale
@@ -219,7 +218,7 @@ def _heads(
 
 def _attend(parts: Parts, hidden: Tensor, heads: Heads) -> Tensor:
     """The first half: `hidden + attention`, `[batch, tokens, width]`."""
-    mixed = attend(heads.q, heads.k, heads.v, heads.bias, scale=heads.scale, dropout_p=heads.dropout)
+    mixed = biased_attention(heads.q, heads.k, heads.v, heads.bias, scale=heads.scale, dropout_p=heads.dropout)
     out = hidden + _apply_steps(parts.after_attention, mixed.transpose(1, 2).flatten(2))
     return _normed(parts.norm_after_attention, out)
 
@@ -247,33 +246,29 @@ def _merge(
     feature: EncoderFeature, index: int, state: State, r: int, x: Tensor, features: Tensor, semantic: Tensor | None
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
-    config, tokens = feature.config, x.shape[1]
+    config = feature.config
     partition = _partition(config, state, index, x)
-    redundancy, partner = mutual_redundancy(features, partition)
-    e = degree_of_candidates(
-        redundancy,
+    ranking = rank_candidates(
+        features,
+        partition,
         semantic,
-        partition.candidates,
         len(state.merges),
         degree=config.degree,
         alpha=config.alpha,
         seed=config.seed,
+        sizes=state.sizes if state.padded else None,
     )
-    if state.padded and state.sizes is not None:
-        e = padding_first(e, state.sizes, partition)
     r = min(r, count(partition.candidates))
     if config.thresholds is not None:
-        r = min(r, _spared(e, config.thresholds[index]))
+        r = min(r, _spared(ranking.degree, config.thresholds[index]))
     if r > 0:
-        merged, merge = merge_tokens(
-            x, e, partner, partition, r, sizes=state.sizes, order=config.order, reduce=config.reduce
-        )
+        merge, merged = merge_ranked(ranking, r, x, sizes=state.sizes, order=config.order, reduce=config.reduce)
         if feature.restore == "residual":
             state = replace(state, lost=(*state.lost, merge.lost(x, merged)))
         x, state = merged, _follow(feature, state, merge, partition)
     if config.trace:
         assert semantic is not None
-        trace = traced(feature.names[index], state, x, partition, redundancy, semantic, e, tokens)
+        trace = traced(feature.names[index], state, x, ranking, semantic)
         state = replace(state, traces=(*state.traces, trace))
     return x, state
 
@@ -286,28 +281,28 @@ def _spared(degree: Tensor, threshold: float) -> int:
 
 
 def _follow(feature: EncoderFeature, state: State, merge: Merge, partition: Partition) -> State:
-    home, partners = state.home, state.partners
+    where, destinations = state.positions, state.destinations
     if feature.layout.rotary is not None:
         kept = merge.kept[:, state.prefix : merge.kept.shape[1] - state.suffix] - state.prefix
-        home = kept if home is None else home.gather(1, kept)
+        where = kept if where is None else where.gather(1, kept)
     if feature.config.partition == "grid":
-        old = positions(partition.partners, merge.source.device).expand(merge.source.shape[0], -1)
-        partners = merge.source.gather(1, old)
-    return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), home=home, partners=partners)
+        old = positions(partition.destinations, merge.source.device).expand(merge.source.shape[0], -1)
+        destinations = merge.source.gather(1, old)
+    return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), positions=where, destinations=destinations)
 
 
 def _partition(config: TurboConfig, state: State, index: int, x: Tensor) -> Partition:
     prefix, suffix, tokens, device = state.prefix, state.suffix, x.shape[1], x.device
-    if state.partners is None:
+    if state.destinations is None:
         kind, seed, grid = config.partition, config.seed, config.grid
         return partition_tokens(tokens, prefix, kind, suffix=suffix, block=index, seed=seed, grid=grid, device=device)
-    # the partners of a grid stay partners: all other patches are candidates, sorted in front of those left out
-    batch, partners = state.partners.shape
-    place = torch.arange(tokens, device=device).expand(batch, -1).scatter(1, state.partners, tokens)
+    # the destinations of a grid stay so: all other patches are candidates, sorted in front of what is left out
+    batch, fixed = state.destinations.shape
+    place = torch.arange(tokens, device=device).expand(batch, -1).scatter(1, state.destinations, tokens)
     place[:, :prefix] = tokens
     place[:, tokens - suffix :] = tokens
-    candidates = place.sort(dim=1).values[:, : tokens - prefix - suffix - partners]
-    return Partition(candidates, state.partners)
+    candidates = place.sort(dim=1).values[:, : tokens - prefix - suffix - fixed]
+    return Partition(candidates, state.destinations, suffix=suffix)
 
 
 def _guide(heads: Heads, guidance: str, state: State) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from turbovlm.encoder.state import State
 from turbovlm.encoder.towers import Tower, check_readable, find_towers, matrix_entries
 from turbovlm.encoder.verify import verify
 from turbovlm.errors import ConfigError, StateError
+from turbovlm.ops.tracing import constant_in_graphs
 from turbovlm.patching import Patch, check_forwards
 
 
@@ -54,7 +54,7 @@ class EncoderFeature:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @constant_in_graphs
     def solved_amounts(self, tokens: int, prefix: int) -> tuple[int, ...]:
         """How many tokens each block is asked to merge, of an input of `tokens` tokens.
 

@@ -24,7 +24,7 @@ from turbovlm.registry import named
 Project = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
 """`(block, normed) -> (q, k, v)`, each `[batch, tokens, heads * head_dim]`; defined in a module, so that it pickles."""
 Rotary = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Mapping[str, Any]], tuple[Tensor, Tensor]]
-"""`(block, q, k, home, arguments) -> (q, k)`; defined in a module, so that it pickles."""
+"""`(block, q, k, positions, arguments) -> (q, k)`; defined in a module, so that it pickles."""
 Around = tuple[nn.Module, ...]
 """The modules around a tower, outermost first."""
 
@@ -64,7 +64,7 @@ class Layout:
         scale: path of what attention multiplies its scores by; 1/√head_dim where it is None, or there is none.
         query_norm, key_norm: paths of the norms of each head's queries and keys.
         dropout: path of attention's dropout, a number or an `nn.Dropout`.
-        rotary: `(block, q, k, home, arguments) -> (q, k)`: rotate by the positions of the patches `home`,
+        rotary: `(block, q, k, positions, arguments) -> (q, k)`: rotate by the positions of the patches `positions`,
             `[batch, patches]`; None means all patches, in order.
         arguments: names of what the block takes by position after the tokens.
         understood: names of arguments that `rotary` reads, or that have no effect on these blocks.
@@ -73,8 +73,7 @@ class Layout:
             `(tower, ancestors)`: the ancestors are the modules around the tower, outermost first.
         example: `(block, patches)`: arguments with which the block can be tried on random tokens.
         inputs: `(tower)`: one input of native size by argument name, of a batch of 1: tensors on the meta device stand
-            for noise, others and None are taken as they are. Without it the encoder can be accelerated, but
-            `turbovlm macs` and `turbovlm bench` cannot run it.
+            for noise, others and None are taken as they are.
         refuse: `(tower, block, ancestors)`: the reason why this model cannot be accelerated, or None.
     """
 
@@ -90,6 +89,7 @@ class Layout:
     mlp: tuple[str, ...]
     patch: str | None
     patches: Callable[[Any], int]
+    inputs: Callable[[Any], dict[str, Tensor | None]]
     prefix: int | Callable[[Any], int] = 1
     suffix: int | Callable[[Any], int] = 0
     cls: bool | Callable[[Any], bool] = True
@@ -108,7 +108,6 @@ class Layout:
     mask: str | None = None
     restore: bool | Callable[[Any, Around], bool] = False
     example: Callable[[Any, int], dict[str, Any]] | None = None
-    inputs: Callable[[Any], dict[str, Tensor | None]] | None = None
     refuse: Callable[[Any, Any, Around], str | None] | None = None
 
     @property

@@ -116,7 +116,7 @@ def token_counts(
 ) -> tuple[int, ...]:
     """Tokens before the first block and after each, when block l is asked for `amounts[l]`.
 
-    `fixed` tokens beside the protected ones can never merge: the partners of `partition="grid"`.
+    `fixed` tokens beside the protected ones can never merge: the destinations of `partition="grid"`.
     """
     counts = [tokens]
     for r in amounts:
@@ -125,8 +125,8 @@ def token_counts(
     return tuple(counts)
 
 
-def fixed_partners(config: TurboConfig, patches: int) -> int:
-    """Patches that stay partners in every block: one per 2×2 cell with `partition="grid"`, else none."""
+def fixed_destinations(config: TurboConfig, patches: int) -> int:
+    """Patches that are destinations in every block: one per 2×2 cell with `partition="grid"`, else none."""
     if config.partition != "grid":
         return 0
     rows, columns = config.grid or (math.isqrt(patches), math.isqrt(patches))
@@ -153,7 +153,7 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int) -> 
     if config.r is not None:
         return (cast(int, config.r),) * shape.depth
     if config.keep is not None:
-        target = max(round(cast(float, config.keep) * tokens), shape.protected)
+        target = max(round(config.keep * tokens), shape.protected)
         return _closest(config, shape, tokens, target, lambda counts: counts[-1])
     assert config.flops is not None
     full = shape.macs((tokens,) * (shape.depth + 1))
@@ -170,7 +170,7 @@ def _closest(
     """The evenly spread amounts whose cost is closest to `target`; of equals, the fewest tokens merged."""
     best, best_gap = spread(0, shape.depth), abs(cost((tokens,) * (shape.depth + 1)) - target)
     previous: tuple[int, ...] = ()
-    fixed = fixed_partners(config, tokens - shape.protected)
+    fixed = fixed_destinations(config, tokens - shape.protected)
     for total in range(1, shape.depth * (tokens // 2) + 1):
         amounts = spread(total, shape.depth)
         counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
@@ -188,7 +188,7 @@ def make_schedule(
 ) -> Schedule:
     """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
     amounts = requested_amounts(config, shape, tokens)
-    fixed = fixed_partners(config, tokens - shape.protected)
+    fixed = fixed_destinations(config, tokens - shape.protected)
     counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
     full = (tokens,) * (shape.depth + 1)
     ratio = shape.macs(counts) / shape.macs(full)
@@ -215,7 +215,7 @@ def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int
         )
     if config.keep is not None:
         reached = counts[-1] / counts[0]
-        missed = abs(counts[-1] - cast(float, config.keep) * counts[0]) > 1
+        missed = abs(counts[-1] - config.keep * counts[0]) > 1
         return f"keep={config.keep} is out of reach: {reached:.3f} of the tokens are left" if missed else ""
     assert config.flops is not None
     missed = abs(ratio - config.flops) > 0.01

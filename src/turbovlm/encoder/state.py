@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turbovlm.ops.matching import Merge
-from turbovlm.ops.partition import Partition, positions
+from turbovlm.ops.merging import Merge, Ranking
+from turbovlm.ops.partition import positions
 
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
@@ -56,9 +56,10 @@ class State:
         prefix: tokens in front that are never merged; `suffix`: those behind the patches.
         sizes: patches each token stands for, `[batch, tokens]`; None while every token stands for itself.
         merges: one per merge so far; `lost`: what each has lost (`Merge.lost`), where it is to be given back.
-        home: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
+        positions: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
             None before the first merge.
-        partners: where the fixed partners of `partition="grid"` are, `[batch, partners]`; None before the first merge.
+        destinations: where the fixed destinations of `partition="grid"` are, `[batch, destinations]`; None before the
+            first merge.
         traces: one per block so far, with `trace=True`.
         padded: whether some tokens are padding, of size 0.
     """
@@ -70,8 +71,8 @@ class State:
     sizes: Tensor | None = None
     merges: tuple[Merge, ...] = ()
     lost: tuple[Tensor, ...] = ()
-    home: Tensor | None = None
-    partners: Tensor | None = None
+    positions: Tensor | None = None
+    destinations: Tensor | None = None
     traces: tuple[BlockTrace, ...] = ()
     padded: bool = False
 
@@ -98,19 +99,10 @@ class State:
         return source
 
 
-def traced(
-    name: str,
-    state: State,
-    x: Tensor,
-    partition: Partition,
-    redundancy: Tensor,
-    semantic: Tensor,
-    degree: Tensor,
-    tokens: int,
-) -> BlockTrace:
-    """What the block that has just merged did, to `x`, `[batch, M, width]`, which was of `tokens` tokens before."""
-    batch, device = x.shape[0], x.device
-    candidates = positions(partition.candidates, device).expand(batch, -1)
+def traced(name: str, state: State, x: Tensor, ranking: Ranking, semantic: Tensor) -> BlockTrace:
+    """What the block that has just merged did, by `ranking`, to what is `x`, `[batch, M, width]`, now."""
+    batch, device, tokens = x.shape[0], x.device, ranking.tokens
+    candidates = positions(ranking.partition.candidates, device).expand(batch, -1)
 
     def everywhere(values: Tensor) -> Tensor:
         return values.new_full((batch, tokens), torch.nan).scatter(1, candidates, values)
@@ -128,7 +120,7 @@ def traced(
         suffix=state.suffix,
         source=source,
         sizes=sizes,
-        redundancy=everywhere(redundancy),
+        redundancy=everywhere(ranking.redundancy),
         semantic=semantic,
-        degree=everywhere(degree),
+        degree=everywhere(ranking.degree),
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn as nn
+from torch import Tensor
 
 from turbovlm.encoder.families import text, transformers
 from turbovlm.encoder.layout import Layout, fetch, path_of
@@ -71,6 +73,22 @@ class Tower:
     def title(self) -> str:
         """Its path, or its class where it is the model itself."""
         return self.name or type(self.module).__name__
+
+    def random_inputs(self, batch: int, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
+        """Arguments of the tower's forward by name, of native size: seeded noise as images, on `device`.
+
+        On `device="meta"`, tensors without values.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            if value.device.type != "meta":  # what must have values, such as words, has them already
+                return value.expand(batch, *value.shape[1:]).to(device)
+            return torch.randn(batch, *value.shape[1:], generator=generator).to(device, dtype)
+
+        return {name: noise(value) for name, value in self.layout.inputs(self.module).items()}
 
     @property
     def hidden_size(self) -> int:

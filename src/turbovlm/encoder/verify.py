@@ -1,8 +1,15 @@
-"""A check, when Turbo is applied, that a layout gives what the block itself gives on this release of its library."""
+"""A check, before anything is patched, that a tower does what its layout says, on this release of its library.
+
+Two things are compared: the tokens that reach the first block with those that the layout counts, and every block's own
+forward with its two halves. No hook of the user's runs meanwhile, and no random state is used up.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,46 +24,89 @@ from turbovlm.encoder.towers import Tower
 from turbovlm.errors import UnsupportedModelError
 
 PATCHES = 6
-"""Patches of the random input."""
+"""Patches of the random tokens that blocks are tried on."""
 
 
 def verify(tower: Tower) -> None:
-    """Compare a block's own forward with its two halves on a small random input, in eval mode.
+    """Compare a tower with its layout, in eval mode, on random inputs.
 
-    The first block, and every other whose layers have other shapes than those before: pruned ones. Blocks whose weights
-    are not at hand, on the meta device, offloaded or sharded over processes, cannot be compared, and are not.
+    Where weights are not at hand, on the meta device, offloaded or sharded over processes, nothing can be compared.
 
     Raises:
-        UnsupportedModelError: the outputs differ, so this release spells the block in a way the layout does not know.
+        UnsupportedModelError: they differ: the tower has other tokens than its layout says, special tokens where the
+            layout has patches, or blocks that compute something else than its halves.
     """
-    seen = set()
-    for name, block in tower.blocks:
-        shapes = tuple(parameter.shape for parameter in block.parameters())
-        if shapes not in seen:
-            seen.add(shapes)
-            _verify(tower, name, block)
-
-
-def _verify(tower: Tower, name: str, block: nn.Module) -> None:
-    weights = [parameter for parameter in block.parameters() if parameter.is_floating_point()]
+    weights = [p for p in tower.module.parameters() if p.is_floating_point()]
     if any(weight.device.type == "meta" or hasattr(weight, "full_tensor") for weight in weights):
         return
+    with _undisturbed(tower.module), torch.no_grad():
+        _verify_tokens(tower, weights[0])
+        for name, block in tower.blocks:
+            _verify_block(tower, name, block)
+
+
+def _verify_tokens(tower: Tower, like: Tensor) -> None:
+    """See that two different images of native size differ in every patch, and in no token of prefix and suffix."""
+    hidden, which = _first_hidden(tower, like), f"{tower.title} ({tower.layout.family})"
+    end = tower.tokens - tower.suffix
+    if hidden.shape[1] != tower.tokens:
+        raise UnsupportedModelError(
+            f"{which}: {hidden.shape[1]} tokens reach its first block of an input of native size, and not "
+            f"{tower.tokens}, as its layout counts: prefix {tower.prefix}, patches {end - tower.prefix}, suffix "
+            f"{tower.suffix}"
+        )
+    if tower.layout.text:  # any word may be the same in two texts
+        return
+    constant = (hidden[0] == hidden[1]).all(dim=-1).tolist()
+    for position, same in enumerate(constant):
+        special = position < tower.prefix or position >= end
+        if same and not special:
+            raise UnsupportedModelError(
+                f"{which}: token {position} does not depend on the image, so it is no patch and must not merge, but "
+                f"its layout has a prefix of {tower.prefix} and a suffix of {tower.suffix} tokens"
+            )
+        if special and not same:
+            part = "prefix" if position < tower.prefix else "suffix"
+            raise UnsupportedModelError(
+                f"{which}: token {position} depends on the image, so it is a patch, but its layout counts it to the "
+                f"{part}"
+            )
+
+
+class _FirstBlockReached(Exception):
+    """Ends a tower's forward where its first block begins."""
+
+
+def _first_hidden(tower: Tower, like: Tensor) -> Tensor:
+    """The tokens that the first block gets of two random inputs of native size, `[2, tokens, width]`."""
+    reached: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(args[0] if args else next(iter(kwargs.values())))
+        raise _FirstBlockReached
+
+    hook = tower.blocks[0][1].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with contextlib.suppress(_FirstBlockReached):
+            tower.module(**tower.random_inputs(2, like.dtype, like.device))
+    finally:
+        hook.remove()
+    if not reached:
+        raise UnsupportedModelError(f"{tower.title} ({tower.layout.family}): its forward does not run its blocks")
+    return reached[0]
+
+
+def _verify_block(tower: Tower, name: str, block: nn.Module) -> None:
+    """See that a block's own forward is what its two halves give."""
+    weight = next(parameter for parameter in block.parameters() if parameter.is_floating_point())
     count = tower.prefix + PATCHES + tower.suffix
-    tokens = torch.randn(2, count, tower.hidden_size, generator=torch.Generator().manual_seed(0))
-    x = tokens.to(weights[0])
+    x = torch.randn(2, count, tower.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
     example = tower.layout.example(block, PATCHES) if tower.layout.example is not None else {}
     arguments = {key: value.to(x) if isinstance(value, Tensor) else value for key, value in example.items()}
-    training = [module for module in block.modules() if module.training]
-    try:
-        block.eval()
-        with torch.no_grad():
-            own = type(block).forward(block, x, **_required(block), **arguments)
-            state = State(0, (), tower.prefix, tower.suffix)
-            ours = unmerged_forward(block, tower.layout, TurboConfig(r=0), x, state, arguments)
-    finally:
-        for module in training:
-            module.training = True
+    own = type(block).forward(block, x, **_required(block), **arguments)
     own = own[0] if tower.layout.returns_tuple else own
+    state = State(0, (), tower.prefix, tower.suffix)
+    ours = unmerged_forward(block, tower.layout, TurboConfig(r=0), x, state, arguments)
     gap = (ours - own).abs().max() / own.abs().max()
     tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
     if not gap <= tolerance:
@@ -71,3 +121,23 @@ def _required(block: nn.Module) -> dict[str, Any]:
     parameters = list(inspect.signature(type(block).forward).parameters.values())[2:]
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {p.name: None for p in parameters if p.default is p.empty and p.kind in kinds}
+
+
+@contextlib.contextmanager
+def _undisturbed(tower: nn.Module) -> Iterator[None]:
+    """Within it, the tower is in eval mode, without the user's hooks, and draws from random states of its own."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    training = [module for module in tower.modules() if module.training]
+    hooks = [(module, name, getattr(module, name)) for module in tower.modules() for name in names]
+    devices = {p.device for p in tower.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices]):
+        try:
+            tower.eval()
+            for module, name, _ in hooks:
+                setattr(module, name, OrderedDict())
+            yield
+        finally:
+            for module, name, own in hooks:
+                setattr(module, name, own)
+            for module in training:
+                module.training = True

@@ -1,4 +1,4 @@
-"""Attention in proportion to the patches that each token stands for (Turbo, equation 16)."""
+"""Attention in proportion to the patches that each token stands for (Turbo, equation 16), and the guide's row of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.ops import routes
+from turbovlm.ops import dispatch
 
 
 def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,10 +44,10 @@ def proportional_attention(
         `[batch, heads, tokens, head_dim]`.
     """
     bias = None if sizes is None else size_bias(sizes, queries.dtype)
-    return attend(queries, keys, values, bias, scale=scale, dropout_p=dropout_p)
+    return biased_attention(queries, keys, values, bias, scale=scale, dropout_p=dropout_p)
 
 
-def attend(
+def biased_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -56,8 +56,27 @@ def attend(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """`softmax(QKᵀ·scale + bias) V` by the fastest way; `bias` as `size_bias` gives it, the rest as above."""
+    """`softmax(QKᵀ·scale + bias) V` by the fastest way; `bias` from `size_bias`, the rest as above."""
     if dropout_p > 0:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout_p, scale=scale)
-    route = routes.fastest(queries, keys, values)
-    return route(queries, keys, values, bias, queries.shape[-1] ** -0.5 if scale is None else scale)
+    attend = dispatch.fastest_attention(queries, keys, values)
+    return attend(queries, keys, values, bias, queries.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """A, what each token contributes to the guide: the guide's attention row, averaged over heads.
+
+    Args:
+        guide: the guide's query (CLS, or the mean query), `[batch, heads, 1, head_dim]`, already scaled.
+        keys: `[batch, heads, tokens, head_dim]`.
+        sizes: patches each token stands for, `[batch, tokens]`; None before the first merge.
+
+    Returns:
+        `[batch, tokens]`, in the keys' dtype, non-negative, summing to 1. Turbo, equations (8) and (16).
+    """
+    return attention_row(guide, keys, None if sizes is None else size_bias(sizes, keys.dtype)).to(keys.dtype)
+
+
+def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """`semantic_value` in float32 or better, with the bias of attention itself, `[batch, 1, 1, tokens]`, or None."""
+    return dispatch.attention_rows(guide, keys, bias).mean(dim=1)

@@ -1,8 +1,9 @@
-"""What a model costs: multiply-accumulates, measured time and memory, and how far merging changes its pictures."""
+"""What a model costs: multiply-accumulates, measured time and memory, and how far merging changes its images."""
 
-from turbovlm.profile.compare import Comparison, Run, compare
+from turbovlm.profile.compare import compare
+from turbovlm.profile.comparison import Comparison, Drift, Generation, Run, Timing
+from turbovlm.profile.images import compare_images
 from turbovlm.profile.macs import macs
-from turbovlm.profile.pictures import Drift, PictureComparison, PictureRun, compare_pictures
 from turbovlm.profile.quantize import QUANTIZATIONS, quantize, quantized, weight_bytes
 from turbovlm.profile.timing import Quartiles
 
@@ -10,12 +11,12 @@ __all__ = [
     "QUANTIZATIONS",
     "Comparison",
     "Drift",
-    "PictureComparison",
-    "PictureRun",
+    "Generation",
     "Quartiles",
     "Run",
+    "Timing",
     "compare",
-    "compare_pictures",
+    "compare_images",
     "macs",
     "quantize",
     "quantized",

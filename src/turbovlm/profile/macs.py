@@ -12,7 +12,8 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-import turbovlm.ops.kernels  # noqa: F401, what it says of its operators' costs must be known before a counter is made
+import turbovlm.ops.kernels
+import turbovlm.ops.plain  # noqa: F401, both define operators, which must be there before their costs can be told
 
 Shape = Sequence[int]
 
@@ -66,6 +67,10 @@ def _attention_flops(queries: Shape, keys: Shape, values: Shape, *args: Any, **k
     return 2 * prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
+def _similarity_flops(features: Shape, candidates: Shape, destinations: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * features[0] * candidates[-1] * destinations[-1] * features[-1]
+
+
 def _product_flops(left: Shape, right: Shape, **kwargs: Any) -> int:
     return 2 * prod(left) * prod(right[1:])
 
@@ -103,8 +108,11 @@ _BITSANDBYTES: dict[str, Callable[..., int]] = {
     "gemv_4bit": _unpacked_product_flops,
     "gemm_4bit": _unpacked_product_flops,
 }
-_ATEN = torch.ops.aten
+_ATEN, _OWN = torch.ops.aten, torch.ops.turbovlm
 _FLOPS = {
+    _OWN.biased_attention: _attention_flops,
+    _OWN.stored_attention: _attention_flops,
+    _OWN.most_similar: _similarity_flops,
     _ATEN._scaled_dot_product_flash_attention: _attention_flops,
     _ATEN._scaled_dot_product_efficient_attention: _attention_flops,
     _ATEN._scaled_dot_product_cudnn_attention: _attention_flops,
@@ -118,4 +126,5 @@ _FLOPS = {
     _ATEN._int_mm: _product_flops,
     _ATEN._weight_int4pack_mm_for_cpu: _packed_product_flops,
 }
-"""Operators that `FlopCounterMode` counts as 0, or refuses with grouped queries, in some releases of PyTorch."""
+"""Our own operators, and those that `FlopCounterMode` counts as 0, or refuses with grouped queries, in some releases of
+PyTorch."""

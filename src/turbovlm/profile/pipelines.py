@@ -1,4 +1,4 @@
-"""A pipeline of `diffusers` that is watched as it makes pictures: when its denoiser ran, and what it ended in."""
+"""A pipeline of `diffusers` that is watched as it makes images: when its denoiser runs, and what comes out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPTS = (
     "a lighthouse at dusk, waves against the rocks",
     "a red fox in the snow, close up",
 )
-"""What pictures are made of where nothing else is asked for."""
+"""What images are made of where nothing else is asked for."""
 CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)
 """The same for ImageNet's classes: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox."""
 
@@ -52,12 +52,13 @@ class WatchedPipeline:
     """A twin of a pipeline: the same weights, but a denoiser and a scheduler that are objects of its own.
 
     So what is put into one leaves the others, and the pipeline itself, as they are. It draws no progress bar, and has
-    no safety checker, which would turn a picture black.
+    no safety checker, which would turn a image black.
 
     Attributes:
         calls: of `draw`, in order.
         latent: what the scheduler gave last, `[batch, …]`.
-        picture: what the last `draw` gave, `[batch, 3, height, width]` in [0, 1].
+        image: what the last `draw` gave, `[batch, 3, height, width]` in [0, 1].
+        first: latent and image of the first `draw`.
     """
 
     def __init__(
@@ -78,13 +79,14 @@ class WatchedPipeline:
         self.device = execution_device(self._pipe)
         self.calls: list[Call] = []
         self.latent: Tensor
-        self.picture: Tensor
+        self.image: Tensor
+        self.first: tuple[Tensor, Tensor] | None = None
         self._arguments: tuple[Any, Any] = (), {}
 
     def count(self, steps: int) -> float:
-        """Multiply-accumulates of a step's forwards of the denoiser, on average over the first `steps` of a picture.
+        """Multiply-accumulates of a step's forwards of the denoiser, on average over the first `steps` of a image.
 
-        They are counted as the picture is made; call it before `watch`.
+        They are counted as the image is made; call it before `watch`.
         """
         total, forward = 0, self._denoiser.forward
 
@@ -114,12 +116,14 @@ class WatchedPipeline:
         module.register_forward_hook(self._ended)
 
     def draw(self) -> None:
-        """Make the pictures; the same ones every time."""
+        """Make the images; the same ones every time."""
         self.calls.append(Call())
-        self.picture = self._call()
+        self.image = self._call()
+        if self.first is None:
+            self.first = self.latent, self.image
 
     def peak(self, steps: int) -> int | None:
-        """`peak_memory` of a picture of so few steps, which take as much as many."""
+        """`peak_memory` of a image of so few steps, which take as much as many."""
         self.calls.append(Call())
         peak = peak_memory(lambda: self._call(steps), self.device)
         self.calls.pop()
@@ -131,7 +135,7 @@ class WatchedPipeline:
         args, kwargs = self._arguments
         module = getattr(self._pipe, self._name)
         self.calls.append(Call())
-        for _ in range(2):  # compiled anew, outside of a picture; the second as all that follow
+        for _ in range(2):  # compiled anew, outside of a image; the second as all that follow
             module(*args, **kwargs)
         peak = peak_memory(lambda: module(*args, **kwargs), self.device)
         self.calls.pop()
@@ -139,10 +143,10 @@ class WatchedPipeline:
 
     def _call(self, steps: int | None = None) -> Tensor:
         few = {} if steps is None else {"num_inference_steps": steps}
-        # One generator per picture, on the CPU: the same noise on every device and in every batch.
+        # One generator per image, on the CPU: the same noise on every device and in every batch.
         generator = [torch.Generator().manual_seed(seed) for seed in self._seeds]
-        picture: Tensor = self._pipe(**{**self._inputs, **few}, generator=generator).images
-        return picture
+        image: Tensor = self._pipe(**{**self._inputs, **few}, generator=generator).images
+        return image
 
     def _step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         self.calls[-1].steps += 1
@@ -188,11 +192,11 @@ def inputs_of(
     """What a pipeline's call takes, by name.
 
     Args:
-        pipe: any pipeline from text or classes to pictures.
+        pipe: any pipeline from text or classes to images.
         size: height and width in pixels; None for its own.
-        batch: pictures.
+        batch: images.
         steps: denoising steps.
-        prompt: one or several, taken in turn; class numbers where it makes pictures of classes; None for some.
+        prompt: one or several, taken in turn; class numbers where it makes images of classes; None for some.
         more: what else it is given, or in place of these.
 
     Raises:
@@ -205,7 +209,7 @@ def inputs_of(
         check_size(pipe, size)
         inputs |= {"height": size[0], "width": size[1]}
     if "use_resolution_binning" in accepted:
-        inputs["use_resolution_binning"] = False  # else the size would be another, and the picture resized
+        inputs["use_resolution_binning"] = False  # else the size would be another, and the image resized
     if takes_classes(pipe):
         inputs["class_labels"] = _in_turn(prompt, CLASSES, int, batch)
     elif "prompt_embeds" not in more:
@@ -218,7 +222,7 @@ def inputs_of(
 
 
 def takes_classes(pipe: Any) -> bool:
-    """Whether it makes pictures of class numbers, and not of texts."""
+    """Whether it makes images of class numbers, and not of texts."""
     return "class_labels" in _accepted(pipe)
 
 
@@ -230,7 +234,7 @@ def _in_turn(prompt: Prompt, default: Sequence[Any], kind: type, batch: int) -> 
     given = default if prompt is None else [prompt] if isinstance(prompt, str | int) else list(prompt)
     if not given or any(not isinstance(one, kind) for one in given):
         what = "class numbers" if kind is int else "texts"
-        raise ConfigError(f"prompt={prompt!r}: this pipeline makes pictures of {what}")
+        raise ConfigError(f"prompt={prompt!r}: this pipeline makes images of {what}")
     return [given[i % len(given)] for i in range(batch)]
 
 
@@ -242,17 +246,17 @@ def check_size(pipe: Any, size: tuple[int, int]) -> None:
     """
     shown = f"size={size!r}"
     if "height" not in _accepted(pipe):
-        raise ConfigError(f"{shown}: {type(pipe).__name__} makes pictures of one size only")
+        raise ConfigError(f"{shown}: {type(pipe).__name__} makes images of one size only")
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
     if len(size) != 2 or not whole:
         raise ConfigError(f"{shown}: must be two integers ≥ 1, height and width in pixels")
     multiple = size_multiple(pipe)
     if any(side % multiple for side in size):
-        raise ConfigError(f"{shown}: {type(pipe).__name__} makes pictures of multiples of {multiple} pixels a side")
+        raise ConfigError(f"{shown}: {type(pipe).__name__} makes images of multiples of {multiple} pixels a side")
 
 
 def size_multiple(pipe: Any) -> int:
-    """What the sides of its pictures are multiples of, in pixels: of 8, and of what makes a token."""
+    """What the sides of its images are multiples of, in pixels: of 8, and of what makes a token."""
     per_latent = int(getattr(pipe, "vae_scale_factor", 8))
     patch = int(find_denoiser(pipe)[1].config.get("patch_size") or 1)  # type: ignore[union-attr, operator]
     processor = getattr(getattr(pipe, "image_processor", None), "config", None)

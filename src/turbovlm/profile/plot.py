@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turbovlm.errors import TurboError
-from turbovlm.profile.compare import Comparison
-from turbovlm.profile.pictures import PictureComparison
+from turbovlm.profile.comparison import IMAGE, STEP, Comparison
 from turbovlm.profile.timing import Quartiles
 
 TURBO, ARITHMETIC = "#0b6e99", "#c8102e"
@@ -33,9 +32,8 @@ def save_speedups(comparisons: Mapping[str, Comparison], path: str | Path, *, ti
     for (name, comparison), (speed, memory) in zip(comparisons.items(), axes):
         names = [run.name for run in comparison.runs[1:]]
         quartiles = [comparison.speedup(n) for n in names]
-        medians = [q.median for q in quartiles]
-        whiskers = [[q.median - q.low for q in quartiles], [q.high - q.median for q in quartiles]]
-        speed.bar(names, medians, width=0.55, color=TURBO, yerr=whiskers, capsize=4, label="measured, with quartiles")
+        medians, label = [q.median for q in quartiles], "measured, with quartiles"
+        speed.bar(names, medians, width=0.55, color=TURBO, yerr=_whiskers(quartiles), capsize=4, label=label)
         speed.plot(
             names,
             [comparison.macs_ratio(n) for n in names],
@@ -66,11 +64,11 @@ def save_speedups(comparisons: Mapping[str, Comparison], path: str | Path, *, ti
     _save(figure, path)
 
 
-def save_drifts(comparisons: Mapping[str, PictureComparison], path: str | Path, *, title: str = "") -> None:
-    """Draw what speed costs: drift of the latent against the step's speed-up, PSNR against the picture's.
+def save_drifts(comparisons: Mapping[str, Comparison], path: str | Path, *, title: str = "") -> None:
+    """Draw what speed costs: drift of the latent against the step's speed-up, PSNR against the image's.
 
     Args:
-        comparisons: by the pictures' size; a row of the figure each.
+        comparisons: of image generation, by the images' size; a row of the figure each.
         path: a `.png`, `.svg` or `.pdf` file.
         title: above the figure.
 
@@ -83,33 +81,37 @@ def save_drifts(comparisons: Mapping[str, PictureComparison], path: str | Path, 
     figure = Figure(figsize=(9, 0.6 + 3.3 * len(comparisons)), layout="constrained")
     axes = figure.subplots(len(comparisons), 2, squeeze=False)
     for (name, comparison), (latent, decoded) in zip(comparisons.items(), axes):
-        runs = comparison.runs[1:]
-        drifts = [run.drift.latent for run in runs]
-        ratios = [run.drift.psnr for run in runs]
-        _curve(latent, [run.name for run in runs], [comparison.step_speedup(run.name) for run in runs], drifts)
-        _curve(decoded, [run.name for run in runs], [comparison.speedup(run.name) for run in runs], ratios)
+        drifts = {run.name: run.drift for run in comparison.runs[1:] if run.drift is not None}
+        _curve(latent, comparison, STEP, {name: drift.latent for name, drift in drifts.items()})
+        _curve(decoded, comparison, IMAGE, {name: drift.psnr for name, drift in drifts.items()})
         latent.set_ylim(bottom=0)
         latent.set_xlabel(f"speed-up of a denoising step ({comparison.clock})")
         latent.set_ylabel("drift of the last latent")
-        decoded.set_xlabel("speed-up of a picture")
-        decoded.set_ylabel("PSNR of the picture [dB]")
+        decoded.set_xlabel("speed-up of an image")
+        decoded.set_ylabel("PSNR of the image [dB]")
         latent.set_title(f"{name} pixels\n{comparison.conditions}", fontsize=9, loc="left")
     figure.suptitle(title)
     _save(figure, path)
 
 
-def _curve(axis: Any, names: list[str], speedups: list[Quartiles], values: list[float]) -> None:
-    """Versions as points joined in the order of their speed, with quartiles."""
-    medians = [q.median for q in speedups]
-    whiskers = [[q.median - q.low for q in speedups], [q.high - q.median for q in speedups]]
-    axis.errorbar(medians, values, xerr=whiskers, fmt="none", ecolor=TURBO, capsize=3)
-    order = sorted(range(len(names)), key=lambda i: medians[i])
-    axis.plot([medians[i] for i in order], [values[i] for i in order], marker="o", color=TURBO)
-    for name, x, y in zip(names, medians, values):
+def _curve(axis: Any, comparison: Comparison, timing: str, values: Mapping[str, float]) -> None:
+    """Draw versions as points joined in the order of their speed, with quartiles."""
+    speedups = {name: comparison.speedup(name, timing) for name in values}
+    order = sorted(values, key=lambda name: speedups[name].median)
+    medians, heights = [speedups[name].median for name in order], [values[name] for name in order]
+    axis.errorbar(
+        medians, heights, xerr=_whiskers([speedups[name] for name in order]), fmt="none", ecolor=TURBO, capsize=3
+    )
+    axis.plot(medians, heights, marker="o", color=TURBO)
+    for name, x, y in zip(order, medians, heights):
         axis.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.margins(x=0.15, y=0.15)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _whiskers(quartiles: list[Quartiles]) -> list[list[float]]:
+    return [[q.median - q.low for q in quartiles], [q.high - q.median for q in quartiles]]
 
 
 def _save(figure: Any, path: str | Path) -> None:

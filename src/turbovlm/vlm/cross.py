@@ -20,7 +20,7 @@ from turbovlm.config import ReadConfig
 from turbovlm.encoder.layout import fetch, library_version, path_of
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.ops.attention import size_bias
-from turbovlm.ops.backend import is_readable
+from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch
 from turbovlm.registry import families, family_of
 from turbovlm.vlm.marks import IMAGE, IMAGE_SIZES

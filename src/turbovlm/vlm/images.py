@@ -1,16 +1,14 @@
-"""Images as the library has encoded them, where they stand in the prompt, and which of their tokens are left."""
+"""The choice of visual tokens on what the library has encoded: its outputs, and where they stand in the prompt."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from turbovlm.errors import StateError
-from turbovlm.vlm.families import PIXELS
 from turbovlm.vlm.marks import ATTENTION
 from turbovlm.vlm.select import Selection, kept_count, needs_attention, select
 
@@ -18,79 +16,53 @@ if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature
 
 
-def encode_images(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The library's outputs for images and videos, by modality, of one call's inputs.
-
-    Pixels among the inputs are encoded, and taken out.
-    """
-    encoded = inputs.get("mm_encoder_outputs") or {}
-    found = [modality for modality, pixels in PIXELS.items() if inputs.get(pixels) is not None]
-    if encoded and found:
-        return {}  # the library's own error follows
-    for modality in found:
-        names = inspect.signature(getattr(type(model), f"get_{modality}_features")).parameters
-        arguments = {name: inputs[name] for name in names if inputs.get(name) is not None and name != "kwargs"}
-        encoded = {**encoded, modality: getattr(model, f"get_{modality}_features")(**arguments, return_dict=True)}
-    if found:
-        inputs |= dict.fromkeys({*PIXELS.values(), "pixel_attention_mask"} & set(inputs))
-    return encoded
-
-
-def find_placeholders(model: Any, inputs: dict[str, Any], images: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Where each modality's tokens stand in the prompt, `[batch, N]`, bool.
-
-    Returns:
-        None where there are not as many placeholders as features.
-
-    Raises:
-        StateError: there is no prompt.
-    """
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if ids is None and embeds is None:
-        raise StateError("a prompt is missing: give input_ids or inputs_embeds")
-    found: dict[str, Tensor] = {}
-    for modality, outputs in images.items():
-        token = getattr(model.config, f"{modality}_token_id")
-        if embeds is not None and ids is None:
-            embedded = model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-            found[modality] = (embeds == embedded).all(-1)
-        else:
-            found[modality] = ids == token
-        if int(found[modality].sum()) != sum(len(entry) for entry in outputs.pooler_output):
-            return None
-    return found
-
-
 def choose_tokens(
-    model: Any, feature: ReadFeature, images: dict[str, Any], placeholders: dict[str, Tensor]
-) -> tuple[dict[str, Any], Tensor, tuple[Selection, ...]]:
+    model: Any, feature: ReadFeature, inputs: dict[str, Any], images: dict[str, Any]
+) -> tuple[dict[str, Any], Tensor, tuple[Selection, ...]] | None:
     """Choose the tokens of each image that are left.
 
     Args:
         model: the part that puts visual features in place of placeholders.
         feature: how it reads.
+        inputs: its arguments: a prompt `[batch, N]`, or its embeddings.
         images: the library's outputs, by modality.
-        placeholders: where their tokens stand, `[batch, N]`, bool: they fill the rows in order, image after image.
 
     Returns:
         The library's outputs with the features that are left, the columns of the prompt to drop, `[batch, N]`, bool,
-        and what became of each image's tokens.
+        and what became of each image's tokens; None where there are not as many placeholders as features.
 
     Raises:
         StateError: the choice goes by the tower's attention, which the outputs are without.
     """
-    fewer, selections = {}, []
-    dropped = torch.zeros_like(next(iter(placeholders.values())))
+    fewer: dict[str, Any] = {}
+    dropped: Tensor | None = None
+    selections: list[Selection] = []
     for modality, outputs in images.items():
+        placeholders = _placeholders(model, inputs, getattr(model.config, f"{modality}_token_id"))
         sizes = [_sizes_of_images(model, feature, len(entry)) for entry in outputs.pooler_output]
+        columns = placeholders.flatten().nonzero().squeeze(1)
+        counts = [n for entry in sizes for n in entry]
+        if len(columns) != sum(counts):
+            return None
         chosen = _select(feature, outputs, sizes)
         fewer[modality] = _left(outputs, sizes, chosen)
-        columns = placeholders[modality].flatten().nonzero().squeeze(1)
-        for places, selection in zip(torch.split(columns, [n for entry in sizes for n in entry]), chosen):
+        dropped = torch.zeros_like(placeholders) if dropped is None else dropped
+        for places, selection in zip(torch.split(columns, counts), chosen):  # row after row, image after image
             lost = torch.ones_like(places, dtype=torch.bool).index_fill(0, selection.kept[0], False)
             dropped.view(-1)[places[lost]] = True
         selections += chosen
+    assert dropped is not None
     return fewer, dropped, tuple(selections)
+
+
+def _placeholders(model: Any, inputs: dict[str, Any], token: int) -> Tensor:
+    """Where the prompt has that token, or its embedding, `[batch, N]`, bool."""
+    ids: Tensor | None = inputs.get("input_ids")
+    if ids is not None:
+        return ids == token
+    embeds: Tensor = inputs["inputs_embeds"]
+    equal: Tensor = embeds == model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+    return equal.all(-1)
 
 
 def _sizes_of_images(model: Any, feature: ReadFeature, tokens: int) -> list[int]:

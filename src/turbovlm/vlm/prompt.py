@@ -1,14 +1,86 @@
-"""A prompt with fewer visual placeholders: positions kept, masks and everything beside the tokens shortened alike."""
+"""Prompts that lose columns: those of one call, `ShortenedPrompt`, and those in a cache, `CachedPrompts`.
+
+Two lengths are told apart throughout: `columns` are those of prompts as the user has them, `held` those of which a
+cache has keys and values. Positions are kept; masks and token types are shortened with the tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.vlm.cache import CachedPrompts
+from turbovlm.errors import StateError
+from turbovlm.vlm.marks import CACHED_PROMPTS
+
+TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Arguments with one number per token of the prompt. Models read the latter by its place in the cache."""
+Positions = Callable[[Tensor], Tensor]
+"""`(mask) -> positions` that the library gives full prompts, `[..., 1 or batch, columns]`."""
+
+
+@dataclass(frozen=True)
+class CachedPrompts:
+    """The prompts in a cache up to the last one with an image; the text that follows it is held column by column.
+
+    Attributes:
+        columns: columns of these prompts, all turns together.
+        seen: whether each column held of them is a token and no padding, `[batch, held]`, bool.
+        after_images: how many columns follow the last one that was dropped.
+    """
+
+    columns: int
+    seen: Tensor
+    after_images: int
+
+    @property
+    def dropped(self) -> int:
+        """How many columns the cache does not hold."""
+        return self.columns - self.seen.shape[1]
+
+    def mask(self, full: Tensor) -> Tensor:
+        """The attention mask over what the cache holds and the columns behind it.
+
+        Args:
+            full: over all columns, `[batch, columns + more]`, as the user has it.
+
+        Returns:
+            `[batch, held + more]`, of the same dtype.
+        """
+        return torch.cat([self.seen.to(full), full[:, self.columns :]], dim=1)
+
+    def types(self, full: Tensor) -> Tensor:
+        """Token types `[batch, columns + more]` by their place in the cache, whose own are text to all that follows."""
+        return F.pad(full[..., self.columns :], (self.seen.shape[1], 0))
+
+    def follow(self, inputs: dict[str, Any], new: int) -> dict[str, Any]:
+        """The arguments of a call of `new` columns of text behind the prompts, mask and types by place in the cache."""
+        columns = columns_in(inputs["past_key_values"]) + new
+        found = {"attention_mask": self.mask(full_mask(inputs, columns, self.seen))}
+        types = inputs.get("token_type_ids")
+        if types is not None and types.shape[-1] > new:  # of all columns
+            found["token_type_ids"] = self.types(types)
+        return {**inputs, **found}
+
+    def cropped(self, held: int) -> CachedPrompts:
+        """The same when only the first `held` columns of the cache are left.
+
+        Raises:
+            StateError: they end before an image does, of which the cache has fewer columns than the prompt.
+        """
+        lost = self.seen.shape[1] - held
+        if lost <= 0:
+            return self
+        if lost > self.after_images:
+            raise StateError(
+                f"{lost} columns were to be taken out of a cache that has {self.after_images} behind its last image, "
+                "whose columns visual_keep has shortened: start again from the whole prompt"
+            )
+        return CachedPrompts(self.columns - lost, self.seen[:, :held], self.after_images - lost)
 
 
 @dataclass(frozen=True)
@@ -34,42 +106,50 @@ class ShortenedPrompt:
     earlier_seen: Tensor
     after_images: int
 
+    def inputs(self, inputs: dict[str, Any], positions: Tensor, filler: int) -> dict[str, Any]:
+        """The arguments of a call with the prompt as it was, for the prompt as it is.
+
+        Args:
+            inputs: by name.
+            positions: of the full prompts, `[..., 1 or batch, ≥ N]`; the last N are the new columns'.
+            filler: a token that is no placeholder, for columns that nobody attends to.
+        """
+        found = {"attention_mask": self.mask.long(), "position_ids": self.take(positions[..., -self.columns :])}
+        if inputs.get("input_ids") is not None:
+            found["input_ids"] = self.take(inputs["input_ids"]).masked_fill(~self.seen, filler)
+        if inputs.get("inputs_embeds") is not None:
+            found["inputs_embeds"] = self.take_embeddings(inputs["inputs_embeds"])
+        for name in TYPES:
+            if inputs.get(name) is not None:
+                found[name] = self.types(inputs[name], by_place=name == "token_type_ids")
+        return {**inputs, **found}
+
     @property
     def mask(self) -> Tensor:
-        """The attention mask over the cache and the columns left, `[batch, held + M]`, bool."""
+        """Whether what is attended to is a token, in the cache and behind it, `[batch, held + M]`, bool."""
         return torch.cat([self.earlier_seen, self.seen], dim=1)
+
+    def types(self, types: Tensor, by_place: bool) -> Tensor:
+        """Token types of the columns left, `[batch, M]`; by their place in the cache `[batch, held + M]`.
+
+        Args:
+            types: of the new columns, or of all, `[batch, columns]`; those missing at the end are of text, as assisted
+                decoding leaves out its candidates'.
+            by_place: whether those of the cache stand in front, which all count as text.
+        """
+        new = types[..., self.earlier :] if types.shape[-1] > self.columns else types
+        left = self.take(F.pad(new, (0, self.columns - new.shape[-1])))
+        return F.pad(left, (self.earlier_seen.shape[1], 0)) if by_place else left
 
     def take(self, values: Tensor) -> Tensor:
         """`[batch, N]`, `[planes, batch, N]`, `[1, N]` or `[planes, 1, N]` to the same of M."""
         index = self.index.expand(*values.shape[:-2], *self.index.shape)
         return values.expand(*values.shape[:-2], *(len(self.index), values.shape[-1])).gather(-1, index)
 
-    def tokens(self, ids: Tensor, filler: int) -> Tensor:
-        """The tokens left, `[batch, M]`, of `ids`, `[batch, N]`; `filler` in columns that nobody attends to."""
-        return self.take(ids).masked_fill(~self.seen, filler)
-
-    def embeddings(self, embeds: Tensor) -> Tensor:
+    def take_embeddings(self, embeds: Tensor) -> Tensor:
         """`[batch, N, width]` to `[batch, M, width]`; zeros in columns that nobody attends to."""
         taken = embeds.gather(1, self.index.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
         return taken * self.seen.unsqueeze(-1)
-
-    def positions(self, positions: Tensor) -> Tensor:
-        """Those of the columns left, of positions that end with the N new columns', `[..., 1 or batch, ≥ N]`."""
-        return self.take(positions[..., -self.columns :])
-
-    def types(self, types: Tensor) -> Tensor:
-        """Token types of the columns left, `[batch, M]`.
-
-        Args:
-            types: of the new columns, or of all, `[batch, columns]`; those missing at the end are of text, as assisted
-                decoding leaves out its candidates'.
-        """
-        new = types[..., self.earlier :] if types.shape[-1] > self.columns else types
-        return self.take(F.pad(new, (0, self.columns - new.shape[-1])))
-
-    def held_types(self, types: Tensor) -> Tensor:
-        """The same by their place in the cache, `[batch, held + M]`, where all that it holds counts as text."""
-        return F.pad(self.types(types), (self.earlier_seen.shape[1], 0))
 
     def restore(self, hidden: Tensor) -> Tensor:
         """`[batch, M, width]` to `[batch, N, width]`: a dropped column gets the last one before it that is left."""
@@ -80,7 +160,7 @@ class ShortenedPrompt:
         return F.pad(hidden, (0, 0, 1, 0)).gather(1, last)
 
     def cached(self) -> CachedPrompts:
-        """What a cache holds once it has read the prompt."""
+        """What a cache holds once the prompt has been read."""
         return CachedPrompts(self.earlier + self.columns, self.mask, self.after_images)
 
 
@@ -91,11 +171,11 @@ def shorten(mask: Tensor, dropped: Tensor, prompts: CachedPrompts | None = None)
         mask: 1 or True for tokens, 0 or False for padding, `[batch, earlier + N]`: of the N new columns, and in front
             of those that a cache stands for, as the user has them.
         dropped: the new columns to leave out, `[batch, N]`, bool.
-        prompts: what the cache knows of its prompts, if some were shortened.
+        prompts: those in the cache, if some were shortened.
     """
     columns = dropped.shape[1]
     earlier = mask.shape[1] - columns
-    seen = mask[:, :earlier] if prompts is None else prompts.held_mask(mask[:, :earlier])
+    earlier_seen = mask[:, :earlier] if prompts is None else prompts.mask(mask[:, :earlier])
     left = mask[:, earlier:].bool() & ~dropped
     longest = int(left.sum(dim=1).max())
     order = left.to(torch.uint8).sort(dim=1, stable=True)
@@ -105,6 +185,69 @@ def shorten(mask: Tensor, dropped: Tensor, prompts: CachedPrompts | None = None)
         seen=order.values[:, -longest:].bool(),
         columns=columns,
         earlier=earlier,
-        earlier_seen=seen.bool(),
+        earlier_seen=earlier_seen.bool(),
         after_images=after_images,
     )
+
+
+def shorten_inputs(
+    inputs: dict[str, Any], dropped: Tensor, positions: Positions, filler: int
+) -> tuple[ShortenedPrompt, dict[str, Any]]:
+    """The prompt of a call without the `dropped` columns, `[batch, N]`, and the call's arguments for it."""
+    cache = inputs.get("past_key_values")
+    mask = full_mask(inputs, columns_in(cache) + dropped.shape[1], dropped)
+    prompt = shorten(mask, dropped, prompts_in(cache))
+    found: Tensor | None = inputs.get("position_ids")
+    return prompt, prompt.inputs(inputs, positions(mask) if found is None else found, filler)
+
+
+def follow_prompts(inputs: dict[str, Any], positions: Positions) -> dict[str, Any]:
+    """The arguments of a call without images, with the mask of what the cache holds and the full positions.
+
+    They stay as they are where no prompt in the cache was shortened, and with a mask of more than two dimensions, which
+    is made of what the cache holds.
+    """
+    prompts, mask = prompts_in(inputs.get("past_key_values")), inputs.get("attention_mask")
+    if prompts is None or (mask is not None and getattr(mask, "ndim", 0) != 2):
+        return inputs
+    tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    if tokens is None:
+        return inputs  # the library's own error follows
+    new = tokens.shape[1]
+    found = prompts.follow(inputs, new)
+    if inputs.get("position_ids") is None:
+        columns = columns_in(inputs["past_key_values"]) + new
+        found["position_ids"] = positions(full_mask(inputs, columns, prompts.seen))[..., -new:]
+    return found
+
+
+def full_mask(inputs: dict[str, Any], columns: int, beside: Tensor) -> Tensor:
+    """The mask over the full prompts, `[batch, columns]`, of a batch and on a device like those of `beside`.
+
+    Raises:
+        StateError: it has another shape.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones(len(beside), columns, dtype=torch.long, device=beside.device)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != columns:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise StateError(
+            f"attention_mask: {found} found where visual_keep needs one number per token of the full prompt, "
+            f"(batch, {columns})"
+        )
+    return mask
+
+
+def prompts_in(cache: Any) -> CachedPrompts | None:
+    """What a cache knows of its prompts; None where none of them was shortened."""
+    prompts: CachedPrompts | None = getattr(cache, CACHED_PROMPTS, None)
+    return prompts
+
+
+def columns_in(cache: Any) -> int:
+    """How many columns of the user's prompts a cache stands for."""
+    if cache is None:
+        return 0
+    prompts: CachedPrompts | None = getattr(cache, CACHED_PROMPTS, None)
+    return int(cache.get_seq_length()) + (0 if prompts is None else prompts.dropped)

@@ -15,7 +15,7 @@ from torch import Tensor
 from turbovlm.config import ReadConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.matching import Merge, match
+from turbovlm.ops.merging import Merge, match
 from turbovlm.ops.partition import hashed_uniform
 
 ROUND_SHARE = 4

@@ -50,8 +50,8 @@ _ENCODING = _Encoding()
 
 def _collect(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Row]]:
     """Run what runs the tower, and collect the rows of its guide."""
-    outer, rows = _ENCODING.rows, list[Row]()
-    _ENCODING.rows = rows
+    rows: list[Row] = []
+    outer, _ENCODING.rows = _ENCODING.rows, rows
     try:
         return call(*args, **kwargs), rows
     finally:

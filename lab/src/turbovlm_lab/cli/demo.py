@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from turbovlm.cli.measuring import check_file
 from turbovlm.errors import ConfigError, TurboError
 
 _EPILOG = """\
@@ -55,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
         raise TurboError(f"the demo needs {', '.join(missing)}: pip install turbovlm-lab")
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads {args.threads}: must be an integer ≥ 1")
-    out = _writable("--out", args.out)
-    json_file = None if args.json is None else _writable("--json", args.json)
+    check_file("--out", args.out)
+    check_file("--json", args.json)
+    out, json_file = Path(args.out), None if args.json is None else Path(args.json)
     import torch
 
     threads = torch.get_num_threads()
@@ -100,13 +102,3 @@ def _measure_and_show(args: argparse.Namespace, out: Path, json_file: Path | Non
     console.print(
         f"Report: {out}" + ("" if json_file is None else f"   JSON: {json_file}"), highlight=False, soft_wrap=True
     )
-
-
-def _writable(option: str, name: str) -> Path:
-    """Check before the measurement, not after it, that the file can be written."""
-    path = Path(name)
-    if path.is_dir():
-        raise TurboError(f"{option} {name}: is a folder; give a file")
-    if not path.parent.is_dir():
-        raise TurboError(f"{option} {name}: there is no folder {path.parent}")
-    return path

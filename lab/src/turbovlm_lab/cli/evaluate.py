@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TASKS = ("classification", "retrieval", "captioning", "vqa", "nlvr2", "saliency", "text-to-image")
 CONTROLS = ("paper", "ToMe", "semantics", "random", "uniform", "smaller")
+AMOUNTS = ("r", "keep", "flops", "visual_keep")
 DEFAULT_FLOPS, DEFAULT_KEEP = 0.6, 0.7
 
 _EPILOG = """\
@@ -70,7 +71,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     amount.add_argument(
         "--settings", nargs="+", metavar="FILE", help="also these, as `turbovlm calibrate` writes them: turbo.json"
     )
-    amount.add_argument("--visual-keep", type=float, metavar="SHARE", help="share of the tokens that is read on")
+    amount.add_argument(
+        "--visual-keep", type=float, metavar="SHARE", help="share of an image's tokens that a language model reads"
+    )
     amount.add_argument(
         "--controls",
         nargs="*",
@@ -116,13 +119,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, ask, compare, print, and write what was asked for."""
-    from turbovlm.cli.measuring import check_numbers, check_plot, console_for_tables
-    from turbovlm.cli.models import write_json
+    from turbovlm.cli.measuring import check_numbers, console_for_tables, write_json
     from turbovlm_lab.evaluate.asking import beginning
     from turbovlm_lab.evaluate.study import run_study
 
     check_numbers(args, "batch", "seeds")
-    check_plot(args.plot)
+    _check_outputs(args)
     _check_options(args)
     console = console_for_tables()
     data = _checked(args, _data(args))
@@ -191,6 +193,16 @@ def _formats() -> str:
     return "\n".join(f"  {task}: {formats_of(task)}" for task in TASKS)
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    from turbovlm.cli.measuring import check_file, check_folder, check_plot
+
+    check_plot(args.plot)
+    check_file("--json", args.json)
+    for name in ("out", "pictures"):
+        if getattr(args, name) is not None:
+            check_folder(f"--{name}", getattr(args, name))
+
+
 def _check_options(args: argparse.Namespace) -> None:
     if args.workers < 0:
         raise ConfigError(f"--workers {args.workers}: must be an integer ≥ 0")
@@ -200,10 +212,6 @@ def _check_options(args: argparse.Namespace) -> None:
                 raise ConfigError(f"--{name} says where --data are; the built-in data have none")
     elif args.model is None and not args.check:
         raise ConfigError("--data without --model: the built-in models read the built-in data; give --model")
-    for name in ("json", "plot"):
-        given = getattr(args, name)
-        if given is not None and not Path(given).absolute().parent.is_dir():
-            raise ConfigError(f"--{name} {given}: there is no folder {Path(given).parent} to write it to")
     if args.task != "text-to-image":
         for name in ("steps", "guidance_scale", "strength", "seed", "features", "pictures"):
             if getattr(args, name) is not None:
@@ -251,34 +259,33 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
     import torch
 
     from turbovlm.cli.measuring import device_named
-    from turbovlm.loading import Where
+    from turbovlm_lab.evaluate.asked_model import AskedModel
     from turbovlm_lab.evaluate.asking import asked
     from turbovlm_lab.evaluate.predictors.pictures import Making
 
     folder = None if args.pictures is None else Path(args.pictures)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    where = Where(model, device_named(args.device), getattr(torch, args.dtype), args.prompt)
+    spec = AskedModel(model, device_named(args.device), getattr(torch, args.dtype), args.prompt)
     making = Making(args.steps, args.guidance_scale, args.seed or 0, folder, args.strength)
-    return asked(args.task, where, data, making, args.features or ("inception" if args.data else "vit"))
+    return asked(args.task, spec, data, making, args.features or ("inception" if args.data else "vit"))
 
 
 def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> list[Setting]:
-    from turbovlm.config import TurboConfig
+    from turbovlm.workflows import configs_from
     from turbovlm_lab.evaluate.run import Setting
     from turbovlm_lab.evaluate.settings import OWN, encoder_macs, methods, on_quantized, smaller
 
-    given = {name: getattr(args, name) for name in ("r", "keep", "flops") if getattr(args, name) is not None}
-    default = {"keep": DEFAULT_KEEP} if args.task == "text-to-image" else {"flops": DEFAULT_FLOPS}
-    if args.visual_keep is not None:
-        default = {}
-    amount = TurboConfig(**(given or default), visual_keep=args.visual_keep)
+    denoises = args.task == "text-to-image"
+    default = {"keep": DEFAULT_KEEP} if denoises else {"flops": DEFAULT_FLOPS}
+    given = {name: getattr(args, name) for name in AMOUNTS if getattr(args, name) is not None}
+    amounts = configs_from((), given or default, denoises, type(predictor.model).__name__)
     controls = CONTROLS if args.controls == [] else tuple(args.controls or ())
-    if args.task == "text-to-image" and controls:
+    if denoises and controls:
         raise ConfigError("--controls: text-to-image has none; benchmarks/diffusion_quality.py compares matchings")
     named = ("turbovlm", *(name for name in controls if name != "smaller"))
-    found = [Setting(OWN), *methods(amount, named, args.seeds), *_from_files(args)]
-    found += on_quantized(args.quantize or (), [each for each in found if each.config is not None])
+    found = [Setting(OWN), *methods(amounts, named, args.seeds), *_from_files(args)]
+    found += on_quantized(args.quantize or (), [each for each in found if each.configs])
     if "smaller" in controls and predictor.image_sizes:
         macs = encoder_macs(predictor, data.samples[0], found[1])
         found.append(smaller(predictor, data.samples[0], macs, "smaller"))
@@ -288,12 +295,14 @@ def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> lis
 
 
 def _from_files(args: argparse.Namespace) -> list[Setting]:
-    from turbovlm.config import TurboConfig
+    from turbovlm import config
+    from turbovlm.settings_file import read_content
     from turbovlm_lab.evaluate.run import Setting
 
-    found = [Setting(Path(file).stem, TurboConfig.load(file)) for file in args.settings or ()]
+    kinds = {file: getattr(config, read_content(file)["kind"]) for file in args.settings or ()}
+    found = [Setting(Path(file).stem, (kind.load(file),)) for file, kind in kinds.items()]
     for setting in found:
-        if setting.config is not None and setting.config.thresholds and args.batch > 1:
+        if setting.per_image and args.batch > 1:
             raise ConfigError(f"--batch {args.batch}: {setting.name} has thresholds, which are for --batch 1")
     return found
 

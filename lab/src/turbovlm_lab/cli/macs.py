@@ -8,6 +8,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from turbovlm.cli import macs
+from turbovlm.cli.measuring import check_file
 from turbovlm.errors import TurboError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.paper or args.model is not None:
         return macs.run(args)
     _check_paper(args)
+    check_file("--json", args.json)
     return _paper(args)
 
 
@@ -43,8 +45,7 @@ def _paper(args: argparse.Namespace) -> int:
     from rich.progress import track
     from rich.table import Table
 
-    from turbovlm.cli.measuring import console_for_tables
-    from turbovlm.cli.models import write_json
+    from turbovlm.cli.measuring import console_for_tables, write_json
     from turbovlm_lab.costs.models import COUNTS, WHOLE_ROWS, whole_costs
     from turbovlm_lab.costs.paper import ROWS, paper_costs
 

@@ -63,7 +63,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """List, write a template, check, or run and report."""
-    from turbovlm.cli.measuring import check_numbers
+    from turbovlm.cli.measuring import check_file, check_folder, check_numbers
     from turbovlm_lab.reproduce.sources import write_template
     from turbovlm_lab.reproduce.studies import chosen, every_study
 
@@ -72,10 +72,12 @@ def run(args: argparse.Namespace) -> int:
             print(f"{study.key:45} {study.task:15} {study.title}")
         return 0
     if args.template:
+        check_file("--template", args.template)
         write_template(Path(args.template))
         print(f"{args.template}: fill in your models and data, and give it as --sources")
         return 0
     check_numbers(args, "batch", "pictures")
+    check_folder("--out", args.out)
     if args.workers < 0:
         raise ConfigError(f"--workers {args.workers}: must be an integer ≥ 0")
     if not args.what:

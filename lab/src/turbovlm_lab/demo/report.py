@@ -244,9 +244,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _settings(method: Method) -> str:
-    config = method.config(1).settled("weighted_distance", "keep_norm")
-    names = ("degree", "alpha", "similarity", "partition", "order", "reduce", "guidance")
-    return ", ".join(f"{name}={getattr(config, name)}" for name in names if name != "alpha" or method.key == "turbo")
+    config = method.config(1)
+    names = ("similarity", "partition", "order", "reduce", "guidance")
+    return ", ".join([config.ranking, *(f"{name}={getattr(config, name)}" for name in names)])
 
 
 def _html_table(result: Result) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from turbovlm.errors import ConfigError
-from turbovlm.loading import Where
+from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.metrics import frechet_distance, needs_java
 from turbovlm_lab.evaluate.predictors import load_predictor
@@ -30,13 +30,13 @@ def beginning(data: Data) -> Data:
 
 
 def asked(
-    task: str, where: Where, data: Data, making: Making = DEFAULT, features: str = "inception"
+    task: str, spec: AskedModel, data: Data, making: Making = DEFAULT, features: str = "inception"
 ) -> tuple[Predictor, Scoring | None]:
     """The model, and what its predictions are worth where that is not the task's own metrics.
 
     Args:
         task: of `turbovlm evaluate`.
-        where: the model.
+        spec: the model.
         data: what it is asked.
         making, features: of text-to-image: how pictures are made, and what compares them, `"inception"` or `"vit"`.
 
@@ -47,8 +47,8 @@ def asked(
     if task == "captioning" and not data.tokenized:
         needs_java()
     if task != "text-to-image":
-        return load_predictor(task, where, data, making, None), None
-    compared = features_named(features, where.device)
+        return load_predictor(task, spec, data, making, None), None
+    compared = features_named(features, spec.device)
     real = features_of(data.real, compared)
     if making.strength is not None and not any(sample.pictures for sample in data.samples):
         raise ConfigError(f"strength={making.strength}: the data have no pictures to begin with")
@@ -56,4 +56,4 @@ def asked(
     def scoring(_: Data, predictions: Sequence[Any]) -> list[Score]:
         return [Score(LABELS[features], frechet_distance(torch.tensor(predictions), real), higher=False)]
 
-    return load_predictor(task, where, data, making, compared), scoring
+    return load_predictor(task, spec, data, making, compared), scoring

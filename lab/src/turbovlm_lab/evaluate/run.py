@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import turbovlm
-from turbovlm.config import TurboConfig
+from turbovlm.config import Config, TurboConfig
 from turbovlm.errors import DataError
 from turbovlm.profile.pipelines import find_denoiser
 from turbovlm.profile.quantize import quantized
@@ -28,15 +28,20 @@ class Setting:
 
     Attributes:
         name: for tables and file names.
-        config: how tokens are merged; None for the model itself.
+        configs: how tokens are merged, one config of each workflow at most; none for the model itself.
         image_size: pixels a side instead of the model's own: the control that makes pictures smaller.
         quantize: how its weights are quantised before tokens are merged, of `turbovlm.profile.QUANTIZATIONS`.
     """
 
     name: str
-    config: TurboConfig | None = None
+    configs: tuple[Config, ...] = ()
     image_size: int | None = None
     quantize: str | None = None
+
+    @property
+    def per_image(self) -> bool:
+        """Whether how much is merged depends on the image."""
+        return any(isinstance(config, TurboConfig) and config.thresholds is not None for config in self.configs)
 
 
 @dataclass(frozen=True)
@@ -145,10 +150,15 @@ def arranged(predictor: Predictor, setting: Setting) -> Iterator[None]:
     with contextlib.ExitStack() as changes:
         if setting.quantize is not None:
             changes.enter_context(quantized(module_of(predictor.model), setting.quantize))
-        if setting.config is not None:
-            config = dataclasses.replace(setting.config, dense=True) if predictor.dense else setting.config
-            changes.enter_context(turbovlm.apply(predictor.model, config))
+        if setting.configs:
+            configs = [_dense(config) if predictor.dense else config for config in setting.configs]
+            changes.enter_context(turbovlm.apply(predictor.model, *configs))
         yield
+
+
+def _dense(config: Config) -> Config:
+    """The same settings; an encoder's hand on every position."""
+    return dataclasses.replace(config, dense=True) if isinstance(config, TurboConfig) else config
 
 
 def module_of(model: Any) -> nn.Module:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turbovlm.config import TurboConfig
+from turbovlm.config import Config
 from turbovlm.encoder.towers import find_towers
 from turbovlm.errors import ConfigError
 from turbovlm.profile.macs import counting
@@ -50,15 +50,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {**_PAPER, "degree": "random"},
     "uniform": {**_PAPER, "degree": evenly},
 }
-"""Settings of `TurboConfig` besides the amount; all but the first match keys between alternate halves and restore by
-copies, as published."""
+"""Settings besides the amount, for the configs that have such a field; all but the first match keys between alternate
+halves and restore by copies, as published."""
 
 
-def methods(amount: TurboConfig, names: Sequence[str] = tuple(METHODS), seeds: int = 1) -> list[Setting]:
-    """The ways of merging, at one amount.
+def methods(amounts: Sequence[Config], names: Sequence[str] = tuple(METHODS), seeds: int = 1) -> list[Setting]:
+    """The ways of merging, at the same amounts.
 
     Args:
-        amount: has `r`, `keep` or `flops`; the rest of it is that of the first method.
+        amounts: configs of different workflows, which say how much; the rest of them is that of the first method.
         names: of `METHODS`.
         seeds: of what draws at random, each a setting of its own.
 
@@ -69,12 +69,17 @@ def methods(amount: TurboConfig, names: Sequence[str] = tuple(METHODS), seeds: i
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"method={name!r}: must be one of {', '.join(METHODS)}")
-        config = dataclasses.replace(amount, **METHODS[name])
         drawn = range(seeds) if name == "random" else range(1)
         for seed in drawn:
             label = name if len(drawn) == 1 else f"{name}, seed {seed}"
-            found.append(Setting(label, dataclasses.replace(config, seed=config.seed + seed)))
+            configs = (by_method(amount, name) for amount in amounts)
+            found.append(Setting(label, tuple(replace(config, seed=config.seed + seed) for config in configs)))
     return found
+
+
+def by_method(amount: Config, name: str) -> Config:
+    """The settings with those of a method that their class has, such as the degree."""
+    return replace(amount, **{field: value for field, value in METHODS[name].items() if hasattr(amount, field)})
 
 
 def on_quantized(kinds: Sequence[str], settings: Sequence[Setting]) -> list[Setting]:
@@ -87,7 +92,7 @@ def on_quantized(kinds: Sequence[str], settings: Sequence[Setting]) -> list[Sett
     found = []
     for kind in kinds:
         found.append(Setting(kind, quantize=kind))
-        found += [dataclasses.replace(each, name=f"{kind}, {each.name}", quantize=kind) for each in settings]
+        found += [replace(each, name=f"{kind}, {each.name}", quantize=kind) for each in settings]
     return found
 
 
@@ -106,7 +111,7 @@ def smaller(predictor: Predictor, sample: Sample, macs: int, name: str = SMALLER
     costs = size_costs(predictor, sample)
     if not costs:
         raise ConfigError(f"this model takes pictures of one size only: leave the control {name!r} out")
-    return Setting(name, None, nearest_size(costs, macs))
+    return Setting(name, image_size=nearest_size(costs, macs))
 
 
 def nearest_size(costs: Mapping[int, int], macs: int) -> int:
@@ -116,7 +121,7 @@ def nearest_size(costs: Mapping[int, int], macs: int) -> int:
 
 def size_costs(predictor: Predictor, sample: Sample) -> dict[int, int]:
     """Multiply-accumulates of the unmerged model's encoder by pixels a side; empty where it takes its own alone."""
-    return {size: encoder_macs(predictor, sample, Setting("", None, size)) for size in predictor.image_sizes}
+    return {size: encoder_macs(predictor, sample, Setting("", image_size=size)) for size in predictor.image_sizes}
 
 
 def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting, whole: bool = False) -> int:
@@ -133,7 +138,7 @@ def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting, whole: 
 
 def mean_macs(predictor: Predictor, samples: Sequence[Sample], setting: Setting, whole: bool = False) -> int:
     """`encoder_macs` of the first sample, or, where thresholds make it depend on the picture, the mean of some."""
-    count = min(len(samples), COUNTED) if setting.config is not None and setting.config.thresholds else 1
+    count = min(len(samples), COUNTED) if setting.per_image else 1
     some = [samples[number * len(samples) // count] for number in range(count)]
     return round(sum(encoder_macs(predictor, sample, setting, whole) for sample in some) / count)
 

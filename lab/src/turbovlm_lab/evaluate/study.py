@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbovlm.config import TurboConfig
+from turbovlm.config import Config, ReadConfig
 from turbovlm.errors import ConfigError, DataError
 from turbovlm.ops import LayeredDegree
 from turbovlm_lab.evaluate import statistics
@@ -43,8 +43,8 @@ class Row:
 
     Attributes:
         setting: its name.
-        macs: the vision encoders' multiply-accumulates for one sample; the whole model's in a study of `visual_keep`,
-            which saves behind the encoders.
+        macs: the vision encoders' multiply-accumulates for one sample; the whole model's in a study with a
+            `ReadConfig`, which saves behind the encoders.
         ratio: those as a share of the unmerged model's.
         weights: bytes of the model's weights.
         image_size: pixels a side, where they are not the model's own.
@@ -112,7 +112,7 @@ def run_study(
     """
     names = [setting.name for setting in settings]
     first = settings[0] if settings else None
-    if first is None or first.config is not None or first.quantize is not None or len({*names}) < len(names):
+    if first is None or first.configs or first.quantize is not None or len({*names}) < len(names):
         raise ConfigError(f"settings={names}: must be of different names, the unmerged model first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def run_study(
     files = {name: folder / f"{file_name(name)}.jsonl" for name in names}
     for name in names:
         read_predictions(files[name], headers[name])
-    whole = any(setting.config is not None and setting.config.visual_keep is not None for setting in settings)
+    whole = any(isinstance(config, ReadConfig) for setting in settings for config in setting.configs)
     weights = {kind: weights_of(predictor, kind) for kind in dict.fromkeys(setting.quantize for setting in settings)}
     costs = {setting.name: mean_macs(predictor, data.samples, setting, whole) for setting in settings}
     judged = scoring or (lambda data, predictions: scores(task, data, predictions))
@@ -153,7 +153,8 @@ def header_of(
     asked = [[s.id, s.text, s.answers, [picture.name for picture in s.pictures]] for s in data.samples]
     content = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     known = {"task": task, "model": model, "data": data.name, "samples": len(data.samples), "content": content}
-    known |= {**(about or {}), "setting": _plain(setting.config), "image_size": setting.image_size}
+    configs = {type(config).__name__: _plain(config) for config in setting.configs}
+    known |= {**(about or {}), "setting": configs, "image_size": setting.image_size}
     return known if setting.quantize is None else {**known, "quantize": setting.quantize}
 
 
@@ -162,10 +163,8 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", text.lower()).strip("-")
 
 
-def _plain(config: TurboConfig | None) -> Mapping[str, Any] | None:
+def _plain(config: Config) -> Mapping[str, Any]:
     """Settings that are not the defaults, as JSON gives them back."""
-    if config is None:
-        return None
     default = {field.name: field.default for field in dataclasses.fields(config)}
     changed = {name: value for name, value in vars(config).items() if value != default[name]}
     if isinstance(config.degree, LayeredDegree):

@@ -12,8 +12,8 @@ from typing import Any
 import torch.nn as nn
 
 import turbovlm
-from turbovlm.config import TurboConfig
 from turbovlm.errors import TurboError
+from turbovlm.workflows import configs_from
 
 PREFIX = "turbo_"
 _KINDS = ("simple", "chat")
@@ -48,9 +48,9 @@ def __getattr__(name: str) -> Any:
 def accelerated(base: Any) -> Any:
     """A class of lmms-eval's whose model merges.
 
-    Beside what `base` takes it takes `r`, `keep`, `flops`, `visual_keep` and `visual_select`, of `TurboConfig`; it has
-    the `Handle` as `turbo`. Making one raises TurboError where `base` runs no model of PyTorch in this process, and
-    what `turbovlm.apply` raises.
+    Beside what `base` takes it takes `r`, `keep` or `flops` of `TurboConfig`, and `visual_keep` and `visual_select` of
+    `ReadConfig`; it has the `Handle` as `turbo`. Making one raises TurboError where `base` runs no model of PyTorch in
+    this process, and what `turbovlm.apply` raises.
     """
 
     def start(
@@ -59,17 +59,19 @@ def accelerated(base: Any) -> Any:
         keep: float | None = None,
         flops: float | None = None,
         visual_keep: float | int | None = None,
-        visual_select: str = "information",
+        visual_select: str | None = None,
         **settings: Any,
     ) -> None:
-        config = TurboConfig(r, keep=keep, flops=flops, visual_keep=visual_keep, visual_select=visual_select)
+        named = {"r": r, "keep": keep, "flops": flops, "visual_keep": visual_keep, "visual_select": visual_select}
+        asked = {name: value for name, value in named.items() if value is not None}
+        configs = configs_from((), asked, denoises=False, model=base.__name__)
         base.__init__(self, **settings)
         model = getattr(self, "model", None)
         if not isinstance(model, nn.Module):
             raise TurboError(
                 f"{base.__name__} runs no model of PyTorch in this process: there is nothing to accelerate"
             )
-        self.turbo = turbovlm.apply(model, config)
+        self.turbo = turbovlm.apply(model, *configs)
         print(self.turbo)
 
     return type(f"Turbo{base.__name__}", (base,), {"__init__": start, "__module__": __name__, "__doc__": base.__doc__})

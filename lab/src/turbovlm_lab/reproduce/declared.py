@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from turbovlm.config import PAPER_ALPHA_SCALE, TurboConfig
+from turbovlm.config import PAPER_ALPHA_SCALE, Config, DenoiseConfig, TurboConfig
 from turbovlm.ops import LayeredDegree
 from turbovlm_lab.costs.paper import encoder_macs
 from turbovlm_lab.evaluate.settings import MATCHED, METHODS, SMALLER
@@ -79,8 +79,8 @@ class Line:
     """
 
     name: str
-    config: TurboConfig | None = None
-    builtin: TurboConfig | None = None
+    config: Config | None = None
+    builtin: Config | None = None
     printed: Printed | None = None
     curve: str = ""
     x: float = 0.0
@@ -226,9 +226,9 @@ def _generating(rows: Sequence[Printed]) -> tuple[Line, ...]:
     for row in rows[1:]:
         keep = round(1 - float(row.amount.rstrip("%")) / 100, 3)
         degree = {"degree": "redundancy"} if row.plugin == "redundancy" else {}
-        config = TurboConfig(keep=keep, **degree)  # type: ignore[arg-type]
+        config = DenoiseConfig(keep, **degree)  # type: ignore[arg-type]
         lines.append(Line(f"{row.plugin}, {row.amount}", config, config, row))
-    half = TurboConfig(keep=0.5)
+    half = DenoiseConfig(0.5)
     return (*lines, Line("turbo, 50%", half, half))
 
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turbovlm.config import TurboConfig
+from turbovlm.config import Config, TurboConfig
 from turbovlm.ops import LayeredDegree
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.run import Predictor, Setting
 from turbovlm_lab.evaluate.settings import (
     MATCHED,
-    METHODS,
     OWN,
     SMALLER,
+    by_method,
     encoder_macs,
     evenly,
     nearest_size,
@@ -123,20 +123,20 @@ def settings_of(declared: Declared, source: Source) -> dict[str, Setting]:
             found[line.name] = _setting(line.builtin if source.builtin else line.config, line.quantize)
     costs = source.size_costs if any(line.name == SMALLER for line in declared.lines) else {}
     if costs:
-        first = next(setting for setting in found.values() if setting.config is not None)
+        first = next(setting for setting in found.values() if setting.configs)
         macs = encoder_macs(source.predictor, source.data.samples[0], first)
         size = nearest_size(costs, macs)
-        found[SMALLER] = Setting(f"{SMALLER}, {size} pixels", None, size)
+        found[SMALLER] = Setting(f"{SMALLER}, {size} pixels", image_size=size)
         if any(line.name == MATCHED for line in declared.lines):
             whole = encoder_macs(source.predictor, source.data.samples[0], Setting(OWN))
             config = TurboConfig(flops=round(costs[size] / whole, 3))
-            found[MATCHED] = Setting(named(config), config)
+            found[MATCHED] = _setting(config)
     return found
 
 
-def _setting(config: TurboConfig | None, quantize: str | None) -> Setting:
+def _setting(config: Config | None, quantize: str | None = None) -> Setting:
     parts = [*([quantize] if quantize else []), *([named(config)] if config is not None else [])]
-    return Setting(", ".join(parts) or OWN, config, quantize=quantize)
+    return Setting(", ".join(parts) or OWN, () if config is None else (config,), quantize=quantize)
 
 
 def compare(declared: Declared, source: Source, on_progress: Progress) -> Finished:
@@ -168,8 +168,7 @@ def largest_savings(source: Source, methods: Sequence[str], on_progress: Progres
         best, low, high = None, 0, len(SEARCH)
         while low < high:
             middle = (low + high) // 2
-            config = dataclasses.replace(TurboConfig(flops=SEARCH[middle]), **METHODS[method])
-            setting = Setting(named(config), config)
+            setting = _setting(by_method(TurboConfig(flops=SEARCH[middle]), method))
             row = source.ask([setting], on_progress)[setting.name]
             kept = row.metrics[0].kept
             if kept is not None and kept.value >= 1 - DROP:
@@ -180,7 +179,7 @@ def largest_savings(source: Source, methods: Sequence[str], on_progress: Progres
     return found
 
 
-def named(config: TurboConfig) -> str:
+def named(config: Config) -> str:
     """Every field that is not the default's, as text: one name for one config."""
     default = {each.name: each.default for each in dataclasses.fields(config)}
     changed = {name: value for name, value in vars(config).items() if value != default[name]}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from turbovlm.errors import ConfigError, DataError
-from turbovlm.loading import Where
+from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.asking import asked, beginning
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.predictors.pictures import Making
@@ -115,10 +115,10 @@ class Sources:
         assert self.entries is not None
         entry = self.entries[name]
         data = self.data(name, task)
-        where = Where(entry["model"], self.device, self.dtype, entry.get("prompt"))
+        spec = AskedModel(entry["model"], self.device, self.dtype, entry.get("prompt"))
         if strength is not None:
             data = beginning(data)
-        predictor, scoring = asked(task, where, data, Making(entry.get("steps"), strength=strength))
+        predictor, scoring = asked(task, spec, data, Making(entry.get("steps"), strength=strength))
         return self._source(task, entry["model"], data, predictor, scoring, _folder(f"{name}-{task}", strength))
 
     def _builtin(self, task: str, strength: float | None) -> Source:
@@ -126,7 +126,7 @@ class Sources:
         from turbovlm_lab.evaluate.builtin_models import MODELS
 
         data = DATA[task](self.pictures) if strength is None else beginning(DATA[task](self.pictures))
-        predictor, scoring = asked(task, Where(MODELS[task]), data, Making(strength=strength), features="vit")
+        predictor, scoring = asked(task, AskedModel(MODELS[task]), data, Making(strength=strength), features="vit")
         return self._source(task, MODELS[task], data, predictor, scoring, _folder(task, strength))
 
     def _source(self, task: str, name: str, data: Data, predictor: Any, scoring: Any, folder: str) -> Source:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from turbovlm.config import TurboConfig
 from turbovlm.encoder.state import BlockTrace
 from turbovlm.visualize import groups
 from turbovlm_lab.evaluate.run import batches
-from turbovlm_lab.evaluate.settings import METHODS
+from turbovlm_lab.evaluate.settings import by_method
 from turbovlm_lab.reproduce.declared import DEFAULT_SHARE
 from turbovlm_lab.reproduce.running import Progress, Source
 
@@ -53,8 +52,13 @@ def by_block(source: Source, pictures: int, on_progress: Progress) -> Blocks:
     every = list(zip(*found))
     return Blocks(
         tuple(_spread([t.redundancy.nanmean(dim=1) for t in traces]) for traces in every),
-        tuple(_spread([concentration(t.semantic[:, t.prefix :]) for t in traces]) for traces in every),
+        tuple(_spread([concentration(_of_patches(t)) for t in traces]) for traces in every),
     )
+
+
+def _of_patches(trace: BlockTrace) -> Tensor:
+    """A of the patches alone, `[batch, patches]`."""
+    return trace.semantic[:, trace.prefix : trace.semantic.shape[1] - trace.suffix]
 
 
 def concentration(semantic: Tensor) -> Tensor:
@@ -78,7 +82,7 @@ def merged_pictures(source: Source, on_progress: Progress) -> tuple[Image, Seque
     shown = [centre_square(sample.pictures[0].open()).resize((224, 224)) for sample in samples]
     columns = [shown]
     for method in SHOWN_METHODS:
-        config = dataclasses.replace(TurboConfig(flops=DEFAULT_SHARE, trace=True), **METHODS[method])
+        config = by_method(TurboConfig(flops=DEFAULT_SHARE, trace=True), method)
         with turbovlm.apply(source.predictor.model, config) as handle:
             source.predictor.predict([source.predictor.prepare(sample, None) for sample in samples])
             trace = _first_tower(handle.trace)

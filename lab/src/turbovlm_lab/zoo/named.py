@@ -2,66 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-import torch.nn as nn
+from torch import Tensor
 
-from turbovlm.errors import ConfigError, TurboError
-from turbovlm_lab.zoo.emoji import load_emoji_pipeline
-from turbovlm_lab.zoo.saliency import load_saliency_vit, preprocess
+from turbovlm.loading import AddedModel
 
 
-def load_encoder(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
-    """An encoder to be inspected or timed.
+def _saliency() -> Any:
+    from turbovlm_lab.zoo.saliency import load_saliency_vit
 
-    Args:
-        name: `"saliency"`.
-        image_size: pixels a side, instead of the model's own.
-        pretrained: must be True: there is no config without weights.
-
-    Raises:
-        TurboError: another name, or not `pretrained`.
-    """
-    if name != "saliency":
-        raise TurboError(f"'zoo:{name}': there is zoo:saliency, and zoo:emoji for turbovlm bench")
-    if not pretrained:
-        raise TurboError("'zoo:saliency' is a pretrained model: give --pretrained")
-    model: Any = load_saliency_vit()
-    if image_size is not None:
-        model.backbone.config.image_size = image_size
-    return cast(nn.Module, model.backbone)
+    return load_saliency_vit().backbone
 
 
-def load_encoder_for_pictures(name: str) -> tuple[nn.Module, Callable[..., Any]]:
-    """An encoder, and what makes its input of a list of pictures.
+def _pairs() -> Any:
+    from turbovlm_lab.zoo.dual_encoder import load_dual_encoder
 
-    Raises:
-        ConfigError: no such model.
-    """
-    if name == "saliency":
-        model: Any = load_saliency_vit().backbone
-    elif name == "pairs":
-        from turbovlm_lab.zoo.dual_encoder import load_dual_encoder
-
-        model = load_dual_encoder().vision
-    elif name == "scenes":
-        from turbovlm_lab.zoo.reader import scene_encoder
-
-        model = scene_encoder()
-    else:
-        raise ConfigError(f"zoo:{name}: of the zoo, saliency, pairs and scenes have an encoder to calibrate")
-    return model, preprocess
+    return load_dual_encoder().vision
 
 
-def load_pipeline(name: str, pretrained: bool) -> Any:
-    """A pipeline for image generation.
+def _scenes() -> Any:
+    from turbovlm_lab.zoo.reader import scene_encoder
 
-    Raises:
-        TurboError: another name than `"emoji"`, or not `pretrained`.
-    """
-    if name != "emoji":
-        raise TurboError(f"'zoo:{name}': there is zoo:emoji for image generation")
-    if not pretrained:
-        raise TurboError("'zoo:emoji' is a pretrained model: give --pretrained")
+    return scene_encoder()
+
+
+def _emoji() -> Any:
+    from turbovlm_lab.zoo.emoji import load_emoji_pipeline
+
     return load_emoji_pipeline()
+
+
+def _prepare(images: Sequence[Any]) -> Tensor:
+    from turbovlm_lab.zoo.saliency import preprocess
+
+    return preprocess(list(images))
+
+
+EMOJI_PROMPTS = (
+    "red apple, noto, on a photo",
+    "smiling cat, twemoji, on white",
+    "sailboat, fluent, on a photo",
+    "pizza, noto, on white",
+)
+
+MODELS = {
+    "emoji": AddedModel(_emoji, prompts=EMOJI_PROMPTS),
+    "pairs": AddedModel(_pairs, _prepare),
+    "saliency": AddedModel(_saliency, _prepare, any_size=True),
+    "scenes": AddedModel(_scenes, _prepare),
+}
+"""What `turbovlm` finds by the entry point group `turbovlm.models`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from turbovlm.calibration.subject import NEAR, Spread, Subject, Trial, solve_amount
 from turbovlm.config import LEAST_KEPT, DenoiseConfig
 from turbovlm.errors import ConfigError
-from turbovlm.profile.pictures import compare_pictures
+from turbovlm.profile.images import compare_images
 from turbovlm.profile.pipelines import WatchedPipeline, inputs_of
 
 SETTINGS: tuple[Mapping[str, Any], ...] = (
@@ -82,7 +82,7 @@ class DenoiserSubject(Subject):
             some = samples[start : start + self.batch]
             watched = self._watched(config, some)
             watched.draw()
-            images.append(watched.picture.float().cpu().flatten(1)[:, None])
+            images.append(watched.image.float().cpu().flatten(1)[:, None])
             self.progress(len(some))
         return [torch.cat(images)]
 
@@ -97,7 +97,7 @@ class DenoiserSubject(Subject):
 
     def speedup(self, config: DenoiseConfig) -> float:
         """Measured on whole calls of the pipeline."""
-        compared = compare_pictures(
+        compared = compare_images(
             self.model,
             {"merged": config},
             size=self.size,

@@ -50,15 +50,15 @@ def _eva_project(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _eva_rotary(
-    block: Any, q: Tensor, k: Tensor, home: Tensor | None, arguments: Mapping[str, Any]
+    block: Any, q: Tensor, k: Tensor, positions: Tensor | None, arguments: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     from timm.layers import apply_rot_embed_cat
 
     rope = arguments.get("rope")
     if rope is None:
         return q, k
-    if home is not None:
-        rope = rope[home].unsqueeze(1) if rope.ndim == 2 else rope[:, home].transpose(0, 1)
+    if positions is not None:
+        rope = rope[positions].unsqueeze(1) if rope.ndim == 2 else rope[:, positions].transpose(0, 1)
     prefix, half = block.attn.num_prefix_tokens, getattr(block.attn, "rotate_half", False)
 
     def rotate(x: Tensor) -> Tensor:

@@ -97,11 +97,11 @@ def _relative_positions(tower: Any, block: Any, ancestors: Around) -> str | None
 
 
 def _rotary(
-    block: nn.Module, q: Tensor, k: Tensor, home: Tensor | None, arguments: Mapping[str, Any]
+    block: nn.Module, q: Tensor, k: Tensor, positions: Tensor | None, arguments: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     cos, sin = arguments["position_embeddings"]
-    if home is not None:
-        cos, sin = cos[home].unsqueeze(1), sin[home].unsqueeze(1)
+    if positions is not None:
+        cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     rotated: tuple[Tensor, Tensor] = sys.modules[type(block).__module__].apply_rotary_pos_emb(q, k, cos, sin)
     return rotated
 

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA: attention in proportion to sizes, who resembles whom, who goes, and the merge.
+"""Triton kernels for CUDA: attention in proportion to sizes, similarity, the choice, and the merge.
 
 All are operators of their own, opaque to `torch.compile`. Without Triton they can be imported, not called.
 """

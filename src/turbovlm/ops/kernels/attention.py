@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from turbovlm.ops.kernels.common import HAS_TRITON, LEAST_CAPABILITY, alignment, interpreted, jit, operator, usable
+from turbovlm.ops.tracing import constant_in_graphs
 
 if HAS_TRITON:
     import triton
@@ -24,7 +22,7 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return alike and usable(q) and q.shape[-1] == v.shape[-1] <= LARGEST_HEAD and _is_capable(q.device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _is_capable(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
@@ -107,20 +105,13 @@ def _rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
 attention_rows.operator.register_fake(_rows)
 
 
-@register_flop_formula(torch.ops.turbovlm.biased_attention)
-def _(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    batch, heads, queries, head_dim = q
-    flops: int = 4 * batch * heads * queries * k[2] * head_dim
-    return flops
-
-
 @jit
 def _biased_attention(
-    q: tl.tensor, q_picture: tl.tensor, q_head: tl.tensor, q_token: tl.tensor, q_channel: tl.tensor,
-    k: tl.tensor, k_picture: tl.tensor, k_head: tl.tensor, k_token: tl.tensor, k_channel: tl.tensor,
-    v: tl.tensor, v_picture: tl.tensor, v_head: tl.tensor, v_token: tl.tensor, v_channel: tl.tensor,
-    bias: tl.tensor, bias_picture: tl.tensor, bias_head: tl.tensor, bias_token: tl.tensor,
-    out: tl.tensor, out_picture: tl.tensor, out_head: tl.tensor, out_token: tl.tensor, out_channel: tl.tensor,
+    q: tl.tensor, q_image: tl.tensor, q_head: tl.tensor, q_token: tl.tensor, q_channel: tl.tensor,
+    k: tl.tensor, k_image: tl.tensor, k_head: tl.tensor, k_token: tl.tensor, k_channel: tl.tensor,
+    v: tl.tensor, v_image: tl.tensor, v_head: tl.tensor, v_token: tl.tensor, v_channel: tl.tensor,
+    bias: tl.tensor, bias_image: tl.tensor, bias_head: tl.tensor, bias_token: tl.tensor,
+    out: tl.tensor, out_image: tl.tensor, out_head: tl.tensor, out_token: tl.tensor, out_channel: tl.tensor,
     scale: tl.tensor, heads: tl.tensor, queries: tl.tensor, tokens: tl.tensor,
     HEAD_DIM: tl.constexpr, WIDENED: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -129,14 +120,14 @@ def _biased_attention(
 
     Scores are in powers of 2: `scale` holds log₂e, and so does the bias once it is loaded.
     """
-    picture, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    image, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     query, channel = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     in_queries, in_head = query < queries, channel < HEAD_DIM
-    q += tl.multiple_of(picture * q_picture + head * q_head, ALIGNED)
-    k += tl.multiple_of(picture * k_picture + head * k_head, ALIGNED)
-    v += tl.multiple_of(picture * v_picture + head * v_head, ALIGNED)
-    bias += picture * bias_picture + head * bias_head
-    out += picture * out_picture + head * out_head
+    q += tl.multiple_of(image * q_image + head * q_head, ALIGNED)
+    k += tl.multiple_of(image * k_image + head * k_head, ALIGNED)
+    v += tl.multiple_of(image * v_image + head * v_head, ALIGNED)
+    bias += image * bias_image + head * bias_head
+    out += image * out_image + head * out_head
 
     asked = tl.load(
         q + query[:, None] * q_token + channel[None, :] * q_channel,
@@ -179,20 +170,20 @@ def _biased_attention(
 
 @jit
 def _attention_rows(
-    guide: tl.tensor, guide_picture: tl.tensor, guide_head: tl.tensor, guide_channel: tl.tensor,
-    keys: tl.tensor, picture_stride: tl.tensor, head_stride: tl.tensor, token_stride: tl.tensor,
-    channel_stride: tl.tensor, bias: tl.tensor, bias_picture: tl.tensor, bias_token: tl.tensor,
+    guide: tl.tensor, guide_image: tl.tensor, guide_head: tl.tensor, guide_channel: tl.tensor,
+    keys: tl.tensor, image_stride: tl.tensor, head_stride: tl.tensor, token_stride: tl.tensor,
+    channel_stride: tl.tensor, bias: tl.tensor, bias_image: tl.tensor, bias_token: tl.tensor,
     rows: tl.tensor, heads: tl.tensor, tokens: tl.tensor,
     HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per head of a picture: scores first, then what they are of their softmax."""
-    picture, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    """One program per head of an image: scores first, then what they are of their softmax."""
+    image, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
     in_head = channel < HEAD_DIM
-    keys += tl.multiple_of(picture * picture_stride + head * head_stride, ALIGNED)
+    keys += tl.multiple_of(image * image_stride + head * head_stride, ALIGNED)
     rows += tl.program_id(0).to(tl.int64) * tokens
     query = tl.load(
-        guide + picture * guide_picture + head * guide_head + channel * guide_channel, mask=in_head, other=0.0
+        guide + image * guide_image + head * guide_head + channel * guide_channel, mask=in_head, other=0.0
     ).to(tl.float32)
 
     highest, total = -1e38, 0.0
@@ -203,7 +194,7 @@ def _attention_rows(
         key = tl.load(pointers, mask=there[:, None] & in_head[None, :], other=0.0).to(tl.float32)
         scores = tl.sum(key * query[None, :], axis=1)
         if bias is not None:
-            more = tl.load(bias + picture * bias_picture + token * bias_token, mask=there, other=0.0)
+            more = tl.load(bias + image * bias_image + token * bias_token, mask=there, other=0.0)
             scores += more.to(tl.float32)
         tl.store(rows + token, scores, mask=there)
         now = tl.maximum(highest, tl.max(tl.where(there, scores, float("-inf"))))

@@ -1,11 +1,11 @@
-"""How much each candidate tells, and which of them go: one launch each for what would be a dozen small ones."""
+"""The degree of the candidates, and the choice among them: one launch each for what would be a dozen small ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from turbovlm.ops.kernels.common import HAS_TRITON, by_picture, jit, operator
+from turbovlm.ops.kernels.common import HAS_TRITON, by_image, jit, operator
 
 if HAS_TRITON:
     import triton
@@ -33,7 +33,7 @@ def weighted_distance(redundancy: Tensor, semantic: Tensor, candidates: Tensor, 
     with torch.cuda.device(redundancy.get_device()):
         _weighted_distance[(batch,)](
             *(redundancy, *redundancy.stride(), semantic, *semantic.stride()),
-            *by_picture(candidates, batch),
+            *by_image(candidates, batch),
             *(degree, alpha, count),
             BLOCK_C=min(triton.next_power_of_2(count), 1024),
             num_warps=4,
@@ -42,35 +42,35 @@ def weighted_distance(redundancy: Tensor, semantic: Tensor, candidates: Tensor, 
 
 
 @operator
-def choose(degree: Tensor, partner: Tensor, candidates: Tensor, partners: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def choose(degree: Tensor, nearest: Tensor, candidates: Tensor, destinations: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The r candidates of highest degree, highest first, the lower index before its equal, and NaN before all.
 
     Args:
         degree: E, `[batch, C]`, float32, float16 or bfloat16, C ≤ `MOST_RANKED`.
-        partner: of each candidate, its index among the partners, `[batch, C]`, int64.
+        nearest: of each candidate, its index among the destinations, `[batch, C]`, int64.
         candidates: token positions, `[C]` or `[batch, C]`, int64.
-        partners: token positions, `[P]` or `[batch, P]`, int64.
+        destinations: token positions, `[P]` or `[batch, P]`, int64.
         r: how many, at most C.
 
     Returns:
-        The tokens that go, and those that they go into, `[batch, r]` each, int64.
+        The tokens that go, and the destinations that they go into, `[batch, r]` each, int64.
     """
-    gone, into = _chosen(degree, partner, candidates, partners, r)
+    src, dst = _chosen(degree, nearest, candidates, destinations, r)
     batch, count = degree.shape
     block = 64
     if r == 0:
-        return gone, into
+        return src, dst
     with torch.cuda.device(degree.get_device()):
         _choose[(triton.cdiv(count, block), batch)](
-            *(degree, *degree.stride(), partner, *partner.stride()),
-            *by_picture(candidates, batch),
-            *by_picture(partners, batch),
-            *(gone, into, count, r),
+            *(degree, *degree.stride(), nearest, *nearest.stride()),
+            *by_image(candidates, batch),
+            *by_image(destinations, batch),
+            *(src, dst, count, r),
             BLOCK_C=block,
             BLOCK_OTHERS=64,
             num_warps=4,
         )
-    return gone, into
+    return src, dst
 
 
 def _degree(redundancy: Tensor, semantic: Tensor, candidates: Tensor, alpha: float) -> Tensor:
@@ -80,8 +80,8 @@ def _degree(redundancy: Tensor, semantic: Tensor, candidates: Tensor, alpha: flo
 weighted_distance.operator.register_fake(_degree)
 
 
-def _chosen(degree: Tensor, partner: Tensor, candidates: Tensor, partners: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    return partner.new_empty(partner.shape[0], r), partner.new_empty(partner.shape[0], r)
+def _chosen(degree: Tensor, nearest: Tensor, candidates: Tensor, destinations: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    return nearest.new_empty(nearest.shape[0], r), nearest.new_empty(nearest.shape[0], r)
 
 
 choose.operator.register_fake(_chosen)
@@ -94,12 +94,12 @@ def _weighted_distance(
     candidates: tl.tensor, candidates_stride: tl.tensor,
     degree: tl.tensor, alpha: tl.tensor, candidate_count: tl.tensor, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per picture."""
-    picture = tl.program_id(0).to(tl.int64)
-    redundancy += picture * redundancy_stride
-    semantic += picture * semantic_stride
-    candidates += picture * candidates_stride
-    degree += picture * candidate_count
+    """One program per image."""
+    image = tl.program_id(0).to(tl.int64)
+    redundancy += image * redundancy_stride
+    semantic += image * semantic_stride
+    candidates += image * candidates_stride
+    degree += image * candidate_count
     total = 0.0
     for first in range(0, candidate_count, BLOCK_C):
         row = first + tl.arange(0, BLOCK_C)
@@ -119,14 +119,14 @@ def _weighted_distance(
 @jit
 def _choose(
     degree: tl.tensor, degree_stride: tl.tensor, degree_step: tl.tensor,
-    partner: tl.tensor, partner_stride: tl.tensor, partner_step: tl.tensor,
-    candidates: tl.tensor, candidates_stride: tl.tensor, partners: tl.tensor, partners_stride: tl.tensor,
-    gone: tl.tensor, into: tl.tensor, candidate_count: tl.tensor, gone_count: tl.tensor,
+    nearest: tl.tensor, nearest_stride: tl.tensor, nearest_step: tl.tensor,
+    candidates: tl.tensor, candidates_stride: tl.tensor, destinations: tl.tensor, destinations_stride: tl.tensor,
+    src: tl.tensor, dst: tl.tensor, candidate_count: tl.tensor, src_count: tl.tensor,
     BLOCK_C: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per `BLOCK_C` candidates of a picture: each counts those before it, and so knows its place."""
-    picture = tl.program_id(1).to(tl.int64)
-    degree += picture * degree_stride
+    """One program per `BLOCK_C` candidates of an image: each counts those before it, and so knows its place."""
+    image = tl.program_id(1).to(tl.int64)
+    degree += image * degree_stride
     row = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_rows = row < candidate_count
     own = tl.load(degree + row * degree_step, mask=in_rows, other=0.0).to(tl.float32)
@@ -139,8 +139,8 @@ def _choose(
         other = tl.where(other == other, other, float("inf"))[None, :]
         before = (other > own[:, None]) | ((other == own[:, None]) & (column[None, :] < row[:, None]))
         rank += tl.sum((before & there[None, :]).to(tl.int32), axis=1)
-    goes = in_rows & (rank < gone_count)
-    chosen = tl.load(partner + picture * partner_stride + row * partner_step, mask=goes, other=0)
-    out = picture * gone_count + rank
-    tl.store(gone + out, tl.load(candidates + picture * candidates_stride + row, mask=goes, other=0), mask=goes)
-    tl.store(into + out, tl.load(partners + picture * partners_stride + chosen, mask=goes, other=0), mask=goes)
+    goes = in_rows & (rank < src_count)
+    chosen = tl.load(nearest + image * nearest_stride + row * nearest_step, mask=goes, other=0)
+    out = image * src_count + rank
+    tl.store(src + out, tl.load(candidates + image * candidates_stride + row, mask=goes, other=0), mask=goes)
+    tl.store(dst + out, tl.load(destinations + image * destinations_stride + chosen, mask=goes, other=0), mask=goes)

@@ -17,9 +17,9 @@ if HAS_TRITON:
     import triton
 
 COUNTS = (
-    *("tokens", "queries", "entries", "gone_count", "candidate_count", "partner_count"),
-    *("candidates_stride", "partners_stride", "slots_stride", "lengths_stride"),
-    *("degree_stride", "partner_stride", "redundancy_stride", "semantic_stride", "bias_picture"),
+    *("tokens", "queries", "entries", "src_count", "candidate_count", "destination_count"),
+    *("candidates_stride", "destinations_stride", "slots_stride", "lengths_stride"),
+    *("degree_stride", "nearest_stride", "redundancy_stride", "semantic_stride", "bias_image"),
 )
 """Arguments that change from block to block: no variant of a kernel is compiled for special values of them."""
 
@@ -79,7 +79,7 @@ def jit(kernel: Callable[..., None]) -> Any:
     return triton.jit(kernel, do_not_specialize=COUNTS) if HAS_TRITON else kernel
 
 
-def by_picture(table: Tensor | None, batch: int) -> tuple[Tensor | None, int]:
+def by_image(table: Tensor | None, batch: int) -> tuple[Tensor | None, int]:
     """`table`, `[k]` or `[batch, k]`, each row of it adjacent in memory, and how far apart rows are: 0 if shared."""
     if table is None:
         return None, 0

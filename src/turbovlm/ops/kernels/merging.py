@@ -1,4 +1,4 @@
-"""The merge and all that is known of it, in one launch."""
+"""The merge and its books (where each token went, shares and sizes), in one launch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.ops.kernels.common import HAS_TRITON, by_picture, jit, operator
+from turbovlm.ops.kernels.common import HAS_TRITON, by_image, jit, operator
 
 if HAS_TRITON:
     import triton
@@ -16,15 +16,15 @@ if HAS_TRITON:
 
 @operator
 def merge_tokens(
-    x: Tensor, sizes: Tensor | None, gone: Tensor, into: Tensor, slots: Tensor | None, reduce: str
+    x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merge r of N tokens into others of their picture; differentiable in `x`, but for `"keep_norm"`.
+    """Merge r of N tokens into others of their image; differentiable in `x`, but for `"keep_norm"`.
 
     Args:
         x: `[batch, N, width]`, float32, float16 or bfloat16, with any strides.
         sizes: patches each token stands for, `[batch, N]`, float32; ones if None.
-        gone: the tokens that disappear, distinct, `[batch, r]`, int64.
-        into: the token that each goes into, never itself one of `gone`, `[batch, r]`, int64.
+        src: the source tokens, which lose their place, distinct, `[batch, r]`, int64.
+        dst: the destination that each goes into, never itself one of `src`, `[batch, r]`, int64.
         slots: where each token would lie if none disappeared, `[N]` or `[batch, N]`, int64; where it lies now if None.
         reduce: `"merge"`; `"keep_norm"`: as long as the parts are on average; `"prune"`: the destination keeps its own
             value and size.
@@ -34,16 +34,16 @@ def merge_tokens(
         `batch · (N − r)` that it became part of, `[batch · N]`, int64, and its share in it, `[batch, N]`, float32; and
         patches that each token left stands for, `[batch, N − r]`, float32.
     """
-    outputs = _merge_tokens_outputs(x, sizes, gone, into, slots, reduce)
+    outputs = _merge_tokens_outputs(x, sizes, src, dst, slots, reduce)
     batch, tokens, width = x.shape
     block = triton.next_power_of_2(width)
     with torch.cuda.device(x.get_device()):
         _merge_tokens[(batch * tokens,)](
             *(x, *x.stride()),
-            *(None if sizes is None else sizes.contiguous(), gone.contiguous(), into.contiguous()),
-            *by_picture(slots, batch),
+            *(None if sizes is None else sizes.contiguous(), src.contiguous(), dst.contiguous()),
+            *by_image(slots, batch),
             *outputs,
-            *(tokens, gone.shape[1], width),
+            *(tokens, src.shape[1], width),
             REDUCE=reduce,
             BLOCK_R=32,
             BLOCK_W=block,
@@ -85,12 +85,12 @@ mean_of_bags.operator.register_fake(_bags_output)
 
 
 def _merge_tokens_outputs(
-    x: Tensor, sizes: Tensor | None, gone: Tensor, into: Tensor, slots: Tensor | None, reduce: str
+    x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, width = x.shape
-    left = tokens - gone.shape[1]
+    left = tokens - src.shape[1]
     weights, merged_sizes = (x.new_empty(batch, length, dtype=torch.float32) for length in (tokens, left))
-    return x.new_empty(batch, left, width), gone.new_empty(batch * tokens), weights, merged_sizes
+    return x.new_empty(batch, left, width), src.new_empty(batch * tokens), weights, merged_sizes
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -113,22 +113,22 @@ merge_tokens.operator.register_autograd(_backward, setup_context=_keep_for_backw
 
 @jit
 def _merge_tokens(
-    x: tl.tensor, picture_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
-    sizes: tl.tensor, gone: tl.tensor, into: tl.tensor, slots: tl.tensor, slots_stride: tl.tensor,
+    x: tl.tensor, image_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
+    sizes: tl.tensor, src: tl.tensor, dst: tl.tensor, slots: tl.tensor, slots_stride: tl.tensor,
     y: tl.tensor, rows: tl.tensor, weights: tl.tensor, merged_sizes: tl.tensor,
-    tokens: tl.tensor, gone_count: tl.tensor, width: tl.tensor,
+    tokens: tl.tensor, src_count: tl.tensor, width: tl.tensor,
     REDUCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per token: it finds its place, and if it stays, it adds up those that join it."""
-    picture = (tl.program_id(0) // tokens).to(tl.int64)
+    image = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
-    x += picture * picture_stride
-    gone += picture * gone_count
-    into += picture * gone_count
+    x += image * image_stride
+    src += image * src_count
+    dst += image * src_count
     if sizes is not None:
-        sizes += picture * tokens
+        sizes += image * tokens
     if slots is not None:
-        slots += picture * slots_stride
+        slots += image * slots_stride
 
     channel = tl.arange(0, BLOCK_W)
     in_width = channel < width
@@ -136,28 +136,28 @@ def _merge_tokens(
     loaded = tl.load(channels + token * token_stride, mask=in_width, other=0.0)  # before it is known to be needed
 
     target = token
-    for first in range(0, gone_count, BLOCK_R):
+    for first in range(0, src_count, BLOCK_R):
         j = first + tl.arange(0, BLOCK_R)
-        found = tl.load(gone + j, mask=j < gone_count, other=-1) == token
-        target += tl.sum(tl.where(found, tl.load(into + j, mask=found, other=0) - token, 0))
+        found = tl.load(src + j, mask=j < src_count, other=-1) == token
+        target += tl.sum(tl.where(found, tl.load(dst + j, mask=found, other=0) - token, 0))
 
     slot = target if slots is None else tl.load(slots + target)
     position = slot
     total = 1.0 if sizes is None else tl.load(sizes + target)
-    for first in range(0, gone_count, BLOCK_R):
+    for first in range(0, src_count, BLOCK_R):
         j = first + tl.arange(0, BLOCK_R)
-        valid = j < gone_count
-        leaver = tl.load(gone + j, mask=valid, other=0)
-        left = leaver if slots is None else tl.load(slots + leaver, mask=valid, other=0)
+        valid = j < src_count
+        source = tl.load(src + j, mask=valid, other=0)
+        left = source if slots is None else tl.load(slots + source, mask=valid, other=0)
         position -= tl.sum((valid & (left < slot)).to(tl.int64))
         if REDUCE != "prune":
-            joins = tl.load(into + j, mask=valid, other=-1) == target
-            size = 1.0 if sizes is None else tl.load(sizes + leaver, mask=joins, other=0.0)
+            joins = tl.load(dst + j, mask=valid, other=-1) == target
+            size = 1.0 if sizes is None else tl.load(sizes + source, mask=joins, other=0.0)
             total += tl.sum(tl.where(joins, size, 0.0))
 
     own = 1.0 if sizes is None else tl.load(sizes + token)
     weight = (target == token).to(tl.float32) if REDUCE == "prune" else own / tl.maximum(total, 1e-6)
-    out = picture * (tokens - gone_count) + position
+    out = image * (tokens - src_count) + position
     tl.store(rows + tl.program_id(0), out)
     tl.store(weights + tl.program_id(0), weight)
     if target == token:
@@ -167,15 +167,15 @@ def _merge_tokens(
         if REDUCE != "prune":
             length = weight * tl.sqrt(tl.sum(own_row * own_row))
             joined_by = 0
-            for first in range(0, gone_count, BLOCK_R):
+            for first in range(0, src_count, BLOCK_R):
                 j = first + tl.arange(0, BLOCK_R)
-                joins = tl.load(into + j, mask=j < gone_count, other=-1) == token
-                leaver = tl.load(gone + j, mask=joins, other=0)
+                joins = tl.load(dst + j, mask=j < src_count, other=-1) == token
+                source = tl.load(src + j, mask=joins, other=0)
                 rank = tl.cumsum(joins.to(tl.int32), axis=0)
                 count = tl.sum(joins.to(tl.int32))
                 joined_by += count
                 for done in range(count):
-                    row = tl.sum(tl.where(joins & (rank == done + 1), leaver, 0))
+                    row = tl.sum(tl.where(joins & (rank == done + 1), source, 0))
                     size = 1.0 if sizes is None else tl.load(sizes + row)
                     share = size / tl.maximum(total, 1e-6)
                     joined = tl.load(channels + row * token_stride, mask=in_width, other=0.0).to(tl.float32)
@@ -190,7 +190,7 @@ def _merge_tokens(
 
 @jit
 def _mean_of_bags(
-    x: tl.tensor, picture_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
+    x: tl.tensor, image_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
     bag: tl.tensor, starts: tl.tensor, weights: tl.tensor, out: tl.tensor,
     tokens: tl.tensor, entries: tl.tensor, width: tl.tensor, BLOCK_W: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -204,6 +204,6 @@ def _mean_of_bags(
     mean = tl.zeros([BLOCK_W], tl.float32)
     for entry in range(first, end):
         token = tl.load(bag + entry)
-        place = channels + token // tokens * picture_stride + token % tokens * token_stride
+        place = channels + token // tokens * image_stride + token % tokens * token_stride
         mean += tl.load(weights + entry) * tl.load(place, mask=in_width, other=0.0).to(tl.float32)
     tl.store(out + row * width + channel, mean.to(out.dtype.element_ty), mask=in_width)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from turbovlm.errors import TurboError
-from turbovlm.loading import Where
+from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.predictors.blip import BLIP, blip_nlvr2
 from turbovlm_lab.evaluate.predictors.encoders import classification, retrieval
@@ -35,12 +35,12 @@ LIBRARIES = {
 """That a model's name may begin with, beside those of transformers and the zoo."""
 
 
-def load_predictor(task: str, where: Where, data: Data, making: Making, features: Features | None) -> Predictor:
+def load_predictor(task: str, spec: AskedModel, data: Data, making: Making, features: Features | None) -> Predictor:
     """A model of the user's, ready to be asked.
 
     Args:
         task: one of `MODELS`.
-        where: the model.
+        spec: the model.
         data: what it will be asked.
         making: how pictures are made; of text-to-image alone.
         features: how pictures are compared; of text-to-image alone.
@@ -49,36 +49,36 @@ def load_predictor(task: str, where: Where, data: Data, making: Making, features
         TurboError: there is no such model, or it is for another task.
         ConfigError: it does not fit the data.
     """
-    found = _loaded(task, where, data, making, features)
-    return dataclasses.replace(found, about={**found.about, **_about(where, making, features)})
+    found = _loaded(task, spec, data, making, features)
+    return dataclasses.replace(found, about={**found.about, **_about(spec, making, features)})
 
 
-def _loaded(task: str, where: Where, data: Data, making: Making, features: Features | None) -> Predictor:
-    if where.library == "zoo":
+def _loaded(task: str, spec: AskedModel, data: Data, making: Making, features: Features | None) -> Predictor:
+    if spec.library == "zoo":
         from turbovlm_lab.evaluate.builtin_models import zoo_predictor
 
-        return zoo_predictor(task, where.name, data.samples, making, features)
-    if where.library not in ("transformers", *LIBRARIES.get(task, ())):
-        raise TurboError(f"{where.spec}: {where.library!r} has no model for {task}, which takes {MODELS[task]}")
+        return zoo_predictor(task, spec.name, data.samples, making, features)
+    if spec.library not in ("transformers", *LIBRARIES.get(task, ())):
+        raise TurboError(f"{spec.text}: {spec.library!r} has no model for {task}, which takes {MODELS[task]}")
     if task == "classification":
-        return classification(where, data)
+        return classification(spec, data)
     if task == "retrieval":
-        return retrieval(where)
+        return retrieval(spec)
     if task == "text-to-image":
         if features is None:
             raise ValueError("text-to-image needs features")
-        return text_to_image(where, data.samples, making, features)
+        return text_to_image(spec, data.samples, making, features)
     if task == "saliency":
-        raise TurboError(f"{where.spec}: saliency takes {MODELS[task]}")
-    if task == "nlvr2" and where.library == BLIP:
-        return blip_nlvr2(where)
-    return generating(task, where)
+        raise TurboError(f"{spec.text}: saliency takes {MODELS[task]}")
+    if task == "nlvr2" and spec.library == BLIP:
+        return blip_nlvr2(spec)
+    return generating(task, spec)
 
 
-def _about(where: Where, making: Making, features: Features | None) -> dict[str, Any]:
+def _about(spec: AskedModel, making: Making, features: Features | None) -> dict[str, Any]:
     """What was asked for beside the defaults, and what changes predictions."""
-    default = Where(where.spec)
-    how = {"dtype": (where.dtype, default.dtype), "prompt": (where.prompt, default.prompt)}
+    default = AskedModel(spec.text)
+    how = {"dtype": (spec.dtype, default.dtype), "prompt": (spec.prompt, default.prompt)}
     how |= {name: (getattr(making, name), getattr(DEFAULT, name)) for name in ("steps", "guidance", "seed", "strength")}
     about = {name: str(value).removeprefix("torch.") for name, (value, usual) in how.items() if value != usual}
     return about if features is None else {**about, "features": getattr(features, "__name__", "")}

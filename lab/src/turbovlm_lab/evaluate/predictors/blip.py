@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.loading import Where, loading
+from turbovlm.loading import library_errors
+from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Sample
 from turbovlm_lab.evaluate.run import Predictor
 
@@ -20,11 +21,11 @@ WORDS = "google-bert/bert-base-uncased"
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def blip_file(where: Where, task: str) -> tuple[Any, Any]:
+def blip_file(spec: AskedModel, task: str) -> tuple[Any, Any]:
     """The model for a task, in eval mode, and its processor.
 
     Args:
-        where: `blip:FILE`, such as `blip:model_base_vqa_capfilt_large.pth`; a tokenizer beside the file goes before the
+        spec: `blip:FILE`, such as `blip:model_base_vqa_capfilt_large.pth`; a tokenizer beside the file goes before the
             hub's.
         task: of `turbovlm_lab.models.load_upop`.
 
@@ -34,11 +35,11 @@ def blip_file(where: Where, task: str) -> tuple[Any, Any]:
     """
     from turbovlm_lab.models import load_upop
 
-    model = load_upop(where.name, task).to(where.device, where.dtype)
+    model = load_upop(spec.name, task).to(spec.device, spec.dtype)
     side = model.vision_model.config.image_size
-    beside = Path(where.name).parent
+    beside = Path(spec.name).parent
     words = str(beside) if (beside / "tokenizer_config.json").exists() or (beside / "vocab.txt").exists() else WORDS
-    with loading(dataclasses.replace(where, spec=words)):
+    with library_errors(dataclasses.replace(spec, text=words)):
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(words)
@@ -49,9 +50,9 @@ def blip_file(where: Where, task: str) -> tuple[Any, Any]:
     return model, processor
 
 
-def blip_nlvr2(where: Where) -> Predictor:
+def blip_nlvr2(spec: AskedModel) -> Predictor:
     """Statements about two pictures, `"True"` or `"False"`; see `blip_file`."""
-    model, processor = blip_file(where, "nlvr2")
+    model, processor = blip_file(spec, "nlvr2")
 
     def prepare(sample: Sample, image_size: int | None) -> tuple[Tensor, str]:
         made = processor.image_processor([picture.open() for picture in sample.pictures], return_tensors="pt")
@@ -60,8 +61,8 @@ def blip_nlvr2(where: Where) -> Predictor:
     @torch.inference_mode()
     def predict(prepared: list[tuple[Tensor, str]]) -> list[str]:
         asked = processor.tokenizer([text for _, text in prepared], padding=True, truncation=True, return_tensors="pt")
-        pixels = torch.stack([each for each, _ in prepared]).to(where.device, where.dtype)
-        scores = model(pixels, asked["input_ids"].to(where.device), asked["attention_mask"].to(where.device))
+        pixels = torch.stack([each for each, _ in prepared]).to(spec.device, spec.dtype)
+        scores = model(pixels, asked["input_ids"].to(spec.device), asked["attention_mask"].to(spec.device))
         return [("False", "True")[best] for best in scores.argmax(dim=1).tolist()]
 
     return Predictor(model, prepare, predict)

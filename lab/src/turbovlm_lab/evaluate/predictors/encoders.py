@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import ConfigError
-from turbovlm.loading import Where, architecture, loading, resized, sizes_of, with_processor
+from turbovlm.loading import library_errors
+from turbovlm.loading.processors import image_sizes, load_timm, load_with_processor, size_arguments, transformers_class
+from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Data, Sample
 from turbovlm_lab.evaluate.predictors.blip import BLIP, blip_file
 from turbovlm_lab.evaluate.run import Predictor
@@ -42,45 +44,45 @@ class Pair:
     image_sizes: Sequence[int] = ()
 
 
-def classification(where: Where, data: Data) -> Predictor:
+def classification(spec: AskedModel, data: Data) -> Predictor:
     """Top-5 classes: of a classifier, or of a model of pictures and sentences that is given the names of the classes.
 
     Raises:
         TurboError: there is no such model.
         ConfigError: the model's classes are not those of the data.
     """
-    if where.library == "timm":
-        return _timm_classifier(where, data)
-    if where.library == "open_clip":
-        return by_names(open_clip_pair(where), data, where.prompt or TEMPLATE)
-    kind = architecture(where, ("ForImageClassification", "CLIPModel", "SiglipModel", "Siglip2Model"))
+    if spec.library == "timm":
+        return _timm_classifier(spec, data)
+    if spec.library == "open_clip":
+        return by_names(open_clip_pair(spec), data, spec.prompt or TEMPLATE)
+    kind = transformers_class(spec, ("ForImageClassification", "CLIPModel", "SiglipModel", "Siglip2Model"))
     if not kind.__name__.endswith("ForImageClassification"):
-        return by_names(transformers_pair(where), data, where.prompt or TEMPLATE)
-    model, processor = with_processor(where, kind)
-    order = class_order(data.classes, model.config.id2label, where.spec)
+        return by_names(transformers_pair(spec), data, spec.prompt or TEMPLATE)
+    model, processor = load_with_processor(spec, kind)
+    order = class_order(data.classes, model.config.id2label, spec.text)
     other_size = _interpolation(model)
 
     def prepare(sample: Sample, image_size: int | None) -> tuple[Tensor, bool]:
-        given = resized(processor, image_size, where.spec)
+        given = size_arguments(processor, image_size, spec.text)
         pixels = processor(images=sample.pictures[0].open(), return_tensors="pt", **given)["pixel_values"][0]
         return pixels, image_size is not None
 
     @torch.inference_mode()
     def predict(prepared: list[tuple[Tensor, bool]]) -> list[Any]:
-        pixels = torch.stack([each for each, _ in prepared]).to(where.device, where.dtype)
+        pixels = torch.stack([each for each, _ in prepared]).to(spec.device, spec.dtype)
         logits = model(pixel_values=pixels, **(other_size if prepared[0][1] else {})).logits
         return likeliest(logits[:, order.to(logits.device)])
 
-    return Predictor(model, prepare, predict, sizes_of(model, processor))
+    return Predictor(model, prepare, predict, image_sizes(model, processor))
 
 
-def retrieval(where: Where) -> Predictor:
+def retrieval(spec: AskedModel) -> Predictor:
     """Vectors of a picture and of its captions, of length 1.
 
     Raises:
         TurboError: there is no such model, or it is no model of pictures and sentences.
     """
-    return vectors_of(open_clip_pair(where) if where.library == "open_clip" else transformers_pair(where))
+    return vectors_of(open_clip_pair(spec) if spec.library == "open_clip" else transformers_pair(spec))
 
 
 def vectors_of(pair: Pair) -> Predictor:
@@ -99,32 +101,32 @@ def vectors_of(pair: Pair) -> Predictor:
     return Predictor(pair.model, prepare, predict, pair.image_sizes)
 
 
-def transformers_pair(where: Where) -> Pair:
+def transformers_pair(spec: AskedModel) -> Pair:
     """CLIP, SigLIP and their like, or BLIP's contrastive part.
 
     Raises:
         TurboError: it is none of these.
     """
-    if where.library == BLIP:
-        model, processor = blip_file(where, "retrieval")
+    if spec.library == BLIP:
+        model, processor = blip_file(spec, "retrieval")
         kind = type(model)
     else:
-        kind = architecture(where, ("CLIPModel", "SiglipModel", "Siglip2Model", "BlipForImageTextRetrieval"))
-        model, processor = with_processor(where, kind)
+        kind = transformers_class(spec, ("CLIPModel", "SiglipModel", "Siglip2Model", "BlipForImageTextRetrieval"))
+        model, processor = load_with_processor(spec, kind)
     other_size = _interpolation(getattr(model, "vision_model", model))
     is_siglip, has_shapes = "Siglip" in kind.__name__, kind.__name__ == "Siglip2Model"
 
     def pixels(picture: Any, image_size: int | None) -> Any:
-        given = resized(processor, image_size, where.spec)
+        given = size_arguments(processor, image_size, spec.text)
         made = processor.image_processor(images=picture, return_tensors="pt", **given)
         # SigLIP 2 of any aspect ratio is also told the picture's shape in patches
         return {name: value[0] for name, value in made.items()} if has_shapes else made["pixel_values"][0]
 
     def see(batch: Any, is_other_size: bool) -> Tensor:
         if has_shapes:
-            given = {name: value.to(where.device) for name, value in batch.items()}
-            return _pooled(model.get_image_features(**given | {"pixel_values": given["pixel_values"].to(where.dtype)}))
-        batch = batch.to(where.device, where.dtype)
+            given = {name: value.to(spec.device) for name, value in batch.items()}
+            return _pooled(model.get_image_features(**given | {"pixel_values": given["pixel_values"].to(spec.dtype)}))
+        batch = batch.to(spec.device, spec.dtype)
         more = other_size if is_other_size else {}
         if kind.__name__ == "BlipForImageTextRetrieval":
             seen: Tensor = model.vision_proj(model.vision_model(pixel_values=batch, **more).last_hidden_state[:, 0])
@@ -136,43 +138,43 @@ def transformers_pair(where: Where) -> Pair:
         length = min(processor.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
         how = {"padding": "max_length" if is_siglip else True, "truncation": True, "max_length": length}
         words = processor.tokenizer(list(sentences), **how, return_tensors="pt")
-        words = words.to(where.device)
+        words = words.to(spec.device)
         if kind.__name__ == "BlipForImageTextRetrieval":
             out = model.text_encoder(input_ids=words["input_ids"], attention_mask=words["attention_mask"])
             vectors: Tensor = model.text_proj(out.last_hidden_state[:, 0])
             return vectors
         return _pooled(model.get_text_features(**{"input_ids": words["input_ids"]} if is_siglip else words))
 
-    return Pair(model, pixels, see, read, sizes_of(model, processor))
+    return Pair(model, pixels, see, read, image_sizes(model, processor))
 
 
-def open_clip_pair(where: Where) -> Pair:
+def open_clip_pair(spec: AskedModel) -> Pair:
     """`open_clip:hf-hub:ID` or `open_clip:local-dir:FOLDER`.
 
     Raises:
         TurboError: there is no such model.
     """
-    with loading(where):
+    with library_errors(spec):
         import open_clip
 
-        model, _, transform = open_clip.create_model_and_transforms(where.name, device=where.device)
-        tokenizer = open_clip.get_tokenizer(where.name)
-    model = model.eval().to(where.dtype)
+        model, _, transform = open_clip.create_model_and_transforms(spec.name, device=spec.device)
+        tokenizer = open_clip.get_tokenizer(spec.name)
+    model = model.eval().to(spec.dtype)
 
     def pixels(picture: Any, image_size: int | None) -> Tensor:
         if image_size is not None:
             raise ConfigError(
-                f"{where.spec}: open_clip's image sizes are fixed; image_size={image_size} cannot be asked"
+                f"{spec.text}: open_clip's image sizes are fixed; image_size={image_size} cannot be asked"
             )
         made: Tensor = transform(picture)
         return made
 
     def see(batch: Tensor, _: bool) -> Tensor:
-        vectors: Tensor = model.encode_image(batch.to(where.device, where.dtype))
+        vectors: Tensor = model.encode_image(batch.to(spec.device, spec.dtype))
         return vectors
 
     def read(sentences: Sequence[str]) -> Tensor:
-        vectors: Tensor = model.encode_text(tokenizer(list(sentences)).to(where.device))
+        vectors: Tensor = model.encode_text(tokenizer(list(sentences)).to(spec.device))
         return vectors
 
     return Pair(model, pixels, see, read)
@@ -225,27 +227,22 @@ def by_names(pair: Pair, data: Data, template: str) -> Predictor:
     return Predictor(pair.model, prepare, predict, pair.image_sizes)
 
 
-def _timm_classifier(where: Where, data: Data) -> Predictor:
-    with loading(where):
-        import timm
-
-        model = timm.create_model(where.name, pretrained=True).eval().to(where.device, where.dtype)
-    settings = timm.data.resolve_model_data_config(model)
+def _timm_classifier(spec: AskedModel, data: Data) -> Predictor:
+    model, transform = load_timm(spec)
     if getattr(model, "num_classes", 0) != len(data.classes):
-        raise ConfigError(f"{where.spec}: has {model.num_classes} classes and the data have {len(data.classes)}")
-    transform = timm.data.create_transform(**settings, is_training=False)
+        raise ConfigError(f"{spec.text}: has {model.num_classes} classes and the data have {len(data.classes)}")
 
     def prepare(sample: Sample, image_size: int | None) -> Tensor:
         if image_size is not None:
             raise ConfigError(
-                f"{where.spec}: timm's image sizes are fixed; image_size={image_size} cannot be asked of it"
+                f"{spec.text}: timm's image sizes are fixed; image_size={image_size} cannot be asked of it"
             )
         pixels: Tensor = transform(sample.pictures[0].open())
         return pixels
 
     @torch.inference_mode()
     def predict(prepared: list[Tensor]) -> list[Any]:
-        return likeliest(model(torch.stack(prepared).to(where.device, where.dtype)))
+        return likeliest(model(torch.stack(prepared).to(spec.device, spec.dtype)))
 
     return Predictor(model, prepare, predict)
 

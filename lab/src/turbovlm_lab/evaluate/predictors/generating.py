@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from turbovlm.errors import ConfigError, TurboError
-from turbovlm.loading import Where, architecture, resized, sizes_of, with_processor
+from turbovlm.loading.processors import image_sizes, load_with_processor, size_arguments, transformers_class
+from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Sample
 from turbovlm_lab.evaluate.predictors.blip import BLIP, blip_file
 from turbovlm_lab.evaluate.run import Predictor
@@ -45,31 +46,31 @@ class _Asked:
     image_size: int | None
 
 
-def generating(task: str, where: Where) -> Predictor:
+def generating(task: str, spec: AskedModel) -> Predictor:
     """Texts, by greedy search; of NLVR2 `"True"`, `"False"`, or what was written instead.
 
     Raises:
         TurboError: there is no such model, or it writes nothing about pictures.
         ConfigError: a prompt without `{}` where a question is to be asked.
     """
-    if where.library == BLIP:
-        model, processor = blip_file(where, task)
+    if spec.library == BLIP:
+        model, processor = blip_file(spec, task)
         kind = type(model)
     else:
-        kind = architecture(where, TAKES[task])
+        kind = transformers_class(spec, TAKES[task])
         if kind.__name__ == "BlipForConditionalGeneration" and task != "captioning":
             raise TurboError(
-                f"{where.spec}: is a {kind.__name__}, which writes captions; BlipForQuestionAnswering answers"
+                f"{spec.text}: is a {kind.__name__}, which writes captions; BlipForQuestionAnswering answers"
             )
-        model, processor = with_processor(where, kind)
+        model, processor = load_with_processor(spec, kind)
     is_chat = getattr(processor, "chat_template", None) is not None
     chooses = kind.__name__ in CHOOSE.values()
     if task == "nlvr2" and not (is_chat or chooses):
         raise TurboError(
-            f"{where.spec}: is a {kind.__name__} without a chat template, in which it could be asked about two pictures"
+            f"{spec.text}: is a {kind.__name__} without a chat template, in which it could be asked about two pictures"
         )
     own = OWN.get(kind.__name__, CHAT if is_chat else PLAIN)
-    prompt = where.prompt if where.prompt is not None else own.get(task, PLAIN[task])
+    prompt = spec.prompt if spec.prompt is not None else own.get(task, PLAIN[task])
     if task != "captioning" and "{}" not in prompt:
         raise ConfigError(f"prompt={prompt!r}: must have {{}} where the {_asked_for(task)} stands")
 
@@ -81,14 +82,14 @@ def generating(task: str, where: Where) -> Predictor:
 
     @torch.inference_mode()
     def predict(asked: list[_Asked]) -> list[Any]:
-        found = answer(task, where, model, processor, asked, is_chat)
+        found = answer(task, spec, model, processor, asked, is_chat)
         return [understood(text) for text in found]
 
-    return Predictor(model, prepare, predict, () if is_chat or chooses else sizes_of(model, processor))
+    return Predictor(model, prepare, predict, () if is_chat or chooses else image_sizes(model, processor))
 
 
-def _written(task: str, where: Where, model: Any, processor: Any, asked: list[_Asked], is_chat: bool) -> list[str]:
-    size = resized(processor, asked[0].image_size, where.spec)
+def _written(task: str, spec: AskedModel, model: Any, processor: Any, asked: list[_Asked], is_chat: bool) -> list[str]:
+    size = size_arguments(processor, asked[0].image_size, spec.text)
     if is_chat:
         inputs = _as_chat(processor, asked, size)
     else:
@@ -98,8 +99,8 @@ def _written(task: str, where: Where, model: Any, processor: Any, asked: list[_A
         try:
             inputs = processor(images=pictures, **texts, padding=True, return_tensors="pt", **side, **size)
         except ValueError as error:
-            raise ConfigError(f"{where.spec}: cannot be asked {asked[0].text!r} ({error}); give it a prompt") from error
-    inputs = inputs.to(where.device, where.dtype)
+            raise ConfigError(f"{spec.text}: cannot be asked {asked[0].text!r} ({error}); give it a prompt") from error
+    inputs = inputs.to(spec.device, spec.dtype)
     more = {"interpolate_pos_encoding": True} if size else {}
     made: Tensor = model.generate(**inputs, **more, max_new_tokens=LONGEST[task], do_sample=False, num_beams=1)
     given = inputs.get("input_ids")
@@ -135,17 +136,17 @@ def _as_chat(processor: Any, asked: list[_Asked], size: dict[str, Any]) -> Any:
     return processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt", **size)
 
 
-def _chosen(task: str, where: Where, model: Any, processor: Any, asked: list[_Asked], _: bool) -> list[str]:
+def _chosen(task: str, spec: AskedModel, model: Any, processor: Any, asked: list[_Asked], _: bool) -> list[str]:
     """ViLT's answers, from the list that it was trained with."""
     if asked[0].image_size is not None:
-        raise ConfigError(f"{where.spec}: image_size={asked[0].image_size} cannot be asked of it")
+        raise ConfigError(f"{spec.text}: image_size={asked[0].image_size} cannot be asked of it")
     texts = processor.tokenizer([each.text for each in asked], padding=True, truncation=True, return_tensors="pt")
     pictures = [picture for each in asked for picture in each.pictures]
     pixels = processor.image_processor(images=pictures, return_tensors="pt")
     if task == "nlvr2":
         pixels = {name: value.unflatten(0, (len(asked), 2)) for name, value in pixels.items()}
-    inputs = {name: value.to(where.device) for name, value in {**texts, **pixels}.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(where.dtype)
+    inputs = {name: value.to(spec.device) for name, value in {**texts, **pixels}.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(spec.dtype)
     best = model(**inputs).logits.argmax(dim=-1).tolist()
     return [model.config.id2label[number] for number in best]
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from turbovlm.errors import ConfigError
-from turbovlm.loading import Where, loading
+from turbovlm.loading import ModelSpec, library_errors
+from turbovlm.loading.pipelines import load_pipeline
 from turbovlm.profile.pipelines import find_denoiser
+from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Picture, Sample
 from turbovlm_lab.evaluate.run import Predictor
 
@@ -50,16 +52,14 @@ class Making:
 DEFAULT = Making()
 
 
-def text_to_image(where: Where, samples: Sequence[Sample], making: Making, features: Features) -> Predictor:
+def text_to_image(spec: AskedModel, samples: Sequence[Sample], making: Making, features: Features) -> Predictor:
     """The features of each prompt's picture. A sample's picture is the same in every batch and every run.
 
     Raises:
         TurboError: there is no such pipeline.
     """
-    with loading(Where(f"diffusers:{where.name}")):
-        import diffusers
-
-        pipe = diffusers.DiffusionPipeline.from_pretrained(where.name).to(where.device, where.dtype)
+    named = ModelSpec(f"diffusers:{spec.name}", spec.device, spec.dtype)
+    pipe = load_pipeline(named, pretrained=True, without=())  # a safety checker is part of what is evaluated
     return made_by(pipe, samples, making, features)
 
 
@@ -150,7 +150,7 @@ def _vit_features(device: str) -> Features:
 
 
 def _inception_features(device: str) -> Features:
-    with loading(Where("torchmetrics:FID")):
+    with library_errors(ModelSpec("torchmetrics:FID")):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         network = FrechetInceptionDistance(feature=2048).inception.eval().to(device)

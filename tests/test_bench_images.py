@@ -1,4 +1,4 @@
-"""`compare_pictures` and `turbovlm bench` of image generation: their books, not their seconds."""
+"""`compare_images` and `turbovlm bench` of image generation: their books, not their seconds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from folders import stable_diffusion_folder
 from turbovlm import ConfigError, TurboConfig, TurboError, UnsupportedModelError
 from turbovlm.apply import overrides
 from turbovlm.cli import main
-from turbovlm.cli.pipelines import denoiser_inputs, load_generator
-from turbovlm.profile import Drift, PictureComparison, PictureRun, Quartiles, compare_pictures, macs
+from turbovlm.diffusion.inputs import denoiser_inputs
+from turbovlm.loading import ModelSpec
+from turbovlm.loading.pipelines import load_pipeline
+from turbovlm.profile import Comparison, Drift, Generation, Quartiles, Run, Timing, compare_images, macs
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -35,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def pipe(folder):
-    return load_generator(f"diffusers:{folder}", "cpu", torch.float32, pretrained=True)
+    return load_pipeline(ModelSpec(f"diffusers:{folder}"), pretrained=True)
 
 
 def bench(*argv):
@@ -46,13 +48,14 @@ def test_the_books_of_a_comparison(pipe):
     before, denoiser, scheduler = dict(pipe.__dict__), pipe.unet, dict(pipe.scheduler.__dict__)
     forwards = {name: dict(module.__dict__) for name, module in pipe.unet.named_modules()}
     configs, seen = {"all": TurboConfig(keep=1.0), "half": HALF}, []
-    result = compare_pictures(pipe, configs, batch=2, steps=3, rounds=2, warmup=1, seed=5, progress=seen.append)
+    result = compare_images(pipe, configs, batch=2, steps=3, rounds=2, warmup=1, seed=5, progress=seen.append)
     assert [run.name for run in result.runs] == ["model", "all", "half"] and len(seen) == (2 + 1) * 3
-    assert result.size == (64, 64) and result.batch == 2 and result.clock == "process CPU time"
+    assert result.generation.size == (64, 64) and result.batch == 2 and result.clock == "process CPU time"
     for run in result.runs:
-        assert len(run.seconds) == len(run.wall_seconds) == len(run.step_seconds) == 2
-        assert all(0 < 3 * step < whole for step, whole in zip(run.step_seconds, run.seconds))
-        assert min(run.peak_bytes, run.step_peak_bytes) > 0 and len(run.drifts) == 2
+        image, step = run.timings["image"], run.timings["step"]
+        assert len(image.seconds) == len(run.wall_seconds) == len(step.seconds) == 2
+        assert all(0 < 3 * part < whole for part, whole in zip(step.seconds, image.seconds))
+        assert min(image.peak_bytes, step.peak_bytes) > 0 and len(run.drifts) == 2
     for name in ("model", "all"):
         assert result.run(name).drift == Drift(0, math.inf, 0)
     for drift in result.run("half").drifts:
@@ -63,7 +66,7 @@ def test_the_books_of_a_comparison(pipe):
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert plain["height"] == 64 and plain["runs"][1]["drift"]["psnr"] is None and plain["rounds"] == 2
     assert plain["runs"][2]["drift"]["latent"] == result.run("half").drift.latent
-    assert "half" in str(result) and "3 steps, batch 2, seed 5" in str(result)
+    assert "half" in str(result) and "3 steps, seed 5" in str(result)
 
 
 def test_drift_is_of_what_the_pipeline_makes(pipe):
@@ -78,7 +81,7 @@ def test_drift_is_of_what_the_pipeline_makes(pipe):
     with turbovlm.apply(pipe, HALF):
         merged = made("latent"), made("pt")
     more = {"size": (48, 80), "batch": 3, "seed": 3, "prompt": ["a cat", "a dog"]}
-    drifts = compare_pictures(pipe, HALF, **more, **QUICK).run("keep=0.5").drifts
+    drifts = compare_images(pipe, HALF, **more, **QUICK).run("keep=0.5").drifts
     for i, drift in enumerate(drifts):
         assert drift.latent == pytest.approx(float((own[0][i] - merged[0][i]).norm() / own[0][i].norm()), rel=1e-4)
         error = own[1][i] - merged[1][i]
@@ -90,31 +93,31 @@ def test_drift_is_of_what_the_pipeline_makes(pipe):
 def test_every_family(family):
     kind = PIPES[family]
     pipe, inputs = kind(), kind.inputs(32, 48)
-    result = compare_pictures(pipe, HALF, inputs=inputs, **QUICK)
-    assert result.size == (32, 48)
+    result = compare_images(pipe, HALF, inputs=inputs, **QUICK)
+    assert result.generation.size == (32, 48)
     assert result.baseline.drift.latent == 0 < result.run("keep=0.5").drift.latent
     assert result.macs_ratio("keep=0.5") > 1.05
     pipe.image_processor.register_to_config(vae_scale_factor=pipe.image_processor.config.vae_scale_factor * 4)
     pipe.vae_scale_factor *= 4  # that of the real ones, 8
     multiple = 8 if family in ("text to image", "SDXL") else 16
     with pytest.raises(ConfigError, match=f"multiples of {multiple} pixels"):
-        compare_pictures(pipe, HALF, size=(32, 32 + multiple // 2), inputs=inputs, **QUICK)
+        compare_images(pipe, HALF, size=(32, 32 + multiple // 2), inputs=inputs, **QUICK)
 
 
 def test_classes():
     pipe = PIPES["DiT"]()
-    result = compare_pictures(pipe, HALF, batch=2, prompt=[3, 4], **QUICK)
-    assert result.size == (32, 32) and len(result.run("keep=0.5").drifts) == 2
+    result = compare_images(pipe, HALF, batch=2, prompt=[3, 4], **QUICK)
+    assert result.generation.size == (32, 32) and len(result.run("keep=0.5").drifts) == 2
     assert result.baseline.drift.latent == 0 < result.run("keep=0.5").drift.latent
-    with pytest.raises(ConfigError, match="pictures of one size only"):
-        compare_pictures(pipe, HALF, size=(64, 64), **QUICK)
-    with pytest.raises(ConfigError, match="pictures of class numbers"):
-        compare_pictures(pipe, HALF, prompt="a cat", **QUICK)
+    with pytest.raises(ConfigError, match="images of one size only"):
+        compare_images(pipe, HALF, size=(64, 64), **QUICK)
+    with pytest.raises(ConfigError, match="images of class numbers"):
+        compare_images(pipe, HALF, prompt="a cat", **QUICK)
 
 
 def test_multiply_accumulates_are_those_of_a_forward_on_average(pipe):
     configs = {"each": HALF, "second": TurboConfig(keep=0.5, refresh=2)}
-    result = compare_pictures(pipe, configs, **QUICK)
+    result = compare_images(pipe, configs, **QUICK)
     inputs = denoiser_inputs(pipe.unet, None, 2)
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :16]
     assert result.baseline.macs == macs(pipe.unet.eval(), **inputs)
@@ -134,20 +137,21 @@ def test_versions_alternate_and_share_weights(pipe, monkeypatch):
         draw(self)
 
     monkeypatch.setattr(turbovlm.profile.pipelines.WatchedPipeline, "draw", noted)
-    compare_pictures(pipe, HALF, steps=1, rounds=3, warmup=0)
+    compare_images(pipe, HALF, steps=1, rounds=3, warmup=0)
     first, second = order[:2]
     assert order == [first, second, second, first, first, second]
 
 
+@pytest.mark.slow
 def test_compiled_versions(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     pipe, config, compiled = PIPES["DiT"](), TurboConfig(keep=0.5, refresh=2), []
     settings = {"steps": 2, "rounds": 2, "warmup": 1, "compile": True}
     frames = torch._dynamo.utils.counters["frames"]
-    result = compare_pictures(pipe, config, **settings, progress=lambda _: compiled.append(dict(frames)))
+    result = compare_images(pipe, config, **settings, progress=lambda _: compiled.append(dict(frames)))
     assert compiled[1] == compiled[-1] and compiled[1]["total"] == compiled[1]["ok"]  # all of it in the warm-up
-    plain = compare_pictures(pipe, config, **QUICK)
+    plain = compare_images(pipe, config, **QUICK)
     assert result.compiled and "compiled" in result.conditions and not any(True for _ in overrides(pipe.transformer))
     merged, same = result.run("keep=0.5"), plain.run("keep=0.5")
     assert merged.drift.latent == pytest.approx(same.drift.latent, rel=1e-3) and merged.macs == same.macs
@@ -158,18 +162,34 @@ def test_a_safety_checker_is_left_out(pipe):
         raise AssertionError("was asked")
 
     pipe.safety_checker, pipe.feature_extractor = torch.nn.Identity(), blacken
-    compare_pictures(pipe, HALF, **QUICK)
+    compare_images(pipe, HALF, **QUICK)
     assert isinstance(pipe.safety_checker, torch.nn.Identity)
 
 
 def test_ratios_are_paired_round_by_round():
-    same = (Drift(0.0, math.inf, 0.0),)
-    own = PictureRun("model", 10, (1.0, 2.0, 4.0), (1.0,) * 3, (0.2, 0.4, 0.8), None, None, same)
-    other = PictureRun("a", 5, (0.5, 1.0, 2.0), (1.0,) * 3, (0.1, 0.1, 0.2), None, None, (Drift(0.1, 20, 0.2),) * 2)
-    result = PictureComparison((own, other), (64, 96), 2, 4, 0, "x", "float32", 1, "clock", False)
-    assert result.speedup("a") == Quartiles(2, 2, 2) and result.step_speedup("a") == Quartiles(4, 3, 4)
-    assert result.seconds_per_picture("a") == 0.5 and result.seconds_per_step("a") == 0.05
-    assert result.macs_ratio("a") == 2 and other.drift.psnr == 20 and "96×64" in str(result)
+    def run(name, cost, image, step, *drifts):
+        return Run(name, cost, {"image": Timing(image, None), "step": Timing(step, None)}, (1.0,) * 3, 8, drifts)
+
+    own = run("model", 10, (1.0, 2.0, 4.0), (0.2, 0.4, 0.8), Drift(0.0, math.inf, 0.0))
+    other = run("a", 5, (0.5, 1.0, 2.0), (0.1, 0.1, 0.2), Drift(0.1, 20, 0.2), Drift(0.3, 40, 0.4))
+    result = Comparison((own, other), 2, "x", "float32", 1, "clock", False, Generation((64, 96), 4, 0))
+    assert result.speedup("a") == Quartiles(2, 2, 2) and result.speedup("a", "step") == Quartiles(4, 3, 4)
+    assert result.seconds_per_image("a") == 0.5 and result.seconds_per_image("a", "step") == 0.05
+    assert result.macs_ratio("a") == 2 and result.efficiency("a") == 4 / 2
+    assert other.drift.latent == pytest.approx(0.2) and other.drift.psnr == 30 and "96×64" in str(result)
+    plain = result.to_dict()
+    assert (plain["height"], plain["width"], plain["steps"], plain["seed"]) == (64, 96, 4, 0)
+    assert plain["runs"][1]["speedup"] == 2 and plain["runs"][1]["step_speedup_quartiles"] == [3, 4]
+    assert plain["runs"][1]["step_seconds"] == [0.1, 0.1, 0.2] and plain["runs"][0]["drift"]["psnr"] is None
+    assert result.table().splitlines() == [
+        "                                                MACs  peak          PSNR",
+        "              s/image  speed-up    quartiles   ratio    MB   drift    dB",
+        "model  image        1    1.000x  1.000–1.000                0.0000  same",
+        "       step       0.2    1.000x  1.000–1.000  1.000x",
+        "a      image      0.5    2.000x  2.000–2.000                0.2000  30.0",
+        "       step      0.05    4.000x  3.000–4.000  2.000x",
+    ]
+    assert "drift" not in result.table(drift=False)
     with pytest.raises(ConfigError, match="'b': no such run"):
         result.run("b")
 
@@ -184,24 +204,24 @@ def test_ratios_are_paired_round_by_round():
         (HALF, {"steps": 0}, "steps=0"),
         (HALF, {"rounds": 1.5}, "rounds=1.5"),
         (HALF, {"warmup": 0, "compile": True}, "warmup=0"),
-        (HALF, {"size": (64, 60)}, r"size=\(64, 60\): StableDiffusionPipeline makes pictures of multiples of 8"),
+        (HALF, {"size": (64, 60)}, r"size=\(64, 60\): StableDiffusionPipeline makes images of multiples of 8"),
         (HALF, {"size": (0, 64)}, "two integers ≥ 1"),
-        (HALF, {"prompt": 3}, "pictures of texts"),
-        (HALF, {"prompt": []}, "pictures of texts"),
+        (HALF, {"prompt": 3}, "images of texts"),
+        (HALF, {"prompt": []}, "images of texts"),
     ],
 )
 def test_bad_input(pipe, configs, settings, message):
     with pytest.raises(ConfigError, match=message):
-        compare_pictures(pipe, configs, **settings)
+        compare_images(pipe, configs, **settings)
 
 
 def test_what_cannot_be_measured(pipe):
     with turbovlm.apply(pipe, HALF), pytest.raises(TurboError, match="accelerated already"):
-        compare_pictures(pipe, HALF)
+        compare_images(pipe, HALF)
     with pytest.raises(UnsupportedModelError, match="no pipeline with a denoiser"):
-        compare_pictures(pipe.unet, HALF)
+        compare_images(pipe.unet, HALF)
     with pytest.raises(TurboError, match="has no text encoder"):
-        compare_pictures(PIPES["text to image"](), HALF)
+        compare_images(PIPES["text to image"](), HALF)
 
 
 def test_the_command_line_with_random_weights(folder, tmp_path, capsys):
@@ -218,12 +238,12 @@ def test_the_command_line_with_random_weights(folder, tmp_path, capsys):
     assert "80x48 pixels, refresh=2" in printed and "keep=0.75" in printed and "…" not in printed
     assert "PSNR" not in printed.replace("drift and PSNR", "") and "--pretrained" in printed
     found = json.loads(out.read_text())
-    assert list(found["pictures"]) == ["64x64", "80x48"] and not found["pretrained"]
-    wide = found["pictures"]["80x48"]
+    assert list(found["images"]) == ["64x64", "80x48"] and not found["pretrained"]
+    wide = found["images"]["80x48"]
     assert (wide["height"], wide["width"], wide["dtype"], wide["steps"]) == (48, 80, "bfloat16", 2)
     assert [run["name"] for run in wide["runs"]] == ["model", "keep=0.5", "keep=0.75"]
     assert bench(f"diffusers:{bare}", "--pretrained") == 2
-    assert "diffusers could not build it" in capsys.readouterr().err
+    assert "diffusers could not load it" in capsys.readouterr().err
 
 
 def test_the_command_line_with_weights(folder, tmp_path, capsys):
@@ -236,12 +256,12 @@ def test_the_command_line_with_weights(folder, tmp_path, capsys):
     assert "…" not in printed
     assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("diffusers:"))
     found = json.loads(out.read_text())
-    half = found["pictures"]["64x64"]["runs"][1]
+    half = found["images"]["64x64"]["runs"][1]
     assert half["drift"]["latent"] > 0 and len(half["drifts"]) == 2
     assert plot.stat().st_size > 10_000 and found["settings"]["prompt"] == ["a cat", "7"]
-    pipe = load_generator(f"diffusers:{folder}", "cpu", torch.float32, pretrained=True)
+    pipe = load_pipeline(ModelSpec(f"diffusers:{folder}"), pretrained=True)
     given = {"prompt": ["a cat", "7"], "batch": 2, "seed": 3, "inputs": {"guidance_scale": 0.0}}
-    again = compare_pictures(pipe, TurboConfig(keep=0.5, components=["attention", "ffn"]), **given, **QUICK)
+    again = compare_images(pipe, TurboConfig(keep=0.5, components=["attention", "ffn"]), **given, **QUICK)
     assert half["drift"]["latent"] == pytest.approx(again.run("keep=0.5").drift.latent, rel=1e-4)
 
 
@@ -266,7 +286,7 @@ def test_inputs_of_a_denoiser_follow_from_its_config(family):
     assert out.isfinite().all() and len(out) == 2
     assert math.prod(out.shape[-2:]) == (height * 3 if family != "flux" else 8 * 12 * 16)
     if family == "dit":
-        with pytest.raises(ConfigError, match="square pictures only"):
+        with pytest.raises(ConfigError, match="square images only"):
             denoiser_inputs(model, (128, 192), 2)
     if family != "flux":  # which has no size of its own, and makes 1024 pixels
         assert denoiser_inputs(model, None, 1)

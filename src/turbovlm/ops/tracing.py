@@ -1,12 +1,14 @@
-"""Which operators may be used for a tensor: fused ones where its device has them, plain ones elsewhere."""
+"""How the program at hand runs: in eager, compiled, exported, or captured in a CUDA graph."""
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_exporting() -> bool:
@@ -21,21 +23,16 @@ def is_exporting() -> bool:
     return bool(getattr(compiler, "is_exporting", compiler.is_compiling)())
 
 
-def fused_kernels(x: Tensor) -> ModuleType | None:
-    """`turbovlm.ops.kernels` where its Triton kernels take `x`; None on other devices, and for exported programs."""
-    if not x.is_cuda or is_exporting():
-        return None
-    from turbovlm.ops import kernels
-
-    return kernels if kernels.usable(x) else None
-
-
-def has_bags(x: Tensor) -> bool:
-    """Whether `embedding_bag` is there and fast; exporters and some devices lack it."""
-    return x.device.type in ("cpu", "cuda") and not is_exporting()
-
-
 def is_readable(x: Tensor) -> bool:
     """Whether Python may look at the values of `x`: not while a program is traced or a CUDA graph is captured."""
     captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return x.device.type != "meta" and not captured and not torch.compiler.is_compiling()
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let compilers call `function` once and take what it returns for a constant of their graph.
+
+    `torch.compiler.assume_constant_result` sets the same attribute, but imports all of Dynamo first: 900 modules.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,111 @@
+"""Encoders by name, built from their config alone or with their weights."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from turbovlm.errors import TurboError
+from turbovlm.loading.spec import ModelSpec, library_errors, load_added, without_remarks
+
+MODEL_HELP = (
+    "a transformers hub id, a folder with a config.json, or timm:NAME, torchvision:NAME, open_clip:NAME; "
+    "weights are neither needed nor fetched"
+)
+
+
+def load_model(spec: ModelSpec, image_size: int | None = None, *, pretrained: bool = False) -> nn.Module:
+    """Build a model from its config, in eval mode, with random weights unless `pretrained`.
+
+    Args:
+        spec: see `MODEL_HELP`; or a model that another package brings.
+        image_size: pixels per side, instead of the model's own.
+        pretrained: load the weights as the library does: from its cache, the folder, or the hub.
+
+    Raises:
+        TurboError: the library is not installed, or does not know the model, or has no weights for it.
+    """
+    added = spec.added
+    if added is not None:
+        if added.prepare is None:
+            raise TurboError(f"{spec.text}: makes images, and is no encoder")
+        model: nn.Module = load_added(spec, added, pretrained)
+        if image_size is not None:
+            if not added.any_size:
+                raise TurboError(f"--image-size {image_size}: {spec.text} takes images of its own size only")
+            model.config.image_size = image_size  # type: ignore[union-attr]
+        return model
+    if spec.library not in BUILDERS:
+        raise TurboError(f"{spec.text}: {spec.library!r} is none of {', '.join(BUILDERS)}")
+    # On its device at once: a model on the meta device takes no memory.
+    built_on = contextlib.nullcontext() if pretrained else torch.device(spec.device)
+    quiet = contextlib.nullcontext() if pretrained else without_remarks()
+    with library_errors(spec), quiet, built_on:
+        return BUILDERS[spec.library](spec.name, image_size, pretrained).eval().to(spec.device, spec.dtype)
+
+
+def _transformers(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if image_size is not None:
+        vision = getattr(config, "vision_config", config)
+        if not hasattr(vision, "image_size"):
+            raise TurboError(f"--image-size {image_size}: a {type(vision).__name__} has no image size")
+        vision.image_size = image_size
+    architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+    if pretrained:
+        model: nn.Module = architecture.from_pretrained(name, config=config)
+    elif architecture is transformers.AutoModel:
+        model = architecture.from_config(config)
+    else:
+        model = architecture(config)
+    return model
+
+
+def _timm(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
+    import timm
+
+    size = {} if image_size is None else {"img_size": image_size}
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **size)
+    return model
+
+
+def _torchvision(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    settings: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        settings["weights_backbone"] = None
+    model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **settings)
+    return model
+
+
+def _open_clip(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
+    import open_clip
+
+    if pretrained != name.startswith(("hf-hub:", "local-dir:")):
+        form = "hf-hub:ID or local-dir:FOLDER, which have weights" if pretrained else "the architecture's name"
+        raise TurboError(f"open_clip:{name}: for {'pretrained' if pretrained else 'random'} weights give {form}")
+    model: nn.Module = open_clip.create_model(
+        name,
+        load_weights=pretrained,
+        pretrained_text=False,
+        force_image_size=image_size,
+        device=str(torch.get_default_device()),
+    )
+    return model
+
+
+BUILDERS: dict[str, Callable[[str, int | None, bool], nn.Module]] = {
+    "transformers": _transformers,
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "open_clip": _open_clip,
+}
+"""By library: `(name, image_size, pretrained)` to the model."""

@@ -1,0 +1,287 @@
+"""Bipartite merging: the r candidates of highest information degree go, each into its most similar destination."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from turbovlm.ops import dispatch, plain
+from turbovlm.ops.degree import DegreeFunction
+from turbovlm.ops.partition import (
+    Partition,
+    count,
+    partition_tokens,
+    positions,
+    precise_dtype,
+    row_offsets,
+    take_values,
+)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The candidates of one merge, compared and ranked.
+
+    Attributes:
+        partition: who may be merged into whom.
+        tokens: N, the prefix included.
+        redundancy: R of the candidates, `[batch, candidates]`.
+        nearest: the index among the destinations of each one's most similar, `[batch, candidates]`, int64.
+        degree: E, `[batch, candidates]`; infinite for padding, which is merged before all else.
+    """
+
+    partition: Partition
+    tokens: int
+    redundancy: Tensor
+    nearest: Tensor
+    degree: Tensor
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Which token went where in one merge of N tokens into M = N − r.
+
+    Attributes:
+        rows: for each of the batch's tokens, the row of the `batch · M` left that it became part of, `[batch · N]`,
+            int64.
+        src: the r tokens of each image that were merged into another or dropped, `[batch, r]`, int64.
+        weights: the share of each of the N in its destination, `[batch, N]`; 0 for a token that is dropped.
+        sizes: patches that each of the M stands for, `[batch, M]`.
+        keep_norm: whether a merged token is as long as its parts are on average, instead of their plain mean.
+    """
+
+    rows: Tensor
+    src: Tensor
+    weights: Tensor
+    sizes: Tensor
+    keep_norm: bool = False
+
+    @property
+    def source(self) -> Tensor:
+        """For each of the N tokens, the token it became part of, `[batch, N]`, int64."""
+        return self.rows.view(self.weights.shape) - row_offsets(self.sizes)
+
+    @property
+    def kept(self) -> Tensor:
+        """For each of the M tokens, the one of the N whose place it took, `[batch, M]`, int64."""
+        tokens, left = self.weights.shape[1], self.sizes.numel()
+        src_rows = (self.src + row_offsets(self.weights)).flatten()
+        everyone = torch.arange(len(self.rows), device=self.rows.device)
+        # every token writes its number into its row, merged ones into an additional row that is cut off
+        written = self.rows.new_empty(left + 1).scatter(0, self.rows.index_fill(0, src_rows, left), everyone)
+        return written[:left].view(self.sizes.shape) % tokens
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The tokens of `x`, `[batch, N, width]`, averaged by size: `[batch, M, width]` in the same dtype.
+
+        With `keep_norm` each is as long as its parts are on average; a token that nothing joined is bit for bit itself.
+        """
+        if dispatch.has_bags(x):
+            # a graph that is compiled caches nothing: its tensors are not there yet
+            bags = self._sort_into_bags() if torch.compiler.is_compiling() else self._bags
+            mean = dispatch.mean_of_bags(x, *bags)
+        else:
+            mean = plain.mean_of_rows(x, self.rows, self.weights, self.sizes.numel())
+        mean = mean.view(*self.sizes.shape, x.shape[-1])
+        return plain.keep_norms(x, mean, self.rows, self.weights) if self.keep_norm else mean
+
+    @functools.cached_property
+    def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Kept for the next tensor that is merged alike."""
+        return self._sort_into_bags()
+
+    def _sort_into_bags(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The `batch · N` rows in the order of what they become, where each of the `batch · M` begins, and weights."""
+        row, bag = self.rows.sort(stable=True)
+        starts = torch.searchsorted(row, torch.arange(self.sizes.numel(), device=row.device))
+        return bag, starts, self.weights.flatten().index_select(0, bag)
+
+    def lost(self, x: Tensor, merged: Tensor) -> Tensor:
+        """What set tokens apart from what they became part of, `[batch, 2r, width]`; see `unmerge`.
+
+        First of the r merged ones, then of their destinations, each destination once and zeros where it repeats.
+
+        Args:
+            x: before the merge, `[batch, N, width]`.
+            merged: behind it, `[batch, M, width]`.
+        """
+        src_rows, dst_rows, merged_rows = self._changed_rows()
+        order = torch.arange(len(merged_rows), device=merged_rows.device)
+        last = merged_rows.new_zeros(self.sizes.numel()).scatter(0, merged_rows, order)
+        once = (last.index_select(0, merged_rows) == order).unsqueeze(1)  # of several into one destination, the last
+        before, behind = x.flatten(0, 1), merged.flatten(0, 1).index_select(0, merged_rows)
+        apart = [before.index_select(0, src_rows) - behind, (before.index_select(0, dst_rows) - behind) * once]
+        return torch.cat([each.view(*self.src.shape, x.shape[-1]) for each in apart], dim=1)
+
+    def unmerge(self, y: Tensor, lost: Tensor | None = None) -> Tensor:
+        """Give every one of the N tokens its destination's row of `y`, and what the merge has taken from it.
+
+        Args:
+            y: `[batch, M, width]`.
+            lost: as `lost` gives it.
+
+        Returns:
+            `[batch, N, width]`.
+        """
+        out = y.flatten(0, 1).index_select(0, self.rows)
+        if lost is not None:
+            src_rows, dst_rows, _ = self._changed_rows()
+            of_src, of_dst = lost.chunk(2, dim=1)
+            out = out.index_add(0, src_rows, of_src.flatten(0, 1)).index_add(0, dst_rows, of_dst.flatten(0, 1))
+        return out.view(*self.weights.shape, y.shape[-1])
+
+    def _changed_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the r merged tokens and of their destinations, before the merge, and the row they share behind it.
+
+        `[batch · r]` each; the first two of the `batch · N`, the third of the `batch · M`.
+        """
+        first = row_offsets(self.weights)
+        src_rows = (self.src + first).flatten()
+        merged_rows = self.rows.index_select(0, src_rows)
+        return src_rows, (self.kept + first).flatten().index_select(0, merged_rows), merged_rows
+
+
+def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+    """`R_i = max_j cos(f_i, f_j)`, i a candidate and j a destination (Turbo, equation 6 and §6.1).
+
+    Args:
+        features: `[batch, tokens, width]`: keys averaged over heads, or any other features.
+        partition: who may be merged into whom.
+
+    Returns:
+        R in [−1, 1], in float32 or better, and the index of the most similar destination among the destinations,
+        int64, `[batch, candidates]` each. Without destinations, R is −1.
+    """
+    if count(partition.destinations) > 0:
+        return dispatch.most_similar(features, partition)
+    shape = features.shape[0], count(partition.candidates)
+    alone = features.new_full(shape, -1.0, dtype=precise_dtype(features))
+    return alone, torch.zeros_like(alone, dtype=torch.int64)
+
+
+def rank_candidates(
+    features: Tensor,
+    partition: Partition,
+    semantic: Tensor | None,
+    block: int = 0,
+    *,
+    degree: str | DegreeFunction,
+    alpha: float | None = None,
+    seed: int = 0,
+    sizes: Tensor | None = None,
+) -> Ranking:
+    """Compare every candidate with the destinations, and rank it by its information degree.
+
+    Args:
+        features: what is compared, `[batch, tokens, width]`.
+        partition: who may be merged into whom.
+        semantic: A of every token, `[batch, tokens]`; None where the degree does not need it.
+        block: index of the merging block, counted from 0.
+        degree, alpha, seed: as in `TurboConfig`.
+        sizes: patches each token stands for, `[batch, tokens]`, where some are padding, of size 0; else None.
+
+    Raises:
+        ConfigError: see `information_degree`.
+    """
+    redundancy, nearest = mutual_redundancy(features, partition)
+    e = dispatch.degree_of_candidates(
+        redundancy, semantic, partition.candidates, block, degree=degree, alpha=alpha, seed=seed
+    )
+    if sizes is not None:
+        e = e.masked_fill(take_values(sizes, partition.candidates) == 0, torch.inf)
+    return Ranking(partition, features.shape[1], redundancy, nearest, e)
+
+
+@overload
+def merge_ranked(
+    ranking: Ranking, r: int, x: Tensor, *, sizes: Tensor | None = None, order: str, reduce: str
+) -> tuple[Merge, Tensor]: ...
+@overload
+def merge_ranked(
+    ranking: Ranking, r: int, x: None = None, *, sizes: Tensor | None = None, order: str, reduce: str
+) -> tuple[Merge, None]: ...
+def merge_ranked(
+    ranking: Ranking, r: int, x: Tensor | None = None, *, sizes: Tensor | None = None, order: str, reduce: str
+) -> tuple[Merge, Tensor | None]:
+    """Merge the `r` candidates of highest degree into their most similar destinations.
+
+    Args:
+        ranking: from `rank_candidates`.
+        r: tokens to merge, at most the number of candidates.
+        x: tokens to merge in the same pass, `[batch, tokens, width]`; `Merge.merge` does it later, too.
+        sizes: patches each token stands for, `[batch, tokens]`; ones if None.
+        order: `"partition"`: prefix, candidates left, destinations, suffix; or `"spatial"`: the order before.
+        reduce: `"merge"`; `"keep_norm"`: as long as the parts are on average; or `"prune"`: the destination keeps its
+            own value and size.
+
+    Returns:
+        The merge, and the merged tokens `[batch, tokens − r, width]`, or None without `x`.
+    """
+    src, dst = dispatch.choose(ranking.degree, ranking.nearest, ranking.partition, r)
+    slots = None if order == "spatial" else _published_order(ranking)
+    keep_norm = reduce == "keep_norm"
+    launched = None if x is None else dispatch.merge_in_one_launch(x, src, dst, slots, sizes, reduce)
+    if launched is not None:
+        merged, rows, weights, merged_sizes = launched
+        return Merge(rows, src, weights, merged_sizes, keep_norm), merged
+    if sizes is None:
+        degree = ranking.degree
+        sizes = torch.ones(degree.shape[0], ranking.tokens, dtype=precise_dtype(degree), device=degree.device)
+    rows, weights, merged_sizes = plain.merge_books(src, dst, slots, sizes, reduce)
+    merge = Merge(rows, src, weights, merged_sizes, keep_norm)
+    return merge, None if x is None else merge.merge(x)
+
+
+def _published_order(ranking: Ranking) -> Tensor:
+    """The place of each token in prefix, candidates, destinations, suffix, in a row, `[N]` or `[batch, N]`."""
+    device, partition = ranking.degree.device, ranking.partition
+    place = torch.arange(ranking.tokens, device=device)
+    halves = [positions(index, device) for index in (partition.candidates, partition.destinations)]
+    patches = sum(half.shape[-1] for half in halves)
+    prefix = ranking.tokens - patches - partition.suffix
+    ends = [end.expand(*halves[0].shape[:-1], -1) for end in (place[:prefix], place[prefix + patches :])]
+    order = torch.cat([ends[0], *halves, ends[1]], dim=-1)
+    return order.scatter(-1, order, place.expand_as(order))
+
+
+def match(
+    features: Tensor,
+    r: int,
+    semantic: Tensor | None = None,
+    *,
+    sizes: Tensor | None = None,
+    prefix: int = 0,
+    block: int = 0,
+    degree: str | DegreeFunction = "weighted_difference",
+    alpha: float | None = None,
+    partition: str = "alternate",
+    grid: tuple[int, int] | None = None,
+    order: str = "partition",
+    reduce: str = "merge",
+    seed: int = 0,
+) -> Merge:
+    """Choose the `r` tokens that carry least information and the destinations they are merged into (Turbo, §6.1).
+
+    Args:
+        features: what is compared, `[batch, tokens, width]`: keys averaged over heads in the paper.
+        r: tokens to merge, clamped to the number of candidates and to `(tokens − prefix) // 2` for halves.
+        semantic: A of every token, `[batch, tokens]`; not needed for `"redundancy"` and `"random"`.
+        sizes: patches each token stands for, `[batch, tokens]`; ones if None.
+        prefix: tokens at the front (CLS, distillation, registers) that never merge.
+        block, degree, alpha, partition, grid, order, reduce, seed: as in `TurboConfig`.
+
+    Returns:
+        A `Merge` of `tokens` into `tokens − r`.
+
+    Raises:
+        ConfigError: A is missing where the degree needs it, or the patches do not fill the grid.
+    """
+    tokens = features.shape[1]
+    split = partition_tokens(tokens, prefix, partition, block=block, seed=seed, grid=grid, device=features.device)
+    ranking = rank_candidates(features, split, semantic, block, degree=degree, alpha=alpha, seed=seed, sizes=sizes)
+    most = count(split.candidates) if partition == "grid" else (tokens - prefix) // 2
+    return merge_ranked(ranking, min(r, most), sizes=sizes, order=order, reduce=reduce)[0]

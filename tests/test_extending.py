@@ -1,0 +1,116 @@
+"""The families of docs/extending.md, registered from outside of the package as the page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import turbovlm
+from turbovlm.registry import unregister
+from vlms import CLIP, IMAGE, TEXT, Vlm, seeded, square
+
+transformers = pytest.importorskip("transformers")
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+ENTRIES = {
+    re.search(r"^([A-Z]\w+) = (?:variant|VlmFamily|Block)\(", text, re.M)[1]: text
+    for text in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+}
+
+
+@pytest.fixture
+def registered():
+    """Run the page's snippet of one entry on a model; forget the entry afterwards."""
+    entries = []
+
+    def run(name, model):
+        names = {"model": model}
+        exec(ENTRIES[name], names)
+        entries.append(names[name])
+        return names["handle"]
+
+    yield run
+    unregister(*entries)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_has_fifteen_lines_at_most(name):
+    lines = ENTRIES[name].split(f"{name} = ")[1].split("\n)\n")[0].splitlines()
+    assert len(lines) + 1 <= 15
+
+
+def aimv2():
+    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = transformers.Aimv2VisionConfig(**size, image_size=48, patch_size=8)
+    return transformers.Aimv2VisionModel(config).eval()
+
+
+def test_an_encoder(registered):
+    model, pixels = aimv2(), torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(turbovlm.UnsupportedModelError):
+        turbovlm.apply(model, r=4)
+    with torch.no_grad():
+        own = model(pixel_values=pixels).last_hidden_state
+        handle = registered("AIMV2", model)
+        merged = model(pixel_values=pixels).last_hidden_state
+        assert handle.schedules[0].tokens == (36, 32, 28, 24, 20) and merged.shape == own.shape
+        assert handle.features[0].last.sizes.sum(1).eq(36).all()
+        handle.remove()
+        assert torch.equal(model(pixel_values=pixels).last_hidden_state, own)
+        with turbovlm.apply(model, r=0):
+            assert torch.equal(model(pixel_values=pixels).last_hidden_state, own)
+
+
+def aya_vision():
+    text = transformers.Cohere2Config(**TEXT, layer_types=["full_attention"] * 3)
+    return transformers.AyaVisionForConditionalGeneration(
+        transformers.AyaVisionConfig(
+            vision_config=transformers.SiglipVisionConfig(**CLIP),
+            text_config=text,
+            image_token_id=IMAGE,
+            downsample_factor=2,
+            vision_feature_layer=-1,
+            alignment_intermediate_size=64,
+        )
+    )
+
+
+def test_a_vision_language_model(registered):
+    model, family = seeded(aya_vision), Vlm(aya_vision, square(9, 48))
+    inputs = family.inputs([5, 6, "image", 7, 8], [9, "image", 14, 11, 12, 13])
+    seen = inputs["attention_mask"].bool()
+    with pytest.raises(turbovlm.UnsupportedModelError, match="supported: LLaVA"):
+        turbovlm.apply(model, visual_keep=0.5)
+    with torch.no_grad():
+        own = model(**inputs).logits
+        handle = registered("AYA_VISION", model)
+        model(**inputs)
+        assert [selection.kept.shape[1] for selection in handle.visual] == [5, 5]
+        handle.remove()
+        with turbovlm.apply(model, visual_keep=1.0):
+            assert (model(**inputs).logits - own)[seen].abs().max() < 1e-5
+        generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_what_is_no_entry_is_refused():
+    for entry in (SimpleNamespace(family="mine"), "AIMv2", turbovlm.TurboConfig(r=1)):
+        with pytest.raises(turbovlm.ConfigError, match="must be an encoder's Layout"):
+            turbovlm.register(entry)
+
+
+def test_a_family_registered_twice_is_refused(registered):
+    registered("AIMV2", aimv2())
+    from turbovlm.encoder import variant
+    from turbovlm.encoder.families.transformers import VIT
+
+    known = turbovlm.registry.families("encoder")
+    again = variant(VIT, family="mine")
+    fresh = variant(VIT, family="fresh", block="my.Block")
+    with pytest.raises(turbovlm.ConfigError, match=r"ViTLayer is registered already, as transformers ViT"):
+        turbovlm.register(fresh, again)
+    assert turbovlm.registry.families("encoder") == known  # nothing of a refused call stays
