@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn as nn
-from torch import Tensor
 
 from turbovlm.config import COMPONENTS, DenoiseConfig
 from turbovlm.diffusion.choose import Site, least_tokens
@@ -61,16 +60,12 @@ class DenoiseFeature:
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """The forwards of the denoiser, its holders, its blocks and their parts; and the scheduler's methods."""
-        found = [Patch(model.get_submodule(name), "forward", denoiser_forward, self, what) for name, what in self.holders]
+        found = [
+            Patch(model.get_submodule(name), "forward", denoiser_forward, self, what) for name, what in self.holders
+        ]
         found += [Patch(model.get_submodule(name), "forward", block_forward, self) for name in self.blocks]
         found += [Patch(model.get_submodule(site.name), "forward", part_forward, self, site) for site in self.sites]
         return found if self.steps is None else [*found, *self.steps.patches(self)]
-
-    def restores_linearly(self, x: Tensor) -> bool:
-        """Whether feed-forwards are restored by regression, on the device of `x`."""
-        if self.config.restore == "auto":
-            return x.device.type == "cpu"  # on GPUs a small system of equations takes longer than most feed-forwards
-        return self.config.restore == "linear"
 
     def describe(self) -> list[str]:
         """The blocks that merge, by the groups that merge alike, and how many tokens they read in the last forward."""
@@ -194,9 +189,7 @@ def _stage_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0].endswith("_blocks") and len(parts) > 3 else parts[0]
 
 
-def _find_holders(
-    modules: dict[str, nn.Module], present: set[Denoiser], roots: list[str]
-) -> list[tuple[str, Holder]]:
+def _find_holders(modules: dict[str, nn.Module], present: set[Denoiser], roots: list[str]) -> list[tuple[str, Holder]]:
     """The denoisers and the modules that have blocks, with what is known of their arguments."""
     holders = []
     for name, module in modules.items():
