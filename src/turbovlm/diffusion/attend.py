@@ -71,7 +71,7 @@ def attend_merged(
     words = x.shape[1] - merge.sizes.shape[1] if text is None else text.shape[1]
     bias = F.pad(size_bias(merge.sizes, x.dtype), (words, 0)) if biased else None
     backend = _backend_of(processor)
-    if backend in (None, "native") and _is_known(patch, attending, processor, rest, kwargs):
+    if backend in (None, "native") and _is_known(patch, attention, attending, rest, kwargs):
         return attending.function(attention, x, text, bias, None if rotary is None else _rotary_of(merge, rotary))
     if bias is not None:
         if backend is not None and backend not in BIASED_BACKENDS:
@@ -142,7 +142,7 @@ def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _rotary_of(merge: Merge, rotary: tuple[Tensor, Tensor]) -> Rotary:
-    """Every image's own angles: the text's, `[words, head_dim]`, then those of the tokens that its merged ones went into.
+    """Every image's own angles: the text's, then those of the tokens that its merged ones went into.
 
     Args:
         rotary: of all tokens of the sequence, `[words + N, head_dim]` each.
@@ -154,10 +154,11 @@ def _rotary_of(merge: Merge, rotary: tuple[Tensor, Tensor]) -> Rotary:
 
 
 def _is_known(
-    patch: Patch, attending: Attending, processor: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    patch: Patch, attention: Any, attending: Attending, rest: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
     """Whether `attending.function` does all that a call of the module would: no other class, forward or argument."""
-    kind, attention = type(processor), patch.module
+    processor = getattr(attention, "processor", None)
+    kind = type(processor)
     if f"{kind.__module__}.{kind.__qualname__}" not in attending.processors or rest:
         return False
     if patch.before is not None and getattr(patch.before, "__func__", None) is not patch.method:
