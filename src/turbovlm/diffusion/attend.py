@@ -120,7 +120,7 @@ def rotary_attention(
     )
     if text is None:
         return attended  # the block projects it
-    of_text, of_image = attended.split([text.shape[1], x.shape[1]], dim=1)
+    of_text, of_image = torch.split(attended, [text.shape[1], x.shape[1]], dim=1)
     return attention.to_out[1](attention.to_out[0](of_image)), attention.to_add_out(of_text)
 
 
@@ -136,7 +136,7 @@ def _projected(attention: Any, x: Tensor, fused: str, apart: tuple[str, ...]) ->
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn each pair of neighbouring channels of `x`, `[batch, tokens, heads, head_dim]`, by its angle."""
     cos, sin = (each.unsqueeze(2) for each in rotary)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     across = torch.stack([-second, first], dim=-1).flatten(-2)
     return (x.float() * cos + across.float() * sin).to(x.dtype)
 
@@ -187,7 +187,7 @@ def _backend_of(processor: Any) -> str | None:
 def _one_image_at_a_time(patch: Patch, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any], rotary: Rotary) -> Any:
     """Run a processor that takes one set of angles for a whole batch on each image, with its own."""
     outs = []
-    for i, tokens in enumerate(x.split(1)):
+    for i, tokens in enumerate(torch.split(x, 1)):
         own = {name: _of_image(value, i, len(x)) for name, value in kwargs.items()}
         own["image_rotary_emb"] = rotary[0][i], rotary[1][i]
         outs.append(patch.original(tokens, *rest, **own))
