@@ -12,7 +12,7 @@ searched on: it is taken from one half and has to hold on the other. What is cal
 
 Tasks: `calibrate` is given 128 pictures of a built-in task, without answers, and `evaluate` asks 200 others.
 
-Pictures: `calibrate_pictures` is given prompts of the built-in text-to-image model; on others its settings stand beside
+Generated images: `calibrate` is given prompts of the built-in text-to-image model; on others its settings stand beside
 one `keep` for all resolutions at the same cost.
 
 Writes calibration.md and calibration.json to benchmarks/results.
@@ -37,10 +37,8 @@ from torch import Tensor
 import turbovlm
 from turbovlm import Calibration, DenoiseConfig, TurboConfig
 from turbovlm.calibration.bound import upper_bound
-from turbovlm.calibration.drift import Subject
-from turbovlm.calibration.handing import handed_on
-from turbovlm.calibration.pictures import PictureSearch, PictureSubject
-from turbovlm.calibration.speed import speedup_of
+from turbovlm.calibration.subjects.denoiser import DenoiserSubject
+from turbovlm.calibration.subjects.encoder import EncoderSubject
 from turbovlm.cli.measuring import progress_bar
 from turbovlm_lab.demo.result import describe_machine
 from turbovlm_lab.demo.run import overlap, salient_region
@@ -89,7 +87,7 @@ def on_photos() -> dict[str, Any]:
     pixels = preprocess([ImageOps.fit(photo, (SIDE, SIDE)) for photo in load_photos()], SIDE)
     order = random.Random(SEED).sample(range(len(pixels)), len(pixels))
     given, held = order[: len(order) // 2], order[len(order) // 2 :]
-    subject = Subject(model.backbone, pixels, len(pixels), handed_on(model.backbone), BATCH, lambda _: None)
+    subject = _subject(model.backbone, pixels)
     own = _seen(model, pixels[held], None)
     rows: list[dict[str, Any]] = []
     for share in SHARES:
@@ -107,6 +105,10 @@ def on_photos() -> dict[str, Any]:
         same = TurboConfig(flops=round(cost, 3))
         rows.append({"flops": share, "setting": "default at that cost", **_measured(model, pixels[held], same, own)})
     return {"rows": rows, "bound": bound, "speed": _timed(model.backbone, pixels[given])}
+
+
+def _subject(model: Any, images: Tensor) -> EncoderSubject:
+    return EncoderSubject(model, images, TurboConfig(r=0), frozenset(), SEED, lambda _: None, batch=BATCH)
 
 
 def _calibrated(
@@ -147,7 +149,7 @@ def _measured(
     return {"macs": cost, **{name: [round(each, 5) for each in values.tolist()] for name, values in both.items()}}
 
 
-def _tried(subject: Subject, found: Calibration, given: list[int], held: list[int]) -> dict[str, Any]:
+def _tried(subject: EncoderSubject, found: Calibration, given: list[int], held: list[int]) -> dict[str, Any]:
     """How often a bound from one half of the photographs that were not searched on holds on the other half."""
     count = len(given)
     searched = {given[place] for place in random.Random(SEED).sample(range(count), count)[: count // 2]}
@@ -175,13 +177,13 @@ def _timed(backbone: Any, images: Tensor) -> dict[str, Any]:
     with progress_bar(len(images) // 2 * (EFFORT + 20), f"{SPEEDUP} times faster") as advance:
         found = turbovlm.calibrate(backbone, images, speedup=SPEEDUP, effort=EFFORT, batch=BATCH, progress=advance)
     seconds = time.perf_counter() - start
-    subject = Subject(backbone, images, len(images), handed_on(backbone), BATCH, lambda _: None)
+    subject = _subject(backbone, images)
     return {
         "asked": SPEEDUP,
         "promised": found.speedup,
         "macs": found.flops,
         "seconds": seconds,
-        "measured": [speedup_of(subject, found.config) for _ in range(TIMINGS)],
+        "measured": [subject.speedup(found.config) for _ in range(TIMINGS)],
     }
 
 
@@ -193,20 +195,21 @@ def on_pictures() -> dict[str, Any]:
     for share in MADE:
         with progress_bar(PROMPTS * 10, f"pictures, {share:.0%}") as advance:
             start = time.perf_counter()
-            found = turbovlm.calibrate_pictures(
+            found = turbovlm.calibrate(
                 pipe, prompts[:PROMPTS], flops=share, steps=STEPS, inputs=inputs, batch=BATCH, progress=advance
             )
             seconds = time.perf_counter() - start
-        held = PictureSubject(pipe, prompts[PROMPTS:], None, STEPS, inputs, BATCH, SEED, lambda _: None)
-        whole = DenoiseConfig(1.0)
-        keep = PictureSearch(held, whole, range(PROMPTS), frozenset()).solved(whole, 1.0, share)
+        whole, fixed, options = DenoiseConfig(1.0), frozenset[str](), {"steps": STEPS, "inputs": inputs, "batch": BATCH}
+        held = DenoiserSubject(pipe, prompts[PROMPTS:], whole, fixed, SEED, lambda _: None, **options)
+        keep = held.configured(whole, held.flat, share)
+        assert keep is not None
         for name, config in (("one keep", keep), ("calibrated", found.config)):
             drift = held.drift(config, range(PROMPTS))
             rows.append(
                 {
                     "flops": share,
                     "setting": name,
-                    "macs": held.ratio(config),
+                    "macs": held.cost(config),
                     "drift": drift.tolist(),
                     "config": f"keep={list(config.keep)}, components={list(config.components)}, "  # type: ignore[arg-type]
                     f"degree={config.degree}, alpha={config.alpha}, restore={config.restore}, refresh={config.refresh}",

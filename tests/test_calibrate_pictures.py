@@ -1,4 +1,4 @@
-"""`turbovlm.calibrate_pictures` on the small text-to-image model: what it finds, promises and refuses."""
+"""`turbovlm.calibrate` on the small text-to-image pipeline: what it finds, promises and refuses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import turbovlm
-from turbovlm import ConfigError, TurboConfig, TurboError, UnsupportedModelError
+from turbovlm import Calibration, ConfigError, DenoiseConfig, TurboError
 from turbovlm.profile import compare_images
 
 pytest.importorskip("diffusers")
@@ -35,25 +35,23 @@ def picture(pipe, prompt):
 
 def test_a_share_for_each_resolution_at_one_cost(pipe, prompts):
     before, went = picture(pipe, prompts[0]), []
-    config = turbovlm.calibrate_pictures(pipe, prompts, flops=0.9, **FEW, progress=went.append, restore="copy", alpha=2)
+    found = turbovlm.calibrate(pipe, prompts, flops=0.9, **FEW, progress=went.append, restore="copy", alpha=2)
     assert torch.equal(picture(pipe, prompts[0]), before) and sum(went) > 30 * 4
-    assert isinstance(config.keep, tuple) and config.r is config.flops is None
-    promise = config.promise
-    assert promise.flops == pytest.approx(0.9, abs=0.01) and promise.images == 15 and promise.coverage == 0.8
-    assert 0 < promise.drift <= promise.bound < 0.1
-    shares = [share for share, _ in promise.curve]
-    drifts = [drift for _, drift in promise.curve]
-    assert len(shares) > 3 and drifts == sorted(drifts, reverse=True)
-    compared = compare_images(pipe, config, steps=2, prompt=prompts[0], rounds=1, warmup=0)
-    assert 1 / compared.macs_ratio(compared.runs[1].name) == pytest.approx(promise.flops, abs=0.005)
+    assert isinstance(found.config, DenoiseConfig) and len(found.config.keep) == 4
+    assert found.flops == pytest.approx(0.9, abs=0.01) and found.images == 15 and found.coverage == 0.8
+    assert 0 < found.drift <= found.bound < 0.1
+    costs, drifts = zip(*found.curve)
+    assert len(costs) > 3 and list(drifts) == sorted(drifts, reverse=True)
+    compared = compare_images(pipe, found.config, steps=2, prompt=prompts[0], rounds=1, warmup=0)
+    assert 1 / compared.macs_ratio(compared.runs[1].name) == pytest.approx(found.flops, abs=0.005)
 
 
 def test_settings_that_are_given_stay(pipe, prompts, tmp_path):
-    config = turbovlm.calibrate_pictures(pipe, prompts, max_drift=0.005, **FEW, **GIVEN)
-    assert all(getattr(config, name) == value for name, value in GIVEN.items())
-    config.save(tmp_path / "turbo.json")
-    assert TurboConfig.load(tmp_path / "turbo.json") == config
-    with turbovlm.apply(pipe, config):
+    found = turbovlm.calibrate(pipe, prompts, max_drift=0.005, **FEW, **GIVEN)
+    assert all(getattr(found.config, name) == value for name, value in GIVEN.items())
+    found.save(tmp_path / "turbo.json")
+    assert Calibration.load(tmp_path / "turbo.json") == found
+    with turbovlm.apply(pipe, found):
         assert picture(pipe, prompts[0]).isfinite().all()
 
 
@@ -63,7 +61,8 @@ def test_settings_that_are_given_stay(pipe, prompts, tmp_path):
         ({}, "exactly one of flops, max_drift and speedup"),
         ({"flops": 0.9, "speedup": 2}, "exactly one of"),
         ({"flops": 1.5}, r"flops=1.5: must be a share in \(0, 1\)"),
-        ({"flops": 0.9, "keep": 0.5}, "keep: calibrate_pictures finds how much is merged"),
+        ({"flops": 0.9, "keep": 0.5}, "keep: calibrate finds how much is merged"),
+        ({"flops": 0.9, "per_image": True}, "per_image: is for a model with vision encoders"),
         ({"flops": 0.9, "steps": 0}, "steps=0"),
         ({"flops": 0.3}, r"flops=0.3 is out of reach: 0\.\d+ is the least"),
         ({"max_drift": 1e-9, **GIVEN}, "max_drift=1e-09 is out of reach: with 9"),
@@ -71,17 +70,15 @@ def test_settings_that_are_given_stay(pipe, prompts, tmp_path):
 )
 def test_what_cannot_be_done_says_why(pipe, prompts, given, said):
     with pytest.raises(ConfigError, match=said):
-        turbovlm.calibrate_pictures(pipe, prompts, **{**FEW, **given})
+        turbovlm.calibrate(pipe, prompts, **{**FEW, **given})
 
 
 def test_what_is_no_pipeline_or_too_little(pipe, prompts):
     with pytest.raises(ConfigError, match="prompts: 3 are too few, at least 30"):
-        turbovlm.calibrate_pictures(pipe, prompts[:3], flops=0.9)
-    with pytest.raises(ConfigError, match="prompts: 1 are too few"):
-        turbovlm.calibrate_pictures(pipe, "a red fox, close up, in the snow", flops=0.9)
-    with pytest.raises(UnsupportedModelError, match="no pipeline with a denoiser"):
-        turbovlm.calibrate_pictures(torch.nn.Linear(2, 2), prompts, flops=0.9)
-    with pytest.raises(ConfigError, match="pipelines are for turbovlm"):
-        turbovlm.calibrate(pipe, prompts, flops=0.9)
+        turbovlm.calibrate(pipe, prompts[:3], flops=0.9)
+    with pytest.raises(ConfigError, match="prompts: must be a list of texts or class numbers, got 'a red fox"):
+        turbovlm.calibrate(pipe, "a red fox, close up, in the snow", flops=0.9)
+    with pytest.raises(ConfigError, match=r"texts and class numbers are for a pipeline.*; this is a Linear"):
+        turbovlm.calibrate(torch.nn.Linear(2, 2), prompts, flops=0.9)
     with turbovlm.apply(pipe, keep=0.5), pytest.raises(TurboError, match="accelerated already"):
-        turbovlm.calibrate_pictures(pipe, prompts, flops=0.9)
+        turbovlm.calibrate(pipe, prompts, flops=0.9)

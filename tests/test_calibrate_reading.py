@@ -1,16 +1,16 @@
-"""`turbovlm.calibrate_reading` on small vision-language models."""
+"""`turbovlm.calibrate` of what small language models read."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn as nn
 
 import turbovlm
-from turbovlm import ConfigError, TurboConfig, TurboError, UnsupportedModelError
+from turbovlm import Calibration, ConfigError, ReadConfig, TurboConfig, TurboError, UnsupportedModelError
 from turbovlm.profile import macs
 from vlms import VLMS, blip, seeded
 
@@ -43,79 +43,85 @@ def logits(model, prompt):
         return model(**prompt).logits
 
 
-def drift_of(model, prompts, config, own):
-    """1 − cosine of the centred logits behind each prompt, by hand."""
-    with turbovlm.apply(model, config):
+def drift_of(model, prompts, *configs):
+    """Of every prompt."""
+    own = torch.cat([logits(model, prompt)[:, -1] for prompt in prompts])
+    with turbovlm.apply(model, *configs):
         there = torch.cat([logits(model, prompt)[:, -1] for prompt in prompts])
     return 1 - torch.cosine_similarity(there - own.mean(0), own - own.mean(0), dim=-1)
 
 
 def halves():
-    """The prompts that are searched on, and those that a promise is measured with."""
+    """Those searched on, and those held out."""
     order = random.Random(0).sample(range(30), 30)
     return sorted(order[:15]), sorted(order[15:])
 
 
 def test_what_keeps_most_at_so_many_tokens(case, tmp_path):
     model, prompts = case
-    own = torch.cat([logits(model, prompt)[:, -1] for prompt in prompts])
+    before = logits(model, prompts[0])
     went = []
-    config = turbovlm.calibrate_reading(model, prompts, visual_keep=0.5, progress=went.append)
-    assert torch.equal(logits(model, prompts[0])[:, -1], own[:1]) and sum(went) > 30 * 4
-    promise = config.promise
-    assert config.visual_keep == 0.5 and promise.images == 15
-    whole = macs(model, **prompts[0])
-    with turbovlm.apply(model, config):
-        assert promise.flops == pytest.approx(macs(model, **prompts[0]) / whole, abs=1e-4)
-    kept = drift_of(model, prompts, config, own)[halves()[1]]
-    assert promise.drift == pytest.approx(kept.mean().item(), rel=1e-4)
-    assert promise.drift <= promise.bound and len(promise.curve) > 8
-    config.save(tmp_path / "turbo.json")
-    assert TurboConfig.load(tmp_path / "turbo.json") == config
+    found = turbovlm.calibrate(model, prompts, visual_keep=0.5, progress=went.append)
+    assert torch.equal(logits(model, prompts[0]), before) and sum(went) == 30 + 6 * 15 + 12 * 15
+    assert found.config.visual_keep == 0.5 and found.images == 15 and found.coverage == 0.8
+    drift = drift_of(model, prompts, found)
+    assert found.drift == pytest.approx(drift[halves()[1]].mean().item(), rel=1e-4)
+    assert found.bound == pytest.approx(drift[halves()[1]].max().item(), rel=1e-4)
+    default = drift_of(model, prompts, ReadConfig(0.5))[halves()[0]]
+    assert drift[halves()[0]].mean() <= default.mean()
+    own = macs(model, **prompts[0])
+    with turbovlm.apply(model, found):
+        assert found.flops == round(macs(model, **prompts[0]) / own, 4)
+    found.save(tmp_path / "turbo.json")
+    assert Calibration.load(tmp_path / "turbo.json") == found and "15 prompts that took no part" in str(found)
 
 
 @pytest.mark.slow
 def test_the_fewest_tokens_within_a_tolerance(case):
-    """Of shares that go down from 0.9, the last before the mean drift is first above the tolerance."""
     model, prompts = case
-    own = torch.cat([logits(model, prompt)[:, -1] for prompt in prompts])
-    shares = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1)
-    for max_drift in (0.05, 0.5):
-        found = turbovlm.calibrate_reading(model, prompts, max_drift=max_drift, reduce="merge")
-        drifts = {}
-        for share in shares:
-            config = dataclasses.replace(found, visual_keep=share)
-            drifts[share] = drift_of(model, prompts, config, own)[halves()[0]].mean().item()
-            if drifts[share] > max_drift:
-                break
-        assert found.visual_keep == [share for share, drift in drifts.items() if drift <= max_drift][-1]
+    found = turbovlm.calibrate(model, prompts, max_drift=0.2, reduce="merge")
+    assert drift_of(model, prompts, found)[halves()[0]].mean() <= 0.2
+    shares = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1]
+    fewer = shares[shares.index(found.config.visual_keep) + 1 :][:1]
+    for share in fewer:
+        assert drift_of(model, prompts, replace(found.config, visual_keep=share))[halves()[0]].mean() > 0.2
+    with pytest.raises(ConfigError, match=r"max_drift=1e-12 is out of reach: with 90.0% of the visual tokens .* 0\."):
+        turbovlm.calibrate(model, prompts, max_drift=1e-12)
 
 
-def test_a_tolerance_out_of_reach(case):
+@pytest.mark.slow
+def test_a_cost_and_a_tower_that_merges_too(case):
     model, prompts = case
-    with pytest.raises(ConfigError, match=r"max_drift=1e-12 is out of reach: with 90% of the visual tokens it is 0\."):
-        turbovlm.calibrate_reading(model, prompts, max_drift=1e-12)
+    merging = TurboConfig(r=1)
+    found = turbovlm.calibrate(model, prompts, visual_keep=0.5, encoder=merging)
+    assert found.drift == pytest.approx(drift_of(model, prompts, merging, found)[halves()[1]].mean().item(), rel=1e-4)
+    cost = turbovlm.calibrate(model, prompts, visual_keep=0.4).flops
+    assert turbovlm.calibrate(model, prompts, flops=cost).flops == pytest.approx(cost, abs=0.03)
+    with pytest.raises(ConfigError, match=r"flops=0.01 is out of reach: 0\.\d+ is left with 10% of the visual tokens"):
+        turbovlm.calibrate(model, prompts, flops=0.01)
 
 
 def test_what_cannot_be_done_says_why(case):
     model, prompts = case
     for given, said in (
-        ({}, "exactly one of visual_keep and max_drift: got none"),
-        ({"visual_keep": 0.5, "max_drift": 0.1}, "got both"),
+        ({}, "exactly one of flops, max_drift, speedup and visual_keep: got none"),
+        ({"visual_keep": 0.5, "max_drift": 0.1}, "got max_drift, visual_keep"),
         ({"max_drift": 2}, r"max_drift=2: must be in \(0, 1\)"),
         ({"visual_keep": 1.5}, "visual_keep=1.5"),
-        ({"visual_keep": 0.5, "cross_keep": 0.5}, "cross_keep: calibrate_reading finds visual_keep"),
+        ({"visual_keep": 0.5, "cross_keep": 0.5}, "cross_keep: calibrate finds how much"),
     ):
         with pytest.raises(ConfigError, match=said):
-            turbovlm.calibrate_reading(model, prompts, **given)
+            turbovlm.calibrate(model, prompts, **given)
     with pytest.raises(ConfigError, match="29 are too few, at least 30"):
-        turbovlm.calibrate_reading(model, prompts[:29], visual_keep=0.5)
-    with pytest.raises(ConfigError, match="each a mapping of one prompt"):
-        turbovlm.calibrate_reading(model, prompts[0], visual_keep=0.5)
+        turbovlm.calibrate(model, prompts[:29], visual_keep=0.5)
+    with pytest.raises(ConfigError, match=r"visual_keep: is for a language model .* prompts: a list of mappings"):
+        turbovlm.calibrate(model, prompts[0], visual_keep=0.5)
+    with pytest.raises(ConfigError, match="per_image: is for a model with vision encoders, and images"):
+        turbovlm.calibrate(model, prompts, visual_keep=0.5, per_image=True)
     with pytest.raises(UnsupportedModelError):
-        turbovlm.calibrate_reading(nn.Linear(2, 2).eval(), prompts, visual_keep=0.5)
+        turbovlm.calibrate(nn.Linear(2, 2).eval(), prompts, visual_keep=0.5)
     with pytest.raises(TurboError, match="training mode"):
-        turbovlm.calibrate_reading(model.train(), prompts, visual_keep=0.5)
+        turbovlm.calibrate(model.train(), prompts, visual_keep=0.5)
     model.eval()
     with turbovlm.apply(model, visual_keep=0.5), pytest.raises(TurboError, match="accelerated already"):
-        turbovlm.calibrate_reading(model, prompts, visual_keep=0.5)
+        turbovlm.calibrate(model, prompts, visual_keep=0.5)

@@ -9,11 +9,15 @@ import torch
 import torch.nn as nn
 
 import turbovlm
-from turbovlm import ConfigError, TurboConfig, TurboError
+from turbovlm import Calibration, ConfigError, TurboConfig, TurboError
+from turbovlm.calibration import search
 from turbovlm.calibration.bound import upper_bound
-from turbovlm.calibration.drift import Subject
-from turbovlm.calibration.handing import handed_on
-from turbovlm.calibration.search import Encoder
+from turbovlm.calibration.drift import Reference, clearly_less
+from turbovlm.calibration.schedule_search import EncoderCost
+from turbovlm.calibration.subject import Subject, Trial, solve_amount
+from turbovlm.calibration.subjects import thresholds
+from turbovlm.calibration.subjects.encoder import EncoderSubject
+from turbovlm.encoder.schedule import EncoderShape
 
 transformers = pytest.importorskip("transformers")
 
@@ -50,58 +54,201 @@ def ratio_of(model, config):
         return handle.schedules[0].ratio
 
 
+def subject_of(model, images, **options):
+    return EncoderSubject(model, images, TurboConfig(r=0), frozenset(), 0, lambda _: None, **options)
+
+
+def halves(seed=0, count=36):
+    """Those searched on, and those held out."""
+    order = random.Random(seed).sample(range(count), count)
+    return sorted(order[: count // 2]), sorted(order[count // 2 :])
+
+
+def test_drift_is_one_minus_the_cosine_with_the_mean_taken_off():
+    own = torch.tensor([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 1.0]], [[0.0, -1.0]]])  # of mean 0
+    merged = torch.tensor([[[0.0, 2.0]], [[3.0, 0.0]], [[0.0, 5.0]]])
+    assert Reference([own]).drift([merged], [0, 1, 2], "r=1").tolist() == [1, 2, 0]
+    shifted = Reference([own + 7])
+    assert shifted.drift([merged + 7], [0, 1, 2], "r=1").tolist() == pytest.approx([1, 2, 0], abs=1e-6)
+    assert Reference([own, own]).drift([merged, own[:3]], [0, 1, 2], "r=1").tolist() == [0.5, 1, 0]  # parts count alike
+    with pytest.raises(TurboError, match=r"gave \(2, 2\) per image with merging and \(1, 2\) without"):
+        Reference([own]).drift([merged.repeat(1, 2, 1)], [0, 1, 2], "r=1")
+    with pytest.raises(TurboError, match="NaN or infinite with r=1; nothing was calibrated"):
+        Reference([own]).drift([merged * torch.nan], [0, 1, 2], "r=1")
+
+
+def test_clearly_less_is_by_two_standard_errors():
+    difference = torch.tensor([1.0, -1.0] * 8)  # of standard deviation 1.033, standard error 0.258
+    assert clearly_less(difference - 0.52, torch.zeros(16))
+    assert not clearly_less(difference - 0.51, torch.zeros(16))
+
+
+SHAPE = EncoderShape((4 * 64,) * 4, (8 * 64,) * 4, (8,) * 4, 8, (8,) * 4, 3 * 64, prefix=1, suffix=2)
+
+
+def test_amounts_of_a_spread_meet_the_cost():
+    cost = EncoderCost(SHAPE, 67)
+    for spread in (cost.even(), (1.0, 1.0, 1.0, 1.0), (0.0, 3.0, 0.0, 1.0)):
+        amounts = cost.amounts(spread, 0.7)
+        assert cost.share(amounts) == pytest.approx(0.7, abs=0.01)
+        assert [amount == 0 for amount in amounts] == [share == 0 for share in spread]
+    assert max(cost.amounts(cost.even(), 0.7)) - min(cost.amounts(cost.even(), 0.7)) <= 2
+    assert cost.share((0, 0, 0, 0)) == 1
+    least = cost.share((32, 16, 8, 4))  # half of the 64 patches, of the 32 that are left, ...
+    assert cost.least((1.0,) * 4) == least == cost.share((67,) * 4)
+    assert cost.amounts((1.0,) * 4, least - 0.02) is None
+
+
+def test_a_cost_is_solved_for():
+    asked = []
+
+    def cost(amount):
+        asked.append(amount)
+        return 0.2 + 0.8 * amount**1.2
+
+    assert cost(solve_amount(cost, 0.6, 0.1, 1.0)) == pytest.approx(0.6, abs=0.0025) and len(asked) <= 7
+    assert solve_amount(cost, 0.1, 0.1, 1.0) == 0.1 and solve_amount(cost, 1.5, 0.1, 1.0) == 1.0
+
+
+class Line(Subject):
+    """Drift and cost by arithmetic: an amount drifts by 1 − amount, times what the settings say."""
+
+    amounts = (0.9, 0.8, 0.7, 0.6, 0.5)
+    curve = (0.9, 0.5)
+    count_samples = staticmethod(len)
+
+    def __init__(self, start, finer, factor=1.0):
+        self.start, self.finer, self.factor = start, finer, factor
+        self.base, self.asked = TurboConfig(r=0), []
+
+    def __post_init__(self):
+        raise AssertionError
+
+    def outputs(self, config, samples):
+        raise AssertionError
+
+    def drift(self, config, samples):
+        amount = config.keep
+        self.asked.append(amount)
+        return torch.full((len(samples),), (1 - amount) * self.factor * (0.5 if config.dense else 1)) + torch.arange(
+            float(len(samples))
+        )
+
+    def cost(self, config):
+        return config.keep
+
+    def speedup(self, config):
+        return 1 / (0.1 + 0.9 * config.keep)
+
+    def trials(self, amount):
+        return [Trial(), Trial({"dense": True}), Trial({"reduce": "merge"})]
+
+    def configured(self, config, spread, amount):
+        return None if amount < 0.5 else TurboConfig(keep=amount, dense=config.dense, reduce=config.reduce)
+
+    def least(self, config, spread):
+        return 0.5
+
+
+SAMPLES = range(16)
+OFFSET = 7.5
+"""Mean of what every drift of `Line` has beside."""
+
+
+def test_the_best_trial_is_kept_and_built_on():
+    found = search.least_drift(Line(0.9, 1), 0.6, SAMPLES)
+    assert found.config == TurboConfig(keep=0.6, dense=True) and found.mean == pytest.approx(OFFSET + 0.2)
+    with pytest.raises(ConfigError, match=r"flops=0.3: no setting comes within 1% of it"):
+        search.least_drift(Line(0.9, 1), 0.3, SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("start", "finer", "max_drift", "amount"),
+    [
+        (0.9, 1, 0.16, 0.7),  # 0.5 · (1 − 0.7) = 0.15
+        (0.9, 4, 0.16, 0.7),  # 0.675 drifts by 0.1625
+        (0.9, 4, 0.19, 0.625),
+        (0.7, 1, 0.21, 0.6),
+        (0.7, 1, 0.11, 0.8),  # from above: 0.7 drifts by 0.15
+        (0.9, 4, 0.9, 0.5),
+    ],
+)
+def test_the_smallest_amount_within_a_drift(start, finer, max_drift, amount):
+    assert search.within_drift(Line(start, finer), OFFSET + max_drift, SAMPLES).amount == amount
+
+
+def test_a_drift_out_of_reach_names_the_least():
+    with pytest.raises(ConfigError, match=r"with 90\.0% of the multiply-accumulates left the least is 7.55"):
+        search.within_drift(Line(0.7, 1), OFFSET + 0.01, SAMPLES)
+
+
+def test_a_speedup_is_solved_for():
+    found, measured = search.at_speedup(Line(0.9, 1), 1.5, SAMPLES)
+    assert measured == pytest.approx(1.5, rel=0.02)
+    assert found.amount == pytest.approx((1 / 1.5 - 0.1) / 0.9, rel=0.04) and found.config.dense
+    with pytest.raises(ConfigError, match=r"speedup=2 is out of reach: 1.82 is the most that was measured"):
+        search.at_speedup(Line(0.9, 1), 2, SAMPLES)
+
+
 def test_a_schedule_for_one_cost(vit, images):
     before = vit(images[:2])[0]
     went = []
-    config = turbovlm.calibrate(vit, images, flops=0.7, effort=3, progress=went.append)
+    found = turbovlm.calibrate(vit, images, flops=0.7, effort=3, progress=went.append)
     assert torch.equal(vit(images[:2])[0], before) and "forward" not in vars(vit.layers[0])
-    assert len(config.r) == 4 and config.keep is config.flops is None
-    assert ratio_of(vit, config) == pytest.approx(0.7, abs=0.006)
-    promise = config.promise
-    assert promise.flops == pytest.approx(0.7, abs=0.006) and promise.images == 18 and promise.coverage == 0.8
-    assert 0 < promise.drift < 1 and promise.drift < promise.bound and promise.speedup is None
-    assert [share for share, _ in promise.curve] == sorted(share for share, _ in promise.curve)
-    assert sum(went) > 36 + 18 * 10
-    again = turbovlm.calibrate(vit, images, flops=0.7, effort=3)
-    assert again == config and again.promise == promise
-    assert turbovlm.calibrate(vit, images, flops=0.7, effort=3, seed=1).promise != promise
+    assert isinstance(found, Calibration) and found.config == TurboConfig(
+        (13, 10, 8, 6), similarity="hidden", guidance="cls", alpha=1.0
+    )
+    assert found.flops == round(ratio_of(vit, found), 4) == pytest.approx(0.7, abs=0.006)
+    drift = subject_of(vit, images).drift(found.config, halves()[1])
+    assert found.drift == pytest.approx(drift.mean().item(), rel=1e-5) == pytest.approx(0.02983, abs=1e-4)
+    assert found.bound == pytest.approx(drift.max().item(), rel=1e-5) and found.coverage == 0.8 and found.images == 18
+    assert found.speedup is None
+    costs, drifts = zip(*found.curve)
+    assert [round(cost, 1) for cost in costs] == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert list(drifts) == sorted(drifts, reverse=True) and (found.flops, found.drift) in found.curve
+    assert sum(went) == 403
+    assert turbovlm.calibrate(vit, images, flops=0.7, effort=3) == found
+    assert turbovlm.calibrate(vit, images, flops=0.7, effort=3, seed=1).drift != found.drift
 
 
 def test_what_is_given_stays(vit, images):
-    config = turbovlm.calibrate(vit, images, flops=0.7, effort=1, similarity="queries", dense=True, seed=3)
-    assert config.similarity == "queries" and config.dense
+    found = turbovlm.calibrate(vit, images, flops=0.7, effort=1, similarity="queries", dense=True, seed=3)
+    assert found.config == TurboConfig(
+        (10, 11, 11, 11), similarity="queries", dense=True, guidance="cls", alpha=1.0, seed=0
+    )
 
 
 def test_the_search_pays(vit, images):
-    """On the images that were searched on, no setting that it began with is better."""
-    config = turbovlm.calibrate(vit, images, flops=0.7, effort=20)
-    subject = Subject(vit, images, 36, handed_on(vit), 16, lambda _: None)
-    searched = sorted(random.Random(0).sample(range(36), 36)[:18])
-    with turbovlm.apply(vit, r=1) as handle:
-        encoder = Encoder(handle.features[0].shape, 65)
-    even = encoder.amounts(encoder.even(), 0.7)
-    assert subject.drift(config, searched).mean() <= subject.drift(TurboConfig(r=even), searched).mean()
+    """On the images that were searched on, what is found is clearly better than the default settings spread evenly."""
+    found = turbovlm.calibrate(vit, images, flops=0.7, effort=3)
+    subject = subject_of(vit, images)
+    even = TurboConfig(r=subject.encoder.amounts(subject.encoder.even(), 0.7))
+    assert even.r == (10, 11, 11, 11)
+    assert clearly_less(subject.drift(found.config, halves()[0]), subject.drift(even, halves()[0]))
 
 
 def test_the_cheapest_within_a_tolerance(vit, images):
-    config = turbovlm.calibrate(vit, images, max_drift=0.2, effort=3)
-    less = turbovlm.calibrate(vit, images, max_drift=0.05, effort=3)
-    assert ratio_of(vit, config) < ratio_of(vit, less) < 1
-    with pytest.raises(ConfigError, match=r"max_drift=1e-09 is out of reach: with 95% .* the least is 0\.\d+"):
+    found = turbovlm.calibrate(vit, images, max_drift=0.2, effort=3)
+    assert found.config.r == (10, 27, 6, 0) and found.flops == 0.6132
+    subject = subject_of(vit, images)
+    assert subject.drift(found.config, halves()[0]).mean() <= 0.2
+    with pytest.raises(ConfigError, match=r"max_drift=1e-09 is out of reach: with 95.0% .* the least is 0\.\d+"):
         turbovlm.calibrate(vit, images, max_drift=1e-9, effort=1)
 
 
 def test_a_speed_is_measured(vit, images, monkeypatch):
     """As fast as the arithmetic allows, by a clock of our own."""
-    from turbovlm.calibration import calibrate as module
-
-    monkeypatch.setattr(module, "speedup_of", lambda subject, config: 0.9 / ratio_of(vit, config))
-    config = turbovlm.calibrate(vit, images, speedup=1.3, effort=1)
-    assert config.promise.speedup == pytest.approx(1.3, rel=0.02)
-    assert ratio_of(vit, config) == pytest.approx(0.9 / 1.3, abs=0.02)
+    monkeypatch.setattr(EncoderSubject, "speedup", lambda self, config: 0.9 / self.cost(config))
+    found = turbovlm.calibrate(vit, images, speedup=1.3, effort=1)
+    assert found.speedup == pytest.approx(1.3, rel=0.02)
+    assert found.flops == pytest.approx(0.9 / 1.3, abs=0.02)
 
 
-def test_what_each_family_hands_on(images):
+def test_the_clock_of_a_device(vit, images):
+    assert 0.2 < subject_of(vit, images).speedup(TurboConfig(r=(16, 16, 8, 4))) < 5
+
+
+def test_what_each_family_is_measured_by(images):
     torch.manual_seed(0)
     text = {**SIZE, "vocab_size": 99, "max_position_embeddings": 16}
     vision = {**SIZE, "image_size": 64, "patch_size": 8}
@@ -115,9 +262,9 @@ def test_what_each_family_hands_on(images):
             transformers.BlipConfig(vision_config=vision, text_config={**text, "encoder_hidden_size": 32})
         ).eval(),
     }.items():
-        out = Subject(model, {"pixel_values": images[:4]}, 4, handed_on(model), 2, lambda _: None)
-        shapes[name] = [tuple(part.shape[1:]) for part in out.own]
-        drift = out.drift(TurboConfig(r=4), range(4))
+        subject = subject_of(model, {"pixel_values": images[:4]}, batch=2)
+        shapes[name] = [tuple(part.shape[1:]) for part in subject.outputs(None, range(4))]
+        drift = subject.drift(TurboConfig(r=4), range(4))
         assert drift.shape == (4,) and (drift > 0).all()
     width = clip.config.projection_dim
     assert shapes == {
@@ -128,11 +275,16 @@ def test_what_each_family_hands_on(images):
     }
 
 
+@torch.no_grad()
 def test_a_measure_of_ones_own(vit, images):
-    config = turbovlm.calibrate(
+    found = turbovlm.calibrate(
         vit, {"pixel_values": images}, flops=0.8, effort=1, measure=lambda model, given: model(**given).pooler_output
     )
-    assert config.promise.drift > 0
+    own = vit(images).pooler_output
+    with turbovlm.apply(vit, found):
+        merged = vit(images).pooler_output
+    drift = 1 - torch.cosine_similarity(merged - own.mean(0), own - own.mean(0))
+    assert found.drift == pytest.approx(drift[halves()[1]].mean().item(), rel=1e-3)
     with pytest.raises(ConfigError, match=r"measure: must give a tensor or several, got NoneType"):
         turbovlm.calibrate(vit, images, flops=0.8, measure=lambda model, given: None)
     with pytest.raises(ConfigError, match=r"measure: gave a tensor of shape \(16,\)"):
@@ -155,6 +307,9 @@ def test_a_measure_of_ones_own(vit, images):
         ({"flops": 0.5, "partition": "grid"}, "partition='grid'"),
         ({"speedup": 1.5, "per_image": True}, "per_image: a speed-up is measured in batches"),
         ({"flops": 0.5, "degree": "entropy"}, "degree='entropy'"),
+        ({"flops": 0.5, "visual_select": "uniform"}, "visual_select='uniform': is no setting of TurboConfig"),
+        ({"visual_keep": 0.5}, "visual_keep: is for a language model that reads images, and prompts: a list of mapp"),
+        ({"flops": 0.5, "steps": 3}, "steps: is for a pipeline that makes images, and prompts"),
     ],
 )
 def test_bad_targets(vit, images, given, message):
@@ -174,7 +329,9 @@ def test_bad_images(vit, images):
 
 
 def test_bad_models(vit, images):
-    with pytest.raises(ConfigError, match=r"model: must be a torch.nn.Module, got str"):
+    with pytest.raises(ConfigError, match=r"samples: texts and class numbers are for a pipeline .*this is a ViTModel"):
+        turbovlm.calibrate(vit, ["a cat"] * 30, flops=0.5)
+    with pytest.raises(ConfigError, match=r"model: must be a torch.nn.Module or a pipeline of diffusers, got str"):
         turbovlm.calibrate("vit", images, flops=0.5)
     with pytest.raises(TurboError, match="training mode"):
         turbovlm.calibrate(vit.train(), images, flops=0.5)
@@ -184,7 +341,7 @@ def test_bad_models(vit, images):
     broken = transformers.ViTModel(transformers.ViTConfig(image_size=64, patch_size=8, **SIZE)).eval()
     with torch.no_grad():
         broken.layernorm.weight.fill_(torch.nan)
-    with pytest.raises(TurboError, match="NaN or infinite on these images"):
+    with pytest.raises(TurboError, match="NaN or infinite on these samples"):
         turbovlm.calibrate(broken, images, flops=0.5)
 
 
@@ -208,7 +365,7 @@ def test_the_bound_is_the_smallest_that_is_sure(count, coverage, above):
     values = [float(i) for i in range(count)]
     bound = upper_bound(values)
     assert bound.coverage == coverage and bound.value == count - 1 - above
-    with pytest.raises(ConfigError, match="14 images allow no bound"):
+    with pytest.raises(ConfigError, match="14 values allow no bound"):
         upper_bound(values[:14])
 
 
@@ -224,10 +381,18 @@ def test_the_bound_holds():
 
 
 def test_saved_and_loaded(vit, images, tmp_path):
-    config = turbovlm.calibrate(vit, images, flops=0.8, effort=1)
-    config.save(tmp_path / "turbo.json")
-    loaded = TurboConfig.load(tmp_path / "turbo.json")
-    assert loaded == config and loaded.promise == config.promise
+    found = Calibration(TurboConfig((3, 2)), 0.71, 0.01, 0.02, 0.9, 31, 1.25, ((0.71, 0.01), (0.8, 0.005)))
+    found.save(tmp_path / "turbo.json")
+    assert Calibration.load(tmp_path / "turbo.json") == found
+    assert TurboConfig.load(tmp_path / "turbo.json") == found.config
+    assert str(found) == (
+        "r=[3, 2]: 71.0% of the multiply-accumulates are left, 1.25 times faster as measured. On 31 images that took "
+        "no part in the search the mean drift is 0.0100. At least 90% of as many other images like these drift no "
+        "further than 0.0200, with a probability of 95 %."
+    )
+    with pytest.raises(ConfigError, match=r"these settings were not calibrated: read them with TurboConfig.load"):
+        TurboConfig(r=1).save(tmp_path / "plain.json")
+        Calibration.load(tmp_path / "plain.json")
     TurboConfig(keep=0.5, grid=(2, 3), partition="grid").save(tmp_path / "grid.json")
     assert TurboConfig.load(tmp_path / "grid.json") == TurboConfig(keep=0.5, grid=(2, 3), partition="grid")
     with pytest.raises(ConfigError, match="a function cannot be saved"):
@@ -266,15 +431,10 @@ def test_from_the_command_line(folder, vit, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert main(["calibrate", "./vit", "pictures", "--flops", "0.7", "--effort", "1", "--limit", "30"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    config = TurboConfig.load("turbo.json")
-    assert "On 15 images that took no part in the search the mean drift is" in said
-    assert (
-        f"at least 80% of as many other images like these drift no further than {config.promise.bound:.4f}".lower()
-        in said.lower()
-    )
-    assert ratio_of(vit, config) == pytest.approx(0.7, abs=0.011)
-    page = (folder / "turbo.html").read_text()
-    assert "<svg" in page and f"{config.promise.bound:.4f}" in page and "30 pictures of pictures" in page
+    found = Calibration.load("turbo.json")
+    assert str(found) in said and found.images == 15 and "settings: turbo.json; drift over cost: turbo.png" in said
+    assert ratio_of(vit, found) == pytest.approx(0.7, abs=0.011)
+    assert pytest.importorskip("PIL.Image").open(folder / "turbo.png").size == (1350, 540)
 
 
 @pytest.mark.parametrize(
@@ -332,14 +492,12 @@ def test_thresholds_cannot_be_compiled(vit, images):
 
 
 def test_thresholds_for_one_cost(vit, varied, tmp_path, monkeypatch):
-    from turbovlm.calibration import calibrate as module
-
     fixed = turbovlm.calibrate(vit, varied, flops=0.7, effort=1)
-    monkeypatch.setattr(module, "clearly_less", lambda drift, other: True)
-    config = turbovlm.calibrate(vit, varied, flops=0.7, effort=1, per_image=True)
-    assert config.r == fixed.r and len(config.thresholds) == 4
-    assert config.promise.flops == pytest.approx(0.7, abs=0.06) and config.promise.drift != fixed.promise.drift
-    monkeypatch.setattr(module, "clearly_less", lambda drift, other: False)
+    monkeypatch.setattr(thresholds, "clearly_less", lambda drift, other: True)
+    found = turbovlm.calibrate(vit, varied, flops=0.7, effort=1, per_image=True)
+    assert found.config.r == fixed.config.r and len(found.config.thresholds) == 4
+    assert found.flops == pytest.approx(0.7, abs=0.06) and found.drift != fixed.drift and found.curve == fixed.curve
+    monkeypatch.setattr(thresholds, "clearly_less", lambda drift, other: False)
     assert turbovlm.calibrate(vit, varied, flops=0.7, effort=1, per_image=True) == fixed
-    config.save(tmp_path / "turbo.json")
-    assert TurboConfig.load(tmp_path / "turbo.json") == config
+    found.save(tmp_path / "turbo.json")
+    assert Calibration.load(tmp_path / "turbo.json") == found

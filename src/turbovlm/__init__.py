@@ -11,8 +11,6 @@ from turbovlm.registry import register
 
 if TYPE_CHECKING:
     from turbovlm.calibration.calibrate import calibrate
-    from turbovlm.calibration.pictures import calibrate_pictures
-    from turbovlm.calibration.reading import calibrate_reading
     from turbovlm.encoder.schedule import Schedule
     from turbovlm.encoder.state import BlockTrace
 
@@ -32,8 +30,6 @@ __all__ = [
     "UnsupportedModelError",
     "apply",
     "calibrate",
-    "calibrate_pictures",
-    "calibrate_reading",
     "get_handle",
     "ops",
     "profile",
@@ -43,8 +39,6 @@ __all__ = [
 
 _WHERE = {
     "calibrate": "turbovlm.calibration.calibrate",
-    "calibrate_pictures": "turbovlm.calibration.pictures",
-    "calibrate_reading": "turbovlm.calibration.reading",
     "Schedule": "turbovlm.encoder.schedule",
     "BlockTrace": "turbovlm.encoder.state",
 }

@@ -32,7 +32,8 @@ from PIL import ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from turbovlm.calibration.search import Encoder, Shares
+from turbovlm.calibration.schedule_search import EncoderCost
+from turbovlm.calibration.subject import Spread
 from turbovlm.encoder.schedule import EncoderShape
 from turbovlm_lab.demo.result import describe_machine
 from turbovlm_lab.demo.run import overlap, salient_region
@@ -112,8 +113,8 @@ def shape_of(depth: int) -> EncoderShape:
     )
 
 
-def _shares(depth: int) -> Mapping[str, Shares]:
-    """Shares of what there is that each block takes, before they are scaled to the cost."""
+def _shares(depth: int) -> Mapping[str, Spread]:
+    """Spread of what there is that each block takes, before they are scaled to the cost."""
     middle = (depth - 1) / 2
     return {
         "every block the same share": (1.0,) * depth,
@@ -136,8 +137,8 @@ class Subject:
     reads: Mapping[str, Any]
     regions: tuple[str, ...] = ()
 
-    def amounts(self, shares: Shares | None) -> list[int] | None:
-        encoder = Encoder(shape_of(self.model.config.num_hidden_layers), TOKENS)
+    def amounts(self, shares: Spread | None) -> list[int] | None:
+        encoder = EncoderCost(shape_of(self.model.config.num_hidden_layers), TOKENS)
         found = encoder.amounts(encoder.even() if shares is None else shares, FLOPS)
         return None if found is None else list(found)
 
@@ -204,7 +205,7 @@ def main() -> None:
 
 
 def _measured(
-    asked: list[Subject], design: Design, shares: Mapping[int, Shares] | None
+    asked: list[Subject], design: Design, shares: Mapping[int, Spread] | None
 ) -> tuple[dict[str, Tensor], float] | None:
     """Each measure of every picture, and what comparing costs, as a share of the encoder's multiply-accumulates.
 

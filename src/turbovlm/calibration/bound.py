@@ -1,32 +1,27 @@
-"""How far a drift that was seen on some images holds for others, whatever its distribution."""
+"""A bound of a drift that was seen on some samples, images or prompts, for others, whatever its distribution."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from turbovlm.calibration.result import Calibration
-from turbovlm.config import Config
 from turbovlm.errors import ConfigError
 
 CERTAINTY = 0.95
-"""How sure a bound is to hold for the share of images that it says."""
+"""Probability with which a bound holds for the share of samples that it names: the usual one."""
 COVERAGES = (0.95, 0.9, 0.8)
-"""Shares of images, of which the largest is taken that there are images enough for."""
-
-
+"""Shares of samples that a bound may hold for; the largest is taken that there are samples enough for."""
 FEWEST = 15
-"""Images that a bound needs; those of 31 and more hold for 90 %, of 61 and more for 95 %."""
+"""Samples that a bound of the smallest coverage needs; with 31 it holds for 90 %, with 61 for 95 %. It follows from the
+two above."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """With a probability of `CERTAINTY`, at least `coverage` of as many other images are not above `value`.
+    """With a probability of `CERTAINTY`, at least `coverage` of as many other samples are not above `value`.
 
-    The share is rounded down to whole images.
+    The share is rounded down to whole samples.
     """
 
     value: float
@@ -34,12 +29,12 @@ class Bound:
 
 
 def upper_bound(values: Sequence[float]) -> Bound:
-    """The bound that exchangeable images allow, whatever their distribution is.
+    """The bound that exchangeable samples allow, whatever their distribution is.
 
-    The number of m other images that are not above the k-th smallest of n is distributed as negative hypergeometric.
+    The number of m other samples that are not above the k-th smallest of n is distributed as negative hypergeometric.
 
     Args:
-        values: of images that nothing was chosen by.
+        values: of samples that nothing was chosen by.
 
     Raises:
         ConfigError: they are too few for any of `COVERAGES`.
@@ -49,7 +44,7 @@ def upper_bound(values: Sequence[float]) -> Bound:
         rank = _rank(len(ordered), coverage)
         if rank is not None:
             return Bound(ordered[rank - 1], coverage)
-    raise ConfigError(f"{len(ordered)} images allow no bound: at least {FEWEST} are needed")
+    raise ConfigError(f"{len(ordered)} values allow no bound: at least {FEWEST} are needed")
 
 
 def _rank(count: int, coverage: float) -> int | None:
@@ -60,26 +55,3 @@ def _rank(count: int, coverage: float) -> int | None:
         if sum(enough) >= CERTAINTY * ways:
             return k
     return None
-
-
-def promise_of(
-    config: Config, drift: Tensor, flops: float, curve: Iterable[tuple[float, float]], speedup: float | None = None
-) -> Calibration:
-    """What settings promise.
-
-    Args:
-        drift: of images that took no part in the search, `[images]`.
-        flops: share of the multiply-accumulates left.
-        curve: other shares, and the mean drift there.
-    """
-    bound, mean = upper_bound(drift.tolist()), drift.mean().item()
-    return Calibration(
-        config,
-        flops=flops,
-        drift=mean,
-        bound=bound.value,
-        coverage=bound.coverage,
-        images=len(drift),
-        speedup=speedup,
-        curve=tuple(sorted({(flops, mean), *curve})),
-    )

@@ -1,235 +1,196 @@
-"""`calibrate`: from a model and some images to the settings that keep most of it, and what they promise."""
+"""`calibrate`: from a model and some of its inputs to the settings that keep most of what it gives."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields
+from numbers import Real
 from typing import Any
 
 import torch.nn as nn
 
-from turbovlm.apply import apply, denoiser_of
-from turbovlm.calibration.bound import FEWEST as HELD
-from turbovlm.calibration.bound import promise_of
-from turbovlm.calibration.drift import Subject
-from turbovlm.calibration.handing import Measure, count_of, handed_on
-from turbovlm.calibration.per_image import mean_ratio, with_thresholds
+from turbovlm.apply import denoiser_of
+from turbovlm.calibration import bound, search
+from turbovlm.calibration.outputs import Measure
 from turbovlm.calibration.result import Calibration
-from turbovlm.calibration.search import Best, Encoder, Shares, clearly_less, schedule_search, settings_search, tried
-from turbovlm.calibration.speed import speedup_of
-from turbovlm.calibration.targets import check_targets, nothing
-from turbovlm.config import AMOUNTS, TurboConfig
+from turbovlm.calibration.subject import Progress, Subject
+from turbovlm.calibration.subjects.denoiser import DenoiserSubject
+from turbovlm.calibration.subjects.encoder import EncoderSubject
+from turbovlm.calibration.subjects.reading import ReadingSubject
+from turbovlm.calibration.subjects.thresholds import with_thresholds_if_better
+from turbovlm.config import ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
-from turbovlm.ops.degree import default_alpha
 from turbovlm.patching import patches_on
 from turbovlm.profile.compare import check_integers
 
-FEWEST = 2 * HELD
-EFFORT = 100
-CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-STEP = 0.05
-"""Of the shares of multiply-accumulates that are walked through for `max_drift`."""
-TOLERANCE = 0.02
-"""Of a measured speed-up."""
-TURNS = 6
-"""How often a speed-up is measured at most."""
+FEWEST = 2 * bound.FEWEST
+"""Samples that are needed: half of them are searched on, on the others a bound is measured."""
+SUBJECTS: tuple[type[Subject], ...] = (EncoderSubject, ReadingSubject, DenoiserSubject)
 
 
 def calibrate(
-    model: nn.Module,
-    images: Any,
+    model: Any,
+    samples: Any,
     *,
     flops: float | None = None,
     max_drift: float | None = None,
     speedup: float | None = None,
+    visual_keep: float | int | None = None,
     measure: Measure | None = None,
     per_image: bool = False,
-    effort: int = EFFORT,
-    batch: int = 16,
+    effort: int | None = None,
+    encoder: TurboConfig | Calibration | None = None,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    batch: int | None = None,
     seed: int = 0,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Calibration:
-    """The settings that keep most of what a model hands on, found on unlabelled images.
+    """Find the settings that change least of what a model gives, on unlabelled samples of what it will see.
 
-    Half of the images are searched on: which similarity, degree and partition, then how many tokens in which block. On
-    the other half it is measured what can be promised. The model is left as it is, whatever happens.
+    Half of the samples are searched on: which tokens are merged, and how many where. The other half says what can be
+    promised for samples like these. Drift is 1 − cosine of what the model gives to what it gives unmerged, the mean
+    over the samples taken off both. The model is left as it is, whatever happens. What is calibrated follows from what
+    is given:
+
+    - a model with one vision encoder, or several of one depth, and images: `[images, 3, height, width]`, or a mapping
+      of tensors by name. Compared are pooled features, logits or tokens, as `measure` says. What is found is a
+      `TurboConfig` with a list of `r`, for images of that size.
+    - a language model that reads images, and prompts: a list of mappings, as its processor gives each. Compared are the
+      logits behind each prompt. What is found is a `ReadConfig` with `visual_keep`.
+    - a `diffusers` pipeline, and prompts: a list of texts or class numbers. Compared are the images that it makes. What
+      is found is a `DenoiseConfig` with a list of `keep`, one for each resolution.
+
+    The three are one function because targets, search and result are the same; an argument that is not for the model
+    given is refused by name.
 
     Args:
-        model: with one vision encoder, or several of one depth, in eval mode.
-        images: what the model takes, `[images, 3, height, width]`, or a mapping of tensors by name; at least 30,
-            better 64 to 256, of the kind and the size that the model will see.
-        flops: share of the encoder's multiply-accumulates to leave, in (0, 1): the least drift at that cost.
-        max_drift: the cheapest settings whose mean drift is not above it.
-        speedup: the least drift at that speed-up, measured on this device, a batch of images at a time.
-        measure: `(model, images) -> features` by which drift is measured, a tensor `[batch, width]` or
-            `[batch, tokens, width]`, or several that count alike; what the family hands on if None.
-        per_image: find thresholds as well, by which a picture with more redundancy loses more tokens, at the same cost
-            on average; for pictures that go through the model one at a time.
-        effort: how often the images go through the model in the search, about.
-        batch: images in a forward.
-        seed: of the split, the search and nothing else; one seed gives one result, but for `speedup`.
-        progress: told how many more images went through the model.
-        settings: fields of `TurboConfig` that are to stay as given, such as `dense=True`.
+        model: in eval mode, or a pipeline.
+        samples: at least 30, better 64 to 256.
+        flops: share of the multiply-accumulates to leave, in (0, 1), of the vision encoder, of a prompt through the
+            whole language model, or of the denoiser: the least drift at that cost.
+        max_drift: the cheapest settings whose mean drift is not above it, in (0, 1).
+        speedup: the least drift at that speed-up, > 1, measured on this device: of a batch of images, of a prompt up to
+            its first new token, or of a whole call of the pipeline.
+        visual_keep: language models: the least drift with that share or count of an image's tokens read.
+        measure: encoders: `(model, images) -> features` by which drift is measured, a tensor `[batch, width]` or
+            `[batch, tokens, width]`, or several that count alike; what the family is read by if None.
+        per_image: encoders: find thresholds as well, by which an image with more redundancy loses more tokens, at the
+            same cost on average; for images that go through the model one at a time.
+        effort: encoders: how often the images go through the model in the search, about; None for 100.
+        encoder: language models: what the vision encoder merges meanwhile; give both to `turbovlm.apply` then.
+        size: pipelines: height and width of the images in pixels; None for the pipeline's own.
+        steps: pipelines: denoising steps per image; None for 20.
+        inputs: pipelines: what else the call is given, such as `guidance_scale`.
+        batch: samples in a forward; None for 16 images, or one image that is made. Prompts of a language model go
+            through it one at a time.
+        seed: of the split and the search, and of the first prompt's image (the next has the next); one seed gives one
+            result, but for `speedup`.
+        progress: called with how many more samples went through the model.
+        settings: fields of the config that are to stay as given, such as `dense=True`.
 
     Returns:
-        Settings with a list of `r`, for images of that size, and what they promise.
+        The settings, and what they promise.
 
     Raises:
-        ConfigError: none or several of the targets, one out of reach (the message says what can be reached), too few
-            images, or no images.
-        TurboError: a model in training mode or accelerated already, or whose outputs are NaN.
+        ConfigError: none or several of the targets, one out of reach (the message says what can be reached), an
+            argument that is not for this model, too few samples, or none.
         UnsupportedModelError: nothing in the model can be accelerated.
+        TurboError: a model in training mode or accelerated already, or whose outputs are NaN.
     """
-    check_targets(flops, max_drift, speedup)
-    _check(model)
-    check_integers(effort=(effort, 1), batch=(batch, 1))
-    for name in (*AMOUNTS, "min_tokens", "thresholds", "grid"):
-        if name in settings:
-            raise ConfigError(f"{name}: calibrate finds how much is merged in the encoder, and nothing beside it")
+    kind = _kind_of(model, samples)
+    given: dict[str, Any] = {"measure": measure, "effort": effort, "encoder": encoder, "size": size, "steps": steps}
+    given |= {"inputs": inputs, "batch": batch}
+    options = {name: value for name, value in given.items() if value is not None}
+    _check_names(kind, options | ({"per_image": True} if per_image else {}), settings)
+    check_integers(**{name: (options[name], 1) for name in ("effort", "steps", "batch") if name in options})
+    target, value = _target_of(kind, {"flops": flops, "max_drift": max_drift, "speedup": speedup}, visual_keep)
+    if per_image and target == "speedup":
+        raise ConfigError("per_image: a speed-up is measured in batches, which thresholds are not for; give flops")
+    _check_model(model)
+    base, count = kind.config(kind.whole, **settings), kind.count_samples(samples)
+    if count < FEWEST:
+        raise ConfigError(
+            f"{kind.noun}: {count} are too few, at least {FEWEST} are needed: half of them for what is promised"
+        )
+    subject = kind(model, samples, base, frozenset(settings), seed, progress or (lambda _: None), **options)
+    order = random.Random(seed).sample(range(count), count)
+    searched, held = sorted(order[: count // 2]), sorted(order[count // 2 :])
+    timed = None
+    if target == "max_drift":
+        found = search.within_drift(subject, value, searched)
+    elif target == "speedup":
+        found, timed = search.at_speedup(subject, value, searched)
+    else:
+        found = search.least_drift(subject, subject.amount_at(value) if target == "flops" else value, searched)
+    result = search.calibration_of(subject, found, held, timed)
+    if per_image and isinstance(subject, EncoderSubject):
+        return with_thresholds_if_better(subject, found, result, searched, held)
+    return result
+
+
+def _kind_of(model: Any, samples: Any) -> type[Subject]:
+    if not isinstance(model, nn.Module):
+        if denoiser_of(model) is not None:
+            return DenoiserSubject
+        raise ConfigError(f"model: must be a torch.nn.Module or a pipeline of diffusers, got {type(model).__name__}")
+    listed = list(samples) if isinstance(samples, list | tuple) else [samples]
+    if any(isinstance(sample, str | int) for sample in listed):
+        raise ConfigError(
+            f"samples: texts and class numbers are for {DenoiserSubject.about}; this is a {type(model).__name__}"
+        )
+    is_list = isinstance(samples, list | tuple) and bool(samples)
+    return ReadingSubject if is_list and all(isinstance(sample, Mapping) for sample in samples) else EncoderSubject
+
+
+def _check_names(kind: type[Subject], options: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse what is for another kind, what is found, and what nobody knows."""
+    for name in options:
+        if name not in kind.options:
+            owners = " or ".join(other.about for other in SUBJECTS if name in other.options)
+            raise ConfigError(f"{name}: is for {owners}; this is {kind.about}")
+    known = [field.name for field in fields(kind.config)]
+    for name, value in settings.items():
+        if name in kind.found:
+            raise ConfigError(f"{name}: calibrate finds how much is merged, and nothing beside it")
+        if name not in known:
+            free = ", ".join(each for each in known if each not in kind.found)
+            raise ConfigError(f"{name}={value!r}: is no setting of {kind.config.__name__}; these can be given: {free}")
     if settings.get("partition") == "grid":
         raise ConfigError("partition='grid': calibrate finds amounts for halves")
-    if per_image and speedup is not None:
-        raise ConfigError("per_image: a speed-up is measured in batches, which thresholds are not for; give flops")
-    base = TurboConfig(r=0, **settings)
-    count = count_of(images)
-    if count < FEWEST:
-        raise ConfigError(f"images: {count} are too few, at least {FEWEST} are needed: half of them for the promise")
-    subject = Subject(model, images, count, measure or handed_on(model), batch, progress or nothing)
-    order = random.Random(seed).sample(range(count), count)
-    searched, kept = sorted(order[: count // 2]), sorted(order[count // 2 :])
-    encoder = _encoder(subject, base)
-    search = _Search(subject, encoder, base, searched, effort, seed)
-    measured = None
-    if flops is not None:
-        best = search.at(flops)
-    elif max_drift is not None:
-        best = search.within(max_drift)
-    else:
-        assert speedup is not None
-        best, measured = search.as_fast_as(speedup)
-    promise = _promise(subject, encoder, best, kept, measured)
-    if per_image:
-        found = with_thresholds(subject, best.config, searched)
-        if clearly_less(subject.drift(found, searched), best.drift):
-            cost = mean_ratio(subject, encoder, found, kept)
-            held = promise_of(_spelled_out(model, found), subject.drift(found, kept), cost, promise.curve)
-            return replace(held, curve=promise.curve)
-    return promise
 
 
-class _Search:
-    """The three targets over one subject."""
-
-    def __init__(
-        self, subject: Subject, encoder: Encoder, base: TurboConfig, images: Sequence[int], effort: int, seed: int
-    ) -> None:
-        self.subject, self.encoder, self.base, self.images = subject, encoder, base, images
-        self.budget, self.seed = effort * len(images), seed
-
-    def at(self, flops: float) -> Best:
-        least = self.encoder.ratio([self.encoder.tokens] * self.encoder.shape.depth)
-        if flops < least:
-            raise ConfigError(f"flops={flops} is out of reach: {least:.2f} is the least that this encoder can be left")
-        best = settings_search(self.subject, self.encoder, self.base, flops, self.images)
-        return schedule_search(self.subject, self.encoder, best, flops, self.images, self.budget, self.seed)
-
-    def within(self, max_drift: float) -> Best:
-        share = 1 - STEP
-        start = settings_search(self.subject, self.encoder, self.base, share, self.images)
-        if start.mean > max_drift:
-            raise ConfigError(
-                f"max_drift={max_drift} is out of reach: with {share:.0%} of the multiply-accumulates left the least "
-                f"is {start.mean:.4f}"
-            )
-        best, steps = start, round((1 - STEP) / STEP)
-        while share > STEP:
-            share = round(share - STEP, 4)
-            found = self._step(best, share, self.budget // steps)
-            if found is None or found.mean > max_drift:
-                break
-            best = found
-        for part in (0.75, 0.5, 0.25):
-            found = self._step(best, round(share + part * STEP, 4), self.budget // steps)
-            if found is None or found.mean > max_drift:
-                break
-            best = found
-        return best
-
-    def _step(self, best: Best, flops: float, budget: int) -> Best | None:
-        found = tried(self.subject, self.encoder, best.config, best.shares, flops, self.images)
-        if found is None:
-            return None
-        return schedule_search(self.subject, self.encoder, found, flops, self.images, budget, self.seed)
-
-    def as_fast_as(self, speedup: float) -> tuple[Best, float]:
-        flops, _ = self._paced(speedup, self.base, self.encoder.even(), 1 / speedup)
-        best = self.at(flops)
-        flops, measured = self._paced(speedup, best.config, best.shares, flops)
-        found = tried(self.subject, self.encoder, best.config, best.shares, flops, self.images)
-        assert found is not None
-        return found, measured
-
-    def _paced(self, speedup: float, config: TurboConfig, shares: Shares, flops: float) -> tuple[float, float]:
-        """The share of multiply-accumulates whose measured speed-up comes nearest, and that speed-up."""
-        seen: list[tuple[float, float]] = []
-        while len(seen) < TURNS:
-            amounts = self.encoder.amounts(shares, flops)
-            if amounts is None:
-                most = max((measured for _, measured in seen), default=1.0)
-                raise ConfigError(f"speedup={speedup} is out of reach: {most:.2f} is the most that was measured")
-            seen.append((flops, speedup_of(self.subject, replace(config, r=amounts))))
-            if abs(seen[-1][1] / speedup - 1) < TOLERANCE:
-                break
-            flops = min(1.0, flops * seen[-1][1] / speedup)
-        return min(seen, key=lambda pair: abs(pair[1] / speedup - 1))
+def _target_of(kind: type[Subject], targets: dict[str, Any], visual_keep: Any) -> tuple[str, Any]:
+    """The one target that was asked for, in its range."""
+    if "visual_keep" in kind.options or visual_keep is not None:
+        _check_names(kind, {"visual_keep": visual_keep}, {})
+        targets["visual_keep"] = visual_keep
+    asked = {name: value for name, value in targets.items() if value is not None}
+    if len(asked) != 1:
+        *names, last = targets
+        found = ", ".join(asked) or "none of them"
+        raise ConfigError(f"give exactly one of {', '.join(names)} and {last}: got {found}")
+    name, value = asked.popitem()
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
+        raise ConfigError(f"{name}={value!r}: must be a number")
+    if name == "flops" and not 0 < value < 1:
+        raise ConfigError(f"flops={value!r}: must be a share in (0, 1)")
+    if name == "max_drift" and not 0 < value < 1:
+        raise ConfigError(f"max_drift={value!r}: must be in (0, 1); 0 is the model itself")
+    if name == "speedup" and not value > 1:
+        raise ConfigError(f"speedup={value!r}: must be more than 1")
+    if name == "visual_keep":
+        ReadConfig(value)  # raises where it is neither a share nor a count
+    return name, value
 
 
-def _check(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        other = "; pipelines are for turbovlm.calibrate_pictures" if denoiser_of(model) is not None else ""
-        raise ConfigError(f"model: must be a torch.nn.Module, got {type(model).__name__}{other}")
-    if model.training:
+def _check_model(model: Any) -> None:
+    module: Any = model if isinstance(model, nn.Module) else denoiser_of(model)
+    if module.training:
         raise TurboError("the model is in training mode: dropout would be taken for drift; call model.eval() first")
-    if any(True for _ in patches_on(model)):
+    if any(True for _ in patches_on(module)):
         raise TurboError("this model is accelerated already: calibrate the model itself, after handle.remove()")
-
-
-def _encoder(subject: Subject, base: TurboConfig) -> Encoder:
-    """Read off the model with one token merged."""
-    with apply(subject.model, replace(base, r=1, dense=True)) as handle:
-        subject.look([0])
-        plans: Any = handle.features
-    depths = {plan.shape.depth for plan in plans}
-    if len(depths) > 1:
-        raise ConfigError(f"the model's encoders have {sorted(depths)} blocks: calibrate one of them at a time")
-    source = None if plans[0].last is None else plans[0].last.source()
-    if source is None:
-        raise ConfigError("measure: the model's vision encoder has not run")
-    return Encoder(plans[0].shape, source.shape[1])
-
-
-def _spelled_out(model: nn.Module, config: TurboConfig) -> TurboConfig:
-    """With what every `"auto"` came to, so that a later release does the same."""
-    with apply(model, config) as handle:
-        feature: Any = handle.features[0]
-    alpha = config.alpha
-    if alpha is None and not callable(config.degree):
-        alpha = default_alpha(config.degree)
-    return replace(config, similarity=feature.similarity, guidance=feature.guidance, alpha=alpha)
-
-
-def _promise(
-    subject: Subject, encoder: Encoder, best: Best, images: Sequence[int], speedup: float | None
-) -> Calibration:
-    assert isinstance(best.config.r, tuple)
-    curve = []
-    for share in CURVE:
-        found = tried(subject, encoder, best.config, best.shares, share, images)
-        if found is not None:
-            curve.append((share, found.mean))
-    config = _spelled_out(subject.model, best.config)
-    return promise_of(
-        config, subject.drift(best.config, images), round(encoder.ratio(best.config.r), 4), curve, speedup
-    )

@@ -1,4 +1,4 @@
-"""What a calibration found: settings, and what they promise for images that they were not found on."""
+"""What a calibration found: settings, and what was measured of them on samples that they were not found on."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from turbovlm import config as configs
-from turbovlm.config import Config
+from turbovlm.config import Config, TurboConfig
 from turbovlm.errors import ConfigError
 from turbovlm.settings_file import make_config, read_content, write_settings
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Settings, and what was measured of them on images that took no part in the search.
+    """Settings, and what they promise: measured on samples, images or prompts, that took no part in the search.
 
-    `turbovlm.apply` takes it as it takes its `config`.
+    `turbovlm.apply` takes it as it takes its `config`; `print` says it in words.
 
     Attributes:
         config: the settings.
         flops: share of the multiply-accumulates left.
-        drift: the mean over the images; 1 − cosine of what the model hands on to its own.
-        bound: with a probability of 95 %, at least `coverage` of as many other images like these drift no further.
-        images: how many it was measured on.
-        speedup: times faster, where that was asked for: measured.
+        drift: 1 − cosine of what the model gives to what it gives unmerged, the mean over the samples.
+        bound: with a probability of 95 %, at least `coverage` of as many other samples like these drift no further.
+        images: number of samples that it was measured on.
+        speedup: times faster, measured; None where that was not asked for.
         curve: shares of multiply-accumulates, each with its mean drift, of the same settings at other costs, by numbers
             and not by thresholds.
     """
@@ -37,6 +37,16 @@ class Calibration:
     images: int
     speedup: float | None
     curve: tuple[tuple[float, float], ...]
+
+    def __str__(self) -> str:
+        samples = "images" if isinstance(self.config, TurboConfig) else "prompts"
+        faster = "" if self.speedup is None else f", {self.speedup:.2f} times faster as measured"
+        return (
+            f"{self.config.amount}: {self.flops:.1%} of the multiply-accumulates are left{faster}. On {self.images} "
+            f"{samples} that took no part in the search the mean drift is {self.drift:.4f}. At least "
+            f"{self.coverage:.0%} of as many other {samples} like these drift no further than {self.bound:.4f}, with a "
+            "probability of 95 %."
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the settings and what they promise as JSON; `load` of the config's class reads it too."""

@@ -1,28 +1,29 @@
-"""`turbovlm calibrate`: settings for a model, found on a folder of pictures."""
+"""`turbovlm calibrate`: settings for a model, found on a folder of images."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from turbovlm.errors import TurboError
 
-EFFORT, MOST_PICTURES = 100, 256
+EFFORT, MOST_IMAGES = 100, 256
+PASSES = 20
+"""Passes of the images beside the search for a schedule, about: settings, and what is measured at the end."""
 
 _EPILOG = """\
 examples:
-  turbovlm calibrate zoo:saliency photos --flops 0.6                     a pretrained ViT; writes turbo.json, turbo.html
+  turbovlm calibrate zoo:saliency photos --flops 0.6                     a pretrained ViT; writes turbo.json, turbo.png
   turbovlm calibrate openai/clip-vit-large-patch14 photos --speedup 1.5  measured on this device
   turbovlm calibrate timm:vit_base_patch16_224 photos --max-drift 0.02   the cheapest within a tolerance
   turbovlm calibrate ./blip-captioning photos --flops 0.6 --dense --out captions.json
 
   python: turbovlm.apply(model, turbovlm.TurboConfig.load("turbo.json"))
 
-Pictures need no labels: 64 to 256 of the kind that the model will see. Half of them are searched on, on the other half
-is measured what can be promised. Drift is 1 − cosine of what the model hands on with merging to what it hands on
-without: pooled features, logits, or tokens.
+Images need no labels: 64 to 256 of the kind that the model will see. Half of them are searched on, the other half says
+what can be promised. Drift is 1 − cosine of what the model gives with merging to what it gives without: pooled
+features, logits, or tokens.
 """
 
 
@@ -30,69 +31,61 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "calibrate",
-        help="find the settings that keep most of your model, on your pictures",
-        description="Find which tokens to merge, and how many in which block, on unlabelled pictures.",
+        help="find the settings that keep most of your model, on your images",
+        description="Find which tokens to merge, and how many in which block, on unlabelled images.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="a hub id, a folder, timm:NAME, zoo:saliency, zoo:pairs, …")
-    parser.add_argument("images", metavar="IMAGES", help="a folder of pictures, or of folders of them")
+    parser.add_argument("images", metavar="IMAGES", help="a folder of images, or of folders of them")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--flops", type=float, metavar="SHARE", help="of the encoder's MACs left")
     target.add_argument("--max-drift", type=float, metavar="D", help="the cheapest settings that drift no further")
     target.add_argument("--speedup", type=float, metavar="X", help="times faster, measured on this device")
-    parser.add_argument("--dense", action="store_true", help="the settings hand on every position")
+    parser.add_argument("--dense", action="store_true", help="every position is there behind the last block")
     parser.add_argument(
-        "--per-image", action="store_true", help="pictures with more redundancy lose more; for pictures one at a time"
+        "--per-image", action="store_true", help="images with more redundancy lose more; for images one at a time"
     )
-    parser.add_argument("--limit", type=int, default=MOST_PICTURES, metavar="N", help="pictures (default 256)")
+    parser.add_argument("--limit", type=int, default=MOST_IMAGES, metavar="N", help="images (default 256)")
     parser.add_argument("--effort", type=int, default=EFFORT, metavar="N", help="passes of the search (default 100)")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="pictures in a forward (default 16)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images in a forward (default 16)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of split and search (default 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
-    parser.add_argument("--out", default="turbo.json", metavar="FILE", help="(default turbo.json; a page beside it)")
+    parser.add_argument("--out", default="turbo.json", metavar="FILE", help="(default turbo.json; a figure beside it)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, calibrate, print, and write the settings and their page."""
-    import shlex
-    import sys
-    from datetime import datetime, timezone
-
+    """Load, calibrate, print, and write the settings and their figure."""
     import torch
     from rich.console import Console
 
     import turbovlm
-    from turbovlm.calibration.page import sentence, write_page
+    from turbovlm.calibration.plot import save_calibration
     from turbovlm.cli.images import picture_files, read_picture
-    from turbovlm.cli.measuring import check_file, check_numbers, device_named, progress_bar, versions_used
+    from turbovlm.cli.measuring import check_file, check_numbers, device_named, progress_bar
     from turbovlm.loading import ModelSpec
     from turbovlm.loading.processors import load_for_images
 
     check_numbers(args, "limit", "effort", "batch")
     if importlib.util.find_spec("matplotlib") is None:
-        raise TurboError("the page needs matplotlib: pip install 'turbovlm[plot]'")
+        raise TurboError("the figure needs matplotlib: pip install 'turbovlm[plot]'")
     out = Path(args.out)
     check_file("--out", args.out, (".json",))
-    check_file("--out", str(out.with_suffix(".html")))
+    check_file("--out", str(out.with_suffix(".png")))
     files = picture_files(Path(args.images), args.limit)
     spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
     model, prepare = load_for_images(spec)
     images = prepare([read_picture(file) for file in files])
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
     how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}
-    with progress_bar(len(files) // 2 * (args.effort + 20), "calibrating") as advance:
+    with progress_bar(len(files) // 2 * (args.effort + PASSES), "calibrating") as advance:
         found = turbovlm.calibrate(model, images, **target, **how, progress=advance)
     found.save(out)
-    config: Any = found.config
-    used = ", ".join(f"{name} {version}" for name, version in versions_used().items())
-    about = f"{len(files)} pictures of {args.images}; {used}; {datetime.now(timezone.utc):%Y-%m-%d}"
-    command = shlex.join(["turbovlm", *sys.argv[1:]])
-    write_page(found, out.with_suffix(".html"), f"{args.model}, calibrated", command, about)
+    figure = out.with_suffix(".png")
+    save_calibration(found, figure, title=f"{args.model}, calibrated on {len(files)} images of {args.images}")
     console = Console()
-    console.print(sentence(found))
-    console.print(f"tokens merged in each block{', on average' if config.thresholds else ''}: {config.r}")
-    console.print(f"settings: {out}; the curve: {out.with_suffix('.html')}")
+    console.print(str(found), highlight=False)
+    console.print(f"settings: {out}; drift over cost: {figure}")
     return 0

@@ -1,4 +1,4 @@
-"""What a model hands on, by which drift is measured: pooled features, logits, or tokens."""
+"""The outputs of an encoder by which drift is measured: pooled features, logits, or tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Measure = Callable[[nn.Module, Any], Any]
 """`(model, inputs) -> features`: a tensor `[batch, width]` or `[batch, tokens, width]`, or several."""
 
 
-def handed_on(model: nn.Module) -> Measure:
-    """How a model's family is measured.
+def default_measure(model: nn.Module) -> Measure:
+    """The measure of a model's family.
 
-    Dual encoders by the pooled features of a picture; a model with logits by them; what feeds a language model or a
+    Dual encoders by the pooled features of an image; a model with logits by them; what feeds a language model or a
     text decoder by the tokens of its vision encoder; encoders by CLS and by the patches' tokens, half each.
 
     Raises:
@@ -32,30 +32,30 @@ def handed_on(model: nn.Module) -> Measure:
             names = ", ".join(tower.name for tower in towers)
             raise UnsupportedModelError(f"{type(model).__name__} has several vision encoders ({names}): give `measure`")
         name, prefix = towers[0].name, towers[0].prefix
-        return lambda whole, inputs: _parts(call(whole.get_submodule(name), inputs), prefix)
+        return lambda whole, inputs: _tokens(_call(whole.get_submodule(name), inputs), prefix)
     if hasattr(model, "get_image_features"):
-        return lambda whole, inputs: _pooled(call(whole.get_image_features, inputs))
+        return lambda whole, inputs: _pooled(_call(whole.get_image_features, inputs))
     if hasattr(model, "encode_image"):
-        return lambda whole, inputs: call(whole.encode_image, inputs)
+        return lambda whole, inputs: _call(whole.encode_image, inputs)
     prefix = find_towers(model)[0].prefix
-    return lambda whole, inputs: _parts(call(whole, inputs), prefix)
+    return lambda whole, inputs: _tokens(_call(whole, inputs), prefix)
 
 
-def call(function: Any, inputs: Any) -> Any:
-    """With keyword arguments, or the one tensor there is."""
+def _call(function: Any, inputs: Any) -> Any:
+    """Call it with keyword arguments, or with the one tensor there is."""
     return function(**inputs) if isinstance(inputs, Mapping) else function(inputs)
 
 
-def features_of(measure: Measure, model: nn.Module, inputs: Any) -> list[Tensor]:
-    """What a measure says of a batch, each `[batch, tokens, width]`.
+def measured_parts(measure: Measure, model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The tensors that a measure gives of a batch, each `[batch, tokens, width]`.
 
     Raises:
         ConfigError: it gives something else.
     """
-    given = measure(model, inputs)
-    parts = [given] if isinstance(given, Tensor) else given
+    found = measure(model, inputs)
+    parts = [found] if isinstance(found, Tensor) else found
     if not isinstance(parts, Sequence) or not parts or not all(isinstance(part, Tensor) for part in parts):
-        raise ConfigError(f"measure: must give a tensor or several, got {type(given).__name__}")
+        raise ConfigError(f"measure: must give a tensor or several, got {type(found).__name__}")
     for part in parts:
         if part.ndim not in (2, 3):
             raise ConfigError(
@@ -64,14 +64,14 @@ def features_of(measure: Measure, model: nn.Module, inputs: Any) -> list[Tensor]
     return [(part[:, None] if part.ndim == 2 else part).float() for part in parts]
 
 
-def _parts(out: Any, prefix: int) -> Any:
-    """CLS and registers, and patches; or logits, or what a model has pooled."""
+def _tokens(out: Any, prefix: int) -> Any:
+    """Logits, or what a model has pooled; else CLS and registers, and patches."""
     logits = getattr(out, "logits", None)
     if isinstance(logits, Tensor) and logits.ndim == 2:
         return logits
     tokens = out if isinstance(out, Tensor) else getattr(out, "last_hidden_state", None)
     if not isinstance(tokens, Tensor) or tokens.ndim not in (2, 3):
-        raise ConfigError(f"measure: it is not known what {type(out).__name__} hands on; give a function of your own")
+        raise ConfigError(f"measure: it is not known what of a {type(out).__name__} counts; give a function")
     if tokens.ndim == 2 or prefix == 0:
         return tokens
     return tokens[:, :prefix], tokens[:, prefix:]
@@ -82,8 +82,8 @@ def _pooled(out: Any) -> Tensor:
     return found
 
 
-def count_of(inputs: Any) -> int:
-    """How many images there are.
+def count_images(inputs: Any) -> int:
+    """The number of images.
 
     Raises:
         ConfigError: neither a tensor nor a mapping of them, or of different lengths.
@@ -102,9 +102,9 @@ def count_of(inputs: Any) -> int:
     return counts.pop()
 
 
-def some_of(inputs: Any, indices: Sequence[int]) -> Any:
-    """Those images, as the model takes them."""
-    place = torch.as_tensor(list(indices))
+def select_images(inputs: Any, indices: Sequence[int]) -> Any:
+    """The images of those indices, as the model takes them."""
+    places = torch.as_tensor(list(indices))
     if isinstance(inputs, Mapping):
-        return {name: each[place.to(each.device)] for name, each in inputs.items()}
-    return inputs[place.to(inputs.device)]
+        return {name: each[places.to(each.device)] for name, each in inputs.items()}
+    return inputs[places.to(inputs.device)]

@@ -1,0 +1,1 @@
+"""The three kinds of models that can be calibrated, each a `turbovlm.calibration.subject.Subject`."""

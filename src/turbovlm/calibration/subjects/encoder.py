@@ -1,0 +1,143 @@
+"""Encoders as a subject: which tokens are merged, and how many in which block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbovlm.apply import apply
+from turbovlm.calibration.outputs import Measure, count_images, default_measure, measured_parts, select_images
+from turbovlm.calibration.schedule_search import EncoderCost, schedule_search
+from turbovlm.calibration.speed import measure_speedup
+from turbovlm.calibration.subject import Found, Spread, Subject, Trial
+from turbovlm.config import AMOUNTS, TurboConfig
+from turbovlm.errors import ConfigError
+from turbovlm.ops.degree import default_alpha
+
+SETTINGS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"alpha": 0.5},
+    {"alpha": 2.0},
+    {"similarity": "hidden"},
+    {"degree": "redundancy"},
+    {"degree": "weighted_difference"},
+    {"degree": "weighted_difference", "similarity": "keys"},
+    {"partition": "alternate"},
+    {"reduce": "merge"},
+)
+"""Changes of the given settings that are tried, none first: the defaults' nearest rivals (benchmarks/defaults.py)."""
+VARIED = ("alpha", "similarity", "degree", "partition", "reduce")
+"""Fields that `SETTINGS` changes."""
+SLOPES = (0.0, 1.0, -1.0)
+"""Spreads that are tried beside the even one: the same share of every block's tokens, more and more, less and less."""
+STEP = 0.05
+"""Step of the walk through costs for `max_drift`: each has a schedule search of its own, so that they are few."""
+
+
+@dataclass(eq=False)
+class EncoderSubject(Subject):
+    """A model with vision encoders, and images; an amount is a share of the encoder's multiply-accumulates.
+
+    Attributes:
+        measure: what is compared; the family's if None.
+        batch: images in a forward.
+        effort: how often the images go through the model in the search for a schedule; benchmarks/calibration.py
+            gets by with 40.
+        encoder: what amounts per block cost.
+
+    Raises:
+        ConfigError: encoders of several depths, or one that the measure does not run.
+        UnsupportedModelError: nothing in the model can be accelerated.
+    """
+
+    measure: Measure | None = None
+    batch: int = 16
+    effort: int = 100
+    encoder: EncoderCost = field(init=False)
+
+    about = "a model with vision encoders, and images: a tensor, or a mapping of tensors by name"
+    noun = "images"
+    config, whole = TurboConfig, 0
+    found = (*AMOUNTS, "min_tokens", "thresholds", "grid")
+    options = ("measure", "per_image", "effort", "batch")
+    amounts = tuple(round(1 - STEP * step, 4) for step in range(1, 20))
+    start, finer = amounts[0], 4
+    curve = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+    def __post_init__(self) -> None:
+        self._measured = self.measure or default_measure(self.model)
+        super().__post_init__()
+        with apply(self.model, replace(self.base, r=1, dense=True)) as handle:
+            self.run([0], 1)
+            features: Any = handle.features
+        depths = {feature.shape.depth for feature in features}
+        if len(depths) > 1:
+            raise ConfigError(f"the model's encoders have {sorted(depths)} blocks: calibrate one of them at a time")
+        source = None if features[0].last is None else features[0].last.source()
+        if source is None:
+            raise ConfigError("measure: the model's vision encoder has not run")
+        self.encoder = EncoderCost(features[0].shape, source.shape[1])
+        self.flat = (1.0,) * self.encoder.shape.depth
+
+    @staticmethod
+    def count_samples(samples: Any) -> int:
+        return count_images(samples)
+
+    def outputs(self, config: TurboConfig | None, samples: Sequence[int]) -> list[Tensor]:
+        if config is None:
+            return self.run(samples, self.batch)
+        with apply(self.model, replace(config, dense=True)):
+            return self.run(samples, 1 if config.thresholds else self.batch)
+
+    @torch.inference_mode()
+    def run(self, samples: Sequence[int], batch: int) -> list[Tensor]:
+        """What the model, as it is now, gives: per part `[len(samples), tokens, width]`."""
+        seen = []
+        for start in range(0, len(samples), batch):
+            chunk = samples[start : start + batch]
+            seen.append(measured_parts(self._measured, self.model, select_images(self.samples, chunk)))
+            self.progress(len(chunk))
+        return [torch.cat(parts) for parts in zip(*seen)]
+
+    def cost(self, config: TurboConfig) -> float:
+        assert isinstance(config.r, tuple)
+        return self.encoder.share(config.r)
+
+    def speedup(self, config: TurboConfig) -> float:
+        """Measured on one batch of images."""
+        images = select_images(self.samples, range(min(self.batch, self.count)))
+        return measure_speedup(self.model, (config,), lambda model: self._measured(model, images))
+
+    def trials(self, amount: float) -> list[Trial]:
+        """Each of `SETTINGS` in place of the given ones, then each of `SLOPES` with the best of them."""
+        even, depth = self.encoder.even(), self.encoder.shape.depth
+        start = even if self.encoder.amounts(even, amount) else self.flat
+        given = {name: getattr(self.base, name) for name in VARIED}
+        changes = [Trial({**given, **change}, start) for change in SETTINGS if not self.fixed & set(change)]
+        places = [2 * block / max(depth - 1, 1) - 1 for block in range(depth)]  # from −1 to 1
+        return changes + [Trial(spread=tuple(1 + slope * place for place in places)) for slope in SLOPES]
+
+    def configured(self, config: TurboConfig, spread: Spread, amount: float) -> TurboConfig | None:
+        amounts = self.encoder.amounts(spread, amount)
+        return None if amounts is None else replace(config, r=amounts)
+
+    def least(self, config: TurboConfig, spread: Spread) -> float:
+        return self.encoder.least(spread)
+
+    def refined(self, found: Found, samples: Sequence[int], parts: int = 1) -> Found:
+        """A schedule at the same cost, found by moving tokens between blocks."""
+        budget = self.effort * len(samples) // parts
+        return schedule_search(self, self.encoder, found, samples, budget, self.seed)
+
+    def finished(self, config: TurboConfig) -> TurboConfig:
+        """With what every `"auto"` and an alpha of None came to, so that a later release does the same."""
+        with apply(self.model, config) as handle:
+            feature: Any = handle.features[0]
+        alpha = config.alpha
+        if alpha is None and not callable(config.degree):
+            alpha = default_alpha(config.degree)
+        return replace(config, similarity=feature.similarity, guidance=feature.guidance, alpha=alpha)

@@ -1,0 +1,107 @@
+"""Language models that read images as a subject: which visual tokens they read, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbovlm.apply import apply
+from turbovlm.calibration.result import Calibration
+from turbovlm.calibration.speed import measure_speedup
+from turbovlm.calibration.subject import NEAR, Spread, Subject, Trial, solve_amount
+from turbovlm.config import READINGS, ReadConfig, TurboConfig
+from turbovlm.errors import ConfigError
+from turbovlm.profile.macs import macs
+
+SETTINGS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"degree": "weighted_distance"},
+    {"degree": "redundancy"},
+    {"reduce": "prune"},
+    {"visual_select": "attention"},
+    {"visual_select": "uniform"},
+)
+"""Changes of the best settings so far that are tried, none first: the rivals that benchmarks/rivals.py compares."""
+
+
+@dataclass(eq=False)
+class ReadingSubject(Subject):
+    """A language model and prompts with images; an amount is `visual_keep`, compared are the logits behind a prompt.
+
+    Attributes:
+        encoder: what the vision encoder merges meanwhile, if anything.
+
+    Raises:
+        UnsupportedModelError: nothing reads images in the model.
+    """
+
+    encoder: TurboConfig | Calibration | None = None
+
+    about = "a language model that reads images, and prompts: a list of mappings, as its processor gives each"
+    unit = "of the visual tokens read"
+    config, whole = ReadConfig, 1.0
+    found = READINGS
+    options = ("visual_keep", "encoder")
+    amounts = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1)
+    start = 0.5
+    curve = amounts
+
+    def __post_init__(self) -> None:
+        apply(self.model, *self._configs(self.base)).remove()  # what does not fit is refused before all else
+        self._own_macs = macs(self.model, **self.samples[0])
+        super().__post_init__()
+
+    @staticmethod
+    def count_samples(samples: Any) -> int:
+        return len(samples)
+
+    def outputs(self, config: ReadConfig | None, samples: Sequence[int]) -> list[Tensor]:
+        """Logits behind the last token of each prompt, `[len(samples), 1, vocabulary]`."""
+        if config is None:
+            return [self._logits(samples)]
+        with apply(self.model, *self._configs(config)):
+            return [self._logits(samples)]
+
+    def cost(self, config: ReadConfig) -> float:
+        """Share of the multiply-accumulates left, of the first prompt through the whole model."""
+        with apply(self.model, *self._configs(config)):
+            return macs(self.model, **self.samples[0]) / self._own_macs
+
+    def speedup(self, config: ReadConfig) -> float:
+        """Measured on the first prompt, up to its first new token."""
+        return measure_speedup(self.model, self._configs(config), lambda model: model(**self.samples[0]))
+
+    def trials(self, amount: float) -> list[Trial]:
+        return [Trial(change) for change in SETTINGS if not self.fixed & set(change)]
+
+    def configured(self, config: ReadConfig, spread: Spread, amount: float) -> ReadConfig:
+        return replace(config, visual_keep=amount)
+
+    def amount_at(self, flops: float) -> float:
+        def cost(amount: float) -> float:
+            return self.cost(replace(self.base, visual_keep=amount))
+
+        fewest = self.amounts[-1]
+        if flops < cost(fewest) - NEAR:
+            raise ConfigError(
+                f"flops={flops} is out of reach: {cost(fewest):.3f} is left with {fewest:.0%} {self.unit}"
+            )
+        return round(solve_amount(cost, flops, fewest, 1.0), 4)
+
+    def least(self, config: ReadConfig, spread: Spread) -> float:
+        return self.amounts[-1]
+
+    def _configs(self, config: ReadConfig) -> tuple[Any, ...]:
+        return (config,) if self.encoder is None else (self.encoder, config)
+
+    @torch.inference_mode()
+    def _logits(self, samples: Sequence[int]) -> Tensor:
+        found = []
+        for sample in samples:
+            found.append(self.model(**self.samples[sample]).logits[:, -1:].float().cpu())
+            self.progress(1)
+        return torch.cat(found)
