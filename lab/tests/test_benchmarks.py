@@ -80,3 +80,18 @@ def test_without_a_gpu_it_says_so():
         pytest.skip("there is a GPU")
     done = run()
     assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
+def test_calls_are_those_of_named_functions(monkeypatch):
+    from turbovlm.ops.degree import default_alpha, needs_semantic
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import structure
+
+    with structure.recording() as calls:
+        [default_alpha(name) for name in ("damped", "semantics")]
+        needs_semantic("random")
+    assert [file for file, _ in calls] == ["ops/degree.py"] * 3
+    assert [name for _, name in calls] == ["default_alpha", "default_alpha", "needs_semantic"]
+    others = [("a.py", "f"), ("b.py", "g"), ("b.py", "g"), ("a.py", "f")]
+    assert structure.counts(others) == {"calls": 4, "functions": 2, "files": 2, "switches": 2}

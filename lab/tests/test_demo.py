@@ -292,5 +292,5 @@ def test_bad_settings_are_refused_before_anything_runs(
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else found(name))
-    with pytest.raises(TurboError, match=r"needs rich: pip install 'turbovlm\[demo\]'"):
+    with pytest.raises(TurboError, match=r"needs rich: pip install turbovlm-lab"):
         run("--quick")
