@@ -47,8 +47,8 @@ def line_chart(curves: Sequence[Curve], x_label: str, y_label: str, description:
         for number, curve in enumerate(curves):
             xs, ys, labels = zip(*curve.points)
             axis.plot(xs, ys, color=curve.color, marker=curve.mark, linestyle=curve.dash, label=curve.name)
-            place = {"xytext": (0, 6 if number % 2 else -14), "textcoords": "offset points", "ha": "right"}
-            axis.annotate(labels[-1], (xs[-1], ys[-1]), color=curve.color, **place)
+            last, aside = (xs[-1], ys[-1]), (0, 6 if number % 2 else -14)
+            axis.annotate(labels[-1], last, aside, textcoords="offset points", color=curve.color, ha="right")
         axis.margins(0.08, 0.12)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
