@@ -118,7 +118,7 @@ def rotary_attention(
     attended = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias).transpose(1, 2).flatten(2)
     if text is None:
         return attended  # the block projects it
-    of_text, of_image = attended.split([text.shape[1], x.shape[1]], dim=1)
+    of_text, of_image = torch.split(attended, [text.shape[1], x.shape[1]], dim=1)
     return attention.to_out[1](attention.to_out[0](of_image)), attention.to_add_out(of_text)
 
 
@@ -128,7 +128,7 @@ def _projected(attention: Any, x: Tensor, fused: str, apart: tuple[str, ...]) ->
         projected = getattr(attention, fused)(x).chunk(3, dim=-1)
     else:
         projected = tuple(getattr(attention, name)(x) for name in apart)
-    return tuple(each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
+    return tuple(torch.unflatten(each, -1, (-1, attention.head_dim)) for each in projected)
 
 
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -185,7 +185,7 @@ def _backend_of(processor: Any) -> str | None:
 def _one_image_at_a_time(patch: Patch, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any], rotary: Rotary) -> Any:
     """Run a processor that takes one set of angles for a whole batch on each image, with its own."""
     outs = []
-    for i, tokens in enumerate(x.split(1)):
+    for i, tokens in enumerate(torch.split(x, 1)):
         own = {name: _of_image(value, i, len(x)) for name, value in kwargs.items()}
         own["image_rotary_emb"] = rotary[0][i], rotary[1][i]
         outs.append(patch.original(tokens, *rest, **own))
