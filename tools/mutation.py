@@ -4,8 +4,8 @@
     python tools/mutation.py --sample 20 --seed 1  # a look
     python tools/mutation.py --out FOLDER          # goes on where a run into that folder was stopped
 
-The faults are those of cosmic-ray (https://cosmic-ray.readthedocs.io), which this script installs into an environment of
-its own. Each is planted in a copy of the repository, where the tests that cover its file are run until one fails
+The faults are those of cosmic-ray (https://cosmic-ray.readthedocs.io), which this script installs into an environment
+of its own. Each is planted in a copy of the repository, where the tests that cover its file are run until one fails
 (`TESTS`). Written are benchmarks/results/mutation.md, with every survivor, and .json. Reasons why a survivor may live
 stand in tools/mutation_reasons.json, by file, line of code and fault.
 """
