@@ -82,7 +82,7 @@ def test_backends_of_attention():
         merged = run(model, inputs)
         with attention_backend("_native_math"):
             torch.testing.assert_close(run(model, inputs), merged, rtol=0, atol=1e-4)
-        refused = pytest.raises(StateError, match="backend '_native_flash' takes no mask.*give proportional=False")
+        refused = pytest.raises(StateError, match=r"backend '_native_flash' takes no mask.*give proportional=False")
         with attention_backend("_native_flash"), refused:
             run(model, inputs)
         model.set_attention_backend("_native_flash")
@@ -95,11 +95,11 @@ def test_rotary_positions_are_those_of_the_tokens_that_merged_ones_went_into():
     """One image after another, each with its own angles, by the library's own processor."""
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-    class Own(FluxAttnProcessor):
-        angles = []
+    angles = []
 
+    class Own(FluxAttnProcessor):
         def __call__(self, attn, hidden_states, *args, **kwargs):
-            self.angles.append((len(hidden_states), args[-1][0]))
+            angles.append((len(hidden_states), args[-1][0]))
             return super().__call__(attn, hidden_states, *args, **kwargs)
 
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
@@ -109,6 +109,6 @@ def test_rotary_positions_are_those_of_the_tokens_that_merged_ones_went_into():
         run(model, inputs)
         merge = handle.features[0].last["single_transformer_blocks:0"].merge
     every = model.pos_embed(torch.cat([inputs["txt_ids"], inputs["img_ids"]]))[0]
-    assert [batch for batch, _ in Own.angles] == [1, 1]
-    for kept, (_, cos) in zip(merge.kept, Own.angles):
+    assert [batch for batch, _ in angles] == [1, 1]
+    for kept, (_, cos) in zip(merge.kept, angles):
         assert torch.equal(cos[:7], every[:7]) and torch.equal(cos[7:], every[7:][kept])

@@ -208,10 +208,11 @@ def test_a_forward_in_the_midst_of_another(where, size):
 
     def start(*_):
         if where == "the same thread":
-            return elsewhere()
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
+            elsewhere()
+        else:
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
 
     with turbovlm.apply(model, keep=0.5):
         alone, alone_within = run(model, inputs), run(model, within)

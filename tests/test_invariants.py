@@ -22,7 +22,6 @@ STRUCTURES = ("timm_vit", "timm_eva02", "clip", "dinov3", "torchvision")
 EACH_PROGRAM = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in STRUCTURES else pytest.mark.slow) for name in FAMILIES]
 )
-FLOAT32_POSITIONS = "apply tries DINOv3's blocks with positions in float32, which those in half precision refuse"
 
 
 class Tower(nn.Module):
@@ -216,13 +215,7 @@ def test_threads_do_not_share_state(tower, name):
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=FLOAT32_POSITIONS) if name == "dinov3" else ())
-        for name in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_and_autocast(tower, name, dtype):

@@ -235,6 +235,17 @@ def test_merged_inside_the_tower_as_well(llava):
 
 
 @torch.no_grad()
+def test_the_order_of_configs_is_no_matter(llava):
+    inputs, encoder, read = LLAVA.inputs(*PROMPTS["one"]), turbovlm.TurboConfig(r=3), ReadConfig(0.5)
+    found = []
+    for configs in ((encoder, read), (read, encoder)):
+        with turbovlm.apply(llava, *configs) as handle:
+            found.append(llava(**inputs).logits)
+            assert handle.configs == (encoder, read)
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
 def test_embeddings_instead_of_tokens(llava):
     inputs = LLAVA.inputs(*PROMPTS["ragged"])
     with turbovlm.apply(llava, visual_keep=0.4):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 
 import turbovlm
 from turbovlm.errors import StateError
+from turbovlm.vlm.marks import CACHED_PROMPTS
 from vlms import SPECIAL, VLMS, dropped, full_positions, generated, made, noise, seeded, visual_of
 
 transformers = pytest.importorskip("transformers")
@@ -139,6 +141,43 @@ def test_a_cache_that_is_reset(kind):
             cache.reset()
             inputs = family.inputs(row)
             assert torch.equal(generated(model, inputs, past_key_values=cache), generated(model, inputs))
+
+
+@torch.no_grad()
+def test_a_cache_stays_one_of_its_class():
+    family, model = made("llava")
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    inputs, step = family.inputs([5, 6, "image", 7, 8]), {"input_ids": torch.tensor([[9]])}
+    generated(model, inputs, past_key_values=cache)
+    cache.reset()
+    own = set(vars(cache))
+    with turbovlm.apply(model, visual_keep=0.4):
+        wanted = generated(model, inputs)
+        assert torch.equal(generated(model, inputs, past_key_values=cache), wanted)
+        assert isinstance(cache, transformers.DynamicCache) and type(cache).__name__ == "DynamicCache"
+        assert set(vars(cache)) == own | {CACHED_PROMPTS}
+        copies = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+        logits = [model(**step, past_key_values=each).logits for each in (*copies, cache)]
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[2])
+    for each in (*copies, cache):
+        each.reset()
+        assert type(each) is transformers.DynamicCache and set(vars(each)) == own
+
+
+@torch.no_grad()
+def test_a_cache_cut_into_its_image_is_refused_and_as_it_was():
+    family, model = made("llava")
+    step = {"input_ids": torch.tensor([[9]])}
+    with turbovlm.apply(model, visual_keep=0.4):
+        cache = model(**family.inputs([5, "image", 7, 8])).past_key_values
+        held = cache.get_seq_length()
+        wanted = model(**step, past_key_values=copy.deepcopy(cache)).logits
+        with pytest.raises(StateError, match="3 columns were to be taken out of a cache that has 2 behind its last"):
+            cache.crop(-3)
+        assert cache.get_seq_length() == held
+        assert torch.equal(model(**step, past_key_values=cache).logits, wanted)
+        cache.crop(-1)
+        assert torch.equal(model(**step, past_key_values=cache).logits, wanted)
 
 
 @pytest.mark.parametrize(

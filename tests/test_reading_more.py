@@ -138,6 +138,23 @@ def test_compiled(what):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_encoding_is_one_graph():
+    family, model = made("llava")
+    pixels = family.inputs([5, "image", 7])["pixel_values"]
+    torch._dynamo.reset()
+    with turbovlm.apply(model, visual_keep=0.4):
+        own = model.model.get_image_features(pixels, return_dict=True)
+        encode = torch.compile(
+            lambda x: model.model.get_image_features(x, return_dict=True), backend="eager", fullgraph=True
+        )
+        found = encode(pixels)
+    torch._dynamo.reset()
+    for one, other in zip(getattr(found, ATTENTION), getattr(own, ATTENTION), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert getattr(own, ATTENTION)[0].sum() <= 1
+
+
 @pytest.mark.parametrize("name", VLMS)
 @torch.no_grad()
 def test_saved_and_loaded(name, tmp_path):

@@ -71,7 +71,7 @@ def attend_merged(
     words = x.shape[1] - merge.sizes.shape[1] if text is None else text.shape[1]
     bias = F.pad(size_bias(merge.sizes, x.dtype), (words, 0)) if biased else None
     backend = _backend_of(processor)
-    if backend in (None, "native") and _is_known(patch, attending, processor, rest, kwargs):
+    if backend in (None, "native") and _is_known(patch, attention, attending, rest, kwargs):
         return attending.function(attention, x, text, bias, None if rotary is None else _rotary_of(merge, rotary))
     if bias is not None:
         if backend is not None and backend not in BIASED_BACKENDS:
@@ -120,7 +120,7 @@ def rotary_attention(
     )
     if text is None:
         return attended  # the block projects it
-    of_text, of_image = attended.split([text.shape[1], x.shape[1]], dim=1)
+    of_text, of_image = torch.split(attended, [text.shape[1], x.shape[1]], dim=1)
     return attention.to_out[1](attention.to_out[0](of_image)), attention.to_add_out(of_text)
 
 
@@ -136,13 +136,13 @@ def _projected(attention: Any, x: Tensor, fused: str, apart: tuple[str, ...]) ->
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn each pair of neighbouring channels of `x`, `[batch, tokens, heads, head_dim]`, by its angle."""
     cos, sin = (each.unsqueeze(2) for each in rotary)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     across = torch.stack([-second, first], dim=-1).flatten(-2)
     return (x.float() * cos + across.float() * sin).to(x.dtype)
 
 
 def _rotary_of(merge: Merge, rotary: tuple[Tensor, Tensor]) -> Rotary:
-    """Every image's own angles: the text's, `[words, head_dim]`, then those of the tokens that its merged ones went into.
+    """Every image's own angles: the text's, then those of the tokens that its merged ones went into.
 
     Args:
         rotary: of all tokens of the sequence, `[words + N, head_dim]` each.
@@ -154,10 +154,11 @@ def _rotary_of(merge: Merge, rotary: tuple[Tensor, Tensor]) -> Rotary:
 
 
 def _is_known(
-    patch: Patch, attending: Attending, processor: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    patch: Patch, attention: Any, attending: Attending, rest: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
     """Whether `attending.function` does all that a call of the module would: no other class, forward or argument."""
-    kind, attention = type(processor), patch.module
+    processor = getattr(attention, "processor", None)
+    kind = type(processor)
     if f"{kind.__module__}.{kind.__qualname__}" not in attending.processors or rest:
         return False
     if patch.before is not None and getattr(patch.before, "__func__", None) is not patch.method:
@@ -186,7 +187,7 @@ def _backend_of(processor: Any) -> str | None:
 def _one_image_at_a_time(patch: Patch, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any], rotary: Rotary) -> Any:
     """Run a processor that takes one set of angles for a whole batch on each image, with its own."""
     outs = []
-    for i, tokens in enumerate(x.split(1)):
+    for i, tokens in enumerate(torch.split(x, 1)):
         own = {name: _of_image(value, i, len(x)) for name, value in kwargs.items()}
         own["image_rotary_emb"] = rotary[0][i], rotary[1][i]
         outs.append(patch.original(tokens, *rest, **own))

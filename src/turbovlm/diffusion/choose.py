@@ -21,6 +21,7 @@ from turbovlm.ops.degree import needs_semantic
 from turbovlm.ops.dispatch import degree_of_candidates
 from turbovlm.ops.merging import Ranking, merge_ranked, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
+from turbovlm.patching import Patch
 
 LEAST_TOKENS = 64
 """Tokens below which nothing is merged, unless `min_tokens` asks for more."""
@@ -56,11 +57,11 @@ def least_tokens(config: DenoiseConfig) -> int:
     return max(config.min_tokens, LEAST_TOKENS)
 
 
-def choice_of(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
+def choice_of(run: Run, site: Site, patch: Patch, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
     """What the group of a part reads, chosen by the first of its parts that is called.
 
     Args:
-        part: the part's module.
+        patch: of the part's module.
         x: what it is given, `[batch, tokens, width]`, text in front left out.
         text: what it attends to, `[batch, words, width]`, where it does; the first, where there are several.
         bias: added to the attention's logits, `[batch, 1, words]`: words of −10,000 are padding.
@@ -76,7 +77,7 @@ def choice_of(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias:
         )
     choice = run.choices.get(site.key)
     if choice is None or (choice.merge is not None and not _fits(choice, site, x)):
-        choice = run.choices[site.key] = _choose(run, site, part, x, text, bias)
+        choice = run.choices[site.key] = _choose(run, site, patch.module, x, text, bias)
     return choice
 
 
@@ -102,15 +103,16 @@ def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: T
     if tokens < least_tokens(config) or kept == tokens:
         return Choice(tokens, None)
     features = x[:, x.shape[1] - tokens :]
-    compared = run.compared.get(site.group)
-    if compared is None:
-        partition = partition_tokens(tokens, kind="grid", grid=(rows, columns), device=x.device)
-        partition = replace(partition, windows=max(1, tokens // BAND))
-        compared = Compared(partition, *mutual_redundancy(_averaged(run, features), partition))
-        run.compared[site.group] = compared
     semantic = None
     if needs_semantic(config.degree):
         semantic = _averaged(run, _semantic(run.denoiser.get_submodule(site.guide), part, features, text, bias))
+    compared = run.compared.get(site.group)
+    if compared is None:
+        averaged = _averaged(run, features)
+        partition = partition_tokens(tokens, kind="grid", grid=(rows, columns), device=x.device)
+        partition = replace(partition, windows=max(1, tokens // BAND))
+        compared = Compared(partition, *mutual_redundancy(averaged, partition))
+        run.compared[site.group] = compared
     e = degree_of_candidates(
         compared.redundancy,
         semantic,
@@ -125,7 +127,7 @@ def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: T
 
 
 def _share(run: Run, tokens: int) -> float:
-    """Share of `tokens` tokens that blocks read: by how often the image's rows were halved, where resolutions differ."""
+    """Share of `tokens` tokens that is read: where resolutions differ, by how often the image's rows were halved."""
     keep: Any = run.feature.config.keep
     if isinstance(keep, tuple):
         halved = round(math.log(run.finest / tokens, 4))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn as nn
-from torch import Tensor
 
 from turbovlm.config import COMPONENTS, DenoiseConfig
 from turbovlm.diffusion.choose import Site, least_tokens
@@ -67,12 +66,6 @@ class DenoiseFeature:
         found += [Patch(model.get_submodule(name), "forward", block_forward, self) for name in self.blocks]
         found += [Patch(model.get_submodule(site.name), "forward", part_forward, self, site) for site in self.sites]
         return found if self.steps is None else [*found, *self.steps.patches(self)]
-
-    def restores_linearly(self, x: Tensor) -> bool:
-        """Whether feed-forwards are restored by regression, on the device of `x`."""
-        if self.config.restore == "auto":
-            return x.device.type == "cpu"  # on GPUs a small system of equations takes longer than most feed-forwards
-        return self.config.restore == "linear"
 
     def describe(self) -> list[str]:
         """The blocks that merge, by the groups that merge alike, and how many tokens they read in the last forward."""

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from turbovlm.diffusion.attend import attend_merged
 from turbovlm.diffusion.choose import Site, choice_of, find_same_latents, least_tokens, square
-from turbovlm.diffusion.restore import restore_copies, restore_linear
-from turbovlm.diffusion.run import RUN, Run, current_run, find_run, run_within
+from turbovlm.diffusion.families import Part
+from turbovlm.diffusion.restore import restore_linear
+from turbovlm.diffusion.run import RUN, THREAD, Run, run_within
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
+from turbovlm.ops.merging import Merge
 from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch
 
@@ -50,7 +52,7 @@ def denoiser_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     given: dict[str, Any] = {**dict(zip(holder.arguments, args)), **kwargs}
     latent = given[holder.arguments[0]]
     if not holder.begins:
-        run = current_run(patch, type(patch.module).__name__)
+        run = _current_run(patch, "a module that has blocks")
         run.grid = _grid_of(holder, latent, given, feature.config.grid)
         return patch.original(*args, **kwargs)
     steps, compiling = feature.steps, torch.compiler.is_compiling()
@@ -83,7 +85,7 @@ def block_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return patch.original(*args, **kwargs)
     hidden = args[0] if args else kwargs["hidden_states"]
-    run = find_run()
+    run = THREAD.run
     if run is not None and run.feature is patch.feature:
         setattr(hidden, RUN, run)
         return patch.original(*args, **kwargs)
@@ -96,9 +98,9 @@ def part_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     site: Site = patch.detail
     part = site.part
     x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-    run = current_run(patch, site.name)
+    run = _current_run(patch, site.name)
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
-    merge = choice_of(run, site, patch.module, x, text, kwargs.get("attention_mask")).merge
+    merge = choice_of(run, site, patch, x, text, kwargs.get("attention_mask")).merge
     if merge is None:
         return patch.original(x, *rest, **kwargs)
     _check_positions(site, kwargs)
@@ -110,9 +112,35 @@ def part_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
         out = patch.original(read, *rest, **kwargs)
     else:
         out = attend_merged(patch, part.attending, merge, read, rest, kwargs)
-    if part.smooth and run.feature.restores_linearly(x):
+    restore = run.feature.config.restore  # "auto": on GPUs a small system of equations outlasts most feed-forwards
+    if part.smooth and (restore == "linear" or (restore == "auto" and x.device.type == "cpu")):
         return restore_linear(merge, image, merged, out)
-    return restore_copies(part, merge, out)
+    return _restore_copies(part, merge, out)
+
+
+def _current_run(patch: Patch, name: str) -> Run:
+    """The run that a patch's module is called in.
+
+    Raises:
+        StateError: it is called outside of its denoiser's forward.
+    """
+    run = THREAD.run
+    if run is None or run.feature is not patch.feature:
+        raise StateError(
+            f"{name} runs outside of its denoiser's forward, or that was replaced since turbovlm.apply: remove and "
+            "apply again"
+        )
+    return run
+
+
+def _restore_copies(part: Part, merge: Merge, out: Any) -> Any:
+    """Every position with its token's result; the text's tokens, and outputs that are not the image's, as they are."""
+    if not isinstance(out, Tensor):
+        return tuple(merge.unmerge(each) if i in part.restored else each for i, each in enumerate(out))
+    words = out.shape[1] - merge.sizes.shape[1]
+    if words == 0:
+        return merge.unmerge(out)
+    return torch.cat([out[:, :words], merge.unmerge(out[:, words:])], dim=1)
 
 
 def _check_positions(site: Site, kwargs: dict[str, Any]) -> None:

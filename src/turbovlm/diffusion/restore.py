@@ -1,4 +1,5 @@
-"""What every position gets back behind a part: its token's result, and what linear regression says of the difference.
+"""What every position gets back behind a feed-forward beside its token's result: what linear regression says of the
+difference.
 
 A feed-forward is smooth: tokens that are close come to results that are close, and how these differ is nearly linear in
 how the tokens do. The merged tokens and their results, which are there anyway, tell that linear map.
@@ -6,12 +7,9 @@ how the tokens do. The merged tokens and their results, which are there anyway, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from turbovlm.diffusion.families import Part
 from turbovlm.ops.merging import Merge
 
 RIDGE = 0.3
@@ -19,16 +17,6 @@ RIDGE = 0.3
 
 SAMPLES = 0.5
 """Most tokens that the regression sees, per direction; and it never sees more than positions are gone."""
-
-
-def restore_copies(part: Part, merge: Merge, out: Any) -> Any:
-    """Every position with its token's result; the text's tokens, and outputs that are not the image's, as they are."""
-    if not isinstance(out, Tensor):
-        return tuple(merge.unmerge(each) if i in part.restored else each for i, each in enumerate(out))
-    words = out.shape[1] - merge.sizes.shape[1]
-    if words == 0:
-        return merge.unmerge(out)
-    return torch.cat([out[:, :words], merge.unmerge(out[:, words:])], dim=1)
 
 
 def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tensor:

@@ -14,18 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.errors import StateError
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.partition import Partition
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
-    from turbovlm.patching import Patch
 
 RUN = "_turbovlm_run"
 """Name of the attribute of a block's hidden states that holds the run, for gradient checkpointing."""
-
-_THREAD = threading.local()
 
 
 @dataclass(frozen=True)
@@ -71,31 +67,20 @@ class Run:
     compared: dict[str, Compared] = field(default_factory=dict)
 
 
+class _Thread(threading.local):
+    def __init__(self) -> None:  # called in every thread; a default of the class would be a guard that fails once
+        self.run: Run | None = None
+
+
+THREAD = _Thread()
+"""`THREAD.run` is the run that is under way in this thread; None where there is none."""
+
+
 def run_within(run: Run, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function as a part of that run."""
-    around = find_run()
-    _THREAD.run = run
+    around = THREAD.run
+    THREAD.run = run
     try:
         return function(*args, **kwargs)
     finally:
-        _THREAD.run = around
-
-
-def find_run() -> Run | None:
-    """The run that is under way in this thread."""
-    return getattr(_THREAD, "run", None)
-
-
-def current_run(patch: Patch, name: str) -> Run:
-    """The run that a patch's module is called in.
-
-    Raises:
-        StateError: it is called outside of its denoiser's forward.
-    """
-    run = find_run()
-    if run is None or run.feature is not patch.feature:
-        raise StateError(
-            f"{name} runs outside of its denoiser's forward, or that was replaced since turbovlm.apply: remove and "
-            "apply again"
-        )
-    return run
+        THREAD.run = around

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.block import unmerged_forward
@@ -102,7 +103,7 @@ def _verify_block(tower: Tower, name: str, block: nn.Module) -> None:
     count = tower.prefix + PATCHES + tower.suffix
     x = torch.randn(2, count, tower.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
     example = tower.layout.example(block, PATCHES) if tower.layout.example is not None else {}
-    arguments = {key: value.to(x) if isinstance(value, Tensor) else value for key, value in example.items()}
+    arguments = {key: tree_map_only(Tensor, lambda tensor: tensor.to(x), value) for key, value in example.items()}
     own = type(block).forward(block, x, **_required(block), **arguments)
     own = own[0] if tower.layout.returns_tuple else own
     state = State(0, (), tower.prefix, tower.suffix)

