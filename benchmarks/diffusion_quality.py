@@ -132,8 +132,6 @@ def settings() -> dict[str, Within]:
     one_off: dict[str, dict[str, Any]] = {
         "proportional=False": {"proportional": False},
         "as tomesd restores and attends": {"proportional": False, "restore": "copy", "min_tokens": LARGEST},
-        "restore=weighted": {"restore": "weighted"},
-        "share_guidance=False": {"share_guidance": False},
         "reduce=prune": {"reduce": "prune"},
         **{f"degree={degree}": {"degree": degree} for degree in ("redundancy", "semantics", "random")},
         **{f"alpha={alpha}": {"alpha": alpha} for alpha in (20, 200, 2000)},

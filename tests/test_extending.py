@@ -16,7 +16,7 @@ from vlms import CLIP, IMAGE, TEXT, Vlm, seeded, square
 transformers = pytest.importorskip("transformers")
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 ENTRIES = {
-    re.search(r"^([A-Z]\w+) = (?:variant|VlmFamily|Block)\(", text, re.M)[1]: text
+    re.search(r"^([A-Z]\w+) = (?:variant|VlmFamily|Denoiser)\(", text, re.M)[1]: text
     for text in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 }
 
@@ -95,6 +95,38 @@ def test_a_vision_language_model(registered):
             assert (model(**inputs).logits - own)[seen].abs().max() < 1e-5
         generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_a_denoiser(registered):
+    diffusers = pytest.importorskip("diffusers")
+    from turbovlm.profile import macs
+
+    torch.manual_seed(0)
+    size = {"patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "axes_dims_rope": (4, 4, 8)}
+    width = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32}
+    model = diffusers.LongCatImageTransformer2DModel(**size, **width).eval()
+    places = torch.cartesian_prod(torch.zeros(1), torch.arange(16.0), torch.arange(16.0))
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(2, 256, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 7, 32, generator=generator),
+        "timestep": torch.full((2,), 0.5),
+        "img_ids": places,
+        "txt_ids": torch.zeros(7, 3),
+        "return_dict": False,
+    }
+    with pytest.raises(turbovlm.UnsupportedModelError):
+        turbovlm.apply(model, keep=0.5)
+    with torch.no_grad():
+        own, cost = model(**inputs)[0], macs(model, **inputs)
+        handle = registered("LONGCAT", model)
+        half = model(**inputs)[0]
+        assert half.shape == own.shape and half.isfinite().all() and not torch.equal(half, own)
+        assert macs(model, **inputs) < 0.75 * cost
+        handle.remove()
+        with turbovlm.apply(model, keep=1.0):
+            assert torch.equal(model(**inputs)[0], own)
+        assert torch.equal(model(**inputs)[0], own)
 
 
 def test_what_is_no_entry_is_refused():

@@ -130,7 +130,7 @@ def _projected(attention: Any, x: Tensor, fused: str, apart: tuple[str, ...]) ->
         projected = getattr(attention, fused)(x).chunk(3, dim=-1)
     else:
         projected = tuple(getattr(attention, name)(x) for name in apart)
-    return tuple(each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
+    return tuple(torch.unflatten(each, -1, (-1, attention.head_dim)) for each in projected)
 
 
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:

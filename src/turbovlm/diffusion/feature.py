@@ -159,8 +159,8 @@ def _find_sites(
 ) -> tuple[Site, ...]:
     """The parts that merge, in groups of up to `SHARED_BY` blocks of one stage."""
     stages: dict[str, list[str]] = {}
-    for name in found:
-        root = next((f"{root}." for root in roots if root and name.startswith(f"{root}.")), "")
+    root_of = {name: next((f"{r}." for r in roots if r and name.startswith(f"{r}.")), "") for name in found}
+    for name, root in root_of.items():
         stages.setdefault(root + _stage_of(name.removeprefix(root)), []).append(name)
     sites: list[Site] = []
     groups: list[str] = []
@@ -172,7 +172,7 @@ def _find_sites(
             for part in parts:
                 if part.component in config.components:
                     key = f"{groups[-1]}, by the text" if part.component == "cross_attention" else groups[-1]
-                    guide = f"{name}.{block.guide}"
+                    guide = f"{name.removeprefix(root_of[name])}.{block.guide}"
                     sites.append(Site(f"{name}.{part.path}", part, groups[-1], len(groups) - 1, guide, key))
     return tuple(sites)
 

@@ -1,6 +1,6 @@
 """Which of an image's visual tokens the language model reads, and what the others become.
 
-Works on what the projector hands on, `[images, tokens, width]`, one group of equally many tokens at a time. Nothing
+Works on what the projector returns, `[images, tokens, width]`, one group of equally many tokens at a time. Nothing
 here depends on the text, so a prompt's prefix stays valid in caches.
 """
 

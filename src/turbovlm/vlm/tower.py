@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Row:
     """A of each image's patches, `[images, patches]`, or of a packed sequence of them, `[patches]`.
 
-    Of a tower that hands on merged tokens, A of those, and the patches that each stands for, `[images, M]`.
+    Where the tower returns merged tokens, A of those, and the patches that each stands for, `[images, M]`.
     """
 
     values: Tensor
@@ -77,7 +77,7 @@ def guide_forward(patch: Patch, hidden: Tensor, *args: Any, **kwargs: Any) -> An
 
 
 def _of_merged(row: Tensor, prefix: int, state: State) -> Row:
-    """A of the tokens that an accelerated tower hands on, from that of every patch, `[images, patches]`."""
+    """A of the tokens that an accelerated tower returns, from that of every patch, `[images, patches]`."""
     source = state.source()
     if source is None or state.sizes is None:
         return Row(row)

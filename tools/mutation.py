@@ -1,0 +1,168 @@
+"""Plant faults in a random sample of lines, one at a time, and say which of them no test notices.
+
+    python tools/mutation.py                       # 200 faults in ops/ and encoder/, two at a time: hours on two cores
+    python tools/mutation.py --sample 20 --seed 1  # a look
+    python tools/mutation.py --out FOLDER          # goes on where a run into that folder was stopped
+
+The faults are those of cosmic-ray (https://cosmic-ray.readthedocs.io), which this script installs into an environment
+of its own. Each is planted in a copy of the repository, where the tests that cover its file are run until one fails
+(`TESTS`). Written are benchmarks/results/mutation.md, with every survivor, and .json. Reasons why a survivor may live
+stand in tools/mutation_reasons.json, by file, line of code and fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import venv
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+REASONS = Path(__file__).with_name("mutation_reasons.json")
+MODULES = ["src/turbovlm/ops", "src/turbovlm/encoder"]
+COSMIC_RAY = "cosmic_ray==8.7.0"
+TIMEOUT = 300.0
+"""Seconds after which a fault counts as noticed, as one that makes a loop endless is."""
+
+COMMON = ["tests/test_reference.py", "tests/test_golden.py", "tests/test_exact_values.py", "tests/test_verify.py"]
+TESTS: dict[str, list[str]] = {
+    "src/turbovlm/ops/kernels/": ["tests/test_kernels.py", "tests/test_reference_fast.py"],
+    "src/turbovlm/ops/": [*COMMON, "tests/test_ops.py", "tests/test_routes.py", "tests/test_reference_fast.py"],
+    "src/turbovlm/encoder/schedule.py": [
+        "tests/test_schedule.py",
+        *COMMON,
+        "tests/test_apply.py",
+        "tests/test_macs.py",
+    ],
+    "src/turbovlm/encoder/families/": ["tests/test_invariants.py", "tests/test_apply.py", "tests/test_text.py"],
+    "src/turbovlm/encoder/": [*COMMON, "tests/test_apply.py", "tests/test_invariants.py", "tests/test_text.py"],
+}
+"""Tests that are run for a file, by the beginning of its path; the first that fits."""
+
+
+def main() -> int:
+    """Sample, plant, test and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=200, metavar="N", help="faults (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="faults tested at a time (default 2)")
+    parser.add_argument("--out", type=Path, help="folder of the run; one that was stopped there goes on")
+    args = parser.parse_args()
+    out = args.out or Path(tempfile.mkdtemp(prefix="mutation-"))
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"the run is in {out}", flush=True)
+    cosmic_ray = _environment(out)
+    faults = _sample(out, cosmic_ray, args.sample, args.seed)
+    copies = [_copy(out / f"copy{i}") for i in range(args.workers)]
+    done = out / "outcomes.jsonl"
+    seen = {json.loads(line)["job"] for line in done.read_text().splitlines()} if done.exists() else set()
+    left = [fault for fault in faults if fault["job"] not in seen]
+    with ThreadPoolExecutor(args.workers) as pool, done.open("a") as file:
+        free = list(copies)
+        for number, outcome in enumerate(pool.map(lambda fault: _tested(fault, free, cosmic_ray), left), len(seen) + 1):
+            file.write(json.dumps(outcome) + "\n")
+            file.flush()
+            print(f"{number}/{len(faults)} {outcome['outcome']:8} {outcome['path']}:{outcome['row']}", flush=True)
+    _report([json.loads(line) for line in done.read_text().splitlines()], args.seed)
+    return 0
+
+
+def _environment(out: Path) -> Path:
+    """The command of cosmic-ray, in an environment of its own."""
+    folder = out / "environment"
+    if not (folder / "bin" / "cosmic-ray").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([folder / "bin" / "pip", "install", "--quiet", COSMIC_RAY], check=True)
+    return folder / "bin" / "cosmic-ray"
+
+
+def _sample(out: Path, cosmic_ray: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """So many of all faults that cosmic-ray knows, drawn from a seed."""
+    config, session = out / "cosmic-ray.toml", out / "session.sqlite"
+    if not session.exists():
+        modules = json.dumps(MODULES)
+        config.write_text(
+            f"[cosmic-ray]\nmodule-path = {modules}\ntimeout = {TIMEOUT}\nexcluded-modules = []\n"
+            'test-command = "true"\n'
+            '[cosmic-ray.distributor]\nname = "local"\n'
+        )
+        subprocess.run([cosmic_ray, "init", config, session], cwd=ROOT, check=True)
+    fields = "job_id, module_path, operator_name, operator_args, occurrence, start_pos_row"
+    with sqlite3.connect(session) as database:
+        rows = sorted(database.execute(f"SELECT {fields} FROM mutation_specs"), key=lambda row: row[1:])
+    names = ("job", "path", "operator", "arguments", "occurrence", "row")
+    return [dict(zip(names, row)) for row in random.Random(seed).sample(rows, min(count, len(rows)))]
+
+
+def _copy(folder: Path) -> Path:
+    """A copy of what git tracks, to plant faults in."""
+    if not folder.exists():
+        files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in files.splitlines():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def _tested(fault: dict[str, Any], free: list[Path], cosmic_ray: Path) -> dict[str, Any]:
+    """What became of a fault: `"killed"`, `"survived"` or `"timeout"`, with its difference to the code."""
+    copy = free.pop()
+    file, original = copy / fault["path"], (ROOT / fault["path"]).read_text()
+    try:
+        command = [cosmic_ray, "apply", fault["path"], fault["operator"], str(fault["occurrence"])]
+        subprocess.run(command, cwd=copy, check=True, capture_output=True)
+        tests = next(tests for start, tests in TESTS.items() if fault["path"].startswith(start))
+        environment = {**os.environ, "PYTHONPATH": f"{copy / 'src'}{os.pathsep}{copy / 'lab' / 'src'}"}
+        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+        try:
+            code = subprocess.run(pytest, cwd=copy, env=environment, capture_output=True, timeout=TIMEOUT).returncode
+            outcome = "survived" if code == 0 else "killed"
+        except subprocess.TimeoutExpired:
+            outcome = "timeout"
+        planted = file.read_text().splitlines()
+        changed = [(a, b) for a, b in zip(original.splitlines(), planted) if a != b] or [("", "")]
+        return {**fault, "outcome": outcome, "before": changed[0][0].strip(), "after": changed[0][1].strip()}
+    finally:
+        file.write_text(original)
+        free.append(copy)
+
+
+def _report(outcomes: list[dict[str, Any]], seed: int) -> None:
+    """The table of survivors, with the reasons that are known."""
+    reasons: dict[str, str] = json.loads(REASONS.read_text()) if REASONS.exists() else {}
+    survivors = [outcome for outcome in outcomes if outcome["outcome"] == "survived"]
+    killed = len(outcomes) - len(survivors)
+    date = f"{datetime.now(timezone.utc):%Y-%m-%d}"
+    lines = [
+        "# Faults planted in ops/ and encoder/",
+        "",
+        f"`python tools/mutation.py --sample {len(outcomes)} --seed {seed}`, {date}, Python {sys.version.split()[0]}, "
+        f"{COSMIC_RAY}: {killed} of {len(outcomes)} faults are noticed by a test ({killed / len(outcomes):.0%}).",
+        "",
+        "| file | line | planted instead | why it may live |",
+        "|---|---|---|---|",
+    ]
+    for outcome in sorted(survivors, key=lambda outcome: (outcome["path"], outcome["row"])):
+        key = f"{outcome['path']}: {outcome['before']} -> {outcome['after']}"
+        before, after = (outcome[name].replace("|", "\\|") for name in ("before", "after"))
+        lines.append(f"| {outcome['path']} | `{before}` | `{after}` | {reasons.get(key, '')} |")
+    (RESULTS / "mutation.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "mutation.json").write_text(
+        json.dumps({"date": date, "seed": seed, "outcomes": outcomes}, indent=1) + "\n"
+    )
+    print(f"{killed} of {len(outcomes)} noticed; survivors are in {RESULTS / 'mutation.md'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
