@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import turbovlm
 from turbovlm.diffusion import biasing
 from turbovlm.ops import kernels
-from turbovlm.ops.dispatch import wants_gradient
+from turbovlm.ops.tracing import wants_gradient
 
 
 class Interpreted:

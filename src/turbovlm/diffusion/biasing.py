@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from turbovlm.ops.dispatch import kernels_for
+from turbovlm.ops import plain
+from turbovlm.ops.dispatch import path_for
+from turbovlm.ops.tracing import wants_gradient
 
 
 def biased_attention_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -21,6 +24,15 @@ def biased_attention_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """
     left_alone = torch.compiler.is_compiling() or kernels_for(x, x) is None
     return contextlib.nullcontext() if left_alone else _OnKernel()
+
+
+def kernels_for(x: Tensor, *differentiated: Tensor) -> ModuleType | None:
+    """The kernels, where they take `x` and no gradient is wanted with respect to one of `differentiated`."""
+    if path_for(x) is plain or wants_gradient(*differentiated):
+        return None
+    from turbovlm.ops import kernels
+
+    return kernels
 
 
 class _OnKernel(TorchFunctionMode):

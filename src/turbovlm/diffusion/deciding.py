@@ -17,8 +17,7 @@ from turbovlm.config import TurboConfig
 from turbovlm.diffusion.plan import DiffusionPlan, Pairs, Spot
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.dispatch import degree_of_candidates
-from turbovlm.ops.merging import Merge, Ranking, merge_ranked, mutual_redundancy
+from turbovlm.ops.merging import Merge, Ranking, degree_of_candidates, merge_ranked, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
 
 FEWEST = 64
