@@ -18,8 +18,7 @@ from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.dispatch import degree_of_candidates
-from turbovlm.ops.merging import Ranking, merge_ranked, mutual_redundancy
+from turbovlm.ops.merging import Ranking, degree_of_candidates, merge_ranked, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
 from turbovlm.patching import Patch
 
