@@ -124,11 +124,11 @@ def rotary_attention(
 
 def _projected(attention: Any, x: Tensor, fused: str, apart: tuple[str, ...]) -> tuple[Tensor, ...]:
     """Queries, keys and values, `[batch, tokens, heads, head_dim]` each."""
-    projected: tuple[Any, ...]
+    projected: list[Any]
     if attention.fused_projections:
-        projected = getattr(attention, fused)(x).chunk(3, dim=-1)
+        projected = list(getattr(attention, fused)(x).chunk(3, dim=-1))
     else:
-        projected = tuple(getattr(attention, name)(x) for name in apart)
+        projected = [getattr(attention, name)(x) for name in apart]
     return tuple(each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
 
 
