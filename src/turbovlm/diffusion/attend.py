@@ -135,7 +135,7 @@ def _projected(attention: Any, x: Tensor, fused: str, apart: tuple[str, ...]) ->
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn each pair of neighbouring channels of `x`, `[batch, tokens, heads, head_dim]`, by its angle."""
     cos, sin = (each.unsqueeze(2) for each in rotary)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     across = torch.stack([-second, first], dim=-1).flatten(-2)
     return (x.float() * cos + across.float() * sin).to(x.dtype)
 
