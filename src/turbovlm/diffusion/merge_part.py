@@ -73,7 +73,7 @@ def denoiser_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     if steps is not None:
         steps.end_forward()
     if not compiling:
-        feature.last = run.choices
+        feature.last = {**(feature.last or {}), **run.choices}  # a list of ControlNets has a forward of each
         _warn_of_nothing(feature)
     return out
 
