@@ -126,17 +126,18 @@ def rotary_attention(
 
 def _projected(attention: Any, x: Tensor, fused: str, apart: tuple[str, ...]) -> tuple[Tensor, ...]:
     """Queries, keys and values, `[batch, tokens, heads, head_dim]` each."""
+    projected: list[Any]
     if attention.fused_projections:
-        projected = getattr(attention, fused)(x).chunk(3, dim=-1)
+        projected = list(getattr(attention, fused)(x).chunk(3, dim=-1))
     else:
-        projected = tuple(getattr(attention, name)(x) for name in apart)
-    return tuple(torch.unflatten(each, -1, (-1, attention.head_dim)) for each in projected)
+        projected = [getattr(attention, name)(x) for name in apart]
+    return tuple(each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
 
 
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn each pair of neighbouring channels of `x`, `[batch, tokens, heads, head_dim]`, by its angle."""
     cos, sin = (each.unsqueeze(2) for each in rotary)
-    first, second = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     across = torch.stack([-second, first], dim=-1).flatten(-2)
     return (x.float() * cos + across.float() * sin).to(x.dtype)
 
