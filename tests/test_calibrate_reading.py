@@ -90,11 +90,20 @@ def test_the_fewest_tokens_within_a_tolerance(case):
 
 
 @pytest.mark.slow
-def test_a_cost_and_a_tower_that_merges_too(case):
+def test_a_tower_that_merges_meanwhile(case):
     model, prompts = case
     merging = TurboConfig(r=1)
+    if "Qwen" in type(model).__name__:
+        with pytest.raises(UnsupportedModelError, match="its windowed attention needs the grid"):
+            turbovlm.calibrate(model, prompts, visual_keep=0.5, encoder=merging)
+        return
     found = turbovlm.calibrate(model, prompts, visual_keep=0.5, encoder=merging)
     assert found.drift == pytest.approx(drift_of(model, prompts, merging, found)[halves()[1]].mean().item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_cost_is_solved_for(case):
+    model, prompts = case
     cost = turbovlm.calibrate(model, prompts, visual_keep=0.4).flops
     assert turbovlm.calibrate(model, prompts, flops=cost).flops == pytest.approx(cost, abs=0.03)
     with pytest.raises(ConfigError, match=r"flops=0.01 is out of reach: 0\.\d+ is left with 10% of the visual tokens"):
