@@ -52,8 +52,6 @@ import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.cli.measuring import progress_bar
 from turbovlm.encoder import block as engine
-from turbovlm.encoder.feature import EncoderFeature
-from turbovlm.encoder.layout import Parts
 from turbovlm.errors import TurboError
 from turbovlm.profile.compare import Comparison, twin
 from turbovlm.profile.macs import macs
@@ -266,11 +264,12 @@ def decisions(model: Any, compressed: Any, pixels: Tensor) -> float:
     """The share of merged tokens that have another fate by the compressed model's keys, on the same input."""
     merge, shares = engine._attend_and_merge, []
 
-    def both(block: nn.Module, parts: Parts, feature: EncoderFeature, index: int, *rest: Any) -> Any:
-        found, their_block = merge(block, parts, feature, index, *rest), compressed.get_submodule(feature.names[index])
-        other = merge(their_block, feature.layout.parts(their_block), feature, index, *rest)
+    def both(block: nn.Module, parts: Any, path: Any, feature: Any, index: int, *rest: Any) -> Any:
+        found = merge(block, parts, path, feature, index, *rest)
+        other_block = compressed.get_submodule(feature.names[index])
+        other = merge(other_block, feature.layout.parts(other_block), path, feature, index, *rest)
         own, their = found[1].merges[-1], other[1].merges[-1]
-        fates = [each.kept.gather(1, each.source).gather(1, own.gone) for each in (own, their)]
+        fates = [each.kept.gather(1, each.source).gather(1, own.src) for each in (own, their)]
         shares.append((fates[0] != fates[1]).float().mean().item())
         return found
 

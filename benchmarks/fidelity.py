@@ -26,13 +26,13 @@ from torch import Tensor
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.encoder import block as engine
-from turbovlm.ops import dispatch, partition, plain
-from turbovlm.ops.attention import attention_row
+from turbovlm.ops import partition, plain
 from turbovlm_lab.demo.photos import load_photos
 from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ROUTES = {"fused": plain.masked_attention, "plain products": plain.stored_attention}
+FAST_PRODUCTS = {"fused": False, "plain products": True}
+"""How bfloat16 attends: by PyTorch's fused attention, or by plain products."""
 SETTINGS = ((224, 16), (518, 64))
 """Pixels and r."""
 
@@ -56,34 +56,31 @@ def main() -> None:
 
 def decisions(model: nn.Module, pixels: Tensor, r: int, dtype: torch.dtype) -> dict[str, float]:
     """Share of the merged tokens with another fate: over all blocks, and in the block where it is largest."""
-    project, merge = engine._heads, engine._merge
-    rounded: list[engine.Heads] = []
+    ranked_by, merge = engine._ranked_by, engine._merge
+    rounded: list[Any] = []
     shares: dict[int, list[float]] = {}
 
-    def both_heads(*args: Any) -> engine.Heads:
-        heads = project(*args)
+    def both_ranked_by(path: Any, feature: Any, state: Any, heads: Any) -> Any:
         low = {name: getattr(heads, name) for name in ("q", "k", "content", "bias")}
         low = {name: None if value is None else value.to(dtype) for name, value in low.items()}
-        rounded[:] = [replace(heads, **low)]
-        return heads
+        rounded.append(ranked_by(path, feature, state, replace(heads, **low)))
+        return ranked_by(path, feature, state, heads)
 
-    def both_merges(feature: Any, index: int, state: Any, r: int, x: Tensor, features: Tensor, semantic: Any) -> Any:
-        assert feature.similarity == "heads"
-        found, (low,) = merge(feature, index, state, r, x, features, semantic), rounded
-        row = attention_row(engine._guide(low, feature.guidance, state), low.k, low.bias)
-        other = merge(feature, index, state, r, x, low.content.transpose(1, 2).flatten(2), row)
-        fate, their = (_destinations(each.merges[-1]) for _, each in (found, other))
-        gone = found[1].merges[-1].gone
-        shares.setdefault(index, []).append(float((fate.gather(1, gone) != their.gather(1, gone)).float().mean()))
+    def both_merges(path: Any, feature: Any, index: int, state: Any, r: int, x: Tensor, *exact: Any) -> Any:
+        found = merge(path, feature, index, state, r, x, *exact)
+        other = merge(path, feature, index, state, r, x, *rounded.pop())
+        fate, other_fate = (_destinations(each[1].merges[-1]) for each in (found, other))
+        src = found[1].merges[-1].src
+        shares.setdefault(index, []).append(float((fate.gather(1, src) != other_fate.gather(1, src)).float().mean()))
         return found
 
-    engine._heads, engine._merge = both_heads, both_merges
+    engine._ranked_by, engine._merge = both_ranked_by, both_merges
     try:
         with turbovlm.apply(model, TurboConfig(r)), torch.inference_mode():
             for chunk in pixels.split(4):
                 model(pixel_values=chunk)
     finally:
-        engine._heads, engine._merge = project, merge
+        engine._ranked_by, engine._merge = ranked_by, merge
     means = [sum(values) / len(values) for values in shares.values()]
     return {"share": sum(means) / len(means), "worst_block": max(means)}
 
@@ -101,8 +98,8 @@ def drifts(model: nn.Module, pixels: Tensor) -> dict[str, float]:
         low = copy.deepcopy(model).to(dtype)
         found[f"{name}, the model itself"] = _drift(_cls(low, pixels, None), exact)
         for r in (1, 16):
-            for way, route in ROUTES.items() if name == "bf16" else [("fused", plain.masked_attention)]:
-                with _attending_by(route):
+            for way, fast in FAST_PRODUCTS.items() if name == "bf16" else [("fused", False)]:
+                with _attending_by(fast):
                     found[f"{name}, r={r}, {way}"] = _drift(_cls(low, pixels, TurboConfig(r)), exact)
     return found
 
@@ -129,13 +126,13 @@ def windows(model: nn.Module, pixels: Tensor) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
-def _attending_by(route: dispatch.Attention) -> Iterator[None]:
-    original = dispatch.fastest_attention
-    dispatch.fastest_attention = lambda q, k, v: route
+def _attending_by(fast: bool) -> Iterator[None]:
+    before = plain.FAST_BFLOAT16_PRODUCTS
+    plain.FAST_BFLOAT16_PRODUCTS = fast
     try:
         yield
     finally:
-        dispatch.fastest_attention = original
+        plain.FAST_BFLOAT16_PRODUCTS = before
 
 
 def _cls(model: Any, pixels: Tensor, config: TurboConfig | None) -> Tensor:

@@ -7,8 +7,8 @@
 
 Parts: `checks`: the kernels against the plain path, every attention route against float64, and a whole encoder in a
 CUDA graph against itself outside of one. `routes`: which exact way of attending is fastest, per shape and dtype; what
-wins here belongs in `turbovlm.ops.dispatch.fastest_attention`. `kernels`: similarity and merge, Triton against plain
-operators. `models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, by the route that the library chooses
+wins here belongs in `turbovlm.ops.fused.attend`. `kernels`: similarity and merge, Triton against the plain path.
+`models`: ViT-L/16-384 and EVA-g/14-448, batch 64, eager and compiled, by the route that the library chooses
 and by others, and beside ToMe. `graphs`: the same encoders captured in CUDA graphs, where launches cost nothing, at
 batch 1, 8 and 64.
 """
@@ -20,6 +20,7 @@ import functools
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,13 +34,23 @@ from torch.nn.attention import flex_attention as flex
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.ops import dispatch, merge_ranked, mutual_redundancy, partition_tokens, plain, rank_candidates, size_bias
-from turbovlm.ops.attention import attention_row
+from turbovlm.ops import (
+    fused,
+    kernels,
+    merge_ranked,
+    mutual_redundancy,
+    partition_tokens,
+    plain,
+    rank_candidates,
+    size_bias,
+)
+from turbovlm.ops.dispatch import path_for
+from turbovlm.ops.merging import degree_of_candidates
 from turbovlm.profile import compare
 from turbovlm.profile.timing import interleaved
 
 CHOSEN = "chosen"
-"""What `dispatch.fastest_attention` says."""
+"""What `attend` does, on the path of the device."""
 BACKENDS = {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 SHAPES = {"ViT-L/16-384": (64, 16, 577, 64), "EVA-g/14-448": (64, 16, 1025, 88), "DINOv2-S/14-518": (64, 6, 1370, 64)}
 """Batch, heads, tokens and head_dim."""
@@ -85,13 +96,27 @@ def main() -> None:
 @contextmanager
 def attending_by(name: str) -> Iterator[None]:
     """Let every accelerated block attend by the route of that name."""
-    original = dispatch.fastest_attention
+    before = fused.attend, plain.attend
     if name != CHOSEN:
-        dispatch.fastest_attention = lambda q, k, v: ROUTES[name]
+        route = ROUTES[name]
+        fused.attend = plain.attend = lambda q, k, v, bias, scale, dropout_p=0.0: route(q, k, v, bias, scale)
     try:
         yield
     finally:
-        dispatch.fastest_attention = original
+        fused.attend, plain.attend = before
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """PyTorch's attention with the bias as its mask."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Our kernel; PyTorch's where there is no bias."""
+    if bias is None:
+        return masked_attention(q, k, v, None, scale)
+    attended: Tensor = kernels.biased_attention(q, k, v, bias, scale)
+    return attended
 
 
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -100,7 +125,7 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
     Two channels, the second for what the first loses by rounding; then zeros up to a multiple of 8.
     """
     if bias is None:
-        return plain.masked_attention(q, k, v, None, scale)
+        return masked_attention(q, k, v, None, scale)
     head_dim = q.shape[-1]
     precise = torch.promote_types(q.dtype, torch.float32)
     wanted = (bias.to(precise) / scale).clamp_min(torch.finfo(q.dtype).min / 2).transpose(-1, -2)
@@ -131,8 +156,8 @@ def _compiled_flex() -> Any:
 
 
 ROUTES = {
-    "masked": plain.masked_attention,
-    "fused": dispatch.fused_attention,
+    "masked": masked_attention,
+    "fused": kernel_attention,
     "channel": channel_attention,
     "flex": flex_attention,
 }
@@ -153,18 +178,18 @@ def check(args: argparse.Namespace) -> dict[str, float]:
     for dtype in args.dtypes:
         q, k, v, sizes = heads((2, 4, 145, 64), DTYPES[dtype], args.device)
         bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
-        exact = plain.masked_attention(q.double(), k.double(), v.double(), bias.double(), scale)
+        exact = masked_attention(q.double(), k.double(), v.double(), bias.double(), scale)
         for name, route in ROUTES.items():
-            if route is dispatch.fused_attention and args.device == "cpu":
+            if route is kernel_attention and args.device == "cpu":
                 continue
             found[f"route {name}, {dtype}"] = float((route(q, k, v, bias, scale) - exact).abs().max())
         x = k.transpose(1, 2).flatten(2)
         split = partition_tokens(145, 1, "random", device=x.device)
         ranking = rank_candidates(x, split, None, degree="redundancy")
-        plain_redundancy, _ = _plainly(functools.partial(mutual_redundancy, x, split))
+        plain_redundancy, _ = plain.most_similar(x, split)
         found[f"similarity, {dtype}"] = float((ranking.redundancy - plain_redundancy).abs().max())
         merging = functools.partial(merge_ranked, ranking, 40, x, sizes=sizes, order="partition", reduce="keep_norm")
-        (merge, y), (plain_merge, plain_y) = merging(), _plainly(merging)
+        (merge, y), (plain_merge, plain_y) = merging(), merging(path=plain)
         found[f"merge, {dtype}"] = float((y - plain_y).abs().max())
         assert torch.equal(merge.rows, plain_merge.rows), "the kernel and the plain path place tokens differently"
         if args.device == "cuda":
@@ -210,9 +235,9 @@ def _seconds(functions: dict[str, Callable[[], object]], args: argparse.Namespac
 def route_candidates(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> dict[str, Callable[[], object]]:
     """Attention without a bias, and every way to attend with one that this device and release have."""
     bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
-    wanted: dict[str, Callable[[], object]] = {"no bias": lambda: plain.masked_attention(q, k, v, None, scale)}
+    wanted: dict[str, Callable[[], object]] = {"no bias": lambda: masked_attention(q, k, v, None, scale)}
     for name, route in ROUTES.items():
-        if route is dispatch.fused_attention and not q.is_cuda:
+        if route is kernel_attention and not q.is_cuda:
             continue
         wanted[name] = lambda route=route: route(q, k, v, bias, scale)
 
@@ -248,10 +273,10 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         features, x = k.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2).contiguous()
         split = partition_tokens(shape[2], 1, "random", device=x.device)
         ranking = rank_candidates(features, split, None, degree="redundancy")
-        steps: dict[str, Callable[[], object]] = {
+        steps: dict[str, Callable[..., object]] = {
             "similarity": functools.partial(mutual_redundancy, features, split),
             "degree": functools.partial(
-                dispatch.degree_of_candidates,
+                degree_of_candidates,
                 ranking.redundancy,
                 sizes.softmax(dim=1),
                 split.candidates,
@@ -260,24 +285,19 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
                 alpha=None,
                 seed=0,
             ),
-            "attention row": functools.partial(attention_row, q[:, :, :1], k, size_bias(sizes, k.dtype)),
+            "attention row": functools.partial(_attention_row, q[:, :, :1], k, size_bias(sizes, k.dtype)),
             "merge": functools.partial(
                 merge_ranked, ranking, 16, x, sizes=sizes, order="partition", reduce="keep_norm"
             ),
         }
-        plain = {f"{step}, plain": functools.partial(_plainly, function) for step, function in steps.items()}
-        found[f"{name} {dtype}"] = _seconds({**steps, **plain}, args)
+        plainly = {f"{step}, plain": functools.partial(function, path=plain) for step, function in steps.items()}
+        found[f"{name} {dtype}"] = _seconds({**steps, **plainly}, args)
     return found
 
 
-def _plainly(function: Callable[[], Any]) -> Any:
-    """Run it without the kernels."""
-    before = dispatch.kernels_for
-    dispatch.kernels_for = lambda x, *differentiated: None
-    try:
-        return function()
-    finally:
-        dispatch.kernels_for = before
+def _attention_row(guide: Tensor, keys: Tensor, bias: Tensor, path: ModuleType | None = None) -> Tensor:
+    row: Tensor = (path or path_for(keys)).attention_row(guide, keys, bias)
+    return row
 
 
 def time_models(args: argparse.Namespace) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def windows_of(tokens, prefix, kind, block=0, seed=0):
     if kind == "alternate":
         return [([i for i in range(prefix, tokens) if i % 2 == 0], [i for i in range(prefix, tokens) if i % 2 == 1])]
     split = partition_tokens(tokens, prefix, kind, block=block, seed=seed)
-    candidates, partners = split.candidates.tolist(), split.partners.tolist()
+    candidates, partners = split.candidates.tolist(), split.destinations.tolist()
     patches = tokens - prefix
     number = 1
     if kind == "random" and patches >= PARTITIONS.WINDOWED_FROM:

@@ -11,7 +11,8 @@ import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs, words
 from test_diffusion import in_a_run, picture, pipeline, run
 from turbovlm.diffusion import choose
-from turbovlm.diffusion.choose import find_same_latents, mean_attention, text_attention
+from turbovlm.diffusion.choose import mean_attention, text_attention
+from turbovlm.diffusion.run import find_same_latents
 from turbovlm.errors import ConfigError, TurboError
 
 pytest.importorskip("diffusers")

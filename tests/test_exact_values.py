@@ -28,7 +28,7 @@ def test_windows_begin_at_1025_patches(patches, number):
     split = partition_tokens(patches + 1, 1, "random")
     features = randn(1, patches + 1, 8)
     redundancy, partner = mutual_redundancy(features, split)
-    candidates, partners = split.candidates.tolist(), split.partners.tolist()
+    candidates, partners = split.candidates.tolist(), split.destinations.tolist()
     assert (len(candidates), len(partners)) == (patches - patches // 2, patches // 2)
     unit = features[0] / features[0].norm(dim=-1, keepdim=True)
     for window in range(number):
@@ -175,7 +175,7 @@ def test_visual_tokens_are_chosen_in_rounds(tokens, k, degree, reduce, sized, se
         while len(y) > k:
             r = min(len(y) - k, max(1, len(y) // 4), len(y) // 2)
             split = partition_tokens(len(y), 0, "random", block=rounds)
-            windows = [(split.candidates.tolist(), split.partners.tolist())]
+            windows = [(split.candidates.tolist(), split.destinations.tolist())]
             R, nearest = reference.mutual_redundancy(y, windows)
             E = reference.DEGREES[degree](torch.stack(list(R.values())), a[list(R)], 3)
             best = [list(R)[i] for i in E.argsort(descending=True)[:r]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -15,10 +16,12 @@ pytest.importorskip("triton")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import turbovlm  # noqa: E402
+from turbovlm.encoder import block  # noqa: E402
 from turbovlm.ops import (  # noqa: E402
     Merge,
     Ranking,
     dispatch,
+    fused,
     information_degree,
     kernels,
     merge_ranked,
@@ -28,7 +31,7 @@ from turbovlm.ops import (  # noqa: E402
     rank_candidates,
     size_bias,
 )
-from turbovlm.ops.partition import Partition, count, positions  # noqa: E402
+from turbovlm.ops.partition import Partition, positions  # noqa: E402
 from turbovlm.profile.macs import counting  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -51,16 +54,6 @@ def own_split(batch, tokens, destinations, prefix=1):
     halves = order[:, :destinations].sort(dim=1).values, order[:, destinations:].sort(dim=1).values
     order = (torch.cat(halves, dim=1) + prefix).to(DEVICE)
     return Partition(order[:, destinations:], order[:, :destinations])
-
-
-def kernels_unless_differentiated(x, *differentiated):
-    return None if dispatch.wants_gradient(*differentiated) else kernels
-
-
-def on_plain_operators(function, *args, **kwargs):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dispatch, "kernels_for", lambda x, *differentiated: None)
-        return function(*args, **kwargs)
 
 
 def check_similarity(features, partition):
@@ -126,14 +119,14 @@ def test_of_equally_similar_destinations_the_first_is_chosen():
 
 def merged(batch, tokens, partition, r, *, sizes=None, order="partition", reduce="merge", seed=0, everyone_into=None):
     """The plain path's merge, with random choices, and what the kernel is told of it."""
-    degree = randn(batch, count(partition.candidates), seed=seed + 1)
+    degree = randn(batch, partition.candidates.shape[-1], seed=seed + 1)
     if everyone_into is None:
         picks = torch.rand(degree.shape, generator=torch.Generator().manual_seed(seed + 2)).to(DEVICE)
-        nearest = (picks * count(partition.destinations)).long()
+        nearest = (picks * partition.destinations.shape[-1]).long()
     else:
         nearest = torch.full(degree.shape, everyone_into, device=DEVICE)
     ranking = Ranking(partition, tokens, degree, nearest, degree)
-    merge, _ = on_plain_operators(merge_ranked, ranking, r, sizes=sizes, order=order, reduce=reduce)
+    merge, _ = merge_ranked(ranking, r, sizes=sizes, order=order, reduce=reduce, path=plain)
     dst = merge.kept.gather(1, merge.source.gather(1, merge.src))
     return merge, (sizes, merge.src, dst, slots_of(partition, tokens) if order == "partition" else None, reduce)
 
@@ -152,7 +145,7 @@ def check_merge(x, merge: Merge, told):
     assert torch.equal(rows, merge.rows)
     torch.testing.assert_close(weights, merge.weights, rtol=1e-6, atol=0)
     torch.testing.assert_close(merged_sizes, merge.sizes, rtol=1e-6, atol=0)
-    expected = merge.merge(x.double())
+    expected = merge.merge(x.double(), path=plain)
     assert y.dtype == x.dtype and y.shape == expected.shape and y.is_contiguous()
     truncates = DEVICE == "cpu" and x.dtype == torch.bfloat16  # only the interpreter does
     once = torch.finfo(x.dtype).eps / (1 if truncates else 2)
@@ -239,16 +232,16 @@ def test_the_gradient_is_that_of_the_plain_path(reduce, dtype):
     torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-7)
 
 
-def test_gradients_of_means_that_keep_their_norm_take_the_plain_path(monkeypatch):
+def test_gradients_of_means_that_keep_their_norm_take_the_plain_path():
     partition, x = split(17), randn(2, 17, 64)
-    monkeypatch.setattr(dispatch, "kernels_for", kernels_unless_differentiated)
-    ranking = rank_candidates(x, partition, None, degree="redundancy")
-    _, fused = merge_ranked(ranking, 6, x, order="partition", reduce="keep_norm")
+    ranking = rank_candidates(x, partition, None, degree="redundancy", path=fused)
+    how = {"order": "partition", "reduce": "keep_norm", "path": fused}
+    _, on_kernels = merge_ranked(ranking, 6, x, **how)
     x.requires_grad_()
-    merge, plain_merged = merge_ranked(ranking, 6, x, order="partition", reduce="keep_norm")
-    torch.testing.assert_close(fused, plain_merged.detach())
+    merge, plain_merged = merge_ranked(ranking, 6, x, **how)
+    torch.testing.assert_close(on_kernels, plain_merged.detach())
     (found,) = torch.autograd.grad(plain_merged.square().sum(), x)
-    (expected,) = torch.autograd.grad(merge.merge(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(merge.merge(x, path=fused).square().sum(), x)
     torch.testing.assert_close(found, expected)
     with pytest.raises(NotImplementedError, match="keep_norm"):
         kernels.merge_tokens(x, *merged(2, 17, partition, 6, reduce="keep_norm")[1])
@@ -314,7 +307,7 @@ def test_a_block_compiles_into_one_graph(backend):
 def test_degrees_are_those_of_the_plain_path(tokens, dtype):
     semantic = randn(2, tokens, seed=1).softmax(dim=1).to(dtype)
     for partition in (split(tokens), own_split(2, tokens, tokens // 2)):
-        redundancy = randn(2, count(partition.candidates), dtype=dtype).clamp(-1, 1)
+        redundancy = randn(2, partition.candidates.shape[-1], dtype=dtype).clamp(-1, 1)
         own = semantic.double().gather(1, partition.candidates.expand(2, -1))
         expected = information_degree(redundancy.double(), own, degree="weighted_distance", alpha=0.7)
         found = kernels.weighted_distance(redundancy, semantic, partition.candidates, 0.7)
@@ -329,10 +322,10 @@ def test_degrees_are_those_of_the_plain_path(tokens, dtype):
 )
 def test_those_of_highest_degree_are_chosen(tokens, r, dtype):
     for partition in (split(tokens), own_split(2, tokens, tokens - 1 - max(r, 1))):
-        degree = randn(2, count(partition.candidates), dtype=dtype)
+        degree = randn(2, partition.candidates.shape[-1], dtype=dtype)
         degree[:, ::7] = degree[:, :1].clone()  # equals
         degree[1, -2:] = torch.inf
-        nearest = torch.arange(degree.shape[1], device=DEVICE).expand(2, -1) % count(partition.destinations)
+        nearest = torch.arange(degree.shape[1], device=DEVICE).expand(2, -1) % partition.destinations.shape[-1]
         src, dst = kernels.choose(degree, nearest, partition.candidates, partition.destinations, r)
         chosen = degree.argsort(dim=1, descending=True, stable=True)[:, :r]
         assert torch.equal(src, partition.candidates.expand(2, -1).gather(1, chosen))
@@ -349,15 +342,13 @@ def test_a_degree_that_is_no_number_goes_first_and_nobody_twice():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_means_of_bags_are_those_of_the_plain_path(dtype, monkeypatch):
+def test_means_of_bags_are_those_of_the_plain_path(dtype):
     sizes = torch.randint(0, 5, (2, 50), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
     for reduce in ("merge", "keep_norm", "prune"):
         merge, _ = merged(2, 50, split(50), 16, sizes=sizes, order="spatial", reduce=reduce)
         for x in (randn(2, 50, 72, dtype=dtype), randn(2, 57, 72, dtype=dtype)[:, 7:]):
             expected = merge.merge(x.double())
-            with monkeypatch.context() as patched:
-                patched.setattr(dispatch, "kernels_for", kernels_unless_differentiated)
-                found = merge.merge(x)
+            found = merge.merge(x, path=fused)
             assert found.dtype == dtype and found.shape == expected.shape
             roundings = 2 if reduce == "keep_norm" else 1
             bound = roundings * torch.finfo(dtype).eps
@@ -383,7 +374,7 @@ def heads(tokens, head_dim, dtype):
 def test_attention_with_a_bias(tokens, head_dim, dtype):
     q, k, v, bias = heads(tokens, head_dim, dtype)
     out = kernels.biased_attention(q, k, v, bias, head_dim**-0.5)
-    expected = plain.masked_attention(q.double(), k.double(), v.double(), bias.double(), head_dim**-0.5)
+    expected = plain.attend(q.double(), k.double(), v.double(), bias.double(), head_dim**-0.5)
     assert out.dtype == dtype and out.shape == q.shape and out.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
     few = kernels.biased_attention(q[:, :, : tokens // 2 + 1], k, v, bias, head_dim**-0.5)
@@ -426,6 +417,45 @@ def test_only_what_the_kernels_take_is_usable():
     assert not kernels.usable(randn(1, dtype=torch.float64))
 
 
+def test_the_path_is_asked_of_the_device_and_the_dtype():
+    assert dispatch.path_for(randn(1)) is (fused if kernels.usable(randn(1)) else plain)
+    assert dispatch.path_for(torch.zeros(1)) is plain
+    assert dispatch.path_for(randn(1, dtype=torch.float64)) is plain
+
+
+def test_both_paths_have_the_same_functions():
+    for name in set(fused.__all__) - {"usable"}:
+        assert inspect.signature(getattr(fused, name)) == inspect.signature(getattr(plain, name)), name
+
+
+def test_what_the_kernels_lack_takes_the_plain_path(monkeypatch):
+    """Nothing to launch for them: with kernels that fail, each gives what the plain path does."""
+    for name in ("attention_rows", "biased_attention", "most_similar", "weighted_distance", "choose", "mean_of_bags"):
+        monkeypatch.setattr(kernels, name, None)
+    q, k, v = (randn(2, 3, 17, 16, seed=seed).requires_grad_() for seed in range(3))
+    bias = size_bias(torch.ones(2, 17, device=DEVICE), q.dtype)
+    for path_q, added in ((q, bias), (q.detach().double(), bias.double()), (q.detach(), None)):
+        inputs = (path_q, k.to(path_q), v.to(path_q), added, 0.25)
+        torch.testing.assert_close(fused.attend(*inputs), plain.attend(*inputs), rtol=0, atol=0)
+    guide = q[:, :, :1]
+    torch.testing.assert_close(fused.attention_row(guide, k, bias), plain.attention_row(guide, k, bias), rtol=0, atol=0)
+    partition, none = split(17), split(2)
+    alone = fused.most_similar(randn(2, 2, 8), Partition(none.candidates, none.candidates[:0]))
+    assert alone[0].tolist() == [[-1.0]] * 2 and alone[1].tolist() == [[0]] * 2
+    redundancy, semantic = randn(2, 8), randn(2, 17).softmax(dim=1)
+    for degree in ("weighted_difference", "redundancy", lambda R, A, index: R * A):
+        how = {"degree": degree, "alpha": None, "seed": 0}
+        found = fused.degree_of_candidates(redundancy, semantic, partition.candidates, 0, **how)
+        expected = plain.degree_of_candidates(redundancy, semantic, partition.candidates, 0, **how)
+        assert torch.equal(found, expected)
+    nearest = torch.zeros(2, 8, dtype=torch.int64, device=DEVICE)
+    found, expected = (path.choose(redundancy.double(), nearest, partition, 3) for path in (fused, plain))
+    assert all(map(torch.equal, found, expected))
+    monkeypatch.setattr(kernels, "MOST_RANKED", 7)
+    found, expected = (path.choose(redundancy, nearest, partition, 3) for path in (fused, plain))
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.slow
 def test_the_module_can_be_imported_without_triton():
     code = (
@@ -451,17 +481,16 @@ def test_an_encoder_on_the_kernels_is_the_encoder_on_the_plain_path(setting, mon
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=3, img_size=96, embed_dim=48).eval()
-    vit, images, used = vit.to(DEVICE), randn(2, 3, 96, 96), []
+    vit, images, asked = vit.to(DEVICE), randn(2, 3, 96, 96), []
 
-    def run(kernels_or_none):
-        monkeypatch.setattr(dispatch, "kernels_for", lambda x, *rest: (used.append(x), kernels_or_none)[1])
+    def run(path):
+        monkeypatch.setattr(block, "path_for", lambda x: (asked.append(x), path)[1])
         return vit.forward_features(images), handle.trace
 
     with turbovlm.apply(vit, r=6, trace=True, **setting) as handle:
-        plain, plain_trace = run(None)
-        used.clear()
-        fused, fused_trace = run(kernels)
-    assert len(used) >= 6
-    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-5)
-    for a, b in zip(plain_trace, fused_trace):
+        expected, expected_trace = run(plain)
+        found, found_trace = run(fused)
+    assert len(asked) == 2 * 3, "each block asks once"
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for a, b in zip(expected_trace, found_trace):
         assert torch.equal(a.source, b.source) and torch.equal(a.sizes, b.sizes)

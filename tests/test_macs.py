@@ -101,9 +101,8 @@ def test_a_fused_encoder_layer_is_counted():
 def test_the_meta_device_counts_as_the_cpu(name):
     model = FAMILIES[name].make()
     turbovlm.apply(model, r=5)
-    tower = find_towers(model)[0].module
-    tower = find_towers(model)[0]
-    inputs = tower.layout.inputs(tower.module)
+    found = find_towers(model)[0]
+    tower, inputs = found.module, found.layout.inputs(found.module)
     real = {key: torch.zeros(x.shape) if x is not None and x.is_meta else x for key, x in inputs.items()}
     counted = macs(tower, **real)
     model.to("meta")

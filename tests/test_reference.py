@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import reference
 from reference_encoders import DEGREES, DEPTH, PARTITIONS, Chosen, bert, check, eva, images, layered, vit, windows_of
 from turbovlm.ops import (
-    bipartite_merge,
+    Ranking,
     information_degree,
     match,
+    merge_ranked,
     mutual_redundancy,
     partition_tokens,
     proportional_attention,
@@ -207,16 +208,9 @@ def test_matching(batch, tokens, heads, prefix, seed, kind, degree, alpha, sized
             torch.testing.assert_close(merged[b], y, **EXACT)
             torch.testing.assert_close(merge.unmerge(merged)[b], y[source], **EXACT)
         torch.testing.assert_close(merge.unmerge(merged, lost)[b], x[b], **EXACT)
-    direct = bipartite_merge(
-        information_degree(redundancy, A[:, list(R)], **given_),
-        partner,
-        split,
-        len(best),
-        tokens,
-        sizes=known,
-        order=order,
-        reduce=reduce,
-    )
+    e = information_degree(redundancy, A[:, list(R)], **given_)
+    ranking = Ranking(split, tokens, redundancy, partner, e)
+    direct, _ = merge_ranked(ranking, len(best), sizes=known, order=order, reduce=reduce)
     assert torch.equal(direct.source, merge.source) and torch.equal(direct.sizes, merge.sizes)
 
 
@@ -224,7 +218,7 @@ def windows_places(split):
     """The candidates and the partners, as lists of tokens."""
     return [
         list(range(index.start, index.stop, index.step)) if isinstance(index, slice) else index.tolist()
-        for index in (split.candidates, split.partners)
+        for index in (split.candidates, split.destinations)
     ]
 
 

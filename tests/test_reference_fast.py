@@ -6,7 +6,6 @@ The kernels run on the GPU where there is one, else in Triton's interpreter.
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ import torch.nn as nn
 
 import reference
 from reference_encoders import Chosen, Timm, check, expected, images, run, vit, windows_of
-from turbovlm.ops import kernels, proportional_attention, routes, size_bias
+from turbovlm.encoder import block
+from turbovlm.ops import fused, kernels, plain, proportional_attention, size_bias
 
 TOKENS, PREFIX, HEADS = 41, 2, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,14 +47,14 @@ def check_attention(found, dtype, *inputs):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_stored_scores(dtype):
     q, k, v, sizes = heads(dtype)
-    check_attention(routes.stored(q, k, v, size_bias(sizes, dtype), 0.3), dtype, q, k, v, sizes, 0.3)
+    check_attention(plain.stored_attention(q, k, v, size_bias(sizes, dtype), 0.3), dtype, q, k, v, sizes, 0.3)
     ones = torch.ones_like(sizes)
-    check_attention(routes.stored(q, k, v, None, 0.3), dtype, q, k, v, ones, 0.3)
+    check_attention(plain.stored_attention(q, k, v, None, 0.3), dtype, q, k, v, ones, 0.3)
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bfloat16_however_products_are_made(fast, monkeypatch):
-    monkeypatch.setattr(routes, "FAST_BFLOAT16_PRODUCTS", fast)
+    monkeypatch.setattr(plain, "FAST_BFLOAT16_PRODUCTS", fast)
     q, k, v, sizes = heads(torch.bfloat16)
     check_attention(proportional_attention(q, k, v, sizes), torch.bfloat16, q, k, v, sizes, 0.25)
 
@@ -117,18 +117,16 @@ def test_the_kernels_of_one_merge(kind, order, reduce):
 
 @pytest.fixture
 def everything_on_the_kernels(monkeypatch):
-    """As on a GPU, wherever the mathematics asks whether there are kernels; all that asked."""
-    asked = []
-
-    def always(x):
-        asked.append(x)
-        return kernels
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("turbovlm.ops") and hasattr(module, "fused_kernels"):
-            monkeypatch.setattr(module, "fused_kernels", always)
+    """As on a GPU, in every block of an encoder; all that ran on kernels, by name."""
+    launched = []
+    for name in ("attention_rows", "most_similar", "weighted_distance", "choose", "merge_tokens"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *args, name=name, kernel=kernel: (launched.append(name), kernel(*args))[1]
+        )
+    monkeypatch.setattr(block, "path_for", lambda x: fused)
     monkeypatch.setattr(kernels, "attends", lambda q, k, v: False)  # which float32 never is
-    return asked
+    return launched
 
 
 @triton
@@ -147,7 +145,8 @@ def test_an_encoder_on_the_kernels(settings, everything_on_the_kernels):
     exact, chosen = vit(2, 1, True), Chosen(r=(6, 5, 4), **settings)
     single = Timm(copy.deepcopy(exact.model).to(DEVICE, torch.float32))
     entered, trace, left = run(single, {"x": images(2, 6, 6, 0).to(DEVICE, torch.float32)}, chosen)
-    assert len(everything_on_the_kernels) >= 9
+    for kernel in ("attention_rows", "most_similar", "choose", "merge_tokens"):
+        assert everything_on_the_kernels.count(kernel) == 3
     for b, x in enumerate(entered.cpu().double()):
         with torch.no_grad():
             wanted = expected(exact, x, torch.ones(len(x)).double(), chosen)

@@ -8,10 +8,15 @@ import torch.nn.functional as F
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.ops import dispatch, plain, size_bias
+from turbovlm.ops import fused, plain, size_bias
 from turbovlm.profile import macs
 
-ROUTES = [plain.masked_attention, plain.stored_attention]
+
+def masked_attention(q, k, v, bias, scale):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+ROUTES = [masked_attention, plain.stored_attention]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 4e-2}
 
 
@@ -54,8 +59,8 @@ def test_stored_gives_the_same_however_little_it_holds(limit, monkeypatch):
     q, k, v = heads(head_dim=64)
     bias = size_bias(with_padding(), q.dtype)
     monkeypatch.setattr(plain, "STORED_SCORES", limit)
-    torch.testing.assert_close(plain.stored_attention(q, k, v, bias, 0.25), plain.masked_attention(q, k, v, bias, 0.25))
-    torch.testing.assert_close(plain.stored_attention(q, k, v, None, 0.25), plain.masked_attention(q, k, v, None, 0.25))
+    torch.testing.assert_close(plain.stored_attention(q, k, v, bias, 0.25), masked_attention(q, k, v, bias, 0.25))
+    torch.testing.assert_close(plain.stored_attention(q, k, v, None, 0.25), masked_attention(q, k, v, None, 0.25))
 
 
 def test_stored_never_holds_more_scores_than_its_limit(monkeypatch):
@@ -84,27 +89,38 @@ def test_stored_is_counted_as_attention_is():
             return self.route(q, k, v, None, 0.25)
 
     q, k, v = heads()
-    for attend in (plain.masked_attention, plain.stored_attention):
+    for attend in ROUTES:
         assert macs(Attention(attend), q, k, v) == 2 * 2 * 3 * 50 * 50 * 16
 
 
 @pytest.fixture
 def fast_products(monkeypatch):
-    monkeypatch.setattr(dispatch, "FAST_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(plain, "FAST_BFLOAT16_PRODUCTS", True)
 
 
 def test_the_fastest_by_dtype_and_gradient(fast_products, monkeypatch):
+    stored = []
+    monkeypatch.setattr(plain, "stored_attention", lambda q, *rest: stored.append(q) or q)
+
+    def stores(q, k, v, dropout_p=0.0):
+        """Whether attention takes plain products, on either path."""
+        for attend in (plain.attend, fused.attend):
+            stored.clear()
+            attend(q, k, v, None, 0.25, dropout_p)
+            yield bool(stored)
+
     low = heads(dtype=torch.bfloat16)
-    assert dispatch.fastest_attention(*low) is plain.stored_attention
-    assert dispatch.fastest_attention(*heads()) is plain.masked_attention
-    assert dispatch.fastest_attention(*heads(dtype=torch.float16)) is plain.masked_attention
-    assert dispatch.fastest_attention(*(t.to("meta") for t in low)) is plain.masked_attention
+    assert all(stores(*low))
+    assert not any(stores(*low, dropout_p=0.1))
+    assert not any(stores(*heads()))
+    assert not any(stores(*heads(dtype=torch.float16)))
+    assert not any(stores(*(t.to("meta") for t in low)))
     differentiable = [t.clone().requires_grad_() for t in low]
-    assert dispatch.fastest_attention(*differentiable) is plain.masked_attention
+    assert not any(stores(*differentiable))
     with torch.no_grad():
-        assert dispatch.fastest_attention(*differentiable) is plain.stored_attention
-    monkeypatch.setattr(dispatch, "FAST_BFLOAT16_PRODUCTS", False)
-    assert dispatch.fastest_attention(*low) is plain.masked_attention
+        assert all(stores(*differentiable))
+    monkeypatch.setattr(plain, "FAST_BFLOAT16_PRODUCTS", False)
+    assert not any(stores(*low))
 
 
 @pytest.fixture
@@ -122,9 +138,9 @@ def test_an_encoder_in_bf16_on_plain_products(vit, monkeypatch):
         vit.bfloat16()
         found = {}
         for fast in (True, False):
-            monkeypatch.setattr(dispatch, "FAST_BFLOAT16_PRODUCTS", fast)
+            monkeypatch.setattr(plain, "FAST_BFLOAT16_PRODUCTS", fast)
             found[fast] = 1 - torch.cosine_similarity(vit(images.bfloat16()).float(), exact, dim=-1)
-        monkeypatch.setattr(dispatch, "FAST_BFLOAT16_PRODUCTS", True)
+        monkeypatch.setattr(plain, "FAST_BFLOAT16_PRODUCTS", True)
         compiled = torch.compile(vit, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images.bfloat16()), vit(images.bfloat16()), rtol=0, atol=1e-2)
     assert not torch.equal(found[True], found[False])

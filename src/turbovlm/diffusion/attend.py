@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import StateError
-from turbovlm.ops.attention import biased_attention, size_bias
+from turbovlm.ops.attention import size_bias
+from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch
 
@@ -99,7 +100,7 @@ def plain_attention(
         q = attention.norm_q(q)
     if attention.norm_k is not None:
         k = attention.norm_k(k)
-    attended = biased_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+    attended = path_for(q).attend(q, k, v, bias, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
     return attention.to_out[1](attention.to_out[0](attended))  # type: ignore[no-any-return]
 
 
@@ -115,9 +116,8 @@ def rotary_attention(
         q, k, v = (torch.cat(both, dim=1) for both in zip(normed, (q, k, v)))
     if rotary is not None:
         q, k = _rotate(q, rotary), _rotate(k, rotary)
-    attended = (
-        biased_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias).transpose(1, 2).flatten(2)
-    )
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    attended: Tensor = path_for(q).attend(q, k, v, bias, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
     if text is None:
         return attended  # the block projects it
     of_text, of_image = torch.split(attended, [text.shape[1], x.shape[1]], dim=1)
@@ -126,17 +126,18 @@ def rotary_attention(
 
 def _projected(attention: Any, x: Tensor, fused: str, apart: tuple[str, ...]) -> tuple[Tensor, ...]:
     """Queries, keys and values, `[batch, tokens, heads, head_dim]` each."""
+    projected: list[Any]
     if attention.fused_projections:
-        projected = getattr(attention, fused)(x).chunk(3, dim=-1)
+        projected = list(getattr(attention, fused)(x).chunk(3, dim=-1))
     else:
-        projected = tuple(getattr(attention, name)(x) for name in apart)
-    return tuple(torch.unflatten(each, -1, (-1, attention.head_dim)) for each in projected)
+        projected = [getattr(attention, name)(x) for name in apart]
+    return tuple(each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
 
 
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn each pair of neighbouring channels of `x`, `[batch, tokens, heads, head_dim]`, by its angle."""
     cos, sin = (each.unsqueeze(2) for each in rotary)
-    first, second = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     across = torch.stack([-second, first], dim=-1).flatten(-2)
     return (x.float() * cos + across.float() * sin).to(x.dtype)
 

@@ -18,8 +18,7 @@ from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.dispatch import degree_of_candidates
-from turbovlm.ops.merging import Ranking, merge_ranked, mutual_redundancy
+from turbovlm.ops.merging import Ranking, degree_of_candidates, merge_ranked, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
 from turbovlm.patching import Patch
 
@@ -133,25 +132,6 @@ def _share(run: Run, tokens: int) -> float:
         halved = round(math.log(run.finest / tokens, 4))
         return float(keep[min(halved, len(keep) - 1)])
     return float(keep)
-
-
-def find_same_latents(latents: Tensor) -> Tensor:
-    """For each latent of a batch, the share of each that is the same one, `[batch, batch]`; rows sum to 1.
-
-    Both halves of classifier-free guidance denoise one latent, and so do the thirds of some other kinds. This tells
-    which belong together without asking the pipeline; other latents are never taken for the same.
-    """
-    flat, batch = latents.flatten(1), len(latents)
-    place = torch.arange(batch, device=flat.device)
-    apart = place.unsqueeze(0) - place.unsqueeze(1)
-    alike = (flat.unsqueeze(0) == flat.unsqueeze(1)).all(dim=-1)
-    halves, thirds = (apart % (batch // count) == 0 if batch % count == 0 else apart == 0 for count in (2, 3))
-    if batch % 6 == 0:  # three prompts in halves, or two in thirds
-        halves = torch.where((alike | ~halves).all(), halves, thirds)
-    elif batch % 3 == 0:
-        halves = thirds
-    same = alike & halves | (apart == 0)
-    return same / same.sum(dim=-1, keepdim=True)
 
 
 def _averaged(run: Run, x: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from turbovlm.diffusion.attend import attend_merged
-from turbovlm.diffusion.choose import Site, choice_of, find_same_latents, least_tokens, square
+from turbovlm.diffusion.choose import Site, choice_of, least_tokens, square
 from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.restore import restore_linear
-from turbovlm.diffusion.run import RUN, THREAD, Run, run_within
+from turbovlm.diffusion.run import RUN, THREAD, Run, find_same_latents, run_within
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.tracing import is_readable
@@ -58,6 +58,7 @@ def denoiser_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     steps, compiling = feature.steps, torch.compiler.is_compiling()
     if steps is not None and not compiling:
         steps.follow_pipeline(feature)
+    grid = _grid_of(holder, latent, given, feature.config.grid)
     guided = latent.ndim == 4 and len(latent) > 1  # FLUX is guided in forwards of their own
     run = Run(
         feature,
@@ -65,14 +66,14 @@ def denoiser_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
         len(latent),
         find_same_latents(latent) if guided else None,
         {} if steps is None else steps.begin_forward(),
-        _grid_of(holder, latent, given, feature.config.grid),
+        grid,
+        math.prod(grid or latent.shape[-2:]),
     )
-    run.finest = math.prod(run.grid or latent.shape[-2:])
     out = run_within(run, patch.original, *args, **kwargs)
     if steps is not None:
         steps.end_forward()
     if not compiling:
-        feature.last = run.choices
+        feature.last = {**(feature.last or {}), **run.choices}  # a list of ControlNets has a forward of each
         _warn_of_nothing(feature)
     return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,10 +20,10 @@ from turbovlm.encoder.layout import Layout, Parts
 from turbovlm.encoder.schedule import clamp
 from turbovlm.encoder.state import PREFIX, STATE, State, traced
 from turbovlm.errors import StateError
-from turbovlm.ops.attention import attention_row, biased_attention, size_bias
-from turbovlm.ops.degree import needs_semantic
+from turbovlm.ops.attention import size_bias
+from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
-from turbovlm.ops.partition import Partition, count, partition_tokens, positions
+from turbovlm.ops.partition import Partition, partition_tokens, positions
 from turbovlm.ops.tracing import is_exporting, is_readable
 from turbovlm.patching import Patch
 
@@ -70,8 +71,8 @@ def block_forward(patch: Patch, hidden: Tensor, *args: Any, **kwargs: Any) -> Te
         sizes = _sizes_from_mask(arguments.get(layout.mask), hidden)
         state = replace(state, sizes=sizes, padded=sizes is not None)
     block = patch.module
-    parts = layout.parts(block)
-    x, state = _attend_and_merge(block, parts, feature, index, state, r, hidden, arguments)
+    parts, path = layout.parts(block), path_for(hidden)
+    x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments)
     return _hand_on(feature, replace(state, block=index + 1), _second_half(parts, x))
 
 
@@ -80,7 +81,8 @@ def unmerged_forward(
 ) -> Tensor:
     """Both halves of a block without a merge between them."""
     parts = layout.parts(block)
-    return _second_half(parts, _attend(parts, x, _heads(block, parts, layout, config, x, state, arguments)))
+    heads = _heads(block, parts, layout, config, x, state, arguments)
+    return _second_half(parts, _attend(parts, path_for(x), x, heads))
 
 
 @torch.no_grad()
@@ -104,7 +106,7 @@ def attention_of_guide(
     if state.sizes is None and layout.mask is not None:
         state = replace(state, sizes=_sizes_from_mask(arguments.get(layout.mask), hidden))
     heads = _heads(block, layout.parts(block), layout, config, hidden, state, arguments)
-    row = attention_row(_guide(heads, guidance, state), heads.k, heads.bias)
+    row: Tensor = path_for(hidden).attention_row(_guide(heads, guidance, state), heads.k, heads.bias)
     source = state.source()
     if source is not None and state.sizes is not None:
         row = (row / state.sizes).gather(1, source)
@@ -136,11 +138,12 @@ def _resume(feature: EncoderFeature, index: int, hidden: Tensor) -> State:
 
 def _hand_on(feature: EncoderFeature, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
     """Attach the state for the next block; at the end of the encoder, keep it, and restore what needs restoring."""
-    if state.block < feature.shape.depth or not feature.restore:
+    depth = len(feature.names)
+    if state.block < depth or not feature.restore:
         setattr(x, STATE, state)
     else:
         x = state.restored(x)
-    if state.block == feature.shape.depth and not is_exporting():
+    if state.block == depth and not is_exporting():
         feature.last = replace(state, lost=())
     return (x,) if feature.layout.returns_tuple else x
 
@@ -160,6 +163,7 @@ def _check_arguments(feature: EncoderFeature, index: int, arguments: Mapping[str
 def _attend_and_merge(
     block: nn.Module,
     parts: Parts,
+    path: ModuleType,
     feature: EncoderFeature,
     index: int,
     state: State,
@@ -171,20 +175,13 @@ def _attend_and_merge(
     config = feature.config
     heads = _heads(block, parts, feature.layout, config, hidden, state, arguments)
     if r == 0 and not config.trace:
-        return _attend(parts, hidden, heads), state
-    features = semantic = None
-    content = heads.content.detach()
-    if feature.similarity == "heads":
-        features = content.transpose(1, 2).flatten(2)
-    elif feature.similarity != "hidden":  # the sum over heads: its cosine is the mean's
-        features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
-    if needs_semantic(config.degree) or config.trace:
-        semantic = attention_row(_guide(heads, feature.guidance, state).detach(), heads.k.detach(), heads.bias)
-    x = _attend(parts, hidden, heads)
-    del heads, content
+        return _attend(parts, path, hidden, heads), state
+    features, semantic = _ranked_by(path, feature, state, heads)
+    x = _attend(parts, path, hidden, heads)
+    del heads
     if features is None:  # what the MLP reads, normed already where norms come after the residual
         features = _normed(None if parts.norm_after_attention is not None else parts.mlp[0], x).detach()
-    return _merge(feature, index, state, r, x, features, semantic)
+    return _merge(path, feature, index, state, r, x, features, semantic)
 
 
 def _heads(
@@ -209,16 +206,36 @@ def _heads(
     content = q if getattr(config, "similarity", None) == "queries" else k
     if layout.rotary is not None:
         q, k = layout.rotary(block, q, k, state.positions, arguments)
-    attended = state.attended(config.proportional)
-    bias = None if attended is None else size_bias(attended, q.dtype)
+    sizes = state.sizes
+    if sizes is not None and not config.proportional:  # all alike, but for padding
+        sizes = (sizes > 0).to(sizes.dtype) if state.padded else None
+    bias = None if sizes is None else size_bias(sizes, q.dtype)
     scale = q.shape[-1] ** -0.5 if parts.scale is None else parts.scale
     dropout = parts.dropout.p if isinstance(parts.dropout, nn.Dropout) else parts.dropout or 0.0
     return Heads(q, k, v, content, bias, scale, float(dropout) if block.training else 0.0)
 
 
-def _attend(parts: Parts, hidden: Tensor, heads: Heads) -> Tensor:
+def _ranked_by(
+    path: ModuleType, feature: EncoderFeature, state: State, heads: Heads
+) -> tuple[Tensor | None, Tensor | None]:
+    """What heads tell: the features that are compared, `[batch, tokens, width]`, and A, `[batch, tokens]`.
+
+    None for hidden states, which are not known yet, and for an A that nobody needs.
+    """
+    features = semantic = None
+    content = heads.content.detach()
+    if feature.similarity == "heads":
+        features = content.transpose(1, 2).flatten(2)
+    elif feature.similarity != "hidden":  # the sum over heads: its cosine is the mean's
+        features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
+    if feature.semantic:
+        semantic = path.attention_row(_guide(heads, feature.guidance, state).detach(), heads.k.detach(), heads.bias)
+    return features, semantic
+
+
+def _attend(parts: Parts, path: ModuleType, hidden: Tensor, heads: Heads) -> Tensor:
     """The first half: `hidden + attention`, `[batch, tokens, width]`."""
-    mixed = biased_attention(heads.q, heads.k, heads.v, heads.bias, scale=heads.scale, dropout_p=heads.dropout)
+    mixed = path.attend(heads.q, heads.k, heads.v, heads.bias, heads.scale, heads.dropout)
     out = hidden + _apply_steps(parts.after_attention, mixed.transpose(1, 2).flatten(2))
     return _normed(parts.norm_after_attention, out)
 
@@ -243,7 +260,14 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
 
 
 def _merge(
-    feature: EncoderFeature, index: int, state: State, r: int, x: Tensor, features: Tensor, semantic: Tensor | None
+    path: ModuleType,
+    feature: EncoderFeature,
+    index: int,
+    state: State,
+    r: int,
+    x: Tensor,
+    features: Tensor,
+    semantic: Tensor | None,
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
     config = feature.config
@@ -257,12 +281,15 @@ def _merge(
         alpha=config.alpha,
         seed=config.seed,
         sizes=state.sizes if state.padded else None,
+        path=path,
     )
-    r = min(r, count(partition.candidates))
+    r = min(r, ranking.degree.shape[1])
     if config.thresholds is not None:
         r = min(r, _spared(ranking.degree, config.thresholds[index]))
     if r > 0:
-        merge, merged = merge_ranked(ranking, r, x, sizes=state.sizes, order=config.order, reduce=config.reduce)
+        merge, merged = merge_ranked(
+            ranking, r, x, sizes=state.sizes, order=config.order, reduce=config.reduce, path=path
+        )
         if feature.restore == "residual":
             state = replace(state, lost=(*state.lost, merge.lost(x, merged)))
         x, state = merged, _follow(feature, state, merge, partition)

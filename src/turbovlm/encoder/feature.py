@@ -17,6 +17,7 @@ from turbovlm.encoder.state import State
 from turbovlm.encoder.towers import Tower, check_readable, find_towers, matrix_entries
 from turbovlm.encoder.verify import verify
 from turbovlm.errors import ConfigError, StateError
+from turbovlm.ops.degree import needs_semantic
 from turbovlm.ops.tracing import constant_in_graphs
 from turbovlm.patching import Patch, check_forwards
 
@@ -32,6 +33,7 @@ class EncoderFeature:
         tower: its path in the model; `names`: those of its blocks.
         native_tokens: tokens of an image of its native size, prefix and suffix included.
         guidance, similarity: as in `TurboConfig`, settled.
+        semantic: whether A is computed, for the degree or for the trace.
         restore: how every position gets its token back behind the last block, `"copy"` or `"residual"`; None where
             tokens are handed on merged.
         plain_stem: whether the patch embedding is one projection, so that the cost of the whole encoder is known.
@@ -46,6 +48,7 @@ class EncoderFeature:
     native_tokens: int
     guidance: str
     similarity: str
+    semantic: bool
     restore: str | None
     plain_stem: bool
     removed: bool = False
@@ -164,6 +167,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         native_tokens=tower.tokens,
         guidance=("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance,
         similarity=similarity,
+        semantic=needs_semantic(config.degree) or config.trace,
         restore=restore if tower.restore or config.dense else None,
         plain_stem=tower.plain_stem,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -143,24 +143,21 @@ class Layout:
     def parts(self, block: nn.Module) -> Parts:
         """Fetch what `block`'s forward calls, of a resolved layout."""
 
-        def one(path: str | None) -> Any:
-            return None if path is None else fetch(block, path)
-
-        def several(paths: tuple[str, ...]) -> tuple[Any, ...]:
-            return tuple(fetch(block, path) for path in paths)
-
+        norm1, heads, norm_after_attention, norm_after_mlp, scale, query_norm, key_norm, dropout = _fetch_all(
+            block, [getattr(self, name) for name in _PATHS]
+        )
         return Parts(
-            norm1=one(self.norm1),
-            project=self.project if callable(self.project) else several(self.project),
-            heads=fetch(block, self.heads),
-            after_attention=several(self.after_attention),
-            mlp=several(self.mlp),
-            norm_after_attention=one(self.norm_after_attention),
-            norm_after_mlp=one(self.norm_after_mlp),
-            scale=one(self.scale),
-            query_norm=one(self.query_norm),
-            key_norm=one(self.key_norm),
-            dropout=one(self.dropout),
+            norm1=norm1,
+            project=self.project if callable(self.project) else _fetch_all(block, self.project),
+            heads=heads,
+            after_attention=_fetch_all(block, self.after_attention),
+            mlp=_fetch_all(block, self.mlp),
+            norm_after_attention=norm_after_attention,
+            norm_after_mlp=norm_after_mlp,
+            scale=scale,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            dropout=dropout,
         )
 
     def of_tower(self, name: str, tower: nn.Module) -> Any:
@@ -198,6 +195,17 @@ def fetch(root: Any, path: str) -> Any:
     for name in path.split("."):
         root = getattr(root, name)
     return root
+
+
+def _fetch_all(root: Any, paths: Sequence[str | None]) -> tuple[Any, ...]:
+    """The attributes at several paths, None for None, in one call: every block of every forward asks."""
+    found = []
+    for path in paths:
+        value = None if path is None else root
+        for name in () if path is None else path.split("."):
+            value = getattr(value, name)
+        found.append(value)
+    return tuple(found)
 
 
 def path_of(family: str, module: nn.Module, paths: str) -> str:

@@ -76,12 +76,6 @@ class State:
     traces: tuple[BlockTrace, ...] = ()
     padded: bool = False
 
-    def attended(self, proportional: bool) -> Tensor | None:
-        """The sizes that attention goes by: all of them, or only which tokens are padding; None for plain attention."""
-        if proportional or self.sizes is None:
-            return self.sizes
-        return (self.sizes > 0).to(self.sizes.dtype) if self.padded else None
-
     def restored(self, x: Tensor) -> Tensor:
         """Every position of the input with its token's row of `x`, `[batch, M, width]`, and what merges have lost."""
         lost = self.lost or (None,) * len(self.merges)

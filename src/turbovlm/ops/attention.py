@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.ops import dispatch
+from turbovlm.ops.dispatch import path_for
 
 
 def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,6 +32,7 @@ def proportional_attention(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    path: ModuleType | None = None,
 ) -> Tensor:
     """`softmax(QKᵀ·scale + log s) V`; the map itself is never stored whole.
 
@@ -39,28 +41,16 @@ def proportional_attention(
         sizes: `[batch, tokens]`; None (all ones) leaves plain attention, and its fastest kernel.
         scale: 1/√head_dim if None.
         dropout_p: dropout of the attention weights, for training.
+        path: from `path_for`, which is asked if None.
 
     Returns:
         `[batch, heads, tokens, head_dim]`.
     """
+    path = path_for(queries) if path is None else path
     bias = None if sizes is None else size_bias(sizes, queries.dtype)
-    return biased_attention(queries, keys, values, bias, scale=scale, dropout_p=dropout_p)
-
-
-def biased_attention(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    *,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """`softmax(QKᵀ·scale + bias) V` by the fastest way; `bias` from `size_bias`, the rest as above."""
-    if dropout_p > 0:
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout_p, scale=scale)
-    attend = dispatch.fastest_attention(queries, keys, values)
-    return attend(queries, keys, values, bias, queries.shape[-1] ** -0.5 if scale is None else scale)
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    attended: Tensor = path.attend(queries, keys, values, bias, scale, dropout_p)
+    return attended
 
 
 def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -74,9 +64,5 @@ def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> 
     Returns:
         `[batch, tokens]`, in the keys' dtype, non-negative, summing to 1. Turbo, equations (8) and (16).
     """
-    return attention_row(guide, keys, None if sizes is None else size_bias(sizes, keys.dtype)).to(keys.dtype)
-
-
-def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """`semantic_value` in float32 or better, with the bias of attention itself, `[batch, 1, 1, tokens]`, or None."""
-    return dispatch.attention_rows(guide, keys, bias).mean(dim=1)
+    row: Tensor = path_for(keys).attention_row(guide, keys, None if sizes is None else size_bias(sizes, keys.dtype))
+    return row.to(keys.dtype)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import ModuleType
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from turbovlm.ops import dispatch, plain
+from turbovlm.ops import plain
 from turbovlm.ops.degree import DegreeFunction
-from turbovlm.ops.partition import (
-    Partition,
-    count,
-    partition_tokens,
-    positions,
-    precise_dtype,
-    row_offsets,
-    take_values,
-)
+from turbovlm.ops.dispatch import path_for
+from turbovlm.ops.partition import Index, Partition, partition_tokens, positions
+from turbovlm.ops.plain import precise_dtype, row_offsets, take_values
 
 
 @dataclass(frozen=True)
@@ -75,30 +70,22 @@ class Merge:
         written = self.rows.new_empty(left + 1).scatter(0, self.rows.index_fill(0, src_rows, left), everyone)
         return written[:left].view(self.sizes.shape) % tokens
 
-    def merge(self, x: Tensor) -> Tensor:
+    def merge(self, x: Tensor, *, path: ModuleType | None = None) -> Tensor:
         """The tokens of `x`, `[batch, N, width]`, averaged by size: `[batch, M, width]` in the same dtype.
 
         With `keep_norm` each is as long as its parts are on average; a token that nothing joined is bit for bit itself.
+        `path` is from `path_for`, which is asked if None.
         """
-        if dispatch.has_bags(x):
-            # a graph that is compiled caches nothing: its tensors are not there yet
-            bags = self._sort_into_bags() if torch.compiler.is_compiling() else self._bags
-            mean = dispatch.mean_of_bags(x, *bags)
-        else:
-            mean = plain.mean_of_rows(x, self.rows, self.weights, self.sizes.numel())
-        mean = mean.view(*self.sizes.shape, x.shape[-1])
-        return plain.keep_norms(x, mean, self.rows, self.weights) if self.keep_norm else mean
+        path = path_for(x) if path is None else path
+        # a graph that is compiled caches nothing: its tensors are not there yet
+        bags = self._bags if plain.has_bags(x) and not torch.compiler.is_compiling() else None
+        merged: Tensor = path.average(x, self.rows, self.weights, self.sizes.shape, self.keep_norm, bags)
+        return merged
 
     @functools.cached_property
-    def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _bags(self) -> plain.Bags:
         """Kept for the next tensor that is merged alike."""
-        return self._sort_into_bags()
-
-    def _sort_into_bags(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The `batch · N` rows in the order of what they become, where each of the `batch · M` begins, and weights."""
-        row, bag = self.rows.sort(stable=True)
-        starts = torch.searchsorted(row, torch.arange(self.sizes.numel(), device=row.device))
-        return bag, starts, self.weights.flatten().index_select(0, bag)
+        return plain.sort_into_bags(self.rows, self.weights, self.sizes.numel())
 
     def lost(self, x: Tensor, merged: Tensor) -> Tensor:
         """What set tokens apart from what they became part of, `[batch, 2r, width]`; see `unmerge`.
@@ -145,22 +132,42 @@ class Merge:
         return src_rows, (self.kept + first).flatten().index_select(0, merged_rows), merged_rows
 
 
-def mutual_redundancy(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+def mutual_redundancy(
+    features: Tensor, partition: Partition, *, path: ModuleType | None = None
+) -> tuple[Tensor, Tensor]:
     """`R_i = max_j cos(f_i, f_j)`, i a candidate and j a destination (Turbo, equation 6 and §6.1).
 
     Args:
         features: `[batch, tokens, width]`: keys averaged over heads, or any other features.
         partition: who may be merged into whom.
+        path: from `path_for`, which is asked if None.
 
     Returns:
         R in [−1, 1], in float32 or better, and the index of the most similar destination among the destinations,
         int64, `[batch, candidates]` each. Without destinations, R is −1.
     """
-    if count(partition.destinations) > 0:
-        return dispatch.most_similar(features, partition)
-    shape = features.shape[0], count(partition.candidates)
-    alone = features.new_full(shape, -1.0, dtype=precise_dtype(features))
-    return alone, torch.zeros_like(alone, dtype=torch.int64)
+    path = path_for(features) if path is None else path
+    redundancy, nearest = path.most_similar(features, partition)
+    return redundancy, nearest
+
+
+def degree_of_candidates(
+    redundancy: Tensor,
+    semantic: Tensor | None,
+    candidates: Index,
+    block: int,
+    *,
+    degree: str | DegreeFunction,
+    alpha: float | None,
+    seed: int,
+    path: ModuleType | None = None,
+) -> Tensor:
+    """`information_degree` of the candidates, with the A of all tokens, `[batch, tokens]`."""
+    path = path_for(redundancy) if path is None else path
+    e: Tensor = path.degree_of_candidates(
+        redundancy, semantic, candidates, block, degree=degree, alpha=alpha, seed=seed
+    )
+    return e
 
 
 def rank_candidates(
@@ -173,6 +180,7 @@ def rank_candidates(
     alpha: float | None = None,
     seed: int = 0,
     sizes: Tensor | None = None,
+    path: ModuleType | None = None,
 ) -> Ranking:
     """Compare every candidate with the destinations, and rank it by its information degree.
 
@@ -183,29 +191,51 @@ def rank_candidates(
         block: index of the merging block, counted from 0.
         degree, alpha, seed: as in `TurboConfig`.
         sizes: patches each token stands for, `[batch, tokens]`, where some are padding, of size 0; else None.
+        path: from `path_for`, which is asked if None.
 
     Raises:
         ConfigError: see `information_degree`.
     """
-    redundancy, nearest = mutual_redundancy(features, partition)
-    e = dispatch.degree_of_candidates(
-        redundancy, semantic, partition.candidates, block, degree=degree, alpha=alpha, seed=seed
-    )
+    path = path_for(features) if path is None else path
+    redundancy, nearest = path.most_similar(features, partition)
+    candidates = partition.candidates
+    e = path.degree_of_candidates(redundancy, semantic, candidates, block, degree=degree, alpha=alpha, seed=seed)
     if sizes is not None:
-        e = e.masked_fill(take_values(sizes, partition.candidates) == 0, torch.inf)
+        e = e.masked_fill(take_values(sizes, candidates) == 0, torch.inf)
     return Ranking(partition, features.shape[1], redundancy, nearest, e)
 
 
 @overload
 def merge_ranked(
-    ranking: Ranking, r: int, x: Tensor, *, sizes: Tensor | None = None, order: str, reduce: str
+    ranking: Ranking,
+    r: int,
+    x: Tensor,
+    *,
+    sizes: Tensor | None = None,
+    order: str,
+    reduce: str,
+    path: ModuleType | None = None,
 ) -> tuple[Merge, Tensor]: ...
 @overload
 def merge_ranked(
-    ranking: Ranking, r: int, x: None = None, *, sizes: Tensor | None = None, order: str, reduce: str
+    ranking: Ranking,
+    r: int,
+    x: None = None,
+    *,
+    sizes: Tensor | None = None,
+    order: str,
+    reduce: str,
+    path: ModuleType | None = None,
 ) -> tuple[Merge, None]: ...
 def merge_ranked(
-    ranking: Ranking, r: int, x: Tensor | None = None, *, sizes: Tensor | None = None, order: str, reduce: str
+    ranking: Ranking,
+    r: int,
+    x: Tensor | None = None,
+    *,
+    sizes: Tensor | None = None,
+    order: str,
+    reduce: str,
+    path: ModuleType | None = None,
 ) -> tuple[Merge, Tensor | None]:
     """Merge the `r` candidates of highest degree into their most similar destinations.
 
@@ -217,23 +247,22 @@ def merge_ranked(
         order: `"partition"`: prefix, candidates left, destinations, suffix; or `"spatial"`: the order before.
         reduce: `"merge"`; `"keep_norm"`: as long as the parts are on average; or `"prune"`: the destination keeps its
             own value and size.
+        path: from `path_for`, which is asked if None.
 
     Returns:
         The merge, and the merged tokens `[batch, tokens − r, width]`, or None without `x`.
     """
-    src, dst = dispatch.choose(ranking.degree, ranking.nearest, ranking.partition, r)
+    degree = ranking.degree
+    path = path_for(degree if x is None else x) if path is None else path
+    src, dst = path.choose(degree, ranking.nearest, ranking.partition, r)
     slots = None if order == "spatial" else _published_order(ranking)
-    keep_norm = reduce == "keep_norm"
-    launched = None if x is None else dispatch.merge_in_one_launch(x, src, dst, slots, sizes, reduce)
-    if launched is not None:
-        merged, rows, weights, merged_sizes = launched
-        return Merge(rows, src, weights, merged_sizes, keep_norm), merged
+    if x is not None:
+        merged, rows, weights, merged_sizes = path.merge_tokens(x, sizes, src, dst, slots, reduce)
+        return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm"), merged
     if sizes is None:
-        degree = ranking.degree
         sizes = torch.ones(degree.shape[0], ranking.tokens, dtype=precise_dtype(degree), device=degree.device)
     rows, weights, merged_sizes = plain.merge_books(src, dst, slots, sizes, reduce)
-    merge = Merge(rows, src, weights, merged_sizes, keep_norm)
-    return merge, None if x is None else merge.merge(x)
+    return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm"), None
 
 
 def _published_order(ranking: Ranking) -> Tensor:
@@ -283,5 +312,5 @@ def match(
     tokens = features.shape[1]
     split = partition_tokens(tokens, prefix, partition, block=block, seed=seed, grid=grid, device=features.device)
     ranking = rank_candidates(features, split, semantic, block, degree=degree, alpha=alpha, seed=seed, sizes=sizes)
-    most = count(split.candidates) if partition == "grid" else (tokens - prefix) // 2
+    most = ranking.degree.shape[1] if partition == "grid" else (tokens - prefix) // 2
     return merge_ranked(ranking, min(r, most), sizes=sizes, order=order, reduce=reduce)[0]

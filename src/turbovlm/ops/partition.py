@@ -1,4 +1,4 @@
-"""Who may be merged into whom: the tokens split into candidates and destinations; and how tokens are indexed."""
+"""Who may be merged into whom: the tokens split into candidates and destinations."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from turbovlm.errors import ConfigError
 from turbovlm.ops.tracing import constant_in_graphs, is_exporting
 
 CACHE_LIMIT = 4096
-_CACHED_ORDERS: dict[tuple[Any, ...], Tensor] = {}
-"""Orders of patches made so far, by what made them and of what."""
+_CACHED: dict[tuple[Any, ...], Partition] = {}
+"""Partitions made so far, by what they are made of."""
 
 WINDOW = 512
 WINDOWED_FROM = 1025
@@ -43,15 +44,6 @@ class Partition:
     windows: int = 1
     suffix: int = 0
 
-    def window_slices(self) -> list[tuple[slice, slice]]:
-        """The candidates and the destinations of each window, as slices of theirs."""
-
-        def share(length: int, window: int) -> slice:
-            return slice(length * window // self.windows, length * (window + 1) // self.windows)
-
-        sizes = count(self.candidates), count(self.destinations)
-        return [(share(sizes[0], window), share(sizes[1], window)) for window in range(self.windows)]
-
 
 def partition_tokens(
     tokens: int,
@@ -77,20 +69,26 @@ def partition_tokens(
     Raises:
         ConfigError: the patches do not fill the grid.
     """
-    end = tokens - suffix
-    patches = end - prefix
+    patches = tokens - prefix - suffix
     if kind == "alternate":
         first_even, first_odd = prefix + prefix % 2, prefix + 1 - prefix % 2
-        return Partition(slice(first_even, end, 2), slice(first_odd, end, 2), suffix=suffix)
+        return Partition(slice(first_even, tokens - suffix, 2), slice(first_odd, tokens - suffix, 2), suffix=suffix)
+    in_graph = torch.compiler.is_compiling()
+    if not in_graph:  # `torch.jit.trace` gives sizes as tensors
+        patches, prefix = operator.index(patches), operator.index(prefix)
     if kind == "random":
-        order = _patch_order("random", end, prefix, block, seed, device)
-        return Partition(order[patches // 2 :], order[: patches // 2], window_count(patches), suffix)
-    rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
-    if rows * columns != patches:
-        raise ConfigError(f"grid={grid}: {rows}x{columns} patches expected, {patches} found; give grid=(rows, columns)")
-    cells = (rows + 1) // 2 * ((columns + 1) // 2)
-    order = _patch_order("grid", patches, prefix, columns, 0, device)
-    return Partition(order[cells:], order[:cells], suffix=suffix)
+        fixed, windows, detail = patches // 2, window_count(patches), block
+    else:
+        rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
+        if rows * columns != patches:
+            raise ConfigError(
+                f"grid={grid}: {rows}x{columns} patches expected, {patches} found; give grid=(rows, columns)"
+            )
+        fixed, windows, detail, seed = (rows + 1) // 2 * ((columns + 1) // 2), 1, columns, 0
+    if not in_graph:
+        return _cached_partition(kind, patches, prefix, detail, seed, device, fixed, windows, suffix)
+    order = _patch_order(kind, patches, prefix, detail, seed, device)
+    return Partition(order[fixed:], order[:fixed], windows, suffix)
 
 
 def window_count(patches: int) -> int:
@@ -98,9 +96,8 @@ def window_count(patches: int) -> int:
     return 1 if patches < WINDOWED_FROM else -(-patches // WINDOW)
 
 
-def _random_halves(tokens: int, prefix: int, block: int, seed: int, device: torch.device | None) -> Tensor:
+def _random_halves(patches: int, prefix: int, block: int, seed: int, device: torch.device | None) -> Tensor:
     """A random half of the patch tokens, then the others, each in ascending order, `[patches]`."""
-    patches = tokens - prefix
     order = hashed_uniform(patches, seed, block, device).argsort() + prefix
     return torch.cat([order[: patches // 2].sort().values, order[patches // 2 :].sort().values])
 
@@ -115,40 +112,49 @@ def _corners_first(patches: int, prefix: int, columns: int, seed: int, device: t
 _ORDER_MAKERS = {"random": _random_halves, "grid": _corners_first}
 
 
-def _patch_order(kind: str, tokens: int, prefix: int, detail: int, seed: int, device: torch.device | None) -> Tensor:
-    """The order by `_ORDER_MAKERS`; from the cache, but where a program is exported, or cells where one is compiled.
+def _cached_partition(
+    kind: str,
+    patches: int,
+    prefix: int,
+    detail: int,
+    seed: int,
+    device: torch.device | None,
+    fixed: int,
+    windows: int,
+    suffix: int,
+) -> Partition:
+    """The partition whose destinations are the first `fixed` of the order by `_ORDER_MAKERS`, made once."""
+    key = (kind, patches, prefix, detail, seed, device, fixed, windows, suffix)
+    # tensors without values, of a mode that only follows shapes, stay out of the cache, and cached ones out of the mode
+    fake = _get_current_dispatch_mode() is not None and type(torch.empty(0, device=device)) is not Tensor
+    if not fake and (found := _CACHED.get(key)) is not None:
+        return found
+    with torch.inference_mode(False):  # or later forwards with gradients could not use it
+        order = _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
+        made = Partition(order[fixed:], order[:fixed], windows, suffix)
+    # what a capture allocates is the CUDA graph's memory, which a later replay overwrites
+    if not fake and not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if len(_CACHED) >= CACHE_LIMIT:
+            _CACHED.clear()
+        _CACHED[key] = made
+    return made
 
-    Denoisers hold a group's partition until the forward ends, and Dynamo cannot hand on a constant of its graph.
+
+def _patch_order(kind: str, patches: int, prefix: int, detail: int, seed: int, device: torch.device | None) -> Tensor:
+    """The order by `_ORDER_MAKERS` in a graph: random halves as its constant, unless it is exported.
+
+    Denoisers hold a group's cells until the forward ends, and Dynamo cannot hand on a constant of its graph.
     """
-    if is_exporting() or (kind == "grid" and torch.compiler.is_compiling()):
-        return _ORDER_MAKERS[kind](tokens, prefix, detail, seed, device)
+    if kind == "grid" or is_exporting():
+        return _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
     # numbers that Dynamo takes for symbols become plain ones, as arguments of a constant must be
-    return _cached_order(kind, operator.index(tokens), prefix, operator.index(detail), seed, device)
+    return _constant_halves(operator.index(patches), prefix, operator.index(detail), seed, device)
 
 
 @constant_in_graphs
-def _cached_order(kind: str, tokens: int, prefix: int, detail: int, seed: int, device: torch.device | None) -> Tensor:
-    """The order, made once for all forwards; a constant where a graph is compiled."""
-    key = (kind, tokens, prefix, detail, seed, device)
-    fake = type(torch.empty(0, device=device)) is not Tensor
-    if key in _CACHED_ORDERS and not fake:
-        return _CACHED_ORDERS[key]
-    with torch.inference_mode(False):  # or later forwards with gradients could not use it
-        order = _ORDER_MAKERS[kind](tokens, prefix, detail, seed, device)
-    # what a capture allocates is the CUDA graph's memory, which a later replay overwrites
-    if not fake and not (order.is_cuda and torch.cuda.is_current_stream_capturing()):
-        if len(_CACHED_ORDERS) >= CACHE_LIMIT:
-            _CACHED_ORDERS.clear()
-        _CACHED_ORDERS[key] = order
-    return order
-
-
-def count(index: Index) -> int:
-    """The number of tokens that an index names."""
-    if isinstance(index, Tensor):
-        return index.size(-1)
-    length: int = (index.stop - index.start + index.step - 1) // index.step
-    return max(length, 0)
+def _constant_halves(patches: int, prefix: int, block: int, seed: int, device: torch.device | None) -> Tensor:
+    with torch.inference_mode(False):
+        return _random_halves(patches, prefix, block, seed, device)
 
 
 def positions(index: Index, device: torch.device) -> Tensor:
@@ -156,39 +162,6 @@ def positions(index: Index, device: torch.device) -> Tensor:
     if isinstance(index, Tensor):
         return index
     return torch.arange(index.start, index.stop, index.step, device=device)
-
-
-def positions_at(index: Index, chosen: Tensor) -> Tensor:
-    """The token positions at the places `chosen`, `[batch, r]`, of an index."""
-    if isinstance(index, slice):
-        found: Tensor = chosen * index.step + index.start
-        return found
-    return index.take(chosen) if index.ndim == 1 else index.gather(1, chosen)
-
-
-def take_tokens(x: Tensor, index: Index) -> Tensor:
-    """The indexed tokens of `x`, `[batch, tokens, width]`; a view where the index is a slice."""
-    if isinstance(index, slice) or index.ndim == 1:
-        return x[:, index]
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def take_values(values: Tensor, index: Index) -> Tensor:
-    """The indexed entries of a value per token: `[batch, tokens]` to `[batch, k]`."""
-    if isinstance(index, slice):
-        return values[:, index]
-    return values.index_select(1, index) if index.ndim == 1 else values.gather(1, index)
-
-
-def row_offsets(values: Tensor) -> Tensor:
-    """The row at which each image begins when `values`, `[batch, k]`, is flattened, `[batch, 1]`."""
-    batch, length = values.shape
-    return torch.arange(0, batch * length, length, device=values.device).unsqueeze(1)
-
-
-def precise_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over `x` are taken: float32, or that of `x` where it is more precise."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def hashed_uniform(length: int, seed: int, block: int, device: torch.device | None = None) -> Tensor:

@@ -1,15 +1,24 @@
-"""The steps of attention and merging in PyTorch's own operators, on any device; `kernels` has most of them in Triton.
+"""The steps of attention and merging in PyTorch's own operators, on any device; `fused` has the same in Triton.
 
 These are the truth that the kernels are tested against. `dispatch` decides which of the two runs.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.ops.partition import Partition, positions_at, precise_dtype, row_offsets, take_tokens, take_values
+from turbovlm.ops.degree import DegreeFunction, information_degree
+from turbovlm.ops.partition import Index, Partition
+from turbovlm.ops.tracing import is_exporting, wants_gradient
+
+_CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+FAST_BFLOAT16_PRODUCTS = bool(_CPU.get("avx512_bf16")) and not _CPU.get("amx_bf16")
+"""Whether this CPU multiplies bfloat16 matrices faster than float32 ones, but not within PyTorch's fused attention.
+Read at import, so that compilers see a constant. Releases of PyTorch that do not tell what the CPU has count as no."""
 
 STORED_SCORES = 1 << 20
 """Scores that `stored_attention` holds at a time, at most: 2 MiB, which a core's cache still serves."""
@@ -20,10 +29,26 @@ SIMILARITY_ROWS = 1024
 SHORTEST = 1e-12
 """Features of less length than this count as this long."""
 
+Bags = tuple[Tensor, Tensor, Tensor]
+"""What `sort_into_bags` gives."""
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """`scaled_dot_product_attention` with the bias as its mask. On CUDA a mask rules FlashAttention out."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float = 0.0) -> Tensor:
+    """`softmax(QKᵀ·scale + bias) V`, `[batch, heads, tokens, head_dim]`.
+
+    `benchmarks/fidelity.py` measures which way is faster: PyTorch's fused attention (on CUDA, a mask rules
+    FlashAttention out), or plain products for bfloat16 on CPUs with `FAST_BFLOAT16_PRODUCTS`.
+
+    Args:
+        q, k, v: `[batch, heads, tokens, head_dim]`.
+        bias: finite, `[batch, 1, 1, tokens]`, or None.
+        scale: of the scores.
+        dropout_p: dropout of the attention weights, for training.
+    """
+    low = FAST_BFLOAT16_PRODUCTS and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if low and dropout_p == 0 and not wants_gradient(q, k, v) and not is_exporting():
+        return stored_attention(q, k, v, bias, scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
 
 def stored_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -70,19 +95,19 @@ def _heads_side_by_side(q: Tensor) -> Tensor:
     return q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def attention_rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """`softmax(g·Kᵀ + bias)` of one query per head, `[batch, heads, tokens]`, in float32 or better.
+def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """`softmax(g·Kᵀ + bias)` averaged over heads, `[batch, tokens]`, in float32 or better.
 
     Args:
-        guide: `[batch, heads, 1, head_dim]`, scaled.
+        guide: one query per head, scaled, `[batch, heads, 1, head_dim]`.
         keys: `[batch, heads, tokens, head_dim]`.
-        bias: `[batch, 1, 1, tokens]`, or None.
+        bias: that of attention itself, `[batch, 1, 1, tokens]`, or None.
     """
     # heads are strides apart in memory: a matrix product would first copy all keys, a product and a sum do not
     scores = (keys * guide).sum(dim=-1, dtype=precise_dtype(keys))
     if bias is not None:
         scores = scores + bias[:, 0]
-    return scores.softmax(dim=-1)
+    return scores.softmax(dim=-1).mean(dim=1)
 
 
 def most_similar(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
@@ -90,27 +115,61 @@ def most_similar(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor
 
     Args:
         features: `[batch, tokens, width]`.
-        partition: with one destination at least.
+        partition: who may be merged into whom.
 
     Returns:
-        Cosines in float32 or better, and indices among the destinations, int64, `[batch, candidates]` each.
+        Cosines in float32 or better, −1 without destinations, and indices among the destinations, int64,
+        `[batch, candidates]` each.
     """
     features = features.to(precise_dtype(features))
     # products of the tokens as they are, then scaled by lengths: less to move than normalised tokens
     scale = torch.linalg.vector_norm(features, dim=-1).clamp_min(SHORTEST).reciprocal()
     rows, columns = take_tokens(features, partition.candidates), take_tokens(features, partition.destinations)
     row_scale, column_scale = take_values(scale, partition.candidates), take_values(scale, partition.destinations)
+    if columns.shape[1] == 0:
+        alone = torch.full_like(row_scale, -1)
+        return alone, torch.zeros_like(alone, dtype=torch.int64)
+    if partition.windows == 1 and rows.shape[1] <= SIMILARITY_ROWS:
+        return _nearest(rows, columns, row_scale, column_scale)
     cosines, indices = [], []
-    for window, allowed in partition.window_slices():
+    for window, allowed in window_slices(partition.windows, rows.shape[1], columns.shape[1]):
         for start in range(window.start, max(window.stop, window.start + 1), SIMILARITY_ROWS):
             some = slice(start, min(start + SIMILARITY_ROWS, window.stop))
-            products = torch.bmm(rows[:, some], columns[:, allowed].transpose(1, 2))
-            best = (products * column_scale[:, None, allowed]).max(dim=-1)
-            cosines.append(best.values * row_scale[:, some])
-            indices.append(best.indices + allowed.start if allowed.start else best.indices)
-    if len(cosines) == 1:
-        return cosines[0], indices[0]
+            found = _nearest(rows[:, some], columns[:, allowed], row_scale[:, some], column_scale[:, allowed])
+            cosines.append(found[0])
+            indices.append(found[1] + allowed.start)
     return torch.cat(cosines, dim=1), torch.cat(indices, dim=1)
+
+
+def _nearest(rows: Tensor, columns: Tensor, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
+    best = (torch.bmm(rows, columns.transpose(1, 2)) * column_scale.unsqueeze(1)).max(dim=-1)
+    return best.values * row_scale, best.indices
+
+
+def window_slices(windows: int, candidates: int, destinations: int) -> list[tuple[slice, slice]]:
+    """The candidates and the destinations of each of a partition's windows, as slices of theirs."""
+    return [
+        (
+            slice(candidates * k // windows, candidates * (k + 1) // windows),
+            slice(destinations * k // windows, destinations * (k + 1) // windows),
+        )
+        for k in range(windows)
+    ]
+
+
+def degree_of_candidates(
+    redundancy: Tensor,
+    semantic: Tensor | None,
+    candidates: Index,
+    block: int,
+    *,
+    degree: str | DegreeFunction,
+    alpha: float | None,
+    seed: int,
+) -> Tensor:
+    """`information_degree` of the candidates, with the A of all tokens, `[batch, tokens]`."""
+    own = None if semantic is None else take_values(semantic, candidates)
+    return information_degree(redundancy, own, block, degree=degree, alpha=alpha, seed=seed)
 
 
 def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +180,24 @@ def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> tup
         nearest: the index of each candidate's destination among the destinations, `[batch, candidates]`.
     """
     chosen = degree.topk(r, dim=1, sorted=False).indices
-    return positions_at(partition.candidates, chosen), positions_at(partition.destinations, nearest.gather(1, chosen))
+    return _positions_at(partition.candidates, chosen), _positions_at(partition.destinations, nearest.gather(1, chosen))
+
+
+def merge_tokens(
+    x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The merged tokens of `x`, `[batch, N − r, width]`, then what `merge_books` returns.
+
+    Args:
+        x: `[batch, N, width]`.
+        sizes: patches each token stands for, `[batch, N]`; ones if None.
+        src, dst, slots, reduce: as `merge_books` takes them.
+    """
+    if sizes is None:
+        sizes = x.new_ones(x.shape[:2], dtype=precise_dtype(x))
+    rows, weights, merged_sizes = merge_books(src, dst, slots, sizes, reduce)
+    merged = average(x, rows, weights, merged_sizes.shape, reduce == "keep_norm")
+    return merged, rows, weights, merged_sizes
 
 
 def merge_books(
@@ -155,6 +231,40 @@ def merge_books(
     else:
         weights = counted / merged_sizes.index_select(0, rows).clamp_min(1e-6)  # padding has size 0
     return rows, weights.view(batch, tokens), merged_sizes.view(batch, tokens - r)
+
+
+def average(
+    x: Tensor, rows: Tensor, weights: Tensor, left: torch.Size, keep_norm: bool, bags: Bags | None = None
+) -> Tensor:
+    """The weighted sums of tokens, `[batch, M, width]`.
+
+    Args:
+        x: `[batch, N, width]`.
+        rows: the sum that each token is part of, `[batch · N]`, int64.
+        weights: its weight there, `[batch, N]`.
+        left: `(batch, M)`.
+        keep_norm: whether each sum is made as long as its parts are on average.
+        bags: what `sort_into_bags` gives; sorted here if None.
+    """
+    if has_bags(x):
+        mean = mean_of_bags(x, *(sort_into_bags(rows, weights, left.numel()) if bags is None else bags))
+    else:
+        mean = mean_of_rows(x, rows, weights, left.numel())
+    mean = mean.view(*left, x.shape[-1])
+    return keep_norms(x, mean, rows, weights) if keep_norm else mean
+
+
+def has_bags(x: Tensor) -> bool:
+    """Whether `embedding_bag` is there and fast; exporters and some devices lack it."""
+    # who exports compiles, too: most calls end with the cheaper of the two questions
+    return x.device.type in ("cpu", "cuda") and not (torch.compiler.is_compiling() and is_exporting())
+
+
+def sort_into_bags(rows: Tensor, weights: Tensor, count: int) -> Bags:
+    """Tokens in the order of the `count` rows that they become part of, where each row begins, and their weights."""
+    row, bag = rows.sort(stable=True)
+    starts = torch.searchsorted(row, torch.arange(count, device=row.device))
+    return bag, starts, weights.flatten().index_select(0, bag)
 
 
 def mean_of_bags(x: Tensor, bag: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
@@ -193,3 +303,38 @@ def keep_norms(x: Tensor, mean: Tensor, rows: Tensor, weights: Tensor) -> Tensor
     wanted = lengths.new_zeros(found.numel()).index_add(0, rows, lengths.flatten()).view(found.shape)
     scale = torch.where(found > SHORTEST, wanted / found.clamp_min(SHORTEST), 1)
     return mean * scale.to(mean.dtype).unsqueeze(-1)
+
+
+def take_tokens(x: Tensor, index: Index) -> Tensor:
+    """The indexed tokens of `x`, `[batch, tokens, width]`; a view where the index is a slice."""
+    if isinstance(index, slice):
+        return x[:, index]
+    if index.ndim == 1:
+        return x.index_select(1, index)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def take_values(values: Tensor, index: Index) -> Tensor:
+    """The indexed entries of a value per token: `[batch, tokens]` to `[batch, k]`."""
+    if isinstance(index, slice):
+        return values[:, index]
+    return values.index_select(1, index) if index.ndim == 1 else values.gather(1, index)
+
+
+def _positions_at(index: Index, chosen: Tensor) -> Tensor:
+    """The token positions at the places `chosen`, `[batch, r]`, of an index."""
+    if isinstance(index, slice):
+        found: Tensor = chosen * index.step + index.start
+        return found
+    return index.take(chosen) if index.ndim == 1 else index.gather(1, chosen)
+
+
+def row_offsets(values: Tensor) -> Tensor:
+    """The row at which each image begins when `values`, `[batch, k]`, is flattened, `[batch, 1]`."""
+    batch, length = values.shape
+    return torch.arange(0, batch * length, length, device=values.device).unsqueeze(1)
+
+
+def precise_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which sums over `x` are taken: float32, or that of `x` where it is more precise."""
+    return torch.promote_types(x.dtype, torch.float32)

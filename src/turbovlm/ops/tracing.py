@@ -1,4 +1,4 @@
-"""How the program at hand runs: in eager, compiled, exported, or captured in a CUDA graph."""
+"""How the program at hand runs: in eager, compiled, exported, captured in a CUDA graph, or recorded by autograd."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def is_readable(x: Tensor) -> bool:
     """Whether Python may look at the values of `x`: not while a program is traced or a CUDA graph is captured."""
     captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return x.device.type != "meta" and not captured and not torch.compiler.is_compiling()
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done with one of `tensors`."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def constant_in_graphs(function: Function) -> Function:

@@ -16,6 +16,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     import triton
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What tokens, features and degrees may be for the kernels to take them."""
+
 COUNTS = (
     *("tokens", "queries", "entries", "src_count", "candidate_count", "destination_count"),
     *("candidates_stride", "destinations_stride", "slots_stride", "lengths_stride"),
@@ -28,9 +31,8 @@ LEAST_CAPABILITY = (8, 0)
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels take `x`: Triton is there, `x` on an NVIDIA GPU and of float32, float16 or bfloat16."""
-    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return HAS_TRITON and known and x.is_cuda and torch.version.hip is None
+    """Whether the kernels take `x`: Triton is there, `x` on an NVIDIA GPU and of one of `DTYPES`."""
+    return HAS_TRITON and x.dtype in DTYPES and x.is_cuda and torch.version.hip is None
 
 
 def interpreted(x: Tensor) -> bool:
