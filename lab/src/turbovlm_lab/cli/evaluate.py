@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,8 +134,9 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"{data.name}: {len(data.samples)} samples, all of which can be read")
         return 0
     model = args.model or _builtin_model(args)
+    settings = _settings(args, model)
     predictor, scoring = _predictor(args, model, data)
-    settings = _settings(args, predictor, data)
+    settings += _smaller(args, predictor, data, settings)
     folder = Path(args.out or Path("turbovlm-evaluate") / f"{args.task}-{_slug(model)}")
     options = {"batch": args.batch, "workers": args.workers, "scoring": scoring}
     with _progress(len(data.samples) * len(settings)) as advance:
@@ -271,27 +272,42 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
     return asked(args.task, spec, data, making, args.features or ("inception" if args.data else "vit"))
 
 
-def _settings(args: argparse.Namespace, predictor: Predictor, data: Data) -> list[Setting]:
+def _settings(args: argparse.Namespace, model: str) -> list[Setting]:
+    """The model itself, and all that merges in it or quantises it; known before the model is loaded."""
     from turbovlm.workflows import configs_from
     from turbovlm_lab.evaluate.run import Setting
-    from turbovlm_lab.evaluate.settings import OWN, encoder_macs, methods, on_quantized, smaller
+    from turbovlm_lab.evaluate.settings import OWN, methods, on_quantized
 
     denoises = args.task == "text-to-image"
     default = {"keep": DEFAULT_KEEP} if denoises else {"flops": DEFAULT_FLOPS}
     given = {name: getattr(args, name) for name in AMOUNTS if getattr(args, name) is not None}
-    amounts = configs_from((), given or default, denoises, type(predictor.model).__name__)
-    controls = CONTROLS if args.controls == [] else tuple(args.controls or ())
+    amounts = configs_from((), given or default, denoises, model)
+    controls = _controls(args)
     if denoises and controls:
         raise ConfigError("--controls: text-to-image has none; benchmarks/diffusion_quality.py compares matchings")
     named = ("turbovlm", *(name for name in controls if name != "smaller"))
     found = [Setting(OWN), *methods(amounts, named, args.seeds), *_from_files(args)]
-    found += on_quantized(args.quantize or (), [each for each in found if each.configs])
-    if "smaller" in controls and predictor.image_sizes:
-        macs = encoder_macs(predictor, data.samples[0], found[1])
-        found.append(smaller(predictor, data.samples[0], macs, "smaller"))
-    elif "smaller" in controls and args.controls:
-        raise ConfigError("--controls smaller: this model takes pictures of one size only")
-    return found
+    return found + on_quantized(args.quantize or (), [each for each in found if each.configs])
+
+
+def _controls(args: argparse.Namespace) -> tuple[str, ...]:
+    return CONTROLS if args.controls == [] else tuple(args.controls or ())
+
+
+def _smaller(
+    args: argparse.Namespace, predictor: Predictor, data: Data, settings: Sequence[Setting]
+) -> tuple[Setting, ...]:
+    """The control of smaller images, where it is asked for, at what the first setting that merges costs."""
+    from turbovlm_lab.evaluate.settings import encoder_macs, smaller
+
+    if "smaller" not in _controls(args):
+        return ()
+    if predictor.image_sizes:
+        macs = encoder_macs(predictor, data.samples[0], settings[1])
+        return (smaller(predictor, data.samples[0], macs, "smaller"),)
+    if args.controls:
+        raise ConfigError("--controls smaller: this model takes images of one size only")
+    return ()
 
 
 def _from_files(args: argparse.Namespace) -> list[Setting]:
