@@ -107,6 +107,7 @@ def test_a_model_of_ones_own(tmp_path):
         mlp=("norm2", "mlp"),
         patch="stem",
         patches=lambda tower: tower.count,
+        inputs=lambda tower: {"images": torch.empty(1, 3, 32, 32, device="meta")},
         arguments=(),
     ))
     handle = turbovlm.apply(model, r=8, trace=True)

@@ -13,11 +13,11 @@ import turbovlm
 from denoisers import DENOISERS
 from folders import stable_diffusion_folder
 from turbovlm import ConfigError, TurboConfig, TurboError, UnsupportedModelError
-from turbovlm.apply import overrides
 from turbovlm.cli import main
 from turbovlm.diffusion.inputs import denoiser_inputs
 from turbovlm.loading import ModelSpec
 from turbovlm.loading.pipelines import load_pipeline
+from turbovlm.patching import patches_on
 from turbovlm.profile import Comparison, Drift, Generation, Quartiles, Run, Timing, compare_images, macs
 
 diffusers = pytest.importorskip("diffusers")
@@ -152,7 +152,7 @@ def test_compiled_versions(monkeypatch):
     result = compare_images(pipe, config, **settings, progress=lambda _: compiled.append(dict(frames)))
     assert compiled[1] == compiled[-1] and compiled[1]["total"] == compiled[1]["ok"]  # all of it in the warm-up
     plain = compare_images(pipe, config, **QUICK)
-    assert result.compiled and "compiled" in result.conditions and not any(True for _ in overrides(pipe.transformer))
+    assert result.compiled and "compiled" in result.conditions and not any(True for _ in patches_on(pipe.transformer))
     merged, same = result.run("keep=0.5"), plain.run("keep=0.5")
     assert merged.drift.latent == pytest.approx(same.drift.latent, rel=1e-3) and merged.macs == same.macs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,13 +19,13 @@ pytest.importorskip("diffusers")
 @pytest.fixture
 def attended(monkeypatch):
     """The biases of the calls that turbovlm's operators got."""
-    biases, plain = [], attend.attend
+    biases, path_for = [], attend.path_for
 
-    def noted(q, k, v, bias):
+    def noted(q, k, v, bias, scale):
         biases.append(bias)
-        return plain(q, k, v, bias)
+        return path_for(q).attend(q, k, v, bias, scale)
 
-    monkeypatch.setattr(attend, "attend", noted)
+    monkeypatch.setattr(attend, "path_for", lambda q: SimpleNamespace(attend=noted))
     return biases
 
 

@@ -55,8 +55,8 @@ def registered():
 def test_an_entry_is_enough(registered, monkeypatch):
     if not hasattr(diffusers, "OvisImageTransformer2DModel"):
         pytest.skip("this release of diffusers has no Ovis-Image")
-    calls, plain = [], attend.attend
-    monkeypatch.setattr(attend, "attend", lambda *args: (calls.append(1), plain(*args))[1])
+    calls, path_for = [], attend.path_for
+    monkeypatch.setattr(attend, "path_for", lambda q: (calls.append(1), path_for(q))[1])
     model, inputs = ovis(), DENOISERS["flux"].inputs(2, 32, 32)
     inputs = {name: value for name, value in inputs.items() if name != "pooled_projections"}
     original = run(model, inputs)

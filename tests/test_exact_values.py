@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import reference
 import turbovlm
 from reference_encoders import images, vit
-from turbovlm import TurboConfig
+from turbovlm import ReadConfig
 from turbovlm.ops import information_degree, mutual_redundancy, partition_tokens
 from turbovlm.vlm.select import select
 from vlms import VLMS, seeded, vision_encoder_decoder
@@ -166,7 +166,7 @@ def test_visual_tokens_are_chosen_in_rounds(tokens, k, degree, reduce, sized, se
     x = randn(2, tokens, 6, seed=seed)
     A = randn(2, tokens, seed=seed + 1).softmax(dim=1)
     sizes = torch.randint(1, 4, (2, tokens), generator=torch.Generator().manual_seed(seed)).double()
-    config = TurboConfig(visual_keep=0.5, degree=degree, alpha=3, reduce=reduce)
+    config = ReadConfig(0.5, degree=degree, alpha=3, reduce=reduce)
     found = select(x, A, k, config, sizes if sized else None)
     for b in range(2):
         y, a, s = x[b], A[b], sizes[b] if sized else torch.ones(tokens).double()

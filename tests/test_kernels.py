@@ -439,8 +439,8 @@ def test_what_the_kernels_lack_takes_the_plain_path(monkeypatch):
         torch.testing.assert_close(fused.attend(*inputs), plain.attend(*inputs), rtol=0, atol=0)
     guide = q[:, :, :1]
     torch.testing.assert_close(fused.attention_row(guide, k, bias), plain.attention_row(guide, k, bias), rtol=0, atol=0)
-    partition, none = split(17), split(2)
-    alone = fused.most_similar(randn(2, 2, 8), Partition(none.candidates, none.candidates[:0]))
+    partition, one = split(17), torch.ones(1, dtype=torch.int64, device=DEVICE)
+    alone = fused.most_similar(randn(2, 2, 8), Partition(one, one[:0]))
     assert alone[0].tolist() == [[-1.0]] * 2 and alone[1].tolist() == [[0]] * 2
     redundancy, semantic = randn(2, 8), randn(2, 17).softmax(dim=1)
     for degree in ("weighted_difference", "redundancy", lambda R, A, index: R * A):

@@ -84,8 +84,9 @@ class Tower:
         def noise(value: Tensor | None) -> Tensor | None:
             if value is None:
                 return None
-            if value.device.type != "meta":  # what must have values, such as words, has them already
-                return value.expand(batch, *value.shape[1:]).to(device)
+            if value.device.type != "meta":  # what must have values, such as words, has them already, and keeps them
+                value = value.expand(batch, *value.shape[1:])
+                return value if torch.device(device).type == "meta" else value.to(device)
             return torch.randn(batch, *value.shape[1:], generator=generator).to(device, dtype)
 
         return {name: noise(value) for name, value in self.layout.inputs(self.module).items()}

@@ -20,6 +20,7 @@ from turbovlm.ops import kernels, plain
 from turbovlm.ops.degree import DegreeFunction, default_alpha
 from turbovlm.ops.kernels import usable
 from turbovlm.ops.partition import Index, Partition, positions
+from turbovlm.ops.plain import Bags
 from turbovlm.ops.tracing import wants_gradient
 
 __all__ = [
@@ -106,7 +107,7 @@ def merge_tokens(
 
 
 def average(
-    x: Tensor, rows: Tensor, weights: Tensor, left: torch.Size, keep_norm: bool, bags: plain.Bags | None = None
+    x: Tensor, rows: Tensor, weights: Tensor, left: torch.Size, keep_norm: bool, bags: Bags | None = None
 ) -> Tensor:
     """See `plain.average`."""
     if wants_gradient(x):

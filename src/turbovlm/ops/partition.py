@@ -87,8 +87,14 @@ def partition_tokens(
         fixed, windows, detail, seed = (rows + 1) // 2 * ((columns + 1) // 2), 1, columns, 0
     if not in_graph:
         return _cached_partition(kind, patches, prefix, detail, seed, device, fixed, windows, suffix)
-    order = _patch_order(kind, patches, prefix, detail, seed, device)
-    return Partition(order[fixed:], order[:fixed], windows, suffix)
+    if kind == "random" and not is_exporting():
+        # numbers that Dynamo takes for symbols become plain ones, as arguments of a constant must be
+        order = _constant_halves(operator.index(patches), prefix, operator.index(detail), seed, device)
+    else:  # denoisers hold a group's cells until the forward ends, and Dynamo cannot hand on a constant of its graph
+        order = _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
+    # not by slices: Dynamo gives those of a constant lengths that are symbols, and cannot guard what comes from no input
+    destinations, candidates = torch.split(order, [fixed, patches - fixed])
+    return Partition(candidates, destinations, windows, suffix)
 
 
 def window_count(patches: int) -> int:
@@ -140,19 +146,9 @@ def _cached_partition(
     return made
 
 
-def _patch_order(kind: str, patches: int, prefix: int, detail: int, seed: int, device: torch.device | None) -> Tensor:
-    """The order by `_ORDER_MAKERS` in a graph: random halves as its constant, unless it is exported.
-
-    Denoisers hold a group's cells until the forward ends, and Dynamo cannot hand on a constant of its graph.
-    """
-    if kind == "grid" or is_exporting():
-        return _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
-    # numbers that Dynamo takes for symbols become plain ones, as arguments of a constant must be
-    return _constant_halves(operator.index(patches), prefix, operator.index(detail), seed, device)
-
-
 @constant_in_graphs
 def _constant_halves(patches: int, prefix: int, block: int, seed: int, device: torch.device | None) -> Tensor:
+    """Random halves, a constant of the graph that is compiled."""
     with torch.inference_mode(False):
         return _random_halves(patches, prefix, block, seed, device)
 
