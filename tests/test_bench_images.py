@@ -12,7 +12,7 @@ import torch
 import turbovlm
 from denoisers import DENOISERS
 from folders import stable_diffusion_folder
-from turbovlm import ConfigError, TurboConfig, TurboError, UnsupportedModelError
+from turbovlm import ConfigError, DenoiseConfig, TurboError, UnsupportedModelError
 from turbovlm.cli import main
 from turbovlm.diffusion.inputs import denoiser_inputs
 from turbovlm.loading import ModelSpec
@@ -26,7 +26,7 @@ pytest.importorskip("rich")
 
 from pipelines import PIPES  # noqa: E402
 
-HALF = TurboConfig(keep=0.5)
+HALF = DenoiseConfig(keep=0.5)
 QUICK = {"steps": 2, "rounds": 1, "warmup": 0}
 
 
@@ -47,7 +47,7 @@ def bench(*argv):
 def test_the_books_of_a_comparison(pipe):
     before, denoiser, scheduler = dict(pipe.__dict__), pipe.unet, dict(pipe.scheduler.__dict__)
     forwards = {name: dict(module.__dict__) for name, module in pipe.unet.named_modules()}
-    configs, seen = {"all": TurboConfig(keep=1.0), "half": HALF}, []
+    configs, seen = {"all": DenoiseConfig(keep=1.0), "half": HALF}, []
     result = compare_images(pipe, configs, batch=2, steps=3, rounds=2, warmup=1, seed=5, progress=seen.append)
     assert [run.name for run in result.runs] == ["model", "all", "half"] and len(seen) == (2 + 1) * 3
     assert result.generation.size == (64, 64) and result.batch == 2 and result.clock == "process CPU time"
@@ -116,7 +116,7 @@ def test_classes():
 
 
 def test_multiply_accumulates_are_those_of_a_forward_on_average(pipe):
-    configs = {"each": HALF, "second": TurboConfig(keep=0.5, refresh=2)}
+    configs = {"each": HALF, "second": DenoiseConfig(keep=0.5, refresh=2)}
     result = compare_images(pipe, configs, **QUICK)
     inputs = denoiser_inputs(pipe.unet, None, 2)
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :16]
@@ -146,7 +146,7 @@ def test_versions_alternate_and_share_weights(pipe, monkeypatch):
 def test_compiled_versions(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    pipe, config, compiled = PIPES["DiT"](), TurboConfig(keep=0.5, refresh=2), []
+    pipe, config, compiled = PIPES["DiT"](), DenoiseConfig(keep=0.5, refresh=2), []
     settings = {"steps": 2, "rounds": 2, "warmup": 1, "compile": True}
     frames = torch._dynamo.utils.counters["frames"]
     result = compare_images(pipe, config, **settings, progress=lambda _: compiled.append(dict(frames)))
@@ -198,7 +198,7 @@ def test_ratios_are_paired_round_by_round():
     ("configs", "settings", "message"),
     [
         ([], {}, "at least one"),
-        (TurboConfig(r=4), {}, "image generation takes keep"),
+        (turbovlm.TurboConfig(r=4), {}, "must be a DenoiseConfig"),
         ({"a": 4}, {}, r"configs\['a'\]=4"),
         (HALF, {"batch": 0}, "batch=0"),
         (HALF, {"steps": 0}, "steps=0"),
@@ -261,7 +261,7 @@ def test_the_command_line_with_weights(folder, tmp_path, capsys):
     assert plot.stat().st_size > 10_000 and found["settings"]["prompt"] == ["a cat", "7"]
     pipe = load_pipeline(ModelSpec(f"diffusers:{folder}"), pretrained=True)
     given = {"prompt": ["a cat", "7"], "batch": 2, "seed": 3, "inputs": {"guidance_scale": 0.0}}
-    again = compare_images(pipe, TurboConfig(keep=0.5, components=["attention", "ffn"]), **given, **QUICK)
+    again = compare_images(pipe, DenoiseConfig(keep=0.5, components=["attention", "ffn"]), **given, **QUICK)
     assert half["drift"]["latent"] == pytest.approx(again.run("keep=0.5").drift.latent, rel=1e-4)
 
 
@@ -306,7 +306,7 @@ def test_the_emoji_pipeline(pipe, monkeypatch, capsys):
 BAD = [
     (["--r", "4"], "--r: image generation takes --keep"),
     (["--flops", "0.5"], "--flops: image generation takes --keep"),
-    (["--keep", "0.1"], "keep must be ≥ 0.25"),
+    (["--keep", "0.1"], "keep=0.1: must be ≥ 0.25"),
     (["--keep", "1.5"], "keep=1.5"),
     (["--image-size", "64x"], "--image-size 64x: must be N or WIDTHxHEIGHT"),
     (["--image-size", "0"], "--image-size 0: must be N or WIDTHxHEIGHT"),

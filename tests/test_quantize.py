@@ -85,7 +85,7 @@ def test_the_commands_offer_all_of_them():
 
 
 def test_settings_say_how_weights_are_quantised():
-    merging = Setting("turbovlm", turbovlm.TurboConfig(r=2))
+    merging = Setting("turbovlm", (turbovlm.TurboConfig(r=2),))
     alone, both = on_quantized(["nf4"], [merging])
     assert (alone.name, alone.configs, both.name, both.configs) == ("nf4", (), "nf4, turbovlm", merging.configs)
     headers = [header_of("vqa", "m", Data("d", ()), setting) for setting in (merging, both)]

@@ -92,7 +92,7 @@ def partition_tokens(
         order = _constant_halves(operator.index(patches), prefix, operator.index(detail), seed, device)
     else:  # denoisers hold a group's cells until the forward ends, and Dynamo cannot hand on a constant of its graph
         order = _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
-    # not by slices: Dynamo gives those of a constant lengths that are symbols, and cannot guard what comes from no input
+    # not by slices: Dynamo gives those of a constant lengths that are symbols, which it cannot guard
     destinations, candidates = torch.split(order, [fixed, patches - fixed])
     return Partition(candidates, destinations, windows, suffix)
 
