@@ -89,7 +89,8 @@ def partition_tokens(
         return _cached_partition(kind, patches, prefix, detail, seed, device, fixed, windows, suffix)
     if kind == "random" and not is_exporting():
         # numbers that Dynamo takes for symbols become plain ones, as arguments of a constant must be
-        order = _constant_halves(operator.index(patches), prefix, operator.index(detail), seed, device)
+        patches, fixed = operator.index(patches), operator.index(fixed)
+        order = _constant_halves(patches, prefix, operator.index(detail), seed, device)
     else:  # denoisers hold a group's cells until the forward ends, and Dynamo cannot hand on a constant of its graph
         order = _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
     # not by slices: Dynamo gives those of a constant lengths that are symbols, which it cannot guard
