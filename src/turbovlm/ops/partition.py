@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from turbovlm.errors import ConfigError
-from turbovlm.ops.tracing import constant_in_graphs, is_exporting
 
 CACHE_LIMIT = 4096
 _CACHED: dict[tuple[Any, ...], Partition] = {}
@@ -87,15 +86,10 @@ def partition_tokens(
         fixed, windows, detail, seed = (rows + 1) // 2 * ((columns + 1) // 2), 1, columns, 0
     if not in_graph:
         return _cached_partition(kind, patches, prefix, detail, seed, device, fixed, windows, suffix)
-    if kind == "random" and not is_exporting():
-        # numbers that Dynamo takes for symbols become plain ones, as arguments of a constant must be
-        patches, fixed = operator.index(patches), operator.index(fixed)
-        order = _constant_halves(patches, prefix, operator.index(detail), seed, device)
-    else:  # denoisers hold a group's cells until the forward ends, and Dynamo cannot hand on a constant of its graph
-        order = _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
-    # not by slices: Dynamo gives those of a constant lengths that are symbols, which it cannot guard
-    destinations, candidates = torch.split(order, [fixed, patches - fixed])
-    return Partition(candidates, destinations, windows, suffix)
+    # Computed by the graph. As a constant of it, the order has a symbolic length under `dynamic=True`, about which
+    # Dynamo can write no guard, and AOTAutograd takes the constants of two blocks for one source.
+    order = _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
+    return Partition(order[fixed:], order[:fixed], windows, suffix)
 
 
 def window_count(patches: int) -> int:
@@ -145,13 +139,6 @@ def _cached_partition(
             _CACHED.clear()
         _CACHED[key] = made
     return made
-
-
-@constant_in_graphs
-def _constant_halves(patches: int, prefix: int, block: int, seed: int, device: torch.device | None) -> Tensor:
-    """Random halves, a constant of the graph that is compiled."""
-    with torch.inference_mode(False):
-        return _random_halves(patches, prefix, block, seed, device)
 
 
 def positions(index: Index, device: torch.device) -> Tensor:
