@@ -45,7 +45,6 @@ from turbovlm.ops import (
     size_bias,
 )
 from turbovlm.ops.dispatch import path_for
-from turbovlm.ops.merging import degree_of_candidates
 from turbovlm.profile import compare
 from turbovlm.profile.timing import interleaved
 
@@ -276,7 +275,7 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         steps: dict[str, Callable[..., object]] = {
             "similarity": functools.partial(mutual_redundancy, features, split),
             "degree": functools.partial(
-                degree_of_candidates,
+                _degree_of_candidates,
                 ranking.redundancy,
                 sizes.softmax(dim=1),
                 split.candidates,
@@ -293,6 +292,11 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         plainly = {f"{step}, plain": functools.partial(function, path=plain) for step, function in steps.items()}
         found[f"{name} {dtype}"] = _seconds({**steps, **plainly}, args)
     return found
+
+
+def _degree_of_candidates(redundancy: Tensor, *others: Any, path: ModuleType | None = None, **settings: Any) -> Tensor:
+    e: Tensor = (path or path_for(redundancy)).degree_of_candidates(redundancy, *others, **settings)
+    return e
 
 
 def _attention_row(guide: Tensor, keys: Tensor, bias: Tensor, path: ModuleType | None = None) -> Tensor:

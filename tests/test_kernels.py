@@ -353,7 +353,7 @@ def test_means_of_bags_are_those_of_the_plain_path(dtype):
             roundings = 2 if reduce == "keep_norm" else 1
             bound = roundings * torch.finfo(dtype).eps
             torch.testing.assert_close(found.double(), expected, rtol=bound + 1e-6, atol=bound)
-    torch.library.opcheck(kernels.mean_of_bags.operator, (randn(2, 50, 72), *merge._bags))
+    torch.library.opcheck(kernels.mean_of_bags.operator, (randn(2, 50, 72), *merge.bags))
 
 
 ATTENTION = [(50, 32), (17, 88), (1, 64)]

@@ -11,6 +11,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from types import MethodType
 from typing import Any, Protocol
 
 import torch.nn as nn
@@ -46,7 +47,8 @@ class Feature(Protocol):
 
 
 Function = Callable[..., Any]
-"""`(patch, *args, **kwargs)`: what runs in place of a method, with the method's own arguments."""
+"""`(patch, module, original, *args, **kwargs)`: what runs in place of a method of `module`. `original` is what ran
+before, to be called without `self`; the rest are the method's own arguments."""
 
 
 class Patch:
@@ -54,16 +56,25 @@ class Patch:
 
     Attributes:
         name: the method's name.
-        function: what runs instead, called with this patch in front; defined in a module, so that it pickles.
+        function: what runs instead, see `Function`; defined in a module, so that it pickles.
         feature: what it belongs to.
         detail: what `function` needs to know beside the feature, such as the index of a block.
+        by_name: whether `function` gets the method's arguments by name, however they came, without those left out.
         before: what stood in the module's own `__dict__` under that name; None where the class's method was used.
         method: the class's own method, unbound.
     """
 
-    def __init__(self, module: Any, name: str, function: Function, feature: Feature, detail: Any = None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        function: Function,
+        feature: Feature,
+        detail: Any = None,
+        by_name: bool = False,
+    ) -> None:
         self._module = weakref.ref(module)
-        self.name, self.function, self.feature, self.detail = name, function, feature, detail
+        self.name, self.function, self.feature, self.detail, self.by_name = name, function, feature, detail, by_name
         self.before: Any = None
         self.method: Any = getattr(type(module), name)
 
@@ -73,17 +84,15 @@ class Patch:
         return self._module()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        original = MethodType(self.method, module) if self.before is None else self.before
         if self.feature.removed:
-            return self.original(*args, **kwargs)
-        return self.function(self, *args, **kwargs)
+            return original(*args, **kwargs)
+        if self.by_name:
+            return self.function(self, module, original, **self._by_name(args, kwargs))
+        return self.function(self, module, original, *args, **kwargs)
 
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what ran before the patch."""
-        if self.before is not None:
-            return self.before(*args, **kwargs)
-        return self.method(self.module, *args, **kwargs)
-
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, without those left out."""
         bound = self.__signature__.bind(*args, **kwargs)
         named = dict(bound.arguments)
@@ -104,12 +113,13 @@ class Patch:
             self.function,
             copy.deepcopy(self.feature, memo),
             copy.deepcopy(self.detail, memo),
+            self.by_name,
         )
         new.before = copy.deepcopy(self.before, memo)
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        made_of = self.module, self.name, self.function, self.feature, self.detail
+        made_of = self.module, self.name, self.function, self.feature, self.detail, self.by_name
         return Patch, made_of, {"before": self.before}
 
 

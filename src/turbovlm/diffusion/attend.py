@@ -49,26 +49,34 @@ class Attending:
 
 
 def attend_merged(
-    patch: Patch, attending: Attending, merge: Merge, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    patch: Patch,
+    attention: Any,
+    original: Any,
+    merge: Merge,
+    x: Tensor,
+    rest: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Run an attention on merged tokens.
 
     Args:
-        patch: of the attention module.
+        patch: of the attention module, `attention`, with its `Site`; `original`: what ran before.
+        merge: what was done to the image's tokens.
         x: what it reads, `[batch, tokens, width]`, the image's tokens merged and last.
         rest, kwargs: its other arguments.
 
     Raises:
         StateError: the sizes have to count, and the attention backend in use takes no bias.
     """
-    attention, rotary = patch.module, kwargs.get("image_rotary_emb")
+    attending: Attending = patch.detail.part.attending
+    rotary = kwargs.get("image_rotary_emb")
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
     processor = getattr(attention, "processor", None)
     # Processors of perturbed attention guidance cut the batch in two, but not the bias.
     biased = patch.feature.config.proportional and not type(processor).__name__.startswith("PAG")
     biased = biased and not getattr(attention, "is_cross_attention", False)
     if not biased and rotary is None:
-        return patch.original(x, *rest, **kwargs)
+        return original(x, *rest, **kwargs)
     words = x.shape[1] - merge.sizes.shape[1] if text is None else text.shape[1]
     bias = F.pad(size_bias(merge.sizes, x.dtype), (words, 0)) if biased else None
     backend = _backend_of(processor)
@@ -82,8 +90,8 @@ def attend_merged(
             )
         kwargs["attention_mask"] = bias if attending.mask_axes == bias.ndim else bias.squeeze(1)
     if rotary is None:
-        return patch.original(x, *rest, **kwargs)
-    return _one_image_at_a_time(patch, x, rest, kwargs, _rotary_of(merge, rotary))
+        return original(x, *rest, **kwargs)
+    return _one_image_at_a_time(original, x, rest, kwargs, _rotary_of(merge, rotary))
 
 
 def plain_attention(
@@ -185,13 +193,15 @@ def _backend_of(processor: Any) -> str | None:
     return str(getattr(backend, "value", backend))
 
 
-def _one_image_at_a_time(patch: Patch, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any], rotary: Rotary) -> Any:
+def _one_image_at_a_time(
+    original: Any, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any], rotary: Rotary
+) -> Any:
     """Run a processor that takes one set of angles for a whole batch on each image, with its own."""
     outs = []
     for i, tokens in enumerate(torch.split(x, 1)):
         own = {name: _of_image(value, i, len(x)) for name, value in kwargs.items()}
         own["image_rotary_emb"] = rotary[0][i], rotary[1][i]
-        outs.append(patch.original(tokens, *rest, **own))
+        outs.append(original(tokens, *rest, **own))
     if isinstance(outs[0], Tensor):
         return torch.cat(outs)
     return tuple(torch.cat(each) for each in zip(*outs))

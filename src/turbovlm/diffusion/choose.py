@@ -17,10 +17,8 @@ from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.errors import ConfigError, StateError
-from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.merging import Ranking, degree_of_candidates, merge_ranked, mutual_redundancy
+from turbovlm.ops.merging import Ranking, merge_ranked, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
-from turbovlm.patching import Patch
 
 LEAST_TOKENS = 64
 """Tokens below which nothing is merged, unless `min_tokens` asks for more."""
@@ -56,18 +54,19 @@ def least_tokens(config: DenoiseConfig) -> int:
     return max(config.min_tokens, LEAST_TOKENS)
 
 
-def choice_of(run: Run, site: Site, patch: Patch, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
+def choice_of(run: Run, site: Site, module: nn.Module, x: Tensor, text: Any, kwargs: dict[str, Any]) -> Choice:
     """What the group of a part reads, chosen by the first of its parts that is called.
 
     Args:
-        patch: of the part's module.
+        module: the part's.
         x: what it is given, `[batch, tokens, width]`, text in front left out.
         text: what it attends to, `[batch, words, width]`, where it does; the first, where there are several.
-        bias: added to the attention's logits, `[batch, 1, words]`: words of −10,000 are padding.
+        kwargs: what else it is given by name; an `attention_mask` is added to the attention's logits,
+            `[batch, 1, words]`: words of −10,000 are padding.
 
     Raises:
         ConfigError: the tokens fill no grid that is known.
-        StateError: some of the latents only, or of the tokens.
+        StateError: some of the latents only, or of the tokens; or what speaks of positions that are merged.
     """
     if x.shape[0] != run.latents:
         raise StateError(
@@ -76,7 +75,13 @@ def choice_of(run: Run, site: Site, patch: Patch, x: Tensor, text: Any, bias: Te
         )
     choice = run.choices.get(site.key)
     if choice is None or (choice.merge is not None and not _fits(choice, site, x)):
-        choice = run.choices[site.key] = _choose(run, site, patch.module, x, text, bias)
+        choice = run.choices[site.key] = _choose(run, site, module, x, text, kwargs.get("attention_mask"))
+    spoken = "ip_adapter_masks" if site.part.component == "cross_attention" else "attention_mask"
+    if choice.merge is not None and kwargs.get(spoken) is not None:
+        raise StateError(
+            f"{site.name} was given {spoken}, which are of the image's positions, and these are merged: leave "
+            f"{site.part.component!r} out of components"
+        )
     return choice
 
 
@@ -103,16 +108,16 @@ def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: T
         return Choice(tokens, None)
     features = x[:, x.shape[1] - tokens :]
     semantic = None
-    if needs_semantic(config.degree):
+    if run.feature.semantic:
         semantic = _averaged(run, _semantic(run.denoiser.get_submodule(site.guide), part, features, text, bias))
     compared = run.compared.get(site.group)
     if compared is None:
         averaged = _averaged(run, features)
         partition = partition_tokens(tokens, kind="grid", grid=(rows, columns), device=x.device)
         partition = replace(partition, windows=max(1, tokens // BAND))
-        compared = Compared(partition, *mutual_redundancy(averaged, partition))
+        compared = Compared(partition, *mutual_redundancy(averaged, partition, path=run.path))
         run.compared[site.group] = compared
-    e = degree_of_candidates(
+    e = run.path.degree_of_candidates(
         compared.redundancy,
         semantic,
         compared.partition.candidates,
@@ -122,7 +127,8 @@ def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: T
         seed=config.seed,
     )
     ranking = Ranking(compared.partition, tokens, compared.redundancy, compared.nearest, e)
-    return Choice(tokens, merge_ranked(ranking, tokens - kept, order="spatial", reduce=config.reduce)[0])
+    merge, _ = merge_ranked(ranking, tokens - kept, order="spatial", reduce=config.reduce, path=run.path)
+    return Choice(tokens, merge)
 
 
 def _share(run: Run, tokens: int) -> float:

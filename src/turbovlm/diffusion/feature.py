@@ -15,6 +15,7 @@ from turbovlm.diffusion.merge_part import Holder, block_forward, denoiser_forwar
 from turbovlm.diffusion.refresh import Steps
 from turbovlm.diffusion.run import Choice
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
+from turbovlm.ops.degree import needs_semantic
 from turbovlm.patching import Patch
 from turbovlm.registry import class_paths, families, family_of
 
@@ -35,6 +36,7 @@ class DenoiseFeature:
         sites: the parts that merge, in the order of the denoiser.
         blocks: paths of the blocks that have them.
         holders: paths of the denoisers and of the modules that have the blocks.
+        semantic: whether A is computed, for the degree.
         steps: the pipeline's steps, where several share what was chosen in one; None with `refresh=1`.
         removed, last: as in `turbovlm.patching.Feature`; `last` is what each group read in the last forward, by
             `Site.key`, where that was not compiled.
@@ -45,6 +47,7 @@ class DenoiseFeature:
     sites: tuple[Site, ...]
     blocks: tuple[str, ...]
     holders: tuple[tuple[str, Holder], ...]
+    semantic: bool
     steps: Steps | None = None
     removed: bool = False
     last: dict[str, Choice] | None = field(default=None, repr=False)
@@ -140,7 +143,7 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     steps = Steps(config.refresh, owner) if config.refresh > 1 else None
     if steps is not None:
         steps.count_with(owner.scheduler)
-    return DenoiseFeature(config, names, sites, tuple(found), holders, steps)
+    return DenoiseFeature(config, names, sites, tuple(found), holders, needs_semantic(config.degree), steps)
 
 
 def _find_roots(modules: dict[str, nn.Module], found: dict[str, Denoiser]) -> list[str]:

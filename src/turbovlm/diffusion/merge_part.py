@@ -20,6 +20,7 @@ from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.restore import restore_linear
 from turbovlm.diffusion.run import RUN, THREAD, Run, find_same_latents, run_within
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
+from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch
@@ -45,7 +46,7 @@ class Holder:
     positions: str | None
 
 
-def denoiser_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a denoiser, or a holder in it, whose tokens lie in rows and columns that are known from now on."""
     feature: DenoiseFeature = patch.feature  # type: ignore[assignment]
     holder: Holder = patch.detail
@@ -54,7 +55,7 @@ def denoiser_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     if not holder.begins:
         run = _current_run(patch, "a module that has blocks")
         run.grid = _grid_of(holder, latent, given, feature.config.grid)
-        return patch.original(*args, **kwargs)
+        return original(*args, **kwargs)
     steps, compiling = feature.steps, torch.compiler.is_compiling()
     if steps is not None and not compiling:
         steps.follow_pipeline(feature)
@@ -62,14 +63,15 @@ def denoiser_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     guided = latent.ndim == 4 and len(latent) > 1  # FLUX is guided in forwards of their own
     run = Run(
         feature,
-        patch.module,
+        model,
+        path_for(latent),
         len(latent),
         find_same_latents(latent) if guided else None,
         {} if steps is None else steps.begin_forward(),
         grid,
         math.prod(grid or latent.shape[-2:]),
     )
-    out = run_within(run, patch.original, *args, **kwargs)
+    out = run_within(run, original, *args, **kwargs)
     if steps is not None:
         steps.end_forward()
     if not compiling:
@@ -78,41 +80,40 @@ def denoiser_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
-def block_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def block_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a block, also where gradient checkpointing runs it once more in the backward pass, after its denoiser.
 
     The first time, its hidden states get the run as an attribute, by which the second time finds it.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return patch.original(*args, **kwargs)
+        return original(*args, **kwargs)
     hidden = args[0] if args else kwargs["hidden_states"]
     run = THREAD.run
     if run is not None and run.feature is patch.feature:
         setattr(hidden, RUN, run)
-        return patch.original(*args, **kwargs)
+        return original(*args, **kwargs)
     first = getattr(hidden, RUN, None)
-    return patch.original(*args, **kwargs) if first is None else run_within(first, patch.original, *args, **kwargs)
+    return original(*args, **kwargs) if first is None else run_within(first, original, *args, **kwargs)
 
 
-def part_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run one part of a block on merged tokens, and give every position its token's result."""
     site: Site = patch.detail
     part = site.part
     x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
     run = _current_run(patch, site.name)
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
-    merge = choice_of(run, site, patch, x, text, kwargs.get("attention_mask")).merge
+    merge = choice_of(run, site, module, x, text, kwargs).merge
     if merge is None:
-        return patch.original(x, *rest, **kwargs)
-    _check_positions(site, kwargs)
+        return original(x, *rest, **kwargs)
     words = x.shape[1] - merge.weights.shape[1] if part.text_in_front else 0
     image = x[:, words:]
-    merged = merge.merge(image)
+    merged = merge.merge(image, path=run.path)
     read = torch.cat([x[:, :words], merged], dim=1) if words else merged
     if part.attending is None:
-        out = patch.original(read, *rest, **kwargs)
+        out = original(read, *rest, **kwargs)
     else:
-        out = attend_merged(patch, part.attending, merge, read, rest, kwargs)
+        out = attend_merged(patch, module, original, merge, read, rest, kwargs)
     restore = run.feature.config.restore  # "auto": on GPUs a small system of equations outlasts most feed-forwards
     if part.smooth and (restore == "linear" or (restore == "auto" and x.device.type == "cpu")):
         return restore_linear(merge, image, merged, out)
@@ -142,20 +143,6 @@ def _restore_copies(part: Part, merge: Merge, out: Any) -> Any:
     if words == 0:
         return merge.unmerge(out)
     return torch.cat([out[:, :words], merge.unmerge(out[:, words:])], dim=1)
-
-
-def _check_positions(site: Site, kwargs: dict[str, Any]) -> None:
-    """Refuse arguments that speak of the positions that are merged.
-
-    Raises:
-        StateError: naming it.
-    """
-    spoken = "ip_adapter_masks" if site.part.component == "cross_attention" else "attention_mask"
-    if kwargs.get(spoken) is not None:
-        raise StateError(
-            f"{site.name} was given {spoken}, which are of the image's positions, and these are merged: leave "
-            f"{site.part.component!r} out of components"
-        )
 
 
 def _grid_of(

@@ -101,17 +101,17 @@ class Steps:
         self.counting = self.counting and not last
 
 
-def set_timesteps(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def set_timesteps(patch: Patch, scheduler: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Let the scheduler begin its steps."""
     patch.feature.steps.begin_loop()  # type: ignore[attr-defined]
-    return patch.original(*args, **kwargs)
+    return original(*args, **kwargs)
 
 
-def step(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def step(patch: Patch, scheduler: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Let the scheduler take a step."""
-    out = patch.original(*args, **kwargs)
+    out = original(*args, **kwargs)
     timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-    patch.feature.steps.end_step(_was_last(patch.module, timestep))  # type: ignore[attr-defined]
+    patch.feature.steps.end_step(_was_last(scheduler, timestep))  # type: ignore[attr-defined]
     return out
 
 

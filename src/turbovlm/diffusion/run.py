@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,7 @@ class Run:
     Attributes:
         feature: whose denoiser it is.
         denoiser: the denoiser.
+        path: `turbovlm.ops.plain` or `turbovlm.ops.fused`, by `path_for` of the latents.
         latents: how many it was given.
         same_latent: for each latent, the share of each that is the same, `[latents, latents]`; None where each merges
             by itself.
@@ -60,6 +62,7 @@ class Run:
 
     feature: DenoiseFeature
     denoiser: nn.Module
+    path: ModuleType
     latents: int
     same_latent: Tensor | None
     choices: dict[str, Choice]

@@ -52,7 +52,9 @@ class Heads:
     dropout: float
 
 
-def block_forward(patch: Patch, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+def block_forward(
+    patch: Patch, block: nn.Module, original: Any, /, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Tensor | tuple[Tensor]:
     """Run one block of an encoder, with a merge between its halves.
 
     A block that has nothing to merge, on tokens that were never merged, runs its own forward.
@@ -64,13 +66,12 @@ def block_forward(patch: Patch, hidden: Tensor, *args: Any, **kwargs: Any) -> Te
     asked = state.amounts[index] if config.thresholds is None else hidden.shape[1]
     r = clamp(asked, hidden.shape[1], state.prefix + state.suffix, config.min_tokens)
     if r == 0 and not state.merges and not config.trace:
-        out = patch.original(hidden, *args, **kwargs)
+        out = original(hidden, *args, **kwargs)
         return _hand_on(feature, replace(state, block=index + 1), out[0] if layout.returns_tuple else out)
     _check_arguments(feature, index, arguments)
     if state.sizes is None and layout.mask is not None:
         sizes = _sizes_from_mask(arguments.get(layout.mask), hidden)
         state = replace(state, sizes=sizes, padded=sizes is not None)
-    block = patch.module
     parts, path = layout.parts(block), path_for(hidden)
     x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments)
     return _hand_on(feature, replace(state, block=index + 1), _second_half(parts, x))
@@ -80,9 +81,9 @@ def unmerged_forward(
     block: nn.Module, layout: Layout, config: TurboConfig, x: Tensor, state: State, arguments: Mapping[str, Any]
 ) -> Tensor:
     """Both halves of a block without a merge between them."""
-    parts = layout.parts(block)
+    parts, path = layout.parts(block), path_for(x)
     heads = _heads(block, parts, layout, config, x, state, arguments)
-    return _second_half(parts, _attend(parts, path_for(x), x, heads))
+    return _second_half(parts, _attend(parts, path, x, heads))
 
 
 @torch.no_grad()
@@ -105,8 +106,9 @@ def attention_of_guide(
     state: State = getattr(hidden, STATE, State(0, (), prefix))
     if state.sizes is None and layout.mask is not None:
         state = replace(state, sizes=_sizes_from_mask(arguments.get(layout.mask), hidden))
-    heads = _heads(block, layout.parts(block), layout, config, hidden, state, arguments)
-    row: Tensor = path_for(hidden).attention_row(_guide(heads, guidance, state), heads.k, heads.bias)
+    parts, path = layout.parts(block), path_for(hidden)
+    heads = _heads(block, parts, layout, config, hidden, state, arguments)
+    row: Tensor = path.attention_row(_guide(heads, guidance, state), heads.k, heads.bias)
     source = state.source()
     if source is not None and state.sizes is not None:
         row = (row / state.sizes).gather(1, source)

@@ -72,7 +72,7 @@ class EncoderFeature:
         if self.layout.joint is not None:
             tower = model.get_submodule(self.tower)
             joint = fetch(tower, path_of(self.layout.family, tower, self.layout.joint))
-            found.append(Patch(joint, "forward", joint_forward, self))
+            found.append(Patch(joint, "forward", joint_forward, self, by_name=True))
         return found
 
     def schedule(self, tokens: int | None = None) -> Schedule:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn as nn
+
 from turbovlm.encoder.state import PREFIX
 from turbovlm.patching import Patch
 
 
-def joint_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def joint_forward(patch: Patch, module: nn.Module, original: Any, /, **inputs: Any) -> Any:
     """Run the module that puts text and image together, and attach the number of text tokens and CLS.
 
     Returns:
         The library's own `(tokens, mask)`.
     """
-    text = patch.arguments(args, kwargs)["attention_mask"]
-    tokens, mask = patch.original(*args, **kwargs)
-    setattr(tokens, PREFIX, text.shape[1] + 1)
+    tokens, mask = original(**inputs)
+    setattr(tokens, PREFIX, inputs["attention_mask"].shape[1] + 1)
     return tokens, mask

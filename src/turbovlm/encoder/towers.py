@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.encoder.families import text, transformers
+from turbovlm.encoder.families import multimodal, text
 from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.errors import UnsupportedModelError
 from turbovlm.registry import class_paths, families, family_of
@@ -225,7 +225,7 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         restore = True
     else:
         for ancestor in around:
-            if reason := transformers.placeholders(ancestor):
+            if reason := multimodal.placeholders(ancestor):
                 raise UnsupportedModelError(f"{name or type(module).__name__} cannot lose tokens: {reason}")
         restore = layout.restore(module, around) if callable(layout.restore) else layout.restore
     for path, block, _ in found:

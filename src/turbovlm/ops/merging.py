@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from types import ModuleType
 from typing import overload
@@ -13,7 +12,7 @@ from torch import Tensor
 from turbovlm.ops import plain
 from turbovlm.ops.degree import DegreeFunction
 from turbovlm.ops.dispatch import path_for
-from turbovlm.ops.partition import Index, Partition, partition_tokens, positions
+from turbovlm.ops.partition import Partition, partition_tokens, positions
 from turbovlm.ops.plain import precise_dtype, row_offsets, take_values
 
 
@@ -47,6 +46,7 @@ class Merge:
         weights: the share of each of the N in its destination, `[batch, N]`; 0 for a token that is dropped.
         sizes: patches that each of the M stands for, `[batch, M]`.
         keep_norm: whether a merged token is as long as its parts are on average, instead of their plain mean.
+        bags: the tokens sorted by their rows, for `merge`, where it is known that tokens will be merged later.
     """
 
     rows: Tensor
@@ -54,18 +54,19 @@ class Merge:
     weights: Tensor
     sizes: Tensor
     keep_norm: bool = False
+    bags: plain.Bags | None = None
 
     @property
     def source(self) -> Tensor:
         """For each of the N tokens, the token it became part of, `[batch, N]`, int64."""
-        return self.rows.view(self.weights.shape) - row_offsets(self.sizes)
+        return self.rows.view(self.weights.shape) % self.sizes.shape[1]
 
     @property
     def kept(self) -> Tensor:
         """For each of the M tokens, the one of the N whose place it took, `[batch, M]`, int64."""
         tokens, left = self.weights.shape[1], self.sizes.numel()
-        src_rows = (self.src + row_offsets(self.weights)).flatten()
         everyone = torch.arange(len(self.rows), device=self.rows.device)
+        src_rows = (self.src + everyone.view(self.weights.shape)[:, :1]).flatten()
         # every token writes its number into its row, merged ones into an additional row that is cut off
         written = self.rows.new_empty(left + 1).scatter(0, self.rows.index_fill(0, src_rows, left), everyone)
         return written[:left].view(self.sizes.shape) % tokens
@@ -77,15 +78,8 @@ class Merge:
         `path` is from `path_for`, which is asked if None.
         """
         path = path_for(x) if path is None else path
-        # a graph that is compiled caches nothing: its tensors are not there yet
-        bags = self._bags if plain.has_bags(x) and not torch.compiler.is_compiling() else None
-        merged: Tensor = path.average(x, self.rows, self.weights, self.sizes.shape, self.keep_norm, bags)
+        merged: Tensor = path.average(x, self.rows, self.weights, self.sizes.shape, self.keep_norm, self.bags)
         return merged
-
-    @functools.cached_property
-    def _bags(self) -> plain.Bags:
-        """Kept for the next tensor that is merged alike."""
-        return plain.sort_into_bags(self.rows, self.weights, self.sizes.numel())
 
     def lost(self, x: Tensor, merged: Tensor) -> Tensor:
         """What set tokens apart from what they became part of, `[batch, 2r, width]`; see `unmerge`.
@@ -149,25 +143,6 @@ def mutual_redundancy(
     path = path_for(features) if path is None else path
     redundancy, nearest = path.most_similar(features, partition)
     return redundancy, nearest
-
-
-def degree_of_candidates(
-    redundancy: Tensor,
-    semantic: Tensor | None,
-    candidates: Index,
-    block: int,
-    *,
-    degree: str | DegreeFunction,
-    alpha: float | None,
-    seed: int,
-    path: ModuleType | None = None,
-) -> Tensor:
-    """`information_degree` of the candidates, with the A of all tokens, `[batch, tokens]`."""
-    path = path_for(redundancy) if path is None else path
-    e: Tensor = path.degree_of_candidates(
-        redundancy, semantic, candidates, block, degree=degree, alpha=alpha, seed=seed
-    )
-    return e
 
 
 def rank_candidates(
@@ -262,7 +237,8 @@ def merge_ranked(
     if sizes is None:
         sizes = torch.ones(degree.shape[0], ranking.tokens, dtype=precise_dtype(degree), device=degree.device)
     rows, weights, merged_sizes = plain.merge_books(src, dst, slots, sizes, reduce)
-    return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm"), None
+    bags = plain.sort_into_bags(rows, weights, merged_sizes.numel()) if plain.has_bags(weights) else None
+    return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", bags), None
 
 
 def _published_order(ranking: Ranking) -> Tensor:
@@ -309,8 +285,10 @@ def match(
     Raises:
         ConfigError: A is missing where the degree needs it, or the patches do not fill the grid.
     """
-    tokens = features.shape[1]
+    tokens, path = features.shape[1], path_for(features)
     split = partition_tokens(tokens, prefix, partition, block=block, seed=seed, grid=grid, device=features.device)
-    ranking = rank_candidates(features, split, semantic, block, degree=degree, alpha=alpha, seed=seed, sizes=sizes)
+    ranking = rank_candidates(
+        features, split, semantic, block, degree=degree, alpha=alpha, seed=seed, sizes=sizes, path=path
+    )
     most = ranking.degree.shape[1] if partition == "grid" else (tokens - prefix) // 2
-    return merge_ranked(ranking, min(r, most), sizes=sizes, order=order, reduce=reduce)[0]
+    return merge_ranked(ranking, min(r, most), sizes=sizes, order=order, reduce=reduce, path=path)[0]

@@ -64,8 +64,8 @@ class CrossFeature:
             patch
             for index, layer in enumerate(layers)
             for patch in (
-                Patch(layer, "forward", layer_forward, self, index),
-                Patch(layer.crossattention.self, "forward", cross_forward, self, index),
+                Patch(layer, "forward", layer_forward, self, index, by_name=True),
+                Patch(layer.crossattention.self, "forward", cross_forward, self, index, by_name=True),
             )
         ]
 
@@ -105,12 +105,11 @@ class Image:
     selections: tuple[Selection, ...] = ()
 
 
-def layer_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
+def layer_forward(patch: Patch, layer: nn.Module, original: Any, /, **inputs: Any) -> Tensor:
     """Run one text layer on the image that the layer before has left, and leave the next one its own."""
-    inputs = patch.arguments(args, kwargs)
     whole = inputs.get("encoder_hidden_states")
     if whole is None:
-        return patch.original(**inputs)  # type: ignore[no-any-return]
+        return original(**inputs)  # type: ignore[no-any-return]
     image: Image | None = getattr(inputs["hidden_states"], IMAGE, None)
     if patch.detail == 0:
         image = _whole(whole, inputs.get("attention_mask"), inputs.get("encoder_attention_mask"))
@@ -122,15 +121,15 @@ def layer_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
         )
     tokens = image.tokens.view_as(image.tokens)
     setattr(tokens, IMAGE, image)
-    out: Tensor = patch.original(**{**inputs, "encoder_hidden_states": tokens, "encoder_attention_mask": None})
+    out: Tensor = original(**{**inputs, "encoder_hidden_states": tokens, "encoder_attention_mask": None})
     setattr(out, IMAGE, getattr(tokens, IMAGE))
     return out
 
 
-def cross_forward(patch: Patch, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+def cross_forward(patch: Patch, attention: nn.Module, original: Any, /, **inputs: Any) -> tuple[Tensor, ...]:
     """Run a layer's cross-attention in proportion to sizes, and choose what the next layer reads."""
     feature: CrossFeature = patch.feature  # type: ignore[assignment]
-    index, inputs = patch.detail, patch.arguments(args, kwargs)
+    index = patch.detail
     tokens, cache = inputs["encoder_hidden_states"], inputs.get("past_key_values")
     image: Image = getattr(tokens, IMAGE)
     held: dict[int, Tensor] = {} if cache is None else cache.__dict__.setdefault(IMAGE_SIZES, {})
@@ -138,7 +137,7 @@ def cross_forward(patch: Patch, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]
     sizes = held[index] if cached else image.sizes
     if feature.config.proportional and index > 0:
         inputs["encoder_attention_mask"] = size_bias(sizes, tokens.dtype)
-    outputs: tuple[Tensor, ...] = patch.original(**inputs)
+    outputs: tuple[Tensor, ...] = original(**inputs)
     if cached:
         return outputs
     held[index] = sizes

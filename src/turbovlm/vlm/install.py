@@ -57,10 +57,10 @@ class ReadFeature:
         found = [Patch(part.get_submodule(self.guide), "forward", guide_forward, self)]
         if self.family.cross_attention:
             return [*found, Patch(fetch(part, self.family.tower), "forward", tower_forward, self)]
-        found.append(Patch(part, "forward", read_forward, self))
+        found.append(Patch(part, "forward", read_forward, self, by_name=True))
         for modality in PIXELS:
             if hasattr(type(part), f"get_{modality}_features"):
-                found.append(Patch(part, f"get_{modality}_features", encode, self, modality))
+                found.append(Patch(part, f"get_{modality}_features", encode, self, modality, by_name=True))
         found += [Patch(part, name, rearrange, self) for name in self.family.rearrange]
         around = {"prepare_inputs_for_generation": prepare_inputs, "_prefill": prefill}
         around["_expand_multimodal_outputs"] = repeat_for_beams
@@ -68,7 +68,7 @@ class ReadFeature:
             around["_prepare_position_ids_for_generation"] = prepare_positions
         for owner in model.modules():
             if hasattr(type(owner), "generate") and any(module is part for module in owner.modules()):
-                found += [Patch(owner, name, function, self) for name, function in around.items()]
+                found += [Patch(owner, name, function, self, by_name=True) for name, function in around.items()]
         return found
 
     def describe(self) -> list[str]:

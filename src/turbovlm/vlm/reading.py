@@ -26,34 +26,34 @@ if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature
 
 
-def read_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     """Run the part that puts visual features in place of placeholders, on a shorter prompt.
 
     Hidden states come back in the full prompt's length. Where placeholders and features do not agree, the library gets
     the prompt as it is, and reports it.
     """
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
-    model, inputs = patch.module, patch.arguments(args, kwargs)
 
     def positions(mask: Tensor) -> Tensor:
         return _full_positions(model, inputs, mask, feature.family.first_position)
 
     images = _encode(model, inputs)
     if not images:
-        return patch.original(**follow_prompts(inputs, positions))
+        return original(**follow_prompts(inputs, positions))
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         raise StateError("a prompt is missing: give input_ids or inputs_embeds")
     found = choose_tokens(model, feature, inputs, images)
     if found is None:
-        return patch.original(**{**inputs, "mm_encoder_outputs": images})
+        return original(**{**inputs, "mm_encoder_outputs": images})
     fewer, dropped, feature.last = found
+    filler = _filler(model.config)
     behind_a_cache = columns_in(inputs.get("past_key_values")) > 0
     if behind_a_cache and inputs.get("position_ids") is None and hasattr(model, "compute_3d_position_ids"):
         raise StateError(
             "position_ids: give those of the new columns with an image behind a cache; the model cannot tell them"
         )
-    prompt, shorter = shorten_inputs(inputs, dropped, positions, _filler(model.config))
-    outputs = patch.original(**{**shorter, "mm_encoder_outputs": fewer, "return_dict": True})
+    prompt, shorter = shorten_inputs(inputs, dropped, positions, filler)
+    outputs = original(**{**shorter, "mm_encoder_outputs": fewer, "return_dict": True})
     if outputs.past_key_values is not None:
         remember_prompts(outputs.past_key_values, prompt.cached())
     outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
@@ -62,13 +62,12 @@ def read_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     return outputs.to_tuple() if inputs.get("return_dict") is False else outputs
 
 
-def prepare_inputs(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def prepare_inputs(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     """Run `prepare_inputs_for_generation`, which is to give `read_forward` the full prompt, and its mask as it is.
 
     For static caches the library makes four-dimensional masks here: for a prompt with images it may not yet, for what
     follows it makes them of what the cache holds.
     """
-    inputs = patch.arguments(args, kwargs)
     cache: Any = inputs.get("past_key_values")
     prompts = prompts_in(cache)
     first, new = inputs.get("is_first_iteration"), inputs.get("next_sequence_length")
@@ -76,15 +75,14 @@ def prepare_inputs(patch: Patch, *args: Any, **kwargs: Any) -> Any:
         inputs["next_sequence_length"] = new = new - prompts.dropped
     if inputs.get("mm_encoder_outputs") and (first or not inputs.get("use_cache", True)):
         beside = {name: inputs[name] for name in ("past_key_values", *TYPES) if inputs.get(name) is not None}
-        return {**patch.original(**{**inputs, "past_key_values": None}), **beside}
+        return {**original(**{**inputs, "past_key_values": None}), **beside}
     if prompts is not None and cache.is_compileable:
         inputs = prompts.follow(inputs, inputs["input_ids"].shape[1] if new is None else new)
-    return patch.original(**inputs)
+    return original(**inputs)
 
 
-def prefill(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def prefill(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     """Run `generate`'s prefill, which cannot cut a prompt into chunks whose images become shorter."""
-    inputs = patch.arguments(args, kwargs)
     if inputs["generation_config"].prefill_chunk_size is not None:
         model_kwargs = inputs["model_kwargs"]
         if model_kwargs.get("mm_encoder_outputs") or prompts_in(model_kwargs.get("past_key_values")) is not None:
@@ -92,15 +90,16 @@ def prefill(patch: Patch, *args: Any, **kwargs: Any) -> Any:
                 "prefill_chunk_size: visual_keep shortens the prompt as a whole, and cannot in chunks: leave it out, "
                 "as the prompt that is prefilled is shorter already"
             )
-    return patch.original(**inputs)
+    return original(**inputs)
 
 
-def prepare_positions(patch: Patch, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+def prepare_positions(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     """Run `_prepare_position_ids_for_generation`, which looks for new images behind as many tokens as the cache has."""
-    prompts, types = prompts_in(model_kwargs.get("past_key_values")), model_kwargs.get("mm_token_type_ids")
+    known = inputs["model_kwargs"]
+    prompts, types = prompts_in(known.get("past_key_values")), known.get("mm_token_type_ids")
     if prompts is not None and types is not None and not types[:, prompts.columns :].any():
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mm_token_type_ids"}
-    return patch.original(inputs_tensor, model_kwargs)
+        inputs["model_kwargs"] = {name: value for name, value in known.items() if name != "mm_token_type_ids"}
+    return original(**inputs)
 
 
 def _encode(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

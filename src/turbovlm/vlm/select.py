@@ -15,8 +15,9 @@ from torch import Tensor
 from turbovlm.config import ReadConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.merging import Merge, match
-from turbovlm.ops.partition import hashed_uniform
+from turbovlm.ops.dispatch import path_for
+from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
+from turbovlm.ops.partition import hashed_uniform, partition_tokens
 
 ROUND_SHARE = 4
 """A round of matching takes at most one token in so many, so that the best of them are chosen and not whole halves."""
@@ -107,25 +108,24 @@ def _by_rounds(
 ) -> Selection:
     degree = {"redundancy": "redundancy", "attention": "semantics"}.get(config.visual_select, config.degree)
     merges: list[Merge] = []
-    x = features
+    x, path, padded = features, path_for(features), sizes is not None
     while (tokens := x.shape[1]) > k:
-        found = match(
-            x,
-            min(tokens - k, max(1, tokens // ROUND_SHARE)),
-            semantic,
-            sizes=sizes,
-            block=len(merges),
+        turn, r = len(merges), min(tokens - k, max(1, tokens // ROUND_SHARE))
+        split = partition_tokens(tokens, kind="random", block=turn, seed=config.seed, device=x.device)
+        ranking = rank_candidates(
+            *(x, split, semantic, turn),
             degree=degree,
             alpha=config.alpha,
-            partition="random",
-            order="spatial",
-            reduce=config.reduce,
             seed=config.seed,
+            sizes=sizes if padded else None,
+            path=path,
         )
+        found, x = merge_ranked(ranking, r, x, sizes=sizes, order="spatial", reduce=config.reduce, path=path)
+        sizes = found.sizes
         if semantic is not None:
             counted = semantic * found.weights if config.reduce == "prune" else semantic
-            semantic = torch.zeros_like(found.sizes).scatter_add(1, found.source, counted.to(found.sizes))
-        x, sizes = found.merge(x), found.sizes
+            sums = counted.new_zeros(sizes.numel(), dtype=sizes.dtype)
+            semantic = sums.scatter_add(0, found.rows, counted.flatten().to(sizes)).view(sizes.shape)
         merges.append(found)
     return _composed(merges, features)
 

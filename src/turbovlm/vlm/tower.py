@@ -58,19 +58,19 @@ def _collect(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, 
         _ENCODING.rows = outer
 
 
-def guide_forward(patch: Patch, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def guide_forward(patch: Patch, block: Any, original: Any, /, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run the block that guides, accelerated where it is, and collect its row of A."""
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
-    out = patch.original(hidden, *args, **kwargs)
+    out = original(hidden, *args, **kwargs)
     rows = _ENCODING.rows
     if rows is None:
         return out
     if feature.layout is None:
-        rows.append(Row(packed_row(patch.module, hidden, kwargs)))
+        rows.append(Row(packed_row(block, hidden, kwargs)))
         return out
     arguments = {**dict(zip(feature.layout.arguments, args)), **kwargs}
     config, guidance = feature.config, feature.guidance
-    row = attention_of_guide(patch.module, feature.layout, config, feature.prefix, guidance, hidden, arguments)
+    row = attention_of_guide(block, feature.layout, config, feature.prefix, guidance, hidden, arguments)
     state = getattr(out[0] if isinstance(out, tuple) else out, STATE, None)
     rows.append(Row(row) if state is None else _of_merged(row, feature.prefix, state))
     return out
@@ -110,15 +110,15 @@ def packed_row(block: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
     return torch.cat(rows)
 
 
-def encode(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     """Run `get_image_features` or `get_video_features`, and give their outputs A of every visual token."""
-    outputs, rows = _collect(patch.original, *args, **kwargs)
+    outputs, rows = _collect(original, **inputs)
     if rows and not isinstance(outputs, tuple):
         feature: ReadFeature = patch.feature  # type: ignore[assignment]
-        grid = patch.arguments(args, kwargs).get(f"{patch.detail}_grid_thw")
+        grid = inputs.get(f"{patch.detail}_grid_thw")
         lengths = [len(entry) for entry in outputs.pooler_output]
         row = torch.cat([each.values for each in rows])
-        setattr(outputs, ATTENTION, list(torch.split(_of_tokens(patch.module, feature, row, grid, lengths), lengths)))
+        setattr(outputs, ATTENTION, list(torch.split(_of_tokens(model, feature, row, grid, lengths), lengths)))
     return outputs
 
 
@@ -138,28 +138,27 @@ def _of_tokens(model: Any, feature: ReadFeature, row: Tensor, grid: Tensor | Non
     return values
 
 
-def rearrange(patch: Patch, features: Any, *args: Any, **kwargs: Any) -> Any:
+def rearrange(patch: Patch, model: Any, original: Any, /, features: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a method that rearranges features after the projector, on what was collected of A as well."""
     rows = _ENCODING.rows
     if rows:
         collected = torch.cat([row.values for row in rows]).unsqueeze(-1)
         alone = {k: (v.new_zeros(1) if k == "image_newline" and v is not None else v) for k, v in kwargs.items()}
         if isinstance(features, Tensor):
-            rows[:] = [Row(patch.original(collected, *args, **alone).squeeze(-1))]
+            rows[:] = [Row(original(collected, *args, **alone).squeeze(-1))]
         else:
-            packed, _ = patch.original(torch.split(collected, [len(feature) for feature in features]), *args, **alone)
+            packed, _ = original(torch.split(collected, [len(feature) for feature in features]), *args, **alone)
             rows[:] = [Row(values.squeeze(-1)) for values in packed]
-    return patch.original(features, *args, **kwargs)
+    return original(features, *args, **kwargs)
 
 
-def repeat_for_beams(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def repeat_for_beams(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     """Run `_expand_multimodal_outputs`, which repeats A as it does planes of features."""
-    inputs = patch.arguments(args, kwargs)
     with_attention = [outputs for outputs in inputs["mm_encoder_output"].values() if getattr(outputs, ATTENTION, None)]
     for outputs in with_attention:
         planes = getattr(outputs, "deepstack_features", None) or []
         outputs.deepstack_features = [*planes, [values.unsqueeze(-1) for values in getattr(outputs, ATTENTION)]]
-    repeated = patch.original(**inputs)
+    repeated = original(**inputs)
     for outputs in with_attention:
         *planes, last = outputs.deepstack_features
         setattr(outputs, ATTENTION, [values.squeeze(-1) for values in last])
@@ -167,10 +166,10 @@ def repeat_for_beams(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     return repeated
 
 
-def tower_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a tower whose tokens are read by cross-attention, and return those in front and the patches that stay."""
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
-    outputs, rows = _collect(patch.original, *args, **kwargs)
+    outputs, rows = _collect(original, *args, **kwargs)
     keep = feature.config.visual_keep
     assert keep is not None
     front, patches = outputs[0][:, : feature.prefix], outputs[0][:, feature.prefix :]

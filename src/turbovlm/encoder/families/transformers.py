@@ -1,4 +1,4 @@
-"""The blocks of `transformers`' vision encoders."""
+"""The blocks of `transformers`' vision encoders; those that come with a language, or read text, are in `multimodal`."""
 
 from __future__ import annotations
 
@@ -48,24 +48,14 @@ def _native_video(tower: Any) -> dict[str, Tensor | None]:
     return {"pixel_values": native_image(tower, tower.config.image_size, tower.config.num_frames)}
 
 
-def _native_patches_in_rows(tower: Any) -> dict[str, Tensor | None]:
-    """SigLIP 2 takes the patches of images of any shape, and their rows and columns; here a square."""
-    patches = int(tower.config.num_patches)
-    return {
-        "pixel_values": torch.empty(1, patches, tower.embeddings.patch_embedding.in_features, device="meta"),
-        "pixel_attention_mask": None,
-        "spatial_shapes": torch.full((1, 2), int(patches**0.5), device="cpu"),
-    }
-
-
-def _inside(*names: str) -> Any:
+def inside(*names: str) -> Any:
     """Whether the tower is, or is part of, one of `transformers`' classes `names`."""
 
-    def inside(tower: Any, ancestors: Around) -> bool:
+    def found(tower: Any, ancestors: Around) -> bool:
         bases = [cls for module in ancestors for cls in type(module).__mro__]
         return any(cls.__name__ in names and cls.__module__.startswith(MODELS) for cls in bases)
 
-    return inside
+    return found
 
 
 def _backbone(tower: Any, block: Any, ancestors: Around) -> str | None:
@@ -74,11 +64,6 @@ def _backbone(tower: Any, block: Any, ancestors: Around) -> str | None:
         if type(module).__name__.endswith("Backbone") and list(module.out_features) != list(module.stage_names)[-1:]:
             return f"{type(module).__name__} hands out the grids of several blocks ({', '.join(module.out_features)})"
     return None
-
-
-def _longest_text_and_image(tower: Any) -> dict[str, Tensor | None]:
-    words = torch.zeros(1, tower.config.max_position_embeddings, dtype=torch.long)
-    return {"input_ids": words, **native_input(tower)}
 
 
 def _positions_between_blocks(tower: Any, block: Any, ancestors: Around) -> str | None:
@@ -129,7 +114,7 @@ VIT = Layout(
     dropout="attention.attention_dropout|attention.attention.dropout_prob|attention.attention.dropout",
     scale="attention.scaling|attention.attention.scaling?",
     mask="attention_mask",
-    restore=_inside("ViTForMaskedImageModeling"),
+    restore=inside("ViTForMaskedImageModeling"),
     inputs=native_input,
 )
 
@@ -139,7 +124,7 @@ DEIT = variant(
     block=f"{MODELS}.deit.modeling_deit.DeiTLayer",
     towers=(f"{MODELS}.deit.modeling_deit.DeiTModel",),
     prefix=2,
-    restore=_inside("DeiTForMaskedImageModeling"),
+    restore=inside("DeiTForMaskedImageModeling"),
 )
 
 YOLOS = variant(
@@ -176,7 +161,7 @@ VIT_MAE = variant(
     block=f"{MODELS}.vit_mae.modeling_vit_mae.ViTMAELayer",
     towers=(f"{MODELS}.vit_mae.modeling_vit_mae.ViTMAEModel",),
     patches=_visible_patches,
-    restore=_inside("ViTMAEForPreTraining"),
+    restore=inside("ViTMAEForPreTraining"),
 )
 
 VIDEO_MAE = variant(
@@ -210,7 +195,7 @@ DINOV2 = Layout(
     scale=VIT.scale,
     dropout=VIT.dropout,
     mask="attention_mask",
-    restore=_inside("Dinov2ForImageClassification", "Dinov2Backbone"),
+    restore=inside("Dinov2ForImageClassification", "Dinov2Backbone"),
     refuse=_backbone,
     inputs=native_input,
 )
@@ -224,7 +209,7 @@ DINOV2_WITH_REGISTERS = variant(
         f"{MODELS}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersBackbone",
     ),
     prefix=_registers,
-    restore=_inside("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersBackbone"),
+    restore=inside("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersBackbone"),
 )
 
 DINOV3 = variant(
@@ -245,7 +230,7 @@ DINOV3 = variant(
     example=_rotary_example,
     understood=("position_embeddings",),
     arguments=("attention_mask", "position_embeddings"),
-    restore=_inside("DINOv3ViTBackbone"),
+    restore=inside("DINOv3ViTBackbone"),
 )
 
 BEIT = variant(
@@ -273,134 +258,6 @@ DATA2VEC = variant(
     towers=(f"{MODELS}.data2vec.modeling_data2vec_vision.Data2VecVisionModel",),
 )
 
-CLIP = Layout(
-    family="transformers CLIP",
-    block=f"{MODELS}.clip.modeling_clip.CLIPEncoderLayer",
-    towers=(f"{MODELS}.clip.modeling_clip.CLIPVisionModel", f"{MODELS}.clip.modeling_clip.CLIPVisionTransformer"),
-    norm1="layer_norm1",
-    project=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    heads="self_attn.num_heads",
-    after_attention=("self_attn.out_proj",),
-    mlp=("layer_norm2", "mlp"),
-    patch="embeddings.patch_embedding",
-    patches=native_patches,
-    scale="self_attn.scale",
-    dropout="self_attn.dropout",
-    arguments=("attention_mask", "causal_attention_mask"),
-    mask="attention_mask",
-    restore=_inside("CLIPForImageClassification"),
-    inputs=native_input,
-)
-
-SIGLIP = variant(
-    CLIP,
-    family="transformers SigLIP",
-    block=f"{MODELS}.siglip.modeling_siglip.SiglipEncoderLayer",
-    towers=(
-        f"{MODELS}.siglip.modeling_siglip.SiglipVisionModel",
-        f"{MODELS}.siglip.modeling_siglip.SiglipVisionTransformer",
-    ),
-    prefix=0,
-    cls=False,
-    restore=True,
-)
-
-SIGLIP2 = variant(
-    SIGLIP,
-    family="transformers SigLIP 2",
-    block=f"{MODELS}.siglip2.modeling_siglip2.Siglip2EncoderLayer",
-    towers=(
-        f"{MODELS}.siglip2.modeling_siglip2.Siglip2VisionModel",
-        f"{MODELS}.siglip2.modeling_siglip2.Siglip2VisionTransformer",
-    ),
-    patches=lambda tower: int(tower.config.num_patches),
-    inputs=_native_patches_in_rows,
-)
-
-BLIP = variant(
-    CLIP,
-    family="transformers BLIP",
-    block=f"{MODELS}.blip.modeling_blip.BlipEncoderLayer",
-    towers=(f"{MODELS}.blip.modeling_blip.BlipVisionModel",),
-    project=("self_attn.qkv",),
-    after_attention=("self_attn.projection",),
-    dropout="self_attn.dropout",
-    restore=False,
-)
-
-BLIP_2 = variant(
-    BLIP,
-    family="transformers BLIP-2",
-    block=f"{MODELS}.blip_2.modeling_blip_2.Blip2EncoderLayer",
-    towers=(f"{MODELS}.blip_2.modeling_blip_2.Blip2VisionModel",),
-    dropout="self_attn.attention_dropout|self_attn.dropout",
-)
-
-INSTRUCT_BLIP = variant(
-    BLIP_2,
-    family="transformers InstructBLIP",
-    block=f"{MODELS}.instructblip.modeling_instructblip.InstructBlipEncoderLayer",
-    towers=(f"{MODELS}.instructblip.modeling_instructblip.InstructBlipVisionModel",),
-)
-
-
-def _needs_grid(tower: Any, block: Any, ancestors: Around) -> str | None:
-    return (
-        "the squares of patches that its visual tokens are made of need the grid; visual_keep shortens what the "
-        "language model reads"
-    )
-
-
-def _internvl_project(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    attention = block.attention
-    return attention.q_norm(attention.q_proj(x)), attention.k_norm(attention.k_proj(x)), attention.v_proj(x)
-
-
-INTERN_VL = Layout(
-    family="transformers InternVL vision",
-    block=f"{MODELS}.internvl.modeling_internvl.InternVLVisionLayer",
-    towers=(f"{MODELS}.internvl.modeling_internvl.InternVLVisionModel",),
-    norm1="layernorm_before",
-    project=_internvl_project,
-    heads="attention.num_heads",
-    after_attention=("attention.projection_layer", "attention.projection_dropout", "lambda_1"),
-    mlp=("layernorm_after", "mlp", "dropout", "lambda_2"),
-    patch="embeddings.patch_embeddings.projection",
-    patches=native_patches,
-    dropout="attention.attention_dropout",
-    refuse=_needs_grid,
-    inputs=native_input,
-)
-
-IDEFICS3 = variant(
-    SIGLIP,
-    family="transformers Idefics3 vision",
-    block=f"{MODELS}.idefics3.modeling_idefics3.Idefics3EncoderLayer",
-    towers=(f"{MODELS}.idefics3.modeling_idefics3.Idefics3VisionTransformer",),
-    refuse=_needs_grid,
-)
-
-SMOL_VLM = variant(
-    IDEFICS3,
-    family="transformers SmolVLM vision",
-    block=f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMEncoderLayer",
-    towers=(f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer",),
-)
-
-VILT = variant(
-    VIT,
-    family="transformers ViLT",
-    block=f"{MODELS}.vilt.modeling_vilt.ViltLayer",
-    towers=(f"{MODELS}.vilt.modeling_vilt.ViltModel",),
-    patches=lambda tower: min(native_patches(tower), max(tower.config.max_image_length, 0) or native_patches(tower)),
-    prefix=lambda tower: int(tower.config.max_position_embeddings) + 1,
-    joint="embeddings",
-    arguments=("attention_mask", "output_attentions"),
-    restore=False,
-    returns_tuple=True,
-    inputs=_longest_text_and_image,
-)
-
 LAYOUTS = (
     VIT,
     DEIT,
@@ -413,32 +270,5 @@ LAYOUTS = (
     DINOV3,
     BEIT,
     DATA2VEC,
-    CLIP,
-    SIGLIP,
-    SIGLIP2,
-    BLIP,
-    BLIP_2,
-    INSTRUCT_BLIP,
-    INTERN_VL,
-    IDEFICS3,
-    SMOL_VLM,
-    VILT,
     YOLOS,
 )
-
-FIXED_READERS = ("blip-2", "instructblip", "instructblipvideo")
-"""Model types with image placeholders in the prompt whose number does not depend on the tower's tokens."""
-
-
-def placeholders(module: nn.Module) -> str | None:
-    """Why a vision-language model needs a fixed number of visual tokens, or None where it does not."""
-    config = getattr(module, "config", None)
-    if config is None or getattr(config, "model_type", None) in FIXED_READERS:
-        return None
-    for name in ("image_token_id", "image_token_index"):
-        if getattr(config, name, None) is not None:
-            return (
-                f"{type(module).__name__} has one placeholder per visual token in its prompt ({name} in its config): "
-                "a shorter tower output would not fit them; visual_keep shortens what the language model reads"
-            )
-    return None
