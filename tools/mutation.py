@@ -5,14 +5,17 @@
     python tools/mutation.py --out FOLDER          # goes on where a run into that folder was stopped
 
 The faults are those of cosmic-ray (https://cosmic-ray.readthedocs.io), which this script installs into an environment
-of its own. Each is planted in a copy of the repository, where the tests that cover its file are run until one fails
-(`TESTS`). Written are benchmarks/results/mutation.md, with every survivor, and .json. Reasons why a survivor may live
-stand in tools/mutation_reasons.json, by file, line of code and fault.
+of its own; but for those in type annotations, which are never run. Each is planted in a copy of the repository, where
+the tests that cover its file are run until one fails (`TESTS`); before, they have to pass without a fault. Written are
+benchmarks/results/mutation.md, with every survivor, and .json. Reasons why a survivor may live stand in
+tools/mutation_reasons.json, by file, line of code and fault.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import json
 import os
 import random
@@ -21,6 +24,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -32,8 +36,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 REASONS = Path(__file__).with_name("mutation_reasons.json")
 MODULES = ["src/turbovlm/ops", "src/turbovlm/encoder"]
 COSMIC_RAY = "cosmic_ray==8.7.0"
-TIMEOUT = 300.0
-"""Seconds after which a fault counts as noticed, as one that makes a loop endless is."""
+PATIENCE = 4.0
+"""Times the tests' own duration after which a fault counts as noticed, as one that makes a loop endless is."""
 
 COMMON = ["tests/test_reference.py", "tests/test_golden.py", "tests/test_exact_values.py", "tests/test_verify.py"]
 TESTS: dict[str, list[str]] = {
@@ -69,8 +73,9 @@ def main() -> int:
     seen = {json.loads(line)["job"] for line in done.read_text().splitlines()} if done.exists() else set()
     left = [fault for fault in faults if fault["job"] not in seen]
     with ThreadPoolExecutor(args.workers) as pool, done.open("a") as file:
-        free = list(copies)
-        for number, outcome in enumerate(pool.map(lambda fault: _tested(fault, free, cosmic_ray), left), len(seen) + 1):
+        limits = _limits({_tests_of(fault["path"]) for fault in left}, copies, pool)
+        tested = functools.partial(_tested, free=list(copies), cosmic_ray=cosmic_ray, limits=limits)
+        for number, outcome in enumerate(pool.map(tested, left), len(seen) + 1):
             file.write(json.dumps(outcome) + "\n")
             file.flush()
             print(f"{number}/{len(faults)} {outcome['outcome']:8} {outcome['path']}:{outcome['row']}", flush=True)
@@ -93,16 +98,63 @@ def _sample(out: Path, cosmic_ray: Path, count: int, seed: int) -> list[dict[str
     if not session.exists():
         modules = json.dumps(MODULES)
         config.write_text(
-            f"[cosmic-ray]\nmodule-path = {modules}\ntimeout = {TIMEOUT}\nexcluded-modules = []\n"
+            f"[cosmic-ray]\nmodule-path = {modules}\ntimeout = 60.0\nexcluded-modules = []\n"
             'test-command = "true"\n'
             '[cosmic-ray.distributor]\nname = "local"\n'
         )
         subprocess.run([cosmic_ray, "init", config, session], cwd=ROOT, check=True)
-    fields = "job_id, module_path, operator_name, operator_args, occurrence, start_pos_row"
+    fields = "job_id, module_path, operator_name, operator_args, occurrence, start_pos_row, start_pos_col"
     with sqlite3.connect(session) as database:
         rows = sorted(database.execute(f"SELECT {fields} FROM mutation_specs"), key=lambda row: row[1:])
-    names = ("job", "path", "operator", "arguments", "occurrence", "row")
-    return [dict(zip(names, row)) for row in random.Random(seed).sample(rows, min(count, len(rows)))]
+    names = ("job", "path", "operator", "arguments", "occurrence", "row", "column")
+    found = [dict(zip(names, row)) for row in rows]
+    run = [fault for fault in found if not _is_annotated(fault["path"], fault["row"], fault["column"])]
+    print(f"{len(run)} faults can be planted; {len(found) - len(run)} more are in annotations", flush=True)
+    return random.Random(seed).sample(run, min(count, len(run)))
+
+
+def _is_annotated(path: str, row: int, column: int) -> bool:
+    """Whether a place in a file is inside of a type annotation."""
+    return any(start <= (row, column) < end for start, end in _annotations(path))
+
+
+@functools.cache
+def _annotations(path: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where each annotation of a file begins and ends: row and column."""
+    nodes = ast.walk(ast.parse((ROOT / path).read_text()))
+    found = [getattr(node, name, None) for node in nodes for name in ("annotation", "returns")]
+    return [
+        ((node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0))
+        for node in found
+        if node is not None
+    ]
+
+
+def _tests_of(path: str) -> tuple[str, ...]:
+    return tuple(next(tests for start, tests in TESTS.items() if path.startswith(start)))
+
+
+def _pytest(copy: Path, tests: tuple[str, ...], limit: float | None = None) -> int:
+    """Exit status of some tests in a copy, which end at the first that fails."""
+    environment = {**os.environ, "PYTHONPATH": f"{copy / 'src'}{os.pathsep}{copy / 'lab' / 'src'}"}
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(pytest, cwd=copy, env=environment, capture_output=True, timeout=limit).returncode
+
+
+def _limits(groups: set[tuple[str, ...]], copies: list[Path], pool: ThreadPoolExecutor) -> dict[tuple[str, ...], float]:
+    """Seconds that each group of tests may take, from what it takes without a fault."""
+
+    def limit(copy: Path, tests: tuple[str, ...]) -> float:
+        start = time.monotonic()
+        if _pytest(copy, tests):
+            raise SystemExit(f"these tests fail without any fault: {' '.join(tests)}")
+        seconds = time.monotonic() - start
+        print(f"{seconds:.0f} s without a fault: {' '.join(tests)}", flush=True)
+        return PATIENCE * seconds
+
+    ordered = sorted(groups)
+    one = [copies[i % len(copies)] for i in range(len(ordered))]  # tests alone change no file of a copy
+    return dict(zip(ordered, pool.map(limit, one, ordered)))
 
 
 def _copy(folder: Path) -> Path:
@@ -115,19 +167,18 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
-def _tested(fault: dict[str, Any], free: list[Path], cosmic_ray: Path) -> dict[str, Any]:
+def _tested(
+    fault: dict[str, Any], free: list[Path], cosmic_ray: Path, limits: dict[tuple[str, ...], float]
+) -> dict[str, Any]:
     """What became of a fault: `"killed"`, `"survived"` or `"timeout"`, with its difference to the code."""
     copy = free.pop()
     file, original = copy / fault["path"], (ROOT / fault["path"]).read_text()
     try:
         command = [cosmic_ray, "apply", fault["path"], fault["operator"], str(fault["occurrence"])]
         subprocess.run(command, cwd=copy, check=True, capture_output=True)
-        tests = next(tests for start, tests in TESTS.items() if fault["path"].startswith(start))
-        environment = {**os.environ, "PYTHONPATH": f"{copy / 'src'}{os.pathsep}{copy / 'lab' / 'src'}"}
-        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+        tests = _tests_of(fault["path"])
         try:
-            code = subprocess.run(pytest, cwd=copy, env=environment, capture_output=True, timeout=TIMEOUT).returncode
-            outcome = "survived" if code == 0 else "killed"
+            outcome = "survived" if _pytest(copy, tests, limits[tests]) == 0 else "killed"
         except subprocess.TimeoutExpired:
             outcome = "timeout"
         planted = file.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The benchmark that needs a GPU runs, on a tiny model and the CPU."""
+"""The benchmark that needs a GPU runs on a tiny model and the CPU; others count and report what they should."""
 
 from __future__ import annotations
 
@@ -95,3 +95,27 @@ def test_calls_are_those_of_named_functions(monkeypatch):
     assert [name for _, name in calls] == ["default_alpha", "default_alpha", "needs_semantic"]
     others = [("a.py", "f"), ("b.py", "g"), ("b.py", "g"), ("a.py", "f")]
     assert structure.counts(others) == {"calls": 4, "functions": 2, "files": 2, "switches": 2}
+
+
+def test_two_checkouts_are_compared_by_medians(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import against
+
+    def process(plain, turbo):
+        return {"plain": plain, "turbo": turbo, "macs_ratio": 2.0}
+
+    checkouts = {
+        "there": [process([3.0, 4.0], [2.0, 2.0]), process([4.0, 4.0], [2.0, 4.0])],
+        "here": [process([3.0, 3.0], [1.0, 1.0]), process([3.0, 3.0], [1.5, 1.5])],
+    }
+    found = {"machine": {"cpu": "x"}, "case": "vit-b-384", "dtype": "fp32", "batch": 8, "rounds": 2}
+    report = against.report({**found, "checkouts": checkouts})
+    assert "| there | 2.00 | 1.750× | 1.125–2.000 | 2.000× | 0.875 |" in report
+    assert "| here | 1.25 | 2.500× | 2.000–3.000 | 2.000× | 1.250 |" in report
+    assert "0.625 of the medians; pairs of processes 0.500 to 0.500" in report
+
+
+def test_a_checkout_without_the_package_is_refused():
+    script = SCRIPT.with_name("against.py")
+    done = subprocess.run([sys.executable, script, "--source", SCRIPT.parent], capture_output=True, text=True)
+    assert done.returncode == 2 and "has no src/turbovlm" in done.stderr
