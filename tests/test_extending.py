@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,3 +147,24 @@ def test_a_family_registered_twice_is_refused(registered):
     with pytest.raises(turbovlm.ConfigError, match=r"ViTLayer is registered already, as transformers ViT"):
         turbovlm.register(fresh, again)
     assert turbovlm.registry.families("encoder") == known  # nothing of a refused call stays
+
+
+def test_two_entries_of_one_call_with_the_same_class_are_refused():
+    from turbovlm.encoder import variant
+    from turbovlm.encoder.families.transformers import VIT
+
+    first, second = (variant(VIT, family=name, block="my.Block") for name in ("first", "second"))
+    known = turbovlm.registry.families("encoder")
+    with pytest.raises(turbovlm.ConfigError, match=r"my\.Block is registered already, as first"):
+        turbovlm.register(first, second)
+    assert turbovlm.registry.families("encoder") == known
+
+
+def test_a_package_whose_families_cannot_be_loaded_is_named_every_time(monkeypatch):
+    registry = turbovlm.registry
+    points = [EntryPoint("mine", "no_such_package.families", registry.ENTRY_POINTS)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "_LOADED", registry._LOADED - {registry.ENTRY_POINTS})
+    for _ in range(2):
+        with pytest.raises(turbovlm.ConfigError, match=r"no_such_package\.families.*cannot be loaded.*update or"):
+            turbovlm.apply(torch.nn.Linear(2, 2), r=1)

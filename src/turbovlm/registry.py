@@ -55,15 +55,18 @@ def register(*entries: Any) -> None:
     Raises:
         ConfigError: an entry is none of these, or its classes are registered already. Nothing is registered then.
     """
+    new: dict[tuple[str, str], Family] = {}
     for entry in entries:
         if getattr(entry, "kind", None) not in OWN:
             raise ConfigError(f"{entry!r}: must be an encoder's Layout, a VlmFamily or a Denoiser")
         _load_own(entry.kind)
         for path in entry.classes:
-            if path in _FAMILIES[entry.kind]:
-                raise ConfigError(f"{path} is registered already, as {_FAMILIES[entry.kind][path].family}")
-    for entry in entries:
-        _FAMILIES[entry.kind].update(dict.fromkeys(entry.classes, entry))
+            known = _FAMILIES[entry.kind].get(path) or new.get((entry.kind, path))
+            if known is not None:
+                raise ConfigError(f"{path} is registered already, as {known.family}")
+            new[entry.kind, path] = entry
+    for (kind, path), entry in new.items():
+        _FAMILIES[kind][path] = entry
 
 
 def unregister(*entries: Any) -> None:
@@ -115,8 +118,21 @@ def _load_own(kind: str) -> None:
 
 
 def _load_added() -> None:
+    """Register what other packages bring, all of it or nothing.
+
+    Raises:
+        ConfigError: a package's families cannot be loaded, or are registered already; every later call says so again.
+    """
     if ENTRY_POINTS in _LOADED:
         return
-    _LOADED.add(ENTRY_POINTS)
+    found: list[Family] = []
     for point in entry_points(group=ENTRY_POINTS):
-        register(*point.load().FAMILIES)
+        try:
+            found += point.load().FAMILIES
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"the families of {point.value}, an entry point of the group {ENTRY_POINTS}, cannot be loaded: "
+                f"{error!r}; update or uninstall the package that has it"
+            ) from error
+    register(*found)
+    _LOADED.add(ENTRY_POINTS)
