@@ -13,6 +13,7 @@ from denoisers import DENOISERS, noise, unet, unet_inputs
 from families import _livelier as livelier
 from turbovlm.diffusion.run import Run, run_within
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
+from turbovlm.ops import plain
 
 pytest.importorskip("diffusers")
 ROWS, COLUMNS = 32, 32
@@ -149,7 +150,7 @@ def test_a_compiled_flux_is_told_of_pictures_that_are_not_square(settings, said)
 
 def in_a_run(model, function, *args, **kwargs):
     """Call a part of an accelerated denoiser as in a forward of one latent; also give the run."""
-    run = Run(turbovlm.get_handle(model).features[0], model, 1, None, {})
+    run = Run(turbovlm.get_handle(model).features[0], model, plain, 1, None, {})
     return run_within(run, function, *args, **kwargs), run
 
 

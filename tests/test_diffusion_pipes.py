@@ -155,7 +155,7 @@ def test_a_run_leaves_nothing_to_the_next():
 
 def test_guidance_in_two_forwards_decides_once_for_both(monkeypatch):
     compare, seen = choose.mutual_redundancy, []
-    monkeypatch.setattr(choose, "mutual_redundancy", lambda *args: (seen.append(1), compare(*args))[1])
+    monkeypatch.setattr(choose, "mutual_redundancy", lambda *args, **how: (seen.append(1), compare(*args, **how))[1])
     pipe, given = PIPES["flux-cfg"](), PIPES["flux-cfg"]
     with turbovlm.apply(pipe, keep=0.5, refresh=2):
         given.run(pipe, num_inference_steps=4)

@@ -23,9 +23,9 @@ def decisions(monkeypatch):
     """The number of tokens compared, at each comparison."""
     seen, compare = [], choose.mutual_redundancy
 
-    def counted(features, split):
+    def counted(features, split, **how):
         seen.append(features.shape[1])
-        return compare(features, split)
+        return compare(features, split, **how)
 
     monkeypatch.setattr(choose, "mutual_redundancy", counted)
     return seen

@@ -8,10 +8,10 @@ module weakly: a patched model is freed as soon as nobody else holds it.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from types import MethodType
 from typing import Any, Protocol
 
 import torch.nn as nn
@@ -85,7 +85,7 @@ class Patch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
-        original = MethodType(self.method, module) if self.before is None else self.before
+        original = functools.partial(self.method, module) if self.before is None else self.before
         if self.feature.removed:
             return original(*args, **kwargs)
         if self.by_name:
