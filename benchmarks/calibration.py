@@ -6,11 +6,11 @@
 
 Photographs: half of them are given to `calibrate`, with the pretrained ViT-S/14; on the other half every setting is
 measured against the full model: drift (1 − cosine, the mean photograph taken off) of CLS and of the patches' tokens at
-every position, and IoU of the salient region. Thresholds cost what they cost on those pictures; so the default is
+every position, and IoU of the salient region. Thresholds cost what they cost on those images; so the default is
 measured once more at that cost. The promised bound is tried on 100 random splits of the photographs that were not
 searched on: it is taken from one half and has to hold on the other. What is calibrated for a speed-up is timed again.
 
-Tasks: `calibrate` is given 128 pictures of a built-in task, without answers, and `evaluate` asks 200 others.
+Tasks: `calibrate` is given 128 images of a built-in task, without answers, and `evaluate` asks 200 others.
 
 Generated images: `calibrate` is given prompts of the built-in text-to-image model; on others its settings stand beside
 one `keep` for all resolutions at the same cost.
@@ -58,7 +58,7 @@ SIDE, BATCH, EFFORT, SEED = 224, 16, 40, 0
 SHARES = (0.75, 0.6, 0.45)
 SPLITS, SPEEDUP, TIMINGS = 100, 1.5, 5
 TASKS = ("saliency", "classification", "retrieval", "captioning", "vqa", "nlvr2")
-PICTURES, CALIBRATED_ON = 200, 128
+IMAGES, CALIBRATED_ON = 200, 128
 PARTS = ("photos", "pictures", "tasks")
 MADE, PROMPTS, STEPS = (0.9, 0.8), 64, 10
 """Shares of the denoiser's multiply-accumulates, prompts to calibrate on and as many to look at, denoising steps."""
@@ -73,7 +73,7 @@ def main() -> None:
     machine = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(describe_machine()).items())
     for part in args.parts or PARTS:
         start = time.perf_counter()
-        found[part] = {"photos": on_photos, "pictures": on_pictures, "tasks": on_tasks}[part]()
+        found[part] = {"photos": on_photos, "pictures": on_images, "tasks": on_tasks}[part]()
         found[part]["machine"] = f"{machine}, {(time.perf_counter() - start) / 60:.0f} minutes"
         file.write_text(json.dumps(found, indent=1) + "\n")
         text = report(found)
@@ -187,13 +187,13 @@ def _timed(backbone: Any, images: Tensor) -> dict[str, Any]:
     }
 
 
-def on_pictures() -> dict[str, Any]:
+def on_images() -> dict[str, Any]:
     pipe = load_emoji_pipeline()
     prompts = random.Random(SEED).sample(list(emoji_prompts()), 2 * PROMPTS)
     inputs = {"guidance_scale": 3.0}
     rows = []
     for share in MADE:
-        with progress_bar(PROMPTS * 10, f"pictures, {share:.0%}") as advance:
+        with progress_bar(PROMPTS * 10, f"images, {share:.0%}") as advance:
             start = time.perf_counter()
             found = turbovlm.calibrate(
                 pipe, prompts[:PROMPTS], flops=share, steps=STEPS, inputs=inputs, batch=BATCH, progress=advance
@@ -225,12 +225,12 @@ def on_tasks() -> dict[str, Any]:
     found = {}
     for task in TASKS:
         predictor = zoo_predictor(task, MODELS[task].removeprefix("zoo:"))
-        more = DATA[task](PICTURES + CALIBRATED_ON).samples
-        pictures = {picture.name: picture for sample in more for picture in sample.pictures}
-        data = DATA[task](PICTURES)
-        asked = {picture.name for sample in data.samples for picture in sample.pictures}
-        others = [picture for name, picture in pictures.items() if name not in asked][:CALIBRATED_ON]
-        images = preprocess([picture.open().resize((SIDE, SIDE)) for picture in others], SIDE)
+        more = DATA[task](IMAGES + CALIBRATED_ON).samples
+        of_name = {image.name: image for sample in more for image in sample.images}
+        data = DATA[task](IMAGES)
+        asked = {image.name for sample in data.samples for image in sample.images}
+        others = [image for name, image in of_name.items() if name not in asked][:CALIBRATED_ON]
+        images = preprocess([image.open().resize((SIDE, SIDE)) for image in others], SIDE)
         config = _calibrated(predictor.model, images, task, 0.6, dense=predictor.dense).config
         each = _calibrated(predictor.model, images, f"{task}, per image", 0.6, True, dense=predictor.dense).config
         print(task, len(others), config, each.thresholds, flush=True)

@@ -41,18 +41,18 @@ def photographs(quick: bool = False) -> tuple[Tensor, Tensor]:
     """Half to compress with and half to measure on, `[photographs, 3, 224, 224]` each.
 
     Args:
-        quick: the 28 pictures of the demo, instead of the 256 that studies/photos/prepare.py fetches.
+        quick: the 28 images of the demo, instead of the 256 that studies/photos/prepare.py fetches.
     """
     if quick:
         from turbovlm_lab.demo.photos import load_photos
 
-        pictures = [photo.image for photo in load_photos()]
+        images = [photo.image for photo in load_photos()]
     else:
         sys.path.insert(0, str(STUDIES / "photos"))
         import prepare
 
-        pictures = prepare.load_photos()
-    pixels = preprocess([ImageOps.fit(picture, (SIDE, SIDE)) for picture in pictures], SIDE)
+        images = prepare.load_photos()
+    pixels = preprocess([ImageOps.fit(image, (SIDE, SIDE)) for image in images], SIDE)
     order = random.Random(SEED).sample(range(len(pixels)), len(pixels))
     return pixels[order[: len(order) // 2]], pixels[order[len(order) // 2 :]]
 

@@ -2,8 +2,8 @@
 
     python studies/photos/prepare.py           # 256 photographs, fetched
     python studies/compression/quantise.py     # GPTQ's weights in 4 bits; see there for what it needs
-    python benchmarks/compression.py           # on half of the photographs, and 200 pictures of each task: an hour
-    python benchmarks/compression.py --quick   # the whole path, on the demo's photographs and 16 pictures
+    python benchmarks/compression.py           # on half of the photographs, and 200 images of each task: an hour
+    python benchmarks/compression.py --quick   # the whole path, on the demo's photographs and 16 images
     python benchmarks/compression.py --variants none pruned     # some of the variants
     python benchmarks/compression.py --parts compiled tasks     # these alone, beside the last run's rest
     python benchmarks/compression.py --docs    # the last run's tables, put into docs/compression.md
@@ -65,11 +65,11 @@ from turbovlm_lab.reproduce.published import Printed, printed_rows
 from turbovlm_lab.zoo import load_saliency_vit
 from turbovlm_lab.zoo.saliency import SaliencyViT
 
-TASK, PICTURES, FLOPS = "saliency", 200, 0.6
+TASK, IMAGES, FLOPS = "saliency", 200, 0.6
 TURBO = TurboConfig(flops=FLOPS, dense=True)
 ROUNDS, TIMED = 10, 8
 """Rounds of timing, and photographs in a batch of them."""
-QUICK = {"pictures": 16, "rounds": 2, "timed": 2}
+QUICK = {"images": 16, "rounds": 2, "timed": 2}
 DOCS = Path(__file__).parents[1] / "docs" / "compression.md"
 MARKS = ("<!-- measured -->\n", "<!-- end -->\n")
 PARTS = ("photographs", "compiled", "tasks")
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
-    parser.add_argument("--quick", action="store_true", help="few photographs, pictures and rounds")
+    parser.add_argument("--quick", action="store_true", help="few photographs, images and rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
     parser.add_argument("--docs", action="store_true", help="measure nothing; put the last run's tables into docs")
     args = parser.parse_args()
@@ -98,7 +98,7 @@ def main() -> None:
     if args.docs:
         into_docs(report(load(args.out / f"{name}.json")))
         return
-    sizes = QUICK if args.quick else {"pictures": PICTURES, "rounds": ROUNDS, "timed": TIMED}
+    sizes = QUICK if args.quick else {"images": IMAGES, "rounds": ROUNDS, "timed": TIMED}
     given, held = photographs(args.quick)
     file, names = args.out / f"{name}.json", list(dict.fromkeys(["none", *args.variants]))
     found = load(file) if file.exists() else {}
@@ -108,7 +108,7 @@ def main() -> None:
         if "compiled" in args.parts:
             found["compiled"] = compiled(given, held[: sizes["timed"]], names, sizes["rounds"])
         if "tasks" in args.parts:
-            found["tasks"] = {"machine": machine(), **asked(given, names, sizes["pictures"])}
+            found["tasks"] = {"machine": machine(), **asked(given, names, sizes["images"])}
     except TurboError as error:
         parser.error(str(error))
     save(file, found)
@@ -131,7 +131,7 @@ def compiled(given: Tensor, pixels: Tensor, names: list[str], rounds: int) -> di
 
 
 @torch.no_grad()
-def asked(given: Tensor, names: list[str], pictures: int) -> dict[str, Any]:
+def asked(given: Tensor, names: list[str], images: int) -> dict[str, Any]:
     """The other built-in tasks, of every variant that is no mere step to another."""
     backbone: Any = load_saliency_vit().backbone
     names = [name for name in names if name != "pruned"]
@@ -140,12 +140,12 @@ def asked(given: Tensor, names: list[str], pictures: int) -> dict[str, Any]:
         for name in names:
             variants[name] = VARIANTS[name](backbone, given)
             advance(1)
-        return {"pictures": pictures, "rows": ask_tasks(variants, TURBO, pictures, advance)}
+        return {"pictures": images, "rows": ask_tasks(variants, TURBO, images, advance)}
 
 
 @torch.no_grad()
 def measured(
-    model: SaliencyViT, given: Tensor, held: Tensor, names: list[str], *, pictures: int, rounds: int, timed: int
+    model: SaliencyViT, given: Tensor, held: Tensor, names: list[str], *, images: int, rounds: int, timed: int
 ) -> dict[str, Any]:
     """Every variant with tokens merged and without, measured on the photographs `held`."""
     backbone: Any = model.backbone
@@ -155,10 +155,10 @@ def measured(
             variants[name] = VARIANTS[name](backbone, given)
             advance(1)
     own = _seen(model, held, None)
-    asked = _Task(model, pictures)
+    asked = _Task(model, images)
     scored: dict[tuple[str, bool], tuple[float, ...]] = {}
     rows: list[dict[str, Any]] = []
-    with progress_bar(2 * len(names) * (len(held) + pictures), "measuring") as advance:
+    with progress_bar(2 * len(names) * (len(held) + images), "measuring") as advance:
         for name, variant in variants.items():
             assert_unharmed(variant, held[:2])
             whole = SaliencyViT(variant, model.head).eval()
@@ -169,7 +169,7 @@ def measured(
                 advance(len(held))
                 score = scored[name, row["turbo"]] = asked.parts(variant, config)
                 row["kept"] = astuple(kept(score, scored["none", False], seed=SEED))
-                advance(pictures)
+                advance(images)
                 if config is not None:
                     row["beyond"] = beyond_sum(score, scored[name, False], scored["none", True], scored["none", False])
                     row["decisions"] = decisions(backbone, variant, held)
@@ -183,7 +183,7 @@ def measured(
         "versions": {name: version(name) for name in LIBRARIES},
         "seed": SEED,
         "photographs": {"given": len(given), "held out": len(held)},
-        "task": {"name": TASK, "pictures": pictures},
+        "task": {"name": TASK, "pictures": images},
         "flops": FLOPS,
         "timing": times.conditions,
         "rows": rows,
@@ -246,13 +246,13 @@ def _quality(seen: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> dict[st
 class _Task:
     """The built-in saliency task, asked of any backbone before the pretrained head."""
 
-    def __init__(self, model: SaliencyViT, pictures: int) -> None:
-        self.head, self.data = model.head, DATA[TASK](pictures)
+    def __init__(self, model: SaliencyViT, images: int) -> None:
+        self.head, self.data = model.head, DATA[TASK](images)
         prepare = zoo_predictor(TASK, TASK).prepare
         self.prepared = [prepare(sample, None) for sample in self.data.samples]
 
     def parts(self, backbone: nn.Module, config: TurboConfig | None) -> tuple[float, ...]:
-        """The metric of each picture."""
+        """The metric of each image."""
         model, found = SaliencyViT(backbone, self.head).eval(), []
         with _applied(backbone, config):
             for start in range(0, len(self.prepared), BATCH):
@@ -311,7 +311,7 @@ def report(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     lines = ["# Turbo on top of compression", "", f"{described(found['machine'])}.", "", f"{versions}.", ""]
     lines += [f"{found['date']}, seed {found['seed']}. ViT-S/14; {photos['held out']} photographs that compression"]
-    lines += [f"was not made with ({photos['given']} others); {task['pictures']} pictures of the task {task['name']}."]
+    lines += [f"was not made with ({photos['given']} others); {task['pictures']} images of the task {task['name']}."]
     lines += [f"Turbo: flops={found['flops']}. Time: {found['timing']}, a shared machine.", ""]
     lines += ["| model | multiply-accumulates | weights, MB | time, s | speed-up | drift of CLS | of patches "]
     lines[-1] += "| salient IoU | score kept |"
@@ -339,7 +339,7 @@ def report(found: dict[str, Any]) -> str:
         lines += _compiled_lines(found["compiled"])
     if "tasks" in found:
         lines += task_lines(found["tasks"]["rows"], _over, SUM)
-        lines += ["", f"{found['tasks']['pictures']} pictures of each. {described(found['tasks']['machine'])}."]
+        lines += ["", f"{found['tasks']['pictures']} images of each. {described(found['tasks']['machine'])}."]
     lines += ["", "## The paper's own rows", "", "Turbo on top of UPop (pruned and retrained) and of GPTQ, as printed."]
     lines += ["Speed-up: over the model itself, on an RTX 3090.", ""]
     lines += ["| table | task | model, data | method | scores | multiply-accumulates | speed-up |", "|---" * 7 + "|"]

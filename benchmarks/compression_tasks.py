@@ -25,7 +25,7 @@ TASKS = ("classification", "retrieval", "captioning", "vqa", "nlvr2")
 def ask_tasks(
     variants: dict[str, Any],
     turbo: TurboConfig,
-    pictures: int,
+    images: int,
     advance: Callable[[int], object],
     tasks: tuple[str, ...] = TASKS,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -34,12 +34,12 @@ def ask_tasks(
     Args:
         variants: compressed copies of the encoder by name, the model itself first.
         turbo: how tokens are merged.
-        pictures: of each task.
+        images: of each task.
         advance: called with 1 after each score.
     """
     found = {}
     for task in tasks:
-        predictor, data = zoo_predictor(task, MODELS[task].partition(":")[2]), DATA[task](pictures)
+        predictor, data = zoo_predictor(task, MODELS[task].partition(":")[2]), DATA[task](images)
         prepared = [predictor.prepare(sample, None) for sample in data.samples]
         encoder = next(each for each in predictor.model.modules() if type(each).__name__ == "Dinov2Model")
         rows: list[dict[str, Any]] = []
@@ -113,7 +113,7 @@ def task_lines(found: dict[str, list[dict[str, Any]]], over: Callable[[float, fl
         "Score kept of the model that is neither compressed nor merged, with",
     ]
     lines += [
-        "95 % bootstrap intervals over pictures. Loss: of both together, over the sum of the two alone; the goal is"
+        "95 % bootstrap intervals over images. Loss: of both together, over the sum of the two alone; the goal is"
     ]
     lines += [f"at most {goal}. Beyond: what both lose more than that sum, in points; below 0, less.", ""]
     lines += ["| task | compression | alone | with Turbo | Turbo alone | loss | beyond the sum |", "|---" * 7 + "|"]

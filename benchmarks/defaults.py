@@ -6,8 +6,8 @@
 The pretrained ViT-S/14 with its saliency head (`turbovlm_lab.zoo`), on the middle squares of 256 different photographs.
 Every setting merges the same number of tokens in every block, so all rows of one r cost the same but for the width of
 what is compared. Measured against the full model: drift (1 − cosine) of CLS, and of the patches' tokens, restored, each
-with the photographs' mean taken off; and IoU of the salient regions. Differences to ToMe are paired, picture by
-picture: mean ± standard error.
+with the photographs' mean taken off; and IoU of the salient regions. Differences to ToMe are paired, image by
+image: mean ± standard error.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def look(model: Any, pixels: Tensor, config: TurboConfig | None) -> tuple[Tensor, Tensor]:
-    """Tokens, `[pictures, 257, width]`, and salient regions, `[pictures, height, width]`."""
+    """Tokens, `[images, 257, width]`, and salient regions, `[images, height, width]`."""
     ends, regions = [], []
     handle = turbovlm.apply(model.backbone, dataclasses.replace(config, dense=True)) if config is not None else None
     for chunk in pixels.split(16):
@@ -103,7 +103,7 @@ def look(model: Any, pixels: Tensor, config: TurboConfig | None) -> tuple[Tensor
 
 
 def compare(seen: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor]) -> Tensor:
-    """The three measures of each picture, `[3, pictures]`."""
+    """The three measures of each image, `[3, images]`."""
     mean = full[0].mean(0)
     drift = 1 - torch.cosine_similarity(seen[0] - mean, full[0] - mean, dim=-1)
     return torch.stack([drift[:, 0], drift[:, 1:].mean(dim=1), overlap(seen[1], full[1])])
@@ -120,8 +120,8 @@ def summary(rows: dict[tuple[int, str], Tensor], r: int, name: str) -> dict[str,
     }
 
 
-def report(rows: dict[tuple[int, str], Tensor], amounts: list[int], pictures: int, machine: str) -> str:
-    lines = ["# What the settings cost", "", f"{pictures} photographs. {machine}", ""]
+def report(rows: dict[tuple[int, str], Tensor], amounts: list[int], images: int, machine: str) -> str:
+    lines = ["# What the settings cost", "", f"{images} photographs. {machine}", ""]
     for r in amounts:
         lines += [f"## r={r}", "", "| setting | " + " | ".join(MEASURES) + " |", "|---|---|---|---|"]
         for name in SETTINGS:

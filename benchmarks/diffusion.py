@@ -25,7 +25,7 @@ from cases import DTYPES, RESULTS, compare_shown, described, load, machine, save
 from turbovlm import DenoiseConfig
 
 SIZES = {512: 2, 1024: 1}
-"""Pixels a side, and pictures in a batch unless told otherwise."""
+"""Pixels a side, and images in a batch unless told otherwise."""
 KEEPS = (0.9, 0.8, 0.7, 0.5)
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(UNETS), default=("sd15",))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", choices=tuple(SIZES), default=tuple(SIZES), metavar="PIXELS")
-    parser.add_argument("--batch", type=int, metavar="N", help="pictures in a batch (default: 2 of 512, 1 of 1024)")
+    parser.add_argument("--batch", type=int, metavar="N", help="images in a batch (default: 2 of 512, 1 of 1024)")
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, metavar="SHARE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")

@@ -1,12 +1,12 @@
-"""What merging costs in pictures: drift from the unmerged run of the same seed, and Fréchet distance, beside tomesd.
+"""What merging costs in images: drift from the unmerged run of the same seed, and Fréchet distance, beside tomesd.
 
     python benchmarks/diffusion_quality.py                   # drift and time of all settings, and their plot
     python benchmarks/diffusion_quality.py --frechet 2000    # Fréchet distances, hours; goes on where it was stopped
 
 On the small text-to-image model trained on emoji (turbovlm_lab.zoo.emoji), 64×64 pixels, 10 steps, guidance 3, fp32.
-Drift is the relative error of the last latent, per picture; its mean and standard error. Time is process CPU time of
-calls for 16 pictures without the text encoder, settings in turn, as a ratio to the pipeline's own; medians. The Fréchet
-distance is between features of a ViT-S/14 (CLS after block 9, of pictures scaled to 112 pixels) of the pictures made
+Drift is the relative error of the last latent, per image; its mean and standard error. Time is process CPU time of
+calls for 16 images without the text encoder, settings in turn, as a ratio to the pipeline's own; medians. The Fréchet
+distance is between features of a ViT-S/14 (CLS after block 9, of images scaled to 112 pixels) of the images made
 and of as many drawn ones, which studies/emoji/prepare.py fetches; smaller is better.
 tomesd (pip install --no-deps tomesd) merges in all components, by its deterministic partition.
 """
@@ -44,9 +44,9 @@ Within = Callable[[Any], contextlib.AbstractContextManager[Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=96, metavar="N", help="for drift (default 96)")
+    parser.add_argument("--images", "--pictures", type=int, default=96, metavar="N", help="for drift (default 96)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of timing (default 5); 0 for none")
-    parser.add_argument("--frechet", type=int, metavar="N", help="pictures per setting, instead of drift and time")
+    parser.add_argument("--frechet", type=int, metavar="N", help="images per setting, instead of drift and time")
     parser.add_argument("--only", metavar="TEXT", help="settings whose name contains it")
     parser.add_argument("--out", default="diffusion_quality", metavar="NAME", help="of the files under results")
     args = parser.parse_args()
@@ -59,17 +59,17 @@ def main() -> None:
     if args.frechet:
         measure_frechet(pipe, args.frechet, args.only, results, file)
     else:
-        measure_drift(pipe, args.pictures, args.rounds, args.only, results)
+        measure_drift(pipe, args.images, args.rounds, args.only, results)
         save(file, results)
         plot(results["settings"], file.with_suffix(".png"))
     (RESULTS / f"{args.out}.md").write_text(report(results))
     print(report(results))
 
 
-def measure_drift(pipe: Any, pictures: int, rounds: int, only: str | None, results: dict[str, Any]) -> None:
+def measure_drift(pipe: Any, images: int, rounds: int, only: str | None, results: dict[str, Any]) -> None:
     chosen = {name: within for name, within in settings().items() if not only or only in name}
-    results |= {"machine": machine(), "pictures": pictures, "settings": {}}
-    texts = embedded(pipe, prompts(pictures))
+    results |= {"machine": machine(), "pictures": images, "settings": {}}
+    texts = embedded(pipe, prompts(images))
     plain = latents(pipe, texts)
     for name, within in tqdm(chosen.items(), unit=" settings"):
         with within(pipe):
@@ -82,7 +82,7 @@ def measure_drift(pipe: Any, pictures: int, rounds: int, only: str | None, resul
 
 
 def measure_frechet(pipe: Any, count: int, only: str | None, results: dict[str, Any], file: Path) -> None:
-    """Of the model's own pictures, and of each share kept."""
+    """Of the model's own images, and of each share kept."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "emoji"))
     from prepare import DATA
     from scenes import load_emoji, scenes
@@ -107,11 +107,11 @@ def measure_frechet(pipe: Any, count: int, only: str | None, results: dict[str, 
 
 
 @torch.inference_mode()
-def features(vit: Any, pictures: Tensor) -> Tensor:
-    """CLS after block 9 of a ViT-S/14, `[pictures, 384]`, of pictures in [−1, 1]."""
+def features(vit: Any, images: Tensor) -> Tensor:
+    """CLS after block 9 of a ViT-S/14, `[images, 384]`, of images in [−1, 1]."""
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in IMAGENET)
     found = []
-    for some in torch.split(pictures, 64):
+    for some in torch.split(images, 64):
         larger = F.interpolate((some + 1) / 2, size=(112, 112), mode="bicubic", align_corners=False)
         out = vit(pixel_values=(larger - mean) / deviation, output_hidden_states=True)
         found.append(out.hidden_states[10][:, 0])
@@ -194,12 +194,12 @@ def latents(pipe: Any, texts: tuple[Tensor, Tensor], batch: int = BATCH, steps: 
 
 
 def relative_error(made: Tensor, plain: Tensor) -> Tensor:
-    """Per picture."""
+    """Per image."""
     return (made - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
 
 
 def times(pipe: Any, texts: tuple[Tensor, Tensor], chosen: dict[str, Within], rounds: int) -> dict[str, float]:
-    """How many times faster than the pipeline itself each setting makes a picture: medians over rounds."""
+    """How many times faster than the pipeline itself each setting makes an image: medians over rounds."""
     every: dict[str, Within] = {"plain": lambda pipe: contextlib.nullcontext(), **chosen}
     spent: dict[str, list[float]] = {name: [] for name in every}
     few = (texts[0][:BATCH], texts[1][:BATCH])
@@ -233,24 +233,24 @@ def plot(found: dict[str, Any], file: Path) -> None:
     axes.plot(
         [p["speedup"] for p in rest.values()], [p["drift"] for p in rest.values()], "k.", label="turbovlm, others"
     )
-    axes.set(xlabel="speed-up of a picture", ylabel="drift of the latent")
+    axes.set(xlabel="speed-up of an image", ylabel="drift of the latent")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=150, bbox_inches="tight")
 
 
 def report(results: dict[str, Any]) -> str:
-    lines = ["# What merging costs in pictures", ""]
+    lines = ["# What merging costs in images", ""]
     lines += ["The small model trained on emoji, 64×64 pixels, 10 steps, guidance 3, fp32.", ""]
     if "settings" in results:
         lines += [described(results["machine"]), ""]
-        lines += [f"Drift of {results['pictures']} pictures, mean ± standard error; speed-up of a whole picture.", ""]
+        lines += [f"Drift of {results['pictures']} images, mean ± standard error; speed-up of a whole image.", ""]
         lines += ["| | drift | speed-up |", "|---|--:|--:|"]
         for name, found in results["settings"].items():
             speedup = f"{found['speedup']:.2f}×" if "speedup" in found else ""
             lines.append(f"| {name} | {found['drift']:.4f} ± {found['standard_error']:.4f} | {speedup} |")
     for count, distances in results.get("frechet", {}).items():
-        lines += ["", f"Fréchet distance of {count} pictures to as many drawn ones.", "", "| | |", "|---|--:|"]
+        lines += ["", f"Fréchet distance of {count} images to as many drawn ones.", "", "| | |", "|---|--:|"]
         lines += [f"| {name} | {distance:.2f} |" for name, distance in distances.items()]
         for name in distances:
             lines += ["", f"{name}: {described(results['frechet_machines'][name])}"]

@@ -197,7 +197,7 @@ def check(args: argparse.Namespace) -> dict[str, float]:
 
 
 def _graph_difference(dtype: torch.dtype) -> float:
-    """A forward captured in a CUDA graph and replayed on another picture, against the same forward in eager."""
+    """A forward captured in a CUDA graph and replayed on another image, against the same forward in eager."""
     model = build(CASES["vit-b-384"], dtype, "cuda")
     first, second = images(CASES["vit-b-384"], 4, dtype, "cuda").chunk(2)
     with turbovlm.apply(model, TurboConfig(35)), torch.inference_mode():
@@ -311,15 +311,13 @@ def time_models(args: argparse.Namespace) -> dict[str, Any]:
     todo = [(case, dtype, mode) for case in cases for dtype in args.dtypes for mode in args.modes]
     for case, dtype, mode in track(todo, description="models"):
         model = build(case, DTYPES[dtype], args.device)
-        pictures = images(case, 2 if args.small else args.batch, DTYPES[dtype], args.device)
+        pixels = images(case, 2 if args.small else args.batch, DTYPES[dtype], args.device)
         for route in args.routes:
             versions: dict[str, Any] = {"turbo": TurboConfig(case.r)}
             if route == CHOSEN and mode == "eager":
                 versions |= {"published": published(case.r), "SDPA": with_sdpa(case.r)}
             with attending_by(route):
-                comparison = compare(
-                    model, pictures, versions, rounds=args.rounds, warmup=3, compile=mode == "compiled"
-                )
+                comparison = compare(model, pixels, versions, rounds=args.rounds, warmup=3, compile=mode == "compiled")
             key = f"{case.name} {dtype} {mode} {route}"
             found[key] = comparison.to_dict()
             print(f"{key}\n{comparison}")
@@ -337,10 +335,10 @@ def time_graphs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         case = CASES[name]
         model = build(case, DTYPES[dtype], args.device)
         for batch in sorted({1, 8, args.batch}):
-            pictures = images(case, batch, DTYPES[dtype], args.device)
-            replays = {"model": _captured(model, pictures)[0]}
+            pixels = images(case, batch, DTYPES[dtype], args.device)
+            replays = {"model": _captured(model, pixels)[0]}
             with turbovlm.apply(model, TurboConfig(case.r)):
-                replays["turbo"] = _captured(model, pictures)[0]
+                replays["turbo"] = _captured(model, pixels)[0]
             found[f"{case.name} {dtype} batch {batch}"] = _seconds(replays, args)
     return found
 

@@ -2,7 +2,7 @@
 
     python benchmarks/grounding.py                      # writes benchmarks/results/grounding.{json,md}
 
-BLIP-base's shape at 384 px, random weights: a sentence of 35 tokens with each of 16 pictures that are encoded already,
+BLIP-base's shape at 384 px, random weights: a sentence of 35 tokens with each of 16 images that are encoded already,
 577 tokens each. The baseline is the library's text encoder as it is, whose attention is not fused.
 """
 
@@ -17,19 +17,19 @@ from cases import RESULTS, compare_shown, described, machine, save
 
 from turbovlm import ReadConfig
 
-PICTURES, WORDS, IMAGE_SIZE = 16, 35, 384
+IMAGES, WORDS, IMAGE_SIZE = 16, 35, 384
 VERSIONS = {f"{keep:g}": ReadConfig(cross_keep=keep) for keep in (0.5, 0.25, 0.1)}
 
 
 class Ranking(nn.Module):
-    """A sentence beside pictures that are encoded already."""
+    """A sentence beside images that are encoded already."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """Scores, `[pictures, 2]`, of their tokens, `[pictures, 577, 768]`."""
+        """Scores, `[images, 2]`, of their tokens, `[images, 577, 768]`."""
         words = self.model.text_encoder(input_ids=input_ids, encoder_hidden_states=image).last_hidden_state
         scores: torch.Tensor = self.model.itm_head(words[:, 0])
         return scores
@@ -41,8 +41,8 @@ def main() -> None:
     args = parser.parse_args()
     model = blip()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 30000, (1, WORDS), generator=generator).expand(PICTURES, -1)
-    pixels = torch.randn(PICTURES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    ids = torch.randint(5, 30000, (1, WORDS), generator=generator).expand(IMAGES, -1)
+    pixels = torch.randn(IMAGES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     with torch.inference_mode():
         image = model.model.vision_model(pixels).last_hidden_state
     shown = compare_shown(model, {"input_ids": ids, "image": image}, VERSIONS, "re-ranking", args.rounds)
@@ -63,7 +63,7 @@ def blip() -> Ranking:
 
 def report(results: dict[str, Any]) -> str:
     lines = ["# Fewer image tokens in later cross-attention layers", "", described(results["machine"]), ""]
-    lines += [f"BLIP-base's shape, random weights, fp32; {WORDS} words with each of {PICTURES} pictures. Medians.", ""]
+    lines += [f"BLIP-base's shape, random weights, fp32; {WORDS} words with each of {IMAGES} images. Medians.", ""]
     lines += ["| cross_keep | GMACs | MACs ratio | s | speed-up | peak MB |", "|--:|--:|--:|--:|--:|--:|"]
     for run in results["re-ranking"]["runs"]:
         keep = "1" if run["name"] == "model" else run["name"]

@@ -36,7 +36,7 @@ from turbovlm.profile import macs
 FILE = RESULTS / "hot_path.json"
 PARTS = ("shares", "curve", "operators")
 SIDES = (14, 24, 32, 48, 64, 96, 128)
-"""Patches per side of the curve's pictures; 5 % of the tokens are merged in every block."""
+"""Patches per side of the curve's images; 5 % of the tokens are merged in every block."""
 PROFILED = (("vit-b-384", "fp32"), ("vit-b-384", "bf16"), ("dinov2-s-224", "fp32"))
 
 
@@ -68,20 +68,20 @@ def main() -> None:
 
 def operators(case: str, dtype: str) -> dict[str, dict[str, list[float]]]:
     """Calls and self CPU time in µs of every operator, in one forward of the model and of the accelerated model."""
-    model, pictures = build(CASES[case], DTYPES[dtype]), images(CASES[case], 8, DTYPES[dtype])
-    found = {"model": _profile(model, pictures)}
+    model, pixels = build(CASES[case], DTYPES[dtype]), images(CASES[case], 8, DTYPES[dtype])
+    found = {"model": _profile(model, pixels)}
     with turbovlm.apply(model, TurboConfig(CASES[case].r)):
-        found["turbo"] = _profile(model, pictures)
+        found["turbo"] = _profile(model, pixels)
     return found
 
 
-def _profile(model: nn.Module, pictures: Tensor) -> dict[str, list[float]]:
+def _profile(model: nn.Module, pixels: Tensor) -> dict[str, list[float]]:
     with torch.inference_mode():
         for _ in range(2):
-            model(pictures)
+            model(pixels)
         with profile(activities=[ProfilerActivity.CPU]) as record:
             for _ in range(3):
-                model(pictures)
+                model(pixels)
     averages = record.key_averages()
     return {e.key: [e.count / 3, e.self_cpu_time_total / 3] for e in averages if e.key.startswith(("aten", "turbovlm"))}
 
@@ -110,15 +110,15 @@ def clocked(*names: str) -> Iterator[dict[str, float]]:
             setattr(engine, name, function)
 
 
-def merging(model: nn.Module, pictures: Tensor, config: TurboConfig, seconds: float) -> tuple[float, float]:
+def merging(model: nn.Module, pixels: Tensor, config: TurboConfig, seconds: float) -> tuple[float, float]:
     """Seconds of one accelerated forward, and of merging in it: medians over `seconds` or 3 forwards."""
     totals, merges = [], []
     with turbovlm.apply(model, config), torch.inference_mode():
-        model(pictures)
+        model(pixels)
         while len(totals) < 3 or sum(totals) < seconds:
             with clocked("_ranked_by", "_merge") as spent:
                 start = time.perf_counter()
-                model(pictures)
+                model(pixels)
                 totals.append(time.perf_counter() - start)
             merges.append(spent["_attend_and_merge"] - spent["_heads"] - spent["_attend"])
     return statistics.median(totals), statistics.median(merges)
@@ -126,8 +126,8 @@ def merging(model: nn.Module, pictures: Tensor, config: TurboConfig, seconds: fl
 
 def share_of_case(case: str, dtype: str) -> dict[str, float]:
     """Merging in one forward of batch 8."""
-    model, pictures = build(CASES[case], DTYPES[dtype]), images(CASES[case], 8, DTYPES[dtype])
-    total, merges = merging(model, pictures, TurboConfig(CASES[case].r), seconds=8)
+    model, pixels = build(CASES[case], DTYPES[dtype]), images(CASES[case], 8, DTYPES[dtype])
+    total, merges = merging(model, pixels, TurboConfig(CASES[case].r), seconds=8)
     return {"seconds": total, "merging": merges, "share": merges / total}
 
 
@@ -137,23 +137,23 @@ def point(side: int) -> dict[str, float]:
 
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224", img_size=16 * side, num_classes=0).eval()
-    pictures = torch.randn(1, 3, 16 * side, 16 * side)
+    pixels = torch.randn(1, 3, 16 * side, 16 * side)
     config = TurboConfig(round(0.05 * (side**2 + 1)))
     with torch.inference_mode():
         plain = []
         while len(plain) < 3 or sum(plain) < 5:
             start = time.perf_counter()
-            model(pictures)
+            model(pixels)
             plain.append(time.perf_counter() - start)
-    total, merges = merging(model, pictures, config, seconds=5)
+    total, merges = merging(model, pixels, config, seconds=5)
     before = partition.WINDOWED_FROM
     partition.WINDOWED_FROM = 10**9
     try:
-        full_total, full_merges = merging(model, pictures, config, seconds=5)
+        full_total, full_merges = merging(model, pixels, config, seconds=5)
     finally:
         partition.WINDOWED_FROM = before
     with turbovlm.apply(model.to("meta"), config):
-        left = macs(model, pictures.to("meta"))
+        left = macs(model, pixels.to("meta"))
     return {
         "tokens": side**2 + 1,
         "r": config.r,
@@ -161,7 +161,7 @@ def point(side: int) -> dict[str, float]:
         "turbo": total,
         "share": merges / total,
         "full_share": full_merges / full_total,
-        "macs_ratio": macs(model, pictures.to("meta")) / left,
+        "macs_ratio": macs(model, pixels.to("meta")) / left,
     }
 
 

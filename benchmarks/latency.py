@@ -1,4 +1,4 @@
-"""Latency of one picture over r, on a real checkpoint: the pretrained ViT-S/14 of `turbovlm_lab.zoo` at 518 pixels.
+"""Latency of one image over r, on a real checkpoint: the pretrained ViT-S/14 of `turbovlm_lab.zoo` at 518 pixels.
 
 python benchmarks/latency.py                        # writes benchmarks/results/latency.{json,md,png}
 """
@@ -42,7 +42,7 @@ def measure(dtype: str, amounts: tuple[int, ...], rounds: int) -> Comparison:
 
 
 def report(results: dict[str, Any]) -> str:
-    lines = ["# Latency of one picture", "", described(results["machine"]), ""]
+    lines = ["# Latency of one image", "", described(results["machine"]), ""]
     lines += [
         "The pretrained ViT-S/14 at 518 pixels (1,370 tokens), a photograph, batch 1, eager, over r; medians over the "
         "rounds of three fresh processes.",
@@ -81,7 +81,7 @@ def plot(results: dict[str, Any]) -> None:
     axis.plot(amounts, allowed, color="#c8102e", linewidth=1, label="MACs ratio")
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xlabel("r: tokens merged in every block, of 1,370")
-    axis.set_ylabel("speed-up of one picture")
+    axis.set_ylabel("speed-up of one image")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend()
     figure.savefig(RESULTS / "latency.png", dpi=130)

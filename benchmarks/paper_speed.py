@@ -30,7 +30,7 @@ SDPA = "on SDPA"
 """The encoder itself, where its library does not run it on fused attention."""
 FILE = RESULTS / "paper_speed.json"
 TABLE_1 = tuple(
-    PaperRow(1, "BLIP-B", "NLVR2", r, False, None, speedup, "blip-384", "printed for two pictures and the text part")
+    PaperRow(1, "BLIP-B", "NLVR2", r, False, None, speedup, "blip-384", "printed for two images and the text part")
     for r, speedup in ((35, 1.56), (45, 1.91))
 )
 PRINTED = tuple(row for row in (*TABLE_1, *ROWS) if row.r)
@@ -54,12 +54,12 @@ def measure(encoder: str, batch: int, rounds: int) -> dict[str, Any]:
     """The encoder with every r that the paper prints for it."""
     size, build = ENCODERS[encoder]
     torch.manual_seed(0)
-    model, pictures = build().eval(), torch.randn(batch, 3, size, size)
+    model, images = build().eval(), torch.randn(batch, 3, size, size)
     amounts = sorted({row.r for row in PRINTED if row.encoder == encoder})
     versions: dict[str, Any] = {f"r={r}": TurboConfig.paper(r) for r in amounts}
     if encoder.startswith("blip-"):
         versions = {SDPA: on_sdpa, **versions}
-    comparison = compare_shown(model, pictures, versions, encoder, rounds, warmup=0)
+    comparison = compare_shown(model, images, versions, encoder, rounds, warmup=0)
     del model
     gc.collect()
     return comparison.to_dict()

@@ -3,8 +3,8 @@
     python benchmarks/prefill.py                        # writes benchmarks/results/prefill.{json,md}
 
 Widths, heads and MLPs are those of LLaVA-1.5-7B and Qwen2.5-VL-7B; of their language models two layers are left, and of
-Qwen's tower eight, so that it fits and ends. One picture and 64 words. *Prefill* is the language model alone, the
-picture encoded before; *all* begins with the pixels. Layers add up, so prefill's ratios are nearly those of the whole
+Qwen's tower eight, so that it fits and ends. One image and 64 words. *Prefill* is the language model alone, the
+image encoded before; *all* begins with the pixels. Layers add up, so prefill's ratios are nearly those of the whole
 language model.
 """
 
@@ -60,7 +60,7 @@ def llava(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
 
 
 def qwen2_5_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A picture of 784×784 pixels: 784 visual tokens."""
+    """An image of 784×784 pixels: 784 visual tokens."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = {"depth": TOWER_BLOCKS, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420}
@@ -94,7 +94,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def prompt(visual: int) -> dict[str, Any]:
-    """Half of the words, the picture's placeholders, the other half."""
+    """Half of the words, the image's placeholders, the other half."""
     words = torch.arange(100, 100 + WORDS)
     ids = torch.cat([words[: WORDS // 2], torch.full((visual,), IMAGE), words[WORDS // 2 :]]).unsqueeze(0)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": 1}
@@ -102,7 +102,7 @@ def prompt(visual: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def encode(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with the picture encoded, by the tower itself and with its attention taken down."""
+    """The inputs with the image encoded, by the tower itself and with its attention taken down."""
     with turbovlm.apply(model, visual_keep=0.5):
         features = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
         outputs = model.model.get_image_features(**features, return_dict=True)

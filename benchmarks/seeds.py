@@ -3,7 +3,7 @@
     python benchmarks/seeds.py                      # writes benchmarks/results/seeds.{json,md}; a quarter of an hour
     python benchmarks/seeds.py --tasks captioning   # that task anew; the files keep the others
     python benchmarks/seeds.py --tasks captioning --quantize int8-dynamic nf4   # on top of quantised weights as well
-    python benchmarks/seeds.py --quick --out /tmp   # few pictures and two seeds, to see that it runs
+    python benchmarks/seeds.py --quick --out /tmp   # few images and two seeds, to see that it runs
 
 Who may be merged into whom is drawn by `TurboConfig.seed`, 0 unless told otherwise. Another seed is another draw, and
 as good: it sends tokens elsewhere and changes some answers. One seed's score is therefore one sample of many; this
@@ -31,7 +31,7 @@ from turbovlm_lab.evaluate.run import Setting
 from turbovlm_lab.evaluate.statistics import kept
 
 TASKS = ("saliency", "retrieval", "nlvr2", "classification", "vqa", "captioning")
-SEEDS, PICTURES = 8, 200
+SEEDS, IMAGES = 8, 200
 QUICK = {"seeds": 2, "pictures": 16}
 
 
@@ -39,10 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="(default: all)")
     parser.add_argument("--quantize", nargs="+", choices=QUANTIZATIONS, default=(), help="(default: none)")
-    parser.add_argument("--quick", action="store_true", help="few pictures and seeds")
+    parser.add_argument("--quick", action="store_true", help="few images and seeds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
     args = parser.parse_args()
-    sizes = QUICK if args.quick else {"seeds": SEEDS, "pictures": PICTURES}
+    sizes = QUICK if args.quick else {"seeds": SEEDS, "pictures": IMAGES}
     name = "seeds_quick" if args.quick else "seeds"
     found: dict[str, Any] = {"tasks": {}} | load(args.out / f"{name}.json")
     found |= {"machine": machine(), **sizes}
@@ -57,12 +57,12 @@ def main() -> None:
 
 
 @torch.no_grad()
-def by_seed(task: str, seeds: int, pictures: int, advance: Any, quantize: str | None = None) -> dict[str, Any]:
-    """The score kept by each seed, and by their mean, with its interval over pictures.
+def by_seed(task: str, seeds: int, images: int, advance: Any, quantize: str | None = None) -> dict[str, Any]:
+    """The score kept by each seed, and by their mean, with its interval over images.
 
     With `quantize`, that of the merged model in few bits, as a share of the unmerged model's in fp32.
     """
-    predictor, data = zoo_predictor(task, MODELS[task].partition(":")[2]), DATA[task](pictures)
+    predictor, data = zoo_predictor(task, MODELS[task].partition(":")[2]), DATA[task](images)
     prepared = [predictor.prepare(sample, None) for sample in data.samples]
 
     settings = [Setting("unmerged")]
@@ -79,8 +79,8 @@ def by_seed(task: str, seeds: int, pictures: int, advance: Any, quantize: str | 
 
 def report(found: dict[str, Any]) -> str:
     lines = ["# The draw of the random halves", "", f"{described(found['machine'])}.", ""]
-    lines += [f"Score kept with {TURBO.flops:.0%} of the encoder's multiply-accumulates, {found['pictures']} pictures,"]
-    lines += [f"by seeds 0 to {found['seeds'] - 1}; the mean with its 95 % bootstrap interval over pictures.", ""]
+    lines += [f"Score kept with {TURBO.flops:.0%} of the encoder's multiply-accumulates, {found['pictures']} images,"]
+    lines += [f"by seeds 0 to {found['seeds'] - 1}; the mean with its 95 % bootstrap interval over images.", ""]
     lines += ["| task | by seed | mean | standard deviation over seeds |", "|---|---|---|--:|"]
     for task, rows in found["tasks"].items():
         shares = ", ".join(f"{share:.1%}" for share in rows["kept"])

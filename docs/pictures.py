@@ -1,4 +1,4 @@
-"""Draws the pictures of README and docs:  python docs/pictures.py
+"""Draws the figures of README and docs:  python docs/pictures.py
 
 groups.png, each row: the photograph; which patches have become one token after blocks 3, 6, 9 and 12; the saliency map
 of the full model; that from the merged tokens, restored to the grid. White lines enclose the salient region.
@@ -45,12 +45,12 @@ def groups_sheet() -> Image.Image:
     for i, photo in enumerate(photos):
         drawn = [groups(trace, photo.image, block=b, batch_index=i, cell=14) for b in BLOCKS]
         maps = [heatmap(heat[i, 0], photo.image, high=1.0, outline=0.5) for heat in (full, merged)]
-        rows.append([picture.resize((224, 224)) for picture in (photo.image, *drawn, *maps)])
+        rows.append([image.resize((224, 224)) for image in (photo.image, *drawn, *maps)])
     step = 224 + GAP
     sheet = Image.new("RGB", (step * len(rows[0]) - GAP, step * len(rows) - GAP), "white")
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * step, y * step))
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * step, y * step))
     return sheet
 
 
@@ -67,8 +67,8 @@ def emoji_sheet() -> Image.Image:
             made = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=seeds).images
         y = row * (side + GAP)
         draw.text((0, y + side // 2), f"keep={keep:g}", fill="black", font=font, anchor="lm")
-        for column, picture in enumerate(made):
-            large = picture.resize((side, side), Image.Resampling.BICUBIC)
+        for column, image in enumerate(made):
+            large = image.resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(large, (margin + column * (side + GAP), y))
     return sheet
 

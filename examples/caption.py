@@ -1,4 +1,4 @@
-"""Captions of pictures, without turbovlm and with it.
+"""Captions of images, without turbovlm and with it.
 
 python examples/caption.py holiday/ --r 16
 python examples/caption.py cat.jpg --model Salesforce/blip2-opt-2.7b --dtype bfloat16
@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import load, parser_of, pictures, side_by_side
+from common import images, load, parser_of, side_by_side
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoModelForImageTextToText
 
     parser = parser_of(__doc__ or "", "Salesforce/blip-image-captioning-base", r=16)
-    parser.add_argument("pictures", type=Path, nargs="+", help="files or folders")
+    parser.add_argument("images", type=Path, nargs="+", help="files or folders")
     parser.add_argument("--words", type=int, default=20, help="tokens of a caption at most (default: 20)")
     args = parser.parse_args(argv)
-    found = pictures(parser, args.pictures)
+    found = images(parser, args.images)
     model, processor = load(parser, args, AutoModelForImageTextToText)
     inputs = processor(images=list(found.values()), return_tensors="pt").to(args.device, model.dtype)
 

@@ -1,4 +1,4 @@
-"""What the examples share: options, pictures, and running a model with and without turbovlm."""
+"""What the examples share: options, images, and running a model with and without turbovlm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 import turbovlm
 
-PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
+IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
 
 
 def parser_of(doc: str, model: str, r: int | None = None, visual_keep: float | None = None) -> argparse.ArgumentParser:
@@ -53,19 +53,19 @@ def load(parser: argparse.ArgumentParser, args: argparse.Namespace, auto: Any) -
         parser.error(f"--model {args.model}: {' '.join(str(error).split())}")
 
 
-def pictures(parser: argparse.ArgumentParser, paths: list[Path]) -> dict[str, Image.Image]:
-    """The pictures at `paths`, by name; of a folder, all in it."""
+def images(parser: argparse.ArgumentParser, paths: list[Path]) -> dict[str, Image.Image]:
+    """The images at `paths`, by name; of a folder, all in it."""
     files = []
     for path in paths:
         if not path.exists():
             parser.error(f"{path}: there is no such file or folder")
-        files += sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        files += sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES) if path.is_dir() else [path]
     if not files:
-        parser.error(f"{', '.join(map(str, paths))}: no picture ({', '.join(sorted(PICTURES))}) in there")
+        parser.error(f"{', '.join(map(str, paths))}: no image ({', '.join(sorted(IMAGES))}) in there")
     try:
         return {str(file): Image.open(file).convert("RGB") for file in files}
     except OSError as error:
-        parser.error(f"no picture: {error}")
+        parser.error(f"no image: {error}")
 
 
 def side_by_side(

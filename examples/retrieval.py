@@ -1,9 +1,9 @@
-"""Pictures ranked by how well a sentence fits them, without turbovlm and with it.
+"""Images ranked by how well a sentence fits them, without turbovlm and with it.
 
     python examples/retrieval.py holiday/ "a dog on the beach"
     python examples/retrieval.py holiday/ "a dog on the beach" --model Salesforce/blip-itm-base-coco
 
-Dual encoders (CLIP, SigLIP) rank by cosine; BLIP by the probability that picture and sentence match.
+Dual encoders (CLIP, SigLIP) rank by cosine; BLIP by the probability that image and sentence match.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import load, parser_of, pictures, side_by_side
+from common import images, load, parser_of, side_by_side
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval
 
     parser = parser_of(__doc__ or "", "openai/clip-vit-base-patch16", r=8)
-    parser.add_argument("pictures", type=Path, help="a folder of pictures")
+    parser.add_argument("images", type=Path, help="a folder of images")
     parser.add_argument("sentence")
     args = parser.parse_args(argv)
-    found = pictures(parser, [args.pictures])
+    found = images(parser, [args.images])
     try:
         blip = AutoConfig.from_pretrained(args.model).model_type == "blip"
     except OSError as error:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _scores(model: Any, inputs: Any, blip: bool) -> list[float]:
-    """One score per picture."""
+    """One score per image."""
     out = model(**inputs)
     if blip:
         matches: list[float] = out.itm_score.softmax(dim=-1)[:, 1].tolist()

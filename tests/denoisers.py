@@ -17,7 +17,7 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """How to make one, and its inputs for `batch` pictures of `rows`×`columns` latent pixels."""
+    """How to make one, and its inputs for `batch` images of `rows`×`columns` latent pixels."""
 
     make: Callable[[], Any]
     inputs: Callable[[int, int, int], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Small pipelines of `diffusers` around the small denoisers, each with the call that makes pictures of a size."""
+"""Small pipelines of `diffusers` around the small denoisers, each with the call that makes images of a size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety
 
 @dataclass(frozen=True)
 class Pipe:
-    """How to make a pipeline, and what its call takes for a picture of `height`×`width`."""
+    """How to make a pipeline, and what its call takes for an image of `height`×`width`."""
 
     make: Callable[[], Any]
     inputs: Callable[[int, int], dict[str, Any]]
@@ -51,7 +51,7 @@ def of_words(height: int, width: int) -> dict[str, Any]:
     return {**text, "height": height, "width": width}
 
 
-def of_pictures(height: int, width: int, *names: str, **more: Any) -> dict[str, Any]:
+def of_images(height: int, width: int, *names: str, **more: Any) -> dict[str, Any]:
     made = {name: noise(8 + i, 1, 3, height, width).sigmoid() for i, name in enumerate(names)}
     text = {name: value for name, value in of_words(height, width).items() if name.endswith("embeds")}
     return {**text, **made, **more}
@@ -59,7 +59,7 @@ def of_pictures(height: int, width: int, *names: str, **more: Any) -> dict[str, 
 
 def inpainted(height: int, width: int) -> dict[str, Any]:
     mask = (torch.arange(height * width).view(1, 1, height, width) % width > width // 2).float()
-    return {**of_pictures(height, width, "image", mask_image=mask), "height": height, "width": width}
+    return {**of_images(height, width, "image", mask_image=mask), "height": height, "width": width}
 
 
 def controlled(count: int) -> Any:
@@ -152,26 +152,26 @@ PIPES = {
     "text to image": Pipe(lambda: stable_diffusion(f"{SD}Pipeline", DENOISERS["sd15"]), of_words),
     "image to image": Pipe(
         lambda: stable_diffusion(f"{SD}Img2ImgPipeline", DENOISERS["sd15"]),
-        lambda h, w: of_pictures(h, w, "image", strength=0.9),
+        lambda h, w: of_images(h, w, "image", strength=0.9),
     ),
     "inpainting": Pipe(lambda: stable_diffusion(f"{SD}InpaintPipeline", DENOISERS["sd15"]), inpainted),
     "inpainting, 9 channels": Pipe(
         lambda: stable_diffusion(f"{SD}InpaintPipeline", lambda: unet(in_channels=9)), inpainted
     ),
-    "ControlNet": Pipe(lambda: controlled(1), lambda h, w: of_pictures(h, w, "image")),
+    "ControlNet": Pipe(lambda: controlled(1), lambda h, w: of_images(h, w, "image")),
     "two ControlNets": Pipe(
-        lambda: controlled(2), lambda h, w: {**of_pictures(h, w), "image": [noise(8, 1, 3, h, w).sigmoid()] * 2}
+        lambda: controlled(2), lambda h, w: {**of_images(h, w), "image": [noise(8, 1, 3, h, w).sigmoid()] * 2}
     ),
-    "T2I-Adapter": Pipe(adapted, lambda h, w: {**of_words(h, w), **of_pictures(h, w, "image")}),
+    "T2I-Adapter": Pipe(adapted, lambda h, w: {**of_words(h, w), **of_images(h, w, "image")}),
     "SDXL": Pipe(xl, lambda h, w: pooled(of_words(h, w))),
     "SDXL image to image": Pipe(
         lambda: xl("StableDiffusionXLImg2ImgPipeline"),
-        lambda h, w: pooled(of_pictures(h, w, "image", strength=0.9)),
+        lambda h, w: pooled(of_images(h, w, "image", strength=0.9)),
     ),
     "SD3": Pipe(sd3, lambda h, w: pooled(of_words(h, w))),
     "SD3 image to image": Pipe(
         lambda: sd3("StableDiffusion3Img2ImgPipeline"),
-        lambda h, w: pooled({**of_pictures(h, w, "image"), "height": h, "width": w}),
+        lambda h, w: pooled({**of_images(h, w, "image"), "height": h, "width": w}),
     ),
     "FLUX": Pipe(flux, of_flux),
     "PixArt": Pipe(pixart, of_pixart),

@@ -1,4 +1,4 @@
-"""Small pipelines of `diffusers` that are given embeddings of prompts, one for each picture, and their seeds."""
+"""Small pipelines of `diffusers` that are given embeddings of prompts, one for each image, and their seeds."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ class Pipe:
         make: gives a new one.
         prompt: for the rows of the prompts in one call: what the pipeline is given for them.
         settings: of every call.
-        pictures: what else it is given for latents of rows × columns: pictures and masks.
+        images: what else it is given for latents of rows × columns: images and masks.
         multiple: what the sides of the latent are a multiple of.
-        sized: whether it is told the size of the picture.
+        sized: whether it is told the size of the image.
     """
 
     make: Callable[[], Any]
     prompt: Callable[[list[int]], dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
-    pictures: Callable[[int, int], dict[str, Any]] = lambda rows, columns: {}
+    images: Callable[[int, int], dict[str, Any]] = lambda rows, columns: {}
     multiple: int = 1
     sized: bool = True
 
@@ -75,11 +75,11 @@ class Pipe:
         seeds: tuple[int, ...] | None = None,
         **more: Any,
     ) -> torch.Tensor:
-        """The latents that it makes for some of the prompts, each picture from a seed of its own."""
+        """The latents that it makes for some of the prompts, each image from a seed of its own."""
         seeds = which if seeds is None else seeds
         size = {"height": rows * FACTOR, "width": columns * FACTOR} if self.sized else {}
         given: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", **size}
-        given |= self.prompt(list(which)) | self.pictures(rows, columns) | self.settings
+        given |= self.prompt(list(which)) | self.images(rows, columns) | self.settings
         given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipe(**{**given, **more}).images
 
@@ -117,18 +117,18 @@ def masked(which: list[int]) -> dict[str, Any]:
     }
 
 
-def picture(seed: int, rows: int, columns: int) -> torch.Tensor:
+def image(seed: int, rows: int, columns: int) -> torch.Tensor:
     return noise(seed, 1, 3, rows * FACTOR, columns * FACTOR).sigmoid()
 
 
-def with_picture(rows: int, columns: int) -> dict[str, Any]:
-    return {"image": picture(11, rows, columns)}
+def with_image(rows: int, columns: int) -> dict[str, Any]:
+    return {"image": image(11, rows, columns)}
 
 
 def with_mask(rows: int, columns: int) -> dict[str, Any]:
     mask = torch.zeros(1, 1, rows * FACTOR, columns * FACTOR)
     mask[..., : columns * 4] = 1
-    return {"image": picture(11, rows, columns), "mask_image": mask}
+    return {"image": image(11, rows, columns), "mask_image": mask}
 
 
 def stable(name: str, scheduler: str = "DDIMScheduler", **unet: Any) -> Callable[[], Any]:
@@ -231,21 +231,21 @@ PIPES = {
     "sd": Pipe(stable("StableDiffusionPipeline"), guided),
     "sd-lcm": Pipe(stable("StableDiffusionPipeline", "LCMScheduler", time_cond_proj_dim=16), guided),
     "sd-heun": Pipe(stable("StableDiffusionPipeline", "HeunDiscreteScheduler"), guided),
-    "sd-img2img": Pipe(stable("StableDiffusionImg2ImgPipeline"), guided, {}, with_picture, sized=False),
+    "sd-img2img": Pipe(stable("StableDiffusionImg2ImgPipeline"), guided, {}, with_image, sized=False),
     "sd-inpaint": Pipe(stable("StableDiffusionInpaintPipeline"), guided, {}, with_mask),
     "sd-inpaint9": Pipe(stable("StableDiffusionInpaintPipeline", in_channels=9), guided, {}, with_mask),
     "sd-pix2pix": Pipe(
-        stable("StableDiffusionInstructPix2PixPipeline", in_channels=8), guided, {}, with_picture, sized=False
+        stable("StableDiffusionInstructPix2PixPipeline", in_channels=8), guided, {}, with_image, sized=False
     ),
-    "sd-control": Pipe(controlled(1), guided, {}, with_picture),
-    "sd-controls": Pipe(controlled(2), guided, {}, lambda r, c: {"image": [picture(i, r, c) for i in (1, 2)]}),
-    "sd-adapter": Pipe(adapted, guided, {}, with_picture),
+    "sd-control": Pipe(controlled(1), guided, {}, with_image),
+    "sd-controls": Pipe(controlled(2), guided, {}, lambda r, c: {"image": [image(i, r, c) for i in (1, 2)]}),
+    "sd-adapter": Pipe(adapted, guided, {}, with_image),
     "sdxl": Pipe(sdxl("StableDiffusionXLPipeline"), pooled_too),
     "sdxl-refiner": Pipe(
         sdxl("StableDiffusionXLImg2ImgPipeline", ids=5, requires_aesthetics_score=True),
         pooled_too,
         {"strength": 0.8},
-        with_picture,
+        with_image,
         sized=False,
     ),
     "sdxl-inpaint": Pipe(sdxl("StableDiffusionXLInpaintPipeline", channels=9), pooled_too, {}, with_mask),
@@ -255,14 +255,14 @@ PIPES = {
     "sd3": Pipe(transformer("StableDiffusion3Pipeline", "sd3", FLOW, **NO_CLIPS), pooled_too, multiple=2),
     "sd3.5": Pipe(transformer("StableDiffusion3Pipeline", "sd35", FLOW, **NO_CLIPS), pooled_too, multiple=2),
     "sd3-img2img": Pipe(
-        transformer("StableDiffusion3Img2ImgPipeline", "sd3", FLOW, **NO_CLIPS), pooled_too, {}, with_picture, 2
+        transformer("StableDiffusion3Img2ImgPipeline", "sd3", FLOW, **NO_CLIPS), pooled_too, {}, with_image, 2
     ),
     "flux": Pipe(flux("FluxPipeline"), unguided, multiple=2),
     "flux-cfg": Pipe(flux("FluxPipeline"), pooled_too, {"true_cfg_scale": 3.0}, multiple=2),
-    "flux-img2img": Pipe(flux("FluxImg2ImgPipeline"), unguided, {}, with_picture, 2),
+    "flux-img2img": Pipe(flux("FluxImg2ImgPipeline"), unguided, {}, with_image, 2),
     "flux-fill": Pipe(flux("FluxFillPipeline", 16 + 16 + 4 * FACTOR**2), unguided, {}, with_mask, 2),
     "flux-control": Pipe(
-        flux("FluxControlPipeline", 32), unguided, {}, lambda r, c: {"control_image": picture(1, r, c)}, 2
+        flux("FluxControlPipeline", 32), unguided, {}, lambda r, c: {"control_image": image(1, r, c)}, 2
     ),
-    "flux-kontext": Pipe(flux("FluxKontextPipeline"), unguided, {"_auto_resize": False}, with_picture, 2),
+    "flux-kontext": Pipe(flux("FluxKontextPipeline"), unguided, {"_auto_resize": False}, with_image, 2),
 }

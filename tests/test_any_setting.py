@@ -1,4 +1,4 @@
-"""Any picture, any setting: what must always hold, drawn by hypothesis."""
+"""Any image, any setting: what must always hold, drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = st.fixed_dictionaries(
         "seed": st.integers(0, 9),
     }
 )
-PICTURES = st.tuples(st.integers(1, 3), st.integers(1, 8), st.integers(1, 8))
+IMAGES = st.tuples(st.integers(1, 3), st.integers(1, 8), st.integers(1, 8))
 KINDS = {
     "cls": {},
     "registers": {"reg_tokens": 2},
@@ -63,13 +63,13 @@ def model_of(kind, dtype):
 @given(
     kind=st.sampled_from(list(KINDS)),
     dtype=st.sampled_from(list(DTYPES)),
-    picture=PICTURES,
+    image=IMAGES,
     amount=AMOUNTS,
     chosen=SETTINGS,
 )
 @torch.no_grad()
-def test_what_must_always_hold(kind, dtype, picture, amount, chosen):
-    batch, rows, columns = picture
+def test_what_must_always_hold(kind, dtype, image, amount, chosen):
+    batch, rows, columns = image
     model = model_of(kind, dtype)
     generator = torch.Generator().manual_seed(rows * columns)
     images = torch.randn(batch, 3, 8 * rows, 8 * columns, generator=generator).to(DTYPES[dtype])

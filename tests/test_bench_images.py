@@ -70,7 +70,7 @@ def test_the_books_of_a_comparison(pipe):
 
 
 def test_drift_is_of_what_the_pipeline_makes(pipe):
-    """The same pictures and latents as those of a user who applies turbovlm to the pipeline."""
+    """The same images and latents as those of a user who applies turbovlm to the pipeline."""
     given = {"num_inference_steps": 2, "prompt": ["a cat", "a dog", "a cat"], "height": 48, "width": 80}
 
     def made(kind):

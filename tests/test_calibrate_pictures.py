@@ -28,16 +28,16 @@ def prompts():
     return list(emoji_prompts())[::40][:30]
 
 
-def picture(pipe, prompt):
+def image(pipe, prompt):
     made = pipe(prompt, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0))
     return made.images
 
 
 def test_a_share_for_each_resolution_at_one_cost(pipe, prompts):
-    before, went = picture(pipe, prompts[0]), []
+    before, went = image(pipe, prompts[0]), []
     fixed = {name: value for name, value in GIVEN.items() if name != "components"}
     found = turbovlm.calibrate(pipe, prompts, flops=0.9, **FEW, progress=went.append, **fixed)
-    assert torch.equal(picture(pipe, prompts[0]), before) and sum(went) > 30 * 4
+    assert torch.equal(image(pipe, prompts[0]), before) and sum(went) > 30 * 4
     assert isinstance(found.config, DenoiseConfig) and len(found.config.keep) == 4
     assert found.flops == pytest.approx(0.9, abs=0.01) and found.images == 15 and found.coverage == 0.8
     assert 0 < found.drift <= found.bound < 0.1
@@ -53,7 +53,7 @@ def test_settings_that_are_given_stay(pipe, prompts, tmp_path):
     found.save(tmp_path / "turbo.json")
     assert Calibration.load(tmp_path / "turbo.json") == found
     with turbovlm.apply(pipe, found):
-        assert picture(pipe, prompts[0]).isfinite().all()
+        assert image(pipe, prompts[0]).isfinite().all()
 
 
 @pytest.mark.parametrize(

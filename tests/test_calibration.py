@@ -417,10 +417,10 @@ def folder(vit, images, tmp_path):
     image = pytest.importorskip("PIL.Image")
     vit.save_pretrained(tmp_path / "vit")
     transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "vit")
-    pictures = tmp_path / "pictures" / "some"
-    pictures.mkdir(parents=True)
-    for number, picture in enumerate(((images[:30] + 3) * 40).clamp(0, 255).byte().permute(0, 2, 3, 1)):
-        image.fromarray(picture.numpy()).save(pictures / f"{number}.png")
+    files = tmp_path / "images" / "some"
+    files.mkdir(parents=True)
+    for number, pixels in enumerate(((images[:30] + 3) * 40).clamp(0, 255).byte().permute(0, 2, 3, 1)):
+        image.fromarray(pixels.numpy()).save(files / f"{number}.png")
     return tmp_path
 
 
@@ -429,7 +429,7 @@ def test_from_the_command_line(folder, vit, capsys, monkeypatch):
     from turbovlm.cli import main
 
     monkeypatch.chdir(folder)
-    assert main(["calibrate", "./vit", "pictures", "--flops", "0.7", "--effort", "1", "--limit", "30"]) == 0
+    assert main(["calibrate", "./vit", "images", "--flops", "0.7", "--effort", "1", "--limit", "30"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     found = Calibration.load("turbo.json")
     assert str(found) in said and found.images == 15 and "settings: turbo.json; drift over cost: turbo.png" in said
@@ -441,13 +441,13 @@ def test_from_the_command_line(folder, vit, capsys, monkeypatch):
     ("given", "message"),
     [
         (["./vit", "none", "--flops", "0.5"], "none: there is no such folder"),
-        (["./vit", "vit", "--flops", "0.5"], "vit: holds no pictures"),
-        (["./none", "pictures", "--flops", "0.5"], "there is no such folder"),
-        (["zoo:emoji", "pictures", "--flops", "0.5"], "makes images, and takes none"),
-        (["./vit", "pictures", "--flops", "0.5", "--out", "turbo.txt"], "must end in .json"),
-        (["./vit", "pictures", "--flops", "0.5", "--out", "none/turbo.json"], "there is no folder none"),
-        (["./vit", "pictures", "--flops", "0.5", "--effort", "0"], "--effort 0: must be an integer ≥ 1"),
-        (["./vit", "pictures", "--flops", "0.5", "--limit", "20"], "images: 20 are too few, at least 30"),
+        (["./vit", "vit", "--flops", "0.5"], "vit: holds no images"),
+        (["./none", "images", "--flops", "0.5"], "there is no such folder"),
+        (["zoo:emoji", "images", "--flops", "0.5"], "makes images, and takes none"),
+        (["./vit", "images", "--flops", "0.5", "--out", "turbo.txt"], "must end in .json"),
+        (["./vit", "images", "--flops", "0.5", "--out", "none/turbo.json"], "there is no folder none"),
+        (["./vit", "images", "--flops", "0.5", "--effort", "0"], "--effort 0: must be an integer ≥ 1"),
+        (["./vit", "images", "--flops", "0.5", "--limit", "20"], "images: 20 are too few, at least 30"),
     ],
 )
 def test_bad_input_on_the_command_line(folder, capsys, monkeypatch, given, message):
@@ -456,13 +456,13 @@ def test_bad_input_on_the_command_line(folder, capsys, monkeypatch, given, messa
     monkeypatch.chdir(folder)
     assert main(["calibrate", *given]) == 2
     assert message in capsys.readouterr().err
-    (folder / "pictures" / "some" / "broken.png").write_text("no picture")
-    assert main(["calibrate", "./vit", "pictures", "--flops", "0.5"]) == 2
+    (folder / "images" / "some" / "broken.png").write_text("no image")
+    assert main(["calibrate", "./vit", "images", "--flops", "0.5"]) == 2
     assert "broken.png" in capsys.readouterr().err
 
 
 @torch.no_grad()
-def test_thresholds_leave_each_picture_what_it_needs(vit, varied):
+def test_thresholds_leave_each_image_what_it_needs(vit, varied):
     amounts, counts = [8] * 4, []
     with turbovlm.apply(vit, r=amounts, trace=True) as handle:
         vit(varied)

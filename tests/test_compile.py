@@ -43,7 +43,7 @@ def tower(name):
 @torch.no_grad()
 def test_compiles_once_for_all_batch_sizes(tower, name):
     with turbovlm.apply(tower, r=5):
-        # Not 3: Dynamo takes equal sizes, such as three pictures and three channels, for one.
+        # Not 3: Dynamo takes equal sizes, such as three images and three channels, for one.
         inputs = [FAMILIES[name].inputs(batch) for batch in (5, 2, 7)]
         references = [FAMILIES[name].output(tower(**one)) for one in inputs]
         torch._dynamo.reset()
@@ -94,11 +94,11 @@ def test_compiles_for_other_image_sizes(vit, setting, dynamic):
 @pytest.mark.parametrize("dynamic", [None, True])
 @torch.no_grad()
 def test_random_halves_of_several_blocks_compile(vit, dynamic):
-    pictures = images(2, 48)
+    pixels = images(2, 48)
     with turbovlm.apply(vit, r=5, partition="random"):
-        reference = vit(pictures)
+        reference = vit(pixels)
         compiled = torch.compile(vit, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        torch.testing.assert_close(compiled(pictures), reference, rtol=0, atol=1e-5)
+        torch.testing.assert_close(compiled(pixels), reference, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("setting", programs(SETTINGS))
@@ -107,11 +107,11 @@ def test_random_halves_of_several_blocks_compile(vit, dynamic):
 def test_runs_in_onnxruntime(vit, setting):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    pictures = images(2, 48)
+    pixels = images(2, 48)
     with turbovlm.apply(vit, SETTINGS[setting]) as handle:
-        reference = vit(pictures)
+        reference = vit(pixels)
         assert handle.schedules[0].tokens[-1] < 37
-        program = torch.onnx.export(vit, (pictures,), dynamo=True, verbose=False)
+        program = torch.onnx.export(vit, (pixels,), dynamo=True, verbose=False)
     file = io.BytesIO()
     program.save(file)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
@@ -119,6 +119,6 @@ def test_runs_in_onnxruntime(vit, setting):
     with turbovlm.apply(vit, SETTINGS[setting]):
         expected = vit(other)
     name = session.get_inputs()[0].name
-    for given, wanted in ((pictures, reference), (other, expected)):
+    for given, wanted in ((pixels, reference), (other, expected)):
         (found,) = session.run(None, {name: given.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-4)

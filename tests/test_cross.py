@@ -14,7 +14,7 @@ from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from vlms import blip, llava, noise, seeded
 
 transformers = pytest.importorskip("transformers")
-PICTURES = noise(0, 2, 3, 48, 48)
+IMAGES = noise(0, 2, 3, 48, 48)
 IDS = torch.tensor([[2, 5, 6, 7], [2, 8, 9, 10]])
 TASKS = ("ConditionalGeneration", "QuestionAnswering", "ImageTextRetrieval")
 
@@ -37,7 +37,7 @@ def words(model):
     )
     try:
         with torch.no_grad():
-            model(pixel_values=PICTURES, input_ids=IDS, **answer)
+            model(pixel_values=IMAGES, input_ids=IDS, **answer)
     finally:
         hook.remove()
     return found[0]
@@ -101,17 +101,17 @@ def test_padding_has_no_say():
     padded = torch.cat([IDS, torch.tensor([[0, 0], [0, 0]])], dim=1)
     mask = (padded != 0).long()
     with turbovlm.apply(model, cross_keep=0.3):
-        alone = model(pixel_values=PICTURES, input_ids=IDS).itm_score
-        beside = model(pixel_values=PICTURES, input_ids=padded, attention_mask=mask).itm_score
+        alone = model(pixel_values=IMAGES, input_ids=IDS).itm_score
+        beside = model(pixel_values=IMAGES, input_ids=padded, attention_mask=mask).itm_score
     torch.testing.assert_close(beside, alone, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
 def test_similarity_mode_reads_no_image():
     model = seeded(lambda: blip("ImageTextRetrieval"))
-    plain = model(pixel_values=PICTURES, input_ids=IDS, use_itm_head=False).itm_score
+    plain = model(pixel_values=IMAGES, input_ids=IDS, use_itm_head=False).itm_score
     with turbovlm.apply(model, cross_keep=0.3):
-        assert torch.equal(model(pixel_values=PICTURES, input_ids=IDS, use_itm_head=False).itm_score, plain)
+        assert torch.equal(model(pixel_values=IMAGES, input_ids=IDS, use_itm_head=False).itm_score, plain)
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def test_generates_from_a_shorter_cache(settings):
         torch.manual_seed(0)
         out = model.text_decoder.generate(
             input_ids=IDS,
-            encoder_hidden_states=model.vision_model(PICTURES).last_hidden_state,
+            encoder_hidden_states=model.vision_model(IMAGES).last_hidden_state,
             max_new_tokens=5,
             return_dict_in_generate=True,
             **settings,
@@ -143,7 +143,7 @@ def test_generates_from_a_shorter_cache(settings):
 def test_cached_steps_read_what_the_prompt_chose():
     """A step behind the cache gives what the same words give at once with that choice."""
     model = seeded(lambda: blip("ConditionalGeneration"))
-    image = model.vision_model(PICTURES).last_hidden_state
+    image = model.vision_model(IMAGES).last_hidden_state
     with turbovlm.apply(model, cross_keep=0.3, reduce="prune") as handle:
         first = model.text_decoder(input_ids=IDS[:, :3], encoder_hidden_states=image, use_cache=True)
         left = handle.cross
@@ -204,7 +204,7 @@ def test_reads_in_three_stages(depth, read):
 def test_backward():
     model = seeded(lambda: blip("ImageTextRetrieval"))
     with turbovlm.apply(model, cross_keep=0.3):
-        model(pixel_values=PICTURES, input_ids=IDS).itm_score.sum().backward()
+        model(pixel_values=IMAGES, input_ids=IDS).itm_score.sum().backward()
     assert model.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
 
 

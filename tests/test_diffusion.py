@@ -71,7 +71,7 @@ def test_any_size(request, family, model, size):
     assert merged.shape == plain.shape and not torch.equal(merged, plain)
 
 
-def test_a_batch_is_as_single_pictures(family, model):
+def test_a_batch_is_as_single_images(family, model):
     """In fp64: products of another batch are rounded in another way, and tokens that are nearly as alike may change."""
     model, inputs = model.double(), precise(family.inputs(3, ROWS, COLUMNS))
     with turbovlm.apply(model, keep=0.5):
@@ -141,7 +141,7 @@ def test_compiles_as_one_graph(name, columns, settings):
     ("settings", "said"),
     [({}, "192 tokens are no square: give grid"), ({"grid": (16, 13)}, "the image has 192 tokens")],
 )
-def test_a_compiled_flux_is_told_of_pictures_that_are_not_square(settings, said):
+def test_a_compiled_flux_is_told_of_images_that_are_not_square(settings, said):
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(1, 32, 24)
     torch.compiler.reset()
     with turbovlm.apply(model, keep=0.5, **settings), pytest.raises(Exception, match=said):
@@ -206,7 +206,7 @@ def pipeline():
     return pipe
 
 
-def picture(pipe, **settings):
+def image(pipe, **settings):
     prompt = {"prompt_embeds": noise(5, 1, 7, 32), "negative_prompt_embeds": noise(6, 1, 7, 32)}
     out = pipe(
         **prompt, num_inference_steps=4, output_type="latent", generator=torch.Generator().manual_seed(0), **settings
@@ -214,16 +214,16 @@ def picture(pipe, **settings):
     return out.images
 
 
-def test_a_pipeline_makes_the_same_picture_for_a_seed():
+def test_a_pipeline_makes_the_same_image_for_a_seed():
     pipe = pipeline()
-    plain = picture(pipe)
+    plain = image(pipe)
     with turbovlm.apply(pipe, keep=0.5):
-        merged = picture(pipe)
-        assert torch.equal(picture(pipe), merged) and not torch.equal(merged, plain)
+        merged = image(pipe)
+        assert torch.equal(image(pipe), merged) and not torch.equal(merged, plain)
         assert turbovlm.get_handle(pipe).config.keep == 0.5
-        wide = picture(pipe, height=40, width=88)
+        wide = image(pipe, height=40, width=88)
         assert wide.shape[-2:] == (20, 44)
-    assert torch.equal(picture(pipe), plain)
+    assert torch.equal(image(pipe), plain)
 
 
 def read_by(choice):

@@ -125,7 +125,7 @@ def width(unet, name):
     return unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
 
 
-def test_a_mask_over_the_picture_is_refused(unet, inputs):
+def test_a_mask_over_the_image_is_refused(unet, inputs):
     mask = {"attention_mask": torch.ones(1, 1024)}
     with turbovlm.apply(unet, keep=0.5), pytest.raises(StateError, match=r"attn1 was given attention_mask"):
         run(unet, {**inputs, **mask})

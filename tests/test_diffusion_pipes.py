@@ -1,4 +1,4 @@
-"""Pipelines as they are called: batches, several pictures for a prompt, odd sizes, guidance on and off, refresh."""
+"""Pipelines as they are called: batches, several images for a prompt, odd sizes, guidance on and off, refresh."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from turbovlm.errors import ConfigError, UnsupportedModelError
 pytest.importorskip("diffusers")
 
 OWN_NOISE = {"sd-inpaint", "sd-inpaint9", "sdxl-inpaint", "sd3-img2img", "sd-adapter", "flux-img2img", "flux-fill"}
-"""Kinds whose batches differ from single runs by themselves, or that take no such batches: of pictures given once."""
+"""Kinds whose batches differ from single runs by themselves, or that take no such batches: of images given once."""
 KINDS = [kind for kind in PIPES if kind not in OWN_NOISE | {"flux-kontext"}]
 
 
@@ -33,18 +33,18 @@ def test_a_batch_is_as_single_runs(kind):
     if exact:
         pipe.to(torch.float64)
 
-    def pictures(*which):
+    def images(*which):
         embeds = precise(given.prompt(list(which))) if exact else {}
         return given.run(pipe, 16, 20, which=which, num_inference_steps=3, **embeds)
 
     with turbovlm.apply(pipe, keep=0.5):
-        together = pictures(0, 1)
+        together = images(0, 1)
         for row in (0, 1):
-            assert gap(together[row], pictures(row)[0]) < (1e-9 if exact else 1e-4)
+            assert gap(together[row], images(row)[0]) < (1e-9 if exact else 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart", "flux"])
-def test_two_pictures_of_a_prompt_are_as_two_runs(kind):
+def test_two_images_of_a_prompt_are_as_two_runs(kind):
     pipe, given = PIPES[kind](), PIPES[kind]
     with turbovlm.apply(pipe, keep=0.5):
         together = given.run(pipe, 16, 20, seeds=(0, 5), num_images_per_prompt=2)
@@ -170,7 +170,7 @@ def test_guidance_by_skipped_layers():
         assert given.run(pipe, 16, 20, **skipped).isfinite().all()
 
 
-def test_a_second_picture_among_the_tokens_is_refused():
+def test_a_second_image_among_the_tokens_is_refused():
     pipe, given = PIPES["flux-kontext"](), PIPES["flux-kontext"]
     with turbovlm.apply(pipe, keep=0.5), pytest.raises((ConfigError, UnsupportedModelError), match="img_ids"):
         given.run(pipe, 16, 20, max_area=128 * 160)

@@ -63,7 +63,7 @@ def test_equal_tokens_are_no_trouble():
     torch.testing.assert_close(restore_linear(merge, x, merge.merge(x), merge.merge(2 * x)), 2 * x)
 
 
-def test_a_picture_that_is_not_finite_spoils_no_other():
+def test_an_image_that_is_not_finite_spoils_no_other():
     x = noise(0, 2, 64, 8)
     merge = merge_of(x, 32)
     merged = merge.merge(x)
@@ -87,7 +87,7 @@ def smooth(inputs):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "pixart"])
 def test_a_smooth_feed_forward_drifts_less(name):
-    """The families' own feed-forwards, on tokens that differ little, as neighbours of a picture do."""
+    """The families' own feed-forwards, on tokens that differ little, as neighbours of an image do."""
     model, inputs = DENOISERS[name](), smooth(DENOISERS[name].inputs(2, 32, 32))
     plain = model(**inputs, return_dict=False)[0]
     gap = {}
@@ -144,7 +144,7 @@ def test_attention_in_proportion(proportional):
 
 @torch.no_grad()
 def test_joint_attention_in_proportion(monkeypatch):
-    """FLUX: of the picture's keys only, not of the words'."""
+    """FLUX: of the image's keys only, not of the words'."""
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
     biases, attend = [], F.scaled_dot_product_attention
 

@@ -9,7 +9,7 @@ import torch
 
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs, words
-from test_diffusion import in_a_run, picture, pipeline, run
+from test_diffusion import image, in_a_run, pipeline, run
 from turbovlm.diffusion import choose
 from turbovlm.diffusion.choose import mean_attention, text_attention
 from turbovlm.diffusion.run import find_same_latents
@@ -44,11 +44,11 @@ def merges_of(model):
 def test_refresh_decides_every_kth_step(decisions, refresh, steps):
     pipe = pipeline()
     with turbovlm.apply(pipe, keep=0.5, refresh=refresh):
-        first = picture(pipe)
+        first = image(pipe)
         groups = len({site.group for site in feature_of(pipe).sites})
         assert len(decisions) == steps * groups
-        assert torch.equal(picture(pipe), first) and len(decisions) == 2 * steps * groups
-        other = picture(pipe, height=40, width=88)
+        assert torch.equal(image(pipe), first) and len(decisions) == 2 * steps * groups
+        other = image(pipe, height=40, width=88)
         assert len(decisions) == 3 * steps * groups and other.isfinite().all()
 
 
@@ -56,18 +56,18 @@ def test_a_scheduler_is_followed_and_given_back(decisions):
     from diffusers import DPMSolverMultistepScheduler
 
     pipe = pipeline()
-    first, plain = pipe.scheduler, picture(pipe)
+    first, plain = pipe.scheduler, image(pipe)
     before = dict(first.__dict__)
     handle = turbovlm.apply(pipe, keep=0.5, refresh=4)
     assert {"step", "set_timesteps"} <= set(first.__dict__)
     pipe.scheduler = second = DPMSolverMultistepScheduler.from_config(first.config)
-    picture(pipe)
+    image(pipe)
     assert len(decisions) == len({site.group for site in feature_of(pipe).sites})
     assert not {"step", "set_timesteps"} & set(first.__dict__)
     handle.remove()
     assert not {"step", "set_timesteps"} & set(second.__dict__)
     pipe.scheduler = first
-    assert torch.equal(picture(pipe), plain)
+    assert torch.equal(image(pipe), plain)
     assert set(first.__dict__) == set(before)
 
 
@@ -81,14 +81,14 @@ def test_what_wraps_the_scheduler_later_stays():
         return inside(*args, **kwargs)
 
     pipe.scheduler.step = step
-    merged = picture(pipe)
+    merged = image(pipe)
     counted = len(steps)
     handle.remove()
     assert pipe.scheduler.step is step and "set_timesteps" not in pipe.scheduler.__dict__
-    plain = picture(pipe)
+    plain = image(pipe)
     assert len(steps) == 2 * counted > 0 and not torch.equal(plain, merged)
     del pipe.scheduler.step
-    assert torch.equal(picture(pipe), plain)
+    assert torch.equal(image(pipe), plain)
 
 
 def test_a_run_that_failed_leaves_no_merges(decisions):
@@ -96,7 +96,7 @@ def test_a_run_that_failed_leaves_no_merges(decisions):
     fails = pipe.unet.conv_out.register_forward_hook(lambda *_: 1 / 0)
     with turbovlm.apply(pipe, keep=0.5, refresh=4):
         with pytest.raises(ZeroDivisionError):
-            picture(pipe)
+            image(pipe)
         fails.remove()
         decisions.clear()
         run(pipe.unet, inputs)
@@ -159,40 +159,38 @@ def test_what_fails_leaves_the_scheduler_as_it_was():
 def test_a_compiled_denoiser_has_one_graph_that_decides_and_one_that_does_not():
     pipe = pipeline()
     with turbovlm.apply(pipe, keep=0.5, refresh=2):
-        eager = picture(pipe)
+        eager = image(pipe)
         torch.compiler.reset()
         pipe.unet.compile(fullgraph=True, backend="eager")
-        torch.testing.assert_close(picture(pipe), eager, rtol=0, atol=1e-4)
+        torch.testing.assert_close(image(pipe), eager, rtol=0, atol=1e-4)
         with torch.compiler.set_stance("fail_on_recompile"):
-            torch.testing.assert_close(picture(pipe), eager, rtol=0, atol=1e-4)
+            torch.testing.assert_close(image(pipe), eager, rtol=0, atol=1e-4)
 
 
 def test_both_halves_of_guidance_merge_alike():
     pipe = pipeline()
     with turbovlm.apply(pipe, keep=0.5):
-        picture(pipe)
+        image(pipe)
         merges = list(merges_of(pipe).values())
     assert len(merges) == 6 and all(len(merge.source) == 2 for merge in merges)
     assert all(torch.equal(merge.source[0], merge.source[1]) for merge in merges)
 
 
-def test_other_pictures_never_merge_alike():
+def test_other_images_never_merge_alike():
     pipe = pipeline()
     prompt = {"prompt_embeds": noise(5, 2, 7, 32), "negative_prompt_embeds": noise(6, 2, 7, 32)}
 
-    def pictures(rows):
+    def images(rows):
         seeds = [torch.Generator().manual_seed(row) for row in rows]
         embeds = {name: value[rows] for name, value in prompt.items()}
         return pipe(**embeds, num_inference_steps=3, output_type="latent", generator=seeds).images
 
     with turbovlm.apply(pipe, keep=0.5):
-        together = pictures([0, 1])
+        together = images([0, 1])
         source = next(iter(merges_of(pipe).values())).source
         assert torch.equal(source[0], source[2]) and not torch.equal(source[0], source[1])
         for row in (0, 1):
-            torch.testing.assert_close(
-                pictures([row])[0], together[row], rtol=0, atol=1e-4 * float(together.abs().max())
-            )
+            torch.testing.assert_close(images([row])[0], together[row], rtol=0, atol=1e-4 * float(together.abs().max()))
 
 
 @pytest.mark.parametrize("prompts", [2, 3])
@@ -201,18 +199,18 @@ def test_prompts_of_one_seed_never_merge_alike(prompts):
     pipe = pipeline()
     embeds = {"prompt_embeds": noise(5, prompts, 7, 32), "negative_prompt_embeds": noise(6, prompts, 7, 32)}
 
-    def pictures(rows):
+    def images(rows):
         some, seeds = {k: v[rows] for k, v in embeds.items()}, [torch.Generator().manual_seed(0) for _ in rows]
         return pipe(**some, num_inference_steps=2, output_type="latent", generator=seeds).images
 
     with turbovlm.apply(pipe, keep=0.5):
-        together = pictures(list(range(prompts)))
+        together = images(list(range(prompts)))
         for row in range(prompts):
             far = 1e-4 * float(together.abs().max())
-            torch.testing.assert_close(pictures([row])[0], together[row], rtol=0, atol=far)
+            torch.testing.assert_close(images([row])[0], together[row], rtol=0, atol=far)
 
 
-def test_a_picture_that_is_not_finite_changes_no_other():
+def test_an_image_that_is_not_finite_changes_no_other():
     model, inputs = DENOISERS["sd15"](), unet_inputs(3, 16, 16)
     with turbovlm.apply(model, keep=0.5):
         good = run(model, inputs)
@@ -265,7 +263,7 @@ def test_cross_attention_is_guided_by_the_text():
 
 
 @torch.no_grad()
-def test_large_pictures_merge_within_bands():
+def test_large_images_merge_within_bands():
     model = DENOISERS["sd15"]()
     with turbovlm.apply(model, keep=0.3):
         block = model.down_blocks[0].attentions[0].transformer_blocks[0]

@@ -39,13 +39,13 @@ DUAL = {
 }
 
 
-def embedded(model, pictures):
+def embedded(model, pixels):
     """Images' and texts' embeddings of the whole forward, normed, and the images' alone."""
     if not hasattr(model, "get_image_features"):
-        images, texts, _ = model(pictures, SENTENCES)
-        return images, texts, model.encode_image(pictures)
-    out = model(input_ids=SENTENCES, pixel_values=pictures)
-    features = model.get_image_features(pixel_values=pictures)
+        images, texts, _ = model(pixels, SENTENCES)
+        return images, texts, model.encode_image(pixels)
+    out = model(input_ids=SENTENCES, pixel_values=pixels)
+    features = model.get_image_features(pixel_values=pixels)
     return out.image_embeds, out.text_embeds, features if isinstance(features, torch.Tensor) else features.pooler_output
 
 
@@ -54,19 +54,19 @@ def embedded(model, pictures):
 def test_dual_encoders(name):
     if name == "open_clip":
         pytest.importorskip("open_clip")
-    model, pictures = seeded(DUAL[name]), FAMILIES["clip"].inputs(2)["pixel_values"]
-    before = embedded(model, pictures)
+    model, pixels = seeded(DUAL[name]), FAMILIES["clip"].inputs(2)["pixel_values"]
+    before = embedded(model, pixels)
     with turbovlm.apply(model, r=4) as handle:
         (schedule,) = handle.schedules
-        images, texts, features = embedded(model, pictures)
+        images, texts, features = embedded(model, pixels)
     assert schedule.tower in ("vision_model", "visual") and schedule.tokens[-1] == schedule.tokens[0] - 16
     assert torch.equal(texts, before[1])
     for found, wanted in ((images, before[0]), (features, before[2])):
         assert not torch.equal(found, wanted)
         assert torch.cosine_similarity(found, wanted).min() > 0.9
     with turbovlm.apply(model, r=0):
-        for found, wanted in zip(embedded(model, pictures), before):
+        for found, wanted in zip(embedded(model, pixels), before):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    assert all(torch.equal(found, wanted) for found, wanted in zip(embedded(model, pictures), before))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(embedded(model, pixels), before))
     with pytest.raises(UnsupportedModelError, match="no language model that reads visual tokens"):
         turbovlm.apply(model, visual_keep=0.5)

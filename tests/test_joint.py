@@ -69,7 +69,7 @@ def test_heads_that_read_words():
 
 
 @torch.no_grad()
-def test_pairs_of_pictures():
+def test_pairs_of_images():
     model = make("ForImagesAndTextClassification", num_images=2, modality_type_vocab_size=3)
     given = inputs()
     given["pixel_values"] = torch.stack([given["pixel_values"], given["pixel_values"].flip(-1)], dim=1)

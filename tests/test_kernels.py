@@ -49,7 +49,7 @@ def split(tokens, prefix=1, kind="alternate"):
 
 
 def own_split(batch, tokens, destinations, prefix=1):
-    """A partition of its own for each picture, `[batch, k]`, cut out of a wider tensor."""
+    """A partition of its own for each image, `[batch, k]`, cut out of a wider tensor."""
     order = torch.rand(batch, tokens - prefix, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
     halves = order[:, :destinations].sort(dim=1).values, order[:, destinations:].sort(dim=1).values
     order = (torch.cat(halves, dim=1) + prefix).to(DEVICE)
@@ -82,7 +82,7 @@ def test_redundancy_is_that_of_the_plain_path(tokens, width, kind, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "destinations"), [(50, 1), (50, 48), (131, 65)])
-def test_each_picture_may_have_a_partition_of_its_own(tokens, destinations, dtype):
+def test_each_image_may_have_a_partition_of_its_own(tokens, destinations, dtype):
     check_similarity(randn(3, tokens, 72, dtype=dtype), own_split(3, tokens, destinations))
 
 

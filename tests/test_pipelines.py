@@ -1,4 +1,4 @@
-"""Every kind of pipeline, whole: four steps, any size, the same picture for a seed, and back."""
+"""Every kind of pipeline, whole: four steps, any size, the same image for a seed, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines import PIPES
 pytest.importorskip("diffusers")
 
 
-def picture(pipe, inputs):
+def image(pipe, inputs):
     seed = torch.Generator().manual_seed(0)
     steps = {"num_inference_steps": 4}
     out = pipe(**inputs, **steps, generator=seed, output_type="np")
@@ -19,26 +19,26 @@ def picture(pipe, inputs):
 
 
 @pytest.mark.parametrize("kind", PIPES)
-def test_a_picture_in_four_steps(kind):
+def test_an_image_in_four_steps(kind):
     pipe, inputs = PIPES[kind](), PIPES[kind].inputs(64, 64)
-    plain = picture(pipe, inputs)
+    plain = image(pipe, inputs)
     with turbovlm.apply(pipe, keep=1.0):
-        assert torch.equal(picture(pipe, inputs), plain)
+        assert torch.equal(image(pipe, inputs), plain)
     with turbovlm.apply(pipe, keep=0.5):
-        merged = picture(pipe, inputs)
-        assert torch.equal(picture(pipe, inputs), merged)
+        merged = image(pipe, inputs)
+        assert torch.equal(image(pipe, inputs), merged)
     with turbovlm.apply(pipe, keep=0.5, refresh=2):
-        again = picture(pipe, inputs)
+        again = image(pipe, inputs)
     assert merged.shape == plain.shape and merged.isfinite().all()
     assert not torch.equal(merged, plain) and not torch.equal(again, merged)
-    assert torch.equal(picture(pipe, inputs), plain)
+    assert torch.equal(image(pipe, inputs), plain)
 
 
 @pytest.mark.parametrize("size", [(48, 80), (72, 56)])
 @pytest.mark.parametrize("kind", [kind for kind in PIPES if kind != "DiT"])
 def test_sizes(kind, size):
     pipe, inputs = PIPES[kind](), PIPES[kind].inputs(*size)
-    plain = picture(pipe, inputs)
+    plain = image(pipe, inputs)
     with turbovlm.apply(pipe, keep=0.5):
-        merged = picture(pipe, inputs)
+        merged = image(pipe, inputs)
     assert merged.shape == plain.shape == (1, *size, 3) and not torch.equal(merged, plain)

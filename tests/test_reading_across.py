@@ -10,7 +10,7 @@ import torch
 import turbovlm
 from vlms import blip, blip2, noise, seeded, vision_encoder_decoder
 
-PICTURES = noise(0, 2, 3, 48, 48)
+IMAGES = noise(0, 2, 3, 48, 48)
 IDS = torch.tensor([[2, 5, 6, 7], [2, 8, 9, 10]])
 
 
@@ -27,16 +27,16 @@ def captioner(request):
 
 def logits_of(model):
     if hasattr(model, "text_decoder"):
-        return model(pixel_values=PICTURES, input_ids=IDS).logits
-    return model(pixel_values=PICTURES, decoder_input_ids=IDS).logits
+        return model(pixel_values=IMAGES, input_ids=IDS).logits
+    return model(pixel_values=IMAGES, decoder_input_ids=IDS).logits
 
 
 @torch.no_grad()
 def test_pruned_equals_masked(captioner):
     tower = captioner.encoder if hasattr(captioner, "encoder") else captioner.vision_model
-    full = tower(pixel_values=PICTURES).last_hidden_state
+    full = tower(pixel_values=IMAGES).last_hidden_state
     with turbovlm.apply(captioner, visual_keep=0.4, reduce="prune") as handle:
-        assert tower(pixel_values=PICTURES).last_hidden_state.shape[1] == 1 + 14
+        assert tower(pixel_values=IMAGES).last_hidden_state.shape[1] == 1 + 14
         logits = logits_of(captioner)
         (selection,) = handle.visual
     mask = torch.zeros(2, 37, dtype=torch.long)
@@ -51,10 +51,10 @@ def test_pruned_equals_masked(captioner):
 
 def generations(model):
     if hasattr(model, "language_model"):
-        return model.generate(pixel_values=PICTURES, input_ids=torch.tensor([[90] * 4 + [2, 5]] * 2), max_new_tokens=4)
+        return model.generate(pixel_values=IMAGES, input_ids=torch.tensor([[90] * 4 + [2, 5]] * 2), max_new_tokens=4)
     if hasattr(model, "text_decoder"):
-        return model.generate(pixel_values=PICTURES, input_ids=IDS, max_new_tokens=4)
-    return model.generate(pixel_values=PICTURES, max_new_tokens=4, num_beams=2)
+        return model.generate(pixel_values=IMAGES, input_ids=IDS, max_new_tokens=4)
+    return model.generate(pixel_values=IMAGES, max_new_tokens=4, num_beams=2)
 
 
 @pytest.mark.parametrize("settings", [{"visual_keep": 0.5}, {"r": 4, "visual_keep": 0.5}, {"r": 4}])
@@ -80,10 +80,10 @@ def test_merged_tokens_count_by_size():
     model = seeded(vision_encoder_decoder)
     tower = model.encoder
     with turbovlm.apply(tower, r=[0, 0, 0, 10], proportional=False):
-        merged = tower(pixel_values=PICTURES).last_hidden_state
+        merged = tower(pixel_values=IMAGES).last_hidden_state
         assert merged.shape[1] == 27
     with turbovlm.apply(model, r=[0, 0, 0, 10], visual_keep=1, proportional=False) as handle:
-        one = tower(pixel_values=PICTURES).last_hidden_state
+        one = tower(pixel_values=IMAGES).last_hidden_state
         weights = handle.visual[0].weights
     assert one.shape[1] == 2
     torch.testing.assert_close(weights.sum(1), torch.ones(2))
@@ -95,7 +95,7 @@ def test_merged_tokens_count_by_size():
 @torch.no_grad()
 def test_blips_other_tasks(task):
     model = seeded(lambda: blip(task))
-    inputs = {"pixel_values": PICTURES, "input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    inputs = {"pixel_values": IMAGES, "input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     if task == "QuestionAnswering":
         inputs["labels"] = IDS
     first = next(iter(model(**inputs).values()))

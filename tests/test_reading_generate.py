@@ -100,16 +100,16 @@ def test_assisted_decoding(name, assistant):
 
 def in_turns(model, family, second):
     """What a second turn on the first one's cache answers, and the same as one prompt."""
-    first, pictures = family.inputs([5, 6, "image", 7]), family.inputs(["image", "image"])
+    first, images = family.inputs([5, 6, "image", 7]), family.inputs(["image", "image"])
     cache = transformers.DynamicCache(config=model.config.get_text_config())
     said = answers(model, first, past_key_values=cache, max_new_tokens=3).sequences
-    tokens = int((pictures["input_ids"] == family.token).sum() - (first["input_ids"] == family.token).sum())
+    tokens = int((images["input_ids"] == family.token).sum() - (first["input_ids"] == family.token).sum())
     new = [8, 9, *([family.token] * tokens if second == "image" else []), 10]
     ids = torch.cat([said, torch.tensor([new])], dim=1)
     both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if family.types is not None:
         both[family.types] = (ids == family.token).int()
-    visual = visual_of(pictures if second == "image" else first, family)
+    visual = visual_of(images if second == "image" else first, family)
     turn = dict(both)
     if second == "image":  # encoded alone, beside the sizes of all, as positions need
         alone = {k: v[len(first[k]) :] for k, v in visual.items()}

@@ -1,4 +1,4 @@
-"""The control at equal tokens: a smaller picture."""
+"""The control at equal tokens: a smaller image."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ def qwen(tokenizer):
     )
 
 
-def tokens(processor, picture):
-    inputs = processor(images=[picture], text=["<|image_pad|> what"], return_tensors="pt")
+def tokens(processor, image):
+    inputs = processor(images=[image], text=["<|image_pad|> what"], return_tensors="pt")
     return int((inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum())
 
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 900), (2000, 2000)])
 @pytest.mark.parametrize("keep", [0.5, 0.25, 64])
 def test_as_many_tokens_as_visual_keep_leaves(qwen, size, keep):
-    picture = Image.new("RGB", size, "red")
-    target = keep if isinstance(keep, int) else keep * tokens(qwen, picture)
-    smaller = downsample(qwen, picture, keep)
+    image = Image.new("RGB", size, "red")
+    target = keep if isinstance(keep, int) else keep * tokens(qwen, image)
+    smaller = downsample(qwen, image, keep)
     assert tokens(qwen, smaller) == pytest.approx(target, rel=0.1)
     assert smaller.width / smaller.height == pytest.approx(size[0] / size[1], rel=0.02)
 
 
-def test_all_of_them_is_the_picture_itself(qwen):
-    picture = Image.new("RGB", (640, 480))
-    assert downsample(qwen, picture, 1.0) is picture
+def test_all_of_them_is_the_image_itself(qwen):
+    image = Image.new("RGB", (640, 480))
+    assert downsample(qwen, image, 1.0) is image
 
 
 def test_what_cannot_be_done_says_why(qwen, tokenizer):
-    picture = Image.new("RGB", (640, 480))
+    image = Image.new("RGB", (640, 480))
     llava = transformers.LlavaProcessor(
         image_processor=transformers.CLIPImageProcessor(),
         tokenizer=tokenizer,
@@ -66,12 +66,12 @@ def test_what_cannot_be_done_says_why(qwen, tokenizer):
         num_additional_image_tokens=1,
     )
     with pytest.raises(ConfigError, match="makes 256 tokens of this image in smaller sizes, and nothing near 128"):
-        downsample(llava, picture, 0.5)
+        downsample(llava, image, 0.5)
     with pytest.raises(UnsupportedModelError, match="CLIPProcessor does not say"):
         downsample(
             transformers.CLIPProcessor(image_processor=transformers.CLIPImageProcessor(), tokenizer=tokenizer),
-            picture,
+            image,
             0.5,
         )
     with pytest.raises(ConfigError, match=r"visual_keep=1\.5"):
-        downsample(qwen, picture, 1.5)
+        downsample(qwen, image, 1.5)

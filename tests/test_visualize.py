@@ -1,4 +1,4 @@
-"""The pictures show exactly what the trace says."""
+"""Drawings show exactly what the trace says."""
 
 from __future__ import annotations
 
@@ -40,40 +40,40 @@ def quadrants(side: int = 4) -> np.ndarray:
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_groups_have_their_pixels_mean_colour(prefix: int) -> None:
     image = noise(4, 4)
-    picture = np.asarray(groups([entry(quadrants(), prefix=prefix)], image, cell=CELL))
+    drawing = np.asarray(groups([entry(quadrants(), prefix=prefix)], image, cell=CELL))
     pixels = np.asarray(image, dtype=float)
-    assert picture.shape == (24, 24, 3)
+    assert drawing.shape == (24, 24, 3)
     for top in (0, 12):
         for left in (0, 12):
             mean = pixels[top : top + 12, left : left + 12].mean(axis=(0, 1))
-            inside = picture[top : top + 11, left : left + 11]
+            inside = drawing[top : top + 11, left : left + 11]
             assert (inside == np.rint(mean)).all()
 
 
 def test_a_group_in_two_places_has_one_colour() -> None:
     labels = np.array([[0, 1], [1, 0]])
     image = noise(2, 2)
-    picture = np.asarray(groups([entry(labels)], image, cell=CELL))
+    drawing = np.asarray(groups([entry(labels)], image, cell=CELL))
     pixels = np.asarray(image, dtype=float)
     mean = np.rint((pixels[:6, :6].mean(axis=(0, 1)) + pixels[6:, 6:].mean(axis=(0, 1))) / 2)
-    assert (picture[0, 0] == mean).all()
-    assert (picture[-1, -1] == mean).all()
-    assert (picture[0, -1] != mean).any()
+    assert (drawing[0, 0] == mean).all()
+    assert (drawing[-1, -1] == mean).all()
+    assert (drawing[0, -1] != mean).any()
 
 
 def test_borders_run_between_groups_only() -> None:
     black = Image.new("RGB", (24, 24))
-    picture = np.asarray(groups([entry(quadrants())], black, cell=CELL))
-    line = (picture == 255).all(axis=-1)
+    drawing = np.asarray(groups([entry(quadrants())], black, cell=CELL))
+    line = (drawing == 255).all(axis=-1)
     expected = np.zeros((24, 24), dtype=bool)
     expected[11, :] = expected[:, 11] = True
     assert (line == expected).all()
-    assert (picture[~expected] == 0).all()
+    assert (drawing[~expected] == 0).all()
 
 
 def test_nothing_merged_draws_every_patch() -> None:
-    picture = groups([entry(np.arange(16).reshape(4, 4))], noise(4, 4), cell=CELL)
-    assert len(set(picture.get_flattened_data() if hasattr(picture, "get_flattened_data") else picture.getdata())) == 17
+    drawing = groups([entry(np.arange(16).reshape(4, 4))], noise(4, 4), cell=CELL)
+    assert len(set(drawing.get_flattened_data() if hasattr(drawing, "get_flattened_data") else drawing.getdata())) == 17
 
 
 def test_last_block_is_the_default_and_blocks_are_found_by_number() -> None:
@@ -105,7 +105,7 @@ def test_grid_that_is_not_square() -> None:
     assert groups([entry(labels)], image, grid=(2, 4), cell=CELL).size == (24, 12)
 
 
-def test_picture_in_the_batch() -> None:
+def test_image_in_the_batch() -> None:
     both = entry(quadrants())
     both.source = torch.cat([both.source, entry(np.arange(16)).source])
     image = noise(4, 4)
@@ -141,8 +141,8 @@ def test_groups_of_a_model() -> None:
         model(pixel_values=torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0)))
         trace = handle.trace
     for block, tokens in enumerate((13, 9, 5)):
-        picture = np.asarray(groups(trace, noise(4, 4), block=block, batch_index=1, cell=CELL))
-        colors = {tuple(color) for color in picture.reshape(-1, 3)} - {WHITE}
+        drawing = np.asarray(groups(trace, noise(4, 4), block=block, batch_index=1, cell=CELL))
+        colors = {tuple(color) for color in drawing.reshape(-1, 3)} - {WHITE}
         assert len(colors) == tokens - 1
 
 
@@ -150,16 +150,16 @@ def ramp() -> torch.Tensor:
     return torch.arange(12.0).reshape(3, 4)
 
 
-def test_heatmap_without_opacity_is_the_picture() -> None:
+def test_heatmap_without_opacity_is_the_image() -> None:
     image = noise(1, 1).resize((4, 3))
     assert heatmap(ramp(), image, opacity=0).tobytes() == image.tobytes()
 
 
 def test_heatmap_runs_from_dark_to_light() -> None:
-    picture = np.asarray(heatmap(ramp(), Image.new("RGB", (4, 3)), opacity=1))
-    assert tuple(picture[0, 0]) == (0, 0, 4)
-    assert tuple(picture[-1, -1]) == (252, 255, 164)
-    brightness = picture.astype(int).sum(axis=-1).ravel()
+    drawing = np.asarray(heatmap(ramp(), Image.new("RGB", (4, 3)), opacity=1))
+    assert tuple(drawing[0, 0]) == (0, 0, 4)
+    assert tuple(drawing[-1, -1]) == (252, 255, 164)
+    brightness = drawing.astype(int).sum(axis=-1).ravel()
     assert (np.diff(brightness) > 0).all()
 
 
@@ -172,25 +172,25 @@ def test_heatmap_outlines_the_region_above_a_share() -> None:
     values = torch.zeros(6, 6)
     values[1:5, 1:5] = 0.8
     values[2, 2] = 1
-    picture = np.asarray(heatmap(values, Image.new("RGB", (6, 6)), outline=0.5))
-    white = (picture == 255).all(axis=-1)
+    drawing = np.asarray(heatmap(values, Image.new("RGB", (6, 6)), outline=0.5))
+    white = (drawing == 255).all(axis=-1)
     rim = (values > 0).numpy()
     rim[2:4, 2:4] = False
     assert (white == rim).all()
 
 
-def test_heatmap_outline_ends_at_the_edge_of_the_picture() -> None:
+def test_heatmap_outline_ends_at_the_edge_of_the_image() -> None:
     values = torch.zeros(4, 6)
     values[:, :3] = 1
-    picture = np.asarray(heatmap(values, Image.new("RGB", (6, 4)), outline=0.5))
-    white = (picture == 255).all(axis=-1)
+    drawing = np.asarray(heatmap(values, Image.new("RGB", (6, 4)), outline=0.5))
+    white = (drawing == 255).all(axis=-1)
     assert white[:, 2].all()
     assert white.sum() == 4
 
 
 def test_heatmap_of_zeros_is_dark() -> None:
-    picture = heatmap(np.zeros((2, 2)), Image.new("RGB", (2, 2)), opacity=1, outline=0.5)
-    assert picture.getpixel((0, 0)) == (0, 0, 4)
+    drawing = heatmap(np.zeros((2, 2)), Image.new("RGB", (2, 2)), opacity=1, outline=0.5)
+    assert drawing.getpixel((0, 0)) == (0, 0, 4)
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def saved(folder, model, processor):
 
 def blip_folder(tmp_path, task):
     model = seeded(lambda: blip(task))
-    pictures = transformers.BlipImageProcessor(size={"height": 48, "width": 48})
-    return saved(tmp_path / "blip", model, transformers.BlipProcessor(pictures, tokenizer()))
+    image_processor = transformers.BlipImageProcessor(size={"height": 48, "width": 48})
+    return saved(tmp_path / "blip", model, transformers.BlipProcessor(image_processor, tokenizer()))
 
 
 def clip_folder(tmp_path):
@@ -82,8 +82,8 @@ def blip2_folder(tmp_path):
         num_query_tokens=4,
         image_token_index=90,
     )
-    pictures = transformers.BlipImageProcessor(size={"height": 48, "width": 48})
-    processor = transformers.Blip2Processor(pictures, tokenizer(), num_query_tokens=4)
+    image_processor = transformers.BlipImageProcessor(size={"height": 48, "width": 48})
+    processor = transformers.Blip2Processor(image_processor, tokenizer(), num_query_tokens=4)
     return saved(tmp_path / "blip2", seeded(lambda: transformers.Blip2ForConditionalGeneration(config)), processor)
 
 
@@ -94,8 +94,8 @@ def siglip2_folder(tmp_path):
     config = transformers.Siglip2Config(vision_config=vision, text_config=text | {"projection_size": 32})
     words = tokenizer()
     words.model_max_length = 10**30
-    pictures = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
-    processor = transformers.Siglip2Processor(pictures, words)
+    image_processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    processor = transformers.Siglip2Processor(image_processor, words)
     return saved(tmp_path / "siglip2", seeded(lambda: transformers.Siglip2Model(config)), processor)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of Turbo on compressed models runs, on a tiny model and few pictures."""
+"""The benchmark of Turbo on compressed models runs, on a tiny model and few images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def model():
 def test_every_variant_is_measured(model):
     pixels = torch.randn(6, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     names = [name for name in compressed.VARIANTS if name != "int4 GPTQ"]
-    found = compression.measured(model, pixels[:3], pixels[3:], names, pictures=2, rounds=1, timed=1)
+    found = compression.measured(model, pixels[:3], pixels[3:], names, images=2, rounds=1, timed=1)
     rows = {(row["variant"], row["turbo"]): row for row in found["rows"]}
     plain = rows["none", False]
     assert plain["kept"][0] == 1 and sum(plain["CLS"]) == pytest.approx(0, abs=1e-5)

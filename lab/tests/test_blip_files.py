@@ -47,7 +47,7 @@ QUESTION = {"captioning": "", "vqa": "what is a dog", "nlvr2": "what is a dog", 
 def test_every_task_is_asked(task, widths, file):
     predictor = loaded(task, file(task, widths))
     assert type(predictor.model).__name__ == CLASSES[task]
-    some = samples(3, QUESTION[task], ("a dog",), pictures=2 if task == "nlvr2" else 1)
+    some = samples(3, QUESTION[task], ("a dog",), images=2 if task == "nlvr2" else 1)
     own = asked(predictor, some)
     assert len(own) == 3 and asked(predictor, some) == own
     costs = [encoder_macs(predictor, some[0], s) for s in [Setting("own"), *methods((TurboConfig(r=5),))]]
@@ -57,20 +57,20 @@ def test_every_task_is_asked(task, widths, file):
 def test_captions_are_those_of_the_model(file):
     predictor = loaded("captioning", file("captioning"))
     (text,) = asked(predictor, samples(1))
-    picture = samples(1)[0].pictures[0].open()
-    pictures = transformers.BlipImageProcessor(
+    image = samples(1)[0].images[0].open()
+    processor = transformers.BlipImageProcessor(
         size={"height": 48, "width": 48},
         image_mean=(0.48145466, 0.4578275, 0.40821073),
         image_std=(0.26862954, 0.26130258, 0.27577711),
     )
-    pixels = pictures(picture, return_tensors="pt")["pixel_values"]
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
     made = predictor.model.generate(pixels, max_new_tokens=12, do_sample=False)
     assert text == tokenizer().decode(made[0], skip_special_tokens=True).strip()
 
 
 def test_statements_are_judged(file):
     predictor = loaded("nlvr2", file("nlvr2"))
-    some = samples(3, "what is a dog", ("True",), pictures=2)
+    some = samples(3, "what is a dog", ("True",), images=2)
     pixels = torch.stack([predictor.prepare(sample, None)[0] for sample in some])
     assert pixels.shape == (3, 2, 3, 48, 48)
     words = tokenizer()(["what is a dog"] * 3, return_tensors="pt")
@@ -80,7 +80,7 @@ def test_statements_are_judged(file):
 
 
 @torch.no_grad()
-def test_vectors_of_pictures_and_captions(file):
+def test_vectors_of_images_and_captions(file):
     predictor = loaded("retrieval", file("retrieval"))
     some = samples(2, answers=("a dog", "a temple"))
     pixels = torch.stack([predictor.prepare(sample, None)[0] for sample in some])
@@ -92,8 +92,8 @@ def test_vectors_of_pictures_and_captions(file):
 
 
 def test_the_command(file, tmp_path, capsys):
-    for number, picture in enumerate(samples(4, pictures=2)):
-        for side, each in enumerate(picture.pictures):
+    for number, pair in enumerate(samples(4, images=2)):
+        for side, each in enumerate(pair.images):
             each.open().save(tmp_path / f"dev-{number}-0-img{side}.png")
     lines = [{"identifier": f"dev-{n}-0-0", "sentence": "what is a dog", "label": "True"} for n in range(4)]
     (tmp_path / "dev.json").write_text("\n".join(json.dumps(line) for line in lines))

@@ -58,7 +58,7 @@ def test_a_model_and_data_from_folders(tmp_path, coco, capsys):
 
 
 def test_calibrated_settings_stand_beside_the_default(tmp_path, capsys):
-    """Thresholds cost what they cost on average, and are asked one picture at a time."""
+    """Thresholds cost what they cost on average, and are asked one image at a time."""
     found = Calibration(TurboConfig((20,) * 12), 0.7, 0.01, 0.02, 0.8, 14, None, ((0.7, 0.01),))
     found.save(tmp_path / "numbers.json")
     TurboConfig((0,) * 12, thresholds=(-0.3,) * 12).save(tmp_path / "per-image.json")
@@ -75,14 +75,14 @@ def test_calibrated_settings_stand_beside_the_default(tmp_path, capsys):
     assert len(set(each)) > 1 and rows[3]["macs"] == round(sum(each) / 4)
 
 
-def test_pictures_that_cannot_be_read(tmp_path, coco, capsys):
+def test_images_that_cannot_be_read(tmp_path, coco, capsys):
     images = coco[1]
     bad, gone = (images / "val2014" / f"COCO_val2014_{number:012d}.jpg" for number in (1, 3))
-    bad.write_text("no picture")
+    bad.write_text("no image")
     gone.unlink()
     assert captioning(tmp_path, coco, "--check") == 2
     err = capsys.readouterr().err
-    assert f"images[3]: its picture val2014/{gone.name} is not in {images}" in err
+    assert f"images[3]: its image val2014/{gone.name} is not in {images}" in err
     assert f"{bad.name}: {bad}: does not decode" in err
     assert "dataset_coco.json: what is listed above, 2, cannot be used" in err
     assert not (tmp_path / "out").exists()
@@ -135,7 +135,7 @@ def test_merging_in_the_tower_and_before_the_language_model(tmp_path, coco, caps
     assert header["setting"] == {"TurboConfig": {"r": 2}, "ReadConfig": {"visual_keep": 0.5}}
 
 
-def test_pictures_from_prompts(tmp_path, capsys):
+def test_images_from_prompts(tmp_path, capsys):
     pytest.importorskip("diffusers")
     (tmp_path / "real").mkdir()
     for number in range(5):

@@ -1,4 +1,4 @@
-"""The demo's pictures, its measurements, and the report that it writes."""
+"""The demo's images, its measurements, and the report that it writes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(*arguments: str) -> int:
     return int(args.run(args))
 
 
-# ---- the pictures
+# ---- the images
 
 
 def test_photos_are_28_different_squares_with_credits() -> None:
@@ -65,11 +65,11 @@ def test_photos_are_the_same_every_time() -> None:
 
 
 def test_own_files_and_folders(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (60, 40), "red").save(folder / "b.png")
     Image.new("L", (40, 60), 90).save(folder / "a.JPG", "JPEG")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     single = tmp_path / "single.png"
     Image.new("RGBA", (30, 30)).save(single)
     photos = load_files([single, folder])
@@ -78,15 +78,15 @@ def test_own_files_and_folders(tmp_path: Path) -> None:
     assert {photo.image.mode for photo in photos} == {"RGB"}
 
 
-def test_pictures_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     broken, empty = tmp_path / "broken.png", tmp_path / "empty"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
     empty.mkdir()
-    with pytest.raises(TurboError, match=r"broken\.png: cannot be read as a picture"):
+    with pytest.raises(TurboError, match=r"broken\.png: cannot be read as an image"):
         load_files([broken])
     with pytest.raises(TurboError, match=r"absent\.png: no such file"):
         load_files([tmp_path / "absent.png"])
-    with pytest.raises(TurboError, match="the folder has no picture"):
+    with pytest.raises(TurboError, match="the folder has no image"):
         load_files([empty])
 
 
@@ -197,7 +197,7 @@ def test_report_is_self_contained(quick: Run) -> None:
 
 
 @needs_weights
-def test_report_has_every_picture(quick: Run) -> None:
+def test_report_has_every_image(quick: Run) -> None:
     page = _Page()
     page.feed(quick.html)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
@@ -205,9 +205,9 @@ def test_report_has_every_picture(quick: Run) -> None:
     assert len({attributes["alt"] for attributes in images}) == len(images)
     for attributes in images:
         source = attributes["src"] or ""
-        picture = Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2])))
-        picture.load()
-        assert picture.size == (224, 224)
+        image = Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2])))
+        image.load()
+        assert image.size == (224, 224)
 
 
 @needs_weights
@@ -260,12 +260,12 @@ def test_chart_of_one_point_and_escaping() -> None:
 # ---- the command
 
 
-def test_bad_picture_ends_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_image_ends_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"nonsense")
     assert main(["demo", "--images", str(broken), "--out", str(tmp_path / "report.html")]) == 2
     error = capsys.readouterr().err
-    assert "broken.png: cannot be read as a picture" in error
+    assert "broken.png: cannot be read as an image" in error
     assert "Traceback" not in error
     assert not (tmp_path / "report.html").exists()
 

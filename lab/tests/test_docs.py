@@ -18,9 +18,9 @@ transformers = pytest.importorskip("transformers")
 PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
-PICTURE = noise(0, 1, 3, 48, 48)
-WORDS = {"pixel_values": PICTURE, "input_ids": torch.tensor([[2, 5, 6, 7]])}
-QUERIES = {"pixel_values": PICTURE, "input_ids": torch.tensor([[90] * 4 + [2, 5]])}
+IMAGE = noise(0, 1, 3, 48, 48)
+WORDS = {"pixel_values": IMAGE, "input_ids": torch.tensor([[2, 5, 6, 7]])}
+QUERIES = {"pixel_values": IMAGE, "input_ids": torch.tensor([[90] * 4 + [2, 5]])}
 
 
 def clip():
@@ -49,8 +49,8 @@ MODELS = {
     "Salesforce/blip-itm-base-coco": (lambda: blip("ImageTextRetrieval"), WORDS),
     "Salesforce/blip2-opt-2.7b": (blip2, QUERIES),
     "dandelin/vilt-b32-finetuned-vqa": (vilt, vilt_inputs()),
-    "openai/clip-vit-large-patch14-336": (clip, {"pixel_values": PICTURE}),
-    "nlpconnect/vit-gpt2-image-captioning": (vision_encoder_decoder, {"pixel_values": PICTURE}),
+    "openai/clip-vit-large-patch14-336": (clip, {"pixel_values": IMAGE}),
+    "nlpconnect/vit-gpt2-image-captioning": (vision_encoder_decoder, {"pixel_values": IMAGE}),
     "sentence-transformers/all-MiniLM-L6-v2": (sentence_encoder, {"input_ids": torch.arange(30).unsqueeze(0)}),
     "meta-llama/Llama-2-7b-chat-hf": (lambda: minigpt().language_model, {}),
 }
@@ -84,7 +84,7 @@ def test_snippet_runs(snippet, monkeypatch):
         names["pairs"], names["input_ids"] = pairs()
         names["attention_mask"] = torch.ones_like(names["input_ids"])
     if "MiniGPTv2" in snippet:
-        names["pictures"], names["input_ids"], _ = conversation()
+        names["images"], names["input_ids"], _ = conversation()
     with torch.no_grad():
         exec(snippet, names)
     results = [names[name] for name in RESULTS if name in names]

@@ -34,7 +34,7 @@ def two():
 def test_dataset_of_captions(tmp_path, two):
     data = read("retrieval", dataset(tmp_path / "d", image=two, caption=[["A cat", "Cat"], ["A dog"]]))
     assert [(s.id, s.answers) for s in data.samples] == [("0", ("A cat", "Cat")), ("1", ("A dog",))]
-    assert data.samples[1].pictures[0].open().getpixel((0, 0)) == (200, 0, 0)
+    assert data.samples[1].images[0].open().getpixel((0, 0)) == (200, 0, 0)
 
 
 def test_dataset_of_questions_and_statements(tmp_path, two):
@@ -47,7 +47,7 @@ def test_dataset_of_questions_and_statements(tmp_path, two):
     )
     data = read("nlvr2", said)
     assert [s.answers for s in data.samples] == [("True",), ("False",)]
-    assert [p.open().getpixel((0, 0))[0] for p in data.samples[0].pictures] == [0, 200]
+    assert [p.open().getpixel((0, 0))[0] for p in data.samples[0].images] == [0, 200]
 
 
 def test_dataset_of_classes_masks_and_prompts(tmp_path, two):
@@ -84,13 +84,13 @@ def test_captions_as_evaluations_on_the_hub_have_them(tmp_path, two):
 
 
 def test_splits_in_a_column(tmp_path):
-    """Flickr30k's: all pictures are of the split "test"; which are of Karpathy's test split a column says."""
-    pictures = [Image.new("RGB", (8, 6), (i, 0, 0)) for i in (0, 100, 200)]
+    """Flickr30k's: all images are of the split "test"; which are of Karpathy's test split a column says."""
+    images = [Image.new("RGB", (8, 6), (i, 0, 0)) for i in (0, 100, 200)]
     words, parts = [["A"], ["B"], ["C"]], ["train", "test", "val"]
-    spec = dataset(tmp_path / "d", image=pictures, caption=words, split=parts)
+    spec = dataset(tmp_path / "d", image=images, caption=words, split=parts)
     data = read("retrieval", spec)
     assert [s.answers for s in data.samples] == [("B",)] and data.name.endswith("d, test")
-    assert data.samples[0].pictures[0].open().getpixel((0, 0)) == (100, 0, 0)
+    assert data.samples[0].images[0].open().getpixel((0, 0)) == (100, 0, 0)
     assert [s.answers for s in read("retrieval", spec, split="val").samples] == [("C",)]
     with pytest.raises(DataError, match=r"split='dev': .* has test, train, val"):
         read("retrieval", spec, split="dev")
@@ -120,13 +120,13 @@ def test_labels_that_are_none(tmp_path, two):
         read("classification", f"datasets:{tmp_path / 'd'}")
 
 
-def test_pictures_that_are_none_or_bytes(tmp_path, two):
+def test_images_that_are_none_or_bytes(tmp_path, two):
     buffer = io.BytesIO()
     two[1].save(buffer, "PNG")
     given = [{"bytes": buffer.getvalue(), "path": "a.png"}, None]
     spec = dataset(tmp_path / "d", image=given, caption=["A cat", "A dog"])
     good, bad = check(read("captioning", spec))
-    assert [s.pictures[0].open().getpixel((0, 0))[0] for s in good.samples] == [200]
+    assert [s.images[0].open().getpixel((0, 0))[0] for s in good.samples] == [200]
     assert bad == ["1: row 1, image: does not decode (it is empty)"]
     _, bad = check(read("captioning", dataset(tmp_path / "n", image=["a.png", "b.png"], caption=["A cat", "A dog"])))
-    assert bad[0] == "0: row 0, image: does not decode (it is 'a.png', no picture)"
+    assert bad[0] == "0: row 0, image: does not decode (it is 'a.png', no image)"

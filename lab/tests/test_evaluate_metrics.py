@@ -172,7 +172,7 @@ def test_samples_of_a_group_are_drawn_together():
 
 
 def test_draws_of_many_groups_are_made_some_at_a_time(monkeypatch):
-    """ImageNet's 50,000 pictures would take 4 GB at once."""
+    """ImageNet's 50,000 images would take 4 GB at once."""
     scores = list(np.random.default_rng(0).normal(3, 2, 90))
     base = [value + 1 for value in scores]
     groups = [i % 60 for i in range(90)]

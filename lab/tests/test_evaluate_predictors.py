@@ -12,10 +12,10 @@ from folders import blip2_folder, blip_folder, clip_folder, llava_folder, saved,
 from turbovlm import ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm_lab.evaluate.asked_model import AskedModel
-from turbovlm_lab.evaluate.data import Data, Picture, Sample
+from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.predictors import load_predictor
 from turbovlm_lab.evaluate.predictors.encoders import Pair, by_names, class_order
-from turbovlm_lab.evaluate.predictors.pictures import Making, features_of, made_by
+from turbovlm_lab.evaluate.predictors.images import Making, features_of, made_by
 from turbovlm_lab.evaluate.run import Setting
 from turbovlm_lab.evaluate.scoring import Score
 from turbovlm_lab.evaluate.settings import METHODS, encoder_macs, methods, smaller
@@ -26,15 +26,14 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("torchvision")
 
 
-def picture(number):
+def image(number):
     noise = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
-    return Picture(f"picture {number}", lambda: Image.fromarray(noise.numpy()))
+    return LazyImage(f"image {number}", lambda: Image.fromarray(noise.numpy()))
 
 
-def samples(count, text="", answers=("a dog",), pictures=1):
+def samples(count, text="", answers=("a dog",), images=1):
     return tuple(
-        Sample(f"s{i}", tuple(picture(i * pictures + side) for side in range(pictures)), text, answers)
-        for i in range(count)
+        Sample(f"s{i}", tuple(image(i * images + side) for side in range(images)), text, answers) for i in range(count)
     )
 
 
@@ -58,7 +57,7 @@ def test_classification(tmp_path):
     predictor = loaded("classification", folder, Data("d", (), classes=("ant", "bee", "cat", "dog", "eel", "fox")))
     found = asked(predictor, samples(3))
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    pixels = processor([s.pictures[0].open() for s in samples(3)], return_tensors="pt")["pixel_values"]
+    pixels = processor([s.images[0].open() for s in samples(3)], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         logits = predictor.model(pixels).logits
     assert found == logits.topk(5).indices.tolist()
@@ -80,8 +79,8 @@ def test_classes_by_their_names(tmp_path):
     for prompt in ("a photo of a {}.", "what is a {}"):
         predictor = loaded("classification", folder, data, prompt=prompt)
         names = [prompt.format(name) for name in ("dog", "temple", "red flower")]
-        pictures = [sample.pictures[0].open() for sample in samples(4)]
-        inputs = processor(images=pictures, text=names, padding=True, return_tensors="pt")
+        images = [sample.images[0].open() for sample in samples(4)]
+        inputs = processor(images=images, text=names, padding=True, return_tensors="pt")
         with torch.no_grad():
             expected = predictor.model(**inputs).logits_per_image.argsort(dim=1, descending=True)
         assert asked(predictor, samples(4)) == expected.tolist()
@@ -95,31 +94,31 @@ def test_retrieval(make, tmp_path):
     predictor = loaded("retrieval", folder)
     some = samples(3, answers=("a dog", "what is a temple"))
     found = asked(predictor, some)
-    pictures = torch.tensor([each["picture"] for each in found])
+    images = torch.tensor([each["picture"] for each in found])
     captions = torch.tensor([each["captions"] for each in found])
     assert captions.shape[:2] == (3, 2)
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    inputs = processor(images=some[0].pictures[0].open(), text=["a dog"], return_tensors="pt")
+    inputs = processor(images=some[0].images[0].open(), text=["a dog"], return_tensors="pt")
     more = {"use_itm_head": False} if "Blip" in type(predictor.model).__name__ else {}
     with torch.no_grad():
         out = predictor.model(**inputs, **more)
     expected = out.itm_score if more else out.logits_per_image / predictor.model.logit_scale.exp()
-    torch.testing.assert_close((pictures[0] @ captions[0, 0]).view(1, 1), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close((images[0] @ captions[0, 0]).view(1, 1), expected, rtol=0, atol=1e-5)
     with turbovlm.apply(predictor.model, r=4):
         merged = torch.tensor([each["picture"] for each in asked(predictor, some)])
-    assert not torch.equal(merged, pictures)
+    assert not torch.equal(merged, images)
 
 
-def test_retrieval_with_pictures_of_many_shapes(tmp_path):
-    """SigLIP 2: pictures come with their shapes, sentences all have the length that it was trained with."""
+def test_retrieval_with_images_of_many_shapes(tmp_path):
+    """SigLIP 2: images come with their shapes, sentences all have the length that it was trained with."""
     folder = siglip2_folder(tmp_path)
     predictor = loaded("retrieval", folder)
     found = asked(predictor, samples(2, answers=("a dog",)))
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    pictures = processor.image_processor(images=[s.pictures[0].open() for s in samples(2)], return_tensors="pt")
+    images = processor.image_processor(images=[s.images[0].open() for s in samples(2)], return_tensors="pt")
     words = processor.tokenizer(["a dog"], padding="max_length", max_length=16, return_tensors="pt")
     with torch.no_grad():
-        out = predictor.model(**pictures, input_ids=words["input_ids"])
+        out = predictor.model(**images, input_ids=words["input_ids"])
     similar = torch.tensor([each["picture"] for each in found]) @ torch.tensor(found[0]["captions"][0])
     torch.testing.assert_close(similar, (out.image_embeds @ out.text_embeds[0]), rtol=0, atol=1e-5)
     with turbovlm.apply(predictor.model, r=2):
@@ -130,7 +129,7 @@ def test_classes_that_bfloat16_cannot_tell_apart():
     """Similarities of normalised vectors near 1 differ by less than its 8 bits."""
     names = torch.tensor([[1, 0.04], [1, 0.02]], dtype=torch.bfloat16)
     seen = torch.tensor([[1, 0.0]], dtype=torch.bfloat16)
-    pair = Pair(None, lambda picture, size: torch.zeros(1), lambda batch, _: seen, lambda texts: names[: len(texts)])
+    pair = Pair(None, lambda image, size: torch.zeros(1), lambda batch, _: seen, lambda texts: names[: len(texts)])
     predictor = by_names(pair, Data("d", (), classes=("a", "b")), "{}")
     assert asked(predictor, samples(1)) == [[1, 0]]
 
@@ -146,7 +145,7 @@ def test_captions_are_written_without_the_prompt(tmp_path):
     processor.save_pretrained(folder)
     found = asked(loaded("captioning", folder, prompt="what is"), samples(2))
     predictor = loaded("captioning", folder)
-    inputs = processor(images=[s.pictures[0].open() for s in samples(2)], text=["what is"] * 2, return_tensors="pt")
+    inputs = processor(images=[s.images[0].open() for s in samples(2)], text=["what is"] * 2, return_tensors="pt")
     made = processor.batch_decode(predictor.model.generate(**inputs, max_new_tokens=40), skip_special_tokens=True)
     assert all(text.startswith("what is ") for text in made)
     assert found == [text.removeprefix("what is ").strip() for text in made]
@@ -157,7 +156,7 @@ def test_captions(tmp_path):
     predictor = loaded("captioning", folder)
     found = asked(predictor, samples(2))
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    inputs = processor(images=[s.pictures[0].open() for s in samples(2)], return_tensors="pt")
+    inputs = processor(images=[s.images[0].open() for s in samples(2)], return_tensors="pt")
     made = predictor.model.generate(**inputs, max_new_tokens=40, do_sample=False, num_beams=1)
     assert found == [text.strip() for text in processor.batch_decode(made, skip_special_tokens=True)]
     begun = asked(loaded("captioning", folder, prompt="a dog"), samples(2))
@@ -188,16 +187,16 @@ def test_chat(tmp_path):
     processor = transformers.AutoProcessor.from_pretrained(folder)
     question = "what is a dog\nAnswer the question using a single word or phrase."
     text = f"user : <image> {question} assistant :"
-    inputs = processor(images=some[0].pictures[0].open(), text=text, return_tensors="pt")
+    inputs = processor(images=some[0].images[0].open(), text=text, return_tensors="pt")
     made = predictor.model.generate(**inputs, max_new_tokens=16, do_sample=False)
     expected = processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert found[0] == expected
     assert not predictor.image_sizes
 
 
-def test_statements_about_two_pictures_in_a_chat(tmp_path):
+def test_statements_about_two_images_in_a_chat(tmp_path):
     predictor = loaded("nlvr2", llava_folder(tmp_path), prompt="true or false : {}")
-    found = asked(predictor, samples(2, "what is a dog", ("True",), pictures=2))
+    found = asked(predictor, samples(2, "what is a dog", ("True",), images=2))
     assert len(found) == 2 and all(isinstance(answer, str) for answer in found)
 
 
@@ -214,60 +213,60 @@ def test_answers_from_a_list(task, kind, settings, tmp_path):
         size["modality_type_vocab_size"] = 3
     labels = {name: i for i, name in settings["id2label"].items()}
     config = transformers.ViltConfig(**size, **settings, label2id=labels)
-    pictures = transformers.ViltImageProcessor(size={"shortest_edge": 48}, size_divisor=8)
-    processor = transformers.ViltProcessor(pictures, tokenizer())
+    image_processor = transformers.ViltImageProcessor(size={"shortest_edge": 48}, size_divisor=8)
+    processor = transformers.ViltProcessor(image_processor, tokenizer())
     model = seeded(lambda: getattr(transformers, kind)(config))
     predictor = loaded(task, saved(tmp_path / "vilt", model, processor))
-    some = (*samples(1, "what is a dog", pictures=1 + (task == "nlvr2")),)
+    some = (*samples(1, "what is a dog", images=1 + (task == "nlvr2")),)
     assert asked(predictor, some)[0] in settings["id2label"].values()
 
 
 def test_text_to_image(tmp_path):
-    """A sample's picture does not depend on its batch; it is kept under its seed."""
+    """A sample's image does not depend on its batch; it is kept under its seed."""
     pytest.importorskip("diffusers")
     from turbovlm_lab.zoo.emoji import load_emoji_pipeline
 
-    def means(pictures):
-        return torch.stack([torch.from_numpy(np.array(p)).float().mean(dim=(0, 1)) for p in pictures])
+    def means(images):
+        return torch.stack([torch.from_numpy(np.array(p)).float().mean(dim=(0, 1)) for p in images])
 
     some = [Sample(f"line {i}", text=text) for i, text in enumerate(["red apple, noto, on white", "dog", "cat"])]
     making = Making(steps=2, guidance=2.0, seed=5, folder=tmp_path)
     predictor = made_by(load_emoji_pipeline(), some, making, means)
     found = asked(predictor, some)
     torch.testing.assert_close(torch.tensor(asked(predictor, some[1:2])), torch.tensor(found[1:2]), rtol=0, atol=0.5)
-    kept = [Picture.file(tmp_path / f"00000{seed}.png") for seed in (5, 6, 7)]
+    kept = [LazyImage.file(tmp_path / f"00000{seed}.png") for seed in (5, 6, 7)]
     torch.testing.assert_close(features_of(kept, means, batch=2), torch.tensor(found))
     with turbovlm.apply(predictor.model, keep=0.5):
         assert asked(predictor, some) != found
 
 
 def test_image_to_image():
-    """A picture begins as its sample's: the less it is noised, the more of it stays."""
+    """An image begins as its sample's: the less it is noised, the more of it stays."""
     pytest.importorskip("diffusers")
     from turbovlm_lab.evaluate.asking import asked as ask_task
     from turbovlm_lab.evaluate.asking import beginning
     from turbovlm_lab.zoo.emoji import load_emoji_pipeline
 
-    def means(pictures):
-        return torch.stack([torch.from_numpy(np.array(p)).float().mean(dim=(0, 1)) for p in pictures])
+    def means(images):
+        return torch.stack([torch.from_numpy(np.array(p)).float().mean(dim=(0, 1)) for p in images])
 
     colours = ((250, 20, 20), (20, 20, 250))
     real = tuple(
-        Picture(f"real {i}", lambda colour=colour: Image.new("RGB", (90, 70), colour))
+        LazyImage(f"real {i}", lambda colour=colour: Image.new("RGB", (90, 70), colour))
         for i, colour in enumerate(colours)
     )
     some = tuple(Sample(f"line {i}", text="dog, noto, on white") for i in range(3))
     data = beginning(Data("d", some, real=real))
-    assert [sample.pictures[0].name for sample in data.samples] == ["real 0", "real 1", "real 0"]
+    assert [sample.images[0].name for sample in data.samples] == ["real 0", "real 1", "real 0"]
     apart = []
     for strength in (0.2, 0.9):
         predictor = made_by(load_emoji_pipeline(), data.samples, Making(steps=5, strength=strength), means)
         made = torch.tensor(asked(predictor, data.samples))
-        apart.append((made - means([picture.open() for picture in (*real, real[0])])).norm(dim=-1))
+        apart.append((made - means([image.open() for image in (*real, real[0])])).norm(dim=-1))
     assert (apart[0] < apart[1]).all()
     with pytest.raises(ConfigError, match=r"strength=1.5: must be a number in \(0, 1\]"):
         Making(strength=1.5)
-    with pytest.raises(ConfigError, match="the data have no pictures to begin with"):
+    with pytest.raises(ConfigError, match="the data have no images to begin with"):
         ask_task("text-to-image", AskedModel("zoo:emoji"), Data("d", some, real=real), Making(strength=0.5), "vit")
 
 
@@ -280,7 +279,7 @@ def test_how_a_model_is_asked_is_told(tmp_path):
         "dtype": "bfloat16",
         "prompt": "what {}",
     }
-    making, features = Making(steps=2, seed=3), lambda pictures: torch.zeros(len(pictures), 2)
+    making, features = Making(steps=2, seed=3), lambda images: torch.zeros(len(images), 2)
     emoji = load_predictor("text-to-image", AskedModel("zoo:emoji"), Data("d", ()), making, features)
     assert emoji.about == {"steps": "2", "seed": "3", "features": "<lambda>"}
 
@@ -319,8 +318,8 @@ def test_models_that_are_not_whole(tmp_path):
         loaded("vqa", folder)
 
 
-def test_a_prompt_without_the_picture(tmp_path):
-    """Older folders of LLaVA have no chat template: the prompt must say where the picture is."""
+def test_a_prompt_without_the_image(tmp_path):
+    """Older folders of LLaVA have no chat template: the prompt must say where the image is."""
     folder = llava_folder(tmp_path)
     for path in (tmp_path / "llava").glob("chat_template*"):
         path.unlink()

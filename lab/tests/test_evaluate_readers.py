@@ -9,11 +9,11 @@ from PIL import Image
 
 from turbovlm.errors import ConfigError, DataError
 from turbovlm_lab.evaluate.check import check
-from turbovlm_lab.evaluate.data import Data, Picture, Sample
+from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.readers import formats_of, read
 
 
-def picture(path, colour=0):
+def image(path, colour=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 6), (colour, 0, 0)).save(path)
 
@@ -26,8 +26,8 @@ def written(path, content):
 
 
 def shown(data):
-    """Ids, names of the pictures, texts and answers."""
-    return [(s.id, [p.name.rsplit("/", 1)[-1] for p in s.pictures], s.text, s.answers) for s in data.samples]
+    """Ids, names of the images, texts and answers."""
+    return [(s.id, [p.name.rsplit("/", 1)[-1] for p in s.images], s.text, s.answers) for s in data.samples]
 
 
 COCO = {
@@ -44,7 +44,7 @@ COCO = {
 @pytest.fixture
 def images(tmp_path):
     for number, name in enumerate(("a", "b", "c")):
-        picture(tmp_path / "images" / f"{name}.jpg", number)
+        image(tmp_path / "images" / f"{name}.jpg", number)
     return tmp_path / "images"
 
 
@@ -55,7 +55,7 @@ def test_coco_captions(task, tmp_path, images):
     assert data.name == "captions_val2017.json" and len(data.left_out) == 2
     assert "annotations[3]: is of image 99" in data.left_out[0]
     assert "images[2]: c.jpg has no caption" in data.left_out[1]
-    assert data.samples[0].pictures[0].open().size == (8, 6)
+    assert data.samples[0].images[0].open().size == (8, 6)
 
 
 KARPATHY = {
@@ -73,8 +73,8 @@ def test_karpathy_splits(tmp_path, images):
     assert shown(read("captioning", file, images, "val")) == [("b.jpg", ["b.jpg"], "", ("A dog",))]
     with pytest.raises(DataError, match=r"split='train': dataset_coco.json has test, val"):
         read("captioning", file, images, "train")
-    picture(tmp_path / "all" / "val2014" / "a.jpg")
-    assert "val2014" in read("captioning", file, tmp_path / "all").samples[0].pictures[0].name
+    image(tmp_path / "all" / "val2014" / "a.jpg")
+    assert "val2014" in read("captioning", file, tmp_path / "all").samples[0].images[0].name
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -96,7 +96,7 @@ def test_flickr_token(tmp_path, images):
     text = "a.jpg#0\tA cat .\na.jpg#1\tCat\nb.jpg#0\tA dog\nz.jpg#0\tNobody\n"
     data = read("captioning", written(tmp_path / "results_20130124.token", text), images)
     assert [s.answers for s in data.samples] == [("A cat .", "Cat"), ("A dog",)]
-    assert "line 4: its picture z.jpg is not in" in data.left_out[0]
+    assert "line 4: its image z.jpg is not in" in data.left_out[0]
 
 
 def test_flickr_table(tmp_path, images):
@@ -127,7 +127,7 @@ def vqa_files(tmp_path, answers=(5, 6)):
     "name", ["COCO_val2014_000000000042.jpg", "val2014/COCO_val2014_000000000042.jpg", "000000000042.jpg"]
 )
 def test_vqa(name, tmp_path):
-    picture(tmp_path / "images" / name)
+    image(tmp_path / "images" / name)
     files = vqa_files(tmp_path)
     for order in (files, files[::-1]):
         data = read("vqa", order, tmp_path / "images")
@@ -138,14 +138,14 @@ def test_vqa(name, tmp_path):
 
 
 def test_vqa_questions_and_answers_that_do_not_meet(tmp_path):
-    picture(tmp_path / "images" / "000000000042.jpg")
+    image(tmp_path / "images" / "000000000042.jpg")
     data = read("vqa", vqa_files(tmp_path, answers=(5, 8)), tmp_path / "images")
     assert [s.id for s in data.samples] == ["5"]
     assert "question 6 has no answers" in data.left_out[0] and "answers question 8" in data.left_out[1]
 
 
 def test_gqa(tmp_path):
-    picture(tmp_path / "images" / "n161313.jpg")
+    image(tmp_path / "images" / "n161313.jpg")
     file = written(
         tmp_path / "testdev.json", {"201307251": {"imageId": "n161313", "question": "Is it?", "answer": "no"}}
     )
@@ -171,7 +171,7 @@ def test_vizwiz_and_blip_questions(tmp_path, images):
 
 def test_nlvr2(tmp_path):
     for side in (0, 1):
-        picture(tmp_path / "images" / f"dev-850-0-img{side}.png")
+        image(tmp_path / "images" / f"dev-850-0-img{side}.png")
     lines = [
         {"identifier": "dev-850-0-0", "sentence": "Two dogs.", "label": "True", "left_url": "x"},
         {"identifier": "dev-850-0-1", "sentence": "No dogs.", "label": "False"},
@@ -180,7 +180,7 @@ def test_nlvr2(tmp_path):
     data = read("nlvr2", written(tmp_path / "dev.json", "\n".join(map(json.dumps, lines))), tmp_path / "images")
     pair = ["dev-850-0-img0.png", "dev-850-0-img1.png"]
     assert shown(data) == [("dev-850-0-0", pair, "Two dogs.", ("True",)), ("dev-850-0-1", pair, "No dogs.", ("False",))]
-    assert "dev.json, line 3: its picture dev-851-0-img0.png is not in" in data.left_out[0]
+    assert "dev.json, line 3: its image dev-851-0-img0.png is not in" in data.left_out[0]
     blip = [{"sentence": "Two dogs.", "label": "False", "images": [f"dev/{name}" for name in pair]}]
     data = read("nlvr2", written(tmp_path / "nlvr_dev.json", blip), tmp_path / "images")
     assert shown(data) == [("0", pair, "Two dogs.", ("False",))]
@@ -188,7 +188,7 @@ def test_nlvr2(tmp_path):
 
 def test_class_folders(tmp_path):
     for number, name in enumerate(("n02/x.JPEG", "n01/y.jpeg", "n01/deep/z.png")):
-        picture(tmp_path / "imagenet" / "val" / name, number)
+        image(tmp_path / "imagenet" / "val" / name, number)
     data = read("classification", tmp_path / "imagenet", split="val")
     assert data.classes == ("n01", "n02") and data.name == "imagenet, val"
     assert [(s.id, s.answers) for s in data.samples] == [
@@ -205,17 +205,17 @@ def test_labels_in_a_file(tmp_path, images):
     file = written(tmp_path / "val.txt", "a.jpg 2\nb.jpg 0\nz.jpg 1\n")
     data = read("classification", file, images)
     assert data.classes == ("0", "1", "2") and [s.answers for s in data.samples] == [("2",), ("0",)]
-    assert data.left_out == (f"{file}, line 3: its picture z.jpg is not in {images}",)
-    with pytest.raises(DataError, match=r"val.txt, line 2: must be a picture's name and the number of its class"):
+    assert data.left_out == (f"{file}, line 3: its image z.jpg is not in {images}",)
+    with pytest.raises(DataError, match=r"val.txt, line 2: must be an image's name and the number of its class"):
         read("classification", written(tmp_path / "val.txt", "a.jpg 2\nb.jpg\n"), images)
 
 
 def test_masks(tmp_path):
     for name in ("DUTS-TE-Image/a.jpg", "DUTS-TE-Image/b.jpg", "DUTS-TE-Mask/a.png", "DUTS-TE-Mask/c.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     data = read("saliency", tmp_path)
     assert shown(data) == [("a.jpg", ["a.jpg"], "", ())] and data.samples[0].mask.open("L").mode == "L"
-    assert [reason.split(":")[1].split(" in ")[0] for reason in data.left_out] == [" has no mask", " has no picture"]
+    assert [reason.split(":")[1].split(" in ")[0] for reason in data.left_out] == [" has no mask", " has no image"]
 
 
 def test_prompts(tmp_path, images):
@@ -225,7 +225,7 @@ def test_prompts(tmp_path, images):
 
 def test_limit_is_evenly_spaced(tmp_path):
     for number in range(10):
-        picture(tmp_path / "d" / f"c{number // 5}" / f"{number}.png")
+        image(tmp_path / "d" / f"c{number // 5}" / f"{number}.png")
     data = read("classification", tmp_path / "d", limit=4)
     assert [s.id for s in data.samples] == ["c0/0.png", "c0/2.png", "c1/5.png", "c1/7.png"]
     assert len(read("classification", tmp_path / "d", limit=99).samples) == 10
@@ -239,7 +239,7 @@ WRONG = {
     "no JSON": ('{"images": [\n{"id": 1,}\n]}', r"data.json, line 2: is not JSON"),
     "no JSON in a line": ('{"image": "a.jpg", "caption": "x"}\n{"image"\n', r"data.json, line 2: is not JSON"),
     "a line that is no object": ('{"image": "a.jpg", "caption": "x"}\n[1]\n', r"data.json, line 2: must be an object"),
-    "another format": ({"pictures": []}, "of no format known for captioning, which are COCO captions"),
+    "another format": ({"photos": []}, "of no format known for captioning, which are COCO captions"),
     "a list of numbers": ([1, 2], r"data.json\[0\]: must be an object; it is 1"),
     "a field is missing": (
         {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]},
@@ -249,7 +249,7 @@ WRONG = {
     "twice": ({**COCO, "images": [COCO["images"][0]] * 2}, r"images\[1\]: the image id 7 is there twice"),
     "a caption that is none": ([{"image": "a.jpg", "caption": 3}], r"caption\[0\]: 'caption' is 3; it must be a text"),
     "no caption": ([{"image": "a.jpg", "caption": []}], r"'caption' is empty"),
-    "no picture at all": (
+    "no image at all": (
         [{"image": "z.jpg", "caption": "x"}],
         "nothing to evaluate on; .* left out: .*z.jpg is not in",
     ),
@@ -275,12 +275,12 @@ def test_wrong_folders(tmp_path, images):
         read("captioning", file, images, "val")
     with pytest.raises(DataError, match="has no folders; there must be one for each class"):
         read("classification", images)
-    with pytest.raises(DataError, match=r"val: has no pictures .*; give one of its splits \(val\)"):
+    with pytest.raises(DataError, match=r"val: has no images .*; give one of its splits \(val\)"):
         (tmp_path / "imagenet" / "val").mkdir(parents=True)
         read("classification", tmp_path / "imagenet")
-    with pytest.raises(DataError, match="has no folder of pictures; it is called one of images"):
+    with pytest.raises(DataError, match="has no folder of images; it is called one of images"):
         read("saliency", tmp_path / "imagenet")
-    with pytest.raises(DataError, match="the pictures are in"):
+    with pytest.raises(DataError, match="the images are in"):
         read("classification", tmp_path, images)
     with pytest.raises(ConfigError, match="task='segmentation': must be one of classification"):
         read("segmentation", tmp_path)
@@ -308,7 +308,7 @@ def test_entries_that_are_wrong_are_listed_and_the_others_read(tmp_path, images)
 
 
 def test_blips_captions_one_per_entry(tmp_path, images):
-    """Its files of training and of Flickr30k: the entries of one picture are one sample."""
+    """Its files of training and of Flickr30k: the entries of one image are one sample."""
     entries = [
         {"image": f"{name}.jpg", "caption": words} for name, words in (("a", "A cat"), ("b", "A dog"), ("a", "Cat"))
     ]
@@ -325,7 +325,7 @@ def test_people_who_said_nothing(tmp_path, images):
 @pytest.mark.parametrize("folder", ["dev", "3", "dev/3"])
 def test_nlvr2_in_its_folders(folder, tmp_path):
     for side in (0, 1):
-        picture(tmp_path / "images" / folder / f"dev-850-0-img{side}.png")
+        image(tmp_path / "images" / folder / f"dev-850-0-img{side}.png")
     line = {"identifier": "dev-850-0-0", "sentence": "Two dogs.", "label": "True"}
     line |= {"directory": 3} if "3" in folder else {}
     assert len(read("nlvr2", written(tmp_path / "dev.json", line), tmp_path / "images").samples) == 1
@@ -338,19 +338,19 @@ def test_ends_of_lines_within_captions(tmp_path, images):
     assert len(read("captioning", written(tmp_path / "a.jsonl", lines), images).samples) == 2
     token = "a.jpg#0\tA\u2028cat\na.jpg#1\tCat\x0bagain\nz.jpg#0\tNobody\n"
     data = read("captioning", written(tmp_path / "a.token", token), images)
-    assert data.samples[0].answers == ("A\u2028cat", "Cat\x0bagain") and "line 3: its picture z.jpg" in data.left_out[0]
+    assert data.samples[0].answers == ("A\u2028cat", "Cat\x0bagain") and "line 3: its image z.jpg" in data.left_out[0]
     prompts = read("text-to-image", written(tmp_path / "prompts.txt", "a\x85cat\r\na dog"), images)
     assert [s.text for s in prompts.samples] == ["a\x85cat", "a dog"]
 
 
-def test_labels_of_a_picture_that_is_there_twice(tmp_path, images):
-    with pytest.raises(DataError, match=r"val.txt, line 3: the picture 'a.jpg' is there twice"):
+def test_labels_of_an_image_that_is_there_twice(tmp_path, images):
+    with pytest.raises(DataError, match=r"val.txt, line 3: the image 'a.jpg' is there twice"):
         read("classification", written(tmp_path / "val.txt", "a.jpg 2\nb.jpg 0\na.jpg 2\n"), images)
 
 
 def test_masks_of_nothing_are_found_before_the_model_is_asked(tmp_path):
     for name, grey in (("a", 0), ("b", 255), ("c", 127)):
-        picture(tmp_path / "images" / f"{name}.jpg")
+        image(tmp_path / "images" / f"{name}.jpg")
         mask = Image.new("L", (8, 6), grey)
         mask.putpixel((1, 1), 200 if name == "c" else grey)
         (tmp_path / "masks").mkdir(exist_ok=True)
@@ -360,15 +360,15 @@ def test_masks_of_nothing_are_found_before_the_model_is_asked(tmp_path):
     assert [reason.rpartition(": ")[2] for reason in bad] == ["the mask is empty", "the mask is everywhere"]
 
 
-def test_pictures_of_several_questions_are_decoded_once(tmp_path):
+def test_images_of_several_questions_are_decoded_once(tmp_path):
     """VQAv2 asks five questions about each, GQA thirty."""
     opened = []
-    shared = Picture("p", lambda: opened.append(1) or Image.new("RGB", (4, 4)))
+    shared = LazyImage("p", lambda: opened.append(1) or Image.new("RGB", (4, 4)))
     good, bad = check(Data("d", tuple(Sample(f"{i}", (shared,)) for i in range(30))))
     assert len(good.samples) == 30 and not bad and len(opened) == 1
 
 
-def test_whatever_a_decoder_raises_is_a_picture_that_does_not_decode(tmp_path, images, monkeypatch):
+def test_whatever_a_decoder_raises_is_an_image_that_does_not_decode(tmp_path, images, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     _, bad = check(read("captioning", written(tmp_path / "captions.json", COCO), images))
     assert "a.jpg: does not decode (Image size (48 pixels) exceeds limit of 20 pixels" in bad[2]
@@ -378,5 +378,5 @@ def test_labels_of_statements_are_truth_values(tmp_path, images):
     entry = {"sentence": "x", "label": "maybe", "images": ["a.jpg", "b.jpg"]}
     with pytest.raises(DataError, match=r"\[0\]: 'label' is 'maybe'; it must be True or False"):
         read("nlvr2", written(tmp_path / "n.json", [entry]), images)
-    with pytest.raises(DataError, match="has 1 pictures; a statement is about two"):
+    with pytest.raises(DataError, match="has 1 images; a statement is about two"):
         read("nlvr2", written(tmp_path / "n.json", [{**entry, "images": ["a.jpg"]}]), images)

@@ -13,20 +13,20 @@ import torch
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.errors import DataError, UnsupportedModelError
-from turbovlm_lab.evaluate.data import Data, Picture, Sample
+from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.run import Predictor, Setting, arranged, predict_all, read_predictions
 from turbovlm_lab.evaluate.study import header_of, run_study
 
 Image = pytest.importorskip("PIL.Image")
 HEADER = {"task": "classification", "model": "tiny"}
 SAMPLES = [
-    Sample(f"s{i}", (Picture(f"p{i}", lambda i=i: Image.new("RGB", (4, 4), (i, i, i))),), answers=("1",))
+    Sample(f"s{i}", (LazyImage(f"p{i}", lambda i=i: Image.new("RGB", (4, 4), (i, i, i))),), answers=("1",))
     for i in range(7)
 ]
 
 
 class Counting:
-    """Predicts the picture's grey, and counts."""
+    """Predicts the image's grey, and counts."""
 
     def __init__(self, stop_after=None):
         self.asked = []
@@ -34,7 +34,7 @@ class Counting:
         self.predictor = Predictor(torch.nn.Identity(), self.prepare, self.predict)
 
     def prepare(self, sample, image_size):
-        return sample.id, sample.pictures[0].open().getpixel((0, 0))[0]
+        return sample.id, sample.images[0].open().getpixel((0, 0))[0]
 
     def predict(self, prepared):
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
@@ -103,12 +103,12 @@ def test_a_file_of_another_run_is_refused_and_left(tmp_path):
     [
         {"text": "how many"},
         {"answers": ("cat",)},
-        {"pictures": (Picture("blurred/p0", lambda: None),)},
+        {"images": (LazyImage("blurred/p0", lambda: None),)},
         {"id": "other"},
     ],
 )
 def test_other_content_of_the_same_name_is_another_run(changed):
-    sample = Sample("s0", (Picture("p0", lambda: None),), "what", ("dog",))
+    sample = Sample("s0", (LazyImage("p0", lambda: None),), "what", ("dog",))
     headers = [
         header_of("vqa", "m", Data("d", (each,)), Setting("own"))
         for each in (sample, dataclasses.replace(sample, **changed))
@@ -191,9 +191,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_does_not_decode_is_named(tmp_path, workers):
-    (tmp_path / "text.jpg").write_text("no picture")
-    bad = Sample("bad", (Picture.file(tmp_path / "text.jpg"),))
+def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
+    (tmp_path / "text.jpg").write_text("no image")
+    bad = Sample("bad", (LazyImage.file(tmp_path / "text.jpg"),))
     file = tmp_path / "a.jsonl"
     with pytest.raises(DataError, match=r"text\.jpg: does not decode"):
         predict_all(Counting().predictor, [*SAMPLES[:4], bad], Setting("own"), file, HEADER, batch=2, workers=workers)
@@ -207,7 +207,7 @@ def test_workers_give_the_same(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not copied")
 def test_workers_where_python_would_pickle_what_they_get(tmp_path):
-    """As of Python 3.14: pictures and processors cannot be pickled."""
+    """As of Python 3.14: images and processors cannot be pickled."""
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:

@@ -13,7 +13,7 @@ from turbovlm.errors import ConfigError, DataError
 from turbovlm_lab.evaluate.builtin_data import saliency_data
 from turbovlm_lab.evaluate.builtin_models import zoo_predictor
 from turbovlm_lab.evaluate.check import check
-from turbovlm_lab.evaluate.data import Data, Picture, Sample
+from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.run import Setting
 from turbovlm_lab.evaluate.scoring import agreement, decode_map, encode_map, scores
 from turbovlm_lab.evaluate.settings import OWN, methods, smaller
@@ -21,7 +21,7 @@ from turbovlm_lab.evaluate.study import file_name, header_of, run_study
 
 
 def grey(value, name="p"):
-    return Picture(f"{name} {value}", lambda: Image.new("RGB", (4, 4), (value,) * 3))
+    return LazyImage(f"{name} {value}", lambda: Image.new("RGB", (4, 4), (value,) * 3))
 
 
 def valued(task, data, predictions):
@@ -49,7 +49,7 @@ def test_scores_of_answers():
 
 
 def test_scores_of_retrieval():
-    """Two pictures have two captions each; the second picture's captions lie nearer to the first."""
+    """Two images have two captions each; the second image's captions lie nearer to the first."""
     data = Data("d", tuple(Sample(f"{i}", (grey(i),), answers=("a", "b")) for i in range(12)))
     towards, near = torch.eye(12).tolist(), (0.9 * torch.eye(12)).tolist()
     predictions = [{"picture": towards[i], "captions": [towards[i], towards[i]]} for i in range(12)]
@@ -58,7 +58,7 @@ def test_scores_of_retrieval():
     assert found["text R@1"].value == pytest.approx(11 / 12)
     assert found["image R@1"].value == pytest.approx(22 / 24)
     right = [{"picture": towards[i], "captions": [towards[i], towards[i]]} for i in range(12)]
-    assert agreement("retrieval", predictions, right) == [1, 0, *[1] * 10], "the second picture has lost its captions"
+    assert agreement("retrieval", predictions, right) == [1, 0, *[1] * 10], "the second image has lost its captions"
     assert found["image R@1"].parts[2:4] == (0, 0) and found["image R@1"].groups[:4] == (0, 0, 1, 1)
 
 
@@ -128,7 +128,7 @@ def test_smaller_images_of_the_same_cost(saliency):
 
 def test_masks_are_where_the_drawings_are():
     for sample in saliency_data(5).samples:
-        shown, mask = sample.pictures[0].open(), sample.mask.open("L")
+        shown, mask = sample.images[0].open(), sample.mask.open("L")
         assert shown.size == mask.size == (224, 224)
         covered = sum(value > 127 for value in mask.getdata()) / 224**2
         assert 0.02 < covered < 0.9
@@ -158,12 +158,12 @@ def test_wrong_settings(tmp_path):
 
 
 def test_what_is_wrong_with_data_is_listed(tmp_path):
-    (tmp_path / "bad.jpg").write_text("no picture")
-    text, none = Picture.file(tmp_path / "bad.jpg"), Picture.file(tmp_path / "none.png")
+    (tmp_path / "bad.jpg").write_text("no image")
+    text, none = LazyImage.file(tmp_path / "bad.jpg"), LazyImage.file(tmp_path / "none.png")
     some = (Sample("good", (grey(3),)), Sample("x", (text,)), Sample("y", (grey(4),), mask=none))
     done = []
-    good, bad = check(Data("d", some, left_out=("line 7: has no picture",), real=(text, grey(5))), done.append)
+    good, bad = check(Data("d", some, left_out=("line 7: has no image",), real=(text, grey(5))), done.append)
     assert [sample.id for sample in good.samples] == ["good"] and len(good.real) == 1 and done == [1] * 5
-    assert bad[0] == "line 7: has no picture" and bad[3].startswith(f"{tmp_path / 'bad.jpg'}: does not decode")
+    assert bad[0] == "line 7: has no image" and bad[3].startswith(f"{tmp_path / 'bad.jpg'}: does not decode")
     assert bad[1].startswith(f"x: {tmp_path / 'bad.jpg'}: does not decode") and len(bad) == 4
     assert bad[2] == f"y: {tmp_path / 'none.png'}: there is no such file"

@@ -122,8 +122,8 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, photos, capsys):
     folder = blip_folder(tmp_path, "ConditionalGeneration")
     wrong = {
         "there is no such file or folder": (tmp_path / "no.jpg", "--model", folder),
-        "no picture (": (tmp_path / "blip", "--model", folder),
-        "no picture: ": (tmp_path / "blip" / "config.json", "--model", folder),
+        "no image (": (tmp_path / "blip", "--model", folder),
+        "no image: ": (tmp_path / "blip" / "config.json", "--model", folder),
         "--model /no/such: ": (photos, "--model", "/no/such"),
         "r=-1: the number of tokens": (photos, "--model", folder, "--r", "-1"),
         "visual_keep=1.5: must be a share": (photos, "--model", folder, "--visual-keep", "1.5"),

@@ -19,7 +19,7 @@ PLACE = {"device": "cpu", "device_map": "cpu"}
 TEMPLATE = "{% for message in messages %}user : {{ message['content'] }} {% endfor %}assistant :"
 
 
-def picture(number):
+def image(number):
     noise = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
     return Image.fromarray(noise.numpy())
 
@@ -28,11 +28,11 @@ def answers(model, count=3):
     """As lmms-eval's evaluator asks."""
     from lmms_eval.api.instance import Instance
 
-    docs = [{"picture": picture(number)} for number in range(count)]
+    docs = [{"image": image(number)} for number in range(count)]
     model.task_dict = {"task": {"test": docs}}
     requests = []
     for number in range(count):
-        asked = ("what is a dog", {"max_new_tokens": 5}, lambda doc: [doc["picture"]], number, "task", "test")
+        asked = ("what is a dog", {"max_new_tokens": 5}, lambda doc: [doc["image"]], number, "task", "test")
         about = {"task": "task", "doc_id": number, "repeats": 1}
         requests.append(Instance(request_type="generate_until", arguments=asked, idx=0, metadata=about))
     return model.generate_until(requests)

@@ -46,8 +46,8 @@ def authors_names(state):
 
 def pairs(batch=2):
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.randn(batch, 2, 3, 48, 48, generator=generator)
-    return pictures, torch.randint(1, 50, (batch, 9), generator=generator)
+    images = torch.randn(batch, 2, 3, 48, 48, generator=generator)
+    return images, torch.randint(1, 50, (batch, 9), generator=generator)
 
 
 @torch.no_grad()
@@ -76,16 +76,16 @@ def test_nlvr2_loads_its_authors_format(tmp_path):
 
 @torch.no_grad()
 def test_nlvr2_reads_pairs():
-    model, (pictures, words) = nlvr2(), pairs()
-    scores = model(pictures, words)
+    model, (images, words) = nlvr2(), pairs()
+    scores = model(images, words)
     assert scores.shape == (2, 2)
-    torch.testing.assert_close(model(pictures.transpose(0, 1).flatten(0, 1), words), scores)
-    assert (model(pictures.flip(1), words) - scores).abs().max() > 1e-4
+    torch.testing.assert_close(model(images.transpose(0, 1).flatten(0, 1), words), scores)
+    assert (model(images.flip(1), words) - scores).abs().max() > 1e-4
     padded = torch.nn.functional.pad(words, (0, 3))
     mask = torch.nn.functional.pad(torch.ones_like(words), (0, 3))
-    torch.testing.assert_close(model(pictures, padded, mask), scores, rtol=0, atol=1e-5)
-    with pytest.raises(ConfigError, match="two pictures per sentence"):
-        model(pictures[0], words)
+    torch.testing.assert_close(model(images, padded, mask), scores, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="two images per sentence"):
+        model(images[0], words)
 
 
 @pytest.mark.parametrize("settings", [{"r": 4}, {"r": 4, "visual_keep": 0.5}, {"visual_keep": 10}])
@@ -115,27 +115,27 @@ def minigpt(pixels=48):
 
 
 def conversation():
-    pictures = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
     ids = torch.tensor([[0, 0, 5, IMAGE, 6, 7], [8, IMAGE, 9, IMAGE, 10, 11]])
-    return pictures, ids, (ids != 0).long()
+    return images, ids, (ids != 0).long()
 
 
 @torch.no_grad()
 def test_minigpt_reads_a_quarter_of_its_patches():
     model = minigpt()
-    pictures, ids, mask = conversation()
-    assert model.visual_tokens(pictures).shape == (3, 9, WIDTH)
-    inputs = model.prompt(pictures, ids, mask)
+    images, ids, mask = conversation()
+    assert model.visual_tokens(images).shape == (3, 9, WIDTH)
+    inputs = model.prompt(images, ids, mask)
     assert inputs["inputs_embeds"].shape[1] == 4 + 2 * 9
     assert inputs["attention_mask"].sum(1).tolist() == [3 + 9, 4 + 18]
-    alone = model(pictures[:1], ids[:1, 2:]).logits[0, -1]
-    torch.testing.assert_close(model(pictures, ids, mask).logits[0, -1], alone, rtol=0, atol=1e-5)
+    alone = model(images[:1], ids[:1, 2:]).logits[0, -1]
+    torch.testing.assert_close(model(images, ids, mask).logits[0, -1], alone, rtol=0, atol=1e-5)
     with turbovlm.apply(model, r=2):
-        assert model.visual_tokens(pictures).shape == (3, 7, WIDTH)
+        assert model.visual_tokens(images).shape == (3, 7, WIDTH)
     with turbovlm.apply(model, r=2, visual_keep=0.5):
-        assert model.visual_tokens(pictures).shape == (3, 4, WIDTH)
-    with pytest.raises(ConfigError, match="3 pictures expected"):
-        model(pictures[:2], ids, mask)
+        assert model.visual_tokens(images).shape == (3, 4, WIDTH)
+    with pytest.raises(ConfigError, match="3 images expected"):
+        model(images[:2], ids, mask)
 
 
 @pytest.mark.parametrize(("r", "tokens"), [(0, 256), (12, 139), (16, 100)])
@@ -202,8 +202,8 @@ def test_minigpt_loads_its_authors_format(tmp_path):
     bare = llama.model.layers[1].self_attn.q_proj.weight.clone()
     files = {"path": tmp_path / "minigptv2.pth", "eva": tmp_path / "eva_vit_g.pth"}
     loaded = MiniGPTv2.from_checkpoint(**files, language_model=llama, vision=model.vision_model.config)
-    pictures = conversation()[0]
-    torch.testing.assert_close(loaded.visual_tokens(pictures), model.visual_tokens(pictures), rtol=0, atol=1e-5)
+    images = conversation()[0]
+    torch.testing.assert_close(loaded.visual_tokens(images), model.visual_tokens(images), rtol=0, atol=1e-5)
     added = stored[f"{matrix}.lora_B.weight"] @ stored[f"{matrix}.lora_A.weight"] / 4
     torch.testing.assert_close(llama.model.layers[1].self_attn.q_proj.weight, bare + added)
 

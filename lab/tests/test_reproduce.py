@@ -242,7 +242,7 @@ def test_a_users_models_and_data(tmp_path, sources, capsys):
 
 
 def test_a_users_data_are_checked_first(tmp_path, sources, capsys):
-    (tmp_path / "coco" / "2.jpg").write_text("no picture")
+    (tmp_path / "coco" / "2.jpg").write_text("no image")
     given = ["reproduce", "table5", "table10", "--sources", str(sources), "--out", str(tmp_path / "out")]
     assert main(given) == 2
     err = capsys.readouterr().err
@@ -257,8 +257,9 @@ WRONG = {
     "no models": (["all"], "give --builtin or --sources FILE"),
     "what there is not": (["table99", "--builtin"], "'table99': must be all, tables, figures, tasks, table1, "),
     "no file": (["all", "--sources", "none.json"], "none.json: there is no such file; --template"),
-    "no pictures": (["all", "--builtin", "--pictures", "0"], "--pictures 0: must be an integer ≥ 1"),
-    "quick and many": (["all", "--builtin", "--quick", "--pictures", "9"], "give --quick or --pictures"),
+    "no images": (["all", "--builtin", "--images", "0"], "--images 0: must be an integer ≥ 1"),
+    "no images, in the older spelling": (["all", "--builtin", "--pictures", "0"], "--images 0: must be an integer ≥ 1"),
+    "quick and many": (["all", "--builtin", "--quick", "--images", "9"], "give --quick or --images"),
     "bf16 of built-in": (["all", "--builtin", "--dtype", "bfloat16"], "built-in models run in float32"),
     "workers": (["all", "--builtin", "--workers", "-1"], "--workers -1: must be an integer ≥ 0"),
 }

@@ -1,4 +1,4 @@
-"""Everything that `turbovlm reproduce` declares, run with the built-in models on a few pictures."""
+"""Everything that `turbovlm reproduce` declares, run with the built-in models on a few images."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_all_of_it_runs(tmp_path, capsys):
     assert report.index("## All tasks at 60%") < report.index("## Saliency at 60%")
     for entry in results.values():
         assert f"## {entry['sheet']['title']}" in report
-        picture = out / f"{entry['sheet']['picture']}.png"
-        assert Image.open(picture).size[0] > 500 and picture.with_suffix(".svg").exists()
+        plot = out / f"{entry['sheet']['picture']}.png"
+        assert Image.open(plot).size[0] > 500 and plot.with_suffix(".svg").exists()
         for line in (entry["numbers"] if isinstance(entry["numbers"], dict) else {}).get("lines", ()):
             if line["row"] is not None and line["line"] != "unmerged":
                 whole = line["line"] in WHOLE

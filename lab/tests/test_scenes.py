@@ -21,7 +21,7 @@ SCENE = Scene((Kind("dog", "blue", (0, 5)), Kind("apple", None, (1,)), Kind("egg
 
 @pytest.fixture(scope="module")
 def sprites():
-    return {sprite.name: sprite.picture for sprite in load_sprites() if sprite.name}
+    return {sprite.name: sprite.image for sprite in load_sprites() if sprite.name}
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def grey():
 
 def test_the_pack_has_every_name(sprites):
     assert sprites.keys() == set(NAMES)
-    assert {picture.size for picture in sprites.values()} == {(96, 96)}
-    assert {picture.mode for picture in sprites.values()} == {"RGBA"}
+    assert {image.size for image in sprites.values()} == {(96, 96)}
+    assert {image.mode for image in sprites.values()} == {"RGBA"}
 
 
 def test_labels_and_codes_are_unique():
@@ -49,7 +49,7 @@ def test_a_missing_pack_and_a_file_that_is_none_are_named(tmp_path):
         load_sprites(tmp_path / "text.zip")
 
 
-def test_one_seed_one_scene_one_picture(sprites, grey):
+def test_one_seed_one_scene_one_image(sprites, grey):
     first, again = (make_scene(random.Random(7), NAMES) for _ in range(2))
     assert first == again != make_scene(random.Random(8), NAMES)
     assert draw_scene(first, sprites, grey).tobytes() == draw_scene(again, sprites, grey).tobytes()
@@ -155,8 +155,8 @@ def test_what_is_wrong_is_named(sprites, grey):
         tint(sprites["dog"], "mauve")
 
 
-def _pixels(picture):
-    return list(picture.get_flattened_data() if hasattr(picture, "get_flattened_data") else picture.getdata())
+def _pixels(image):
+    return list(image.get_flattened_data() if hasattr(image, "get_flattened_data") else image.getdata())
 
 
 def _answer(scene: Scene, text: str) -> str:

@@ -69,7 +69,7 @@ class Tensors(dict):
             self.linear(f"{block}.mlp.fc2", SEE, hidden)
         self.norm("visual_encoder.norm", SEE)
 
-    def text_model(self, name, widths, cross_from=SEE, pictures=1):
+    def text_model(self, name, widths, cross_from=SEE, images=1):
         self.add(f"{name}.embeddings.word_embeddings.weight", WORDS, READ, std=0.3)
         self.add(f"{name}.embeddings.position_embeddings.weight", 20, READ, std=0.3)
         self[f"{name}.embeddings.position_ids"] = torch.arange(20).unsqueeze(0)
@@ -78,7 +78,7 @@ class Tensors(dict):
             here = f"{name}.encoder.layer.{layer}"
             self.attention(f"{here}.attention.self", widths["read"][layer], READ, f"{here}.attention.output.dense")
             cross = f"{here}.crossattention"
-            if pictures == 1:
+            if images == 1:
                 self.attention(f"{cross}.self", widths["cross"][layer], cross_from, f"{cross}.output.dense")
             else:
                 self.attention(f"{cross}.self0", widths["cross"][layer], cross_from, f"{cross}.output.dense0")
@@ -104,7 +104,7 @@ def checkpoint(task, widths=PRUNED):
     made = Tensors()
     made.image_encoder(widths)
     if task != "captioning":
-        made.text_model("text_encoder", widths, pictures=2 if task == "nlvr2" else 1)
+        made.text_model("text_encoder", widths, images=2 if task == "nlvr2" else 1)
     if task in ("captioning", "vqa"):
         made.text_model("text_decoder.bert", widths, cross_from=SEE if task == "captioning" else READ)
         made.word_head()
@@ -389,7 +389,7 @@ def test_what_is_no_checkpoint_of_blip(load, tmp_path):
         load(checkpoint("captioning"), head_dim=7)
     with pytest.raises(TurboError, match="there is no such file"):
         load_upop(tmp_path / "absent.pth")
-    (tmp_path / "text.pth").write_text("a picture of")
+    (tmp_path / "text.pth").write_text("an image of")
     with pytest.raises(TurboError, match=r"text\.pth: not a file of tensors"):
         load_upop(tmp_path / "text.pth")
     torch.save([1, 2], tmp_path / "list.pth")

@@ -68,7 +68,7 @@ def test_head_takes_tokens_or_their_grid(model: SaliencyViT, pixels: torch.Tenso
 
 
 @needs_weights
-def test_forward_takes_pictures_that_are_not_square(model: SaliencyViT) -> None:
+def test_forward_takes_images_that_are_not_square(model: SaliencyViT) -> None:
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 112, 168)).shape == (1, 1, 112, 168)
 
@@ -89,8 +89,8 @@ def test_preprocess_takes_the_centre_square() -> None:
     torch.testing.assert_close(pixels, white.view(1, 3, 1, 1).expand_as(pixels))
 
 
-def test_preprocess_needs_pictures() -> None:
-    with pytest.raises(ConfigError, match="at least one picture"):
+def test_preprocess_needs_images() -> None:
+    with pytest.raises(ConfigError, match="at least one image"):
         preprocess([])
 
 

@@ -27,7 +27,7 @@ def test_it_draws_on_the_ground_it_is_told() -> None:
     ]
 
     def border() -> torch.Tensor:
-        """The mean brightness of each picture's outermost pixels, 0 to 1."""
+        """The mean brightness of each image's outermost pixels, 0 to 1."""
         seeds = [torch.Generator().manual_seed(i % 3) for i in range(6)]
         made = pipe(prompts, num_inference_steps=8, guidance_scale=3.0, generator=seeds, output_type="pt").images
         edge = torch.ones(64, 64, dtype=torch.bool)

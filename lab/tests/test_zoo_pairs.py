@@ -21,7 +21,7 @@ def score(task, predictor, data):
     return scores(task, data, predictor.predict(prepared))[0].value
 
 
-def test_pictures_find_their_names():
+def test_images_find_their_names():
     data, predictor = retrieval_data(24), zoo_predictor("retrieval", "pairs")
     own = score("retrieval", predictor, data)
     with turbovlm.apply(predictor.model, flops=0.8):

@@ -37,11 +37,11 @@ def reader():
 def test_it_answers_and_describes(reader):
     """Far more often right than by chance, on drawings of a vendor that it has never seen."""
     samples = DATA["vqa"](12).samples
-    pictures = list(dict.fromkeys(sample.pictures for sample in samples))
-    seen = reader.look(preprocess([each[0].open() for each in pictures]))
+    images = list(dict.fromkeys(sample.images for sample in samples))
+    seen = reader.look(preprocess([each[0].open() for each in images]))
     answers = []
     for sample in samples:
-        tokens = seen[pictures.index(sample.pictures)][None]
+        tokens = seen[images.index(sample.images)][None]
         (answer,) = reader.write(tokens, [f"{QUESTION} {sample.text} {ANSWER}"])
         answers.append(answer in sample.answers)
     assert len(answers) > 45 and sum(answers) / len(answers) > 0.6
@@ -65,7 +65,7 @@ def test_merged_tokens_are_restored(reader):
 
 
 @torch.inference_mode()
-def test_two_pictures_are_one_sequence(reader):
+def test_two_images_are_one_sequence(reader):
     pixels = torch.randn(3, 2, 3, 56, 56)
     both = reader.look(pixels)
     left, right = (reader.look(pixels[:, side]) + reader.sides[side] for side in (0, 1))

@@ -1,4 +1,4 @@
-"""Pictures of what was merged: which patches have become one token, and heat maps on top of a picture."""
+"""Drawings of what was merged: which patches have become one token, and heat maps on top of an image."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def groups(
 
     Args:
         trace: `handle.trace` of a forward with `TurboConfig(trace=True)`.
-        image: the picture as the model saw it: cropped as it was; it is resized to the grid of patches.
+        image: the image as the model saw it: cropped as it was; it is resized to the grid of patches.
         block: the block after which to draw; several give a strip with captions; None is the last one traced.
-        batch_index: the picture's place in the batch of that forward.
+        batch_index: the image's place in the batch of that forward.
         grid: rows and columns of patches; None where they are as many.
         cell: pixels per patch and side, at least 3.
         outline: colour of the borders, which are one pixel wide.
 
     Returns:
-        An RGB picture of `columns · cell` by `rows · cell` pixels; or such pictures side by side, with captions.
+        An RGB image of `columns · cell` by `rows · cell` pixels; or such images side by side, with captions.
 
     Raises:
         ConfigError: a block that was not traced, a batch index out of range, or a grid that is not the patches'.
@@ -76,17 +76,17 @@ def heatmap(
     high: float | None = None,
     outline: float | None = None,
 ) -> Image:
-    """Lay a heat map over a picture.
+    """Lay a heat map over an image.
 
     Args:
         map: `[height, width]`, a tensor or an array, finite and non-negative.
-        image: the picture it belongs to; it is resized to the map.
+        image: the image it belongs to; it is resized to the map.
         opacity: of the colours, in [0, 1].
         high: the value drawn in the lightest colour; None is the map's largest.
         outline: draw the border, in white, of the region where the map is at least this share of its largest value.
 
     Returns:
-        An RGB picture of `width` by `height` pixels.
+        An RGB image of `width` by `height` pixels.
 
     Raises:
         ConfigError: a map that is no such thing, or an opacity, outline or `high` out of range.
@@ -133,7 +133,7 @@ def _panel(
 
     batch = entry.source.shape[0]
     if not 0 <= batch_index < batch:
-        raise ConfigError(f"batch_index={batch_index}: must be in 0 … {batch - 1}; {batch} pictures were traced")
+        raise ConfigError(f"batch_index={batch_index}: must be in 0 … {batch - 1}; {batch} images were traced")
     token_of_patch = entry.source[batch_index, entry.prefix : entry.source.shape[1] - entry.suffix].detach().cpu()
     rows, columns = _grid(int(token_of_patch.numel()), grid)
     resized = image.convert("RGB").resize((columns * cell, rows * cell), pillow.Resampling.BICUBIC)
@@ -171,7 +171,7 @@ def _borders(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _rim(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The pixels of a region with a neighbour outside it, sideways or up and down; the picture's edge is no border."""
+    """The pixels of a region with a neighbour outside it, sideways or up and down; the image's edge is no border."""
     import numpy as np
 
     around = np.pad(inside, 1, mode="edge")

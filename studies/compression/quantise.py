@@ -5,7 +5,7 @@
     python studies/compression/quantise.py     # a few minutes; writes studies/compression/data/model.safetensors
 
 Every linear layer, in groups of 128 weights, symmetric, calibrated on the half of the photographs that nothing is
-measured on. `--quick` takes the demo's pictures. The format is compressed-tensors' (pack-quantized).
+measured on. `--quick` takes the demo's images. The format is compressed-tensors' (pack-quantized).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from compressed import CHECKPOINT, photographs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="calibrate on 14 pictures of the demo")
+    parser.add_argument("--quick", action="store_true", help="calibrate on 14 images of the demo")
     given, _ = photographs(parser.parse_args().quick)
     with tempfile.TemporaryDirectory() as folder:  # llmcompressor reads the config of a saved model, twice
         load_saliency_vit().backbone.save_pretrained(folder)

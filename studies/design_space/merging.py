@@ -21,7 +21,7 @@ class Design:
 
     Attributes:
         features: what is compared: keys, queries or values of all heads, `"heads"`, `"queries"`, `"values"`; `"keys"`,
-            their mean over heads; `"centred"`: all heads' keys less the picture's mean; `"hidden"`: the MLP's input;
+            their mean over heads; `"centred"`: all heads' keys less the image's mean; `"hidden"`: the MLP's input;
             `"tokens"`.
         pairs: `"halves"` drawn at random; `"alternate"`; `"important"`: the half that A is largest of are
             partners; `"order"`: any token whose A is larger; `"any"`: the pairs of highest E first, greedily.

@@ -5,12 +5,12 @@
 
 Every design merges in a real pretrained ViT-S/14 at the same multiply-accumulates, and is measured by what it hands on:
 
-- on 256 photographs, the saliency model (12 blocks): drift (1 − cosine, the mean picture taken off both) of CLS and of
+- on 256 photographs, the saliency model (12 blocks): drift (1 − cosine, the mean image taken off both) of CLS and of
   the patches' tokens at every position, and the IoU of the salient region;
-- on 128 pictures of the built-in tasks (10 blocks): drift of the dual encoder's vectors, and of the tokens that the
+- on 128 images of the built-in tasks (10 blocks): drift of the dual encoder's vectors, and of the tokens that the
   scene reader is given.
 
-Differences to the default are paired, picture by picture, ± their standard error. The photographs' odd and even halves
+Differences to the default are paired, image by image, ± their standard error. The photographs' odd and even halves
 are reported apart: what is better by chance on one is not on the other. Writes report.md, results.json and a plot to
 benchmarks/results/design_space.
 """
@@ -129,7 +129,7 @@ def _shares(depth: int) -> Mapping[str, Spread]:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model, its pictures, and what it hands on of its tokens: vectors, or regions where a name is in `regions`."""
+    """A model, its images, and what it hands on of its tokens: vectors, or regions where a name is in `regions`."""
 
     model: Any
     pixels: Tensor
@@ -168,8 +168,8 @@ def subjects() -> list[Subject]:
         ),
     }
     dual, reader = load_dual_encoder(), load_scene_reader()
-    pictures = [sample.pictures[0].open() for task in ("retrieval", "captioning") for sample in DATA[task](64).samples]
-    scenes = preprocess([picture.resize((SIDE, SIDE)) for picture in pictures], SIDE)
+    images = [sample.images[0].open() for task in ("retrieval", "captioning") for sample in DATA[task](64).samples]
+    scenes = preprocess([image.resize((SIDE, SIDE)) for image in images], SIDE)
     read_scenes = {
         "dual encoder": lambda tokens: dual.vision.classifier(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], -1)),
         "reader's tokens": lambda tokens: reader.connector(tokens),
@@ -207,7 +207,7 @@ def main() -> None:
 def _measured(
     asked: list[Subject], design: Design, shares: Mapping[int, Spread] | None
 ) -> tuple[dict[str, Tensor], float] | None:
-    """Each measure of every picture, and what comparing costs, as a share of the encoder's multiply-accumulates.
+    """Each measure of every image, and what comparing costs, as a share of the encoder's multiply-accumulates.
 
     None where the schedule cannot come to the cost.
     """

@@ -1,4 +1,4 @@
-"""Emoji of three vendors as pictures, and photographs to put them on: what the small text-to-image model learns from.
+"""Emoji of three vendors as images, and photographs to put them on: what the small text-to-image model learns from.
 
     python studies/emoji/prepare.py            # writes studies/emoji/data/emoji.pt, about 15 MB
 
@@ -75,8 +75,8 @@ def draw(icons: dict[str, Any], name: str) -> Tensor:
     icon = drawings["icons"].get(name) or drawings["icons"][drawings["aliases"][name]["parent"]]
     width, height = (icon.get(side, drawings.get(side, 16)) for side in ("width", "height"))
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-    picture = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))))
-    return _tensor(picture.convert("RGBA").resize((SIDE, SIDE)))
+    image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))))
+    return _tensor(image.convert("RGBA").resize((SIDE, SIDE)))
 
 
 def backgrounds() -> Tensor:

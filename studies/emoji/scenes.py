@@ -17,18 +17,18 @@ BLUR = 2.5
 
 @dataclass(frozen=True)
 class Emoji:
-    """The prepared pictures.
+    """The prepared images.
 
     Attributes:
         names: of the emoji.
         styles: words for the vendors.
-        pictures: `[styles, names, 4, 64, 64]`, uint8, RGB and alpha.
+        images: `[styles, names, 4, 64, 64]`, uint8, RGB and alpha.
         photos: `[crops, 3, 64, 64]`, uint8.
     """
 
     names: list[str]
     styles: list[str]
-    pictures: Tensor
+    images: Tensor
     photos: Tensor
 
     @property
@@ -40,7 +40,7 @@ class Emoji:
 def load_emoji(file: Path) -> Emoji:
     """What `prepare.py` has written, the photographs out of focus."""
     content = torch.load(file)
-    return Emoji(**{**content, "photos": blurred(content["photos"])})
+    return Emoji(content["names"], content["styles"], content["pictures"], blurred(content["photos"]))
 
 
 def blurred(photos: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ def blurred(photos: Tensor) -> Tensor:
 
 
 def scenes(emoji: Emoji, index: Tensor, generator: torch.Generator) -> Tensor:
-    """A picture of each of the prompts that `index`, `[batch]`, points at: `[batch, 3, 64, 64]` in [−1, 1].
+    """An image of each of the prompts that `index`, `[batch]`, points at: `[batch, 3, 64, 64]` in [−1, 1].
 
-    The emoji is 70 to 100 % of the picture's side, anywhere in it, half of the photographs mirrored.
+    The emoji is 70 to 100 % of the image's side, anywhere in it, half of the photographs mirrored.
     """
     style, rest = index // (len(emoji.names) * 2), index % (len(emoji.names) * 2)
-    drawn = emoji.pictures[style, rest // 2].float() / 255
+    drawn = emoji.images[style, rest // 2].float() / 255
     chance = torch.rand(4, len(index), generator=generator)
     scale = 0.7 + 0.3 * chance[0]
     shift = (2 * chance[1:3] - 1) * (1 - scale) / scale

@@ -56,7 +56,7 @@ def main() -> None:
     if args.fade and fade_from is None:
         fade_from = step
     texts, nothing = embedded(emoji.prompts), embedded([""])
-    alphas = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod  # ᾱ: the share of the picture left
+    alphas = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod  # ᾱ: the share of the image left
     end = time.monotonic() + 60 * args.minutes
     saved_at = shown_at = time.monotonic()
     losses: list[float] = []
@@ -84,15 +84,15 @@ def main() -> None:
 def train_step(
     unet: nn.Module,
     optimizer: torch.optim.Optimizer,
-    pictures: Tensor,
+    images: Tensor,
     texts: Tensor,
     nothing: Tensor,
     index: Tensor,
     alphas: Tensor,
 ) -> float:
-    """One step on `pictures`, `[batch, 3, 64, 64]`; the loss."""
+    """One step on `images`, `[batch, 3, 64, 64]`; the loss."""
     generator = torch.Generator().manual_seed(int(index[0]) + 7919 * int(index[1]))
-    latent = F.pixel_unshuffle(pictures, 2)
+    latent = F.pixel_unshuffle(images, 2)
     noise = torch.randn(latent.shape, generator=generator)
     times = torch.randint(1000, (len(index),), generator=generator)
     silent = torch.rand(len(index), generator=generator) < 0.1
@@ -153,8 +153,8 @@ def sheet(unet: nn.Module, file: Path) -> None:
     prompts = [f"{name}, {row}" for row in rows for name in SHEET]
     made = pipe(prompts, num_inference_steps=12, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images
     whole = Image.new("RGB", (8 * 66, 2 * 66), "white")
-    for i, picture in enumerate(made):
-        whole.paste(picture, (i % 8 * 66, i // 8 * 66))
+    for i, image in enumerate(made):
+        whole.paste(image, (i % 8 * 66, i // 8 * 66))
     whole.resize((whole.width * 2, whole.height * 2), Image.Resampling.NEAREST).save(file)
 
 

@@ -12,7 +12,7 @@ Needs studies/scenes/data (studies/scenes/prepare.py), npm, apt-get and dpkg-deb
 
 A fifth of the emoji, chosen by `unseen`, is left out for evaluation, whoever drew them; so is Twemoji. What other
 sources call by the same name is not left out. Features are CLS and the mean of the patches after the ViT's tenth block:
-of pictures on photographs at 224 pixels, and of others, emoji and icons, on photographs and patterns at several sizes.
+of images on photographs at 224 pixels, and of others, emoji and icons, on photographs and patterns at several sizes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ICONS = ("streamline-kameleon-color", "streamline-ultimate-color", "flat-color-i
 """Of `@iconify-json`, beside the packs of `VENDORS`."""
 COPIES = {"emoji": 4, "clipart": 2, "stamp": 4}
 MORE_COPIES = {"emoji": 1, "other emoji": 3, "icon": 1}
-"""Pictures of each drawing: on photographs, and on photographs and patterns."""
+"""Images of each drawing: on photographs, and on photographs and patterns."""
 BATCH, SIDE, TILED = 32, 224, 512
 SIDES = (140, 168, 196, 224)
 
@@ -65,7 +65,7 @@ class Item:
     concept: str | None
     title: str
     tags: tuple[str, ...]
-    picture: Image.Image
+    image: Image.Image
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def main() -> None:
 def look(
     items: list[Item], copies: dict[str, int], backgrounds: list[Image.Image], sides: tuple[int, ...], seed: int
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Features of pictures, `[pictures, 768]`, and what each shows. All of a batch have one of the sizes."""
+    """Features of images, `[images, 768]`, and what each shows. All of a batch have one of the sizes."""
     encoder = scene_encoder().to(torch.bfloat16)
     chance = random.Random(seed)
     about: list[dict[str, Any]] = []
@@ -102,7 +102,7 @@ def look(
     for item in tqdm(items, unit=" drawings"):
         told = {"source": item.source, "maker": item.maker, "concept": item.concept, "title": item.title}
         for _ in range(copies[item.source]):
-            ready.append(on_photo(item.picture, backgrounds, chance))
+            ready.append(on_photo(item.image, backgrounds, chance))
             about.append({**told, "tags": item.tags})
             if len(ready) == BATCH:
                 flush()
@@ -115,7 +115,7 @@ def emoji(source: str, vendors: Iterable[str]) -> Iterator[Item]:
     for vendor in vendors:
         for s in load_sprites(SCENES / f"{vendor}.zip"):
             if not unseen(s.code):
-                yield Item(source, vendor, s.code, s.label, s.tags, s.picture)
+                yield Item(source, vendor, s.code, s.label, s.tags, s.image)
 
 
 def icons(folder: Path) -> Iterator[Item]:
@@ -171,13 +171,11 @@ def cliparts(folder: Path) -> Iterator[Item]:
         folders = [words(part) for part in path.relative_to(folder).parts[:-1]]
         try:
             png = resvg_py.svg_to_bytes(svg_path=str(path), width=SIDE)
-            picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+            image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
         except (ValueError, OSError):
             continue
-        if picture.getchannel("A").getextrema()[1] and max(picture.size) < 8 * min(picture.size):
-            yield Item(
-                "clipart", "openclipart", None, title, tuple(filter(None, [*folders, *tags[1:]])), square(picture)
-            )
+        if image.getchannel("A").getextrema()[1] and max(image.size) < 8 * min(image.size):
+            yield Item("clipart", "openclipart", None, title, tuple(filter(None, [*folders, *tags[1:]])), square(image))
 
 
 def stamps(folder: Path) -> Iterator[Item]:
@@ -197,9 +195,9 @@ def words(text: str) -> str:
     return plain if re.fullmatch(r"[a-z' ,()&]{3,60}", plain) else ""
 
 
-def square(picture: Image.Image) -> Image.Image:
+def square(image: Image.Image) -> Image.Image:
     """Cut to what is drawn, on a transparent square."""
-    cut = picture.crop(picture.getchannel("A").getbbox())
+    cut = image.crop(image.getchannel("A").getbbox())
     side = max(cut.size)
     canvas = Image.new("RGBA", (side, side))
     canvas.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))

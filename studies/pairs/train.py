@@ -2,10 +2,10 @@
 
     python studies/pairs/train.py               # minutes on two cores; writes the weights that ship
 
-Contrastive: every picture of a batch against all texts of the batch, both ways; pictures of one emoji count as right
+Contrastive: every image of a batch against all texts of the batch, both ways; images of one emoji count as right
 for each other's texts. A text is the title, or the title and some tags or all, or tags alone, drawn anew in every step.
 Features are learnt with noise. AdamW, bf16, one cycle of the rate. With --hold a quarter of the emoji and all of one
-vendor's are held back, to say how well that vendor's pictures of that quarter are found: how to train was chosen by it.
+vendor's are held back, to say how well that vendor's images of that quarter are found: how to train was chosen by it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def classifier(features: Tensor, about: list[dict]) -> dict[str, Tensor]:
-    """A linear probe of Unicode's groups, on the five vendors' pictures of emoji, with noise as they vary."""
+    """A linear probe of Unicode's groups, on the five vendors' images of emoji, with noise as they vary."""
     of_code = {sprite.code: sprite.group for sprite in load_sprites()}
     names = sorted(set(of_code.values()))
     rows = torch.tensor([i for i, entry in enumerate(about) if entry["source"] == "emoji"])
@@ -115,7 +115,7 @@ def contrast(image: Tensor, text: Tensor, concept: Tensor) -> Tensor:
 
 
 def sentences(about: list[dict]) -> tuple[Tensor, Tensor]:
-    """MiniLM's vectors of all texts, and which `2 + TEXTS` of them go with each picture."""
+    """MiniLM's vectors of all texts, and which `2 + TEXTS` of them go with each image."""
     cached = DATA / "texts.pt"
     chance = random.Random(0)
     said: dict[tuple, list[str]] = {}
@@ -152,9 +152,9 @@ def concepts(about: list[dict]) -> Tensor:
 @torch.no_grad()
 def recall(image: nn.Module, text: nn.Module, features: Tensor, texts: Tensor, text_of: Tensor, about: list[dict],
            held: set[str]) -> str:  # fmt: skip
-    """Of the last picture of each emoji held back, by the vendor held back, and its title with and without all tags.
+    """Of the last image of each emoji held back, by the vendor held back, and its title with and without all tags.
 
-    R@1 from pictures to texts and from texts to pictures.
+    R@1 from images to texts and from texts to images.
     """
     image.eval(), text.eval()
     last = {entry["concept"]: i for i, entry in enumerate(about) if entry["concept"] in held and entry["maker"] == HELD}

@@ -65,15 +65,15 @@ def webps(resources: bytes) -> Iterator[bytes]:
         length = 8 + struct.unpack("<I", resources[at + 4 : at + 8])[0]
         content = resources[at : at + length]
         if content[8:12] == b"WEBP":
-            picture = Image.open(io.BytesIO(content))
-            if picture.mode == "RGB" and min(picture.size) >= LEAST_SIDE:
+            image = Image.open(io.BytesIO(content))
+            if image.mode == "RGB" and min(image.size) >= LEAST_SIDE:
                 yield content
         at = resources.find(b"RIFF", at + 4)
 
 
-def different(pictures: list[Image.Image]) -> list[bool]:
+def different(images: list[Image.Image]) -> list[bool]:
     """Whether each is like none before it."""
-    cells = [torch.tensor(list(picture.convert("RGB").resize((8, 8)).tobytes())).float() for picture in pictures]
+    cells = [torch.tensor(list(image.convert("RGB").resize((8, 8)).tobytes())).float() for image in images]
     centred = torch.stack([each - each.mean() for each in cells])
     units = torch.nn.functional.normalize(centred, dim=1)
     return [not bool((units[:number] @ unit > ALIKE).any()) for number, unit in enumerate(units)]

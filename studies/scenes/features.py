@@ -52,7 +52,7 @@ def load_drawings() -> tuple[list[dict[str, Image.Image]], list[Image.Image]]:
 
 
 def named(vendor: str) -> dict[str, Image.Image]:
-    return {s.name: s.picture for s in load_sprites(DATA / f"{vendor}.zip") if s.name}
+    return {s.name: s.image for s in load_sprites(DATA / f"{vendor}.zip") if s.name}
 
 
 def pair_of(part: str, number: int) -> tuple[Scene, Scene]:

@@ -137,9 +137,9 @@ def write_pack(file: Path, vendor: str, icons: dict[str, Any], table: list[dict[
     about = [{**entry, "name": scene_names.get(entry["label"])} for entry in table]
     with zipfile.ZipFile(file, "w") as archive:
         for entry in tqdm(about, desc=vendor, unit=" emoji"):
-            picture = draw(icons["icons"], entry.pop("names")[vendor])
+            image = draw(icons["icons"], entry.pop("names")[vendor])
             packed = io.BytesIO()
-            picture.save(packed, "webp", quality=85, method=6)
+            image.save(packed, "webp", quality=85, method=6)
             archive.writestr(f"{entry['code']}.webp", packed.getvalue())
         archive.writestr("about.json", json.dumps(about, ensure_ascii=False, indent=0), zipfile.ZIP_DEFLATED)
 
@@ -154,8 +154,8 @@ def draw(icons: dict[str, Any], name: str) -> Image.Image:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
     )
-    picture = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))))
-    return picture.convert("RGBA").resize((SIDE, SIDE))
+    image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))))
+    return image.convert("RGBA").resize((SIDE, SIDE))
 
 
 def write_photos(file: Path, folder: Path) -> None:

@@ -5,12 +5,12 @@
 
 First the connector and the words are brought together: at the middle of each cell, where a thing is if the cell has
 one, the token is to be nearest to the words for its name, its colour, its row and its column. This takes two minutes,
-and stays part of the loss. Queries and keys of the attention to the picture begin alike, so that a word begins by
+and stays part of the loss. Queries and keys of the attention to the image begin alike, so that a word begins by
 looking at what it names.
 
 Tokens are disturbed by noise, so that the reader depends less on how the vendors of the training draw.
 
-Then every picture of a batch is read once, with its caption and about nine questions in one row that attend to
+Then every image of a batch is read once, with its caption and about nine questions in one row that attend to
 themselves alone; every pair once, with eight statements. Questions, captions' forms and statements are drawn anew in
 each epoch. AdamW, the rate a half cosine after a warm-up over the steps given; bf16 autocast. Weights and log go beside
 the features; the weights also to --weights.
@@ -54,9 +54,9 @@ from turbovlm_lab.zoo.scenes import COLOURS, PLACES, Scene
 
 CHECKPOINT, LOG = DATA / "checkpoint.pt", DATA / "train.jsonl"
 PAIRS = 4
-"""In a batch: 8 pictures."""
+"""In a batch: 8 images."""
 DRAWS, STATEMENTS = 2, 8
-"""How often each sort of question is asked of a picture, and how many statements are made about a pair."""
+"""How often each sort of question is asked of an image, and how many statements are made about a pair."""
 RATE, WARMUP, DECAY = 7e-4, 500, 0.05
 FIRST_STEPS, FIRST_BATCH, FIRST_RATE = 1_500, 2_048, 2e-3
 MIDDLES = [1 + 16 * y + x for y in (2, 8, 13) for x in (2, 8, 13)]
@@ -120,7 +120,7 @@ def rate(step: int, last: int) -> float:
 
 
 def loss_of(reader: SceneReader, part: str, stored: np.ndarray, numbers: list[int], chance: random.Random) -> Tensor:
-    """Cross-entropy of captions and answers: of the pictures and of the pairs, weighed alike."""
+    """Cross-entropy of captions and answers: of the images and of the pairs, weighed alike."""
     pairs = [pair_of(part, number) for number in numbers]
     alone = [about(scene, chance) for pair in pairs for scene in pair]
     both = [[said(first, second, chance) for _ in range(STATEMENTS)] for first, second in pairs]

@@ -30,7 +30,7 @@ examples:
   turbovlm demo                                   measure a pretrained ViT on photographs, write report.html
   turbovlm inspect timm:vit_base_patch16_384      which blocks would be accelerated, and what it would save
   turbovlm bench timm:vit_base_patch16_384 --r 35 what it saves on this machine, in time and memory
-  turbovlm calibrate zoo:saliency photos --flops 0.6    which settings keep most of it, on your pictures
+  turbovlm calibrate zoo:saliency photos --flops 0.6    which settings keep most of it, on your images
   turbovlm evaluate saliency                      what it costs in quality, on a task
   turbovlm macs --paper                           published encoder costs beside ours
 

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     import turbovlm
     from turbovlm.calibration.plot import save_calibration
-    from turbovlm.cli.images import picture_files, read_picture
+    from turbovlm.cli.images import image_files, read_image
     from turbovlm.cli.measuring import check_file, check_numbers, device_named, progress_bar
     from turbovlm.loading import ModelSpec
     from turbovlm.loading.processors import load_for_images
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_file("--out", args.out, (".json",))
     check_file("--out", str(out.with_suffix(".png")))
-    files = picture_files(Path(args.images), args.limit)
+    files = image_files(Path(args.images), args.limit)
     spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
     model, prepare = load_for_images(spec)
-    images = prepare([read_picture(file) for file in files])
+    images = prepare([read_image(file) for file in files])
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
     how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}
     with progress_bar(len(files) // 2 * (args.effort + PASSES), "calibrating") as advance:

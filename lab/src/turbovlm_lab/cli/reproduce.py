@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from turbovlm_lab.reproduce.report import Sheet
     from turbovlm_lab.reproduce.sources import Sources
 
-PICTURES, QUICK = 200, 4
+IMAGES, QUICK = 200, 4
 
 _EPILOG = """\
 examples:
   turbovlm reproduce all --builtin                 everything, with small models that come with turbovlm: hours
-  turbovlm reproduce all --builtin --quick         the same on 4 pictures per task: that all of it runs, in minutes
-  turbovlm reproduce table3 figure4 --builtin --pictures 100
+  turbovlm reproduce all --builtin --quick         the same on 4 images per task: that all of it runs, in minutes
+  turbovlm reproduce table3 figure4 --builtin --images 100
   turbovlm reproduce --list                        all there is, and its keys
   turbovlm reproduce --template sources.json       a file that names your checkpoints and data, to be filled in
   turbovlm reproduce table2 table5 --sources sources.json --device cuda --dtype bfloat16 --batch 64
-  turbovlm reproduce all --sources sources.json --check      do all files fit, do all pictures decode?
+  turbovlm reproduce all --sources sources.json --check      do all files fit, do all images decode?
 
 With your own checkpoints every setting has the printed r. Built-in models are smaller: they are given the share of the
 encoder's multiply-accumulates that r leaves in the paper's. Predictions are kept in --out; a run that was stopped goes
@@ -49,13 +49,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     one = given.add_mutually_exclusive_group()
     one.add_argument("--builtin", action="store_true", help="small models and drawn data that come with turbovlm")
     one.add_argument("--sources", metavar="FILE", help="JSON: model, data, images … of each task or comparison")
-    given.add_argument("--pictures", type=int, metavar="N", help=f"of each built-in task (default {PICTURES})")
-    given.add_argument("--quick", action="store_true", help=f"{QUICK} pictures: shows that it runs, and no more")
-    given.add_argument("--check", action="store_true", help="open every picture, list what is wrong, and stop there")
+    given.add_argument(
+        "--images", "--pictures", type=int, metavar="N", help=f"of each built-in task (default {IMAGES})"
+    )
+    given.add_argument("--quick", action="store_true", help=f"{QUICK} images: shows that it runs, and no more")
+    given.add_argument("--check", action="store_true", help="open every image, list what is wrong, and stop there")
     how = parser.add_argument_group("how it runs")
     how.add_argument("--out", default="turbovlm-reproduce", metavar="FOLDER", help="(default turbovlm-reproduce)")
     how.add_argument("--batch", type=int, default=16, metavar="N", help="samples in a forward (default 16)")
-    how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read pictures (default 0)")
+    how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     how.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
     parser.set_defaults(run=run)
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         write_template(Path(args.template))
         print(f"{args.template}: fill in your models and data, and give it as --sources")
         return 0
-    check_numbers(args, "batch", "pictures")
+    check_numbers(args, "batch", "images")
     check_folder("--out", args.out)
     if args.workers < 0:
         raise ConfigError(f"--workers {args.workers}: must be an integer ≥ 0")
@@ -103,19 +105,19 @@ def _sources(args: argparse.Namespace) -> Sources:
 
     if not args.builtin and args.sources is None:
         raise ConfigError("give --builtin or --sources FILE; --template FILE writes such a file to begin with")
-    if args.sources and (args.quick or args.pictures):
-        raise ConfigError("--quick and --pictures are of built-in data; give a limit in the file of sources")
-    if args.quick and args.pictures:
-        raise ConfigError("give --quick or --pictures, one of the two")
+    if args.sources and (args.quick or args.images):
+        raise ConfigError("--quick and --images are of built-in data; give a limit in the file of sources")
+    if args.quick and args.images:
+        raise ConfigError("give --quick or --images, one of the two")
     if args.builtin and (args.dtype != "float32" or args.device):
         raise ConfigError("--dtype and --device: built-in models run in float32 on the CPU")
     every = every_study()
     known = {name for study in every for name in (study.key, study.name, study.task)}
     entries = read_sources(Path(args.sources), sorted(known)) if args.sources else None
-    pictures = QUICK if args.quick else args.pictures or PICTURES
+    images = QUICK if args.quick else args.images or IMAGES
     device = "cpu" if args.builtin else device_named(args.device)
     given = {"device": device, "dtype": getattr(torch, args.dtype), "batch": args.batch, "workers": args.workers}
-    return Sources(Path(args.out), entries, pictures, **given)
+    return Sources(Path(args.out), entries, images, **given)
 
 
 def _check(sources: Sources, studies: Sequence[Any]) -> None:
@@ -148,7 +150,7 @@ def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> 
     folder, console = Path(args.out), console_for_tables()
     kept = read_entries(folder)
     source = f"--sources {args.sources}" if args.sources else "--builtin"
-    amount = " --quick" if args.quick else f" --pictures {args.pictures}" if args.pictures else ""
+    amount = " --quick" if args.quick else f" --images {args.images}" if args.images else ""
     about = {
         "command": f"turbovlm reproduce {' '.join(args.what)} {source}{amount}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

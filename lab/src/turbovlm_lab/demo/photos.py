@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".t
 
 @dataclass(frozen=True)
 class Photo:
-    """A square picture in RGB, and who is to be credited for it."""
+    """A square image in RGB, and who is to be credited for it."""
 
     name: str
     image: Image
@@ -79,7 +79,7 @@ _SURFACES = tuple(
 
 
 def load_photos() -> list[Photo]:
-    """Seven photographs, each as its centre square and three crops: 28 pictures, the same ones in every run.
+    """Seven photographs, each as its centre square and three crops: 28 images, the same ones in every run.
 
     The seven centre squares come first. A crop's side is 50 to 80 % of the photograph's shorter side.
 
@@ -108,26 +108,26 @@ def load_surfaces() -> list[Photo]:
 
 
 def load_files(paths: Sequence[str | Path]) -> list[Photo]:
-    """The centre squares of the user's own pictures, in the order given.
+    """The centre squares of the user's own images, in the order given.
 
     Args:
-        paths: picture files, or folders of them (without their sub-folders).
+        paths: image files, or folders of them (without their sub-folders).
 
     Raises:
-        TurboError: a path does not exist, a folder has no picture, or a file cannot be read as one.
+        TurboError: a path does not exist, a folder has no image, or a file cannot be read as one.
     """
     from turbovlm_lab.zoo.saliency import centre_square
 
-    files = [file for path in paths for file in _pictures(Path(path))]
+    files = [file for path in paths for file in _images(Path(path))]
     return [Photo(file.name, centre_square(_open(file)), str(file)) for file in files]
 
 
-def _pictures(path: Path) -> list[Path]:
+def _images(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not files:
-        raise TurboError(f"{path}: the folder has no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise TurboError(f"{path}: the folder has no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
 
 
@@ -140,7 +140,7 @@ def _open(path: Path) -> Image:
     except FileNotFoundError:
         raise TurboError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise TurboError(f"{path}: cannot be read as a picture ({error})") from error
+        raise TurboError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def _locate(source: _Source) -> Path:

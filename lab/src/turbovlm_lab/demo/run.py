@@ -40,7 +40,7 @@ SHOWN_BLOCKS = (2, 5, 8, 11)
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a model makes of the pictures: CLS after block 9, final CLS, `[pictures, width]`; the salient regions."""
+    """What a model makes of the images: CLS after block 9, final CLS, `[images, width]`; the salient regions."""
 
     tokens: int
     cls: Tensor
@@ -69,7 +69,7 @@ def measure(model: SaliencyViT, photos: Sequence[Photo], settings: Settings, adv
     """Run everything, the model unmodified before and after.
 
     Args:
-        photos: the pictures that quality is measured on; the first `batch` of them, repeated as needed, are timed.
+        photos: the images that quality is measured on; the first `batch` of them, repeated as needed, are timed.
         advance: called with the name of the stage after each of `count_steps(settings)` steps.
     """
     from turbovlm_lab.zoo.saliency import preprocess
@@ -92,7 +92,7 @@ def measure(model: SaliencyViT, photos: Sequence[Photo], settings: Settings, adv
         head_seconds = _time_head(model, timed, settings.rounds)
         advance("time: the saliency head")
         examples = _examples(model, photos, pixels, settings)
-        advance("pictures")
+        advance("drawings")
     baseline = Baseline(
         tokens=full.tokens,
         gmacs=full_macs / 1e9,

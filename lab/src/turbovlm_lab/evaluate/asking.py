@@ -14,7 +14,7 @@ from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.metrics import frechet_distance, needs_java
 from turbovlm_lab.evaluate.predictors import load_predictor
-from turbovlm_lab.evaluate.predictors.pictures import DEFAULT, Making, features_named, features_of
+from turbovlm_lab.evaluate.predictors.images import DEFAULT, Making, features_named, features_of
 from turbovlm_lab.evaluate.run import Predictor
 from turbovlm_lab.evaluate.scoring import Score
 from turbovlm_lab.evaluate.study import Scoring
@@ -23,9 +23,9 @@ LABELS = {"inception": "FID", "vit": "Fréchet distance"}
 
 
 def beginning(data: Data) -> Data:
-    """Text-to-image's data, each prompt with one of the real pictures to begin with, in their order."""
+    """Text-to-image's data, each prompt with one of the real images to begin with, in their order."""
     pairs = zip(data.samples, itertools.cycle(data.real))
-    samples = tuple(dataclasses.replace(sample, pictures=(picture,)) for sample, picture in pairs)
+    samples = tuple(dataclasses.replace(sample, images=(image,)) for sample, image in pairs)
     return dataclasses.replace(data, name=f"{data.name}, begun", samples=samples)
 
 
@@ -38,7 +38,7 @@ def asked(
         task: of `turbovlm evaluate`.
         spec: the model.
         data: what it is asked.
-        making, features: of text-to-image: how pictures are made, and what compares them, `"inception"` or `"vit"`.
+        making, features: of text-to-image: how images are made, and what compares them, `"inception"` or `"vit"`.
 
     Raises:
         TurboError: there is no such model, or something that the metrics need is not installed.
@@ -50,8 +50,8 @@ def asked(
         return load_predictor(task, spec, data, making, None), None
     compared = features_named(features, spec.device)
     real = features_of(data.real, compared)
-    if making.strength is not None and not any(sample.pictures for sample in data.samples):
-        raise ConfigError(f"strength={making.strength}: the data have no pictures to begin with")
+    if making.strength is not None and not any(sample.images for sample in data.samples):
+        raise ConfigError(f"strength={making.strength}: the data have no images to begin with")
 
     def scoring(_: Data, predictions: Sequence[Any]) -> list[Score]:
         return [Score(LABELS[features], frechet_distance(torch.tensor(predictions), real), higher=False)]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from turbovlm_lab.evaluate.data import Data, Picture, Sample
+from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 SEED = 2_000_000
 """Of the first scene; those to train and to validate on are counted from 0 and from 1,000,000."""
-PICTURES = 200
-"""Scenes, pairs or pictures of a task, unless another number is asked for."""
+IMAGES = 200
+"""Scenes, pairs or images of a task, unless another number is asked for."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,21 @@ class _Small:
         photo = chance.choice(_photos())
         side = round(min(photo.size) * chance.uniform(0.4, 1))
         left, top = (chance.randint(0, length - side) for length in photo.size)
-        picture = photo.resize((64, 64), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-        picture = picture.filter(ImageFilter.GaussianBlur(2.5))
+        image = photo.resize((64, 64), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        image = image.filter(ImageFilter.GaussianBlur(2.5))
         if self.is_on_white:
-            picture = Image.new("RGB", (64, 64), "white")
+            image = Image.new("RGB", (64, 64), "white")
         size = round(64 * chance.uniform(0.7, 1))
-        drawing = _drawings()[self.emoji].picture.resize((size, size), Image.Resampling.LANCZOS)
-        picture.paste(drawing, (chance.randint(0, 64 - size), chance.randint(0, 64 - size)), drawing)
-        return picture
+        drawing = _drawings()[self.emoji].image.resize((size, size), Image.Resampling.LANCZOS)
+        image.paste(drawing, (chance.randint(0, 64 - size), chance.randint(0, 64 - size)), drawing)
+        return image
 
 
 def captioning_data(scenes: int) -> Data:
     """A scene each, with its four captions."""
     from turbovlm_lab.zoo.grammar import captions
 
-    samples = (Sample(f"scene-{i}", (_scene_picture(i),), answers=captions(_scene(i)[1])) for i in range(scenes))
+    samples = (Sample(f"scene-{i}", (_scene_image(i),), answers=captions(_scene(i)[1])) for i in range(scenes))
     return Data("scenes", tuple(samples), tokenized=True)
 
 
@@ -89,7 +89,7 @@ def vqa_data(scenes: int) -> Data:
     for i in range(scenes):
         chance, scene = _scene(i)
         for q in questions(scene, chance, _names()):
-            samples.append(Sample(f"scene-{i}/{q.asks}", (_scene_picture(i),), q.text, (q.answer,)))
+            samples.append(Sample(f"scene-{i}/{q.asks}", (_scene_image(i),), q.text, (q.answer,)))
     return Data("scenes", tuple(samples))
 
 
@@ -102,56 +102,58 @@ def nlvr2_data(pairs: int) -> Data:
     for i in range(pairs):
         chance = random.Random(SEED + i)
         pair = make_pair(chance, _names())
-        pictures = tuple(Picture(f"pair {i}, {side}", _Scene(scene)) for side, scene in zip(("left", "right"), pair))
+        images = tuple(LazyImage(f"pair {i}, {side}", _Scene(scene)) for side, scene in zip(("left", "right"), pair))
         for number in range(2):
             made = statement(*pair, chance)
-            samples.append(Sample(f"pair-{i}/{number}", pictures, made.text, (str(made.true),)))
+            samples.append(Sample(f"pair-{i}/{number}", images, made.text, (str(made.true),)))
     return Data("pairs of scenes", tuple(samples))
 
 
-def saliency_data(pictures: int) -> Data:
+def saliency_data(images: int) -> Data:
     """Emoji on photographs in which nothing else stands out, one in each, and where it is."""
     count, samples = len(_drawings()), []
-    for i in range(pictures):
-        emoji = i * count // pictures % count
+    for i in range(images):
+        emoji = i * count // images % count
         shown, mask = (_OnPhoto(emoji, SEED + i, _surfaces, is_mask) for is_mask in (False, True))
-        samples.append(Sample(f"emoji-{i}", (Picture(f"emoji {i}", shown),), mask=Picture(f"mask of emoji {i}", mask)))
-    return Data("emoji on surfaces", tuple(samples))
-
-
-def retrieval_data(pictures: int) -> Data:
-    """Emoji, each with its name and with more words. A fifth of them no model was trained on, whoever drew them."""
-    every = len(_drawings())
-    samples = []
-    for i in [i * every // pictures for i in range(pictures)] if pictures < every else range(every):
-        sprite = _drawings()[i]
-        captions = sprite.label, ", ".join((sprite.label, *sprite.tags))
         samples.append(
-            Sample(f"emoji-{i}", (Picture(f"emoji {i}", _OnPhoto(i, SEED + i, _surfaces)),), answers=captions)
+            Sample(f"emoji-{i}", (LazyImage(f"emoji {i}", shown),), mask=LazyImage(f"mask of emoji {i}", mask))
         )
     return Data("emoji on surfaces", tuple(samples))
 
 
-def classification_data(pictures: int) -> Data:
+def retrieval_data(images: int) -> Data:
+    """Emoji, each with its name and with more words. A fifth of them no model was trained on, whoever drew them."""
+    every = len(_drawings())
+    samples = []
+    for i in [i * every // images for i in range(images)] if images < every else range(every):
+        sprite = _drawings()[i]
+        captions = sprite.label, ", ".join((sprite.label, *sprite.tags))
+        samples.append(
+            Sample(f"emoji-{i}", (LazyImage(f"emoji {i}", _OnPhoto(i, SEED + i, _surfaces)),), answers=captions)
+        )
+    return Data("emoji on surfaces", tuple(samples))
+
+
+def classification_data(images: int) -> Data:
     """Emoji and their classes, which are Unicode's groups, such as `animals-nature`."""
     count, samples = len(_drawings()), []
-    for i in range(pictures):
-        emoji = i * count // pictures % count
-        shown = Picture(f"emoji {i}", _OnPhoto(emoji, SEED + i, _surfaces))
+    for i in range(images):
+        emoji = i * count // images % count
+        shown = LazyImage(f"emoji {i}", _OnPhoto(emoji, SEED + i, _surfaces))
         samples.append(Sample(f"emoji-{i}", (shown,), answers=(_drawings()[emoji].group,)))
     return Data("emoji on surfaces", tuple(samples), classes=groups())
 
 
-def text_to_image_data(pictures: int) -> Data:
-    """Twemoji on white and on photographs out of focus: prompts that the emoji model has learnt, and such pictures."""
+def text_to_image_data(images: int) -> Data:
+    """Twemoji on white and on photographs out of focus: prompts that the emoji model has learnt, and such images."""
     from turbovlm_lab.zoo.emoji import PLACES, emoji_prompts
 
     learnt, samples, real = set(emoji_prompts()), [], []
     every = [i for i, sprite in enumerate(_drawings()) if f"{sprite.label}, twemoji, {PLACES[0]}" in learnt]
-    for i in range(pictures):
-        emoji, place = every[i * len(every) // pictures % len(every)], PLACES[i % len(PLACES)]
+    for i in range(images):
+        emoji, place = every[i * len(every) // images % len(every)], PLACES[i % len(PLACES)]
         samples.append(Sample(f"emoji-{i}", text=f"{_drawings()[emoji].label}, twemoji, {place}"))
-        real.append(Picture(f"emoji {i}", _Small(emoji, SEED + i, place == PLACES[0])))
+        real.append(LazyImage(f"emoji {i}", _Small(emoji, SEED + i, place == PLACES[0])))
     return Data("emoji prompts", tuple(samples), real=tuple(real))
 
 
@@ -186,7 +188,7 @@ def _drawn(scene: Scene) -> Image:
     """Kept, because several settings and questions ask for the same."""
     from turbovlm_lab.zoo.scenes import draw_scene
 
-    sprites = {sprite.name: sprite.picture for sprite in _drawings() if sprite.name}
+    sprites = {sprite.name: sprite.image for sprite in _drawings() if sprite.name}
     return draw_scene(scene, sprites, _surfaces())
 
 
@@ -197,7 +199,7 @@ def _placed(wanted: _OnPhoto) -> Image:
 
     from turbovlm_lab.zoo.scenes import on_photo
 
-    drawing, photos = _drawings()[wanted.emoji].picture, wanted.backgrounds()
+    drawing, photos = _drawings()[wanted.emoji].image, wanted.backgrounds()
     if wanted.is_mask:
         white = Image.new("RGBA", drawing.size, "white")
         white.putalpha(drawing.getchannel("A"))
@@ -213,8 +215,8 @@ def _scene(number: int) -> tuple[random.Random, Scene]:
     return chance, make_scene(chance, _names())
 
 
-def _scene_picture(number: int) -> Picture:
-    return Picture(f"scene {number}", _Scene(_scene(number)[1]))
+def _scene_image(number: int) -> LazyImage:
+    return LazyImage(f"scene {number}", _Scene(_scene(number)[1]))
 
 
 def _names() -> tuple[str, ...]:
@@ -232,4 +234,4 @@ DATA: dict[str, Callable[[int], Data]] = {
     "saliency": saliency_data,
     "text-to-image": text_to_image_data,
 }
-"""Of each task, by the number of pictures."""
+"""Of each task, by the number of images."""

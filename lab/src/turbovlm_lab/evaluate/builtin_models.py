@@ -13,7 +13,7 @@ from torch import Tensor
 from turbovlm.errors import ConfigError
 from turbovlm_lab.evaluate.data import Sample
 from turbovlm_lab.evaluate.predictors.encoders import Pair, likeliest, vectors_of
-from turbovlm_lab.evaluate.predictors.pictures import DEFAULT, Features, Making, made_by
+from turbovlm_lab.evaluate.predictors.images import DEFAULT, Features, Making, made_by
 from turbovlm_lab.evaluate.run import Predictor
 from turbovlm_lab.evaluate.scoring import encode_map
 
@@ -32,7 +32,7 @@ MODELS = {
 
 
 EMOJI = {"steps": 10, "guidance": 3.0}
-"""How the emoji model makes pictures, unless told otherwise."""
+"""How the emoji model makes images, unless told otherwise."""
 
 
 def zoo_predictor(
@@ -79,13 +79,13 @@ def _find(model: Any, prepared: list[Tensor]) -> list[str]:
 
 
 def _whole(sample: Sample, image_size: int | None) -> Tensor:
-    """The whole picture, made square."""
+    """The whole image, made square."""
     from PIL.Image import Resampling
 
     from turbovlm_lab.zoo import preprocess
 
     size = image_size or PIXELS
-    return preprocess([sample.pictures[0].open().resize((size, size), Resampling.BICUBIC)], size)[0]
+    return preprocess([sample.images[0].open().resize((size, size), Resampling.BICUBIC)], size)[0]
 
 
 def _classification() -> Predictor:
@@ -106,8 +106,8 @@ def _retrieval() -> Predictor:
 
     model = load_dual_encoder()
 
-    def pixels(picture: Any, image_size: int | None) -> Tensor:
-        return preprocess([picture], image_size or PIXELS)[0]
+    def pixels(image: Any, image_size: int | None) -> Tensor:
+        return preprocess([image], image_size or PIXELS)[0]
 
     pair = Pair(model.vision, pixels, lambda batch, _: model.encode_image(batch), model.encode_text, SIZES)
     return vectors_of(pair)
@@ -124,12 +124,12 @@ def _reading(task: str) -> Predictor:
     }
     reader = load_scene_reader()
     read = functools.partial(_read, reader, forms[task], task == "nlvr2")
-    return Predictor(reader.encoder, _pictures, read, SIZES, dense=True)
+    return Predictor(reader.encoder, _images, read, SIZES, dense=True)
 
 
 @torch.inference_mode()
 def _read(reader: Any, form: str, is_truth: bool, prepared: list[tuple[tuple[str, ...], Tensor, str]]) -> list[str]:
-    """Pictures that several samples of the batch share are looked at once; texts of one length are read together."""
+    """Images that several samples of the batch share are looked at once; texts of one length are read together."""
     rows = {names: pixels for names, pixels, _ in prepared}
     tokens = dict(zip(rows, reader.look(torch.stack(list(rows.values())))))
     beginnings = [form.format(text) for _, _, text in prepared]
@@ -142,8 +142,8 @@ def _read(reader: Any, form: str, is_truth: bool, prepared: list[tuple[tuple[str
     return answers
 
 
-def _pictures(sample: Sample, image_size: int | None) -> tuple[tuple[str, ...], Tensor, str]:
+def _images(sample: Sample, image_size: int | None) -> tuple[tuple[str, ...], Tensor, str]:
     from turbovlm_lab.zoo import preprocess
 
-    pixels = preprocess([picture.open() for picture in sample.pictures], image_size or PIXELS)
-    return tuple(p.name for p in sample.pictures), pixels if len(pixels) > 1 else pixels[0], sample.text
+    pixels = preprocess([image.open() for image in sample.images], image_size or PIXELS)
+    return tuple(p.name for p in sample.images), pixels if len(pixels) > 1 else pixels[0], sample.text

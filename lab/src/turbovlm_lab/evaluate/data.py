@@ -1,4 +1,4 @@
-"""What a task is judged on: samples with their pictures and answers, whichever format they were read from."""
+"""What a task is judged on: samples with their images and answers, whichever format they were read from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that is read when it is needed.
+class LazyImage:
+    """An image that is read when it is needed.
 
     Attributes:
         name: where it comes from, for messages: a path, or a data set's row.
@@ -26,12 +26,12 @@ class Picture:
     read: Callable[[], Image]
 
     @classmethod
-    def file(cls, path: Path) -> Picture:
+    def file(cls, path: Path) -> LazyImage:
         """One that is a file."""
         return cls(str(path), _File(path))
 
     def open(self, mode: str = "RGB") -> Image:
-        """The decoded picture.
+        """The decoded image.
 
         Raises:
             DataError: it is not there or does not decode; the message names it.
@@ -48,17 +48,17 @@ class Sample:
 
     Attributes:
         id: unique in its data set; the same in every run.
-        pictures: one; two for NLVR2; for text-to-image what a picture begins with, or none.
+        images: one; two for NLVR2; for text-to-image what an image begins with, or none.
         text: the question, the statement or the prompt.
         answers: what is right: captions, a question's answers, `("True",)` or `("False",)`, or the name of the class.
         mask: the salient region, where that is the answer.
     """
 
     id: str
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[LazyImage, ...] = ()
     text: str = ""
     answers: tuple[str, ...] = ()
-    mask: Picture | None = None
+    mask: LazyImage | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Data:
         name: the data set and its split, for tables.
         samples: in the order of the file.
         classes: names of a classification's classes, in the order of the model's outputs.
-        left_out: what was not taken and why, one line each: annotations without a picture, and the like.
-        real: pictures that those made from prompts are compared with.
+        left_out: what was not taken and why, one line each: annotations without an image, and the like.
+        real: images that those made from prompts are compared with.
         tokenized: captions are words in lower case without punctuation: nothing is to be cut.
     """
 
@@ -78,7 +78,7 @@ class Data:
     samples: tuple[Sample, ...]
     classes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    real: tuple[Picture, ...] = ()
+    real: tuple[LazyImage, ...] = ()
     tokenized: bool = False
 
 
@@ -89,9 +89,9 @@ class _File:
     def __call__(self) -> Image:
         from PIL import Image
 
-        with Image.open(self.path) as picture:
-            picture.load()
-            return picture
+        with Image.open(self.path) as image:
+            image.load()
+            return image
 
 
 def _reason(error: Exception) -> str:

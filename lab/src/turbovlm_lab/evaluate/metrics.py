@@ -88,7 +88,7 @@ def caption_scores(
     """Corpus BLEU-4, and CIDEr of each caption, whose mean is the corpus', by pycocoevalcap. Both as shares, not in %.
 
     Args:
-        made: one per picture.
+        made: one per image.
         references: what people said of it.
         tokenized: captions are words already, in lower case and without punctuation. Others are cut by the Penn
             Treebank's rules, for which pycocoevalcap runs Java.

@@ -29,7 +29,7 @@ class Setting:
     Attributes:
         name: for tables and file names.
         configs: how tokens are merged, one config of each workflow at most; none for the model itself.
-        image_size: pixels a side instead of the model's own: the control that makes pictures smaller.
+        image_size: pixels a side instead of the model's own: the control that makes images smaller.
         quantize: how its weights are quantised before tokens are merged, of `turbovlm.profile.QUANTIZATIONS`.
     """
 
@@ -51,7 +51,7 @@ class Predictor:
     Attributes:
         model: what `turbovlm.apply` is given.
         prepare: a sample as the model wants it, on the CPU; runs in the workers; its second argument is the image size,
-            None for the model's own. Raises DataError for a picture that does not decode.
+            None for the model's own. Raises DataError for an image that does not decode.
         predict: a list of prepared samples to one prediction each, of what JSON has.
         image_sizes: pixels a side that it can be asked for, its own last; empty if it takes its own alone.
         dense: whether it reads every position, so that encoders are applied with `dense=True`.
@@ -88,11 +88,11 @@ def predict_all(
         file: JSON lines, the header first; written batch by batch.
         header: what the predictions depend on; a file with another one is refused.
         batch: samples in one forward.
-        workers: processes that read pictures; 0 reads them in this one.
+        workers: processes that read images; 0 reads them in this one.
         on_progress: given the number of samples, after every batch, and first those that were there.
 
     Raises:
-        DataError: the file is of another run, or a picture does not decode.
+        DataError: the file is of another run, or an image does not decode.
         ConfigError, UnsupportedModelError: see `turbovlm.apply`.
     """
     done = read_predictions(file, header)

@@ -27,7 +27,7 @@ class Score:
         name: as the field calls it.
         value: a share for all but CIDEr, MAE and FID.
         parts: what each sample, or each of its captions, has to do with it: `value` is their mean; empty if it is none.
-        groups: which parts are drawn together, one number each: those of one picture.
+        groups: which parts are drawn together, one number each: those of one image.
         higher: whether more is better.
     """
 
@@ -50,7 +50,7 @@ def scores(task: str, data: Data, predictions: Sequence[Any]) -> list[Score]:
 def agreement(task: str, predictions: Sequence[Any], base: Sequence[Any]) -> list[float]:
     """For each sample how much the answers of two runs are the same: 0 or 1; overlap of regions, for saliency.
 
-    A retrieval's answer is the caption that is nearest to the picture.
+    A retrieval's answer is the caption that is nearest to the image.
     """
     if task == "retrieval":
         return [_same(a, b) for a, b in zip(_nearest(predictions), _nearest(base), strict=True)]
@@ -71,8 +71,8 @@ def decode_map(text: str) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
-        return torch.from_numpy(np.array(picture)).float() / 255
+    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+        return torch.from_numpy(np.array(image)).float() / 255
 
 
 def _classification(data: Data, predictions: Sequence[list[int]]) -> list[Score]:
@@ -101,20 +101,20 @@ def _nlvr2(data: Data, predictions: Sequence[str]) -> list[Score]:
 
 
 def _retrieval(data: Data, predictions: Sequence[dict[str, Any]]) -> list[Score]:
-    pictures = torch.tensor([each["picture"] for each in predictions])
+    images = torch.tensor([each["picture"] for each in predictions])
     captions = torch.tensor([vector for each in predictions for vector in each["captions"]])
     owner = torch.tensor([i for i, each in enumerate(predictions) for _ in each["captions"]])
-    similarity, right = pictures @ captions.T, torch.arange(len(pictures))[:, None] == owner
+    similarity, right = images @ captions.T, torch.arange(len(images))[:, None] == owner
     groups = tuple(owner.tolist())
     found = []
     for k in RECALLS:
-        if k < len(pictures):
-            texts = metrics.recalled(similarity, right, k).float().tolist()
-            images = metrics.recalled(similarity.T, right.T, k).float().tolist()
-            found.append(_mean(f"text R@{k}", data, texts))
-            found.append(Score(f"image R@{k}", sum(images) / len(images), tuple(images), groups))
+        if k < len(images):
+            of_texts = metrics.recalled(similarity, right, k).float().tolist()
+            of_images = metrics.recalled(similarity.T, right.T, k).float().tolist()
+            found.append(_mean(f"text R@{k}", data, of_texts))
+            found.append(Score(f"image R@{k}", sum(of_images) / len(of_images), tuple(of_images), groups))
     if not found:
-        raise DataError(f"{data.name}: has one picture; there is nothing to retrieve it from")
+        raise DataError(f"{data.name}: has one image; there is nothing to retrieve it from")
     return found
 
 
@@ -135,16 +135,16 @@ def _saliency(data: Data, predictions: Sequence[str]) -> list[Score]:
 
 
 def _mean(name: str, data: Data, parts: Sequence[float], higher: bool = True) -> Score:
-    """Samples of the same picture are drawn together."""
+    """Samples of the same image are drawn together."""
     number: dict[tuple[str, ...], int] = {}
-    groups = (number.setdefault(tuple(p.name for p in s.pictures), len(number)) for s in data.samples)
+    groups = (number.setdefault(tuple(p.name for p in s.images), len(number)) for s in data.samples)
     return Score(name, sum(parts) / len(parts), tuple(parts), tuple(groups), higher)
 
 
-def _to_tensor(picture: Any) -> Tensor:
+def _to_tensor(image: Any) -> Tensor:
     import numpy as np
 
-    return torch.from_numpy(np.array(picture)).float() / 255
+    return torch.from_numpy(np.array(image)).float() / 255
 
 
 def _same(a: Any, b: Any) -> float:
@@ -157,10 +157,10 @@ def _same_region(a: str, b: str) -> float:
 
 
 def _nearest(predictions: Sequence[dict[str, Any]]) -> list[int]:
-    """Of all captions, each picture's."""
-    pictures = torch.tensor([each["picture"] for each in predictions])
+    """Of all captions, each image's."""
+    images = torch.tensor([each["picture"] for each in predictions])
     captions = torch.tensor([vector for each in predictions for vector in each["captions"]])
-    nearest: list[int] = (pictures @ captions.T).argmax(dim=1).tolist()
+    nearest: list[int] = (images @ captions.T).argmax(dim=1).tolist()
     return nearest
 
 

@@ -24,7 +24,7 @@ SMALLER = "smaller image"
 MATCHED = "turbovlm at that cost"
 """The default at what the smaller image costs, which cannot have just any cost."""
 COUNTED = 64
-"""Samples over which a cost that depends on the picture is averaged."""
+"""Samples over which a cost that depends on the image is averaged."""
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of the golden section, without their whole part, lie evenly in [0, 1) however many are taken."""
 _PAPER: dict[str, Any] = {
@@ -97,20 +97,20 @@ def on_quantized(kinds: Sequence[str], settings: Sequence[Setting]) -> list[Sett
 
 
 def smaller(predictor: Predictor, sample: Sample, macs: int, name: str = SMALLER) -> Setting:
-    """Pictures with as few pixels as make the unmerged model cost what merging leaves.
+    """Images with as few pixels as make the unmerged model cost what merging leaves.
 
     Args:
         predictor: the model.
-        sample: a picture to measure with.
-        macs: the encoder's multiply-accumulates to come near, of one picture.
+        sample: an image to measure with.
+        macs: the encoder's multiply-accumulates to come near, of one image.
         name: of the setting.
 
     Raises:
-        ConfigError: the model takes pictures of one size only.
+        ConfigError: the model takes images of one size only.
     """
     costs = size_costs(predictor, sample)
     if not costs:
-        raise ConfigError(f"this model takes pictures of one size only: leave the control {name!r} out")
+        raise ConfigError(f"this model takes images of one size only: leave the control {name!r} out")
     return Setting(name, image_size=nearest_size(costs, macs))
 
 
@@ -137,7 +137,7 @@ def encoder_macs(predictor: Predictor, sample: Sample, setting: Setting, whole: 
 
 
 def mean_macs(predictor: Predictor, samples: Sequence[Sample], setting: Setting, whole: bool = False) -> int:
-    """`encoder_macs` of the first sample, or, where thresholds make it depend on the picture, the mean of some."""
+    """`encoder_macs` of the first sample, or, where thresholds make it depend on the image, the mean of some."""
     count = min(len(samples), COUNTED) if setting.per_image else 1
     some = [samples[number * len(samples) // count] for number in range(count)]
     return round(sum(encoder_macs(predictor, sample, setting, whole) for sample in some) / count)

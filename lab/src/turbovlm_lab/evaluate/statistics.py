@@ -33,7 +33,7 @@ def mean(scores: Sequence[float], groups: Sequence[Hashable] | None = None, seed
 
     Args:
         scores: one per sample.
-        groups: samples of one group are drawn together, as questions about one picture are; each its own if None.
+        groups: samples of one group are drawn together, as questions about one image are; each its own if None.
         seed: of the draws.
 
     Raises:

@@ -107,8 +107,8 @@ def run_study(
 
     Raises:
         ConfigError: the first setting merges, or two have one name.
-        DataError: the folder holds another study or cannot be written, or a picture does not decode.
-        UnsupportedModelError: a setting cannot be had. All but pictures is seen before the model is asked.
+        DataError: the folder holds another study or cannot be written, or an image does not decode.
+        UnsupportedModelError: a setting cannot be had. All but images is seen before the model is asked.
     """
     names = [setting.name for setting in settings]
     first = settings[0] if settings else None
@@ -150,7 +150,7 @@ def header_of(
     task: str, model: str, data: Data, setting: Setting, about: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What predictions depend on; `about` is the predictor's."""
-    asked = [[s.id, s.text, s.answers, [picture.name for picture in s.pictures]] for s in data.samples]
+    asked = [[s.id, s.text, s.answers, [image.name for image in s.images]] for s in data.samples]
     content = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     known = {"task": task, "model": model, "data": data.name, "samples": len(data.samples), "content": content}
     configs = {type(config).__name__: _plain(config) for config in setting.configs}
@@ -186,8 +186,8 @@ def _agreement(task: str, data: Data, found: Sequence[Any], own: Sequence[Any]) 
 
 
 def groups_of(data: Data) -> list[tuple[str, ...]]:
-    """Samples of the same pictures belong together."""
-    return [tuple(picture.name for picture in sample.pictures) for sample in data.samples]
+    """Samples of the same images belong together."""
+    return [tuple(image.name for image in sample.images) for sample in data.samples]
 
 
 def _metric(score: Score, own: Score | None) -> Metric:

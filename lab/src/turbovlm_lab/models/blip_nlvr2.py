@@ -1,6 +1,6 @@
-"""BLIP for NLVR2: is a sentence true of two pictures? (Li et al., BLIP, ICML 2022, §4.4.)
+"""BLIP for NLVR2: is a sentence true of two images? (Li et al., BLIP, ICML 2022, §4.4.)
 
-The text encoder attends to each picture by an attention of its own; the two results are averaged in the lower half of
+The text encoder attends to each image by an attention of its own; the two results are averaged in the lower half of
 the layers and joined by a linear map in the upper half. Encoder, attentions and MLPs are those of `transformers`.
 """
 
@@ -44,7 +44,7 @@ WANTED = r"(?!.*position_ids)(?!visual_encoder\.head\.).*"
 
 
 class BlipForNLVR2(nn.Module):
-    """Two pictures and a sentence to two scores: false, true.
+    """Two images and a sentence to two scores: false, true.
 
     Args:
         vision: of the image encoder; BLIP's ViT-B/16 at 384 pixels if None.
@@ -94,18 +94,18 @@ class BlipForNLVR2(nn.Module):
         """Scores of "false" and "true", `[batch, 2]`.
 
         Args:
-            pixel_values: `[batch, 2, 3, height, width]`; or `[2 · batch, 3, height, width]`, all first pictures and
+            pixel_values: `[batch, 2, 3, height, width]`; or `[2 · batch, 3, height, width]`, all first images and
                 then all second ones, as the authors pass them.
             input_ids, attention_mask: `[batch, tokens]`.
 
         Raises:
-            ConfigError: there are not two pictures for every sentence.
+            ConfigError: there are not two images for every sentence.
         """
         if pixel_values.ndim == 5:
             pixel_values = pixel_values.transpose(0, 1).flatten(0, 1)
         if len(pixel_values) != 2 * len(input_ids):
             raise ConfigError(
-                f"pixel_values: two pictures per sentence expected, {len(pixel_values)} found for {len(input_ids)}"
+                f"pixel_values: two images per sentence expected, {len(pixel_values)} found for {len(input_ids)}"
             )
         first, second = self.vision_model(pixel_values=pixel_values).last_hidden_state.chunk(2)
         mask = None if attention_mask is None else attention_mask[:, None, None].bool()
@@ -121,7 +121,7 @@ class _Layer(nn.Module):
     def __init__(self, config: BertConfig, vision_width: int, joined: bool) -> None:
         super().__init__()
         self.attention = BertAttention(config)
-        self.crossattention = _TwoPictures(config, vision_width, joined)
+        self.crossattention = _TwoImages(config, vision_width, joined)
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
@@ -132,8 +132,8 @@ class _Layer(nn.Module):
         return out
 
 
-class _TwoPictures(nn.Module):
-    """Attention to each picture, and one sum with the residual for both."""
+class _TwoImages(nn.Module):
+    """Attention to each image, and one sum with the residual for both."""
 
     def __init__(self, config: BertConfig, vision_width: int, joined: bool) -> None:
         super().__init__()

@@ -38,9 +38,9 @@ EVA_RENAMES = (
 
 
 class MiniGPTv2(nn.Module):
-    """Pictures and words to words.
+    """Images and words to words.
 
-    In `input_ids`, each `image_token` stands for one picture, however many tokens it becomes.
+    In `input_ids`, each `image_token` stands for one image, however many tokens it becomes.
 
     Args:
         language_model: LLaMA-2, or any causal language model of `transformers`.
@@ -79,7 +79,7 @@ class MiniGPTv2(nn.Module):
         return model.eval()
 
     def visual_tokens(self, pixel_values: Tensor) -> Tensor:
-        """What the language model reads of each picture, `[pictures, tokens, width]`.
+        """What the language model reads of each image, `[images, tokens, width]`.
 
         Where the tower's tokens are no multiple of four, the last one is repeated.
         """
@@ -93,16 +93,16 @@ class MiniGPTv2(nn.Module):
     def prompt(
         self, pixel_values: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The language model's inputs: embeddings with the pictures in their places, padded on the left, and a mask.
+        """The language model's inputs: embeddings with the images in their places, padded on the left, and a mask.
 
         Raises:
-            ConfigError: there are more or fewer pictures than image tokens.
+            ConfigError: there are more or fewer images than image tokens.
         """
-        pictures = [] if pixel_values is None else list(self.visual_tokens(pixel_values))
+        images = [] if pixel_values is None else list(self.visual_tokens(pixel_values))
         asked = int((input_ids == self.image_token).sum())
-        if asked != len(pictures):
-            raise ConfigError(f"pixel_values: {asked} pictures expected, one per image token; {len(pictures)} found")
-        embed, waiting, rows = self.language_model.get_input_embeddings(), iter(pictures), []
+        if asked != len(images):
+            raise ConfigError(f"pixel_values: {asked} images expected, one per image token; {len(images)} found")
+        embed, waiting, rows = self.language_model.get_input_embeddings(), iter(images), []
         for index, ids in enumerate(input_ids):
             seen = ids if attention_mask is None else ids[attention_mask[index].bool()]
             places = (seen == self.image_token).nonzero().flatten().tolist()

@@ -98,7 +98,7 @@ class Declared:
         task: of `turbovlm evaluate`.
         lines: the model itself first.
         axis: of a figure: what `x` is.
-        strength: of text-to-image that begins with pictures.
+        strength: of text-to-image that begins with images.
     """
 
     key: str

@@ -11,7 +11,7 @@ from turbovlm_lab.reproduce import plots
 from turbovlm_lab.reproduce.declared import DEFAULT_SHARE
 from turbovlm_lab.reproduce.report import Sheet
 
-PICTURE = "overview"
+PLOT = "overview"
 
 
 def overview(entries: Mapping[str, Any], folder: Path) -> Sheet | None:
@@ -33,13 +33,13 @@ def overview(entries: Mapping[str, Any], folder: Path) -> Sheet | None:
         task: {name: lines[name]["metrics"][0]["kept"] for name in names if name in lines and _kept(lines[name])}
         for task, lines in rows.items()
     }
-    plots.save_overview(kept, names, folder / PICTURE)
+    plots.save_overview(kept, names, folder / PLOT)
     header = ["setting"]
     for task, lines in rows.items():
         header += [f"{task}: {lines[OWN]['metrics'][0]['name']} kept", "same answer"]
     body = [(name, *(cell for lines in rows.values() for cell in _cells(lines.get(name)))) for name in names]
     title = f"All tasks at {DEFAULT_SHARE:.0%} of the encoder's multiply-accumulates"
-    return Sheet(title, tuple(header), tuple(body), PICTURE)
+    return Sheet(title, tuple(header), tuple(body), PLOT)
 
 
 def _kept(row: Mapping[str, Any]) -> bool:

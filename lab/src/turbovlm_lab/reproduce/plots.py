@@ -139,8 +139,8 @@ def save_blocks(blocks: Blocks, path: Path) -> None:
     _write(figure, path)
 
 
-def save_pictures(sheet: Image, names: Sequence[str], path: Path) -> None:
-    """Figure 6: a sheet of pictures under the names of its columns."""
+def save_images(sheet: Image, names: Sequence[str], path: Path) -> None:
+    """Figure 6: a sheet of images under the names of its columns."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(sheet.width / 150, sheet.height / 150 + 0.3), layout="constrained")

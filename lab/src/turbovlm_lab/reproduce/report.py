@@ -18,17 +18,17 @@ from turbovlm_lab.reproduce.running import Finished
 from turbovlm_lab.reproduce.tracing import Blocks
 
 RESULTS = "results.json"
-ABOUT = "Intervals hold 95 % of the bootstrap's draws over pictures. MACs are those of the vision encoder."
+ABOUT = "Intervals hold 95 % of the bootstrap's draws over images. MACs are those of the vision encoder."
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table for a terminal or a page; `picture` is the plot beside it, without its ending."""
+    """A table for a terminal or a page; `plot` is the file of the plot beside it, without its ending."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    picture: str = ""
+    plot: str = ""
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Sheet:
@@ -36,11 +36,15 @@ class Sheet:
         rows = tuple(tuple(row) for row in plain["rows"])
         return cls(plain["title"], tuple(plain["header"]), rows, plain["picture"])
 
+    def plain(self) -> dict[str, Any]:
+        """For JSON, where the plot is called `picture`."""
+        return {"title": self.title, "header": self.header, "rows": self.rows, "picture": self.plot}
+
     def markdown(self) -> str:
         """With a heading, and the plot above the table."""
         lines = [f"## {self.title}", ""]
-        if self.picture:
-            lines += [f"![{self.title}]({self.picture}.png)", ""]
+        if self.plot:
+            lines += [f"![{self.title}]({self.plot}.png)", ""]
         if self.rows:
             lines += [_joined(self.header), _joined(["---", *["--:"] * (len(self.header) - 1)])]
             lines += [_joined(row) for row in self.rows]
@@ -57,7 +61,7 @@ class Found:
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        return {"sheet": dataclasses.asdict(self.sheet), "numbers": self.numbers}
+        return {"sheet": self.sheet.plain(), "numbers": self.numbers}
 
 
 def read_entries(folder: Path) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def write_report(folder: Path, entries: Mapping[str, Any], order: Sequence[str],
     (folder / RESULTS).write_text(content + "\n", encoding="utf-8")
 
 
-def sheet_of(finished: Finished, picture: str = "") -> Sheet:
+def sheet_of(finished: Finished, plot: str = "") -> Sheet:
     """A comparison: the printed cost and metrics, and what is kept of the first; then ours."""
     lines = finished.declared.lines
     own = finished.printed_own
@@ -124,11 +128,11 @@ def sheet_of(finished: Finished, picture: str = "") -> Sheet:
         cells += ["" if kept is None else f"{kept:.1%}"] if own else []
         rows.append((*cells, *_ours(row, len(found))))
     about = f"{finished.model}, {finished.data}, {finished.samples} samples"
-    return Sheet(f"{finished.declared.title} ({about})", tuple(header), tuple(rows), picture)
+    return Sheet(f"{finished.declared.title} ({about})", tuple(header), tuple(rows), plot)
 
 
 def savings_sheet(
-    ratios: Mapping[str, Mapping[str, float]], printed: Sequence[Printed], names: Mapping[str, str], picture: str
+    ratios: Mapping[str, Mapping[str, float]], printed: Sequence[Printed], names: Mapping[str, str], plot: str
 ) -> Sheet:
     """Table 11.
 
@@ -136,7 +140,7 @@ def savings_sheet(
         ratios: times fewer multiply-accumulates, by task and method.
         printed: its rows.
         names: the printed name of each method, and of each task.
-        picture: the plot.
+        plot: its name.
     """
     of_plugin = {row.plugin: dict(row.metrics) for row in printed}
     header = ["method"]
@@ -149,16 +153,16 @@ def savings_sheet(
             value = of_plugin.get(names.get(method, ""), {}).get(names[task])
             cells += ["" if value is None else f"{value:g}×", f"{ratios[task][method]:.2f}×"]
         rows.append(tuple(cells))
-    return Sheet("Table 11: largest saving within a drop of 5 %", tuple(header), tuple(rows), picture)
+    return Sheet("Table 11: largest saving within a drop of 5 %", tuple(header), tuple(rows), plot)
 
 
-def blocks_sheet(blocks: Blocks, about: str, picture: str) -> Sheet:
+def blocks_sheet(blocks: Blocks, about: str, plot: str) -> Sheet:
     """Figure 3."""
     rows = []
     for number, (r, a) in enumerate(zip(blocks.redundancy, blocks.concentration), 1):
         rows.append((str(number), f"{r[0]:.3f} ± {r[1]:.3f}", f"{a[0]:.1%} ± {a[1]:.1%}"))
     title = f"Figure 3: redundancy and concentration of attention, by block ({about})"
-    return Sheet(title, ("block", "mean R", "A in a tenth of the patches"), tuple(rows), picture)
+    return Sheet(title, ("block", "mean R", "A in a tenth of the patches"), tuple(rows), plot)
 
 
 def plain(finished: Finished) -> dict[str, Any]:

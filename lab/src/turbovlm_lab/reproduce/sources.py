@@ -14,7 +14,7 @@ from turbovlm.errors import ConfigError, DataError
 from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.asking import asked, beginning
 from turbovlm_lab.evaluate.data import Data
-from turbovlm_lab.evaluate.predictors.pictures import Making
+from turbovlm_lab.evaluate.predictors.images import Making
 from turbovlm_lab.evaluate.readers import read
 from turbovlm_lab.evaluate.study import file_name
 from turbovlm_lab.reproduce.declared import Declared
@@ -55,7 +55,7 @@ EXAMPLES = {
     "text-to-image": {
         "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "data": ["prompts.txt"],
-        "images": "imagenet-pictures",
+        "images": "imagenet-images",
         "steps": 50,
     },
 }
@@ -69,13 +69,13 @@ class Sources:
     Attributes:
         folder: predictions are kept below it.
         entries: of the user, by task or key; None for built-in models.
-        pictures: of the built-in data.
+        images: how many, of each built-in task.
         device, dtype, batch, workers: how models run.
     """
 
     folder: Path
     entries: Mapping[str, Mapping[str, Any]] | None
-    pictures: int
+    images: int
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     batch: int = 16
@@ -93,7 +93,7 @@ class Sources:
 
         Args:
             name, task: the entry.
-            strength: of text-to-image that begins with pictures.
+            strength: of text-to-image that begins with images.
 
         Raises:
             TurboError: see `asked` and `read`.
@@ -125,7 +125,7 @@ class Sources:
         from turbovlm_lab.evaluate.builtin_data import DATA
         from turbovlm_lab.evaluate.builtin_models import MODELS
 
-        data = DATA[task](self.pictures) if strength is None else beginning(DATA[task](self.pictures))
+        data = DATA[task](self.images) if strength is None else beginning(DATA[task](self.images))
         predictor, scoring = asked(task, AskedModel(MODELS[task]), data, Making(strength=strength), features="vit")
         return self._source(task, MODELS[task], data, predictor, scoring, _folder(task, strength))
 

@@ -15,13 +15,13 @@ from turbovlm_lab.reproduce.published import printed_in
 from turbovlm_lab.reproduce.report import Found, Sheet, blocks_sheet, plain, savings_sheet, sheet_of
 from turbovlm_lab.reproduce.running import Progress, Source, compare, largest_savings
 from turbovlm_lab.reproduce.sources import Sources
-from turbovlm_lab.reproduce.tracing import by_block, merged_pictures
+from turbovlm_lab.reproduce.tracing import by_block, merged_images
 
 SEARCH_METHODS = {"turbovlm": "", "paper": "turbo", "ToMe": "redundancy", "semantics": "semantics"}
 """Of Table 11, with their printed names."""
 PRINTED_TASKS = {"nlvr2": "nlvr", "vqa": "vqa", "captioning": "caption", "retrieval": "retrieval"}
 TRACED_TASK, TRACED = "retrieval", 64
-"""Of Figures 3 and 6: whose encoder is looked into, and with how many pictures."""
+"""Of Figures 3 and 6: whose encoder is looked into, and with how many images."""
 
 
 def every_study() -> tuple[Declared, ...]:
@@ -74,19 +74,19 @@ def run_studies(studies: Sequence[Declared], sources: Sources, folder: Path) -> 
 
 
 def _run(study: Declared, source: Source, folder: Path, advance: Progress) -> tuple[Sheet, Any]:
-    about, picture = f"{source.name}, {source.data.name}", file_name(study.key.replace("/", "-").replace(".", "-"))
+    about, plot = f"{source.name}, {source.data.name}", file_name(study.key.replace("/", "-").replace(".", "-"))
     if study.name == "figure3":
         blocks = by_block(source, TRACED, advance)
-        plots.save_blocks(blocks, folder / picture)
-        return blocks_sheet(blocks, about, picture), dataclasses.asdict(blocks)
+        plots.save_blocks(blocks, folder / plot)
+        return blocks_sheet(blocks, about, plot), dataclasses.asdict(blocks)
     if study.name == "figure6":
-        sheet, names = merged_pictures(source, advance)
-        plots.save_pictures(sheet, names, folder / picture)
-        return Sheet(f"{study.title} ({about})", (), (), picture), list(names)
+        sheet, names = merged_images(source, advance)
+        plots.save_images(sheet, names, folder / plot)
+        return Sheet(f"{study.title} ({about})", (), (), plot), list(names)
     finished = compare(study, source, advance)
     draw: Callable[..., None] = plots.save_curves if study.axis else plots.save_table
-    draw(finished, folder / picture)
-    return sheet_of(finished, picture), plain(finished)
+    draw(finished, folder / plot)
+    return sheet_of(finished, plot), plain(finished)
 
 
 def _savings(source: Source, advance: Progress) -> dict[str, float]:

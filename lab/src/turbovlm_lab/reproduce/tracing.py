@@ -29,7 +29,7 @@ SHOWN_METHODS = ("turbovlm", "paper", "ToMe", "random")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Figure 3, for each block: mean over pictures and standard deviation.
+    """Figure 3, for each block: mean over images and standard deviation.
 
     Attributes:
         redundancy: R, over the candidates.
@@ -40,10 +40,10 @@ class Blocks:
     concentration: tuple[tuple[float, float], ...]
 
 
-def by_block(source: Source, pictures: int, on_progress: Progress) -> Blocks:
+def by_block(source: Source, images: int, on_progress: Progress) -> Blocks:
     """R and A before every block, nothing merged."""
     found: list[list[BlockTrace]] = []
-    samples = source.data.samples[:pictures]
+    samples = source.data.samples[:images]
     with turbovlm.apply(source.predictor.model, r=0, trace=True) as handle:
         for prepared in batches(source.predictor, samples, None, source.batch, 0):
             source.predictor.predict(prepared)
@@ -67,8 +67,8 @@ def concentration(semantic: Tensor) -> Tensor:
     return semantic.topk(most, dim=1).values.sum(dim=1) / semantic.sum(dim=1)
 
 
-def merged_pictures(source: Source, on_progress: Progress) -> tuple[Image, Sequence[str]]:
-    """Figure 6: a row per picture, the picture itself and its groups after the last block by each method.
+def merged_images(source: Source, on_progress: Progress) -> tuple[Image, Sequence[str]]:
+    """Figure 6: a row per image, the image itself and its groups after the last block by each method.
 
     Returns:
         The sheet, and the names of its columns.
@@ -79,21 +79,21 @@ def merged_pictures(source: Source, on_progress: Progress) -> tuple[Image, Seque
 
     count = len(source.data.samples)
     samples = [source.data.samples[i * count // SHOWN] for i in range(min(SHOWN, count))]
-    shown = [centre_square(sample.pictures[0].open()).resize((224, 224)) for sample in samples]
+    shown = [centre_square(sample.images[0].open()).resize((224, 224)) for sample in samples]
     columns = [shown]
     for method in SHOWN_METHODS:
         config = by_method(TurboConfig(flops=DEFAULT_SHARE, trace=True), method)
         with turbovlm.apply(source.predictor.model, config) as handle:
             source.predictor.predict([source.predictor.prepare(sample, None) for sample in samples])
             trace = _first_tower(handle.trace)
-        columns.append([groups(trace, picture, batch_index=i, cell=CELL) for i, picture in enumerate(shown)])
+        columns.append([groups(trace, image, batch_index=i, cell=CELL) for i, image in enumerate(shown)])
         on_progress(len(samples))
     side, gap = 224, 6
     sheet = Image.new("RGB", ((side + gap) * len(columns) - gap, (side + gap) * len(samples) - gap), "white")
     for x, column in enumerate(columns):
-        for y, picture in enumerate(column):
-            sheet.paste(picture.resize((side, side)), (x * (side + gap), y * (side + gap)))
-    return sheet, ("picture", *SHOWN_METHODS)
+        for y, image in enumerate(column):
+            sheet.paste(image.resize((side, side)), (x * (side + gap), y * (side + gap)))
+    return sheet, ("image", *SHOWN_METHODS)
 
 
 def _first_tower(trace: Sequence[BlockTrace]) -> list[BlockTrace]:

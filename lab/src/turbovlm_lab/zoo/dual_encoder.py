@@ -1,7 +1,7 @@
-"""A small dual encoder for drawings on photographs: pictures and sentences to vectors that can be compared.
+"""A small dual encoder for drawings on photographs: images and sentences to vectors that can be compared.
 
-Pictures go through ten blocks of the pretrained ViT-S/14 of `turbovlm_lab.zoo.saliency`, sentences through MiniLM
-(`turbovlm_lab.zoo.minilm`); both stay as they were pretrained. What was trained are two projections. The picture's
+Images go through ten blocks of the pretrained ViT-S/14 of `turbovlm_lab.zoo.saliency`, sentences through MiniLM
+(`turbovlm_lab.zoo.minilm`); both stay as they were pretrained. What was trained are two projections. The image's
 reads CLS and the mean of the patches; it is the head of a `transformers.Dinov2ForImageClassification`, before which
 every position gets its token's value where tokens are merged.
 """
@@ -50,7 +50,7 @@ class Projection(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """Pictures and sentences in one space, `[batch, 256]`, of length 1.
+    """Images and sentences in one space, `[batch, 256]`, of length 1.
 
     Attributes:
         vision: a `transformers.Dinov2ForImageClassification` whose classifier is the projection.

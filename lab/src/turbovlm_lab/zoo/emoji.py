@@ -33,7 +33,7 @@ CELL = 2
 
 
 class Cells(nn.Module):
-    """What a pipeline takes for a VAE: pictures, `[batch, 3, 2h, 2w]`, to latents, `[batch, 12, h, w]`, and back."""
+    """What a pipeline takes for a VAE: images, `[batch, 3, 2h, 2w]`, to latents, `[batch, 12, h, w]`, and back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class Cells(nn.Module):
     def device(self) -> torch.device:
         return self.anchor.device
 
-    def encode(self, pictures: Tensor) -> Any:
+    def encode(self, images: Tensor) -> Any:
         """Exact, so that its distribution is one latent."""
-        latent = F.pixel_unshuffle(pictures, CELL)
+        latent = F.pixel_unshuffle(images, CELL)
         return SimpleNamespace(latents=latent)
 
     def decode(self, latents: Tensor, return_dict: bool = False, generator: Any = None) -> tuple[Tensor]:

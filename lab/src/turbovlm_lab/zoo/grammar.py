@@ -74,7 +74,7 @@ def questions(scene: Scene, chance: random.Random, names: Sequence[str]) -> tupl
 
 
 def statement(first: Scene, second: Scene, chance: random.Random) -> Statement:
-    """A sentence about two pictures, true as often as false."""
+    """A sentence about two images, true as often as false."""
     wanted = chance.random() < 0.5
     while True:
         made = chance.choice(_FORMS)(first, second, chance)

@@ -1,10 +1,10 @@
-"""A small model that reads scenes: captions, answers to questions, and whether statements about two pictures are true.
+"""A small model that reads scenes: captions, answers to questions, and whether statements about two images are true.
 
 Its eyes are ten blocks of the pretrained ViT-S/14 of `turbovlm_lab.zoo.saliency`, unchanged. A connector, two linear
 layers on each token, brings their tokens to where the words are. What reads them is a decoder as BLIP has it
 (`transformers.BlipTextLMHeadModel`): four blocks of width 256 that attend to words before and to all image tokens. A
 text begins with what is wanted, `[caption]`, `[question]` or `[statement]`; what follows `[answer]`
-is the answer. For statements the tokens of two pictures stand in one sequence, marked left and right.
+is the answer. For statements the tokens of two images stand in one sequence, marked left and right.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _NUMBER = {word: number for number, word in enumerate(VOCABULARY)}
 
 
 class SceneReader(nn.Module):
-    """Pictures and the beginning of a text to its next words.
+    """Images and the beginning of a text to its next words.
 
     Attributes:
         encoder: a `transformers.Dinov2Model` of ten blocks; it stays as it was pretrained.
         connector: from the encoder's width to the decoder's.
         decoder: a `transformers.BlipTextLMHeadModel`.
-        sides: what is added to the tokens of the left and of the right picture where there are two, `[2, 256]`.
+        sides: what is added to the tokens of the left and of the right image where there are two, `[2, 256]`.
     """
 
     def __init__(self, encoder: Any, decoder: Any) -> None:
@@ -56,7 +56,7 @@ class SceneReader(nn.Module):
         self.sides = nn.Parameter(torch.zeros(2, WIDTH))
 
     def look(self, pixel_values: Tensor) -> Tensor:
-        """The tokens of the pictures.
+        """The tokens of the images.
 
         Where tokens are merged, every position gets its token's value: a thing that became one token then weighs in the
         words' attention what it weighed before.
@@ -65,7 +65,7 @@ class SceneReader(nn.Module):
             pixel_values: `[batch, 3, 224, 224]`, or `[batch, 2, 3, 224, 224]` for pairs, as `zoo.preprocess` has it.
 
         Returns:
-            `[batch, tokens, 256]`; of a pair, the left picture's and then the right one's.
+            `[batch, tokens, 256]`; of a pair, the left image's and then the right one's.
         """
         if pixel_values.ndim == 4:
             tokens: Tensor = self.connector(self.encoder(pixel_values=pixel_values).last_hidden_state)
@@ -76,7 +76,7 @@ class SceneReader(nn.Module):
         return self.join(each.reshape(*pixel_values.shape[:2], *each.shape[1:]))
 
     def join(self, tokens: Tensor) -> Tensor:
-        """Two pictures' tokens, `[batch, 2, tokens, 256]`, as one sequence."""
+        """Two images' tokens, `[batch, 2, tokens, 256]`, as one sequence."""
         return (tokens + self.sides[:, None]).flatten(1, 2)
 
     def forward(

@@ -134,10 +134,10 @@ def load_saliency_vit() -> SaliencyViT:
 
 
 def preprocess(images: Sequence[Image], size: int = IMAGE_SIZE) -> Tensor:
-    """The centre square of each picture, resized and normalised with ImageNet's mean and deviation.
+    """The centre square of each image, resized and normalised with ImageNet's mean and deviation.
 
     Args:
-        images: any pictures.
+        images: any images.
         size: pixels per side, a multiple of the patch's 14; the model was fine-tuned at 224.
 
     Returns:
@@ -147,7 +147,7 @@ def preprocess(images: Sequence[Image], size: int = IMAGE_SIZE) -> Tensor:
         ConfigError: no images, or a size that is no multiple of 14.
     """
     if not images:
-        raise ConfigError("images=[]: at least one picture is needed")
+        raise ConfigError("images=[]: at least one image is needed")
     if size < PATCH_SIZE or size % PATCH_SIZE:
         raise ConfigError(f"size={size}: must be a multiple of {PATCH_SIZE}")
     import numpy as np
@@ -160,7 +160,7 @@ def preprocess(images: Sequence[Image], size: int = IMAGE_SIZE) -> Tensor:
 
 
 def centre_square(image: Image) -> Image:
-    """The largest centred square of a picture, in RGB."""
+    """The largest centred square of an image, in RGB."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.convert("RGB").crop((left, top, left + side, top + side))

@@ -1,4 +1,4 @@
-"""Scenes of small things on photographs: what is where, how many and which colour, with the picture that shows it.
+"""Scenes of small things on photographs: what is where, how many and which colour, with the image that shows it.
 
 A scene is 224×224 pixels in 3×3 cells. Two to four kinds of things, each once or up to four times, stand in different
 cells, shifted, turned and mirrored a little; half of the kinds are tinted. A thing covers three to five patches of 14
@@ -102,7 +102,7 @@ def make_pair(chance: random.Random, names: Sequence[str]) -> tuple[Scene, Scene
 
 
 def draw_scene(scene: Scene, sprites: Mapping[str, Image], backgrounds: Sequence[Image]) -> Image:
-    """The picture, 224×224, RGB.
+    """The image, 224×224, RGB.
 
     Args:
         sprites: by name, RGBA, square.
@@ -116,7 +116,7 @@ def draw_scene(scene: Scene, sprites: Mapping[str, Image], backgrounds: Sequence
     if not backgrounds:
         raise ConfigError("backgrounds: there is none")
     chance = random.Random(scene.seed)
-    picture = _background(chance, chance.choice(backgrounds))
+    image = _background(chance, chance.choice(backgrounds))
     cell = SIDE / 3
     for kind in scene.kinds:
         if kind.name not in sprites:
@@ -131,12 +131,12 @@ def draw_scene(scene: Scene, sprites: Mapping[str, Image], backgrounds: Sequence
             slack = cell - side
             row, column = divmod(number, 3)
             left, top = (round(place * cell + slack * chance.random()) for place in (column, row))
-            picture.paste(thing, (left, top), thing)
-    return picture
+            image.paste(thing, (left, top), thing)
+    return image
 
 
 def on_photo(drawing: Image, backgrounds: Sequence[Image], chance: random.Random) -> Image:
-    """One drawing somewhere on a photograph, 224×224, RGB; its side is 45 to 95 % of the picture's.
+    """One drawing somewhere on a photograph, 224×224, RGB; its side is 45 to 95 % of the image's.
 
     Args:
         drawing: RGBA, square.
@@ -145,14 +145,14 @@ def on_photo(drawing: Image, backgrounds: Sequence[Image], chance: random.Random
     """
     from PIL import Image
 
-    picture = _background(chance, chance.choice(backgrounds))
+    image = _background(chance, chance.choice(backgrounds))
     side = round(SIDE * chance.uniform(0.45, 0.95))
     thing = drawing.resize((side, side), Image.Resampling.LANCZOS)
     if chance.random() < 0.5:
         thing = thing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     left, top = (chance.randint(0, SIDE - side) for _ in range(2))
-    picture.paste(thing, (left, top), thing)
-    return picture
+    image.paste(thing, (left, top), thing)
+    return image
 
 
 def tint(sprite: Image, colour: str) -> Image:

@@ -1,4 +1,4 @@
-"""Packs of drawings: emoji of one vendor as small pictures, with their labels.
+"""Packs of drawings: emoji of one vendor as small images, with their labels.
 
 The pack that ships, `data/twemoji.zip`, is Twemoji (Twitter, Inc. and other contributors, CC-BY-4.0), rasterised at 96
 pixels; labels and tags are emojibase's (MIT). `studies/scenes/prepare.py` makes it, and the packs of other vendors that
@@ -72,7 +72,7 @@ class Sprite:
         name: what scenes call it; None for those that scenes do not use.
         tags: other words for it.
         group, subgroup: Unicode's, such as `animals-nature` and `animal-bird`.
-        picture: RGBA, 96×96.
+        image: RGBA, 96×96.
     """
 
     code: str
@@ -81,7 +81,7 @@ class Sprite:
     tags: tuple[str, ...]
     group: str
     subgroup: str
-    picture: Image
+    image: Image
 
 
 def load_sprites(pack: Path | str = PACK) -> tuple[Sprite, ...]:
@@ -97,7 +97,7 @@ def load_sprites(pack: Path | str = PACK) -> tuple[Sprite, ...]:
             return tuple(
                 Sprite(
                     **{**entry, "tags": tuple(entry["tags"])},
-                    picture=Image.open(io.BytesIO(archive.read(f"{entry['code']}.webp"))).convert("RGBA"),
+                    image=Image.open(io.BytesIO(archive.read(f"{entry['code']}.webp"))).convert("RGBA"),
                 )
                 for entry in json.loads(archive.read("about.json"))
             )

@@ -11,7 +11,7 @@ from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.predictors.blip import BLIP, blip_nlvr2
 from turbovlm_lab.evaluate.predictors.encoders import classification, retrieval
 from turbovlm_lab.evaluate.predictors.generating import generating
-from turbovlm_lab.evaluate.predictors.pictures import DEFAULT, Features, Making, text_to_image
+from turbovlm_lab.evaluate.predictors.images import DEFAULT, Features, Making, text_to_image
 from turbovlm_lab.evaluate.run import Predictor
 
 MODELS = {
@@ -19,7 +19,7 @@ MODELS = {
     "retrieval": "CLIP, SigLIP or BLIP's ITM model of transformers, open_clip:hf-hub:ID, or blip:FILE",
     "captioning": "BLIP, BLIP-2, LLaVA, Qwen-VL or another model of transformers that writes, or blip:FILE",
     "vqa": "BLIP-VQA, BLIP-2, ViLT, LLaVA, Qwen-VL or another model of transformers that answers, or blip:FILE",
-    "nlvr2": "ViLT's NLVR2 model, one of transformers that follows a chat with two pictures, or blip:FILE",
+    "nlvr2": "ViLT's NLVR2 model, one of transformers that follows a chat with two images, or blip:FILE",
     "text-to-image": "a pipeline of diffusers",
     "saliency": "zoo:saliency",
 }
@@ -42,8 +42,8 @@ def load_predictor(task: str, spec: AskedModel, data: Data, making: Making, feat
         task: one of `MODELS`.
         spec: the model.
         data: what it will be asked.
-        making: how pictures are made; of text-to-image alone.
-        features: how pictures are compared; of text-to-image alone.
+        making: how images are made; of text-to-image alone.
+        features: how images are compared; of text-to-image alone.
 
     Raises:
         TurboError: there is no such model, or it is for another task.

@@ -43,19 +43,19 @@ def blip_file(spec: AskedModel, task: str) -> tuple[Any, Any]:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(words)
-        pictures = transformers.BlipImageProcessor(
+        image_processor = transformers.BlipImageProcessor(
             size={"height": side, "width": side}, image_mean=MEAN, image_std=DEVIATION
         )
-        processor = transformers.BlipProcessor(pictures, tokenizer)
+        processor = transformers.BlipProcessor(image_processor, tokenizer)
     return model, processor
 
 
 def blip_nlvr2(spec: AskedModel) -> Predictor:
-    """Statements about two pictures, `"True"` or `"False"`; see `blip_file`."""
+    """Statements about two images, `"True"` or `"False"`; see `blip_file`."""
     model, processor = blip_file(spec, "nlvr2")
 
     def prepare(sample: Sample, image_size: int | None) -> tuple[Tensor, str]:
-        made = processor.image_processor([picture.open() for picture in sample.pictures], return_tensors="pt")
+        made = processor.image_processor([image.open() for image in sample.images], return_tensors="pt")
         return made["pixel_values"], sample.text
 
     @torch.inference_mode()

@@ -27,11 +27,11 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Pair:
-    """A model of pictures and sentences in one space.
+    """A model of images and sentences in one space.
 
     Attributes:
         model: what is accelerated.
-        pixels: a picture and the image size to what `see` is given, on the CPU: a tensor, or several by name.
+        pixels: an image and the image size to what `see` is given, on the CPU: a tensor, or several by name.
         see: a batch of it to vectors, `[batch, width]`; its second argument is whether the size is not the model's own.
         read: sentences to vectors, `[batch, width]`.
         image_sizes: as `Predictor` has them.
@@ -45,7 +45,7 @@ class Pair:
 
 
 def classification(spec: AskedModel, data: Data) -> Predictor:
-    """Top-5 classes: of a classifier, or of a model of pictures and sentences that is given the names of the classes.
+    """Top-5 classes: of a classifier, or of a model of images and sentences that is given the names of the classes.
 
     Raises:
         TurboError: there is no such model.
@@ -64,7 +64,7 @@ def classification(spec: AskedModel, data: Data) -> Predictor:
 
     def prepare(sample: Sample, image_size: int | None) -> tuple[Tensor, bool]:
         given = size_arguments(processor, image_size, spec.text)
-        pixels = processor(images=sample.pictures[0].open(), return_tensors="pt", **given)["pixel_values"][0]
+        pixels = processor(images=sample.images[0].open(), return_tensors="pt", **given)["pixel_values"][0]
         return pixels, image_size is not None
 
     @torch.inference_mode()
@@ -77,10 +77,10 @@ def classification(spec: AskedModel, data: Data) -> Predictor:
 
 
 def retrieval(spec: AskedModel) -> Predictor:
-    """Vectors of a picture and of its captions, of length 1.
+    """Vectors of an image and of its captions, of length 1.
 
     Raises:
-        TurboError: there is no such model, or it is no model of pictures and sentences.
+        TurboError: there is no such model, or it is no model of images and sentences.
     """
     return vectors_of(open_clip_pair(spec) if spec.library == "open_clip" else transformers_pair(spec))
 
@@ -89,7 +89,7 @@ def vectors_of(pair: Pair) -> Predictor:
     """A predictor of `{"picture": […], "captions": [[…], …]}`."""
 
     def prepare(sample: Sample, image_size: int | None) -> tuple[Any, bool, tuple[str, ...]]:
-        return pair.pixels(sample.pictures[0].open(), image_size), image_size is not None, sample.answers
+        return pair.pixels(sample.images[0].open(), image_size), image_size is not None, sample.answers
 
     @torch.inference_mode()
     def predict(prepared: list[tuple[Any, bool, tuple[str, ...]]]) -> list[Any]:
@@ -116,10 +116,10 @@ def transformers_pair(spec: AskedModel) -> Pair:
     other_size = _interpolation(getattr(model, "vision_model", model))
     is_siglip, has_shapes = "Siglip" in kind.__name__, kind.__name__ == "Siglip2Model"
 
-    def pixels(picture: Any, image_size: int | None) -> Any:
+    def pixels(image: Any, image_size: int | None) -> Any:
         given = size_arguments(processor, image_size, spec.text)
-        made = processor.image_processor(images=picture, return_tensors="pt", **given)
-        # SigLIP 2 of any aspect ratio is also told the picture's shape in patches
+        made = processor.image_processor(images=image, return_tensors="pt", **given)
+        # SigLIP 2 of any aspect ratio is also told the image's shape in patches
         return {name: value[0] for name, value in made.items()} if has_shapes else made["pixel_values"][0]
 
     def see(batch: Any, is_other_size: bool) -> Tensor:
@@ -161,12 +161,12 @@ def open_clip_pair(spec: AskedModel) -> Pair:
         tokenizer = open_clip.get_tokenizer(spec.name)
     model = model.eval().to(spec.dtype)
 
-    def pixels(picture: Any, image_size: int | None) -> Tensor:
+    def pixels(image: Any, image_size: int | None) -> Tensor:
         if image_size is not None:
             raise ConfigError(
                 f"{spec.text}: open_clip's image sizes are fixed; image_size={image_size} cannot be asked"
             )
-        made: Tensor = transform(picture)
+        made: Tensor = transform(image)
         return made
 
     def see(batch: Tensor, _: bool) -> Tensor:
@@ -204,7 +204,7 @@ def likeliest(logits: Tensor) -> list[Any]:
 
 
 def by_names(pair: Pair, data: Data, template: str) -> Predictor:
-    """Top-5 classes, by how near a picture is to their names in `template`.
+    """Top-5 classes, by how near an image is to their names in `template`.
 
     Raises:
         ConfigError: the template has no place for a name.
@@ -217,7 +217,7 @@ def by_names(pair: Pair, data: Data, template: str) -> Predictor:
         classes = F.normalize(read.float(), dim=-1)
 
     def prepare(sample: Sample, image_size: int | None) -> tuple[Any, bool]:
-        return pair.pixels(sample.pictures[0].open(), image_size), image_size is not None
+        return pair.pixels(sample.images[0].open(), image_size), image_size is not None
 
     @torch.inference_mode()
     def predict(prepared: list[tuple[Any, bool]]) -> list[Any]:
@@ -237,7 +237,7 @@ def _timm_classifier(spec: AskedModel, data: Data) -> Predictor:
             raise ConfigError(
                 f"{spec.text}: timm's image sizes are fixed; image_size={image_size} cannot be asked of it"
             )
-        pixels: Tensor = transform(sample.pictures[0].open())
+        pixels: Tensor = transform(sample.images[0].open())
         return pixels
 
     @torch.inference_mode()
@@ -248,7 +248,7 @@ def _timm_classifier(spec: AskedModel, data: Data) -> Predictor:
 
 
 def _interpolation(module: Any) -> dict[str, bool]:
-    """What a forward is given for pictures that are not of its own size."""
+    """What a forward is given for images that are not of its own size."""
     has = "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
     return {"interpolate_pos_encoding": True} if has else {}
 

@@ -39,9 +39,9 @@ TAKES = {
 
 @dataclass(frozen=True)
 class _Asked:
-    """A sample, read: its pictures and what is asked."""
+    """A sample, read: its images and what is asked."""
 
-    pictures: list[Any]
+    images: list[Any]
     text: str
     image_size: int | None
 
@@ -50,7 +50,7 @@ def generating(task: str, spec: AskedModel) -> Predictor:
     """Texts, by greedy search; of NLVR2 `"True"`, `"False"`, or what was written instead.
 
     Raises:
-        TurboError: there is no such model, or it writes nothing about pictures.
+        TurboError: there is no such model, or it writes nothing about images.
         ConfigError: a prompt without `{}` where a question is to be asked.
     """
     if spec.library == BLIP:
@@ -67,7 +67,7 @@ def generating(task: str, spec: AskedModel) -> Predictor:
     chooses = kind.__name__ in CHOOSE.values()
     if task == "nlvr2" and not (is_chat or chooses):
         raise TurboError(
-            f"{spec.text}: is a {kind.__name__} without a chat template, in which it could be asked about two pictures"
+            f"{spec.text}: is a {kind.__name__} without a chat template, in which it could be asked about two images"
         )
     own = OWN.get(kind.__name__, CHAT if is_chat else PLAIN)
     prompt = spec.prompt if spec.prompt is not None else own.get(task, PLAIN[task])
@@ -75,7 +75,7 @@ def generating(task: str, spec: AskedModel) -> Predictor:
         raise ConfigError(f"prompt={prompt!r}: must have {{}} where the {_asked_for(task)} stands")
 
     def prepare(sample: Sample, image_size: int | None) -> _Asked:
-        return _Asked([picture.open() for picture in sample.pictures], prompt.replace("{}", sample.text), image_size)
+        return _Asked([image.open() for image in sample.images], prompt.replace("{}", sample.text), image_size)
 
     answer = _chosen if chooses else _written
     understood: Callable[[str], str] = _truth if task == "nlvr2" else str.strip
@@ -93,11 +93,11 @@ def _written(task: str, spec: AskedModel, model: Any, processor: Any, asked: lis
     if is_chat:
         inputs = _as_chat(processor, asked, size)
     else:
-        pictures = [each.pictures[0] if len(each.pictures) == 1 else each.pictures for each in asked]
+        images = [each.images[0] if len(each.images) == 1 else each.images for each in asked]
         texts = {"text": [each.text for each in asked]} if any(each.text for each in asked) else {}
         side = {"padding_side": "left"} if texts and _writes_behind(model) else {}
         try:
-            inputs = processor(images=pictures, **texts, padding=True, return_tensors="pt", **side, **size)
+            inputs = processor(images=images, **texts, padding=True, return_tensors="pt", **side, **size)
         except ValueError as error:
             raise ConfigError(f"{spec.text}: cannot be asked {asked[0].text!r} ({error}); give it a prompt") from error
     inputs = inputs.to(spec.device, spec.dtype)
@@ -126,14 +126,14 @@ def _as_chat(processor: Any, asked: list[_Asked], size: dict[str, Any]) -> Any:
         [
             {
                 "role": "user",
-                "content": [*({"type": "image"} for _ in each.pictures), {"type": "text", "text": each.text}],
+                "content": [*({"type": "image"} for _ in each.images), {"type": "text", "text": each.text}],
             }
         ]
         for each in asked
     ]
     texts = [processor.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in said]
-    pictures = [each.pictures for each in asked]
-    return processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt", **size)
+    images = [each.images for each in asked]
+    return processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt", **size)
 
 
 def _chosen(task: str, spec: AskedModel, model: Any, processor: Any, asked: list[_Asked], _: bool) -> list[str]:
@@ -141,8 +141,8 @@ def _chosen(task: str, spec: AskedModel, model: Any, processor: Any, asked: list
     if asked[0].image_size is not None:
         raise ConfigError(f"{spec.text}: image_size={asked[0].image_size} cannot be asked of it")
     texts = processor.tokenizer([each.text for each in asked], padding=True, truncation=True, return_tensors="pt")
-    pictures = [picture for each in asked for picture in each.pictures]
-    pixels = processor.image_processor(images=pictures, return_tensors="pt")
+    images = [image for each in asked for image in each.images]
+    pixels = processor.image_processor(images=images, return_tensors="pt")
     if task == "nlvr2":
         pixels = {name: value.unflatten(0, (len(asked), 2)) for name, value in pixels.items()}
     inputs = {name: value.to(spec.device) for name, value in {**texts, **pixels}.items()}

@@ -22,9 +22,9 @@ ANNOTATED: dict[str, tuple[Format, ...]] = {
     "nlvr2": STATEMENTS,
 }
 FOLDERS = {
-    "classification": "a folder with a folder of pictures per class, or a text file of names and class numbers",
-    "saliency": "a folder with pictures in `images` and masks in `masks`",
-    "text-to-image": "a text file with a prompt per line, and a folder of real pictures",
+    "classification": "a folder with a folder of images per class, or a text file of names and class numbers",
+    "saliency": "a folder with images in `images` and masks in `masks`",
+    "text-to-image": "a text file with a prompt per line, and a folder of real images",
 }
 
 
@@ -35,12 +35,12 @@ def read(
     split: str | None = None,
     limit: int | None = None,
 ) -> Data:
-    """What a task is to be judged on. Pictures are not read yet.
+    """What a task is to be judged on. Images are not read yet.
 
     Args:
         task: classification, retrieval, captioning, vqa, nlvr2, saliency or text-to-image.
         given: annotation files, a folder, or `datasets:ID`.
-        images: the folder of the pictures that annotations name; for text-to-image, of real pictures.
+        images: the folder of the images that annotations name; for text-to-image, of real images.
         split: which part of the data, where one file, folder or data set has several.
         limit: that many samples, evenly spaced; all if None.
 
@@ -57,7 +57,7 @@ def read(
         raise DataError(f"{task} needs data: {formats_of(task)}")
     if str(files[0]).startswith(PREFIX):
         if len(files) > 1 or images is not None:
-            raise DataError(f"{files[0]}: a data set has its annotations and pictures; give nothing beside it")
+            raise DataError(f"{files[0]}: a data set has its annotations and images; give nothing beside it")
         data = read_dataset(task, str(files[0]), split)
     elif task in ANNOTATED:
         data = _annotated(task, [Path(file) for file in files], images, split)
@@ -95,12 +95,12 @@ def _annotated(task: str, paths: Sequence[Path], images: str | Path | None, spli
 def _from_folder(task: str, path: Path, images: Path | None, split: str | None) -> Data:
     if task == "text-to-image" or path.is_file():
         if images is None:
-            raise DataError(f"{path}: needs a folder of pictures beside it (images=…, or --images FOLDER)")
+            raise DataError(f"{path}: needs a folder of images beside it (images=…, or --images FOLDER)")
         if split is not None:
             raise DataError(f"split={split!r}: {path} has no splits; give the file of that split")
         if task == "saliency":
             raise DataError(f"{path}: saliency needs {FOLDERS[task]}")
         return read_prompts(path, images) if task == "text-to-image" else read_labels(path, images)
     if images is not None:
-        raise DataError(f"images={str(images)!r}: the pictures are in {path}; leave it out")
+        raise DataError(f"images={str(images)!r}: the images are in {path}; leave it out")
     return read_classes(path, split) if task == "classification" else read_masks(path, split)

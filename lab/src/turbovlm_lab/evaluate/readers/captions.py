@@ -1,4 +1,4 @@
-"""Captions of pictures, for captioning and for retrieval."""
+"""Captions of images, for captioning and for retrieval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from turbovlm.errors import DataError
 from turbovlm_lab.evaluate.data import Data, Sample
 from turbovlm_lab.evaluate.readers.files import Annotations, Record, unique
-from turbovlm_lab.evaluate.readers.given import Format, Given, collected, each, one_file, picture_of, refused
+from turbovlm_lab.evaluate.readers.given import Format, Given, collected, each, image_of, one_file, refused
 
 TEST = "test"
 
@@ -65,7 +65,7 @@ def read_flickr_results(given: Given) -> Data:
 
 
 def read_flickr_token(given: Given) -> Data:
-    """`results_20130124.token`, a line per caption: `picture.jpg#0`, a tab, the caption."""
+    """`results_20130124.token`, a line per caption: `image.jpg#0`, a tab, the caption."""
     return _grouped(given, lambda row: (row.text("name").rpartition("#")[0], (row.text("caption"),)))
 
 
@@ -77,12 +77,12 @@ def read_blip(given: Given) -> Data:
 def _sample(given: Given, record: Record, key: str, name: str, captions: Sequence[str]) -> Sample | str:
     if not captions:
         return f"{record.where}: {name} has no caption"
-    picture = picture_of(given, record.where, name)
-    return picture if isinstance(picture, str) else Sample(key, (picture,), answers=tuple(captions))
+    image = image_of(given, record.where, name)
+    return image if isinstance(image, str) else Sample(key, (image,), answers=tuple(captions))
 
 
 def _grouped(given: Given, read: Callable[[Record], tuple[str, tuple[str, ...]]]) -> Data:
-    """A sample of all the captions that are one picture's; `read` gives an entry's picture and captions."""
+    """A sample of all the captions that are one image's; `read` gives an entry's image and captions."""
     given.without_split()
     captions: dict[str, list[str]] = {}
     first: dict[str, Record] = {}

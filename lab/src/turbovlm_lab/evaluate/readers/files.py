@@ -1,4 +1,4 @@
-"""Annotation files and picture folders, with errors that say where."""
+"""Annotation files and image folders, with errors that say where."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from turbovlm.cli.images import PICTURE_SUFFIXES
+from turbovlm.cli.images import IMAGE_SUFFIXES
 from turbovlm.errors import DataError
-from turbovlm_lab.evaluate.data import Picture
+from turbovlm_lab.evaluate.data import LazyImage
 
 T = TypeVar("T")
 
@@ -158,23 +158,23 @@ def lines_of(text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A folder that annotations name pictures of."""
+class ImageFolder:
+    """A folder that annotations name images of."""
 
     folder: Path
 
-    def find(self, *names: str) -> Picture | None:
+    def find(self, *names: str) -> LazyImage | None:
         """The first that is there, by its path under the folder or by its last part alone."""
         for name in names:
             for path in (self.folder / name, self.folder / Path(name).name):
                 if path.is_file():
-                    return Picture.file(path)
+                    return LazyImage.file(path)
         return None
 
 
-def listed_pictures(folder: Path) -> list[Path]:
-    """The pictures directly in a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+def listed_images(folder: Path) -> list[Path]:
+    """The images directly in a folder, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def unique(found: dict[Any, T], key: Any, value: T, where: str, what: str) -> None:

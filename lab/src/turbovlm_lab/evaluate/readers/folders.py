@@ -1,40 +1,40 @@
-"""Folders of pictures: a folder per class, pictures beside their masks, and prompts with real pictures."""
+"""Folders of images: a folder per class, images beside their masks, and prompts with real images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from turbovlm.cli.images import PICTURE_SUFFIXES
+from turbovlm.cli.images import IMAGE_SUFFIXES
 from turbovlm.errors import DataError
-from turbovlm_lab.evaluate.data import Data, Picture, Sample
-from turbovlm_lab.evaluate.readers.files import lines_of, listed_pictures, read_text, unique
+from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
+from turbovlm_lab.evaluate.readers.files import lines_of, listed_images, read_text, unique
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "DUTS-TE-Image", "DUTS-TR-Image")
 MASK_FOLDERS = ("masks", "mask", "ground_truth_mask", "gt", "GT", "DUTS-TE-Mask", "DUTS-TR-Mask")
 
 
 def read_classes(folder: Path, split: str | None = None) -> Data:
-    """ImageNet's: a folder per class, `folder[/split]/class/picture`; classes in the order of their names.
+    """ImageNet's: a folder per class, `folder[/split]/class/image`; classes in the order of their names.
 
     Raises:
-        DataError: there is no such folder or split, it has no folders, or one of them no picture.
+        DataError: there is no such folder or split, it has no folders, or one of them no image.
     """
     root = _existing(folder, split)
     classes = sorted(path for path in root.iterdir() if path.is_dir())
     if not classes:
-        raise DataError(f"{root}: has no folders; there must be one for each class, with its pictures")
+        raise DataError(f"{root}: has no folders; there must be one for each class, with its images")
     samples = []
     for each in classes:
-        pictures = sorted(path for path in each.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-        if not pictures:
-            raise DataError(_no_pictures(each, among=[path.name for path in classes]))
-        samples += [_named(root, path, (each.name,)) for path in pictures]
+        images = sorted(path for path in each.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise DataError(_no_images(each, among=[path.name for path in classes]))
+        samples += [_named(root, path, (each.name,)) for path in images]
     return Data(_title(folder, split), tuple(samples), tuple(each.name for each in classes))
 
 
 def read_labels(file: Path, images: Path) -> Data:
-    """ImageNet's validation set in one folder: a line per picture, its name and the number of its class.
+    """ImageNet's validation set in one folder: a line per image, its name and the number of its class.
 
     Raises:
         DataError: a line that is not this.
@@ -48,58 +48,56 @@ def read_labels(file: Path, images: Path) -> Data:
             continue
         name, _, number = text.strip().rpartition(" ")
         if not name or not number.isdecimal():
-            raise DataError(
-                f"{file}, line {line}: must be a picture's name and the number of its class; it is {text!r}"
-            )
-        unique(lines, name, line, f"{file}, line {line}", "the picture")
+            raise DataError(f"{file}, line {line}: must be an image's name and the number of its class; it is {text!r}")
+        unique(lines, name, line, f"{file}, line {line}", "the image")
         numbers.add(int(number))
         if (images / name).is_file():
-            samples.append(Sample(name, (Picture.file(images / name),), answers=(number,)))
+            samples.append(Sample(name, (LazyImage.file(images / name),), answers=(number,)))
         else:
-            left_out.append(f"{file}, line {line}: its picture {name} is not in {images}")
+            left_out.append(f"{file}, line {line}: its image {name} is not in {images}")
     if not samples:
-        raise DataError(f"{file}: none of its pictures is in {images}")
+        raise DataError(f"{file}: none of its images is in {images}")
     classes = tuple(str(number) for number in range(max(numbers) + 1))
     return Data(file.name, tuple(samples), classes, tuple(left_out))
 
 
 def read_masks(folder: Path, split: str | None = None) -> Data:
-    """DUTS', ECSSD's, and their like: a folder of pictures and one of masks, whose files have the same names.
+    """DUTS', ECSSD's, and their like: a folder of images and one of masks, whose files have the same names.
 
     Raises:
         DataError: there are no such folders in it.
     """
     root = _existing(folder, split)
-    pictures, masks = _inner(root, IMAGE_FOLDERS, "pictures"), _inner(root, MASK_FOLDERS, "masks")
-    of_name = {path.stem: path for path in listed_pictures(masks)}
+    images, masks = _inner(root, IMAGE_FOLDERS, "images"), _inner(root, MASK_FOLDERS, "masks")
+    of_name = {path.stem: path for path in listed_images(masks)}
     samples, left_out = [], []
-    for path in listed_pictures(pictures):
+    for path in listed_images(images):
         mask = of_name.pop(path.stem, None)
         if mask is None:
             left_out.append(f"{path}: has no mask in {masks}")
         else:
-            samples.append(Sample(path.name, (Picture.file(path),), mask=Picture.file(mask)))
-    left_out += [f"{path}: has no picture in {pictures}" for path in of_name.values()]
+            samples.append(Sample(path.name, (LazyImage.file(path),), mask=LazyImage.file(mask)))
+    left_out += [f"{path}: has no image in {images}" for path in of_name.values()]
     if not samples:
-        raise DataError(f"{root}: no picture in {pictures.name} has a mask of its name in {masks.name}")
+        raise DataError(f"{root}: no image in {images.name} has a mask of its name in {masks.name}")
     return Data(_title(folder, split), tuple(samples), left_out=tuple(left_out))
 
 
 def read_prompts(file: Path, images: Path) -> Data:
-    """A prompt per line, and a folder of real pictures to compare with, of which those made are to be like.
+    """A prompt per line, and a folder of real images to compare with, of which those made are to be like.
 
     Raises:
-        DataError: there is no prompt or no picture.
+        DataError: there is no prompt or no image.
     """
     prompts = [(line, text.strip()) for line, text in enumerate(lines_of(read_text(file)), 1) if text.strip()]
     if not prompts:
         raise DataError(f"{file}: has no prompt")
     _existing(images, None)
-    real = sorted(path for path in images.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    real = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not real:
-        raise DataError(f"{images}: has no picture to compare with")
+        raise DataError(f"{images}: has no image to compare with")
     samples = tuple(Sample(f"line {line}", text=text) for line, text in prompts)
-    return Data(file.name, samples, real=tuple(Picture.file(path) for path in real))
+    return Data(file.name, samples, real=tuple(LazyImage.file(path) for path in real))
 
 
 def _existing(folder: Path, split: str | None) -> Path:
@@ -113,14 +111,14 @@ def _existing(folder: Path, split: str | None) -> Path:
     return folder / split
 
 
-def _no_pictures(folder: Path, among: list[str]) -> str:
+def _no_images(folder: Path, among: list[str]) -> str:
     splits = {"train", "val", "test", "validation"} & set(among)
     hint = f"; give one of its splits ({', '.join(sorted(splits))})" if splits else ""
-    return f"{folder}: has no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}){hint}"
+    return f"{folder}: has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){hint}"
 
 
 def _named(root: Path, path: Path, answers: tuple[str, ...]) -> Sample:
-    return Sample(path.relative_to(root).as_posix(), (Picture.file(path),), answers=answers)
+    return Sample(path.relative_to(root).as_posix(), (LazyImage.file(path),), answers=answers)
 
 
 def _inner(root: Path, names: tuple[str, ...], what: str) -> Path:

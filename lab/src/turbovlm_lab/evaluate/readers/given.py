@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from turbovlm.errors import DataError
-from turbovlm_lab.evaluate.data import Data, Picture, Sample
-from turbovlm_lab.evaluate.readers.files import Annotations, Pictures, Record
+from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
+from turbovlm_lab.evaluate.readers.files import Annotations, ImageFolder, Record
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ class Given:
 
     Attributes:
         files: annotations, in the order given.
-        images: the folder of pictures.
+        images: the folder of images.
         split: which part of the data; None if none was given.
     """
 
@@ -64,11 +64,11 @@ def given_by(files: Sequence[Annotations], images: Path | None, split: str | Non
     """The same, checked.
 
     Raises:
-        DataError: nobody said where pictures are, or it is no folder.
+        DataError: nobody said where images are, or it is no folder.
     """
     names = ", ".join(file.path.name for file in files)
     if images is None:
-        raise DataError(f"{names}: names pictures; say which folder they are in (images=…, or --images FOLDER)")
+        raise DataError(f"{names}: names images; say which folder they are in (images=…, or --images FOLDER)")
     if not images.is_dir():
         raise DataError(f"{images}: {'is a file, not a folder' if images.exists() else 'there is no such folder'}")
     return Given(tuple(files), images, split)
@@ -119,7 +119,7 @@ def collect(name: str, samples: Iterable[Sample | str]) -> Data:
     return Data(name, tuple(kept.values()), left_out=tuple(left_out))
 
 
-def picture_of(given: Given, where: str, *names: str) -> Picture | str:
-    """The picture that an annotation names, or why it is left out."""
-    found = Pictures(given.images).find(*names)
-    return found or f"{where}: its picture {names[0]} is not in {given.images}"
+def image_of(given: Given, where: str, *names: str) -> LazyImage | str:
+    """The image that an annotation names, or why it is left out."""
+    found = ImageFolder(given.images).find(*names)
+    return found or f"{where}: its image {names[0]} is not in {given.images}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from turbovlm.errors import DataError
-from turbovlm_lab.evaluate.data import Data, Picture, Sample
+from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.readers.files import Record
 from turbovlm_lab.evaluate.readers.given import collect, each
 from turbovlm_lab.evaluate.readers.questions import truth
@@ -46,7 +46,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class _Row:
-    """Gives one column of a row: a picture, or the bytes of one, as tables have it whose columns have no type."""
+    """Gives one column of a row: an image, or the bytes of one, as tables have it whose columns have no type."""
 
     table: Any
     number: int
@@ -61,7 +61,7 @@ class _Row:
         if isinstance(found, bytes):
             return Image.open(io.BytesIO(found))
         if not isinstance(found, Image.Image):
-            raise ValueError("it is empty" if found is None else f"it is {found!r:.60}, no picture")
+            raise ValueError("it is empty" if found is None else f"it is {found!r:.60}, no image")
         return found
 
 
@@ -82,23 +82,21 @@ def read_dataset(task: str, spec: str, split: str | None = None) -> Data:
     fields, sample = ROWS[task](table, columns)
     data = collect(name, each(_records(table, *fields), sample))
     if task == "text-to-image":
-        return dataclasses.replace(
-            data, real=tuple(_picture(table, row, columns("image")) for row in range(len(table)))
-        )
+        return dataclasses.replace(data, real=tuple(_image(table, row, columns("image")) for row in range(len(table))))
     if task == "classification":
         return dataclasses.replace(data, classes=_class_names(table, columns, data.samples))
     return data
 
 
 Reading = tuple[tuple[str, ...], Callable[[int, Record], Sample]]
-"""Columns without pictures, and what is made of their content in a row."""
+"""Columns without images, and what is made of their content in a row."""
 
 
 def _captions(table: Any, columns: Callable[[str], str]) -> Reading:
     image, caption = columns("image"), columns("caption")
 
     def sample(row: int, record: Record) -> Sample:
-        return Sample(f"{row}", (_picture(table, row, image),), answers=record.texts(caption, "raw"))
+        return Sample(f"{row}", (_image(table, row, image),), answers=record.texts(caption, "raw"))
 
     return (caption,), sample
 
@@ -108,7 +106,7 @@ def _questions(table: Any, columns: Callable[[str], str]) -> Reading:
 
     def sample(row: int, record: Record) -> Sample:
         said = record.texts(answers, "answer", blank=True)
-        return Sample(f"{row}", (_picture(table, row, image),), record.text(question), said)
+        return Sample(f"{row}", (_image(table, row, image),), record.text(question), said)
 
     return (question, answers), sample
 
@@ -117,7 +115,7 @@ def _statements(table: Any, columns: Callable[[str], str]) -> Reading:
     left, right, sentence, label = (columns(name) for name in ("left", "right", "sentence", "label"))
 
     def sample(row: int, record: Record) -> Sample:
-        pair = _picture(table, row, left), _picture(table, row, right)
+        pair = _image(table, row, left), _image(table, row, right)
         return Sample(f"{row}", pair, record.text(sentence), (truth(record, label),))
 
     return (sentence, label), sample
@@ -131,14 +129,14 @@ def _classes(table: Any, columns: Callable[[str], str]) -> Reading:
         number = record[label]
         if number is None or number == -1 or (names and not 0 <= number < len(names)):
             raise DataError(f"{record.where}: {label!r} is {number}, no class; does this split have labels at all?")
-        return Sample(f"{row}", (_picture(table, row, image),), answers=(names[number] if names else str(number),))
+        return Sample(f"{row}", (_image(table, row, image),), answers=(names[number] if names else str(number),))
 
     return (label,), sample
 
 
 def _masks(table: Any, columns: Callable[[str], str]) -> Reading:
     image, mask = columns("image"), columns("mask")
-    return (), lambda row, _: Sample(f"{row}", (_picture(table, row, image),), mask=_picture(table, row, mask))
+    return (), lambda row, _: Sample(f"{row}", (_image(table, row, image),), mask=_image(table, row, mask))
 
 
 def _prompts(table: Any, columns: Callable[[str], str]) -> Reading:
@@ -205,14 +203,14 @@ def _columns(table: Any, spec: str) -> Callable[[str], str]:
 
 
 def _records(table: Any, *names: str) -> Iterator[Record]:
-    """Rows without their pictures, which are not decoded for it."""
+    """Rows without their images, which are not decoded for it."""
     if not names:
         return (Record(f"row {row}", {}) for row in range(len(table)))
     return (Record(f"row {row}", content) for row, content in enumerate(table.select_columns(list(names))))
 
 
-def _picture(table: Any, row: int, column: str) -> Picture:
-    return Picture(f"row {row}, {column}", _Row(table, row, column))
+def _image(table: Any, row: int, column: str) -> LazyImage:
+    return LazyImage(f"row {row}, {column}", _Row(table, row, column))
 
 
 def _class_names(table: Any, columns: Callable[[str], str], samples: Sequence[Sample]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Questions about a picture, and statements about two."""
+"""Questions about an image, and statements about two."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from turbovlm.errors import DataError
 from turbovlm_lab.evaluate.data import Data, Sample
 from turbovlm_lab.evaluate.readers.files import Annotations, Record, unique
-from turbovlm_lab.evaluate.readers.given import Format, Given, collected, each, one_file, picture_of
+from turbovlm_lab.evaluate.readers.given import Format, Given, collected, each, image_of, one_file
 
 
 def read_vqa(given: Given) -> Data:
@@ -38,7 +38,7 @@ def read_vqa(given: Given) -> Data:
 
 
 def coco_names(record: Record, subset: str) -> tuple[str, ...]:
-    """What COCO calls the picture of an `image_id`, by the years of its releases."""
+    """What COCO calls the image of an `image_id`, by the years of its releases."""
     number = record["image_id"]
     if not isinstance(number, int) or isinstance(number, bool):
         raise DataError(f"{record.where}: 'image_id' is {number!r}; it must be a whole number")
@@ -76,7 +76,7 @@ def read_listed(given: Given) -> Data:
 def read_nlvr2(given: Given) -> Data:
     """NLVR2's own JSON lines: `identifier`, `sentence` and `label`.
 
-    Pictures are in a folder, in one named after the split (dev, test1), or as those of training are, in its numbered
+    Images are in a folder, in one named after the split (dev, test1), or as those of training are, in its numbered
     directories.
     """
     given.without_split()
@@ -98,7 +98,7 @@ def read_blip_nlvr2(given: Given) -> Data:
     def sample(number: int, entry: Record) -> Sample | str:
         images = entry.texts("images")
         if len(images) != 2:
-            raise DataError(f"{entry.where}: has {len(images)} pictures; a statement is about two")
+            raise DataError(f"{entry.where}: has {len(images)} images; a statement is about two")
         return _pair(given, entry, f"{number}", [(image,) for image in images])
 
     return collected(given, each(given.files[0].listed, sample))
@@ -116,12 +116,12 @@ def truth(record: Record, name: str = "label") -> str:
 def _sample(
     given: Given, record: Record, key: str, names: Sequence[str], question: str, answers: tuple[str, ...]
 ) -> Sample | str:
-    picture = picture_of(given, record.where, *names)
-    return picture if isinstance(picture, str) else Sample(key, (picture,), question, answers)
+    image = image_of(given, record.where, *names)
+    return image if isinstance(image, str) else Sample(key, (image,), question, answers)
 
 
 def _pair(given: Given, entry: Record, key: str, names: Sequence[Sequence[str]]) -> Sample | str:
-    left, right = (picture_of(given, entry.where, *some) for some in names)
+    left, right = (image_of(given, entry.where, *some) for some in names)
     if isinstance(left, str) or isinstance(right, str):
         return left if isinstance(left, str) else str(right)
     return Sample(key, (left, right), entry.text("sentence"), (truth(entry),))

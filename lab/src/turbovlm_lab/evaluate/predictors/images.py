@@ -1,4 +1,4 @@
-"""Text-to-image, also from pictures: what a `diffusers` pipeline makes, as features to compare with real ones'."""
+"""Text-to-image, also from images: what a `diffusers` pipeline makes, as features to compare with real ones'."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from turbovlm.loading import ModelSpec, library_errors
 from turbovlm.loading.pipelines import load_pipeline
 from turbovlm.profile.pipelines import find_denoiser
 from turbovlm_lab.evaluate.asked_model import AskedModel
-from turbovlm_lab.evaluate.data import Picture, Sample
+from turbovlm_lab.evaluate.data import LazyImage, Sample
 from turbovlm_lab.evaluate.run import Predictor
 
 Features = Callable[[Sequence[Any]], Tensor]
-"""Pictures, as PIL has them, to `[pictures, width]`."""
+"""Images, as PIL has them, to `[images, width]`."""
 
 
 @dataclass(frozen=True)
 class Making:
-    """How pictures are made.
+    """How images are made.
 
     Attributes:
         steps: of denoising; the pipeline's own if None.
         guidance: its scale; the pipeline's own if None.
         seed: of the first sample; each next has the next.
-        folder: where pictures are kept, as PNG; nowhere if None.
-        strength: a picture begins as its sample's, noised as far as this share of the steps takes away, in (0, 1];
+        folder: where images are kept, as PNG; nowhere if None.
+        strength: an image begins as its sample's, noised as far as this share of the steps takes away, in (0, 1];
             as noise if None.
 
     Raises:
@@ -53,7 +53,7 @@ DEFAULT = Making()
 
 
 def text_to_image(spec: AskedModel, samples: Sequence[Sample], making: Making, features: Features) -> Predictor:
-    """The features of each prompt's picture. A sample's picture is the same in every batch and every run.
+    """The features of each prompt's image. A sample's image is the same in every batch and every run.
 
     Raises:
         TurboError: there is no such pipeline.
@@ -70,10 +70,10 @@ def made_by(pipe: Any, samples: Sequence[Sample], making: Making, features: Feat
     given = {"num_inference_steps": making.steps, "guidance_scale": making.guidance, "strength": making.strength}
     settings = {name: value for name, value in given.items() if value is not None}
 
-    make, side = (pipe, 0) if making.strength is None else (_from_pictures(pipe), _side(pipe))
+    make, side = (pipe, 0) if making.strength is None else (_from_images(pipe), _side(pipe))
 
     def prepare(sample: Sample, image_size: int | None) -> tuple[str, int, int | None, Any]:
-        begin = None if making.strength is None else _fitted(sample.pictures[0], side)
+        begin = None if making.strength is None else _fitted(sample.images[0], side)
         return sample.text, seeds[sample.id], image_size, begin
 
     @torch.inference_mode()
@@ -84,16 +84,16 @@ def made_by(pipe: Any, samples: Sequence[Sample], making: Making, features: Feat
         generators = [torch.Generator().manual_seed(seed) for _, seed, *_ in prepared]
         made = make([text for text, *_ in prepared], generator=generators, **settings, **size).images
         if making.folder is not None:
-            for picture, (_, seed, *_) in zip(made, prepared):
-                picture.save(making.folder / f"{seed:06d}.png")
+            for image, (_, seed, *_) in zip(made, prepared):
+                image.save(making.folder / f"{seed:06d}.png")
         found: list[Any] = features(made).tolist()
         return found
 
     return Predictor(pipe, prepare, predict)
 
 
-def _from_pictures(pipe: Any) -> Any:
-    """A pipeline of the same modules that begins with pictures."""
+def _from_images(pipe: Any) -> Any:
+    """A pipeline of the same modules that begins with images."""
     import diffusers
 
     made = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
@@ -102,15 +102,15 @@ def _from_pictures(pipe: Any) -> Any:
 
 
 def _side(pipe: Any) -> int:
-    """Pixels a side of the pictures that a pipeline makes unless told otherwise."""
+    """Pixels a side of the images that a pipeline makes unless told otherwise."""
     _, denoiser = find_denoiser(pipe)
     return int(denoiser.config.sample_size * pipe.vae_scale_factor)  # type: ignore[union-attr]
 
 
-def _fitted(picture: Picture, side: int) -> Any:
+def _fitted(image: LazyImage, side: int) -> Any:
     from PIL import ImageOps
 
-    return ImageOps.fit(picture.open(), (side, side))
+    return ImageOps.fit(image.open(), (side, side))
 
 
 def features_named(name: str, device: str = "cpu") -> Features:
@@ -127,22 +127,22 @@ def features_named(name: str, device: str = "cpu") -> Features:
     raise ConfigError(f"features={name!r}: must be one of inception, vit")
 
 
-def features_of(pictures: Sequence[Picture], features: Features, batch: int = 32) -> Tensor:
-    """Of pictures that are read batch by batch."""
-    read = (pictures[start : start + batch] for start in range(0, len(pictures), batch))
-    return torch.cat([features([picture.open() for picture in some]) for some in read])
+def features_of(images: Sequence[LazyImage], features: Features, batch: int = 32) -> Tensor:
+    """Of images that are read batch by batch."""
+    read = (images[start : start + batch] for start in range(0, len(images), batch))
+    return torch.cat([features([image.open() for image in some]) for some in read])
 
 
 def _vit_features(device: str) -> Features:
-    """CLS after block 10 of pictures of 112 pixels."""
+    """CLS after block 10 of images of 112 pixels."""
     from turbovlm_lab.zoo import preprocess
     from turbovlm_lab.zoo.reader import scene_encoder
 
     encoder = scene_encoder().to(device)
 
     @torch.inference_mode()
-    def vit(pictures: Sequence[Any]) -> Tensor:
-        pixels = preprocess([picture.convert("RGB") for picture in pictures], 112).to(device)
+    def vit(images: Sequence[Any]) -> Tensor:
+        pixels = preprocess([image.convert("RGB") for image in images], 112).to(device)
         cls: Tensor = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][:, 0]
         return cls.cpu()
 
@@ -156,10 +156,10 @@ def _inception_features(device: str) -> Features:
         network = FrechetInceptionDistance(feature=2048).inception.eval().to(device)
 
     @torch.inference_mode()
-    def inception(pictures: Sequence[Any]) -> Tensor:
+    def inception(images: Sequence[Any]) -> Tensor:
         import numpy as np
 
-        pixels = [torch.from_numpy(np.asarray(picture.convert("RGB"))).permute(2, 0, 1) for picture in pictures]
+        pixels = [torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) for image in images]
         found: list[Tensor] = [network(each[None].to(device)).float().cpu() for each in pixels]
         return torch.cat(found)
 
