@@ -76,7 +76,7 @@ def _relative_positions(tower: Any, block: Any, ancestors: Around) -> str | None
     if tower.config.use_relative_position_bias or tower.config.use_shared_relative_position_bias:
         return (
             "its relative position bias is a table over pairs of grid positions, in which merged tokens have no place; "
-            "gathering it for every picture would build the N×N map that attention avoids"
+            "gathering it for every image would build the N×N map that attention avoids"
         )
     return None
 
