@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from turbovlm.errors import ConfigError
+from turbovlm.ops.tracing import is_exporting
 
 CACHE_LIMIT = 4096
 _CACHED: dict[tuple[Any, ...], Partition] = {}
@@ -73,7 +74,9 @@ def partition_tokens(
         first_even, first_odd = prefix + prefix % 2, prefix + 1 - prefix % 2
         return Partition(slice(first_even, tokens - suffix, 2), slice(first_odd, tokens - suffix, 2), suffix=suffix)
     in_graph = torch.compiler.is_compiling()
-    if not in_graph:  # `torch.jit.trace` gives sizes as tensors
+    # Plain numbers: `torch.jit.trace` gives sizes as tensors, and a compiler would reason about symbols for minutes; a
+    # graph has one compilation per shape anyway. Exported programs may take images of any size.
+    if not is_exporting():
         patches, prefix = operator.index(patches), operator.index(prefix)
     if kind == "random":
         fixed, windows, detail = patches // 2, window_count(patches), block
@@ -86,8 +89,7 @@ def partition_tokens(
         fixed, windows, detail, seed = (rows + 1) // 2 * ((columns + 1) // 2), 1, columns, 0
     if not in_graph:
         return _cached_partition(kind, patches, prefix, detail, seed, device, fixed, windows, suffix)
-    # Computed by the graph. As a constant of it, the order has a symbolic length under `dynamic=True`, about which
-    # Dynamo can write no guard, and AOTAutograd takes the constants of two blocks for one source.
+    # Computed by the graph: AOTAutograd takes the constants of two blocks for one source.
     order = _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
     return Partition(order[fixed:], order[:fixed], windows, suffix)
 
