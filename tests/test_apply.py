@@ -62,8 +62,24 @@ def test_readme_forms(vit, images):
 def test_repr_says_what_happens(vit):
     with turbovlm.apply(vit, r=4) as handle:
         text = repr(handle)
-    assert "4 blocks, 37 → 21 tokens" in text and "layers.2: 29 → 25 tokens" in text and "GMACs" in text
+    assert "4 blocks, 37 → 21 tokens" in text and "layers.2: 29 → 25 tokens" in text
     assert "guided by cls" in text
+
+
+def test_repr_counts_tokens_and_multiply_accumulates():
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_384", num_classes=0)
+    settings, encoder, *blocks = repr(turbovlm.apply(model, r=35)).splitlines()
+    assert settings == "Turbo(r=35, degree=weighted_distance, alpha=1, partition=random, keep_norm)"
+    # by hand: weights of a block, attention, and two norms of 5 a value
+    assert f"{12 * 577 * 768 * (12 * 768 + 2 * 577 + 2 * 5) / 1e9:.2f}" == "55.20"
+    assert encoder == (
+        "  model: 12 blocks, 577 → 157 tokens, 55.20 → 34.08 GMACs in the blocks, 62.0% of the encoder's left, "
+        "guided by cls, similarity of heads"
+    )
+    assert len(blocks) == 12 and blocks[0] == "    blocks.0: 577 → 542 tokens, 4.600 → 4.498 GMACs"
+    assert blocks[-1] == "    blocks.11: 192 → 157 tokens, 4.600 → 1.259 GMACs"
 
 
 def test_applying_twice_raises_and_leaves_the_first(vit, images):

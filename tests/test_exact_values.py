@@ -12,6 +12,7 @@ import turbovlm
 from reference_encoders import images, vit
 from turbovlm import ReadConfig
 from turbovlm.ops import information_degree, mutual_redundancy, partition_tokens
+from turbovlm.ops.partition import hashed_uniform
 from turbovlm.vlm.select import select
 from vlms import VLMS, seeded, vision_encoder_decoder
 
@@ -205,3 +206,17 @@ def test_degrees_of_three_tokens():
         ("weighted_distance", 2, [-0.1 * (1 + 2 * 2.4**0.5), -0.5 * (1 + 2 * 0.6**0.5), -0.9]),
     ):
         torch.testing.assert_close(information_degree(R, A, degree=degree, alpha=alpha), torch.tensor([E]))
+
+
+@pytest.mark.parametrize(("seed", "block"), [(0, 0), (3, 2), (1 << 20, 47)])
+def test_numbers_for_random_halves_are_those_of_whole_numbers(seed, block):
+    """The halves of a seed stay the same in all releases; positions count from 1."""
+
+    def number(position):
+        x = position * 2654435761 + (seed * 1000003 + block + 1) * 40503
+        for multiplier in (73244475, 73244475, 1):
+            x = ((x ^ (x >> 16)) * multiplier) % 2**32
+        return (x % 2**24) / 2**24
+
+    assert hashed_uniform(700, seed, block).tolist() == [number(position) for position in range(1, 701)]
+    assert hashed_uniform(2, 0, 0).tolist() == [0.6922733783721924, 0.9557108283042908]
