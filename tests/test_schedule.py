@@ -93,3 +93,16 @@ def test_clamp(r, tokens, prefix, least):
     merged = clamp(r, tokens, prefix, least)
     assert 0 <= merged <= r and 2 * merged <= max(tokens - prefix, 0)
     assert merged == 0 or tokens >= least
+
+
+def test_a_grid_keeps_a_destination_in_every_cell():
+    """64 patches in 8 rows have 16 cells: keep is met above 16 of them and CLS, and not below."""
+    config = TurboConfig(keep=0.5, partition="grid")
+    assert schedule(config, 65, vit(4, 64)).tokens == (65, 57, 49, 41, 32)
+    fewest = schedule(TurboConfig(keep=0.1, partition="grid"), 65, vit(4, 64))
+    assert fewest.tokens == (65, 53, 41, 29, 17) and "0.262 of the tokens are left" in fewest.note
+
+
+def test_a_single_block_gives_half_of_its_patches():
+    assert schedule(TurboConfig(keep=0.1), 65, vit(1, 64)).tokens == (65, 33)
+    assert schedule(TurboConfig(keep=0.8), 65, vit(1, 64)).tokens == (65, 52)
