@@ -99,6 +99,7 @@ def test_a_grid_keeps_a_destination_in_every_cell():
     """64 patches in 8 rows have 16 cells: keep is met above 16 of them and CLS, and not below."""
     config = TurboConfig(keep=0.5, partition="grid")
     assert schedule(config, 65, vit(4, 64)).tokens == (65, 57, 49, 41, 32)
+    assert schedule(config, 69, vit(4, 64, prefix=5)).tokens == (69, 61, 52, 43, 34)
     fewest = schedule(TurboConfig(keep=0.1, partition="grid"), 65, vit(4, 64))
     assert fewest.tokens == (65, 53, 41, 29, 17) and "0.262 of the tokens are left" in fewest.note
 
