@@ -82,6 +82,19 @@ def test_repr_counts_tokens_and_multiply_accumulates():
     assert blocks[-1] == "    blocks.11: 192 → 157 tokens, 4.600 → 1.259 GMACs"
 
 
+def test_only_random_halves_of_many_patches_are_compared_in_windows():
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("vit_small_patch16_224", img_size=640, num_classes=0)
+    costs = {}
+    for partition in ("random", "alternate", "grid"):
+        with turbovlm.apply(model, r=8, partition=partition) as handle:
+            costs[partition] = handle.schedules[0].macs_after[0]
+    assert costs["alternate"] == costs["grid"]
+    # 1,600 patches: 800 with 800, or in four windows; 384 channels of all heads
+    assert costs["alternate"] - costs["random"] == (800 * 800 - 800 * 800 // 4) * 384
+
+
 def test_applying_twice_raises_and_leaves_the_first(vit, images):
     with turbovlm.apply(vit, r=4) as handle, torch.no_grad():
         before = vit(images).last_hidden_state

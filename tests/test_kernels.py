@@ -197,6 +197,16 @@ def test_padding_weighs_nothing():
     assert len(nothing) > 0 and not nothing.any()
 
 
+@pytest.mark.parametrize("reduce", ["merge", "prune"])
+def test_a_token_that_nothing_joined_is_bit_for_bit_itself(reduce):
+    x = randn(2, 17, 64)
+    merge, told = merged(2, 17, split(17), 3, order="spatial", reduce=reduce)
+    out = kernels.merge_tokens(x, *told)[0]
+    alone = (merge.sizes == 1) if reduce == "merge" else torch.ones_like(merge.sizes, dtype=torch.bool)
+    own = x.gather(1, merge.kept.unsqueeze(-1).expand(-1, -1, 64))
+    assert alone.sum() >= 2 * (17 - 2 * 3) and torch.equal(out[alone], own[alone])
+
+
 @pytest.mark.parametrize("order", ["partition", "spatial"])
 def test_nothing_disappears_with_r_0(order):
     merge, told = merged(2, 17, split(17), 0, order=order)
@@ -381,7 +391,7 @@ def test_attention_with_a_bias(tokens, head_dim, dtype):
     torch.testing.assert_close(few, out[:, :, : tokens // 2 + 1])
 
 
-@pytest.mark.parametrize("tokens, head_dim", ATTENTION)
+@pytest.mark.parametrize("tokens, head_dim", [*ATTENTION, (300, 32)])  # more tokens than one turn of the loop takes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_rows_of_a_guide(tokens, head_dim, dtype):
     q, k, _, bias = heads(tokens, head_dim, dtype)
