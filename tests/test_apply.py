@@ -87,10 +87,9 @@ def test_only_random_halves_of_many_patches_are_compared_in_windows():
     with torch.device("meta"):
         model = timm.create_model("vit_small_patch16_224", img_size=640, num_classes=0)
     costs = {}
-    for partition in ("random", "alternate", "grid"):
+    for partition in ("random", "alternate"):
         with turbovlm.apply(model, r=8, partition=partition) as handle:
             costs[partition] = handle.schedules[0].macs_after[0]
-    assert costs["alternate"] == costs["grid"]
     # 1,600 patches: 800 with 800, or in four windows; 384 channels of all heads
     assert costs["alternate"] - costs["random"] == (800 * 800 - 800 * 800 // 4) * 384
 

@@ -70,3 +70,10 @@ def test_dual_encoders(name):
     assert all(torch.equal(found, wanted) for found, wanted in zip(embedded(model, pixels), before))
     with pytest.raises(UnsupportedModelError, match="no language model that reads visual tokens"):
         turbovlm.apply(model, visual_keep=0.5)
+
+
+@pytest.mark.parametrize(("name", "restore"), [("open_clip", None), ("open_clip_avg", "residual")])
+def test_open_clip_gets_its_tokens_back_where_it_pools_them(name, restore):
+    pytest.importorskip("open_clip")
+    with turbovlm.apply(FAMILIES[name].make(), r=4) as handle:
+        assert handle.features[0].restore == restore

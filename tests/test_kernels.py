@@ -466,6 +466,18 @@ def test_what_the_kernels_lack_takes_the_plain_path(monkeypatch):
     assert all(map(torch.equal, found, expected))
 
 
+def test_attention_with_sizes_is_the_kernel_unless_dropout_is_wanted(monkeypatch):
+    ran = []
+    monkeypatch.setattr(kernels, "attends", lambda q, k, v: True)
+    monkeypatch.setattr(kernels, "biased_attention", lambda *inputs: ran.append("kernel"))
+    monkeypatch.setattr(plain, "attend", lambda *inputs: ran.append("plain"))
+    q, bias = randn(2, 3, 17, 16), size_bias(torch.ones(2, 17, device=DEVICE), torch.float32)
+    fused.attend(q, q, q, bias, 0.25)
+    fused.attend(q, q, q, bias, 0.25, 0.1)
+    fused.attend(q, q, q, None, 0.25)
+    assert ran == ["kernel", "plain", "plain"]
+
+
 @pytest.mark.slow
 def test_the_module_can_be_imported_without_triton():
     code = (

@@ -107,3 +107,9 @@ def test_a_grid_keeps_a_destination_in_every_cell():
 def test_a_single_block_gives_half_of_its_patches():
     assert schedule(TurboConfig(keep=0.1), 65, vit(1, 64)).tokens == (65, 33)
     assert schedule(TurboConfig(keep=0.8), 65, vit(1, 64)).tokens == (65, 52)
+
+
+def test_the_cost_of_an_encoder_by_hand():
+    """Weights, attention and norms (5 a value) of two blocks, the patches' projection, and the last norm."""
+    block = 65 * 12 * 64**2 + 2 * 65**2 * 64 + 5 * 64 * 2 * 65
+    assert vit(2, 64).macs((65, 65, 65)) == 2 * block + 64 * 3 * 16 * 16 * 64 + 5 * 64 * 65

@@ -8,6 +8,7 @@ import torch
 import turbovlm
 from families import FAMILIES
 from turbovlm.encoder import variant
+from turbovlm.encoder.block import attention_of_guide
 from turbovlm.encoder.families.transformers import YOLOS
 from turbovlm.patching import patches_on
 from turbovlm.registry import register, unregister
@@ -64,6 +65,31 @@ def test_detection_tokens_are_never_merged(settings):
             assert torch.allclose(trace.sizes.sum(1), torch.tensor(1.0 + 36 + DETECTIONS))
         assert handle.schedules[0].tokens == (42, 36, 30, 24) and tokens == 24
     assert out.logits.shape[1] == DETECTIONS
+
+
+@torch.no_grad()
+def test_the_attention_of_a_guide_is_of_patches_alone():
+    """Behind a merge: each patch has its token's part of what CLS pays, and nothing in front or behind counts."""
+    model, seen = yolos(), []
+    with turbovlm.apply(model, r=6, trace=True) as handle:
+        layer = model.vit.encoder.layer[1] if hasattr(model.vit, "encoder") else model.vit.layers[1]
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model(pixel_values=pixels())
+        (feature,), (hidden,), trace = handle.features, seen, handle.trace
+        row = attention_of_guide(layer, feature.layout, feature.config, 1, "cls", hidden, {})
+    sizes, source = trace[0].sizes, trace[0].source[:, 1:-DETECTIONS]
+    expected = (trace[1].semantic / sizes).gather(1, source)
+    assert row.shape == (2, 36)
+    torch.testing.assert_close(row, expected)
+
+
+@torch.no_grad()
+def test_half_of_the_patches_at_most_merge_beside_detection_tokens():
+    model = yolos()
+    with turbovlm.apply(model, r=100, trace=True) as handle:
+        model(pixel_values=pixels())
+        assert handle.schedules[0].tokens == (42, 24, 15, 11)
+        assert [trace.sizes.shape[1] for trace in handle.trace] == [24, 15, 11]
 
 
 def test_detections_stay_close_and_come_back():
