@@ -466,6 +466,19 @@ def test_what_the_kernels_lack_takes_the_plain_path(monkeypatch):
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("capable", [True, False])
+def test_the_attention_kernel_takes_half_precision_and_heads_of_128(capable, monkeypatch):
+    attention = sys.modules["turbovlm.ops.kernels.attention"]
+    monkeypatch.setattr(attention, "usable", lambda x: True)
+    monkeypatch.setattr(attention, "_is_capable", lambda device: capable)
+    for dtype in DTYPES:
+        x = randn(1, 2, 5, 128, dtype=dtype)
+        assert kernels.attends(x, x, x) == (capable and dtype != torch.float32)
+    half, wide = randn(1, 2, 5, 64, dtype=torch.float16), randn(1, 2, 5, 129, dtype=torch.float16)
+    assert not kernels.attends(wide, wide, wide)
+    assert not kernels.attends(half, half, half.bfloat16()) and not kernels.attends(half, half, half[..., :32])
+
+
 def test_attention_with_sizes_is_the_kernel_unless_dropout_is_wanted(monkeypatch):
     ran = []
     monkeypatch.setattr(kernels, "attends", lambda q, k, v: True)

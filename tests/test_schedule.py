@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbovlm import TurboConfig
-from turbovlm.encoder.schedule import EncoderShape, clamp, make_schedule, requested_amounts, spread, token_counts
+from turbovlm.encoder.schedule import (
+    EncoderShape,
+    clamp,
+    fixed_destinations,
+    make_schedule,
+    requested_amounts,
+    spread,
+    token_counts,
+)
 
 
 def vit(depth=12, width=768, prefix=1):
@@ -102,6 +110,13 @@ def test_a_grid_keeps_a_destination_in_every_cell():
     assert schedule(config, 69, vit(4, 64, prefix=5)).tokens == (69, 61, 52, 43, 34)
     fewest = schedule(TurboConfig(keep=0.1, partition="grid"), 65, vit(4, 64))
     assert fewest.tokens == (65, 53, 41, 29, 17) and "0.262 of the tokens are left" in fewest.note
+
+
+def test_cells_that_are_cut_off_have_a_destination_too():
+    for grid, cells in [((3, 5), 6), ((5, 3), 6), ((3, 4), 4), ((4, 3), 4), ((4, 4), 4), ((1, 1), 1)]:
+        assert fixed_destinations(TurboConfig(r=1, partition="grid", grid=grid), grid[0] * grid[1]) == cells
+    assert fixed_destinations(TurboConfig(r=1, partition="grid"), 25) == 9
+    assert fixed_destinations(TurboConfig(r=1), 25) == 0
 
 
 def test_a_single_block_gives_half_of_its_patches():
