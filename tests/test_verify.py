@@ -10,6 +10,7 @@ from families import FAMILIES
 from turbovlm.encoder import variant
 from turbovlm.encoder.block import attention_of_guide
 from turbovlm.encoder.families.transformers import YOLOS
+from turbovlm.encoder.towers import matrix_shape
 from turbovlm.patching import patches_on
 from turbovlm.registry import register, unregister
 
@@ -90,6 +91,22 @@ def test_half_of_the_patches_at_most_merge_beside_detection_tokens():
         model(pixel_values=pixels())
         assert handle.schedules[0].tokens == (42, 24, 15, 11)
         assert [trace.sizes.shape[1] for trace in handle.trace] == [24, 15, 11]
+
+
+def test_weights_of_attention_and_mlp_are_told_apart():
+    (feature,) = turbovlm.apply(yolos(), r=1).features
+    assert feature.shape.attention_weights == (4 * 32 * 32,) * 3
+    assert feature.shape.mlp_weights == (2 * 32 * 64,) * 3
+
+
+def test_a_packed_layer_is_as_large_as_it_says():
+    packed = torch.nn.Module()
+    packed.weight = torch.nn.Parameter(torch.zeros(7, 1, dtype=torch.uint8), requires_grad=False)
+    assert matrix_shape(packed) is None
+    packed.out_features, packed.in_features = 5, 3
+    assert matrix_shape(packed) == (5, 3)
+    packed.in_features = "3"
+    assert matrix_shape(packed) is None
 
 
 def test_detections_stay_close_and_come_back():
