@@ -94,6 +94,14 @@ def test_only_random_halves_of_many_patches_are_compared_in_windows():
     assert costs["alternate"] - costs["random"] == (800 * 800 - 800 * 800 // 4) * 384
 
 
+def test_settings_of_a_file_are_settled_as_those_of_a_program(vit, tmp_path):
+    """Strings that were read are equal to a program's, but other objects."""
+    TurboConfig(r=2).save(tmp_path / "turbo.json")
+    with turbovlm.apply(vit, TurboConfig.load(tmp_path / "turbo.json")) as handle:
+        (feature,) = handle.features
+        assert (feature.guidance, feature.similarity, feature.shape.windowed) == ("cls", "heads", True)
+
+
 def test_applying_twice_raises_and_leaves_the_first(vit, images):
     with turbovlm.apply(vit, r=4) as handle, torch.no_grad():
         before = vit(images).last_hidden_state

@@ -42,6 +42,7 @@ PATIENCE = 4.0
 COMMON = ["tests/test_reference.py", "tests/test_golden.py", "tests/test_exact_values.py", "tests/test_verify.py"]
 TESTS: dict[str, list[str]] = {
     "src/turbovlm/ops/kernels/": ["tests/test_kernels.py", "tests/test_reference_fast.py"],
+    "src/turbovlm/ops/fused.py": ["tests/test_kernels.py", "tests/test_reference_fast.py"],
     "src/turbovlm/ops/": [*COMMON, "tests/test_ops.py", "tests/test_routes.py", "tests/test_reference_fast.py"],
     "src/turbovlm/encoder/schedule.py": [
         "tests/test_schedule.py",
@@ -49,7 +50,13 @@ TESTS: dict[str, list[str]] = {
         "tests/test_apply.py",
         "tests/test_macs.py",
     ],
-    "src/turbovlm/encoder/families/": ["tests/test_invariants.py", "tests/test_apply.py", "tests/test_text.py"],
+    "src/turbovlm/encoder/families/": [
+        "tests/test_dual_encoders.py",
+        "tests/test_joint.py",
+        "tests/test_apply.py",
+        "tests/test_text.py",
+        "tests/test_invariants.py",
+    ],
     "src/turbovlm/encoder/": [*COMMON, "tests/test_apply.py", "tests/test_invariants.py", "tests/test_text.py"],
 }
 """Tests that are run for a file, by the beginning of its path; the first that fits."""
