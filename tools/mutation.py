@@ -3,6 +3,7 @@
     python tools/mutation.py                       # 200 faults in ops/ and encoder/, two at a time: hours on two cores
     python tools/mutation.py --sample 20 --seed 1  # a look
     python tools/mutation.py --out FOLDER          # goes on where a run into that folder was stopped
+    python tools/mutation.py --survivors           # only those that no test noticed in the last run
 
 The faults are those of cosmic-ray (https://cosmic-ray.readthedocs.io), which this script installs into an environment
 of its own; but for those in type annotations, which are never run. Each is planted in a copy of the repository, where
@@ -69,12 +70,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="faults tested at a time (default 2)")
     parser.add_argument("--out", type=Path, help="folder of the run; one that was stopped there goes on")
+    parser.add_argument("--survivors", action="store_true", help="the last run's survivors, after tests were added")
     args = parser.parse_args()
+    last: dict[str, Any] = json.loads((RESULTS / "mutation.json").read_text()) if args.survivors else {}
     out = args.out or Path(tempfile.mkdtemp(prefix="mutation-"))
     out.mkdir(parents=True, exist_ok=True)
     print(f"the run is in {out}", flush=True)
     cosmic_ray = _environment(out)
-    faults = _sample(out, cosmic_ray, args.sample, args.seed)
+    faults = [each for each in last.get("outcomes", ()) if each["outcome"] == "survived"]
+    if not args.survivors:
+        faults = _sample(out, cosmic_ray, args.sample, args.seed)
     copies = [_copy(out / f"copy{i}") for i in range(args.workers)]
     done = out / "outcomes.jsonl"
     seen = {json.loads(line)["job"] for line in done.read_text().splitlines()} if done.exists() else set()
@@ -86,7 +91,10 @@ def main() -> int:
             file.write(json.dumps(outcome) + "\n")
             file.flush()
             print(f"{number}/{len(faults)} {outcome['outcome']:8} {outcome['path']}:{outcome['row']}", flush=True)
-    _report([json.loads(line) for line in done.read_text().splitlines()], args.seed)
+    outcomes = {outcome["job"]: outcome for outcome in map(json.loads, done.read_text().splitlines())}
+    if args.survivors:
+        outcomes = {each["job"]: outcomes.get(each["job"], each) for each in last["outcomes"]}
+    _report(list(outcomes.values()), last.get("seed", args.seed))
     return 0
 
 
@@ -184,12 +192,14 @@ def _tested(
         command = [cosmic_ray, "apply", fault["path"], fault["operator"], str(fault["occurrence"])]
         subprocess.run(command, cwd=copy, check=True, capture_output=True)
         tests = _tests_of(fault["path"])
+        planted = file.read_text().splitlines()
+        changed = [(a, b) for a, b in zip(original.splitlines(), planted) if a != b] or [("", "")]
+        if fault.get("before", changed[0][0].strip()) != changed[0][0].strip():
+            raise SystemExit(f"{fault['path']} has changed since the last run: plant a whole sample again")
         try:
             outcome = "survived" if _pytest(copy, tests, limits[tests]) == 0 else "killed"
         except subprocess.TimeoutExpired:
             outcome = "timeout"
-        planted = file.read_text().splitlines()
-        changed = [(a, b) for a, b in zip(original.splitlines(), planted) if a != b] or [("", "")]
         return {**fault, "outcome": outcome, "before": changed[0][0].strip(), "after": changed[0][1].strip()}
     finally:
         file.write_text(original)
