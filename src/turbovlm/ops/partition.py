@@ -76,7 +76,7 @@ def partition_tokens(
     in_graph = torch.compiler.is_compiling()
     # Plain numbers: `torch.jit.trace` gives sizes as tensors, and a compiler would reason about symbols for minutes; a
     # graph has one compilation per shape anyway. Exported programs may take images of any size.
-    if not is_exporting():
+    if not (in_graph and is_exporting()):
         patches, prefix = operator.index(patches), operator.index(prefix)
     if kind == "random":
         fixed, windows, detail = patches // 2, window_count(patches), block
