@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from cases import CASES, CPU_CASES, DTYPES, RESULTS, build, described, images, machine, save
+from structure import in_checkout
 
 import turbovlm
 from turbovlm import TurboConfig
@@ -61,12 +59,7 @@ def main() -> None:
 
 def _process(source: Path) -> dict[str, Any]:
     """What a fresh process measures that imports turbovlm from a checkout."""
-    paths = os.pathsep.join(str(source / part) for part in ("src", "lab/src"))
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"measuring failed in {source}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result = in_checkout(source, __file__, *sys.argv[1:], "--measure")
     if not result["package"].startswith(str(source)):
         raise SystemExit(f"turbovlm was imported from {result['package']}, not from {source}")
     return result
@@ -76,8 +69,7 @@ def measured(name: str, dtype: str, batch: int, rounds: int) -> dict[str, Any]:
     """Seconds of every round of the model itself and with turbovlm, and the ratio of multiply-accumulates."""
     case = CASES[name]
     model, inputs = build(case, DTYPES[dtype]), images(case, batch, DTYPES[dtype])
-    with torch.inference_mode():
-        found = compare(model, inputs, {"turbo": TurboConfig(case.r)}, rounds=rounds, warmup=1)
+    found = compare(model, inputs, {"turbo": TurboConfig(case.r)}, rounds=rounds, warmup=1)
     plain, turbo = ([float(s) for s in run.seconds] for run in found.runs)
     ratio = found.runs[0].macs / found.runs[1].macs
     return {"package": turbovlm.__file__, "plain": plain, "turbo": turbo, "macs_ratio": ratio}

@@ -67,6 +67,17 @@ def measured(source: Path) -> dict[str, Any]:
     return found | {name: _probed(source, name) for name in PROBES if name != "import"}
 
 
+def in_checkout(source: Path, script: str, *arguments: str) -> dict[str, Any]:
+    """What a script prints as JSON in its last line, in a fresh process that imports the packages of a checkout."""
+    paths = os.pathsep.join(str(source / part) for part in ("src", "lab/src", "tests"))
+    command, environment = [sys.executable, script, *arguments], {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{Path(script).name} {' '.join(arguments)}: failed in {source}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def size_of(package: Path) -> dict[str, int]:
     """Lines and files of Python, the longest file's lines, and bytes as a zip."""
     lines = [len(file.read_text(encoding="utf-8").splitlines()) for file in package.rglob("*.py")]
@@ -79,14 +90,7 @@ def size_of(package: Path) -> dict[str, int]:
 
 
 def _probed(source: Path, probe: str) -> dict[str, Any]:
-    """What a probe says in a fresh process that imports the checkout."""
-    paths = os.pathsep.join(str(source / part) for part in ("src", "lab/src", "tests"))
-    command = [sys.executable, __file__, "--probe", probe]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{probe}: failed in {source}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return in_checkout(source, __file__, "--probe", probe)
 
 
 def probe_import() -> dict[str, float]:

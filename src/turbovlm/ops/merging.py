@@ -46,7 +46,8 @@ class Merge:
         weights: the share of each of the N in its destination, `[batch, N]`; 0 for a token that is dropped.
         sizes: patches that each of the M stands for, `[batch, M]`.
         keep_norm: whether a merged token is as long as its parts are on average, instead of their plain mean.
-        bags: the tokens sorted by their rows, for `merge`, where it is known that tokens will be merged later.
+        bags: the tokens sorted by their rows, once for all calls of `merge`, where `merge_ranked` had no tokens yet;
+            None where the backend does not sort.
     """
 
     rows: Tensor

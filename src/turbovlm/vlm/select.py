@@ -108,12 +108,16 @@ def _by_rounds(
 ) -> Selection:
     degree = {"redundancy": "redundancy", "attention": "semantics"}.get(config.visual_select, config.degree)
     merges: list[Merge] = []
-    x, path, padded = features, path_for(features), sizes is not None
+    x, path = features, path_for(features)
+    padded = sizes is not None  # a token of size 0 is padding; merging makes none
     while (tokens := x.shape[1]) > k:
         turn, r = len(merges), min(tokens - k, max(1, tokens // ROUND_SHARE))
         split = partition_tokens(tokens, kind="random", block=turn, seed=config.seed, device=x.device)
         ranking = rank_candidates(
-            *(x, split, semantic, turn),
+            x,
+            split,
+            semantic,
+            turn,
             degree=degree,
             alpha=config.alpha,
             seed=config.seed,
