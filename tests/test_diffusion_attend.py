@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
 from test_diffusion import run
-from turbovlm.diffusion import attend
 from turbovlm.errors import StateError
+from turbovlm.ops import plain
 
 pytest.importorskip("diffusers")
 
@@ -19,13 +17,13 @@ pytest.importorskip("diffusers")
 @pytest.fixture
 def attended(monkeypatch):
     """The biases of the calls that turbovlm's operators got."""
-    biases, path_for = [], attend.path_for
+    biases, own = [], plain.attend
 
     def noted(q, k, v, bias, scale):
         biases.append(bias)
-        return path_for(q).attend(q, k, v, bias, scale)
+        return own(q, k, v, bias, scale)
 
-    monkeypatch.setattr(attend, "path_for", lambda q: SimpleNamespace(attend=noted))
+    monkeypatch.setattr(plain, "attend", noted)
     return biases
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,14 +18,13 @@ from torch import Tensor
 
 from turbovlm.errors import StateError
 from turbovlm.ops.attention import size_bias
-from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of every token's angles, `[batch, tokens, head_dim]` each."""
-Function = Callable[[Any, Tensor, Tensor | None, Tensor | None, Rotary | None], Any]
-"""`(attention, x, text, bias, rotary)`: what a processor does, with a bias `[batch, 1, 1, keys]` on its keys."""
+Function = Callable[[Any, ModuleType, Tensor, Tensor | None, Tensor | None, Rotary | None], Any]
+"""`(attention, path, x, text, bias, rotary)`: what a processor does, with a bias `[batch, 1, 1, keys]` on its keys."""
 
 TAKEN = {"encoder_hidden_states", "attention_mask", "image_rotary_emb"}
 """Arguments that the functions here know of; calls with others go to the processor itself."""
@@ -52,6 +52,7 @@ def attend_merged(
     patch: Patch,
     attention: Any,
     original: Any,
+    path: ModuleType,
     merge: Merge,
     x: Tensor,
     rest: tuple[Any, ...],
@@ -61,6 +62,7 @@ def attend_merged(
 
     Args:
         patch: of the attention module, `attention`, with its `Site`; `original`: what ran before.
+        path: from `path_for`.
         merge: what was done to the image's tokens.
         x: what it reads, `[batch, tokens, width]`, the image's tokens merged and last.
         rest, kwargs: its other arguments.
@@ -81,7 +83,8 @@ def attend_merged(
     bias = F.pad(size_bias(merge.sizes, x.dtype), (words, 0)) if biased else None
     backend = _backend_of(processor)
     if backend in (None, "native") and _is_known(patch, attention, attending, rest, kwargs):
-        return attending.function(attention, x, text, bias, None if rotary is None else _rotary_of(merge, rotary))
+        turned = None if rotary is None else _rotary_of(merge, rotary)
+        return attending.function(attention, path, x, text, bias, turned)
     if bias is not None:
         if backend is not None and backend not in BIASED_BACKENDS:
             raise StateError(
@@ -95,7 +98,7 @@ def attend_merged(
 
 
 def plain_attention(
-    attention: Any, x: Tensor, text: Tensor | None, bias: Tensor | None, rotary: Rotary | None
+    attention: Any, path: ModuleType, x: Tensor, text: Tensor | None, bias: Tensor | None, rotary: Rotary | None
 ) -> Tensor:
     """Self-attention of `Attention` modules: `[batch, tokens, width]`."""
     # By the processor: a module whose projections were fused and parted again keeps the fused one.
@@ -108,12 +111,12 @@ def plain_attention(
         q = attention.norm_q(q)
     if attention.norm_k is not None:
         k = attention.norm_k(k)
-    attended = path_for(q).attend(q, k, v, bias, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
+    attended = path.attend(q, k, v, bias, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
     return attention.to_out[1](attention.to_out[0](attended))  # type: ignore[no-any-return]
 
 
 def rotary_attention(
-    attention: Any, x: Tensor, text: Tensor | None, bias: Tensor | None, rotary: Rotary | None
+    attention: Any, path: ModuleType, x: Tensor, text: Tensor | None, bias: Tensor | None, rotary: Rotary | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Self-attention of FLUX's modules: `[batch, tokens, width]`, and the same of the text where it is given apart."""
     q, k, v = _projected(attention, x, "to_qkv", ("to_q", "to_k", "to_v"))
@@ -125,7 +128,7 @@ def rotary_attention(
     if rotary is not None:
         q, k = _rotate(q, rotary), _rotate(k, rotary)
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    attended: Tensor = path_for(q).attend(q, k, v, bias, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
+    attended: Tensor = path.attend(q, k, v, bias, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
     if text is None:
         return attended  # the block projects it
     of_text, of_image = torch.split(attended, [text.shape[1], x.shape[1]], dim=1)

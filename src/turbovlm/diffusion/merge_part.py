@@ -113,11 +113,13 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
     if part.attending is None:
         out = original(read, *rest, **kwargs)
     else:
-        out = attend_merged(patch, module, original, merge, read, rest, kwargs)
+        out = attend_merged(patch, module, original, run.path, merge, read, rest, kwargs)
     restore = run.feature.config.restore  # "auto": on GPUs a small system of equations outlasts most feed-forwards
     if part.smooth and (restore == "linear" or (restore == "auto" and x.device.type == "cpu")):
         return restore_linear(merge, image, merged, out)
-    return _restore_copies(part, merge, out)
+    if isinstance(out, Tensor) and not words:
+        return merge.unmerge(out)
+    return _restore_beside_text(part, merge, out)
 
 
 def _current_run(patch: Patch, name: str) -> Run:
@@ -135,13 +137,11 @@ def _current_run(patch: Patch, name: str) -> Run:
     return run
 
 
-def _restore_copies(part: Part, merge: Merge, out: Any) -> Any:
+def _restore_beside_text(part: Part, merge: Merge, out: Any) -> Any:
     """Every position with its token's result; the text's tokens, and outputs that are not the image's, as they are."""
     if not isinstance(out, Tensor):
         return tuple(merge.unmerge(each) if i in part.restored else each for i, each in enumerate(out))
     words = out.shape[1] - merge.sizes.shape[1]
-    if words == 0:
-        return merge.unmerge(out)
     return torch.cat([out[:, :words], merge.unmerge(out[:, words:])], dim=1)
 
 

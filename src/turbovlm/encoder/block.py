@@ -109,8 +109,9 @@ def attention_of_guide(
     parts, path = layout.parts(block), path_for(hidden)
     heads = _heads(block, parts, layout, config, hidden, state, arguments)
     row: Tensor = path.attention_row(_guide(heads, guidance, state), heads.k, heads.bias)
-    source = state.source()
-    if source is not None and state.sizes is not None:
+    if state.merges:
+        source = state.source()
+        assert source is not None and state.sizes is not None
         row = (row / state.sizes).gather(1, source)
     return row[:, prefix : row.shape[1] - state.suffix]
 

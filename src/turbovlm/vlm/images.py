@@ -44,8 +44,7 @@ def choose_tokens(
         counts = [n for entry in sizes for n in entry]
         if len(columns) != sum(counts):
             return None
-        chosen = _select(feature, outputs, sizes)
-        fewer[modality] = _left(outputs, sizes, chosen)
+        chosen, fewer[modality] = _select(feature, outputs, sizes)
         dropped = torch.zeros_like(placeholders) if dropped is None else dropped
         for places, selection in zip(torch.split(columns, counts), chosen):  # row after row, image after image
             lost = torch.ones_like(places, dtype=torch.bool).index_fill(0, selection.kept[0], False)
@@ -73,8 +72,11 @@ def _sizes_of_images(model: Any, feature: ReadFeature, tokens: int) -> list[int]
     return [one] * (tokens // one) if tokens % one == 0 else [tokens]
 
 
-def _select(feature: ReadFeature, outputs: Any, sizes: list[list[int]]) -> list[Selection]:
-    """What becomes of each image's tokens; images of equally many are chosen from together."""
+def _select(feature: ReadFeature, outputs: Any, sizes: list[list[int]]) -> tuple[list[Selection], Any]:
+    """What becomes of each image's tokens, and a copy of the library's outputs with the features that are left.
+
+    Images of equally many tokens are chosen from together.
+    """
     keep = feature.config.visual_keep
     assert keep is not None
     attention: list[Tensor] | None = getattr(outputs, ATTENTION, None)
@@ -83,35 +85,34 @@ def _select(feature: ReadFeature, outputs: Any, sizes: list[list[int]]) -> list[
             "mm_encoder_outputs without the tower's attention: encode the images with this model's own "
             "get_image_features while it is accelerated, or let generate do it"
         )
-    features = _by_image(outputs.pooler_output, sizes)
+    planes = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or [])]
+    features = [_by_image(plane, sizes) for plane in planes]
     semantic = None if attention is None else _by_image(attention, sizes)
     chosen: dict[int, Selection] = {}
-    for n in {len(image) for image in features}:
-        group = [i for i, image in enumerate(features) if len(image) == n]
-        together = torch.stack([features[i] for i in group]).detach()
+    for n, group in _groups(sizes).items():
+        together = [torch.stack([images[i] for i in group]) for images in features]
         row = None if semantic is None else torch.stack([semantic[i] for i in group])
-        found = select(together, row, kept_count(keep, n), feature.config)
+        found = select(together[0].detach(), row, kept_count(keep, n), feature.config)
+        for images, stacked in zip(features, together):
+            for i, left in zip(group, found.take(stacked)):
+                images[i] = left
         chosen |= {i: found.of_image(place) for place, i in enumerate(group)}
-    return [chosen[i] for i in range(len(features))]
-
-
-def _left(outputs: Any, sizes: list[list[int]], chosen: list[Selection]) -> Any:
-    """A copy of the library's outputs with the features that are left."""
-
-    def taken(entries: Any) -> list[Tensor]:
-        pieces = iter(zip(_by_image(entries, sizes), chosen))
-        return [
-            torch.cat([selection.take(image.unsqueeze(0))[0] for _, (image, selection) in zip(entry, pieces)])
-            for entry in sizes
-        ]
-
-    left, planes = copy.copy(outputs), getattr(outputs, "deepstack_features", None)
-    features = taken(outputs.pooler_output)
-    left.pooler_output = torch.stack(features) if isinstance(outputs.pooler_output, Tensor) else features
+    fewer = copy.copy(outputs)
+    read, *planes = [[torch.cat([next(left) for _ in entry]) for entry in sizes] for left in map(iter, features)]
+    fewer.pooler_output = torch.stack(read) if isinstance(outputs.pooler_output, Tensor) else read
     if planes:
-        left.deepstack_features = [taken(plane) for plane in planes]
-    return left
+        fewer.deepstack_features = planes
+    return [chosen[i] for i in range(len(chosen))], fewer
+
+
+def _groups(sizes: list[list[int]]) -> dict[int, list[int]]:
+    """Which images have so many tokens, the images of all entries in a row."""
+    groups: dict[int, list[int]] = {}
+    for i, n in enumerate(n for entry in sizes for n in entry):
+        groups.setdefault(n, []).append(i)
+    return groups
 
 
 def _by_image(entries: Any, sizes: list[list[int]]) -> list[Tensor]:
+    """The features of each image, `[tokens, width]`, or A of its tokens, `[tokens]`, those of all entries in a row."""
     return [image for entry, counts in zip(entries, sizes) for image in torch.split(entry, counts)]

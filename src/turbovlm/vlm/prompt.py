@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import StateError
-from turbovlm.vlm.marks import CACHED_PROMPTS
 
 TYPES = ("mm_token_type_ids", "token_type_ids")
 """Arguments with one number per token of the prompt. Models read the latter by its place in the cache."""
@@ -59,7 +58,7 @@ class CachedPrompts:
 
     def follow(self, inputs: dict[str, Any], new: int) -> dict[str, Any]:
         """The arguments of a call of `new` columns of text behind the prompts, mask and types by place in the cache."""
-        columns = columns_in(inputs["past_key_values"]) + new
+        columns = columns_in(inputs["past_key_values"], self) + new
         found = {"attention_mask": self.mask(full_mask(inputs, columns, self.seen))}
         types = inputs.get("token_type_ids")
         if types is not None and types.shape[-1] > new:  # of all columns
@@ -191,23 +190,25 @@ def shorten(mask: Tensor, dropped: Tensor, prompts: CachedPrompts | None = None)
 
 
 def shorten_inputs(
-    inputs: dict[str, Any], dropped: Tensor, positions: Positions, filler: int
+    inputs: dict[str, Any], prompts: CachedPrompts | None, dropped: Tensor, positions: Positions, filler: int
 ) -> tuple[ShortenedPrompt, dict[str, Any]]:
-    """The prompt of a call without the `dropped` columns, `[batch, N]`, and the call's arguments for it."""
-    cache = inputs.get("past_key_values")
-    mask = full_mask(inputs, columns_in(cache) + dropped.shape[1], dropped)
-    prompt = shorten(mask, dropped, prompts_in(cache))
+    """The prompt of a call without the `dropped` columns, `[batch, N]`, and the call's arguments for it.
+
+    `prompts` are those in its cache, if some were shortened.
+    """
+    mask = full_mask(inputs, columns_in(inputs.get("past_key_values"), prompts) + dropped.shape[1], dropped)
+    prompt = shorten(mask, dropped, prompts)
     found: Tensor | None = inputs.get("position_ids")
     return prompt, prompt.inputs(inputs, positions(mask) if found is None else found, filler)
 
 
-def follow_prompts(inputs: dict[str, Any], positions: Positions) -> dict[str, Any]:
+def follow_prompts(inputs: dict[str, Any], prompts: CachedPrompts | None, positions: Positions) -> dict[str, Any]:
     """The arguments of a call without images, with the mask of what the cache holds and the full positions.
 
-    They stay as they are where no prompt in the cache was shortened, and with a mask of more than two dimensions, which
-    is made of what the cache holds.
+    They stay as they are where no prompt in the cache was shortened, `prompts` is None, and with a mask of more than
+    two dimensions, which is made of what the cache holds.
     """
-    prompts, mask = prompts_in(inputs.get("past_key_values")), inputs.get("attention_mask")
+    mask = inputs.get("attention_mask")
     if prompts is None or (mask is not None and getattr(mask, "ndim", 0) != 2):
         return inputs
     tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
@@ -216,7 +217,7 @@ def follow_prompts(inputs: dict[str, Any], positions: Positions) -> dict[str, An
     new = tokens.shape[1]
     found = prompts.follow(inputs, new)
     if inputs.get("position_ids") is None:
-        columns = columns_in(inputs["past_key_values"]) + new
+        columns = columns_in(inputs["past_key_values"], prompts) + new
         found["position_ids"] = positions(full_mask(inputs, columns, prompts.seen))[..., -new:]
     return found
 
@@ -239,15 +240,8 @@ def full_mask(inputs: dict[str, Any], columns: int, beside: Tensor) -> Tensor:
     return mask
 
 
-def prompts_in(cache: Any) -> CachedPrompts | None:
-    """What a cache knows of its prompts; None where none of them was shortened."""
-    prompts: CachedPrompts | None = getattr(cache, CACHED_PROMPTS, None)
-    return prompts
-
-
-def columns_in(cache: Any) -> int:
-    """How many columns of the user's prompts a cache stands for."""
+def columns_in(cache: Any, prompts: CachedPrompts | None) -> int:
+    """How many columns of the user's prompts a cache stands for, of which some may have been shortened, `prompts`."""
     if cache is None:
         return 0
-    prompts: CachedPrompts | None = getattr(cache, CACHED_PROMPTS, None)
     return int(cache.get_seq_length()) + (0 if prompts is None else prompts.dropped)

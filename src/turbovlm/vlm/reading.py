@@ -20,7 +20,8 @@ from turbovlm.patching import Patch
 from turbovlm.vlm.cache import remember_prompts
 from turbovlm.vlm.families import PIXELS
 from turbovlm.vlm.images import choose_tokens
-from turbovlm.vlm.prompt import TYPES, columns_in, follow_prompts, prompts_in, shorten_inputs
+from turbovlm.vlm.marks import CACHED_PROMPTS
+from turbovlm.vlm.prompt import TYPES, CachedPrompts, follow_prompts, shorten_inputs
 
 if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature
@@ -37,28 +38,30 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
     def positions(mask: Tensor) -> Tensor:
         return _full_positions(model, inputs, mask, feature.family.first_position)
 
+    cache: Any = inputs.get("past_key_values")
+    prompts = _prompts_in(cache)
     images = _encode(model, inputs)
     if not images:
-        return original(**follow_prompts(inputs, positions))
+        return original(**follow_prompts(inputs, prompts, positions))
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         raise StateError("a prompt is missing: give input_ids or inputs_embeds")
+    filler = _filler(model.config)
     found = choose_tokens(model, feature, inputs, images)
     if found is None:
         return original(**{**inputs, "mm_encoder_outputs": images})
     fewer, dropped, feature.last = found
-    filler = _filler(model.config)
-    behind_a_cache = columns_in(inputs.get("past_key_values")) > 0
+    behind_a_cache = cache is not None and cache.get_seq_length() > 0
     if behind_a_cache and inputs.get("position_ids") is None and hasattr(model, "compute_3d_position_ids"):
         raise StateError(
             "position_ids: give those of the new columns with an image behind a cache; the model cannot tell them"
         )
-    prompt, shorter = shorten_inputs(inputs, dropped, positions, filler)
+    prompt, shorter = shorten_inputs(inputs, prompts, dropped, positions, filler)
     outputs = original(**{**shorter, "mm_encoder_outputs": fewer, "return_dict": True})
-    if outputs.past_key_values is not None:
-        remember_prompts(outputs.past_key_values, prompt.cached())
     outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(prompt.restore(hidden) for hidden in outputs.hidden_states)
+    if outputs.past_key_values is not None:
+        remember_prompts(outputs.past_key_values, prompt.cached())
     return outputs.to_tuple() if inputs.get("return_dict") is False else outputs
 
 
@@ -69,7 +72,7 @@ def prepare_inputs(patch: Patch, model: Any, original: Any, /, **inputs: Any) ->
     follows it makes them of what the cache holds.
     """
     cache: Any = inputs.get("past_key_values")
-    prompts = prompts_in(cache)
+    prompts = _prompts_in(cache)
     first, new = inputs.get("is_first_iteration"), inputs.get("next_sequence_length")
     if prompts is not None and first and new is not None:  # generate counts what is new by the length of the cache
         inputs["next_sequence_length"] = new = new - prompts.dropped
@@ -85,7 +88,7 @@ def prefill(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     """Run `generate`'s prefill, which cannot cut a prompt into chunks whose images become shorter."""
     if inputs["generation_config"].prefill_chunk_size is not None:
         model_kwargs = inputs["model_kwargs"]
-        if model_kwargs.get("mm_encoder_outputs") or prompts_in(model_kwargs.get("past_key_values")) is not None:
+        if model_kwargs.get("mm_encoder_outputs") or _prompts_in(model_kwargs.get("past_key_values")) is not None:
             raise StateError(
                 "prefill_chunk_size: visual_keep shortens the prompt as a whole, and cannot in chunks: leave it out, "
                 "as the prompt that is prefilled is shorter already"
@@ -96,10 +99,16 @@ def prefill(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
 def prepare_positions(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     """Run `_prepare_position_ids_for_generation`, which looks for new images behind as many tokens as the cache has."""
     known = inputs["model_kwargs"]
-    prompts, types = prompts_in(known.get("past_key_values")), known.get("mm_token_type_ids")
+    prompts, types = _prompts_in(known.get("past_key_values")), known.get("mm_token_type_ids")
     if prompts is not None and types is not None and not types[:, prompts.columns :].any():
         inputs["model_kwargs"] = {name: value for name, value in known.items() if name != "mm_token_type_ids"}
     return original(**inputs)
+
+
+def _prompts_in(cache: Any) -> CachedPrompts | None:
+    """What a cache knows of its prompts; None where none of them was shortened."""
+    prompts: CachedPrompts | None = getattr(cache, CACHED_PROMPTS, None)
+    return prompts
 
 
 def _encode(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

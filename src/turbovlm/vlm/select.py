@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from turbovlm.config import ReadConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.ops.dispatch import path_for
-from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
+from turbovlm.ops.merging import merge_ranked, rank_candidates
 from turbovlm.ops.partition import hashed_uniform, partition_tokens
 
 ROUND_SHARE = 4
@@ -107,12 +108,13 @@ def _by_rounds(
     features: Tensor, semantic: Tensor | None, k: int, config: ReadConfig, sizes: Tensor | None
 ) -> Selection:
     degree = {"redundancy": "redundancy", "attention": "semantics"}.get(config.visual_select, config.degree)
-    merges: list[Merge] = []
-    x, path = features, path_for(features)
+    x, path, device, seed = features, path_for(features), features.device, config.seed
+    counts = _counts(features.shape[1], k)
+    splits = [partition_tokens(n, kind="random", block=i, seed=seed, device=device) for i, n in enumerate(counts[:-1])]
+    everyone = torch.arange(counts[0], device=device).expand(features.shape[:2])
+    chosen = Selection(everyone, everyone, torch.ones(features.shape[:2], device=device))
     padded = sizes is not None  # a token of size 0 is padding; merging makes none
-    while (tokens := x.shape[1]) > k:
-        turn, r = len(merges), min(tokens - k, max(1, tokens // ROUND_SHARE))
-        split = partition_tokens(tokens, kind="random", block=turn, seed=config.seed, device=x.device)
+    for turn, (split, (tokens, left)) in enumerate(zip(splits, pairwise(counts))):
         ranking = rank_candidates(
             x,
             split,
@@ -120,30 +122,31 @@ def _by_rounds(
             turn,
             degree=degree,
             alpha=config.alpha,
-            seed=config.seed,
+            seed=seed,
             sizes=sizes if padded else None,
             path=path,
         )
-        found, x = merge_ranked(ranking, r, x, sizes=sizes, order="spatial", reduce=config.reduce, path=path)
+        found, x = merge_ranked(
+            ranking, tokens - left, x, sizes=sizes, order="spatial", reduce=config.reduce, path=path
+        )
         sizes = found.sizes
         if semantic is not None:
             counted = semantic * found.weights if config.reduce == "prune" else semantic
             sums = counted.new_zeros(sizes.numel(), dtype=sizes.dtype)
             semantic = sums.scatter_add(0, found.rows, counted.flatten().to(sizes)).view(sizes.shape)
-        merges.append(found)
-    return _composed(merges, features)
+        shares = found.weights.gather(1, chosen.destination).to(chosen.weights)
+        chosen = Selection(
+            chosen.kept.gather(1, found.kept), found.source.gather(1, chosen.destination), chosen.weights * shares
+        )
+    return chosen
 
 
-def _composed(merges: list[Merge], features: Tensor) -> Selection:
-    """All rounds as one."""
-    everyone = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
-    kept = destination = everyone
-    weights = torch.ones(features.shape[:2], device=features.device)
-    for merge in merges:
-        kept = kept.gather(1, merge.kept)
-        weights = weights * merge.weights.gather(1, destination).to(weights)
-        destination = merge.source.gather(1, destination)
-    return Selection(kept, destination, weights)
+def _counts(tokens: int, k: int) -> list[int]:
+    """How many tokens there are before each round, and k at the end."""
+    counts = [tokens]
+    while counts[-1] > k:
+        counts.append(max(k, counts[-1] - max(1, counts[-1] // ROUND_SHARE)))
+    return counts
 
 
 def _drop_all_but(kept: Tensor, features: Tensor) -> Selection:
