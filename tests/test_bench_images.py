@@ -224,6 +224,7 @@ def test_what_cannot_be_measured(pipe):
         compare_images(PIPES["text to image"](), HALF)
 
 
+@pytest.mark.slow
 def test_the_command_line_with_random_weights(folder, tmp_path, capsys):
     """No weights are needed, and none are read."""
     bare = tmp_path / "bare"

@@ -33,6 +33,7 @@ def image(pipe, prompt):
     return made.images
 
 
+@pytest.mark.slow
 def test_a_share_for_each_resolution_at_one_cost(pipe, prompts):
     before, went = image(pipe, prompts[0]), []
     fixed = {name: value for name, value in GIVEN.items() if name != "components"}
@@ -65,8 +66,8 @@ def test_settings_that_are_given_stay(pipe, prompts, tmp_path):
         ({"flops": 0.9, "keep": 0.5}, "keep: calibrate finds how much is merged"),
         ({"flops": 0.9, "per_image": True}, "per_image: is for a model with vision encoders"),
         ({"flops": 0.9, "steps": 0}, "steps=0"),
-        ({"flops": 0.3}, r"flops=0.3 is out of reach: 0\.\d+ is the least"),
-        ({"max_drift": 1e-9, **GIVEN}, "max_drift=1e-09 is out of reach: with 9"),
+        pytest.param({"flops": 0.3}, r"flops=0.3 is out of reach: 0\.\d+ is the least", marks=pytest.mark.slow),
+        pytest.param({"max_drift": 1e-9, **GIVEN}, "max_drift=1e-09 is out of reach: with 9", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_done_says_why(pipe, prompts, given, said):

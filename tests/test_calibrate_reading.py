@@ -18,7 +18,10 @@ pytest.importorskip("transformers")
 NAMES = ("qwen2_5_vl", "blip")
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=pytest.mark.slow if n == "qwen2_5_vl" else ()) for n in NAMES],
+)
 def case(request):
     family = VLMS.get(request.param)
     model = seeded(family.make if family else lambda: blip("ConditionalGeneration")).eval()

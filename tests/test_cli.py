@@ -115,6 +115,7 @@ def test_macs_with_a_convolutional_stem_or_a_pooling_query(name, capsys):
     assert "GMACs left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_papers_numbers_beside_ours(tmp_path, capsys):
     pytest.importorskip("timm")
     pytest.importorskip("torchvision")

@@ -76,7 +76,7 @@ def images(batch, size):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(size))
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dynamic", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("setting", programs(SETTINGS))
 @torch.no_grad()
 def test_compiles_for_other_image_sizes(vit, setting, dynamic):
@@ -91,7 +91,7 @@ def test_compiles_for_other_image_sizes(vit, setting, dynamic):
         assert counter.frame_count <= len(inputs)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_random_halves_of_several_blocks_compile(vit, dynamic):
     pixels = images(2, 48)

@@ -11,6 +11,14 @@ from pipelines import PIPES
 pytest.importorskip("diffusers")
 
 
+CORE = ("text to image", "two ControlNets", "SDXL", "SD3", "FLUX", "PixArt", "DiT")
+"""Those whose denoisers differ in structure; the others are slow."""
+
+
+def kinds(names):
+    return [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in names]
+
+
 def image(pipe, inputs):
     seed = torch.Generator().manual_seed(0)
     steps = {"num_inference_steps": 4}
@@ -18,7 +26,7 @@ def image(pipe, inputs):
     return torch.as_tensor(out.images)
 
 
-@pytest.mark.parametrize("kind", PIPES)
+@pytest.mark.parametrize("kind", kinds(PIPES))
 def test_an_image_in_four_steps(kind):
     pipe, inputs = PIPES[kind](), PIPES[kind].inputs(64, 64)
     plain = image(pipe, inputs)
@@ -35,7 +43,7 @@ def test_an_image_in_four_steps(kind):
 
 
 @pytest.mark.parametrize("size", [(48, 80), (72, 56)])
-@pytest.mark.parametrize("kind", [kind for kind in PIPES if kind != "DiT"])
+@pytest.mark.parametrize("kind", kinds(kind for kind in PIPES if kind != "DiT"))
 def test_sizes(kind, size):
     pipe, inputs = PIPES[kind](), PIPES[kind].inputs(*size)
     plain = image(pipe, inputs)

@@ -164,7 +164,7 @@ def _on_one_of_two(rank, port, make):
     destroy_process_group()
 
 
-@pytest.mark.parametrize("make", [vit, timm_vit])
+@pytest.mark.parametrize("make", [vit, pytest.param(timm_vit, marks=pytest.mark.slow)])
 def test_sharded_over_two_processes(make):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -116,7 +116,7 @@ def test_two_threads(name):
                 assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("what", ["tower", "language model", "all"])
+@pytest.mark.parametrize("what", ["tower", "language model", pytest.param("all", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_compiled(what):
     family, model = made("llava")

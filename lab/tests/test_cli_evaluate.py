@@ -57,6 +57,7 @@ def test_a_model_and_data_from_folders(tmp_path, coco, capsys):
     assert lines[0]["setting"] == {"TurboConfig": {"r": 4}} and len(lines) == 5
 
 
+@pytest.mark.slow
 def test_calibrated_settings_stand_beside_the_default(tmp_path, capsys):
     """Thresholds cost what they cost on average, and are asked one image at a time."""
     found = Calibration(TurboConfig((20,) * 12), 0.7, 0.01, 0.02, 0.8, 14, None, ((0.7, 0.01),))
@@ -101,6 +102,7 @@ def test_check_alone(tmp_path, coco, capsys):
     assert capsys.readouterr().out == "dataset_coco.json: 1 samples, all of which can be read\n"
 
 
+@pytest.mark.slow
 def test_built_in_with_controls(tmp_path, capsys):
     """Also that what was kept is not made again."""
     given = ["evaluate", "saliency", "--limit", "4", "--controls", "random", "smaller", "--seeds", "2"]

@@ -117,6 +117,7 @@ def model() -> SaliencyViT:
     return load_saliency_vit()
 
 
+@pytest.mark.slow
 @needs_weights
 def test_model_is_left_as_it_was(model: SaliencyViT) -> None:
     photos = load_photos()[:2]

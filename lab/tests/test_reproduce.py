@@ -164,6 +164,7 @@ def test_the_default_is_also_asked_at_the_smaller_images_cost(tmp_path):
     assert settings[MATCHED].configs == (TurboConfig(flops=round(cost, 3)),) and cost != 0.6
 
 
+@pytest.mark.slow
 def test_the_largest_saving_is_found(tmp_path):
     """A score that falls below 95 % between 0.55 and 0.5 of the cost; one that is never below; one that always is."""
     for worse, expected in (
@@ -210,6 +211,7 @@ def sources(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_a_users_models_and_data(tmp_path, sources, capsys):
     out = tmp_path / "out"
     given = ["reproduce", "table5", "table10", "figure3", "--sources", str(sources), "--out", str(out)]

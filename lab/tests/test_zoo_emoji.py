@@ -18,6 +18,7 @@ needs_minilm = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_minilm
 def test_it_draws_on_the_ground_it_is_told() -> None:
     pipe = load_emoji_pipeline()
