@@ -8,8 +8,11 @@
 The faults are those of cosmic-ray (https://cosmic-ray.readthedocs.io), which this script installs into an environment
 of its own; but for those in type annotations, which are never run. Each is planted in a copy of the repository, where
 the tests that cover its file are run until one fails (`TESTS`); before, they have to pass without a fault. Written are
-benchmarks/results/mutation.md, with every survivor, and .json. Reasons why a survivor may live stand in
+benchmarks/results/mutation_seed*.md, with every survivor, and .json. Reasons why a survivor may live stand in
 tools/mutation_reasons.json, by file, line of code and fault.
+
+Tests that are written for the survivors of a sample notice those; what all tests notice of any fault is what they
+noticed of a sample at first, which the report keeps.
 """
 
 from __future__ import annotations
@@ -70,9 +73,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="faults tested at a time (default 2)")
     parser.add_argument("--out", type=Path, help="folder of the run; one that was stopped there goes on")
-    parser.add_argument("--survivors", action="store_true", help="the last run's survivors, after tests were added")
+    parser.add_argument("--survivors", action="store_true", help="the seed's last survivors, after tests were added")
     args = parser.parse_args()
-    last: dict[str, Any] = json.loads((RESULTS / "mutation.json").read_text()) if args.survivors else {}
+    last: dict[str, Any] = json.loads(_results(args.seed).read_text()) if args.survivors else {}
     out = args.out or Path(tempfile.mkdtemp(prefix="mutation-"))
     out.mkdir(parents=True, exist_ok=True)
     print(f"the run is in {out}", flush=True)
@@ -94,8 +97,12 @@ def main() -> int:
     outcomes = {outcome["job"]: outcome for outcome in map(json.loads, done.read_text().splitlines())}
     if args.survivors:
         outcomes = {each["job"]: outcomes.get(each["job"], each) for each in last["outcomes"]}
-    _report(list(outcomes.values()), last.get("seed", args.seed))
+    _report(list(outcomes.values()), args.seed, last.get("noticed_at_first"))
     return 0
+
+
+def _results(seed: int) -> Path:
+    return RESULTS / f"mutation_seed{seed}.json"
 
 
 def _environment(out: Path) -> Path:
@@ -206,17 +213,22 @@ def _tested(
         free.append(copy)
 
 
-def _report(outcomes: list[dict[str, Any]], seed: int) -> None:
-    """The table of survivors, with the reasons that are known."""
+def _report(outcomes: list[dict[str, Any]], seed: int, at_first: int | None) -> None:
+    """The table of survivors, with the reasons that are known.
+
+    `at_first`: how many of the sample were noticed when it was planted for the first time; None if that was now.
+    """
     reasons: dict[str, str] = json.loads(REASONS.read_text()) if REASONS.exists() else {}
     survivors = [outcome for outcome in outcomes if outcome["outcome"] == "survived"]
     killed = len(outcomes) - len(survivors)
+    at_first = killed if at_first is None else at_first
     date = f"{datetime.now(timezone.utc):%Y-%m-%d}"
     lines = [
         "# Faults planted in ops/ and encoder/",
         "",
         f"`python tools/mutation.py --sample {len(outcomes)} --seed {seed}`, {date}, Python {sys.version.split()[0]}, "
-        f"{COSMIC_RAY}: {killed} of {len(outcomes)} faults are noticed by a test ({killed / len(outcomes):.0%}).",
+        f"{COSMIC_RAY}: {killed} of {len(outcomes)} faults are noticed by a test ({killed / len(outcomes):.0%}); "
+        f"{at_first} ({at_first / len(outcomes):.0%}) were when the sample was first planted.",
         "",
         "| file | line | planted instead | why it may live |",
         "|---|---|---|---|",
@@ -225,11 +237,11 @@ def _report(outcomes: list[dict[str, Any]], seed: int) -> None:
         key = f"{outcome['path']}: {outcome['before']} -> {outcome['after']}"
         before, after = (outcome[name].replace("|", "\\|") for name in ("before", "after"))
         lines.append(f"| {outcome['path']} | `{before}` | `{after}` | {reasons.get(key, '')} |")
-    (RESULTS / "mutation.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "mutation.json").write_text(
-        json.dumps({"date": date, "seed": seed, "outcomes": outcomes}, indent=1) + "\n"
-    )
-    print(f"{killed} of {len(outcomes)} noticed; survivors are in {RESULTS / 'mutation.md'}")
+    file = _results(seed)
+    file.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    written = {"date": date, "seed": seed, "noticed_at_first": at_first, "outcomes": outcomes}
+    file.write_text(json.dumps(written, indent=1) + "\n")
+    print(f"{killed} of {len(outcomes)} noticed; survivors are in {file.with_suffix('.md')}")
 
 
 if __name__ == "__main__":
