@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import turbovlm
 from families import FAMILIES
+from marks import slow_but
 from turbovlm import TurboConfig
 from turbovlm.ops import LayeredDegree
 from turbovlm.ops.degree import DEGREES
@@ -17,10 +18,6 @@ from turbovlm.ops.degree import DEGREES
 SOME = ("vit", "dinov2_registers", "clip", "blip_2", "timm_layerscale", "timm_eva02", "torchvision")
 CORE = ("clip", "timm_eva02", "r")
 """Families, and the setting, that are not slow."""
-
-
-def programs(names):
-    return [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in names]
 
 
 SETTINGS = {
@@ -39,7 +36,7 @@ def tower(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", programs(SOME))
+@pytest.mark.parametrize("name", slow_but(CORE, SOME))
 @torch.no_grad()
 def test_compiles_once_for_all_batch_sizes(tower, name):
     with turbovlm.apply(tower, r=5):
@@ -77,7 +74,7 @@ def images(batch, size):
 
 
 @pytest.mark.parametrize("dynamic", [pytest.param(True, marks=pytest.mark.slow), False])
-@pytest.mark.parametrize("setting", programs(SETTINGS))
+@pytest.mark.parametrize("setting", slow_but(CORE, SETTINGS))
 @torch.no_grad()
 def test_compiles_for_other_image_sizes(vit, setting, dynamic):
     with turbovlm.apply(vit, SETTINGS[setting]):
@@ -101,7 +98,7 @@ def test_random_halves_of_several_blocks_compile(vit, dynamic):
         torch.testing.assert_close(compiled(pixels), reference, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", programs(SETTINGS))
+@pytest.mark.parametrize("setting", slow_but(CORE, SETTINGS))
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_runs_in_onnxruntime(vit, setting):

@@ -14,14 +14,13 @@ from torch._dynamo.testing import CompileCounter
 
 import turbovlm
 from families import FAMILIES, Family
+from marks import slow_but
 from turbovlm import StateError
 
 EACH = pytest.mark.parametrize("name", FAMILIES)
 STRUCTURES = ("timm_vit", "timm_eva02", "clip", "dinov3", "torchvision")
 """Families whose blocks differ in more than names: packed projections, rotary positions, registers, no packing."""
-EACH_PROGRAM = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in STRUCTURES else pytest.mark.slow) for name in FAMILIES]
-)
+EACH_PROGRAM = pytest.mark.parametrize("name", slow_but(STRUCTURES, FAMILIES))
 
 
 class Tower(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import turbovlm
+from marks import slow_but
 from pipelines import PIPES
 
 pytest.importorskip("diffusers")
@@ -15,10 +16,6 @@ CORE = ("text to image", "two ControlNets", "SDXL", "SD3", "FLUX", "PixArt", "Di
 """Those whose denoisers differ in structure; the others are slow."""
 
 
-def kinds(names):
-    return [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in names]
-
-
 def image(pipe, inputs):
     seed = torch.Generator().manual_seed(0)
     steps = {"num_inference_steps": 4}
@@ -26,7 +23,7 @@ def image(pipe, inputs):
     return torch.as_tensor(out.images)
 
 
-@pytest.mark.parametrize("kind", kinds(PIPES))
+@pytest.mark.parametrize("kind", slow_but(CORE, PIPES))
 def test_an_image_in_four_steps(kind):
     pipe, inputs = PIPES[kind](), PIPES[kind].inputs(64, 64)
     plain = image(pipe, inputs)
@@ -43,7 +40,7 @@ def test_an_image_in_four_steps(kind):
 
 
 @pytest.mark.parametrize("size", [(48, 80), (72, 56)])
-@pytest.mark.parametrize("kind", kinds(kind for kind in PIPES if kind != "DiT"))
+@pytest.mark.parametrize("kind", slow_but(CORE, [kind for kind in PIPES if kind != "DiT"]))
 def test_sizes(kind, size):
     pipe, inputs = PIPES[kind](), PIPES[kind].inputs(*size)
     plain = image(pipe, inputs)

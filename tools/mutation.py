@@ -216,19 +216,20 @@ def _tested(
 def _report(outcomes: list[dict[str, Any]], seed: int, at_first: int | None) -> None:
     """The table of survivors, with the reasons that are known.
 
-    `at_first`: how many of the sample were noticed when it was planted for the first time; None if that was now.
+    `at_first`: how many of the sample were noticed before tests were written for its survivors; None if that is now.
     """
     reasons: dict[str, str] = json.loads(REASONS.read_text()) if REASONS.exists() else {}
     survivors = [outcome for outcome in outcomes if outcome["outcome"] == "survived"]
     killed = len(outcomes) - len(survivors)
-    at_first = killed if at_first is None else at_first
+    share = f"{killed} of {len(outcomes)} faults are noticed by a test ({killed / len(outcomes):.0%})"
+    if at_first is not None:
+        share += f"; {at_first} ({at_first / len(outcomes):.0%}) before tests were added for it"
     date = f"{datetime.now(timezone.utc):%Y-%m-%d}"
     lines = [
         "# Faults planted in ops/ and encoder/",
         "",
         f"`python tools/mutation.py --sample {len(outcomes)} --seed {seed}`, {date}, Python {sys.version.split()[0]}, "
-        f"{COSMIC_RAY}: {killed} of {len(outcomes)} faults are noticed by a test ({killed / len(outcomes):.0%}); "
-        f"{at_first} ({at_first / len(outcomes):.0%}) were when the sample was first planted.",
+        f"{COSMIC_RAY}: {share}.",
         "",
         "| file | line | planted instead | why it may live |",
         "|---|---|---|---|",
@@ -239,7 +240,8 @@ def _report(outcomes: list[dict[str, Any]], seed: int, at_first: int | None) -> 
         lines.append(f"| {outcome['path']} | `{before}` | `{after}` | {reasons.get(key, '')} |")
     file = _results(seed)
     file.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    written = {"date": date, "seed": seed, "noticed_at_first": at_first, "outcomes": outcomes}
+    first = killed if at_first is None else at_first
+    written = {"date": date, "seed": seed, "noticed_at_first": first, "outcomes": outcomes}
     file.write_text(json.dumps(written, indent=1) + "\n")
     print(f"{killed} of {len(outcomes)} noticed; survivors are in {file.with_suffix('.md')}")
 
