@@ -24,6 +24,11 @@ class PerThread(Generic[Value]):
         value: Value | None = getattr(self._own, "value", self._latest)
         return value
 
+    def own(self) -> Value | None:
+        """This thread's value alone."""
+        value: Value | None = getattr(self._own, "value", None)
+        return value
+
     def set(self, value: Value | None) -> None:
         """Make `value` this thread's, and the latest."""
         self._own.value = value

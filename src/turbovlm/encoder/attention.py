@@ -92,7 +92,7 @@ def _call(module: nn.Module, normed: Tensor, run: Callable[[Tensor], Tensor]) ->
     """Call an attention module, hooks and all, with `run` as its forward."""
     _CALL.run = run
     try:
-        out = module(normed)
+        out = module(*(normed,) * (3 if isinstance(module, nn.MultiheadAttention) else 1))
         if _CALL.run is not None:
             raise StateError(
                 f"a {type(module).__name__} of an accelerated encoder has a forward of its own that does not call the "
@@ -110,9 +110,19 @@ def attention_forward(patch: Patch, module: nn.Module, original: Any, /, *args: 
     if run is None:
         return original(*args, **kwargs)
     _CALL.run = None
+    if not all(_same(args[0], other) for other in args[1:]):
+        raise StateError(
+            f"a hook gives this {type(module).__name__} queries that are not its keys and values, which an accelerated "
+            "block cannot honour: let it change all three, or call handle.remove()"
+        )
     out = run(args[0])
     feature: EncoderFeature = patch.feature  # type: ignore[assignment]
     return (out, None) if feature.pair else out
+
+
+def _same(x: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or two names of the same memory, as hooks on the gradient make them."""
+    return other is x or (is_readable(x) and other.shape == x.shape and other.data_ptr() == x.data_ptr())
 
 
 @torch.no_grad()

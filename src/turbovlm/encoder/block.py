@@ -93,6 +93,8 @@ def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
 
 def _resume(feature: EncoderFeature, index: int, hidden: Tensor) -> State:
     state: State | None = getattr(hidden, STATE, None)
+    if state is None:
+        state = _of_replaced(feature, index, hidden)
     if state is None or state.block != index:
         found = "tokens without turbovlm's state" if state is None else f"the tokens of block {state.block - 1}"
         raise StateError(
@@ -108,6 +110,20 @@ def _resume(feature: EncoderFeature, index: int, hidden: Tensor) -> State:
     return state
 
 
+def _of_replaced(feature: EncoderFeature, index: int, hidden: Tensor) -> State | None:
+    """The state of a block's output that a hook has replaced by another of its shape, as one that steers does."""
+    state = None if torch.compiler.is_compiling() else feature.last_here
+    if state is None or state.block != index:
+        return None
+    if index - 1 in state.whole and state.merges:
+        raise StateError(
+            f"what {feature.names[index - 1]} handed out, restored to every position, was replaced, but "
+            f"{feature.names[index]} goes on with the merged tokens: change them in a call that does not ask for them"
+        )
+    batch = state.merges[-1].sizes.shape[0] if state.merges else hidden.shape[0]
+    return state if hidden.shape[:2] == (batch, state.lengths[-1]) else None
+
+
 def _version(x: Tensor) -> int | None:
     """How often a tensor was changed in place, where that is counted."""
     if torch.compiler.is_compiling() or x.is_inference() or is_transformed(x):
@@ -120,7 +136,7 @@ def _hand_on(feature: EncoderFeature, state: State, x: Tensor) -> Tensor | tuple
     depth, block = len(feature.names), state.block + 1
     state = replace(state, block=block, tokens=None, version=None, lengths=(*state.lengths, x.shape[1]))
     if not is_exporting():
-        feature.last = replace(state, lost=()) if state.lost else state
+        feature.last = replace(state, lost=()) if state.lost and block == depth else state
     if state.merges and block == depth and feature.restore:
         x = state.restored(x)
     elif state.merges and block - 1 in state.whole:

@@ -81,6 +81,11 @@ class EncoderFeature:
     def last(self, state: State | None) -> None:
         self._last.set(state)
 
+    @property
+    def last_here(self) -> State | None:
+        """The state that the last forward of this thread has come to."""
+        return self._last.own()
+
     @constant_in_graphs
     def solved_amounts(self, tokens: int, prefix: int) -> tuple[int, ...]:
         """How many tokens each block is asked to merge, of an input of `tokens` tokens.
