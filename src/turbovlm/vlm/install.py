@@ -10,10 +10,10 @@ import torch.nn as nn
 
 from turbovlm.config import ReadConfig
 from turbovlm.encoder.layout import Layout, fetch, library_version
-from turbovlm.encoder.towers import layout_of
-from turbovlm.errors import ConfigError, UnsupportedModelError
+from turbovlm.encoder.towers import find_towers, layout_of
+from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import Feature, Patch, check_forwards
-from turbovlm.registry import families, family_of
+from turbovlm.registry import family_of
 from turbovlm.vlm.cross import find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
@@ -112,7 +112,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     if not found:
         raise UnsupportedModelError(
             f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model that reads visual tokens, "
-            f"as far as turbovlm knows; supported: {', '.join(family.family for family in families('vlm'))}"
+            f"as far as turbovlm knows{merges_inside(model)}; docs/language.md lists what is supported"
         )
     name, part, family = found[0]
     if not family.cross_attention and "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
@@ -121,7 +121,13 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
             "images apart from the prompt; transformers ≥ 5.18 does"
         )
     tower = fetch(part, family.tower)
-    guide = blocks_of(tower)[family.guide(part)]
+    depth, index = len(blocks_of(tower)), family.guide(part)
+    if not -depth <= index < depth:
+        raise UnsupportedModelError(
+            f"visual_keep={config.visual_keep}: {family.family}'s config reads the tower's block {index} last (as in "
+            f"fullatt_block_indexes or vision_feature_layer), and the tower has {depth} blocks"
+        )
+    guide = blocks_of(tower)[index]
     path = next(path for path, module in part.named_modules() if module is guide)
     layout, cls, prefix = None, False, 0
     if not family.packed:
@@ -137,3 +143,12 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         raise ConfigError(f"guidance='cls': {family.family}'s tower has no CLS token; use 'mean' or 'auto'")
     guidance = ("cls" if cls else "mean") if config.guidance == "auto" else config.guidance
     return ReadFeature(config, family, name, path, layout, prefix, guidance)
+
+
+def merges_inside(model: nn.Module) -> str:
+    """That `r`, `keep` or `flops` work on a model that is refused here, where they do."""
+    try:
+        towers = find_towers(model)
+    except TurboError:
+        return ""
+    return f"; r, keep or flops merge in {towers[0].title}"
