@@ -8,7 +8,8 @@ import transformers
 
 import turbovlm
 from turbovlm import UnsupportedModelError
-from turbovlm.encoder.obstacles import obstacle, parts_of
+from turbovlm.encoder.obstacles import obstacle
+from turbovlm.encoder.parts import parts_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE = {**SMALL, "image_size": 32, "patch_size": 8}

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 import torch.nn as nn
 
 from turbovlm.config import READINGS, ReadConfig
-from turbovlm.encoder.obstacles import CAUSAL, Part, ancestors, arguments_of, is_causal, obstacle, parts_of, stems_of
+from turbovlm.encoder.obstacles import CAUSAL, PLAIN, is_causal, obstacle
+from turbovlm.encoder.parts import Part, ancestors, arguments_of, parts_of, stems_of
 from turbovlm.errors import TurboError
 from turbovlm.registry import class_paths, family_of
 
@@ -28,6 +29,7 @@ REFUSED = {
             f"{_MODELS}.xglm.modeling_xglm.XGLMDecoderLayer",
             f"{_MODELS}.imagegpt.modeling_imagegpt.ImageGPTBlock",
             f"{_MODELS}.openai.modeling_openai.Block",
+            f"{_MODELS}.codegen.modeling_codegen.CodeGenBlock",
             f"{_MODELS}.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseLayer",
         ),
         CAUSAL,
@@ -98,6 +100,7 @@ def nothing_found(model: nn.Module, modules: Mapping[str, nn.Module], strays: Ma
         return f"{which}: it holds no repeated blocks, only {children or 'parameters'}; {KNOWN}"
     attending = [part for part in told if part.attention_blocks]
     told = attending + [part for part in images if part not in attending] if attending else told
+    told.sort(key=lambda part: bool(images) and part.reads != {"images"})
     titles = [f"{part.title}: " if part.name or len(told) > 1 else "" for part in told]
     reasons = list(dict.fromkeys(title + _reason(part, strays) for title, part in zip(titles, told)))
     more = f"; and {len(reasons) - _SHOWN} parts more" if len(reasons) > _SHOWN else ""
@@ -161,9 +164,13 @@ def _merges(model: nn.Module) -> bool:
 
 
 def _reason(part: Part, strays: Mapping[str, str]) -> str:
+    told = obstacle(part)
     for _, block in part.blocks:
         for path in class_paths(block):
-            reason = REFUSED.get(path) or strays.get(path)
+            stray = strays.get(path)
+            reason = REFUSED.get(path) or (
+                stray if stray is not None and (PLAIN in told or "causal" in stray) else None
+            )
             if reason is not None:
                 return f"its blocks ({type(block).__name__}): {reason}"
-    return obstacle(part)
+    return told
