@@ -21,8 +21,8 @@ from turbovlm.patching import Patch, slot_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CAPTURE = "transformers.utils.output_capturing"
-"""Where the hooks come from by which `transformers` collects attention maps, for good once it was asked for states; they
-do nothing until maps are asked for, which is refused by itself."""
+"""Where the hooks come from by which `transformers` collects attention maps; they stay once states were asked for, and do
+nothing until maps are, which is refused by itself."""
 ADAPTED = "base_layer"
 """Attribute of peft's layers, which stand in place of the one that they adapt."""
 
@@ -112,8 +112,8 @@ def through_module(layout: Layout, name: str, block: nn.Module, passed: Passed) 
         module: Any = fetch(block, path)
         if type(module) is not cls:
             raise StateError(
-                f"{name}.{path} was a {_path(cls)} when turbovlm was applied and is a {_path(type(module))} now, which an "
-                "accelerated block does not call: handle.remove(), then apply again"
+                f"{name}.{path} was a {_path(cls)} when turbovlm was applied and is a {_path(type(module))} now, which "
+                "an accelerated block does not call: handle.remove(), then apply again"
             )
         what = _hanging(module)
         if what is None or _fuses(block, path):
