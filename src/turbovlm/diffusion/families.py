@@ -49,6 +49,11 @@ class Block:
     guide: str
     parts: tuple[Part, ...]
 
+    @property
+    def library(self) -> str:
+        """What the dotted paths of the modules and processors begin with that treat tokens alike wherever they lie."""
+        return ".".join(self.path.split(".")[:-1][:2])
+
 
 @dataclass(frozen=True)
 class Denoiser:

@@ -14,6 +14,7 @@ from turbovlm.diffusion.families import Block, Denoiser, Part
 from turbovlm.diffusion.merge_part import Holder, block_forward, denoiser_forward, part_forward
 from turbovlm.diffusion.refresh import Steps
 from turbovlm.diffusion.run import Choice
+from turbovlm.diffusion.whole import what_stood_inside
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.patching import Patch
@@ -38,6 +39,7 @@ class DenoiseFeature:
         holders: paths of the denoisers and of the modules that have the blocks.
         semantic: whether A is computed, for the degree.
         steps: the pipeline's steps, where several share what was chosen in one; None with `refresh=1`.
+        whole: parts that read all tokens, by `Site.name`, and why: at `apply`, then in the last forward.
         removed, last: as in `turbovlm.patching.Feature`; `last` is what each group read in the last forward, by
             `Site.key`, where that was not compiled.
     """
@@ -49,6 +51,7 @@ class DenoiseFeature:
     holders: tuple[tuple[str, Holder], ...]
     semantic: bool
     steps: Steps | None = None
+    whole: dict[str, str] = field(default_factory=dict)
     removed: bool = False
     last: dict[str, Choice] | None = field(default=None, repr=False)
 
@@ -85,7 +88,18 @@ class DenoiseFeature:
             named = list(dict.fromkeys(blocks))
             alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks merge alike"
             lines.append(f"    {named[0]}{alike}{self._tokens_of(group)}")
-        return lines
+        return lines + self._whole()
+
+    def _whole(self) -> list[str]:
+        """The parts that read all tokens, those of one kind and reason in one line."""
+        kinds = {site.name: site.part.path for site in self.sites}
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name, reason in self.whole.items():
+            alike.setdefault((kinds[name], reason), []).append(name)
+        return [
+            f"    left whole: {names[0]}{'' if len(names) == 1 else f' and {len(names) - 1} more {path}'}: {reason}"
+            for (path, reason), names in alike.items()
+        ]
 
     def _tokens_of(self, group: str) -> str:
         keys = {site.key for site in self.sites if site.group == group}
@@ -143,7 +157,9 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     steps = Steps(config.refresh, owner) if config.refresh > 1 else None
     if steps is not None:
         steps.count_with(owner.scheduler)
-    return DenoiseFeature(config, names, sites, tuple(found), holders, needs_semantic(config.degree), steps)
+    reasons = {site.name: what_stood_inside(modules[site.name], site.part, site.library) for site in sites}
+    whole = {name: reason for name, reason in reasons.items() if reason is not None}
+    return DenoiseFeature(config, names, sites, tuple(found), holders, needs_semantic(config.degree), steps, whole)
 
 
 def _find_roots(modules: dict[str, nn.Module], found: dict[str, Denoiser]) -> list[str]:
@@ -168,15 +184,16 @@ def _find_sites(
     sites: list[Site] = []
     groups: list[str] = []
     for stage, blocks in stages.items():
-        for number, name in enumerate(blocks):
-            if number % SHARED_BY == 0:
-                groups.append(f"{stage}:{number // SHARED_BY}")
+        for place, name in enumerate(blocks):
+            if place % SHARED_BY == 0:
+                groups.append(f"{stage}:{place // SHARED_BY}")
             block, parts = _parts_of(modules[name], found[name])
             for part in parts:
                 if part.component in config.components:
                     key = f"{groups[-1]}, by the text" if part.component == "cross_attention" else groups[-1]
                     guide = f"{name.removeprefix(root_of[name])}.{block.guide}"
-                    sites.append(Site(f"{name}.{part.path}", part, groups[-1], len(groups) - 1, guide, key))
+                    path, number = f"{name}.{part.path}", len(groups) - 1
+                    sites.append(Site(path, part, groups[-1], number, guide, key, block.library))
     return tuple(sites)
 
 
@@ -204,7 +221,7 @@ def _find_holders(modules: dict[str, nn.Module], present: set[Denoiser], roots: 
         pixels = int(module.config.get("patch_size") or 1) if image else 0  # type: ignore[operator, union-attr]
         arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
         positions = None if family is None else family.positions
-        holders.append((name, Holder(name in roots, arguments, pixels, positions)))
+        holders.append((name, Holder(name, name in roots, arguments, pixels, positions)))
     return holders
 
 

@@ -58,6 +58,7 @@ class Run:
         grid: rows and columns of the tokens at hand; None where nothing says.
         finest: tokens of the largest resolution that the denoiser could have them of.
         compared: what each group's tokens were found to be most similar to, by `Site.group`.
+        whole: why each part that was called read all tokens, by `Site.name`; None where merging was up to its group.
     """
 
     feature: DenoiseFeature
@@ -69,6 +70,7 @@ class Run:
     grid: tuple[int, int] | None = None
     finest: int = 1
     compared: dict[str, Compared] = field(default_factory=dict)
+    whole: dict[str, str | None] = field(default_factory=dict)
 
 
 class _Thread(threading.local):
