@@ -95,9 +95,11 @@ def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: T
     rows, columns = run.grid or square(x)
     tokens = rows * columns
     if x.shape[1] != tokens and not site.part.text_in_front:
+        kind = type(run.denoiser.get_submodule(site.guide.rpartition(".")[0]))
         raise StateError(
-            f"{site.name} was given {x.shape[1]} of {tokens} tokens: something cuts them into chunks, or merges them "
-            f"too; stop that, or leave {site.part.component!r} out of components"
+            f"{site.name}, in a {kind.__qualname__} of {kind.__module__}, was given {x.shape[1]} of {tokens} tokens: "
+            "something cuts them into chunks, or merges them too; stop that, or leave "
+            f"{site.part.component!r} out of components"
         )
     # rounded half up, as round() would not; and every 2×2 cell, also one that is cut off, keeps a token
     kept = max(math.floor(_share(run, tokens) * tokens + 0.5), -(-rows // 2) * -(-columns // 2))
@@ -132,7 +134,7 @@ def _share(run: Run, tokens: int) -> float:
     """Share of `tokens` tokens that is read: where resolutions differ, by how often the image's rows were halved."""
     keep: Any = run.feature.config.keep
     if isinstance(keep, tuple):
-        halved = round(math.log(run.finest / tokens, 4))
+        halved = max(0, round(math.log(run.finest / tokens, 4)))
         return float(keep[min(halved, len(keep) - 1)])
     return float(keep)
 

@@ -40,6 +40,7 @@ class Holder:
         arguments: names of what its forward takes; the first is the latent, or the tokens.
         pixels: latent pixels a side of a token, where it is given an image; 0 where not.
         positions: name of the argument that says where each token stands, where it has one.
+        halved: how often rows and columns were halved before the first block, in a denoiser.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Holder:
     arguments: tuple[str, ...]
     pixels: int
     positions: str | None
+    halved: int = 0
 
 
 def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -60,8 +62,13 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         run.grid = _grid_of(holder, latent, given, feature.config.grid)
         return original(*args, **kwargs)
     steps, compiling = feature.steps, torch.compiler.is_compiling()
-    if steps is not None and not compiling:
+    if not compiling:
         steps.follow_pipeline(feature)
+        _check_not_compiled(holder, model, feature)
+    seen = latent if is_readable(latent) else None
+    # without `refresh` a graph that cannot look at latents shares nothing
+    shares = seen is not None or steps.every > 1
+    choices = steps.begin_forward(seen) if shares else {}
     grid = _grid_of(holder, latent, given, feature.config.grid)
     guided = latent.ndim == 4 and len(latent) > 1  # FLUX is guided in forwards of their own
     run = Run(
@@ -70,13 +77,13 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         path_for(latent),
         len(latent),
         find_same_latents(latent) if guided else None,
-        {} if steps is None else steps.begin_forward(),
+        choices,
         grid,
-        math.prod(grid or latent.shape[-2:]),
+        math.prod(grid or latent.shape[-2:]) >> 2 * holder.halved,
     )
     out = run_within(run, original, *args, **kwargs)
-    if steps is not None:
-        steps.end_forward()
+    if shares:
+        steps.end_forward(seen, choices)
     if not compiling:
         feature.last = {**(feature.last or {}), **run.choices}  # a list of ControlNets has a forward of each
         reasons: dict[str, str | None] = {**feature.whole, **_reasons(holder, run)}
@@ -186,6 +193,29 @@ def _grid_of_positions(
             "row, so turbovlm does not know how they lie"
         )
     return rows, columns
+
+
+def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
+    """Refuse blocks that are compiled one by one.
+
+    Raises:
+        StateError: one is.
+    """
+    inside = f"{holder.name}." if holder.name else ""
+    for name in feature.blocks:
+        if name.startswith(inside) and is_compiled(model.get_submodule(name.removeprefix(inside))):
+            raise StateError(f"{name} {COMPILED}")
+
+
+def is_compiled(block: Any) -> bool:
+    """Whether a block was compiled by itself, in place."""
+    return getattr(block, "_compiled_call_impl", None) is not None
+
+
+COMPILED = (
+    "is compiled by itself, as compile_repeated_blocks does: every block that merges would be a graph of its own, and "
+    "from the ninth on PyTorch compiles none; compile the whole denoiser, with its compile()"
+)
 
 
 def _reasons(holder: Holder, run: Run) -> dict[str, str | None]:

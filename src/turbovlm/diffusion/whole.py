@@ -54,15 +54,15 @@ def reason_to_leave_whole(patch: Patch, module: Any, text: Any, mask: Any, kwarg
 @constant_in_graphs
 def what_stands_inside(patch: Patch, module: Any) -> str | None:
     """What would be given merged tokens in a part and may look at positions; None where nothing does."""
-    site = patch.detail
-    return (
-        _code_inside(module, site.part, site.library) or _forward_below(module, patch.before) or _hooks_inside(module)
-    )
+    return _inside(module, patch.detail.part, patch.detail.library, patch.before)
 
 
 def what_stood_inside(module: Any, part: Part, library: str) -> str | None:
     """The same of a part that is not patched yet."""
-    before = module.__dict__.get(slot_of(module, "forward"))
+    return _inside(module, part, library, module.__dict__.get(slot_of(module, "forward")))
+
+
+def _inside(module: Any, part: Part, library: str, before: Any) -> str | None:
     return _code_inside(module, part, library) or _forward_below(module, before) or _hooks_inside(module)
 
 
@@ -133,8 +133,8 @@ def _stands_on(layer: Any) -> str | None:
     if placed is not None:
         return _first_of(hook for hook in getattr(placed, "hooks", (placed,)) if _is_foreign(type(hook)))
     forward = layer.__dict__["forward"]
-    owner = getattr(forward, "__self__", None)
-    if owner is layer and getattr(forward, "__func__", None) is type(layer).forward:
+    owner, own = getattr(forward, "__self__", None), getattr(type(layer), "forward", None)
+    if owner is layer and getattr(forward, "__func__", None) is own:
         return None
     # An adapter is a module whose forward stands in for that of the layer that it adapts.
     return None if isinstance(owner, nn.Module) and owner is not layer else f"a forward of its own, {_named(forward)}"
