@@ -23,12 +23,24 @@ QUANTIZATIONS = ("int8", "int8-dynamic", "nf4")
 WIDE = 300
 """Columns of a table that is written to a file or a pipe: none of it is cut."""
 
+written: list[str] = []
+"""Files that the command has written so far: what it says of itself where it is interrupted."""
+
 
 def console_for_tables() -> Console:
     """Standard output; as wide as the terminal if it is one."""
+    return console(None if sys.stdout.isatty() else WIDE)
+
+
+def console(width: int | None = None) -> Console:
+    """Standard output, of so many columns."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=WIDE)
+    class Output(Console):  # type: ignore[misc]
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError at hand, which `turbovlm.cli.main` ends with; rich would exit with 1
+
+    return Output(width=width)
 
 
 def check_numbers(args: argparse.Namespace, *names: str) -> None:
@@ -106,6 +118,7 @@ def write_json(name: str, content: Any) -> None:
         Path(name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise TurboError(f"--json {name}: {error.strerror}") from error
+    written.append(name)
 
 
 def device_named(name: str | None) -> str:
