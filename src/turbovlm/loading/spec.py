@@ -154,7 +154,7 @@ def running(name: str, what: str = "run") -> Iterator[None]:
     except (TurboError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if not _of_library(error) or "DefaultCPUAllocator" in str(error):
+        if not of_library(error) or "DefaultCPUAllocator" in str(error):
             raise
         raise TurboError(f"{name}: the model itself, unmerged, does not {what}: {reason(error)}") from error
 
@@ -165,7 +165,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _of_library(error: Exception) -> bool:
+def of_library(error: Exception) -> bool:
     """Whether the code that raised it is none of turbovlm's."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -88,7 +88,8 @@ def _measure_and_show(args: argparse.Namespace, out: Path, json_file: Path | Non
     if args.quick:
         photos = photos[:QUICK_IMAGES]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    errors = Console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("loading the model", total=count_steps(settings))
         model = load_saliency_vit()
         result = measure(model, photos, settings, lambda stage: progress.update(task, advance=1, description=stage))
