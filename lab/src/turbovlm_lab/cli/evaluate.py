@@ -226,6 +226,13 @@ def _check_options(args: argparse.Namespace) -> None:
                 raise ConfigError(f"--{name} says where --data are; the built-in data have none")
     elif args.model is None and not args.check:
         raise ConfigError("--data without --model: the built-in models read the built-in data; give --model")
+    if (args.model or _builtin_model(args)).startswith("zoo:"):
+        for name, usual in (("dtype", ("float32",)), ("device", (None, "cpu")), ("prompt", (None,))):
+            if getattr(args, name) not in usual:
+                raise ConfigError(
+                    f"--{name} {getattr(args, name)}: built-in models run in float32 on the CPU, asked as they were "
+                    "trained; give --model"
+                )
     check_making(args)
     if args.task != "text-to-image":
         for name in ("steps", "guidance_scale", "strength", "seed", "features", "pictures"):
