@@ -103,6 +103,7 @@ def _compare_pipeline(
     counts = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in DEFAULTS.items()}
     given = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     inputs = inputs_of(pipe, size, counts["batch"], FEW_STEPS, prompt, given)
+    pipe.set_progress_bar_config(disable=True)  # there is one for all rounds
     with running(args.model, f"make an image as {type(pipe).__name__}"):  # it may want an image to begin with
         pipe(**inputs, generator=torch.Generator().manual_seed(args.seed or 0))
     with progress_bar((counts["warmup"] + counts["rounds"]) * (len(configs) + 1)) as progress:
