@@ -21,8 +21,8 @@ from turbovlm.patching import Patch, slot_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CAPTURE = "transformers.utils.output_capturing"
-"""Where the hooks come from by which `transformers` collects attention maps; they stay once states were asked for, and do
-nothing until maps are, which is refused by itself."""
+"""Where the hooks come from by which `transformers` collects attention maps; they stay once states were asked for, and
+do nothing until maps are, which is refused by itself."""
 ADAPTED = "base_layer"
 """Attribute of peft's layers, which stand in place of the one that they adapt."""
 
