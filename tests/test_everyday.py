@@ -143,6 +143,14 @@ def test_hooks_on_blocks_steer(name):
 
 
 @torch.no_grad()
+def test_a_tower_that_does_something_between_its_blocks_is_refused():
+    model = timm_vit()
+    model.blocks = nn.Sequential(*[layer for block in model.blocks for layer in (block, nn.Tanh())])
+    with turbovlm.apply(model, r=4), pytest.raises(StateError, match=r"blocks.2 got tokens without turbovlm's state"):
+        model(IMAGES)
+
+
+@torch.no_grad()
 def test_a_replaced_output_of_another_shape_is_refused():
     model = timm_vit()
     model.blocks[0].register_forward_hook(lambda m, a, out: out[:, :-1])

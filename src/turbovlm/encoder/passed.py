@@ -129,17 +129,21 @@ def through_module(layout: Layout, name: str, block: nn.Module, passed: Passed) 
     return through
 
 
+def has_hooks(module: nn.Module, kind: str) -> bool:
+    """Whether a module has hooks of somebody's, in its dictionary `kind`."""
+    hooks: Mapping[int, Any] = module.__dict__.get(kind) or {}
+    return any(getattr(hook, "__module__", None) != CAPTURE for hook in hooks.values())
+
+
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _hanging(module: Any) -> str | None:
     """What would have no effect if a module were not called; None for a plain one."""
-    own = module.__dict__
-    for hooks in HOOKS:
-        if any(getattr(hook, "__module__", None) != CAPTURE for hook in own.get(hooks, {}).values()):
-            return "hooks"
-    forward = own.get(slot_of(module, "forward"))
+    if any(has_hooks(module, kind) for kind in HOOKS):
+        return "hooks"
+    forward = module.__dict__.get(slot_of(module, "forward"))
     if forward is None or isinstance(forward, Patch) or getattr(forward, "__func__", None) is type(module).forward:
         return None
     return "a forward of its own"
