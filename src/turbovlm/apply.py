@@ -233,7 +233,7 @@ class Handle:
             raise StateError("no encoder is accelerated: apply with r, keep or flops")
         if tower is None and (first or len(encoders) == 1):
             return next(iter(encoders.values()))
-        if tower not in encoders:
+        if not isinstance(tower, str) or tower not in encoders:
             raise ConfigError(f"tower={tower!r}: must be one of {', '.join(map(repr, encoders))}")
         return encoders[tower]
 
