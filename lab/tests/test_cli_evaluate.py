@@ -165,8 +165,9 @@ def test_ctrl_c_says_what_is_kept(kept, said, tmp_path, monkeypatch, capfd):
 
 def test_a_model_that_is_refused_is_not_loaded(tmp_path, coco, monkeypatch, capsys):
     monkeypatch.setattr("turbovlm_lab.evaluate.asking.asked", lambda *args: 1 / 0)
-    assert captioning(tmp_path, coco, "--visual-keep", "0.0001") == 2
-    assert "visual_keep=0.0001" in capsys.readouterr().err
+    TurboConfig((1,) * 99).save(tmp_path / "deep.json")
+    assert captioning(tmp_path, coco, "--settings", tmp_path / "deep.json") == 2
+    assert "99" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["--dtype", "float16"], ["--device", "cuda"], ["--prompt", "what is it"]])

@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
         images = prepare(pictures)
     check_different(images, FEWEST)
     with running(args.model, "take these images"), torch.inference_mode():
-        default_measure(model)(model, select_images(images, next(iter(sizes_of(images).values()))[:1]))
+        for places in sizes_of(images).values():
+            default_measure(model)(model, select_images(images, places[:1]))
     how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}
     with progress_bar(len(files) // 2 * (args.effort + PASSES), "calibrating") as advance:
         found = turbovlm.calibrate(model, images, **target, **how, progress=advance)
