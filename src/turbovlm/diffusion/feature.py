@@ -147,8 +147,8 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
         _check_holder(name, family, modules)
         if set(class_paths(owner)) & set(family.refused):
             raise UnsupportedModelError(
-                f"{type(owner).__name__} gives its denoiser the tokens of two images in one sequence, and turbovlm does "
-                "not know how these lie; for runs without an image apply to pipe.transformer"
+                f"{type(owner).__name__} gives its denoiser the tokens of two images in one sequence, and turbovlm "
+                "does not know how these lie; for runs without an image apply to pipe.transformer"
             )
     if config.grid is not None and not any(family.positions for family in found.values()):
         raise ConfigError(
