@@ -153,7 +153,7 @@ def test_models_of_diffusers_that_are_not_known_are_refused_with_those_that_are(
 
 
 def test_components_as_text():
-    with pytest.raises(ConfigError, match="components='attention': must be some of .*ffn, in a list"):
+    with pytest.raises(ConfigError, match=r"components='attention': must be some of .*ffn, in a list"):
         turbovlm.DenoiseConfig(keep=0.5, components="attention")
 
 
