@@ -210,7 +210,7 @@ def test_attention_that_others_put_in_place_of_the_libraries(family, monkeypatch
 @pytest.mark.parametrize("skipped", ["scores", "energy"])
 def test_guiders_that_change_attention(skipped):
     """Perturbed attention leaves scores out, smoothed energy blurs queries on their grid: of whole attention both."""
-    from diffusers.hooks import LayerSkipConfig
+    from diffusers.hooks import HookRegistry, LayerSkipConfig
     from diffusers.hooks.layer_skip import _apply_layer_skip_hook
     from diffusers.hooks.smoothed_energy_guidance_utils import (
         SmoothedEnergyGuidanceConfig,
@@ -237,8 +237,7 @@ def test_guiders_that_change_attention(skipped):
         hook.remove()
         assert not torch.allclose(perturbed, merged) and repr(handle).count("left whole") == 1
         assert "transformer_blocks.0.attn1 and 1 more attn1: " in repr(handle)
-        attention._diffusers_hook.remove_hook("skip")
-        model.transformer_blocks[2].attn1._diffusers_hook.remove_hook("skip")
+        HookRegistry.check_if_exists_or_initialize(model).remove_hook("skip", recurse=True)
         assert torch.equal(run(model, inputs), merged) and "left whole" not in repr(handle)
     put()
     with torch.no_grad():

@@ -363,7 +363,7 @@ class DenoiseConfig(Settings):
             self._set(keep=check_share("keep", self.keep, LEAST_KEPT))
         parts = self.components
         if not is_list(parts) or not parts or set(parts) - set(COMPONENTS):
-            raise ConfigError(f"components={parts!r}: must be a list of some of {', '.join(COMPONENTS)}")
+            raise ConfigError(f"components={parts!r}: must be some of {', '.join(COMPONENTS)}, in a list")
         self._set(components=tuple(name for name in COMPONENTS if name in parts))
         self._set(refresh=check_integer("refresh", self.refresh, minimum=1))
         check_choice("restore", self.restore, DENOISER_RESTORES)

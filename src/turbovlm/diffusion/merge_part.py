@@ -53,6 +53,7 @@ class Holder:
 
 def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a denoiser, or a holder in it, whose tokens lie in rows and columns that are known from now on."""
+    _check_class(patch, model)
     feature: DenoiseFeature = patch.feature  # type: ignore[assignment]
     holder: Holder = patch.detail
     given: dict[str, Any] = {**dict(zip(holder.arguments, args)), **kwargs}
@@ -97,6 +98,7 @@ def block_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwar
 
     The first time, its hidden states get the run as an attribute, by which the second time finds it.
     """
+    _check_class(patch, block)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return original(*args, **kwargs)
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -110,6 +112,7 @@ def block_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwar
 
 def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run one part of a block on merged tokens, and give every position its token's result."""
+    _check_class(patch, module)
     site: Site = patch.detail
     part = site.part
     x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
@@ -134,6 +137,20 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
     if isinstance(out, Tensor) and not words:
         return merge.unmerge(out)
     return _restore_beside_text(part, merge, out)
+
+
+def _check_class(patch: Patch, module: Any) -> None:
+    """See that the forward which a patch stands in for is still that of the module's class.
+
+    Raises:
+        StateError: another library, such as tomesd, has given the module another class, or the class another forward.
+    """
+    own: Any = type(module)
+    if own.forward is not patch.method:
+        raise StateError(
+            f"a {own.__qualname__} of {own.__module__} has had another forward since turbovlm.apply, which would not "
+            "be called: take that off, or remove turbovlm's and apply again"
+        )
 
 
 def _current_run(patch: Patch, name: str) -> Run:
