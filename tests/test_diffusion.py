@@ -279,7 +279,7 @@ def test_what_cannot_be_done_says_why():
         turbovlm.apply(model, keep=0.5)
     from diffusers import AutoencoderKL, UNet2DModel
 
-    with pytest.raises(UnsupportedModelError, match="no block that turbovlm can accelerate"):
+    with pytest.raises(UnsupportedModelError, match="without a block that turbovlm knows"):
         turbovlm.apply(AutoencoderKL(), keep=0.5)
     convolutions = UNet2DModel(
         block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2

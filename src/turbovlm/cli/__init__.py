@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = argparse.Namespace()
+    measuring.written.clear()  # of a command before, in one process
     with interruptible() as interrupt, without_remarks():
         try:
             return _run(argv, args)
@@ -89,7 +90,6 @@ def _run(argv: Sequence[str], args: argparse.Namespace) -> int:
     if importlib.util.find_spec("rich") is None:
         raise TurboError("the command line needs rich: pip install 'turbovlm[cli]'")
     parser = _parser([*COMMANDS, *(point.load() for point in added.values())])
-    measuring.written.clear()
     try:
         parser.parse_args(argv, args)
         code: int = args.run(args)
