@@ -9,7 +9,7 @@ import torch
 
 import turbovlm
 from turbovlm.vlm.marks import ATTENTION
-from vlms import CLIP, IMAGE, TEXT, VLMS, seeded, square, visual_of, Vlm
+from vlms import VLMS, seeded, visual_of
 
 transformers = pytest.importorskip("transformers")
 
