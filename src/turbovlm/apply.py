@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turbovlm.config import Config, DenoiseConfig, ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
-from turbovlm.patching import Feature, install, patches_on, remove
+from turbovlm.patching import Feature, Patch, install, patches_on, remove
 from turbovlm.registry import class_paths, families, family_of
 from turbovlm.workflows import configs_from
 
@@ -63,7 +63,7 @@ def apply(model: Any, *configs: Any, **settings: Any) -> Handle:
             f"accelerated in {known}"
         )
     features = _find(module, model, configs_from(configs, settings, denoises, type(module).__name__))
-    install([patch for feature in features for patch in feature.patches(module)])
+    install([*(patch for feature in features for patch in feature.patches(module)), *_checks(module, features)])
     return Handle(module, features)
 
 
@@ -78,12 +78,22 @@ def _find(module: nn.Module, owner: Any, configs: tuple[Config, ...]) -> list[Fe
         elif isinstance(config, ReadConfig):
             from turbovlm.vlm.install import find_readings
 
-            features += find_readings(module, config)
+            features += find_readings(module, config, any(isinstance(other, TurboConfig) for other in configs))
         elif isinstance(config, DenoiseConfig):
             from turbovlm.diffusion.feature import find_denoiser
 
             features.append(find_denoiser(module, config, owner))
     return features
+
+
+def _checks(module: nn.Module, features: list[Feature]) -> list[Patch]:
+    """What sees, at every call, that a language model reads an encoder where it has all positions."""
+    encoders = [feature for feature in features if isinstance(feature.config, TurboConfig)]
+    if not encoders:
+        return []
+    from turbovlm.vlm.layers import layer_checks
+
+    return layer_checks(module, encoders)
 
 
 def get_handle(model: Any) -> Handle:

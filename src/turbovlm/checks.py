@@ -9,6 +9,9 @@ from typing import Any
 
 from turbovlm.errors import ConfigError
 
+SEED_LIMIT = 2**32
+"""Seeds are below it, as those of NumPy."""
+
 
 def check_integer(name: str, value: Any, minimum: int = 0, shown: Any = None) -> int:
     """Return `value` as an int if it is an integer of at least `minimum`; `shown` stands in the message instead of it.
@@ -20,6 +23,18 @@ def check_integer(name: str, value: Any, minimum: int = 0, shown: Any = None) ->
         what = "the number of tokens merged per block" if name == "r" else "it"
         raise ConfigError(f"{name}={value if shown is None else shown!r}: {what} must be an integer ≥ {minimum}")
     return int(value)
+
+
+def check_seed(value: Any) -> int:
+    """Return a seed as an int: one below 2³², as NumPy's are.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    seed = check_integer("seed", value)
+    if seed >= SEED_LIMIT:
+        raise ConfigError(f"seed={value!r}: must be an integer from 0 to {SEED_LIMIT - 1}")
+    return seed
 
 
 def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:

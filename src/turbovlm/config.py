@@ -7,7 +7,7 @@ Each field is valid wherever its class is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,12 +18,13 @@ from turbovlm.checks import (
     check_grid,
     check_integer,
     check_number,
+    check_seed,
     check_share,
     check_share_or_count,
     is_list,
 )
 from turbovlm.errors import ConfigError
-from turbovlm.ops.degree import DEGREES, DegreeFunction, LayeredDegree, default_alpha
+from turbovlm.ops.degree import DEGREES, DegreeFunction, LayeredDegree, default_alpha, needs_semantic
 from turbovlm.settings_file import read_settings, write_settings
 
 SIMILARITIES = ("heads", "keys", "queries", "hidden", "auto")
@@ -88,6 +89,38 @@ class Settings:
             return f"degree={getattr(self.degree, '__name__', type(self.degree).__name__)}"
         alpha = default_alpha(self.degree) if self.alpha is None else self.alpha
         return f"degree={self.degree}" + ("" if self.degree in _WITHOUT_ALPHA else f", alpha={alpha:g}")
+
+    @classmethod
+    def unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        """The fields that nothing reads beside those `values`, with the reason; fields that are missing have defaults.
+
+        A seed is none of them, although some settings draw nothing: a program may number its runs by it.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return cls._unread({**defaults, **values})
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        degree = values["degree"]
+        if callable(degree):
+            return {"alpha": "a degree that is a callable has its own numbers: put it there"}
+        return {"alpha": f"degree={degree!r} has no alpha"} if degree in _WITHOUT_ALPHA else {}
+
+    def changed(self, **changes: Any) -> Any:
+        """The settings with changes, and with the defaults of those fields that nothing reads then.
+
+        Raises:
+            ConfigError: as when the settings are made.
+        """
+        values = {**vars(self), **changes}
+        return type(self)(**{name: value for name, value in values.items() if name not in self.unread(values)})
+
+    def _check_unread(self) -> None:
+        """See that every field that is not at its default has an effect."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        for name, reason in self.unread(vars(self)).items():
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ConfigError(f"{name}={value!r}: it would have no effect: {reason}")
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -185,7 +218,7 @@ class TurboConfig(Settings):
                 raise ConfigError(f"{self._written((name,))}: an encoder takes one share; give r a value per block")
             if getattr(self, name) is not None:
                 self._set(**{name: check_share(name, getattr(self, name))})
-        self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_integer("seed", self.seed))
+        self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_seed(self.seed))
         self._check_degree()
         check_choice("similarity", self.similarity, SIMILARITIES)
         check_choice("guidance", self.guidance, GUIDANCES)
@@ -200,6 +233,15 @@ class TurboConfig(Settings):
             if self.partition != "grid":
                 raise ConfigError(f'grid={self.grid!r}: only partition="grid" uses it, not {self.partition!r}')
             self._set(grid=check_grid(self.grid))
+        self._check_unread()
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        found = super()._unread(values)
+        degree = values["degree"]
+        if not needs_semantic(degree) and not values["trace"]:
+            found["guidance"] = f"degree={degree!r} needs no attention, and there is no trace=True that records it"
+        return found
 
     @classmethod
     def paper(
@@ -216,15 +258,25 @@ class TurboConfig(Settings):
         """The authors' implementation to the letter: keys, alternate halves, and α multiplied by 30.
 
         `degree="layered"` is the layered fusion S4, a `LayeredDegree`; so is `"weighted_difference"` with a `beta`
-        other than 1, as in their code. Other degrees know neither `beta` nor `gamma`.
+        other than 1, as in their code. Other degrees know neither `beta` nor `gamma`, nor all of them `alpha`.
+
+        Raises:
+            ConfigError: naming the field, the value and what is allowed.
         """
         multiplier = check_number("alpha", alpha) * PAPER_ALPHA_SCALE
         layered = degree == "layered" or (degree == "weighted_difference" and beta != 1)
+        for name, value, default in (("beta", beta, 1.0), ("gamma", gamma, 0)):
+            if value != default and not layered:
+                raise ConfigError(
+                    f"{name}={value!r}: it would have no effect: degree={degree!r} with beta={beta!r} is not layered"
+                )
+        if degree in _WITHOUT_ALPHA and alpha != 6.0:
+            raise ConfigError(f"alpha={alpha!r}: it would have no effect: degree={degree!r} has no alpha")
         return cls(
             r=r,
             min_tokens=min_tokens,
             degree=LayeredDegree(multiplier, beta, gamma) if layered else degree,
-            alpha=None if layered else multiplier,
+            alpha=None if layered or degree in _WITHOUT_ALPHA else multiplier,
             similarity="keys",
             partition="alternate",
             order="partition",
@@ -307,7 +359,26 @@ class ReadConfig(Settings):
         check_choice("guidance", self.guidance, GUIDANCES)
         check_flag("proportional", self.proportional)
         check_choice("reduce", self.reduce, ("merge", "prune"))
-        self._set(seed=check_integer("seed", self.seed))
+        self._set(seed=check_seed(self.seed))
+        self._check_unread()
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        select, degree = values["visual_select"], values["degree"]
+        how = f"visual_select={select!r}"
+        if select in ("random", "uniform", "pooling"):
+            found = dict.fromkeys(("degree", "alpha", "guidance"), f"{how} goes by no degree and no attention")
+            if select == "pooling":
+                found["reduce"] = f"{how} averages"
+            return found
+        found = super()._unread(values)
+        if select != "information":
+            found |= dict.fromkeys(("degree", "alpha"), f"{how} is a degree of its own, without alpha")
+        if select == "redundancy" or (select == "information" and not needs_semantic(degree)):
+            found["guidance"] = f"{how if select == 'redundancy' else f'degree={degree!r}'} needs no attention"
+        if values["visual_keep"] is None:
+            found["guidance"] = "cross_keep goes by the words' attention, and not by the tower's"
+        return found
 
     @property
     def summary(self) -> str:
@@ -368,11 +439,19 @@ class DenoiseConfig(Settings):
         self._set(refresh=check_integer("refresh", self.refresh, minimum=1))
         check_choice("restore", self.restore, DENOISER_RESTORES)
         check_flag("proportional", self.proportional)
-        self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_integer("seed", self.seed))
+        self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_seed(self.seed))
         self._check_degree()
         check_choice("reduce", self.reduce, REDUCTIONS)
         if self.grid is not None:
             self._set(grid=check_grid(self.grid))
+        self._check_unread()
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        found = super()._unread(values)
+        if values["restore"] == "linear" and "ffn" not in values["components"]:
+            found["restore"] = "regression is of what feed-forwards add, and components has no 'ffn'"
+        return found
 
     @property
     def summary(self) -> str:

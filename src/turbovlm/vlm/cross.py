@@ -23,6 +23,7 @@ from turbovlm.ops.attention import size_bias
 from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch
 from turbovlm.registry import families, family_of
+from turbovlm.threads import PerThread
 from turbovlm.vlm.marks import IMAGE, IMAGE_SIZES
 from turbovlm.vlm.select import Selection, kept_count, select
 
@@ -41,7 +42,7 @@ class CrossFeature:
         depth: how many there are.
         prefix: image tokens in front that always stay: CLS.
         removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` for each time that tokens were left
-            out.
+            out in this thread's last forward.
     """
 
     setting: ClassVar[str] = "cross_keep"
@@ -52,10 +53,16 @@ class CrossFeature:
     depth: int
     prefix: int = 1
     removed: bool = False
-    last: tuple[Selection, ...] | None = field(default=None, repr=False)
+    _last: PerThread[tuple[Selection, ...]] = field(default_factory=PerThread, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None}
+    @property
+    def last(self) -> tuple[Selection, ...] | None:
+        """What the last forward of this thread has left out, or of any where this one had none."""
+        return self._last.get()
+
+    @last.setter
+    def last(self, selections: tuple[Selection, ...] | None) -> None:
+        self._last.set(selections)
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """The forward of every layer, and of its cross-attention."""

@@ -151,12 +151,17 @@ class ShortenedPrompt:
         return taken * self.seen.unsqueeze(-1)
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """`[batch, M, width]` to `[batch, N, width]`: a dropped column gets the last one before it that is left."""
+        """`[batch, M, width]` to `[batch, N, width]`: no column is empty, as readers may norm or average them.
+
+        A dropped column, or one of padding, gets the last one before it that is left; in front of all of them, the
+        first.
+        """
         spare = torch.where(self.seen, self.index, self.columns)
         number = torch.arange(1, hidden.shape[1] + 1, device=hidden.device).expand_as(spare)
         at = spare.new_zeros(len(hidden), self.columns + 1).scatter(1, spare, number)[:, : self.columns]
-        last = at.cummax(dim=1).values.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        return F.pad(hidden, (0, 0, 1, 0)).gather(1, last)
+        first = ((~self.seen).sum(dim=1, keepdim=True) + 1).clamp(max=hidden.shape[1])
+        last = at.cummax(dim=1).values.maximum(first) - 1
+        return hidden.gather(1, last.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     def cached(self) -> CachedPrompts:
         """What a cache holds once the prompt has been read."""

@@ -158,4 +158,5 @@ class EncoderSubject(Subject):
         alpha = config.alpha
         if alpha is None and not callable(config.degree):
             alpha = default_alpha(config.degree)
-        return replace(config, similarity=feature.similarity, guidance=feature.guidance, alpha=alpha)
+        settled: TurboConfig = config.changed(similarity=feature.similarity, guidance=feature.guidance, alpha=alpha)
+        return settled
