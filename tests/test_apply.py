@@ -336,18 +336,6 @@ REFUSED = [
         "relative position bias",
     ),
     (lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)), "its attention is causal"),
-    (
-        lambda: transformers.Dinov2Backbone(
-            transformers.Dinov2Config(
-                hidden_size=32,
-                num_hidden_layers=3,
-                num_attention_heads=2,
-                image_size=48,
-                out_features=["stage1", "stage3"],
-            )
-        ),
-        "grids of several blocks",
-    ),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 import turbovlm
 from families import FAMILIES
 from turbovlm.encoder import variant
-from turbovlm.encoder.block import attention_of_guide
+from turbovlm.encoder.attention import attention_of_guide
 from turbovlm.encoder.families.transformers import YOLOS
 from turbovlm.encoder.towers import matrix_shape
 from turbovlm.patching import patches_on

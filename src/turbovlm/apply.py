@@ -169,24 +169,28 @@ class Handle:
         """
         return self._selections("cross_keep", "cross-attention reads all tokens", "no image has been read yet")
 
-    def restore(self, tokens: Tensor, *, tower: str | None = None) -> Tensor:
-        """Give every position of the last forward's input the value of the token it became part of.
+    def restore(self, tokens: Tensor, *, block: int | None = None, tower: str | None = None) -> Tensor:
+        """Give every position of an encoder's input the value of the token it became part of.
 
-        For heads that need the full grid: segmentation, saliency, detection. Differentiable.
+        For heads that need the full grid: segmentation, saliency, detection, and probes of an earlier block.
+        Differentiable.
 
         Args:
-            tokens: `[batch, M, ...]`, one entry per token that the encoder handed on, prefix included.
+            tokens: `[batch, M, ...]`, one entry per token that a block handed on, prefix included. The very output of
+                a block knows its forward; anything else is taken as of the last forward of this thread, or, where this
+                thread had none, of the last one in any.
+            block: how many blocks had run by then: k for `hidden_states[k]`; if None, `M` tells.
             tower: path of the encoder, where several are accelerated.
 
         Returns:
-            `[batch, N0, ...]`, in the order of the encoder's input; the tokens themselves where the encoder has
-            already restored them.
+            `[batch, N0, ...]`, in the order of the encoder's input; the tokens themselves where they are restored
+            already.
 
         Raises:
             StateError: no forward has ended yet, or the tokens are not those of the last one.
-            ConfigError: an unknown tower.
+            ConfigError: an unknown tower or block.
         """
-        return self._encoder_of(tower).restored(tokens)
+        return self._encoder_of(tower).restored(tokens, block)
 
     def remove(self) -> None:
         """Give the model back as it was. A second call does nothing."""

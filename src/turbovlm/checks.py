@@ -28,11 +28,15 @@ def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
     Raises:
         ConfigError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if not math.isfinite(number):
         raise ConfigError(f"{name}={value!r}: must be a finite number")
-    if value < minimum:
+    if number < minimum:
         raise ConfigError(f"{name}={value!r}: must be a number ≥ {minimum:g}")
-    return float(value)
+    return number
 
 
 def check_share(name: str, value: Any, minimum: float = 0.0) -> float:

@@ -22,6 +22,10 @@ ACCELERATE_HOOK, BELOW_HOOK = "_hf_hook", "_old_forward"
 """What accelerate's `add_hook_to_module` gives a module: its hook, and the forward that the hook calls."""
 
 
+REPLICATE = "_replicate_for_data_parallel"
+"""The method by which `nn.DataParallel` copies a module for another device, and what is in its `__dict__` with it."""
+
+
 class Feature(Protocol):
     """One thing that turbovlm does to a model: an encoder that merges, a prompt that is shortened, a denoiser.
 
@@ -85,6 +89,8 @@ class Patch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
+        if args and args[0] is module:  # accelerate's unwrap_model binds what it finds below its wrappers to the model
+            args = args[1:]
         original = functools.partial(self.method, module) if self.before is None else self.before
         if self.feature.removed:
             return original(*args, **kwargs)
@@ -101,9 +107,20 @@ class Patch:
         return {**named, **extra}
 
     @property
+    def __code__(self) -> Any:
+        """That of the method, which `torch.export` names its symbols by."""
+        return self.method.__code__
+
+    @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(self.method)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def moved_to(self, module: Any) -> Patch:
+        """The same patch, and those below it, on another module."""
+        new = Patch(module, self.name, self.function, self.feature, self.detail, self.by_name)
+        new.before = self.before.moved_to(module) if isinstance(self.before, Patch) else self.before
+        return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         # The module is being copied itself, so its copy is known; a patch that is copied alone stays on its module.
@@ -133,10 +150,28 @@ def slot_of(module: Any, name: str) -> str:
 
 def install(patches: Iterable[Patch]) -> None:
     """Put patches on their modules, in order; a later one on the same method goes around the earlier one."""
+    modules: dict[int, Patch] = {}
     for patch in patches:
-        slot = slot_of(patch.module, patch.name)
-        patch.before = patch.module.__dict__.get(slot)
-        setattr(patch.module, slot, patch)
+        _put_on(patch)
+        if isinstance(patch.module, nn.Module):
+            modules.setdefault(id(patch.module), patch)
+    for patch in modules.values():
+        _put_on(Patch(patch.module, REPLICATE, replicate, patch.feature))
+
+
+def _put_on(patch: Patch) -> None:
+    slot = slot_of(patch.module, patch.name)
+    patch.before = patch.module.__dict__.get(slot)
+    setattr(patch.module, slot, patch)
+
+
+def replicate(patch: Patch, module: nn.Module, original: Any, /) -> nn.Module:
+    """Make a module's replica, as `nn.DataParallel` does for every device, whose patches run on the replica."""
+    replica: nn.Module = original()
+    for slot, value in list(replica.__dict__.items()):
+        if isinstance(value, Patch):
+            replica.__dict__[slot] = value.moved_to(replica)
+    return replica
 
 
 def patches_on(model: nn.Module) -> Iterator[Patch]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,40 +16,24 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.config import TurboConfig
+from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_query, normalised, sizes_from_mask
 from turbovlm.encoder.layout import Layout, Parts
+from turbovlm.encoder.passed import through_module
+from turbovlm.encoder.reading import asked_of
 from turbovlm.encoder.schedule import clamp
 from turbovlm.encoder.state import PREFIX, STATE, State, traced
 from turbovlm.errors import StateError
-from turbovlm.ops.attention import size_bias
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
 from turbovlm.ops.partition import Partition, partition_tokens, positions
-from turbovlm.ops.tracing import is_exporting, is_readable
+from turbovlm.ops.tracing import is_exporting, is_transformed
 from turbovlm.patching import Patch
 
 if TYPE_CHECKING:
     from turbovlm.encoder.feature import EncoderFeature
 
-
-@dataclass(frozen=True)
-class Heads:
-    """What a block attends with.
-
-    Attributes:
-        q, k, v: queries, keys (both rotated, where the model rotates) and values, `[batch, heads, tokens, head_dim]`.
-        content: the unrotated keys, or queries for `similarity="queries"`.
-        bias: what attention adds to its scores, `[batch, 1, 1, tokens]`, or None.
-        scale: what it multiplies them by before.
-        dropout: of the attention weights.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    content: Tensor
-    bias: Tensor | None
-    scale: float
-    dropout: float
+OF_NO_EFFECT = ("num_items_in_batch",)
+"""Tensors that `transformers` passes to every block on its way to the loss."""
 
 
 def block_forward(
@@ -63,18 +47,21 @@ def block_forward(
     index, config, layout = patch.detail, feature.config, feature.layout
     arguments = {**dict(zip(layout.arguments, args)), **kwargs}
     state = _begin(feature, hidden) if index == 0 else _resume(feature, index, hidden)
+    if state.tokens is not None:  # what was handed on is restored; the merged tokens came with it
+        hidden = state.tokens
     asked = state.amounts[index] if config.thresholds is None else hidden.shape[1]
     r = clamp(asked, hidden.shape[1], state.prefix + state.suffix, config.min_tokens)
     if r == 0 and not state.merges and not config.trace:
         out = original(hidden, *args, **kwargs)
-        return _hand_on(feature, replace(state, block=index + 1), out[0] if layout.returns_tuple else out)
-    _check_arguments(feature, index, arguments)
+        return _hand_on(feature, state, out[0] if layout.returns_tuple else out)
+    _check_arguments(feature, index, state, arguments)
+    through = through_module(layout, feature.names[index], block, feature.passed)
     if state.sizes is None and layout.mask is not None:
-        sizes = _sizes_from_mask(arguments.get(layout.mask), hidden)
+        sizes = sizes_from_mask(arguments.get(layout.mask), hidden)
         state = replace(state, sizes=sizes, padded=sizes is not None)
     parts, path = layout.parts(block), path_for(hidden)
-    x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments)
-    return _hand_on(feature, replace(state, block=index + 1), _second_half(parts, x))
+    x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments, through)
+    return _hand_on(feature, state, _second_half(parts, x))
 
 
 def unmerged_forward(
@@ -82,53 +69,32 @@ def unmerged_forward(
 ) -> Tensor:
     """Both halves of a block without a merge between them."""
     parts, path = layout.parts(block), path_for(x)
-    heads = _heads(block, parts, layout, config, x, state, arguments)
-    return _second_half(parts, _attend(parts, path, x, heads))
-
-
-@torch.no_grad()
-def attention_of_guide(
-    block: nn.Module,
-    layout: Layout,
-    config: Any,
-    prefix: int,
-    guidance: str,
-    hidden: Tensor,
-    arguments: Mapping[str, Any],
-) -> Tensor:
-    """A of every patch, `[batch, patches]`, in a block that attends to `hidden`, `[batch, tokens, width]`.
-
-    Where tokens were merged before, the patches of one share what it gets.
-
-    Args:
-        config: one with `proportional`, and `similarity` where it has it.
-    """
-    state: State = getattr(hidden, STATE, State(0, (), prefix))
-    if state.sizes is None and layout.mask is not None:
-        state = replace(state, sizes=_sizes_from_mask(arguments.get(layout.mask), hidden))
-    parts, path = layout.parts(block), path_for(hidden)
-    heads = _heads(block, parts, layout, config, hidden, state, arguments)
-    row: Tensor = path.attention_row(_guide(heads, guidance, state), heads.k, heads.bias)
-    if state.merges:
-        source = state.source()
-        assert source is not None and state.sizes is not None
-        row = (row / state.sizes).gather(1, source)
-    return row[:, prefix : row.shape[1] - state.suffix]
+    return _second_half(parts, first_half(block, parts, path, layout, config, x, state, arguments))
 
 
 def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
+    if not isinstance(hidden, Tensor):
+        raise StateError(
+            f"{feature.names[0]} got a {type(hidden).__name__}, no tensor: an accelerated block merges by the values "
+            "of its tokens, which a symbolic trace (torch.fx) does not have; read features by forward hooks on the "
+            "blocks and handle.restore, or trace the model after handle.remove()"
+        )
     prefix: int = getattr(hidden, PREFIX, feature.shape.prefix)
-    r, suffix = feature.config.r, feature.shape.suffix
+    r, suffix, asked = feature.config.r, feature.shape.suffix, asked_of(feature)
+    blocks, maps = (frozenset(), False) if asked is None else (asked.blocks, asked.maps)
     if isinstance(r, tuple):
-        return State(0, r, prefix, suffix)
-    if r is not None:
-        return State(0, (cast(int, r),) * feature.shape.depth, prefix, suffix)
-    amounts: tuple[int, ...] = feature.solved_amounts(operator.index(hidden.shape[1]), operator.index(prefix))
-    return State(0, amounts, prefix, suffix)
+        amounts = r
+    elif r is not None:
+        amounts = (cast(int, r),) * feature.shape.depth
+    else:
+        amounts = feature.solved_amounts(operator.index(hidden.shape[1]), operator.index(prefix))
+    return State(0, amounts, prefix, suffix, whole=blocks, maps=maps, lengths=(hidden.shape[1],))
 
 
 def _resume(feature: EncoderFeature, index: int, hidden: Tensor) -> State:
     state: State | None = getattr(hidden, STATE, None)
+    if state is None:
+        state = _of_replaced(feature, index, hidden)
     if state is None or state.block != index:
         found = "tokens without turbovlm's state" if state is None else f"the tokens of block {state.block - 1}"
         raise StateError(
@@ -136,29 +102,59 @@ def _resume(feature: EncoderFeature, index: int, hidden: Tensor) -> State:
             "between the two blocks replaces the hidden states, so it is not known which tokens were merged; "
             "handle.remove() gives the model back"
         )
+    if state.version is not None and state.version != _version(hidden):
+        raise StateError(
+            f"what {feature.names[index - 1]} handed out, restored to every position, was changed in place, but "
+            f"{feature.names[index]} goes on with the merged tokens: change a copy"
+        )
     return state
 
 
+def _of_replaced(feature: EncoderFeature, index: int, hidden: Tensor) -> State | None:
+    """The state of a block's output that a hook has replaced by another of its shape, as one that steers does."""
+    state = None if torch.compiler.is_compiling() else feature.last_here
+    if state is None or state.block != index:
+        return None
+    if index - 1 in state.whole and state.merges:
+        raise StateError(
+            f"what {feature.names[index - 1]} handed out, restored to every position, was replaced, but "
+            f"{feature.names[index]} goes on with the merged tokens: change them in a call that does not ask for them"
+        )
+    batch = state.merges[-1].sizes.shape[0] if state.merges else hidden.shape[0]
+    return state if hidden.shape[:2] == (batch, state.lengths[-1]) else None
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place, where that is counted."""
+    if torch.compiler.is_compiling() or x.is_inference() or is_transformed(x):
+        return None
+    return x._version
+
+
 def _hand_on(feature: EncoderFeature, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
-    """Attach the state for the next block; at the end of the encoder, keep it, and restore what needs restoring."""
-    depth = len(feature.names)
-    if state.block < depth or not feature.restore:
-        setattr(x, STATE, state)
-    else:
+    """Attach the state for the next block, and keep it; restore where every position is read."""
+    depth, block = len(feature.names), state.block + 1
+    state = replace(state, block=block, tokens=None, version=None, lengths=(*state.lengths, x.shape[1]))
+    if not is_exporting():
+        feature.last = replace(state, lost=()) if state.lost and block == depth else state
+    if state.merges and block == depth and feature.restore:
         x = state.restored(x)
-    if state.block == depth and not is_exporting():
-        feature.last = replace(state, lost=())
+    elif state.merges and block - 1 in state.whole:
+        merged, x = x, state.restored(x)
+        setattr(x, STATE, replace(state, tokens=merged, version=_version(x)))
+    elif block < depth or not feature.restore:
+        setattr(x, STATE, state)
     return (x,) if feature.layout.returns_tuple else x
 
 
-def _check_arguments(feature: EncoderFeature, index: int, arguments: Mapping[str, Any]) -> None:
-    known = (*feature.layout.understood, feature.layout.mask)
+def _check_arguments(feature: EncoderFeature, index: int, state: State, arguments: Mapping[str, Any]) -> None:
+    known = (*feature.layout.understood, feature.layout.mask, *OF_NO_EFFECT)
+    if state.maps or arguments.get("output_attentions"):
+        raise StateError(
+            f"output_attentions=True: {feature.names[index]} is accelerated and never builds its attention map; "
+            "TurboConfig(trace=True) records the guide's attention row, handle.remove() brings the map back"
+        )
     for name, value in arguments.items():
-        if name == "output_attentions" and value:
-            raise StateError(
-                f"output_attentions=True: {feature.names[index]} is accelerated and never builds its attention map; "
-                "TurboConfig(trace=True) records the guide's attention row, handle.remove() brings the map back"
-            )
         if name not in known and (isinstance(value, Tensor) or (name == "is_causal" and value)):
             raise StateError(f"{feature.names[index]} got {name}, which an accelerated block cannot honour")
 
@@ -173,49 +169,20 @@ def _attend_and_merge(
     r: int,
     hidden: Tensor,
     arguments: Mapping[str, Any],
+    through: bool,
 ) -> tuple[Tensor, State]:
     """The first half and the merge; what they computed is gone from memory before the MLP needs some."""
-    config = feature.config
-    heads = _heads(block, parts, feature.layout, config, hidden, state, arguments)
-    if r == 0 and not config.trace:
-        return _attend(parts, path, hidden, heads), state
-    features, semantic = _ranked_by(path, feature, state, heads)
-    x = _attend(parts, path, hidden, heads)
-    del heads
+    config, layout = feature.config, feature.layout
+    seen: list[tuple[Tensor | None, Tensor | None]] = []
+    ranks = r > 0 or config.trace
+    look = (lambda heads: seen.append(_ranked_by(path, feature, state, heads))) if ranks else None
+    x = first_half(block, parts, path, layout, config, hidden, state, arguments, through, look)
+    if not ranks:
+        return x, state
+    features, semantic = seen[0]
     if features is None:  # what the MLP reads, normed already where norms come after the residual
-        features = _normed(None if parts.norm_after_attention is not None else parts.mlp[0], x).detach()
+        features = normalised(None if parts.norm_after_attention is not None else parts.mlp[0], x).detach()
     return _merge(path, feature, index, state, r, x, features, semantic)
-
-
-def _heads(
-    block: nn.Module,
-    parts: Parts,
-    layout: Layout,
-    config: Any,
-    hidden: Tensor,
-    state: State,
-    arguments: Mapping[str, Any],
-) -> Heads:
-    """Queries, keys and values of `norm1(hidden)`, and attention's bias."""
-    normed = _normed(parts.norm1, hidden)
-    if callable(parts.project):
-        flat = parts.project(block, normed)
-    elif len(parts.project) == 1:
-        flat = parts.project[0](normed).chunk(3, dim=-1)
-    else:
-        flat = tuple(project(normed) for project in parts.project)
-    q, k, v = (each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)
-    q, k = _normed(parts.query_norm, q), _normed(parts.key_norm, k)
-    content = q if getattr(config, "similarity", None) == "queries" else k
-    if layout.rotary is not None:
-        q, k = layout.rotary(block, q, k, state.positions, arguments)
-    sizes = state.sizes
-    if sizes is not None and not config.proportional:  # all alike, but for padding
-        sizes = (sizes > 0).to(sizes.dtype) if state.padded else None
-    bias = None if sizes is None else size_bias(sizes, q.dtype)
-    scale = q.shape[-1] ** -0.5 if parts.scale is None else parts.scale
-    dropout = parts.dropout.p if isinstance(parts.dropout, nn.Dropout) else parts.dropout or 0.0
-    return Heads(q, k, v, content, bias, scale, float(dropout) if block.training else 0.0)
 
 
 def _ranked_by(
@@ -232,34 +199,14 @@ def _ranked_by(
     elif feature.similarity != "hidden":  # the sum over heads: its cosine is the mean's
         features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
     if feature.semantic:
-        semantic = path.attention_row(_guide(heads, feature.guidance, state).detach(), heads.k.detach(), heads.bias)
+        semantic = path.attention_row(
+            guide_query(heads, feature.guidance, state).detach(), heads.k.detach(), heads.bias
+        )
     return features, semantic
 
 
-def _attend(parts: Parts, path: ModuleType, hidden: Tensor, heads: Heads) -> Tensor:
-    """The first half: `hidden + attention`, `[batch, tokens, width]`."""
-    mixed = path.attend(heads.q, heads.k, heads.v, heads.bias, heads.scale, heads.dropout)
-    out = hidden + _apply_steps(parts.after_attention, mixed.transpose(1, 2).flatten(2))
-    return _normed(parts.norm_after_attention, out)
-
-
 def _second_half(parts: Parts, x: Tensor) -> Tensor:
-    return _normed(parts.norm_after_mlp, x + _apply_steps(parts.mlp, x))
-
-
-def _apply_steps(steps: tuple[Any, ...], x: Tensor) -> Tensor:
-    """Call modules, multiply by tensors and numbers, skip None, in order."""
-    for step in steps:
-        if isinstance(step, nn.Module):
-            x = step(x)
-        elif step is not None:
-            x = x * step
-    return x
-
-
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    normed: Tensor = x if norm is None else norm(x)
-    return normed
+    return normalised(parts.norm_after_mlp, x + apply_steps(parts.mlp, x))
 
 
 def _merge(
@@ -293,7 +240,7 @@ def _merge(
         merge, merged = merge_ranked(
             ranking, r, x, sizes=state.sizes, order=config.order, reduce=config.reduce, path=path
         )
-        if feature.restore == "residual":
+        if feature.how == "residual" and (feature.restore or state.whole):
             state = replace(state, lost=(*state.lost, merge.lost(x, merged)))
         x, state = merged, _follow(feature, state, merge, partition)
     if config.trace:
@@ -333,29 +280,3 @@ def _partition(config: TurboConfig, state: State, index: int, x: Tensor) -> Part
     place[:, tokens - suffix :] = tokens
     candidates = place.sort(dim=1).values[:, : tokens - prefix - suffix - fixed]
     return Partition(candidates, state.destinations, suffix=suffix)
-
-
-def _guide(heads: Heads, guidance: str, state: State) -> Tensor:
-    """The guide's query, scaled: CLS's, or the mean of the patches', weighted by size."""
-    if guidance == "cls":
-        return heads.q[:, :, :1] * heads.scale
-    patches = slice(state.prefix, heads.q.shape[2] - state.suffix)
-    q = heads.q[:, :, patches]
-    if state.sizes is None:
-        return q.mean(dim=2, keepdim=True) * heads.scale
-    sizes = state.sizes[:, patches]
-    weights = sizes / sizes.sum(dim=1, keepdim=True)
-    return (q * weights.to(q.dtype)[:, None, :, None]).sum(dim=2, keepdim=True) * heads.scale
-
-
-def _sizes_from_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """Padding as tokens of size 0: nobody attends to them, they weigh nothing, and they are merged first."""
-    if mask is None:
-        return None
-    if mask.ndim == 4:
-        alike = mask[:, :1, :1]
-        if is_readable(mask) and not torch.equal(alike.expand_as(mask), mask):
-            raise StateError("the attention mask differs between queries; only padding can be honoured")
-        mask = alike[:, 0, 0]
-    seen = mask if mask.dtype == torch.bool else mask > -1
-    return seen.to(torch.promote_types(hidden.dtype, torch.float32)).expand(hidden.shape[0], -1)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.config import TurboConfig
+from turbovlm.encoder.attention import attention_forward
 from turbovlm.encoder.block import block_forward
 from turbovlm.encoder.joint import joint_forward
 from turbovlm.encoder.layout import Layout, fetch, path_of
+from turbovlm.encoder.passed import Passed, check_adapters, of_effect, passed_by, through_module
+from turbovlm.encoder.reading import reads_all, tower_forward
 from turbovlm.encoder.schedule import EncoderShape, Schedule, check_depth, make_schedule, requested_amounts
-from turbovlm.encoder.state import State
+from turbovlm.encoder.state import STATE, State
 from turbovlm.encoder.towers import Tower, check_readable, find_towers, matrix_entries
 from turbovlm.encoder.verify import verify
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.ops.tracing import constant_in_graphs
 from turbovlm.patching import Patch, check_forwards
+from turbovlm.threads import PerThread
 
 
 @dataclass(eq=False)
@@ -34,10 +37,18 @@ class EncoderFeature:
         native_tokens: tokens of an image of its native size, prefix and suffix included.
         guidance, similarity: as in `TurboConfig`, settled.
         semantic: whether A is computed, for the degree or for the trace.
-        restore: how every position gets its token back behind the last block, `"copy"` or `"residual"`; None where
-            tokens are handed on merged.
+        how: how a position gets its token back, `"copy"` or `"residual"`.
+        restore: the same, where every position gets it behind the last block; None where tokens are handed on merged.
+        hands_out: whether blocks hand out every position where a call asks for it; not those of a tower that a
+            vision-language model reads at one block.
+        passed: modules of each block that its halves never call, see `turbovlm.encoder.passed`.
+        reads_all: whether the tower's own pooling needs every position; `blocks_around`: how many blocks it has, those
+            that nobody merges in included. Both as they were when turbovlm was applied.
+        unknown_owner: the class of the module that reads the tower, where nothing is known of how.
+        pair: whether attention returns its tokens and its map, rather than its tokens alone.
         plain_stem: whether the patch embedding is one projection, so that the cost of the whole encoder is known.
-        removed, last: as in `turbovlm.patching.Feature`; `last` is the state at the end of the last forward.
+        removed, last: as in `turbovlm.patching.Feature`; `last` is the state that the last forward of this thread has
+            come to.
     """
 
     config: TurboConfig
@@ -49,13 +60,31 @@ class EncoderFeature:
     guidance: str
     similarity: str
     semantic: bool
+    how: str
     restore: str | None
+    hands_out: bool
+    passed: Passed
+    reads_all: bool
+    blocks_around: int
+    unknown_owner: str | None
     plain_stem: bool
+    pair: bool = True
     removed: bool = False
-    last: State | None = field(default=None, repr=False)
+    _last: PerThread[State] = field(default_factory=PerThread, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None}
+    @property
+    def last(self) -> State | None:
+        """The state that the last forward of this thread has come to, or of any where this one had none."""
+        return self._last.get()
+
+    @last.setter
+    def last(self, state: State | None) -> None:
+        self._last.set(state)
+
+    @property
+    def last_here(self) -> State | None:
+        """The state that the last forward of this thread has come to."""
+        return self._last.own()
 
     @constant_in_graphs
     def solved_amounts(self, tokens: int, prefix: int) -> tuple[int, ...]:
@@ -66,11 +95,15 @@ class EncoderFeature:
         return requested_amounts(self.config, replace(self.shape, prefix=prefix), tokens)
 
     def patches(self, model: nn.Module) -> list[Patch]:
-        """The forward of every block, and of what joins text and image where the layout has it."""
+        """The forward of every block and of its attention, the tower's methods, and what joins text and image."""
         blocks = [model.get_submodule(name) for name in self.names]
-        found = [Patch(block, "forward", block_forward, self, index) for index, block in enumerate(blocks)]
+        tower = model.get_submodule(self.tower)
+        found = [Patch(tower, name, tower_forward, self) for name in self.layout.entries if hasattr(tower, name)]
+        found += [Patch(block, "forward", block_forward, self, index) for index, block in enumerate(blocks)]
+        if self.layout.attention is not None:
+            attentions = [fetch(block, self.layout.attention) for block in blocks]
+            found += [Patch(attention, "forward", attention_forward, self) for attention in attentions]
         if self.layout.joint is not None:
-            tower = model.get_submodule(self.tower)
             joint = fetch(tower, path_of(self.layout.family, tower, self.layout.joint))
             found.append(Patch(joint, "forward", joint_forward, self, by_name=True))
         return found
@@ -79,28 +112,46 @@ class EncoderFeature:
         """What every block does with an input of `tokens` tokens; of the native number if None."""
         return make_schedule(self.config, self.shape, tokens or self.native_tokens, self.tower, self.names)
 
-    def restored(self, tokens: Tensor) -> Tensor:
-        """Every position of the last forward's input with its token's value; see `Handle.restore`.
+    def restored(self, tokens: Tensor, block: int | None = None) -> Tensor:
+        """Every position of an input with its token's value; see `Handle.restore`.
 
         Raises:
             StateError: no forward has ended yet, or the tokens are not those of the last one.
+            ConfigError: there is no such block.
         """
-        if self.last is None:
-            raise StateError("nothing to restore yet: run the model first")
-        source = self.last.source()
-        if source is None or (self.restore and tokens.shape[:2] == source.shape):
+        state: State | None = getattr(tokens, STATE, None)
+        if state is not None:  # the very output of a block: it knows
+            source = None if state.tokens is not None else state.source()
+        else:
+            source = self._source_of(tokens, block)
+        if source is None:
             return tokens
-        merged = self.last.merges[-1].sizes.shape
-        if tokens.ndim < 2 or tokens.shape[:2] != merged:
-            raise StateError(
-                f"tokens of shape {tuple(tokens.shape)} are not the last forward's: expected {tuple(merged)} in front "
-                "(batch, tokens with CLS and registers)"
-            )
         index = source.reshape(*source.shape, *(1,) * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:])
         return tokens.gather(1, index)
 
+    def _source_of(self, tokens: Tensor, block: int | None) -> Tensor | None:
+        """For every position of the last forward's input its place in `tokens`; None where they are the same."""
+        state = self.last
+        if state is None:
+            raise StateError("nothing to restore yet: run the model first")
+        lengths, depth = state.lengths, len(state.lengths) - 1
+        if block is not None and (isinstance(block, bool) or not isinstance(block, int) or not 0 <= block <= depth):
+            raise ConfigError(
+                f"block={block!r}: must be an integer from 0 to {depth}, the number of blocks that have run"
+            )
+        allowed = {*lengths} if block is None else {lengths[0], lengths[block]}
+        batch = state.merges[0].sizes.shape[0] if state.merges else None
+        if tokens.ndim < 2 or tokens.shape[1] not in allowed or tokens.shape[0] != (batch or tokens.shape[0]):
+            expected = " or ".join(str((batch, length)) for length in sorted(allowed))
+            raise StateError(
+                f"tokens of shape {tuple(tokens.shape)} are not the last forward's: expected {expected} in front "
+                "(batch, tokens with CLS and registers)"
+            )
+        left = [lengths[0], *(merge.sizes.shape[1] for merge in state.merges)]
+        return state.source(left.index(tokens.shape[1]))
+
     def describe(self) -> list[str]:
-        """Tokens and multiply-accumulates, block by block."""
+        """Tokens and multiply-accumulates of an input of native size, block by block, and of the last forward's."""
         schedule = self.schedule()
         tokens, before, after = schedule.tokens, sum(schedule.macs_before), sum(schedule.macs_after)
         lines = [
@@ -114,12 +165,26 @@ class EncoderFeature:
             for i, block in enumerate(schedule.blocks)
         ]
         if self.restore:
-            lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens ({self.restore})")
+            reader = f", as {self.unknown_owner} is not known to do without" if self.unknown_owner else ""
+            lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens ({self.restore}){reader}")
+        lines += self._describe_last()
         if not self.plain_stem:
             lines.append("    note: the convolutional network before the blocks is not counted")
         if schedule.note:
             lines.append(f"    note: {schedule.note}")
         return lines
+
+    def _describe_last(self) -> list[str]:
+        """What the last forward did, where its input was of another size."""
+        state = self.last
+        if state is None or state.lengths[0] == self.native_tokens:
+            return []
+        found, depth = f"    last forward: {state.lengths[0]} → {state.lengths[-1]} tokens", len(state.lengths) - 1
+        if depth < len(self.names):
+            return [f"{found} in its first {depth} blocks"]
+        if self.config.thresholds is not None:
+            return [found]
+        return [f"{found}, {self.schedule(state.lengths[0]).ratio:.1%} of the encoder's GMACs left"]
 
 
 def find_encoders(model: nn.Module, config: TurboConfig) -> list[EncoderFeature]:
@@ -132,10 +197,20 @@ def find_encoders(model: nn.Module, config: TurboConfig) -> list[EncoderFeature]
     """
     towers = find_towers(model)
     features = [plan_encoder(tower, config) for tower in towers]
-    for tower in towers:
+    for tower, feature in zip(towers, features):
+        check_forwards([(tower.name, tower.module)], one_device=False)
         check_forwards(tower.blocks)
-    for tower in towers:
-        verify(tower)
+        path = tower.layout.attention
+        if path is not None:
+            check_forwards([(f"{name}.{path}", fetch(block, path)) for name, block in tower.blocks], one_device=False)
+        for name, block in tower.blocks:
+            check_adapters(name, block, feature.passed)
+    for tower, feature in zip(towers, features):
+        calls = verify(tower, feature.passed)
+        feature.passed = of_effect(feature.passed, tower.blocks[0][1], calls)
+        feature.pair = calls is None or calls.pair
+        for name, block in tower.blocks:
+            through_module(tower.layout, name, block, feature.passed)
     return features
 
 
@@ -168,7 +243,13 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         guidance=("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance,
         similarity=similarity,
         semantic=needs_semantic(config.degree) or config.trace,
+        how=restore,
         restore=restore if tower.restore or config.dense else None,
+        hands_out=tower.hands_out,
+        passed=passed_by(tower.layout, tower.blocks[0][1]),
+        reads_all=reads_all(tower.layout, tower.module),
+        blocks_around=tower.blocks_around,
+        unknown_owner=tower.unknown_owner,
         plain_stem=tower.plain_stem,
     )
 

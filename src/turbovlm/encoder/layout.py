@@ -8,6 +8,7 @@ of them is written again. A new model family is a new `Layout`.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata as metadata
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import UnsupportedModelError
@@ -64,6 +66,10 @@ class Layout:
         scale: path of what attention multiplies its scores by; 1/√head_dim where it is None, or there is none.
         query_norm, key_norm: paths of the norms of each head's queries and keys.
         dropout: path of attention's dropout, a number or an `nn.Dropout`.
+        calls: paths of modules that a function `project` calls.
+        weights_only: paths among `after_attention` of linear layers whose weights attention reads itself, so that
+            their own forward, an adapter's say, never runs.
+        entries: the tower's methods that run its blocks.
         rotary: `(block, q, k, positions, arguments) -> (q, k)`: rotate by the positions of the patches `positions`,
             `[batch, patches]`; None means all patches, in order.
         arguments: names of what the block takes by position after the tokens.
@@ -71,6 +77,7 @@ class Layout:
         mask: name of the argument that masks keys, if the encoder uses one.
         restore: whether the reader of the tower's output needs every position back, or a function
             `(tower, ancestors)`: the ancestors are the modules around the tower, outermost first.
+        pools: whether the tower reads its tokens itself, by a head or pooling of its own, or a function of the tower.
         example: `(block, patches)`: arguments with which the block can be tried on random tokens.
         inputs: `(tower)`: one input of native size by argument name, of a batch of 1: tensors on the meta device stand
             for noise, others and None are taken as they are.
@@ -102,11 +109,15 @@ class Layout:
     query_norm: str | None = None
     key_norm: str | None = None
     dropout: str | None = None
+    calls: tuple[str, ...] = ()
+    weights_only: tuple[str, ...] = ()
+    entries: tuple[str, ...] = ("forward",)
     rotary: Rotary | None = None
     arguments: tuple[str, ...] = ("attention_mask",)
     understood: tuple[str, ...] = ()
     mask: str | None = None
     restore: bool | Callable[[Any, Around], bool] = False
+    pools: bool | Callable[[Any], bool] = False
     example: Callable[[Any, int], dict[str, Any]] | None = None
     refuse: Callable[[Any, Any, Around], str | None] | None = None
 
@@ -150,7 +161,7 @@ class Layout:
             norm1=norm1,
             project=self.project if callable(self.project) else _fetch_all(block, self.project),
             heads=heads,
-            after_attention=_fetch_all(block, self.after_attention),
+            after_attention=self._after_attention(block),
             mlp=_fetch_all(block, self.mlp),
             norm_after_attention=norm_after_attention,
             norm_after_mlp=norm_after_mlp,
@@ -159,6 +170,35 @@ class Layout:
             key_norm=key_norm,
             dropout=dropout,
         )
+
+    def _after_attention(self, block: nn.Module) -> tuple[Any, ...]:
+        steps = _fetch_all(block, self.after_attention)
+        if not self.weights_only:
+            return steps
+        return tuple(
+            functools.partial(_linear, step) if path in self.weights_only else step
+            for path, step in zip(self.after_attention, steps)
+        )
+
+    @property
+    def called_paths(self) -> tuple[str, ...]:
+        """Paths of all that the two halves of a block call, of a resolved layout."""
+        single = (self.norm1, self.query_norm, self.key_norm, self.norm_after_attention, self.norm_after_mlp)
+        project = () if callable(self.project) else self.project
+        found = (*single, *project, *self.calls, *self.after_attention, *self.mlp)
+        return tuple(path for path in found if path is not None)
+
+    @property
+    def attention(self) -> str | None:
+        """Path of the attention module, which has the heads; None where it adds the residual, too, or is none."""
+        path, inside, _ = self.heads.partition(".")
+        return path if inside and not (self.norm_after_attention or "").startswith(f"{path}.") else None
+
+    @property
+    def attention_steps(self) -> int:
+        """How many of the steps behind attention are part of the attention module, of a resolved layout."""
+        inside = f"{self.attention}."
+        return sum(path.startswith(inside) for path in self.after_attention) if self.attention else 0
 
     def of_tower(self, name: str, tower: nn.Module) -> Any:
         """The value of `prefix`, `suffix` or `cls` for one tower."""
@@ -188,6 +228,11 @@ class Parts:
     query_norm: Any
     key_norm: Any
     dropout: Any
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """What a linear layer's weights give, without its forward."""
+    return F.linear(x, layer.weight, layer.bias)
 
 
 def fetch(root: Any, path: str) -> Any:

@@ -62,6 +62,11 @@ class State:
             first merge.
         traces: one per block so far, with `trace=True`.
         padded: whether some tokens are padding, of size 0.
+        whole: indices of the blocks that are asked for every position; see `turbovlm.encoder.reading`.
+        maps: whether attention maps are asked for.
+        lengths: tokens of the input, and behind each block so far.
+        tokens: the merged tokens, `[batch, M, width]`, where what was handed on is restored to every position; else
+            None. `version`: how often what was handed on had been changed in place by then, where that is counted.
     """
 
     block: int
@@ -75,6 +80,11 @@ class State:
     destinations: Tensor | None = None
     traces: tuple[BlockTrace, ...] = ()
     padded: bool = False
+    whole: frozenset[int] = frozenset()
+    maps: bool = False
+    lengths: tuple[int, ...] = ()
+    tokens: Tensor | None = None
+    version: int | None = None
 
     def restored(self, x: Tensor) -> Tensor:
         """Every position of the input with its token's row of `x`, `[batch, M, width]`, and what merges have lost."""
@@ -83,12 +93,17 @@ class State:
             x = merge.unmerge(x, apart)
         return x
 
-    def source(self) -> Tensor | None:
-        """For every token of the input, the token it is part of now, `[batch, N0]`; None before the first merge."""
-        if not self.merges:
+    def source(self, merges: int | None = None) -> Tensor | None:
+        """For every token of the input, the token it is part of now, `[batch, N0]`; None before the first merge.
+
+        Args:
+            merges: how many of the merges count; all if None.
+        """
+        counted = self.merges[:merges]
+        if not counted:
             return None
-        source = self.merges[0].source
-        for merge in self.merges[1:]:
+        source = counted[0].source
+        for merge in counted[1:]:
             source = merge.source.gather(1, source)
         return source
 

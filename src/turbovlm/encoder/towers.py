@@ -15,6 +15,7 @@ from torch import Tensor
 
 from turbovlm.encoder.families import multimodal, text
 from turbovlm.encoder.layout import Layout, fetch, path_of
+from turbovlm.encoder.reading import reads_all, unknown_owner
 from turbovlm.errors import UnsupportedModelError
 from turbovlm.registry import class_paths, families, family_of
 from turbovlm.vlm.families import several_layers
@@ -56,6 +57,8 @@ class Tower:
         suffix: tokens behind the patches that never merge.
         cls: whether token 0 is a CLS token.
         restore: whether what reads its output needs every position back.
+        hands_out: whether its blocks hand out every position where a call asks for it.
+        unknown_owner: the class of the module that reads it, where nothing is known of how.
         tokens: its native number of tokens, prefix and suffix included.
     """
 
@@ -67,6 +70,8 @@ class Tower:
     suffix: int
     cls: bool
     restore: bool
+    hands_out: bool
+    unknown_owner: str | None
     tokens: int
 
     @property
@@ -90,6 +95,12 @@ class Tower:
             return torch.randn(batch, *value.shape[1:], generator=generator).to(device, dtype)
 
         return {name: noise(value) for name, value in self.layout.inputs(self.module).items()}
+
+    @property
+    def blocks_around(self) -> int:
+        """How many blocks it has, those behind what is read of it included."""
+        path = self.blocks[0][0][len(self.name) + 1 if self.name else 0 :]
+        return len(list(self.module.get_submodule(path.rpartition(".")[0]).children()))
 
     @property
     def hidden_size(self) -> int:
@@ -222,12 +233,14 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
                 "the language model reads"
             )
         found = found[: len(found) + vlm.guide(part) + 1]
-        restore = True
+        restore, hands_out, unknown = True, False, None
     else:
         for ancestor in around:
             if reason := multimodal.placeholders(ancestor):
                 raise UnsupportedModelError(f"{name or type(module).__name__} cannot lose tokens: {reason}")
-        restore = layout.restore(module, around) if callable(layout.restore) else layout.restore
+        unknown, hands_out = unknown_owner(module, around), True
+        pools = layout.pools(module) if callable(layout.pools) else layout.pools
+        restore = reads_all(layout, module, around) or (unknown is not None and not pools)
     for path, block, _ in found:
         if layout.refuse is not None and (reason := layout.refuse(module, block, around)):
             raise UnsupportedModelError(f"{path} ({layout.family}) cannot be accelerated: {reason}")
@@ -241,6 +254,8 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         suffix=suffix,
         cls=cls,
         restore=restore,
+        hands_out=hands_out,
+        unknown_owner=unknown,
         tokens=prefix + layout.patches(module) + suffix,
     )
 

@@ -14,24 +14,37 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.modules.module as torch_module
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.block import unmerged_forward
 from turbovlm.encoder.layout import library_version
+from turbovlm.encoder.passed import Calls, Passed, watch_calls
 from turbovlm.encoder.state import State
 from turbovlm.encoder.towers import Tower
 from turbovlm.errors import UnsupportedModelError
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+"""Those that `torch.nn.modules.module` runs for every module."""
 
 PATCHES = 6
 """Patches of the random tokens that blocks are tried on."""
 
 
-def verify(tower: Tower) -> None:
+def verify(tower: Tower, passed: Passed) -> Calls | None:
     """Compare a tower with its layout, in eval mode, on random inputs.
 
     Where weights are not at hand, on the meta device, offloaded or sharded over processes, nothing can be compared.
+
+    Args:
+        tower: the encoder.
+        passed: modules of each block that its halves never call.
+
+    Returns:
+        What the first block's own forward did with these; None where nothing was compared.
 
     Raises:
         UnsupportedModelError: they differ: the tower has other tokens than its layout says, special tokens where the
@@ -39,11 +52,11 @@ def verify(tower: Tower) -> None:
     """
     weights = [p for p in tower.module.parameters() if p.is_floating_point()]
     if any(weight.device.type == "meta" or hasattr(weight, "full_tensor") for weight in weights):
-        return
+        return None
     with _undisturbed(tower.module), torch.no_grad():
         _verify_tokens(tower, weights[0])
-        for name, block in tower.blocks:
-            _verify_block(tower, name, block)
+        calls = [_verify_block(tower, name, block, passed) for name, block in tower.blocks]
+    return calls[0]
 
 
 def _verify_tokens(tower: Tower, like: Tensor) -> None:
@@ -97,14 +110,15 @@ def _first_hidden(tower: Tower, like: Tensor) -> Tensor:
     return reached[0]
 
 
-def _verify_block(tower: Tower, name: str, block: nn.Module) -> None:
-    """See that a block's own forward is what its two halves give."""
+def _verify_block(tower: Tower, name: str, block: nn.Module, passed: Passed) -> Calls:
+    """See that a block's own forward is what its two halves give, and which modules it calls beside theirs."""
     weight = next(parameter for parameter in block.parameters() if parameter.is_floating_point())
     count = tower.prefix + PATCHES + tower.suffix
     x = torch.randn(2, count, tower.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
     example = tower.layout.example(block, PATCHES) if tower.layout.example is not None else {}
     arguments = {key: tree_map_only(Tensor, lambda tensor: tensor.to(x), value) for key, value in example.items()}
-    own = type(block).forward(block, x, **_required(block), **arguments)
+    with watch_calls(block, passed, tower.layout.attention) as calls:
+        own = type(block).forward(block, x, **_required(block), **arguments)
     own = own[0] if tower.layout.returns_tuple else own
     state = State(0, (), tower.prefix, tower.suffix)
     ours = unmerged_forward(block, tower.layout, TurboConfig(r=0), x, state, arguments)
@@ -115,6 +129,7 @@ def _verify_block(tower: Tower, name: str, block: nn.Module) -> None:
             f"{name} ({tower.layout.family}): its two halves differ from its own forward by {gap:.1%} on a random "
             f"input, so {library_version(type(block))} computes this block in a way turbovlm does not know"
         )
+    return calls[0]
 
 
 def _required(block: nn.Module) -> dict[str, Any]:
@@ -127,9 +142,11 @@ def _required(block: nn.Module) -> dict[str, Any]:
 @contextlib.contextmanager
 def _undisturbed(tower: nn.Module) -> Iterator[None]:
     """Within it, the tower is in eval mode, without the user's hooks, and draws from random states of its own."""
-    names = ("_forward_hooks", "_forward_pre_hooks")
     training = [module for module in tower.modules() if module.training]
-    hooks = [(module, name, getattr(module, name)) for module in tower.modules() for name in names]
+    hooks: list[tuple[Any, str, Any]] = [
+        (module, name, getattr(module, name)) for module in tower.modules() for name in HOOKS
+    ]
+    hooks += [(torch_module, name, getattr(torch_module, name)) for name in GLOBAL_HOOKS]
     devices = {p.device for p in tower.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index for device in devices]):
         try:

@@ -20,8 +20,9 @@ def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         `[batch, 1, 1, tokens]`, finite: a size of 0 gives the lowest number of `dtype`.
     """
-    bias = sizes.log().clamp_min(torch.finfo(dtype).min)
-    return bias.to(dtype)[:, None, None, :]
+    bias = sizes.log()
+    lowest = max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)
+    return bias.clamp_min(lowest).to(dtype)[:, None, None, :]
 
 
 def proportional_attention(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from turbovlm.checks import check_number
 from turbovlm.errors import ConfigError
 from turbovlm.ops.partition import hashed_uniform
 
@@ -66,16 +65,19 @@ class LayeredDegree:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-                raise ConfigError(f"{name}={value!r}: must be a finite number")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, check_number(name, value))
         if self.alpha < 0:
             raise ConfigError(f"alpha={self.alpha!r}: must be a number ≥ 0")
         if self.beta <= 0:
             raise ConfigError(f"beta={self.beta!r}: must be a number > 0")
 
     def __call__(self, redundancy: Tensor, semantic: Tensor, block: int) -> Tensor:
-        weight: float = self.alpha * self.beta ** abs(self.gamma - block)
+        try:
+            weight: float = self.alpha * self.beta ** abs(self.gamma - block)
+        except OverflowError:
+            raise ConfigError(
+                f"beta={self.beta:g}, gamma={self.gamma:g}: β^|γ−{block}| is too large in merging block {block}"
+            ) from None
         return redundancy - weight * semantic
 
 

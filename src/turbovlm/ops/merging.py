@@ -113,7 +113,8 @@ class Merge:
         if lost is not None:
             src_rows, dst_rows, _ = self._changed_rows()
             of_src, of_dst = lost.chunk(2, dim=1)
-            out = out.index_add(0, src_rows, of_src.flatten(0, 1)).index_add(0, dst_rows, of_dst.flatten(0, 1))
+            out = plain.add_rows(out, src_rows, of_src.flatten(0, 1))
+            out = plain.add_rows(out, dst_rows, of_dst.flatten(0, 1))
         return out.view(*self.weights.shape, y.shape[-1])
 
     def _changed_rows(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from turbovlm.errors import ConfigError
-from turbovlm.ops.tracing import is_exporting
+from turbovlm.ops.tracing import is_exporting, untraced
 
 CACHE_LIMIT = 4096
 _CACHED: dict[tuple[Any, ...], Partition] = {}
@@ -132,7 +132,7 @@ def _cached_partition(
     fake = _get_current_dispatch_mode() is not None and type(torch.empty(0, device=device)) is not Tensor
     if not fake and (found := _CACHED.get(key)) is not None:
         return found
-    with torch.inference_mode(False):  # or later forwards with gradients could not use it
+    with torch.inference_mode(False), untraced():  # or later forwards with gradients could not use it
         order = _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
         made = Partition(order[fixed:], order[:fixed], windows, suffix)
     # what a capture allocates is the CUDA graph's memory, which a later replay overwrites
@@ -147,7 +147,7 @@ def positions(index: Index, device: torch.device) -> Tensor:
     """An index as a tensor of token positions, `[k]` or `[batch, k]`."""
     if isinstance(index, Tensor):
         return index
-    return torch.arange(index.start, index.stop, index.step, device=device)
+    return torch.arange(index.start, max(index.start, index.stop), index.step, device=device)
 
 
 def hashed_uniform(length: int, seed: int, block: int, device: torch.device | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turbovlm.ops.degree import DegreeFunction, information_degree
 from turbovlm.ops.partition import Index, Partition
-from turbovlm.ops.tracing import is_exporting, wants_gradient
+from turbovlm.ops.tracing import is_exporting, is_transformed, wants_gradient
 
 _CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 FAST_BFLOAT16_PRODUCTS = bool(_CPU.get("avx512_bf16")) and not _CPU.get("amx_bf16")
@@ -103,8 +103,9 @@ def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
         keys: `[batch, heads, tokens, head_dim]`.
         bias: that of attention itself, `[batch, 1, 1, tokens]`, or None.
     """
-    # heads are strides apart in memory: a matrix product would first copy all keys, a product and a sum do not
-    scores = (keys * guide).sum(dim=-1, dtype=precise_dtype(keys))
+    # heads are strides apart in memory: a matrix product would first copy all keys, a product and a sum do not; the
+    # guide in float32 makes it a product in float32, which queries and keys of float16 may need
+    scores = (keys * guide.to(precise_dtype(keys))).sum(dim=-1)
     if bias is not None:
         scores = scores + bias[:, 0]
     return scores.softmax(dim=-1).mean(dim=1)
@@ -217,15 +218,16 @@ def merge_books(
     """
     (batch, tokens), r, first = sizes.shape, src.shape[1], row_offsets(sizes)
     src_rows, dst_rows = (src + first).flatten(), (dst + first).flatten()
-    stays = torch.ones(batch * tokens, dtype=torch.bool, device=src.device).index_fill_(0, src_rows, False)
+    # 1 for a token that stays, else 0; out of place and of integers, as `torch.func.vmap` and ONNX's exporters want it
+    stays = torch.ones_like(sizes, dtype=torch.int64).flatten().scatter(0, src_rows, torch.zeros_like(src_rows))
     if slots is None:
-        rows = stays.cumsum(0).sub_(1)  # a token that stays comes behind those before it that stay
+        rows = stays.cumsum(0) - 1  # a token that stays comes behind those before it that stay
     else:
         places = (slots + first).flatten()
-        rows = stays.scatter(0, places, stays).cumsum(0).sub_(1).index_select(0, places)
-    rows = rows.index_copy_(0, src_rows, rows.index_select(0, dst_rows))
+        rows = (stays.scatter(0, places, stays).cumsum(0) - 1).index_select(0, places)
+    rows = rows.scatter(0, src_rows, rows.index_select(0, dst_rows))
     counted = sizes.flatten() * stays if reduce == "prune" else sizes.flatten()
-    merged_sizes = sizes.new_zeros(batch * (tokens - r)).scatter_add_(0, rows, counted)
+    merged_sizes = sizes.new_zeros(batch * (tokens - r)).scatter_add(0, rows, counted)
     if reduce == "prune":
         weights = stays.to(sizes.dtype)
     else:
@@ -255,9 +257,10 @@ def average(
 
 
 def has_bags(x: Tensor) -> bool:
-    """Whether `embedding_bag` is there and fast; exporters and some devices lack it."""
-    # who exports compiles, too: most calls end with the cheaper of the two questions
-    return x.device.type in ("cpu", "cuda") and not (torch.compiler.is_compiling() and is_exporting())
+    """Whether `embedding_bag` is there and fast; exporters, `vmap` and some devices lack it."""
+    if x.device.type not in ("cpu", "cuda") or is_exporting():
+        return False
+    return torch.compiler.is_compiling() or not is_transformed(x)
 
 
 def sort_into_bags(rows: Tensor, weights: Tensor, count: int) -> Bags:
@@ -289,7 +292,7 @@ def mean_of_rows(x: Tensor, rows: Tensor, weights: Tensor, count: int) -> Tensor
         count: how many sums there are, `batch · M`.
     """
     weighted = (x * weights.unsqueeze(-1)).flatten(0, 1)
-    return weighted.new_zeros(count, x.shape[-1]).index_add(0, rows, weighted).to(x.dtype)
+    return add_rows(weighted.new_zeros(count, x.shape[-1]), rows, weighted).to(x.dtype)
 
 
 def keep_norms(x: Tensor, mean: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -300,9 +303,22 @@ def keep_norms(x: Tensor, mean: Tensor, rows: Tensor, weights: Tensor) -> Tensor
     precise = precise_dtype(x)
     lengths = torch.linalg.vector_norm(x, dim=-1, dtype=precise) * weights.to(precise)
     found = torch.linalg.vector_norm(mean, dim=-1, dtype=precise)
-    wanted = lengths.new_zeros(found.numel()).index_add(0, rows, lengths.flatten()).view(found.shape)
+    wanted = add_rows(lengths.new_zeros(found.numel()), rows, lengths.flatten()).view(found.shape)
     scale = torch.where(found > SHORTEST, wanted / found.clamp_min(SHORTEST), 1)
     return mean * scale.to(mean.dtype).unsqueeze(-1)
+
+
+def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """`x` with each of `values` added to its row of `x`; a row may come several times.
+
+    Args:
+        x: `[N, width]`, or `[N]`.
+        rows: `[k]`, int64.
+        values: `[k, width]`, or `[k]`.
+    """
+    if is_exporting():  # the ONNX exporter of TorchScript takes no `index_add` where rows repeat
+        return x.scatter_add(0, rows if x.ndim == 1 else rows.unsqueeze(1).expand_as(values), values)
+    return x.index_add(0, rows, values)
 
 
 def take_tokens(x: Tensor, index: Index) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -12,11 +13,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_exporting() -> bool:
-    """Whether a program is exported, not merely compiled.
+    """Whether a program is exported, by `torch.export` or by tracing (TorchScript, ONNX), not merely compiled.
 
     In torch 2.11, unlike 2.13, Dynamo takes `torch.compiler.is_exporting()` for true in all that it compiles, so the
     flag behind it is read. torch 2.6 has neither: there, whatever compiles is treated as if it were exported.
     """
+    if not torch.compiler.is_compiling():
+        return bool(torch._C._is_tracing())
     compiler: Any = torch.compiler
     if hasattr(compiler, "_is_exporting_flag"):
         return bool(compiler._is_exporting_flag)
@@ -26,7 +29,24 @@ def is_exporting() -> bool:
 def is_readable(x: Tensor) -> bool:
     """Whether Python may look at the values of `x`: not while a program is traced or a CUDA graph is captured."""
     captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return x.device.type != "meta" and not captured and not torch.compiler.is_compiling()
+    return x.device.type != "meta" and not captured and not torch.compiler.is_compiling() and not is_transformed(x)
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Within it, `torch.jit.trace` records nothing: what is made is a constant of the traced program."""
+    tracer: Any = torch._C
+    state = tracer._get_tracing_state()
+    tracer._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        tracer._set_tracing_state(state)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether `x` stands for something else within a transform of `torch.func`, such as the whole batch of a `vmap`."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def wants_gradient(*tensors: Tensor) -> bool:

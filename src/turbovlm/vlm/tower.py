@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.encoder.block import attention_of_guide
+from turbovlm.encoder.attention import attention_of_guide
 from turbovlm.encoder.layout import fetch
 from turbovlm.encoder.state import STATE, State
 from turbovlm.patching import Patch
@@ -72,7 +72,7 @@ def guide_forward(patch: Patch, block: Any, original: Any, /, hidden: Tensor, *a
     config, guidance = feature.config, feature.guidance
     row = attention_of_guide(block, feature.layout, config, feature.prefix, guidance, hidden, arguments)
     state = getattr(out[0] if isinstance(out, tuple) else out, STATE, None)
-    rows.append(Row(row) if state is None else _of_merged(row, feature.prefix, state))
+    rows.append(Row(row) if state is None or state.tokens is not None else _of_merged(row, feature.prefix, state))
     return out
 
 

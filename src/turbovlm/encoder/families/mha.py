@@ -50,7 +50,9 @@ TORCHVISION = Layout(
     patch="conv_proj",
     patches=lambda tower: (tower.image_size // tower.patch_size) ** 2,
     dropout="self_attention.dropout",
+    weights_only=("self_attention.out_proj",),
     arguments=(),
+    pools=True,
     inputs=_native_input,
 )
 
@@ -66,8 +68,11 @@ OPEN_CLIP = Layout(
     patch="conv1",
     patches=lambda tower: int(tower.grid_size[0] * tower.grid_size[1]),
     dropout="attn.dropout",
+    weights_only=("attn.out_proj",),
+    entries=("forward", "forward_intermediates"),
     arguments=("k_x", "v_x", "attn_mask"),
     restore=_open_clip_pools_tokens,
+    pools=lambda tower: not tower.output_tokens,
     refuse=_open_clip_refuse,
     inputs=_native_input,
 )

@@ -121,6 +121,7 @@ INTERN_VL = Layout(
     patch="embeddings.patch_embeddings.projection",
     patches=native_patches,
     dropout="attention.attention_dropout",
+    calls=tuple(f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")),
     refuse=_needs_grid,
     inputs=native_input,
 )

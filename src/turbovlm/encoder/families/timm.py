@@ -58,13 +58,28 @@ def _eva_rotary(
     if rope is None:
         return q, k
     if positions is not None:
-        rope = rope[positions].unsqueeze(1) if rope.ndim == 2 else rope[:, positions].transpose(0, 1)
+        rope = _rope_at(rope, positions)
     prefix, half = block.attn.num_prefix_tokens, getattr(block.attn, "rotate_half", False)
 
     def rotate(x: Tensor) -> Tensor:
         return torch.cat((x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)), dim=2)
 
     return rotate(q), rotate(k)
+
+
+def _rope_at(rope: Tensor, positions: Tensor) -> Tensor:
+    """Angles of the patches at `positions`, `[batch, patches]`: `[batch, heads or 1, patches, angles]`.
+
+    Args:
+        rope: `[N, angles]`; `[heads, N, angles]` where heads differ; `[batch, heads or 1, N, angles]` where every image
+            has patches of its own, as with patch dropout.
+        positions: of the patches that are left.
+    """
+    if rope.ndim == 2:
+        return rope[positions].unsqueeze(1)
+    if rope.ndim == 3:
+        return rope[:, positions].transpose(0, 1)
+    return rope.gather(2, positions[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
 
 
 def _eva_example(block: Any, patches: int) -> dict[str, Any]:
@@ -92,8 +107,10 @@ VISION_TRANSFORMER = Layout(
     query_norm="attn.q_norm",
     key_norm="attn.k_norm",
     dropout="attn.attn_drop",
+    entries=("forward", "forward_features", "forward_intermediates"),
     arguments=("attn_mask", "is_causal"),
     restore=_pools_tokens,
+    pools=True,
     refuse=_refuse,
     inputs=_native_input,
 )
@@ -104,6 +121,7 @@ EVA = variant(
     block="timm.models.eva.EvaBlock",
     towers=("timm.models.eva.Eva",),
     project=_eva_project,
+    calls=("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
     after_attention=("attn.norm", "attn.proj", "attn.proj_drop", "gamma_1", "drop_path1"),
     mlp=("norm2", "mlp", "gamma_2", "drop_path2"),
     query_norm="attn.q_norm?",

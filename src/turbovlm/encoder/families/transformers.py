@@ -58,14 +58,6 @@ def inside(*names: str) -> Any:
     return found
 
 
-def _backbone(tower: Any, block: Any, ancestors: Around) -> str | None:
-    around: tuple[Any, ...] = ancestors
-    for module in around:
-        if type(module).__name__.endswith("Backbone") and list(module.out_features) != list(module.stage_names)[-1:]:
-            return f"{type(module).__name__} hands out the grids of several blocks ({', '.join(module.out_features)})"
-    return None
-
-
 def _positions_between_blocks(tower: Any, block: Any, ancestors: Around) -> str | None:
     if tower.config.use_mid_position_embeddings:
         return "it adds position embeddings between its blocks, to tokens that would be merged by then"
@@ -196,7 +188,6 @@ DINOV2 = Layout(
     dropout=VIT.dropout,
     mask="attention_mask",
     restore=inside("Dinov2ForImageClassification", "Dinov2Backbone"),
-    refuse=_backbone,
     inputs=native_input,
 )
 
