@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -136,7 +137,7 @@ def compared_with_the_reference(draw):
     return drawn, chosen
 
 
-@fuzz(core=12, nightly=1500, pair=compared_with_the_reference())
+@fuzz(core=6, nightly=1000, pair=compared_with_the_reference())
 def test_reference(pair):
     """Tokens, sizes, sources, R, A and E of every block, in float64."""
     drawn, chosen = pair
@@ -150,7 +151,7 @@ def any_setting(draw):
     return drawn, draw(turbo_settings(drawn))
 
 
-@fuzz(core=40, nightly=3000, pair=any_setting(), changed=st.integers(1, 3))
+@fuzz(core=15, nightly=2000, pair=any_setting(), changed=st.integers(1, 3))
 @torch.no_grad()
 def test_what_must_always_hold(pair, changed):
     """`changed`: the batch of a second forward."""
@@ -217,7 +218,9 @@ def check_trace(drawn, chosen, handle, batch):
         joined = torch.zeros(batch, left).scatter_add(1, entry.source, torch.ones(batch, tokens))
         assert (joined >= 1).all()
         assert (joined[:, :prefix] == 1).all() and (joined[:, left - suffix :] == 1).all()
-        assert torch.equal(entry.source[:, ends], torch.where(ends < prefix, ends, ends - tokens + left).expand(batch, -1))
+        assert torch.equal(
+            entry.source[:, ends], torch.where(ends < prefix, ends, ends - tokens + left).expand(batch, -1)
+        )
         if chosen["reduce"] != "prune":
             counted = torch.zeros(batch, left).scatter_add(1, entry.source, real)
             torch.testing.assert_close(entry.sizes.float(), counted, rtol=0, atol=1e-3)
@@ -242,7 +245,7 @@ def check_thresholds(chosen, entries, counts, protected):
 def check_amount(chosen, counts, protected):
     """What was asked for is what came, as far as the paper's clamp lets it."""
     r, keep = chosen.get("r"), chosen.get("keep")
-    for index, (before, after) in enumerate(zip(counts, counts[1:])):
+    for index, (before, after) in enumerate(pairwise(counts)):
         assert before >= after
         if r is None or "thresholds" in chosen or chosen["partition"] == "grid":
             continue
@@ -257,8 +260,8 @@ def check_amount(chosen, counts, protected):
 
 
 @fuzz(
-    core=8,
-    nightly=600,
+    core=3,
+    nightly=300,
     drawn=drawn_encoders(dtypes=("float64",), contents=("noise",)),
     r=st.integers(1, 12),
     data=st.data(),

@@ -228,4 +228,4 @@ def check_same_reports(handle, fresh, chosen):
 
 
 def test_lifecycle():
-    run_state_machine_as_test(Lifecycle, settings=profile(core=12, nightly=700, stateful_step_count=12))
+    run_state_machine_as_test(Lifecycle, settings=profile(core=5, nightly=200, stateful_step_count=12))

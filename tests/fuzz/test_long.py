@@ -95,6 +95,7 @@ def measured(forward: Callable[[random.Random], Any]) -> dict[str, Any]:
 
 
 FIXED = {
+    "turbovlm.registry._LOADED": 4,  # three kinds of families, and those of other packages
     "turbovlm.vlm.cache._CLASSES": 20,  # one for each class of cache
 }
 """Most entries of what grows with what was seen, beside the cache of partitions."""
@@ -135,5 +136,4 @@ def test_caches_are_bounded():
             handle.features[0].solved_amounts(2 + tokens % 40, tokens % 2)
     sizes = caches()
     assert sizes["turbovlm.ops.partition._CACHED"][0] > 0
-    assert sizes["turbovlm.encoder.schedule.requested_amounts"][0] > 0
     assert all(size <= most for size, most in sizes.values()), sizes

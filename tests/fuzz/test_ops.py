@@ -107,7 +107,7 @@ def cases(draw, dtypes=tuple(DTYPES), partitions=("alternate", "random", "grid")
     kind = draw(st.sampled_from(partitions))
     rows, columns = draw(st.integers(1, 8)), draw(st.integers(1, 8))
     prefix, behind = draw(st.integers(0, 5)), draw(st.integers(0, 3)) if suffix else 0
-    patches = rows * columns if kind == "grid" else draw(st.integers(kind == "alternate", 70))  # TODO 08
+    patches = rows * columns if kind == "grid" else draw(st.integers(0, 70))
     tokens = max(prefix + patches + behind, 1)
     return Case(
         batch=draw(st.integers(1, 3)),
@@ -130,7 +130,7 @@ def as_lists(split):
     return [positions(index, torch.device("cpu")).tolist() for index in (split.candidates, split.destinations)]
 
 
-@fuzz(core=40, nightly=2000, case=cases())
+@fuzz(core=30, nightly=2000, case=cases())
 def test_partition(case):
     """Every patch is a candidate or a destination, prefix and suffix are neither, and halves are halves."""
     candidates, destinations = as_lists(case.split())
@@ -149,11 +149,12 @@ def test_partition(case):
 
 
 @fuzz(
-    core=60,
-    nightly=3000,
+    core=25,
+    nightly=1500,
     case=cases(),
     degree=st.one_of(
-        st.sampled_from([*reference.DEGREES, "random"]), st.builds(LayeredDegree, ALPHAS.filter(bool), st.just(0.5), st.integers(0, 9))
+        st.sampled_from([*reference.DEGREES, "random"]),
+        st.builds(LayeredDegree, ALPHAS.filter(bool), st.just(0.5), st.integers(0, 9)),
     ),
     alpha=ALPHAS,
     share=st.floats(0, 1),
@@ -161,7 +162,7 @@ def test_partition(case):
     reduce=st.sampled_from(["merge", "keep_norm", "prune"]),
 )
 def test_merging(case, degree, alpha, share, order, reduce):
-    """R and E are the reference's; the r of highest E go to a most similar destination; means, sizes and the way back."""
+    """R and E are the reference's; the r of highest E go to a most similar one; means, sizes, the way back."""
     split, sizes = case.split(), case.sizes()
     candidates, destinations = as_lists(split)
     features, x = case.tensor(1, case.batch, case.tokens, case.width), case.tensor(2, case.batch, case.tokens, 4)
@@ -215,7 +216,9 @@ def check_ranking(case, ranking, features, A, sizes, candidates, destinations, s
         E = torch.stack(rows) if rows else redundancy
     if case.padding == "padded":
         E = E.masked_fill(sizes[:, candidates] == 0, torch.inf)
-    torch.testing.assert_close(ranking.degree.double(), E, rtol=1e-9 if case.dtype == "float64" else 1e-4, atol=tolerance)
+    torch.testing.assert_close(
+        ranking.degree.double(), E, rtol=1e-9 if case.dtype == "float64" else 1e-4, atol=tolerance
+    )
 
 
 def windows_of_split(case, candidates, destinations):
@@ -248,7 +251,9 @@ def check_merge(case, ranking, merge, merged, x, sizes, image, candidates, desti
     assert merge.kept[image].tolist() == kept
     assert source == [kept.index(into.get(i, i)) for i in range(case.tokens)]
     # the reference orders tokens as the paper does, without a suffix: only its values are compared
-    places, tokens, left, _ = reference.merge(x[image].double(), s, into, windows, "spatial", "merge" if reduce == "keep_norm" else reduce)
+    places, tokens, left, _ = reference.merge(
+        x[image].double(), s, into, windows, "spatial", "merge" if reduce == "keep_norm" else reduce
+    )
     again = [places.index(i) for i in kept]
     torch.testing.assert_close(merge.sizes[image].double(), left[again], rtol=0, atol=1e-4)
     if reduce != "prune":
@@ -274,7 +279,9 @@ def check_lengths(mean, found, x, s, source, scale, tolerance):
         if mean[place].norm() < 1e-2 * scale:  # opposite parts: where rounding errors point
             assert found[place].norm() <= length * (1 + tolerance) + 1e-9
             continue
-        torch.testing.assert_close(found[place], mean[place] / mean[place].norm() * length, rtol=0, atol=30 * tolerance * scale)
+        torch.testing.assert_close(
+            found[place], mean[place] / mean[place].norm() * length, rtol=0, atol=30 * tolerance * scale
+        )
 
 
 def check_way_back(case, merge, merged, x, sizes):
@@ -287,12 +294,10 @@ def check_way_back(case, merge, merged, x, sizes):
     torch.testing.assert_close(back[real > 0].double(), x[real > 0].double(), rtol=0, atol=CLOSE[case.dtype] * scale)
 
 
-@fuzz(core=40, nightly=2000, case=cases(), heads=st.integers(1, 4), factor=st.sampled_from([None, 0.0, 0.3, 3.0]))
+@fuzz(core=25, nightly=1500, case=cases(), heads=st.integers(1, 4), factor=st.sampled_from([None, 0.0, 0.3, 3.0]))
 def test_attention(case, heads, factor):
     """Proportional attention, and the guide's row of it; nobody attends to padding."""
     q, k, v = (case.tensor(i, case.batch, heads, case.tokens, case.width) for i in range(3))
-    if case.dtype == "float16" and case.content == "bright":  # TODO 09
-        factor = 0.3
     sizes = case.sizes()
     scale = case.width**-0.5 if factor is None else factor
     mixed = proportional_attention(q, k, v, sizes, scale=factor)
@@ -305,18 +310,20 @@ def test_attention(case, heads, factor):
         row = reference.semantic_value(guide, k[image].double(), s[image], 1.0)
         wanted = reference.attention(*(each[image].double() for each in (q, k, v)), s[image], scale)
         magnitude = max(float(v.double().abs().max()), 1e-30)
-        if precise and case.content != "bright" or case.dtype == "float64":
+        if (precise and case.content != "bright") or case.dtype == "float64":
             torch.testing.assert_close(mixed[image].double(), wanted, rtol=0, atol=10 * CLOSE[case.dtype] * magnitude)
         assert (mixed[image].double().abs() <= magnitude * (1 + CLOSE[case.dtype])).all()
         if case.content != "bright" or precise:
             torch.testing.assert_close(rows[image].double(), row, rtol=0, atol=10 * CLOSE[case.dtype])
         assert (rows[image][s[image] == 0] == 0).all()
-    torch.testing.assert_close(rows.double().sum(1), torch.ones(case.batch).double(), rtol=0, atol=10 * CLOSE[case.dtype])
+    torch.testing.assert_close(
+        rows.double().sum(1), torch.ones(case.batch).double(), rtol=0, atol=10 * CLOSE[case.dtype]
+    )
 
 
 @fuzz(
-    core=20,
-    nightly=1000,
+    core=10,
+    nightly=500,
     sizes=st.lists(st.integers(0, 10**6), min_size=1, max_size=20),
     dtype=st.sampled_from(list(DTYPES)),
 )
@@ -332,7 +339,7 @@ def test_size_bias(sizes, dtype):
 
 
 @fuzz(
-    core=30,
+    core=20,
     nightly=1500,
     case=cases(dtypes=("float64", "float32"), suffix=False),
     r=st.one_of(st.integers(0, 80), st.integers(0, 10**9)),
@@ -348,7 +355,16 @@ def test_match(case, r, degree, order, reduce):
     prefix = min(case.prefix, case.tokens)
     common = {"block": case.block, "seed": case.seed, "degree": degree}
     found = match(
-        features, r, A, sizes=sizes, prefix=prefix, partition=case.partition, grid=case.grid, order=order, reduce=reduce, **common
+        features,
+        r,
+        A,
+        sizes=sizes,
+        prefix=prefix,
+        partition=case.partition,
+        grid=case.grid,
+        order=order,
+        reduce=reduce,
+        **common,
     )
     candidates, destinations = as_lists(split)
     most = len(candidates) if case.partition == "grid" else max(case.tokens - prefix, 0) // 2

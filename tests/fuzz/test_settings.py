@@ -130,7 +130,7 @@ def says_one_line(error: TurboError, chosen: dict[str, Any]) -> None:
     assert any(name in text for name in (*chosen, "keep", "r,", "config")), text
 
 
-@fuzz(core=120, nightly=4000, drawn=some_settings())
+@fuzz(core=40, nightly=3000, drawn=some_settings())
 @torch.no_grad()
 def test_any_value_works_or_is_refused_at_apply(drawn):
     kind, chosen, as_config = drawn
@@ -173,7 +173,7 @@ def depends_on_the_input(config) -> bool:
     )
 
 
-@fuzz(core=60, nightly=2000, kind=st.sampled_from(list(VALID)), name=st.data())
+@fuzz(core=30, nightly=1500, kind=st.sampled_from(list(VALID)), name=st.data())
 def test_any_config_is_made_or_refused(kind, name):
     """A config that could be made can be compared, printed, saved or not, and says what was asked for."""
     field = name.draw(st.sampled_from(fields_of(kind)))
@@ -191,10 +191,17 @@ def test_any_config_is_made_or_refused(kind, name):
 
 
 @fuzz(
-    core=40,
-    nightly=1500,
-    configs=st.lists(st.one_of(ANYTHING, st.just(TurboConfig(r=2)), st.just(ReadConfig(0.5)), st.just(DenoiseConfig(0.5))), max_size=3),
-    named=st.dictionaries(st.one_of(st.sampled_from(["r", "keep", "visual_keep", "components"]), st.text("abc", min_size=1, max_size=3)), ANYTHING, max_size=2),
+    core=15,
+    nightly=1000,
+    configs=st.lists(
+        st.one_of(ANYTHING, st.just(TurboConfig(r=2)), st.just(ReadConfig(0.5)), st.just(DenoiseConfig(0.5))),
+        max_size=3,
+    ),
+    named=st.dictionaries(
+        st.one_of(st.sampled_from(["r", "keep", "visual_keep", "components"]), st.text("abc", min_size=1, max_size=3)),
+        ANYTHING,
+        max_size=2,
+    ),
     subject_=st.one_of(st.sampled_from(list(VALID)), ANYTHING),
 )
 def test_any_call_of_apply(configs, named, subject_):
@@ -210,8 +217,8 @@ def test_any_call_of_apply(configs, named, subject_):
 
 
 @fuzz(
-    core=40,
-    nightly=1000,
+    core=15,
+    nightly=700,
     values=st.tuples(ANYTHING, ANYTHING, ANYTHING),
     which=st.sampled_from(["paper", "layered", "schedule", "restore", "get_handle"]),
 )
