@@ -88,7 +88,7 @@ class Spelled:
 def steps(applied, x):
     for step in applied:
         if step is not None:
-            x = step(x) if isinstance(step, torch.nn.Module) else x * step
+            x = step(x) if callable(step) else x * step
     return x
 
 
