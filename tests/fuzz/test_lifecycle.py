@@ -196,14 +196,14 @@ class Lifecycle(RuleBasedStateMachine):
             assert snapshot(self.model) == snapshot(self.twin)
         else:
             assert self.handle.active and repr(self.handle).startswith("Turbo(")
-            added = [
-                (now[0], sorted(set(now[2]) - set(before[2])))
-                for now, before in zip(snapshot(self.model), snapshot(self.twin))
-                if now[2] != before[2]
-            ]
             tower, _ = self.blocks_of(self.model)
-            assert added == [(name, ["forward"]) for name, _ in tower.blocks]
-            assert all(isinstance(module.__dict__.get("forward"), Patch | None) for module in self.model.modules())
+            added = {
+                (name, key)
+                for (name, module), twin in zip(self.model.named_modules(), self.twin.modules())
+                for key in module.__dict__.keys() - twin.__dict__.keys()
+                if isinstance(module.__dict__[key], Patch) or pytest.fail(f"{name}.{key} is left on a module")
+            }
+            assert added >= {(name, "forward") for name, _ in tower.blocks}
 
     def teardown(self):
         if self.model is not None and self.chosen is not None:
