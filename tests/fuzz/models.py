@@ -137,7 +137,8 @@ class Drawn:
 
     @torch.no_grad()
     def run(self, model: nn.Module | None = None, batch: int | None = None) -> torch.Tensor:
-        """What the model hands on."""
+        """What the model hands on; in training, every time with the same weights dropped."""
+        torch.manual_seed(0)
         return self.family.output((self.model if model is None else model)(**self.inputs(batch)))
 
 
