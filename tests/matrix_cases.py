@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_with_path
 
 import denoisers
 import families
@@ -18,6 +18,8 @@ import vlms
 from families import FAMILIES, _livelier as livelier
 
 GROUPS = ("transformers", "timm", "torchvision", "open_clip", "text", "language", "diffusers")
+PLACES = ("img_ids", "txt_ids")
+"""Inputs of numbers that say where tokens are."""
 Inputs = dict[str, Any]
 
 
@@ -46,12 +48,11 @@ class Case:
     def inputs(self, seed: int = 0) -> Inputs:
         """Inputs of the same shapes for every seed: numbers are rolled, and of words every one is another."""
 
-        def other(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                return value
-            return value.roll(5 * seed, dims=-1) if value.ndim else value
+        def other(path: Any, value: Any) -> Any:
+            stays = not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.ndim
+            return value if stays or str(path[0].key) in PLACES else value.roll(5 * seed, dims=-1)
 
-        found = tree_map(other, self.first())
+        found = tree_map_with_path(other, self.first())
         if self.group == "text":
             found["input_ids"] = (found["input_ids"] + seed) % 90 + 5
         return found

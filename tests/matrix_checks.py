@@ -150,7 +150,7 @@ def watched(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[int]]]:
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            out = output[0] if isinstance(output, tuple) else output
+            out = first_of(output)
             calls.setdefault(name, []).append(out.shape[-2] if out.ndim > 1 else 0)
 
         return hook
@@ -176,11 +176,13 @@ def tokens_of(handle: Any, plain: dict[str, list[int]]) -> dict[str, tuple[int, 
 
 
 def first_of(out: Any) -> torch.Tensor:
-    return out[0] if isinstance(out, tuple) else out
+    """The first tensor of what a module returns."""
+    return next(each for each in out if each is not None) if isinstance(out, tuple) else out
 
 
 def instead_of(out: Any, tensor: torch.Tensor) -> Any:
-    return (tensor, *out[1:]) if isinstance(out, tuple) else tensor
+    """What a module returns, with another first tensor."""
+    return tuple(tensor if each is first_of(out) else each for each in out) if isinstance(out, tuple) else tensor
 
 
 @check("forward hooks on blocks that read")
@@ -326,6 +328,11 @@ def merged(case: Case) -> Any:
     return with_lora(case, model, lora_targets(case, model)).merge_and_unload().eval()
 
 
+def trained_adapters(case: Case, adapted: Any) -> set[str]:
+    loss_of(case.run(adapted, case.inputs())).backward()
+    return {n for n, p in adapted.named_parameters() if "lora_" in n and p.grad is not None and p.grad.any()}
+
+
 def check_lora(case: Case, adapted: Any) -> None:
     """Of an adapted and accelerated model: output, gradients, and the output once the adapters are merged."""
     inputs, whole, without = case.inputs(), merged(case), case.make()
@@ -334,9 +341,10 @@ def check_lora(case: Case, adapted: Any) -> None:
         differ(wanted, case.run(without, inputs), by=0.01)
     found = case.run(adapted, inputs)
     close(found.detach(), wanted)
-    found.square().mean().backward()
-    silent = [n for n, p in adapted.named_parameters() if "lora_B" in n and (p.grad is None or not p.grad.any())]
-    assert not silent, f"no gradient: {', '.join(silent)}"
+    whole = case.make()
+    whole = with_lora(case, whole, lora_targets(case, whole))
+    trained = [trained_adapters(case, each) for each in (adapted, whole)]
+    assert trained[0] == trained[1], f"no gradient: {', '.join(trained[1] - trained[0])}"
     unloaded = adapted.merge_and_unload().eval()
     with torch.no_grad():
         close(case.run(unloaded, inputs), wanted)
@@ -361,9 +369,15 @@ def lora_after(case: Case) -> None:
 # ----------------------------------------------------------------------------------------------------- training
 
 
+def loss_of(out: torch.Tensor) -> torch.Tensor:
+    """A weighted mean: outputs of length 1 have one too that is not constant."""
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
+    return (out * weights).sum() / out.numel() ** 0.5
+
+
 def gradients(case: Case, model: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    run().square().mean().backward()
+    loss_of(run()).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -386,27 +400,24 @@ def training_loop(case: Case) -> None:
     model, inputs = case.make().double(), doubled(case.inputs())
     parameters = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(5)
-    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    direction = [0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
 
     def loss() -> torch.Tensor:
-        return case.run(model, inputs).square().mean()
+        return loss_of(case.run(model, inputs))
 
-    def step(size: float) -> None:
+    def step(size: float) -> float:
         with torch.no_grad():
             for p, d in zip(parameters, direction):
                 p.add_(size * d)
+            return loss().item()
 
     with case.apply(model):
         start = loss()
         start.backward()
-        slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction) if p.grad is not None)
-        size = 1e-6
-        step(size)
-        above = loss().item()
-        step(-2 * size)
-        below = loss().item()
-        step(size)
-        assert abs((above - below) / (2 * size) - float(slope)) <= 1e-3 * abs(float(slope))
+        slope = float(sum((p.grad * d).sum() for p, d in zip(parameters, direction) if p.grad is not None))
+        # a long step merges other tokens, a short one is lost in what libraries compute in float32
+        measured = [(step(size) - step(-2 * size) + 0 * step(size)) / (2 * size) for size in (1e-3, 1e-4, 1e-5)]
+        assert any(abs(each - slope) <= 2e-3 * abs(slope) for each in measured), (measured, slope)
         optimizer = torch.optim.SGD(parameters, lr=1e-4)
         optimizer.step()
         assert loss() < start
@@ -550,13 +561,14 @@ def accelerated(case: Case) -> None:
         twin = case.make()
         with case.apply(twin):
             wanted = case.run(twin, inputs)
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         for remove_first in (False, True):
             model = case.make()
             handle = case.apply(model)
             accelerator = Accelerator(mixed_precision="bf16", cpu=True)
             prepared = accelerator.prepare(model)
-            accelerator.backward(case.run(prepared, inputs).square().mean())
+            accelerator.backward(loss_of(case.run(prepared, inputs)))
             if remove_first:
                 handle.remove()
             unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
@@ -663,7 +675,7 @@ def per_sample(case: Case) -> None:
         return torch.func.functional_call(flat, {name: value}, tuple(single))
 
     def loss(value: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
-        return one(value, *parts).square().mean()
+        return loss_of(one(value, *parts))
 
     with case.apply(model):
         with torch.no_grad():
@@ -707,10 +719,12 @@ def persistence(case: Case) -> None:
         assert state.keys() == weights.keys()
         assert all(torch.equal(state[name], value) for name, value in weights.items())
 
+    model = case.make()  # libraries put hooks that do not pickle on a model that has run
     with case.apply(model):
+        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         wanted = case.run(model, inputs)
         has_weights(model.state_dict())
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for twin in (*twins, copy.deepcopy(model)):
             assert torch.equal(case.run(twin, inputs), wanted)
             if case.settings is not None:
                 turbovlm.get_handle(twin).remove()
@@ -762,9 +776,7 @@ def hidden_states(case: Case) -> None:
         assert torch.equal(case.output(out), bare)
         found = hidden_of(out)
         assert len(found) == len(plain)
-        if case.group == "language" or case.settings is None:
-            kinds = {each.shape[1] for each in found}
-            assert len(kinds) == 1, kinds
+        if len({each.shape[1] for each in found}) == 1:
             return
         for block, (each, whole) in enumerate(zip(found, plain)):
             if each.shape == whole.shape:
@@ -853,7 +865,7 @@ def pipeline_of_images(case: Case, name: str) -> None:
 
     def images(pipe: Any) -> torch.Tensor:
         size = {"num_inference_steps": 2, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
-        return pipe(**made.inputs(64, 64), **size).images
+        return torch.as_tensor(pipe(**made.inputs(64, 64), **size).images)
 
     pipe, twin = made(), made()
     plain = images(pipe)
@@ -939,5 +951,6 @@ def tokenizer() -> Any:
     words.pre_tokenizer = WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special, model_max_length=64)
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
     fast.model_input_names = ["input_ids", "attention_mask"]
     return fast
