@@ -287,7 +287,7 @@ def hooks_on_the_rest(case: Case) -> None:
             for name in (name for name in calls if name.startswith(f"{path}.")):
                 linear = isinstance(model.get_submodule(name), nn.Linear)
                 assert set(calls[name]) <= ({behind} if linear else {before, behind}), (name, calls[name])
-        if case.settings and not tokens_of(handle, plain):
+        if "visual_keep" in (case.settings or {}) or case.group == "diffusers":
             assert any(sum(seen) < sum(plain[name]) for name, seen in calls.items()), "nothing got fewer tokens"
 
 
@@ -299,7 +299,7 @@ def lora_targets(case: Case, model: nn.Module) -> list[str]:
     with watched(blocks_of(model)) as called, torch.no_grad():
         case.run(model, case.inputs())
     found: list[str] = []
-    for path in called:
+    for path in (list(called)[0], list(called)[-2]):
         block = blocks_of(model)[path]
         packed = [name for name, module in block.named_modules() if isinstance(module, nn.MultiheadAttention)]
         found += [f"{path}.{name}" for name in packed]
@@ -394,33 +394,27 @@ def doubled(tree: Any) -> Any:
     return tree_map(each, tree)
 
 
-@check("training loop")
+@check("a training loop of one's own")
 def training_loop(case: Case) -> None:
-    """The gradient is that of the loss, and a step along it lowers the loss."""
+    """A step along the gradient changes the loss by what the gradient says."""
     model, inputs = case.make().double(), doubled(case.inputs())
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    generator = torch.Generator().manual_seed(5)
-    direction = [0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-
-    def loss() -> torch.Tensor:
-        return loss_of(case.run(model, inputs))
-
-    def step(size: float) -> float:
-        with torch.no_grad():
-            for p, d in zip(parameters, direction):
-                p.add_(size * d)
-            return loss().item()
-
     with case.apply(model):
-        start = loss()
-        start.backward()
-        slope = float(sum((p.grad * d).sum() for p, d in zip(parameters, direction) if p.grad is not None))
-        # a long step merges other tokens, a short one is lost in what libraries compute in float32
-        measured = [(step(size) - step(-2 * size) + 0 * step(size)) / (2 * size) for size in (1e-3, 1e-4, 1e-5)]
-        assert any(abs(each - slope) <= 2e-3 * abs(slope) for each in measured), (measured, slope)
-        optimizer = torch.optim.SGD(parameters, lr=1e-4)
-        optimizer.step()
-        assert loss() < start
+        gradient = gradients(case, model, lambda: case.run(model, inputs))
+        slope = float(torch.stack([each.square().sum() for each in gradient.values()]).sum().sqrt())
+        weights = {name: p for name, p in model.named_parameters() if name in gradient}
+
+        @torch.no_grad()
+        def after(step: float) -> float:
+            for name, p in weights.items():
+                p.add_(gradient[name], alpha=step / slope)
+            return loss_of(case.run(model, inputs)).item()
+
+        measured = []
+        for size in (1e-2, 1e-3, 1e-4, 1e-5):  # the longest merge other tokens, the shortest drown in float32
+            above, below = after(size), after(-2 * size)
+            measured.append((above - below) / (2 * size))
+            after(size)
+        assert any(abs(each - slope) <= 1e-3 * slope for each in measured), (measured, slope)
 
 
 @check("`transformers.Trainer`: evaluate and a training step", has_head)
