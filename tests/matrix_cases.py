@@ -145,7 +145,7 @@ def _encoder(name: str) -> Case:
         _group(name),
         family.make,
         lambda: family.inputs(2),
-        family.output,
+        (lambda out: out.pooler_output) if name == "siglip2" else family.output,  # its padding has no value
         {"r": 4},
         HEADS.get(name),
         labels if name in HEADS else {},

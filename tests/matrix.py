@@ -1,0 +1,126 @@
+"""What an accelerated model does with the everyday machinery around it: expected outcomes as data, and their table.
+
+A cell is a check (`matrix_checks.CHECKS`) of a family (`matrix_cases.CASES`). It works unless `EXPECTED` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from matrix_cases import CASES, GROUPS, Case
+from matrix_checks import CHECKS, Check
+
+
+@dataclass(frozen=True)
+class Works:
+    """The check passes."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """turbovlm raises an error with this fragment in its text."""
+
+    fragment: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Neither:
+    """The model cannot do it without turbovlm either: that raises an error with this fragment."""
+
+    fragment: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Fails:
+    """Known to go wrong: an error with this fragment, and none of turbovlm's. To be cured."""
+
+    fragment: str
+    why: str
+
+
+Outcome = Works | Refused | Neither | Fails
+EXPECTED: dict[str, dict[str, Outcome]] = {}
+"""By the check's function and then the family, or its group."""
+
+TITLES = {
+    "transformers": "`transformers` encoders",
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "open_clip": "open_clip",
+    "text": "text encoders, ViLT",
+    "language": "VLMs",
+    "diffusers": "denoisers",
+}
+
+
+def cells() -> list[tuple[Check, Case]]:
+    """Every check of every family that it can be asked of, and is run for."""
+    return [(check, case) for check in CHECKS.values() for case in CASES.values() if is_run(check, case)]
+
+
+def is_run(check: Check, case: Case) -> bool:
+    """Whether a cell is tested: those that are not are either senseless or stood for by others of their group."""
+    return check.applies(case) and (not check.only or case.name in check.only)
+
+
+def expected(check: Check, case: Case) -> Outcome:
+    """What a cell comes to: what is said of the family, or of its group, or that it works."""
+    said = EXPECTED.get(check.run.__name__, {})
+    return said.get(case.name) or said.get(case.group) or Works()
+
+
+# ----------------------------------------------------------------------------------------------------- the table
+
+SIGNS = {Works: "✓", Refused: "refused", Neither: "–", Fails: "✗"}
+
+
+def table() -> str:
+    """The table in Markdown, and its notes."""
+    notes: list[str] = []
+    lines = [f"| | {' | '.join(TITLES[group] for group in GROUPS)} |", "|---|" + ":-:|" * len(GROUPS)]
+    for check in CHECKS.values():
+        lines.append(f"| {check.name} | {' | '.join(_cell(check, group, notes) for group in GROUPS)} |")
+    counted = [f"{i}. {note}" for i, note in enumerate(notes, 1)]
+    return "\n".join([*lines, "", *counted])
+
+
+def _cell(check: Check, group: str, notes: list[str]) -> str:
+    cases = [case for case in CASES.values() if case.group == group]
+    run = [case for case in cases if is_run(check, case)]
+    if not run:
+        asked = any(check.applies(case) for case in cases)
+        return "not tried" if asked else ""
+    by_outcome: dict[Outcome, list[str]] = {}
+    for case in run:
+        by_outcome.setdefault(expected(check, case), []).append(case.name)
+    parts = []
+    for kind, sign in SIGNS.items():
+        marks = []
+        for outcome, names in by_outcome.items():
+            if not isinstance(outcome, kind):
+                continue
+            if not isinstance(outcome, Works):
+                marks.append(_note(outcome, names if len(by_outcome) > 1 else [], notes))
+            elif check.only:
+                marks.append(f"of {_listed(names)}")
+        if any(isinstance(outcome, kind) for outcome in by_outcome):
+            parts.append(" ".join([sign, *sorted(marks)]))
+    return ", ".join(parts)
+
+
+def _note(outcome: Outcome, names: list[str], notes: list[str]) -> str:
+    assert not isinstance(outcome, Works)
+    who = f"{_listed(names)}: " if names else ""
+    text = f"{who}{outcome.why}"
+    if isinstance(outcome, Refused):
+        text += f" (“… {outcome.fragment} …”)"
+    if text not in notes:
+        notes.append(text)
+    return f"<sup>{notes.index(text) + 1}</sup>"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
