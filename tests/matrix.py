@@ -1,6 +1,7 @@
 """What an accelerated model does with the everyday machinery around it: expected outcomes as data, and their table.
 
-A cell is a check (`matrix_checks.CHECKS`) of a family (`matrix_cases.CASES`). It works unless `EXPECTED` says otherwise.
+A cell is a check (`matrix_checks.CHECKS`) of a family (`matrix_cases.CASES`). It works unless `EXPECTED` says
+otherwise.
 """
 
 from __future__ import annotations
@@ -42,7 +43,45 @@ class Fails:
 
 
 Outcome = Works | Refused | Neither | Fails
-EXPECTED: dict[str, dict[str, Outcome]] = {}
+BERTS = ("bert", "roberta", "xlm_roberta", "electra")
+PLACEHOLDERS = tuple(name for name, case in CASES.items() if "visual_keep" in (case.settings or {}))
+READERS = tuple(name for name, case in CASES.items() if case.group == "language" and "r" in (case.settings or {}))
+"""Vision-language models whose towers merge."""
+
+
+def _each(names: Iterable[str], outcome: Outcome) -> dict[str, Outcome]:
+    return dict.fromkeys(names, outcome)
+
+
+NOT_CALLED = Refused("an accelerated block does not call it", "an accelerated block computes attention by itself")
+DROPOUT = Refused("never builds its attention map", "hooks on what reads the attention map, which is never built")
+PACKED = "peft's adapter of `nn.MultiheadAttention` changes weights that an accelerated block reads by itself"
+MAPS = Refused("output_attentions=True", "attention maps are never built")
+EVA = Neither("not close", "timm reads `qkv.weight`, so an adapter on it has no effect")
+EXPECTED: dict[str, dict[str, Outcome]] = {
+    "hooks_on_attention": {**_each(BERTS, NOT_CALLED), **_each(("blip", "blip_language", "vilt"), DROPOUT)},
+    "hooks_that_change_attention": _each(BERTS, NOT_CALLED),
+    "lora_before": {
+        "timm_eva02": EVA,
+        **_each(("torchvision", "open_clip"), Refused("whose adapter an accelerated block would not see", PACKED)),
+        **_each(PLACEHOLDERS, Fails("prepare_inputs_for_generation", "peft around the whole model")),
+        "flux": Fails("not close", "adapters merged while turbovlm is applied"),
+    },
+    "lora_after": {
+        "timm_eva02": EVA,
+        **_each(("torchvision", "open_clip"), Refused("which an accelerated block does not call", PACKED)),
+        "flux": Fails("not close", "adapters on layers that merge by themselves"),
+    },
+    "training_loop": _each(
+        ("sd15", "sdxl", "dit", "flux"), Fails("AssertionError", '`restore="linear"` takes its map for a constant')
+    ),
+    "gradient_checkpointing": {"blip_cross_keep": Fails("AssertionError", "gradients get lost")},
+    "feature_extractor": _each(
+        ("timm", "torchvision"), Refused("an accelerated block merges by the values of its tokens", "a graph has none")
+    ),
+    "attentions_in_the_call": {"transformers": MAPS, "text": MAPS, **_each(READERS, MAPS)},
+    "attentions_in_the_config": {"transformers": MAPS, "text": MAPS, **_each(READERS, MAPS)},
+}
 """By the check's function and then the family, or its group."""
 
 TITLES = {

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch.utils._pytree import tree_map_with_path
 
 import denoisers
 import families
 import turbovlm
 import vlms
-from families import FAMILIES, _livelier as livelier
+from families import FAMILIES
+from families import _livelier as livelier
 
 GROUPS = ("transformers", "timm", "torchvision", "open_clip", "text", "language", "diffusers")
 PLACES = ("img_ids", "txt_ids")

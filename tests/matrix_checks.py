@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import turbovlm
-from matrix_cases import CASES, Case
+from matrix_cases import Case
 
 ATOL = 1e-4
 
@@ -137,9 +137,7 @@ def others_of(model: nn.Module) -> dict[str, nn.Module]:
         f"{path}.{name}": module
         for path, block in blocks_of(model).items()
         for name, module in block.named_modules()
-        if not list(module.children())
-        and list(module.parameters())
-        and not f"{path}.{name}".startswith(attentions)
+        if not list(module.children()) and list(module.parameters()) and not f"{path}.{name}".startswith(attentions)
     }
 
 
@@ -209,7 +207,7 @@ def hooks_that_change_blocks(case: Case) -> None:
     model, inputs = case.make(), case.inputs()
     with watched(blocks_of(model)) as plain:
         case.run(model, inputs)
-    block = blocks_of(model)[list(plain)[0]]
+    block = blocks_of(model)[next(iter(plain))]
 
     def in_place(module: nn.Module, args: Any, out: Any) -> None:
         first_of(out).mul_(1.5)
@@ -299,7 +297,7 @@ def lora_targets(case: Case, model: nn.Module) -> list[str]:
     with watched(blocks_of(model)) as called, torch.no_grad():
         case.run(model, case.inputs())
     found: list[str] = []
-    for path in (list(called)[0], list(called)[-2]):
+    for path in (next(iter(called)), list(called)[-2]):
         block = blocks_of(model)[path]
         packed = [name for name, module in block.named_modules() if isinstance(module, nn.MultiheadAttention)]
         found += [f"{path}.{name}" for name in packed]
@@ -375,7 +373,7 @@ def loss_of(out: torch.Tensor) -> torch.Tensor:
     return (out * weights).sum() / out.numel() ** 0.5
 
 
-def gradients(case: Case, model: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss_of(run()).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -399,7 +397,7 @@ def training_loop(case: Case) -> None:
     """A step along the gradient changes the loss by what the gradient says."""
     model, inputs = case.make().double(), doubled(case.inputs())
     with case.apply(model):
-        gradient = gradients(case, model, lambda: case.run(model, inputs))
+        gradient = gradients(model, lambda: case.run(model, inputs))
         slope = float(torch.stack([each.square().sum() for each in gradient.values()]).sum().sqrt())
         weights = {name: p for name, p in model.named_parameters() if name in gradient}
 
@@ -488,11 +486,11 @@ def gradient_checkpointing(case: Case) -> None:
         return case.run(model, inputs)
 
     with case.apply(model):
-        wanted = gradients(case, model, run)
+        wanted = gradients(model, run)
         for enable in _checkpointing(model):
             enable()
             inputs = tree_map(_with_gradient, case.inputs())
-            same_gradients(gradients(case, model, run), wanted)
+            same_gradients(gradients(model, run), wanted)
 
 
 def _with_gradient(value: Any) -> Any:
@@ -508,12 +506,12 @@ def data_distributed(case: Case) -> None:
     model, inputs = case.make(), Flat(case, nn.Identity()).tensors()
     flat = Flat(case, model)
     with case.apply(model):
-        wanted = gradients(case, model, lambda: flat(*inputs))
+        wanted = gradients(model, lambda: flat(*inputs))
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             wrapped = nn.parallel.DistributedDataParallel(flat, find_unused_parameters=True)
             for _ in range(2):
-                found = gradients(case, model, lambda: wrapped(*inputs))
+                found = gradients(model, lambda: wrapped(*inputs))
         finally:
             dist.destroy_process_group()
         same_gradients({n: g for n, g in found.items() if n in wanted}, wanted)
@@ -777,7 +775,7 @@ def hidden_states(case: Case) -> None:
     with turbovlm.apply(model, **case.settings, **inside) if case.settings else case.apply(model) as handle:
         out = model(**inputs, output_hidden_states=True)
         found, given = hidden_of(out), case.output(out)
-        if not inside or case.group == "language" and found[0].shape == found[-1].shape != plain[0].shape:
+        if not inside or (case.group == "language" and found[0].shape == found[-1].shape != plain[0].shape):
             assert len(found) == len(plain) and len({each.shape[1] for each in found}) == 1
             close(given, bare)
             return
