@@ -57,6 +57,7 @@ NOT_CALLED = Refused("an accelerated block does not call it", "an accelerated bl
 DROPOUT = Refused("never builds its attention map", "hooks on what reads the attention map, which is never built")
 PACKED = "peft's adapter of `nn.MultiheadAttention` changes weights that an accelerated block reads by itself"
 MAPS = Refused("output_attentions=True", "attention maps are never built")
+BRANCHES = "its forward looks at values, which `vmap` forbids"
 EVA = Neither("not close", "timm reads `qkv.weight`, so an adapter on it has no effect")
 EXPECTED: dict[str, dict[str, Outcome]] = {
     "hooks_on_attention": {**_each(BERTS, NOT_CALLED), **_each(("blip", "blip_language", "vilt"), DROPOUT)},
@@ -73,13 +74,48 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         "flux": Fails("not close", "adapters on layers that merge by themselves"),
     },
     "training_loop": _each(
-        ("sd15", "sdxl", "dit", "flux"), Fails("AssertionError", '`restore="linear"` takes its map for a constant')
+        ("sd15", "sdxl", "dit", "flux", "pixart", "sd3"),
+        Fails("AssertionError", '`restore="linear"` takes its map for a constant'),
     ),
+    "data_parallel": _each(
+        ("qwen2_5_vl", "qwen3_vl", "internvl", "qwen2_vl", "idefics3", "smolvlm"),
+        Neither("StopIteration", "`transformers` asks a replica for its parameters, which it has none of"),
+    ),
+    "accelerated": {"diffusers": Fails("multiple values for argument", "the unwrapped model cannot be called")},
+    "jit_trace": {
+        **_each(PLACEHOLDERS, Fails("INTERNAL ASSERT FAILED", "`visual_keep`")),
+        **_each(("llava_next", "llava_onevision"), Neither("__round__", "`transformers` rounds a size")),
+        "gemma3": Neither("unordered_map::at", "PyTorch fails on its masks"),
+        "blip_cross_keep": Fails("__round__", "`cross_keep`"),
+    },
+    "onnx": {
+        "llava": Fails("INTERNAL ASSERT FAILED", "`visual_keep`"),
+        "sd15": Fails("linalg_cholesky_ex", '`restore="linear"` has no operator; `"copy"` has'),
+        "flux": Neither("rms_norm", "there is no such operator"),
+    },
+    "export": {"llava": Fails("data-dependent expression", "`visual_keep`")},
+    "compile_": {"llava": Fails("data-dependent expression", "`visual_keep`")},
+    "per_sample": {
+        "text": Neither("data-dependent control flow", BRANCHES),
+        "siglip2": Neither("Cannot access data pointer", BRANCHES),
+        "blip_2_language": Neither("data-dependent control flow", BRANCHES),
+        **_each(("llava", "internvl", "paligemma", "gemma3"), Neither(".item() on a Tensor", BRANCHES)),
+        **_each(
+            ("qwen2_5_vl", "qwen2_vl", "llava_next", "llava_onevision"), Neither("Cannot access data pointer", BRANCHES)
+        ),
+        "qwen3_vl": Neither("stack expects each tensor", BRANCHES),
+        **_each(("idefics3", "smolvlm"), Neither("dynamic shape", BRANCHES)),
+    },
+    "hidden_states": _each(BERTS, Fails("attention.self has hooks", "`transformers` leaves hooks of its own")),
     "gradient_checkpointing": {"blip_cross_keep": Fails("AssertionError", "gradients get lost")},
     "feature_extractor": _each(
         ("timm", "torchvision"), Refused("an accelerated block merges by the values of its tokens", "a graph has none")
     ),
-    "attentions_in_the_call": {"transformers": MAPS, "text": MAPS, **_each(READERS, MAPS)},
+    "attentions_in_the_call": {
+        "transformers": MAPS,
+        "text": MAPS,
+        **_each(("blip_language", "vision_encoder_decoder"), MAPS),
+    },
     "attentions_in_the_config": {"transformers": MAPS, "text": MAPS, **_each(READERS, MAPS)},
 }
 """By the check's function and then the family, or its group."""
