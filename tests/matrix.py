@@ -81,7 +81,6 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         ("qwen2_5_vl", "qwen3_vl", "internvl", "qwen2_vl", "idefics3", "smolvlm"),
         Neither("StopIteration", "`transformers` asks a replica for its parameters, which it has none of"),
     ),
-    "accelerated": {"diffusers": Fails("multiple values for argument", "the unwrapped model cannot be called")},
     "jit_trace": {
         **_each(PLACEHOLDERS, Fails("INTERNAL ASSERT FAILED", "`visual_keep`")),
         **_each(("llava_next", "llava_onevision"), Neither("__round__", "`transformers` rounds a size")),
@@ -121,7 +120,15 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         "video_mae": NOT_CALLED,
         "data2vec": Neither("AssertionError", "`transformers` hands out no maps"),
     },
-    "attentions_in_the_config": {"transformers": MAPS, "text": MAPS, **_each(READERS, MAPS)},
+    "attentions_in_the_config": {
+        "transformers": MAPS,
+        "text": MAPS,
+        **_each(READERS, MAPS),
+        **_each(
+            ("data2vec", "vision_encoder_decoder"),
+            Neither("is not supported", "one of its parts has no eager attention"),
+        ),
+    },
 }
 """By the check's function and then the family, or its group."""
 
