@@ -106,7 +106,6 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         **_each(("idefics3", "smolvlm"), Neither("dynamic shape", BRANCHES)),
     },
     "hidden_states": {
-        **_each((*BERTS, "video_mae"), Fails("has hooks", "`transformers` leaves hooks of its own on attention")),
         **_each(("blip_language", "vision_encoder_decoder"), Fails("not close", "the words read other tokens then")),
     },
     "gradient_checkpointing": {"blip_cross_keep": Fails("AssertionError", "gradients get lost")},
@@ -117,7 +116,7 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         "transformers": MAPS,
         "text": MAPS,
         **_each(("blip_language", "vision_encoder_decoder"), MAPS),
-        "video_mae": NOT_CALLED,
+        "video_mae": Fails("AssertionError", "no maps, and no error"),
         "data2vec": Neither("AssertionError", "`transformers` hands out no maps"),
     },
     "attentions_in_the_config": {
