@@ -95,8 +95,9 @@ def _blocks_asked(
     elif collected is not None and not isinstance(collected, bool):  # indices among the states, the input's first
         states = [collected] if isinstance(collected, int) else collected
         asked = [(state if state >= 0 else depth + 1 + state) - 1 for state in states]
-    elif collected:
-        asked = range(depth)
+        asked = [index for index in asked if index != depth - 1]
+    elif collected:  # the last is what the encoder hands on, which is not to change because somebody looks
+        asked = range(depth - 1)
     elif hasattr(tower, "stage_names") and hasattr(tower, "out_features"):  # a backbone: `stem`, `stage1`, ...
         asked = [list(tower.stage_names).index(name) - 1 for name in tower.out_features]
     elif method == "forward_features" and feature.unknown_owner is not None:
