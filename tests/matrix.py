@@ -56,12 +56,18 @@ def _each(names: Iterable[str], outcome: Outcome) -> dict[str, Outcome]:
 NOT_CALLED = Refused("an accelerated block does not call it", "an accelerated block computes attention by itself")
 DROPOUT = Refused("never builds its attention map", "hooks on what reads the attention map, which is never built")
 PACKED = "peft's adapter of `nn.MultiheadAttention` changes weights that an accelerated block reads by itself"
+WHOLE = Fails("AssertionError", "what has a hook merges no tokens, so the image is another")
 MAPS = Refused("output_attentions=True", "attention maps are never built")
 BRANCHES = "its forward looks at values, which `vmap` forbids"
 EVA = Neither("not close", "timm reads `qkv.weight`, so an adapter on it has no effect")
 EXPECTED: dict[str, dict[str, Outcome]] = {
-    "hooks_on_attention": {**_each(BERTS, NOT_CALLED), **_each(("blip", "blip_language", "vilt"), DROPOUT)},
+    "hooks_on_attention": {
+        **_each(BERTS, NOT_CALLED),
+        **_each(("blip", "blip_language", "vilt"), DROPOUT),
+        "sd15": WHOLE,
+    },
     "hooks_that_change_attention": _each(BERTS, NOT_CALLED),
+    "hooks_on_the_rest": {"sd15": WHOLE},
     "lora_before": {
         "timm_eva02": EVA,
         **_each(("torchvision", "open_clip"), Refused("whose adapter an accelerated block would not see", PACKED)),
