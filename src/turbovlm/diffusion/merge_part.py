@@ -24,7 +24,7 @@ from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.tracing import is_readable
-from turbovlm.patching import Patch
+from turbovlm.patching import Patch, patches_of
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
@@ -66,6 +66,7 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     if not compiling:
         steps.follow_pipeline(feature)
         _check_not_compiled(holder, model, feature)
+        _check_in_place(holder, model, feature)
     seen = latent if is_readable(latent) else None
     # without `refresh` a graph that cannot look at latents shares nothing
     shares = seen is not None or steps.every > 1
@@ -133,6 +134,10 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
         out = attend_merged(patch, module, original, run.path, merge, read, rest, kwargs)
     restore = run.feature.config.restore  # "auto": on GPUs a small system of equations outlasts most feed-forwards
     if part.smooth and (restore == "linear" or (restore == "auto" and x.device.type == "cpu")):
+        if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+            raise StateError(
+                f'restore={restore!r}: the regression behind {site.name} has no operator in ONNX: restore="copy" has'
+            )
         return restore_linear(merge, image, merged, out)
     if isinstance(out, Tensor) and not words:
         return merge.unmerge(out)
@@ -210,6 +215,24 @@ def _grid_of_positions(
             "row, so turbovlm does not know how they lie"
         )
     return rows, columns
+
+
+def _check_in_place(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
+    """See that the parts are the modules that turbovlm was applied to.
+
+    Raises:
+        StateError: one was exchanged, as when an adapter is put around it, or merged into it.
+    """
+    inside = f"{holder.name}." if holder.name else ""
+    for site in feature.sites:
+        if not site.name.startswith(inside):
+            continue
+        part = model.get_submodule(site.name.removeprefix(inside))
+        if not any(patch.feature is feature for patch in patches_of(part)):
+            raise StateError(
+                f"{site.name} was exchanged since turbovlm.apply, and is a {type(part).__module__}."
+                f"{type(part).__qualname__} now: handle.remove() before such a change, and apply again after it"
+            )
 
 
 def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> None:

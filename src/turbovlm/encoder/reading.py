@@ -41,7 +41,7 @@ class Asked:
     Attributes:
         feature: of the tower.
         blocks: indices of those that hand out every position.
-        maps: whether attention maps are asked for, in the config.
+        maps: whether attention maps are asked for, in the call or the config.
     """
 
     feature: EncoderFeature
@@ -76,7 +76,8 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     _check_unchanged(feature, tower)
     config = getattr(tower, "config", None)
     blocks = _blocks_asked(feature, tower, patch.name, args, kwargs) if feature.hands_out else frozenset()
-    with _asking(Asked(feature, blocks, bool(getattr(config, "output_attentions", False)))):
+    maps = bool(kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
+    with _asking(Asked(feature, blocks, maps)):
         return original(*args, **kwargs)
 
 
