@@ -88,9 +88,7 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         "flux": Neither("rms_norm", "there is no such operator"),
     },
     "export": {"llava": Refused("visual_keep cannot be exported", "what is left of a prompt depends on its values")},
-    "compile_": {
-        "llava": Fails("data-dependent expression", "`fullgraph=True` with `visual_keep`; without it the graph breaks")
-    },
+    "compile_": {"llava": Fails("data-dependent expression", "`visual_keep` with `fullgraph=True`")},
     "per_sample": {
         "text": Neither("data-dependent control flow", BRANCHES),
         "siglip2": Neither("Cannot access data pointer", BRANCHES),

@@ -23,7 +23,7 @@ from turbovlm.diffusion.whole import reason_to_leave_whole
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge
-from turbovlm.ops.tracing import is_readable
+from turbovlm.ops.tracing import is_exporting_to_onnx, is_readable
 from turbovlm.patching import Patch, patches_of
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
         out = attend_merged(patch, module, original, run.path, merge, read, rest, kwargs)
     restore = run.feature.config.restore  # "auto": on GPUs a small system of equations outlasts most feed-forwards
     if part.smooth and (restore == "linear" or (restore == "auto" and x.device.type == "cpu")):
-        if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+        if is_exporting_to_onnx():
             raise StateError(
                 f'restore={restore!r}: the regression behind {site.name} has no operator in ONNX: restore="copy" has'
             )
