@@ -124,8 +124,8 @@ def _encode(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     given = inputs.get("mm_encoder_outputs")
     if given is not None and not isinstance(given, Mapping):  # Idefics 3 takes bare features, of which A is not known
         raise StateError(
-            f"mm_encoder_outputs: a {type(given).__name__} found where visual_keep needs {{'image': outputs}}, what this "
-            "model's own get_image_features returns"
+            f"mm_encoder_outputs: a {type(given).__name__} found where visual_keep needs {{'image': outputs}}, as this "
+            "model's own get_image_features returns them"
         )
     encoded: dict[str, Any] = {**(given or getattr(inputs.get("inputs_embeds"), ENCODED, {}))}
     pixels = {modality: name for modality, name in PIXELS.items() if inputs.get(name) is not None}
