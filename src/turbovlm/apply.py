@@ -12,7 +12,7 @@ from torch import Tensor
 from turbovlm.config import Config, DenoiseConfig, ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 from turbovlm.patching import Feature, Patch, install, patches_on, remove
-from turbovlm.registry import family_of
+from turbovlm.registry import class_paths, families, family_of
 from turbovlm.workflows import configs_from
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 DENOISERS = ("unet", "transformer")
 """Attributes where a pipeline keeps its denoiser."""
+
+UNKNOWN_DENOISER = "diffusers.models.modeling_utils.ModelMixin"
+"""Base of every model of `diffusers`."""
 
 
 def apply(model: Any, *configs: Any, **settings: Any) -> Handle:
@@ -53,6 +56,12 @@ def apply(model: Any, *configs: Any, **settings: Any) -> Handle:
             "call handle.remove(), or turbovlm.get_handle(model).remove(), first"
         )
     denoises = any(family_of("denoiser", part) is not None for part in module.modules())
+    if not denoises and UNKNOWN_DENOISER in class_paths(module):
+        known = ", ".join(family.family for family in families("denoiser"))
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is a model of diffusers without a block that turbovlm knows; image generation is "
+            f"accelerated in {known}"
+        )
     features = _find(module, model, configs_from(configs, settings, denoises, type(module).__name__))
     install([*(patch for feature in features for patch in feature.patches(module)), *_checks(module, features)])
     return Handle(module, features)
@@ -234,7 +243,7 @@ class Handle:
             raise StateError("no encoder is accelerated: apply with r, keep or flops")
         if tower is None and (first or len(encoders) == 1):
             return next(iter(encoders.values()))
-        if tower not in encoders:
+        if not isinstance(tower, str) or tower not in encoders:
             raise ConfigError(f"tower={tower!r}: must be one of {', '.join(map(repr, encoders))}")
         return encoders[tower]
 

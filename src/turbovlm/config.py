@@ -393,7 +393,7 @@ class DenoiseConfig(Settings):
 
     Args:
         keep: share of its tokens that a block reads, in [0.25, 1]; or a sequence: of the largest resolution that the
-            denoiser can have tokens of, of half as many rows, of a quarter, …; smaller ones have the last.
+            denoiser has blocks in, of half as many rows, of a quarter, …; smaller ones have the last.
         components: which parts of a block read merged tokens: some of `"attention"`, `"cross_attention"`, `"ffn"`.
         refresh: how many denoising steps share what was decided in the first of them, ≥ 1.
         restore: what a position gets back: `"copy"`, what its token came to; `"linear"`, from a feed-forward also what
@@ -435,7 +435,7 @@ class DenoiseConfig(Settings):
             self._set(keep=check_share("keep", self.keep, LEAST_KEPT))
         parts = self.components
         if not is_list(parts) or not parts or set(parts) - set(COMPONENTS):
-            raise ConfigError(f"components={parts!r}: must be some of {', '.join(COMPONENTS)}")
+            raise ConfigError(f"components={parts!r}: must be some of {', '.join(COMPONENTS)}, in a list")
         self._set(components=tuple(name for name in COMPONENTS if name in parts))
         self._set(refresh=check_integer("refresh", self.refresh, minimum=1))
         check_choice("restore", self.restore, DENOISER_RESTORES)

@@ -74,6 +74,8 @@ def read_content(path: str | Path, wanted: str | None = None) -> dict[str, Any]:
         version = content.pop("turbovlm")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: holds no settings of turbovlm ({error!r})") from error
     if version == 1:

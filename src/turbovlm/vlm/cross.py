@@ -9,6 +9,7 @@ values, and the sizes of their tokens.
 from __future__ import annotations
 
 import inspect
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -88,6 +89,7 @@ class CrossFeature:
     def tokens_read(self, layer: int, patches: int) -> int:
         """How many of an image's `patches` that layer reads."""
         assert self.config.cross_keep is not None
+        patches = operator.index(patches)  # a tensor where torch.jit traces
         fewest = kept_count(self.config.cross_keep, patches, "cross_keep")
         stages = min(STAGES, self.depth)
         return patches - round((patches - fewest) * (layer * stages // self.depth) / (stages - 1))
@@ -117,6 +119,11 @@ def layer_forward(patch: Patch, layer: nn.Module, original: Any, /, **inputs: An
     whole = inputs.get("encoder_hidden_states")
     if whole is None:
         return original(**inputs)  # type: ignore[no-any-return]
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise StateError(
+            "cross_keep with gradient checkpointing: what the layers read comes with the words' hidden states, which a "
+            "checkpoint does not hand on: model.gradient_checkpointing_disable(), or handle.remove()"
+        )
     image: Image | None = getattr(inputs["hidden_states"], IMAGE, None)
     if patch.detail == 0:
         image = _whole(whole, inputs.get("attention_mask"), inputs.get("encoder_attention_mask"))

@@ -47,7 +47,7 @@ def choose_tokens(
         chosen, fewer[modality] = _select(feature, outputs, sizes)
         dropped = torch.zeros_like(places_of) if dropped is None else dropped
         for places, selection in zip(torch.split(columns, counts), chosen):  # row after row, image after image
-            lost = torch.ones_like(places, dtype=torch.bool).index_fill(0, selection.kept[0], False)
+            lost = torch.ones_like(places).index_fill(0, selection.kept[0], 0) > 0  # TorchScript fills no bool
             dropped.view(-1)[places[lost]] = True
         selections += chosen
     assert dropped is not None

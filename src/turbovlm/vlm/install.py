@@ -81,7 +81,11 @@ class ReadFeature:
             around["_prepare_position_ids_for_generation"] = prepare_positions
         for owner in owners_of(model, part):
             if hasattr(type(owner), "generate"):
-                found += [Patch(owner, name, function, self, by_name=True) for name, function in around.items()]
+                found += [  # what only wraps a model that generates, as peft does, has not all of them
+                    Patch(owner, name, function, self, by_name=True)
+                    for name, function in around.items()
+                    if hasattr(type(owner), name)
+                ]
             if fills_itself(owner):
                 found.append(Patch(owner, "forward", encode_apart, self, by_name=True))
         return found

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.errors import StateError
+from turbovlm.ops.tracing import is_exporting
 from turbovlm.patching import Patch
 from turbovlm.vlm.cache import remember_prompts
 from turbovlm.vlm.families import PIXELS
@@ -47,6 +48,11 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
         if not inputs.get("mm_encoder_outputs"):  # with pixels and these, the library's own error follows
             check_text(model, feature, inputs)
         return original(**follow_prompts(inputs, prompts, positions))
+    if torch.compiler.is_compiling() and is_exporting():
+        raise StateError(
+            "visual_keep cannot be exported: which columns of a prompt are left depends on its values; export the "
+            "tower and the language model apart, or call handle.remove()"
+        )
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         raise StateError("a prompt is missing: give input_ids or inputs_embeds")
     filler = _filler(model.config)
