@@ -76,6 +76,27 @@ def test_embeddings_that_are_filled_already_are_warned_of(name):
 
 
 @torch.no_grad()
+def test_bare_features_are_refused():
+    """Idefics 3 and SmolVLM take them without what else the tower gave."""
+    family, model = made("idefics3")
+    inputs = family.inputs(ROW)
+    features = model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True).pooler_output
+    model(**inputs, mm_encoder_outputs=torch.cat(features))
+    with turbovlm.apply(model, visual_keep=0.4), pytest.raises(StateError, match="mm_encoder_outputs: a Tensor found"):
+        model(**inputs, mm_encoder_outputs=torch.cat(features))
+
+
+@torch.no_grad()
+def test_pixels_beside_what_is_encoded_keep_the_librarys_error():
+    family, model = made("llava")
+    inputs = family.inputs(ROW)
+    with turbovlm.apply(model, visual_keep=0.4):
+        encoded = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
+        with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+            model(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+@torch.no_grad()
 def test_embeddings_that_say_that_they_hold_images_are_refused():
     family, model = made("qwen2_vl")
     inputs = family.inputs(ROW)
@@ -307,3 +328,15 @@ def test_a_forward_that_fails_leaves_the_last_record():
             model(**family.inputs([5, "image", "image", 7]))
         hook.remove()
         assert handle.visual is before
+
+
+def test_the_command_warns_of_a_count_of_one(tmp_path, capsys):
+    from turbovlm.cli import main
+
+    model = seeded(VLMS["llava"].make)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="visual_keep=1 is a count"):
+        assert main(["inspect", str(tmp_path), "--visual-keep", "1"]) == 0
+    assert "1 of the 36 visual tokens" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--visual-keep", "1.0"]) == 0

@@ -1,7 +1,7 @@
 """The settings: one frozen dataclass for each of the three workflows.
 
 `TurboConfig` is for encoders, `ReadConfig` for what a language model reads of an image, `DenoiseConfig` for denoisers.
-Each field is valid wherever its class is.
+Each field is valid wherever its class is, and refused where no other setting lets it have an effect.
 """
 
 from __future__ import annotations
@@ -316,7 +316,8 @@ class ReadConfig(Settings):
     """How much of an image a language model or a text model reads, and which tokens.
 
     Args:
-        visual_keep: how many of each image's visual tokens are read: a share in (0, 1], or a count, an integer ≥ 1.
+        visual_keep: how many of each image's visual tokens are read: a share in (0, 1], or a count, an integer ≥ 1;
+            `1.0` is all of them, and `1` one.
         cross_keep: how many of each image's tokens the last third of a text model's cross-attention layers reads: a
             share, or a count. The first third reads all of them; A is the attention that the words have paid.
         visual_select: which of them: `"information"` goes by the degree, R from the projected features and A from the
@@ -327,7 +328,7 @@ class ReadConfig(Settings):
         proportional: attend in proportion to the patches that a token stands for, where the tower has merged some and
             in cross-attention.
         reduce: `"merge"` averages a token into its destination, weighted by size; `"prune"` drops it.
-        seed: of `visual_select="random"` and `degree="random"`; the same in every forward.
+        seed: of the halves of every round, `visual_select="random"` and `degree="random"`; the same in every forward.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.

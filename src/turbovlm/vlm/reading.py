@@ -10,6 +10,7 @@ the cache knows which columns it holds.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,8 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
     prompts = _prompts_in(cache)
     images = _encode(model, inputs)
     if not images:
-        check_text(model, feature, inputs)
+        if not inputs.get("mm_encoder_outputs"):  # with pixels and these, the library's own error follows
+            check_text(model, feature, inputs)
         return original(**follow_prompts(inputs, prompts, positions))
     if torch.compiler.is_compiling() and is_exporting():
         raise StateError(
@@ -125,7 +127,13 @@ def _prompts_in(cache: Any) -> CachedPrompts | None:
 
 def _encode(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The library's outputs for the images and videos of a call, by modality; its pixels are taken out."""
-    encoded = inputs.get("mm_encoder_outputs") or getattr(inputs.get("inputs_embeds"), ENCODED, {})
+    given = inputs.get("mm_encoder_outputs")
+    if given is not None and not isinstance(given, Mapping):  # Idefics 3 takes bare features, of which A is not known
+        raise StateError(
+            f"mm_encoder_outputs: a {type(given).__name__} found where visual_keep needs {{'image': outputs}}, as this "
+            "model's own get_image_features returns them"
+        )
+    encoded: dict[str, Any] = {**(given or getattr(inputs.get("inputs_embeds"), ENCODED, {}))}
     pixels = {modality: name for modality, name in PIXELS.items() if inputs.get(name) is not None}
     if encoded and pixels:
         return {}  # the library's own error follows

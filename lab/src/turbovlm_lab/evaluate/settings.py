@@ -81,7 +81,9 @@ def methods(amounts: Sequence[Config], names: Sequence[str] = tuple(METHODS), se
 
 def by_method(amount: Config, name: str) -> Config:
     """The settings with those of a method that their class has, such as the degree."""
-    return replace(amount, **{field: value for field, value in METHODS[name].items() if hasattr(amount, field)})
+    changes = {field: value for field, value in METHODS[name].items() if hasattr(amount, field)}
+    config: Config = amount.changed(**changes)
+    return config
 
 
 def named(config: Config) -> str:
