@@ -84,6 +84,7 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         "gemma3": Neither("unordered_map::at", "PyTorch fails on its masks"),
     },
     "onnx": {
+        "llava": Refused("visual_keep cannot be exported", "what is left of a prompt depends on its values"),
         "sd15": Refused("has no operator in ONNX", '`restore="linear"` has no operator; `"copy"` has'),
         "flux": Neither("rms_norm", "there is no such operator"),
     },

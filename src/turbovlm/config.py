@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from turbovlm.checks import (
+    brief,
     check_choice,
     check_flag,
     check_grid,
@@ -104,7 +105,7 @@ class Settings:
         degree = values["degree"]
         if callable(degree):
             return {"alpha": "a degree that is a callable has its own numbers: put it there"}
-        return {"alpha": f"degree={degree!r} has no alpha"} if degree in _WITHOUT_ALPHA else {}
+        return {"alpha": f"degree={brief(degree)} has no alpha"} if degree in _WITHOUT_ALPHA else {}
 
     def changed(self, **changes: Any) -> Any:
         """The settings with changes, and with the defaults of those fields that nothing reads then.
@@ -120,7 +121,7 @@ class Settings:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         for name, reason in self.unread(vars(self)).items():
             if (value := getattr(self, name)) != defaults[name]:
-                raise ConfigError(f"{name}={value!r}: it would have no effect: {reason}")
+                raise ConfigError(f"{name}={brief(value)}: it would have no effect: {reason}")
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -210,7 +211,7 @@ class TurboConfig(Settings):
     def __post_init__(self) -> None:
         amounts = {name: getattr(self, name) for name in AMOUNTS if getattr(self, name) is not None}
         if len(amounts) != 1:
-            found = ", ".join(f"{name}={value!r}" for name, value in amounts.items()) or "none of them"
+            found = ", ".join(f"{name}={brief(value)}" for name, value in amounts.items()) or "none of them"
             raise ConfigError(f"give exactly one of r, keep and flops: got {found}")
         self._check_r()
         for name in ("keep", "flops"):
@@ -231,7 +232,9 @@ class TurboConfig(Settings):
         self._check_thresholds()
         if self.grid is not None:
             if self.partition != "grid":
-                raise ConfigError(f'grid={self.grid!r}: only partition="grid" uses it, not {self.partition!r}')
+                raise ConfigError(
+                    f'grid={brief(self.grid)}: only partition="grid" uses it, not {brief(self.partition)}'
+                )
             self._set(grid=check_grid(self.grid))
         self._check_unread()
 
@@ -240,7 +243,7 @@ class TurboConfig(Settings):
         found = super()._unread(values)
         degree = values["degree"]
         if not needs_semantic(degree) and not values["trace"]:
-            found["guidance"] = f"degree={degree!r} needs no attention, and there is no trace=True that records it"
+            found["guidance"] = f"degree={brief(degree)} needs no attention, and there is no trace=True that records it"
         return found
 
     @classmethod
@@ -264,14 +267,15 @@ class TurboConfig(Settings):
             ConfigError: naming the field, the value and what is allowed.
         """
         multiplier = check_number("alpha", alpha) * PAPER_ALPHA_SCALE
+        beta, gamma = check_number("beta", beta), check_number("gamma", gamma)
         layered = degree == "layered" or (degree == "weighted_difference" and beta != 1)
         for name, value, default in (("beta", beta, 1.0), ("gamma", gamma, 0)):
             if value != default and not layered:
                 raise ConfigError(
-                    f"{name}={value!r}: it would have no effect: degree={degree!r} with beta={beta!r} is not layered"
+                    f"{name}={value:g}: it would have no effect: degree={degree!r} with beta={beta:g} is not layered"
                 )
         if degree in _WITHOUT_ALPHA and alpha != 6.0:
-            raise ConfigError(f"alpha={alpha!r}: it would have no effect: degree={degree!r} has no alpha")
+            raise ConfigError(f"alpha={brief(alpha)}: it would have no effect: degree={brief(degree)} has no alpha")
         return cls(
             r=r,
             min_tokens=min_tokens,
@@ -303,7 +307,7 @@ class TurboConfig(Settings):
         if self.thresholds is None:
             return
         if not is_list(self.thresholds):
-            raise ConfigError(f"thresholds={self.thresholds!r}: must be a number per block")
+            raise ConfigError(f"thresholds={brief(self.thresholds)}: must be a number per block")
         if not isinstance(self.r, tuple) or len(self.r) != len(self.thresholds):
             raise ConfigError(f"thresholds={list(self.thresholds)}: need a list of r beside them, of as many blocks")
         if self.degree == "random":
@@ -366,7 +370,7 @@ class ReadConfig(Settings):
     @classmethod
     def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
         select, degree = values["visual_select"], values["degree"]
-        how = f"visual_select={select!r}"
+        how = f"visual_select={brief(select)}"
         if select in ("random", "uniform", "pooling"):
             found = dict.fromkeys(("degree", "alpha", "guidance"), f"{how} goes by no degree and no attention")
             if select == "pooling":
@@ -376,7 +380,7 @@ class ReadConfig(Settings):
         if select != "information":
             found |= dict.fromkeys(("degree", "alpha"), f"{how} is a degree of its own, without alpha")
         if select == "redundancy" or (select == "information" and not needs_semantic(degree)):
-            found["guidance"] = f"{how if select == 'redundancy' else f'degree={degree!r}'} needs no attention"
+            found["guidance"] = f"{how if select == 'redundancy' else f'degree={brief(degree)}'} needs no attention"
         if values["visual_keep"] is None:
             found["guidance"] = "cross_keep goes by the words' attention, and not by the tower's"
         return found
@@ -434,8 +438,8 @@ class DenoiseConfig(Settings):
         else:
             self._set(keep=check_share("keep", self.keep, LEAST_KEPT))
         parts = self.components
-        if not is_list(parts) or not parts or set(parts) - set(COMPONENTS):
-            raise ConfigError(f"components={parts!r}: must be some of {', '.join(COMPONENTS)}, in a list")
+        if not is_list(parts) or not parts or any(part not in COMPONENTS for part in parts):
+            raise ConfigError(f"components={brief(parts)}: must be some of {', '.join(COMPONENTS)}, in a list")
         self._set(components=tuple(name for name in COMPONENTS if name in parts))
         self._set(refresh=check_integer("refresh", self.refresh, minimum=1))
         check_choice("restore", self.restore, DENOISER_RESTORES)

@@ -182,11 +182,14 @@ def shorten(mask: Tensor, dropped: Tensor, prompts: CachedPrompts | None = None)
     earlier_seen = mask[:, :earlier] if prompts is None else prompts.mask(mask[:, :earlier])
     left = mask[:, earlier:].bool() & ~dropped
     longest = int(left.sum(dim=1).max())
-    order = left.to(torch.uint8).sort(dim=1, stable=True)
+    places = torch.arange(columns, device=left.device)
+    index = torch.where(left, places + columns, places).argsort(dim=1)[
+        :, -longest:
+    ]  # what is left comes last, in order
     after_images = columns - 1 - int(dropped.any(dim=0).nonzero().max()) if dropped.any() else columns
     return ShortenedPrompt(
-        index=order.indices[:, -longest:],
-        seen=order.values[:, -longest:].bool(),
+        index=index,
+        seen=left.gather(1, index),
         columns=columns,
         earlier=earlier,
         earlier_seen=earlier_seen.bool(),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.errors import StateError
-from turbovlm.ops.tracing import is_exporting
+from turbovlm.ops.tracing import is_exporting, is_exporting_to_onnx
 from turbovlm.patching import Patch
 from turbovlm.vlm.cache import remember_prompts
 from turbovlm.vlm.families import PIXELS
@@ -48,7 +48,7 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
         if not inputs.get("mm_encoder_outputs"):  # with pixels and these, the library's own error follows
             check_text(model, feature, inputs)
         return original(**follow_prompts(inputs, prompts, positions))
-    if torch.compiler.is_compiling() and is_exporting():
+    if is_exporting_to_onnx() or (torch.compiler.is_compiling() and is_exporting()):
         raise StateError(
             "visual_keep cannot be exported: which columns of a prompt are left depends on its values; export the "
             "tower and the language model apart, or call handle.remove()"
