@@ -324,7 +324,7 @@ UNREAD = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "settings", "message"), UNREAD, ids=[f"{k.__name__}{s}" for k, s, _ in UNREAD])
+@pytest.mark.parametrize(("kind", "settings", "message"), UNREAD)
 def test_a_setting_without_effect_is_refused(kind, settings, message):
     with pytest.raises(ConfigError, match=message):
         kind(**settings)
