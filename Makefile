@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo lint test test-slow test-all clean
+.PHONY: setup demo lint test test-slow test-all fuzz clean
 
 setup: .venv/.ready
 
@@ -30,6 +30,12 @@ test-slow: setup
 
 test-all: lint
 	$(PYTEST)
+
+# any model, any setting, any order of calls; FUZZ_REPORT=FILE writes what ran
+SEED ?= $(shell date +%Y%m%d)
+
+fuzz: setup
+	$(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal --hypothesis-profile=nightly --hypothesis-seed=$(SEED)
 
 clean:
 	rm -rf .venv build dist report.html

@@ -15,6 +15,23 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+class Watch(torch.nn.Module):
+    """Calls `note(inputs, output)` of a layer, from the forward of a module in place of its own, as adapters have one.
+
+    A hook would be another reader, which gets all tokens.
+    """
+
+    def __init__(self, layer: torch.nn.Module, note: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self._own, self._note = layer.forward, note
+        layer.forward = self.forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self._own(x)
+        self._note(x, out)
+        return out
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """How to make one, and its inputs for `batch` images of `rows`×`columns` latent pixels."""

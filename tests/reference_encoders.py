@@ -146,7 +146,8 @@ class Chosen:
         named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("prefix", "restore")}
         if self.restore is not None:
             named |= {"restore": self.restore, "dense": True}
-        return turbovlm.apply(model, **named, trace=trace)
+        unread = turbovlm.TurboConfig.unread({**named, "trace": trace})
+        return turbovlm.apply(model, **{k: v for k, v in named.items() if k not in unread}, trace=trace)
 
 
 @dataclass

@@ -354,4 +354,4 @@ def test_folders_of_something_else(folder, tmp_path, capsys):
     assert bench(f"diffusers:{folder / 'unet'}", "--steps", "4") == 2
     assert "--steps: " in capsys.readouterr().err
     assert bench(f"diffusers:{folder / 'vae'}") == 2
-    assert "AutoencoderKL: which inputs it takes is not known" in capsys.readouterr().err
+    assert "AutoencoderKL is a model of diffusers without a block that turbovlm knows" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from turbovlm.calibration.schedule_search import EncoderCost
 from turbovlm.calibration.subject import Subject, Trial, solve_amount
 from turbovlm.calibration.subjects import thresholds
 from turbovlm.calibration.subjects.encoder import EncoderSubject
-from turbovlm.encoder.schedule import EncoderShape
+from turbovlm.encoder.schedule import EncoderShape, token_counts
 
 transformers = pytest.importorskip("transformers")
 
@@ -317,6 +318,53 @@ def test_bad_targets(vit, images, given, message):
         turbovlm.calibrate(vit, images, **given)
 
 
+@pytest.fixture(scope="module")
+def dino():
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(image_size=56, patch_size=14, **SIZE)
+    return transformers.Dinov2Model(config).eval()
+
+
+def test_images_of_several_sizes(dino):
+    """Those of one size go through the model together; cost and drift are over all of them."""
+    chance = torch.Generator().manual_seed(0)
+    images = [torch.randn(3, 42 + 14 * (number % 2), 56, generator=chance) for number in range(36)]
+    found = turbovlm.calibrate(dino, images, flops=0.8, effort=1)
+    subject = subject_of(dino, images)
+    before, after = 0, 0
+    shape = subject.encoder.shape
+    for size in (42, 56):
+        tokens = 1 + 4 * size // 14
+        before += shape.macs((tokens,) * 5)
+        after += shape.macs(token_counts(found.config.r, tokens, shape.protected, 0))
+    assert found.flops == pytest.approx(after / before, abs=1e-4) == pytest.approx(0.8, abs=0.011)
+    places = [3, 0, 8, 5]
+    together = subject.drift(found.config, places)
+    assert together.tolist() == pytest.approx([subject.drift(found.config, [i]).item() for i in places], abs=1e-5)
+    assert (together > 0).all()
+    with pytest.raises(ConfigError, match="per_image: thresholds are found on images of one size"):
+        turbovlm.calibrate(dino, images, flops=0.8, effort=1, per_image=True)
+
+
+def test_a_list_of_one_size_is_that_tensor(vit, images):
+    assert turbovlm.calibrate(vit, list(images), flops=0.7, effort=1) == turbovlm.calibrate(
+        vit, images, flops=0.7, effort=1
+    )
+
+
+def test_images_that_say_nothing_of_others(vit, images):
+    with pytest.raises(ConfigError, match="images: only 1 of the 36 differ, at least 30 must"):
+        turbovlm.calibrate(vit, images[:1].expand(36, -1, -1, -1), flops=0.5)
+    with pytest.raises(ConfigError, match="images: only 29 of the 36 differ"):
+        turbovlm.calibrate(vit, {"pixel_values": torch.cat((images[:29], images[:7]))}, flops=0.5)
+    with pytest.raises(ConfigError, match="images: each of the 36 is of one colour"):
+        turbovlm.calibrate(vit, torch.arange(36.0)[:, None, None, None].expand(36, 3, 64, 64), flops=0.5)
+    with pytest.raises(
+        ConfigError, match=r"of a list each must be a tensor \[3, height, width\], got \(1, 3, 64, 64\)"
+    ):
+        turbovlm.calibrate(vit, [image[None] for image in images], flops=0.5)
+
+
 def test_bad_images(vit, images):
     with pytest.raises(ConfigError, match="images: 20 are too few, at least 30"):
         turbovlm.calibrate(vit, images[:20], flops=0.5)
@@ -447,18 +495,52 @@ def test_from_the_command_line(folder, vit, capsys, monkeypatch):
         (["./vit", "images", "--flops", "0.5", "--out", "turbo.txt"], "must end in .json"),
         (["./vit", "images", "--flops", "0.5", "--out", "none/turbo.json"], "there is no folder none"),
         (["./vit", "images", "--flops", "0.5", "--effort", "0"], "--effort 0: must be an integer ≥ 1"),
-        (["./vit", "images", "--flops", "0.5", "--limit", "20"], "images: 20 are too few, at least 30"),
+        (["./vit", "images", "--flops", "0.5", "--limit", "20"], "--limit 20: must be at least 30"),
+        (["./vit", "images", "--flops", "2"], "flops=2.0: must be a share in (0, 1)"),
+        (["./vit", "images", "--flops", "0.5", "--seed", "-1"], "--seed -1"),
+        (["./vit", "images/some/0.png", "--flops", "0.5"], "is a file; give a folder"),
+        (["./vit", "few", "--flops", "0.5"], "few: holds 1 image, too few for a bound"),
     ],
 )
 def test_bad_input_on_the_command_line(folder, capsys, monkeypatch, given, message):
     from turbovlm.cli import main
 
     monkeypatch.chdir(folder)
+    (folder / "few").mkdir()
+    shutil.copy(folder / "images" / "some" / "0.png", folder / "few")
     assert main(["calibrate", *given]) == 2
     assert message in capsys.readouterr().err
-    (folder / "images" / "some" / "broken.png").write_text("no image")
+    for name in ("broken.png", "cut.png"):
+        (folder / "images" / "some" / name).write_text("no image")
     assert main(["calibrate", "./vit", "images", "--flops", "0.5"]) == 2
-    assert "broken.png" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "2 of 32 images cannot be read" in error and "broken.png" in error and "cut.png" in error
+
+
+def test_images_of_several_sizes_on_the_command_line(folder, capsys, monkeypatch):
+    """As the processor leaves them; a model that takes one size alone says so."""
+    pytest.importorskip("matplotlib")
+    from turbovlm.cli import main
+
+    monkeypatch.chdir(folder)
+    image = pytest.importorskip("PIL.Image")
+    for number in range(10):
+        file = folder / "images" / "some" / f"{number}.png"
+        image.open(file).resize((56, 42)).save(file)
+    settings = {"do_resize": False, "do_center_crop": False}
+    transformers.BitImageProcessor(**settings).save_pretrained(folder / "vit")
+    assert main(["calibrate", "./vit", "images", "--flops", "0.7", "--effort", "1"]) == 2
+    assert "does not take these images: ValueError: Input image size" in capsys.readouterr().err
+    config = transformers.Dinov2Config(image_size=56, patch_size=14, num_hidden_layers=3, hidden_size=32)
+    config.num_attention_heads = 2
+    torch.manual_seed(0)
+    transformers.Dinov2Model(config).save_pretrained(folder / "dino")
+    transformers.BitImageProcessor(**settings).save_pretrained(folder / "dino")
+    for file in (folder / "images" / "some").iterdir():
+        small = image.open(file)
+        small.resize((56, 42) if small.width == 56 else (56, 56)).save(file)
+    assert main(["calibrate", "./dino", "images", "--flops", "0.8", "--effort", "1"]) == 0
+    assert Calibration.load("turbo.json").images == 15
 
 
 @torch.no_grad()

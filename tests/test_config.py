@@ -293,3 +293,109 @@ def test_files_that_hold_no_settings(content, message, tmp_path):
         TurboConfig.load(path)
     with pytest.raises(ConfigError, match=r"none\.json: there is no such file"):
         TurboConfig.load(tmp_path / "none.json")
+
+
+def own_degree(redundancy, semantic, block):
+    return redundancy
+
+
+UNREAD = [
+    (TurboConfig, {"r": 4, "degree": own_degree, "alpha": 3.0}, r"alpha=3\.0: it would have no effect: .*a callable"),
+    (TurboConfig, {"r": 4, "degree": LayeredDegree(2, 1, 0), "alpha": 3}, r"alpha=3\.0: .*put it there"),
+    *(
+        (kind, {amount: 0.5, "degree": degree, "alpha": 0}, rf"alpha=0\.0: .*degree='{degree}' has no alpha")
+        for kind, amount in ((TurboConfig, "keep"), (ReadConfig, "visual_keep"), (DenoiseConfig, "keep"))
+        for degree in ("coupled_division", "redundancy", "semantics", "random")
+    ),
+    (TurboConfig, {"r": 4, "degree": "redundancy", "guidance": "mean"}, "guidance='mean': .*needs no attention"),
+    (TurboConfig, {"r": 4, "degree": "random", "guidance": "cls"}, "guidance='cls': .*trace=True"),
+    *(
+        (ReadConfig, {"visual_keep": 0.5, "visual_select": select, name: value}, f"{name}={value!r}: .*'{select}'")
+        for select in ("random", "uniform", "pooling")
+        for name, value in (("degree", "redundancy"), ("alpha", 2.0), ("guidance", "mean"))
+    ),
+    (ReadConfig, {"visual_keep": 0.5, "visual_select": "pooling", "reduce": "prune"}, "reduce='prune': .*averages"),
+    (ReadConfig, {"visual_keep": 0.5, "visual_select": "attention", "alpha": 1}, r"alpha=1\.0: .*degree of its own"),
+    (ReadConfig, {"visual_keep": 0.5, "visual_select": "redundancy", "degree": "damped"}, "degree='damped'"),
+    (ReadConfig, {"visual_keep": 0.5, "visual_select": "redundancy", "guidance": "mean"}, "guidance='mean'"),
+    (ReadConfig, {"visual_keep": 0.5, "degree": "redundancy", "guidance": "mean"}, "guidance='mean'"),
+    (ReadConfig, {"cross_keep": 0.5, "guidance": "cls"}, "guidance='cls': .*the words' attention"),
+    (DenoiseConfig, {"keep": 0.5, "restore": "linear", "components": ["attention"]}, "restore='linear': .*no 'ffn'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "message"), UNREAD)
+def test_a_setting_without_effect_is_refused(kind, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**settings)
+
+
+def test_what_has_an_effect_is_taken():
+    TurboConfig(r=4, degree="redundancy", guidance="mean", trace=True)
+    TurboConfig(r=4, degree="redundancy", similarity="keys", seed=5)
+    ReadConfig(0.5, visual_select="attention", guidance="mean")
+    ReadConfig(0.5, visual_select="uniform", reduce="prune")
+    ReadConfig(0.5, cross_keep=0.5, guidance="mean")
+    DenoiseConfig(0.5, restore="linear", components=["ffn"])
+    DenoiseConfig(0.5, restore="copy", components=["attention"], seed=3)
+
+
+def test_a_change_takes_what_nothing_reads_any_more_with_it():
+    config = ReadConfig(0.5, degree="damped", alpha=3, guidance="mean", reduce="prune")
+    assert config.changed(visual_select="uniform") == ReadConfig(0.5, visual_select="uniform", reduce="prune")
+    assert config.changed(alpha=4) == dataclasses.replace(config, alpha=4)
+    assert TurboConfig(r=4, alpha=3).changed(degree="redundancy") == TurboConfig(r=4, degree="redundancy")
+    with pytest.raises(ConfigError, match="alpha=-1"):
+        config.changed(alpha=-1)
+
+
+def test_files_of_earlier_releases_with_settings_without_effect_are_read(tmp_path):
+    path = tmp_path / "turbo.json"
+
+    def loaded(kind, version=2, **settings):
+        content = {"kind": kind.__name__, "settings": settings} if version == 2 else settings
+        path.write_text(json.dumps({"turbovlm": version, **content}))
+        return kind.load(path)
+
+    assert loaded(TurboConfig, r=8, degree="redundancy", alpha=3.0, guidance="cls") == TurboConfig(
+        r=8, degree="redundancy"
+    )
+    assert loaded(TurboConfig, 1, r=8, degree="semantics", alpha=3.0) == TurboConfig(r=8, degree="semantics")
+    assert loaded(ReadConfig, visual_keep=0.5, visual_select="uniform", degree="damped", alpha=2.0) == ReadConfig(
+        0.5, visual_select="uniform"
+    )
+    layered = {"layered": {"alpha": 2.0, "beta": 0.9, "gamma": 1.0}}
+    assert loaded(TurboConfig, r=8, degree=layered, alpha=3.0) == TurboConfig(r=8, degree=LayeredDegree(2, 0.9, 1))
+    with pytest.raises(ConfigError, match="degree='entropy'"):
+        loaded(TurboConfig, r=8, degree="entropy", alpha=3.0)
+
+
+@pytest.mark.parametrize(("kind", "amount"), [(TurboConfig, "r"), (ReadConfig, "visual_keep"), (DenoiseConfig, "keep")])
+def test_seeds_have_32_bits(kind, amount):
+    for seed in (2**32, 2**70):
+        with pytest.raises(ConfigError, match=f"seed={seed}: must be an integer from 0 to 4294967295"):
+            kind(**{amount: 1, "seed": seed})
+    assert kind(**{amount: 1, "seed": 2**32 - 1}).seed == 2**32 - 1
+
+
+def test_large_seeds_draw_like_small_ones():
+    from turbovlm.ops.partition import hashed_uniform
+
+    drawn = [hashed_uniform(4096, seed, 3) for seed in (0, 1, 2**28, 2**32 - 1)]
+    for values in drawn:
+        assert values.min() >= 0 and values.max() < 1 and abs(values.mean() - 0.5) < 0.03
+    assert len({tuple(values[:8].tolist()) for values in drawn}) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gamma": 3}, r"gamma=3: it would have no effect"),
+        ({"beta": 0.5, "degree": "damped"}, r"beta=0\.5: it would have no effect: degree='damped'"),
+        ({"gamma": 1, "degree": "redundancy"}, "gamma=1"),
+        ({"alpha": 3, "degree": "redundancy"}, "alpha=3: it would have no effect: degree='redundancy' has no alpha"),
+    ],
+)
+def test_the_papers_numbers_have_an_effect_or_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TurboConfig.paper(4, **settings)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import turbovlm
-from denoisers import DENOISERS, noise, unet, unet_inputs
+from denoisers import DENOISERS, Watch, noise, unet, unet_inputs
 from families import _livelier as livelier
 from turbovlm.diffusion.run import Run, run_within
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
@@ -175,7 +175,7 @@ def test_components(components):
     read = {}
     for part, path in {"attention": "attn1.to_q", "cross_attention": "attn2.to_q", "ffn": "ff.net.0.proj"}.items():
         module = model.get_submodule(f"down_blocks.0.attentions.1.transformer_blocks.0.{path}")
-        module.register_forward_hook(lambda m, i, o, part=part: read.__setitem__(part, o.shape[1]))
+        Watch(module, lambda x, out, part=part: read.__setitem__(part, max(read.get(part, 0), out.shape[1])))
     with turbovlm.apply(model, keep=0.5, components=components):
         run(model, inputs)
     assert read == {part: 512 if part in components else 1024 for part in ("attention", "cross_attention", "ffn")}
@@ -279,7 +279,7 @@ def test_what_cannot_be_done_says_why():
         turbovlm.apply(model, keep=0.5)
     from diffusers import AutoencoderKL, UNet2DModel
 
-    with pytest.raises(UnsupportedModelError, match="no block that turbovlm can accelerate"):
+    with pytest.raises(UnsupportedModelError, match="without a block that turbovlm knows"):
         turbovlm.apply(AutoencoderKL(), keep=0.5)
     convolutions = UNet2DModel(
         block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
@@ -315,7 +315,7 @@ def test_one_token_stays_of_every_cell_that_is_cut_off(keep):
     """Odd sizes have more cells than a quarter of the tokens; what is told is what is read."""
     model, read = DENOISERS["sd15"](), []
     part = model.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj")
-    part.register_forward_pre_hook(lambda m, i: read.append(i[0].shape[1]))
+    Watch(part, lambda x, out: read.append(x.shape[1]))
     with turbovlm.apply(model, keep=keep) as handle:
         run(model, unet_inputs(1, 33, 27))
         assert f"891 → {read[0]} tokens" in repr(handle)

@@ -8,6 +8,7 @@ import torch
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
 from test_diffusion import run
+from turbovlm.diffusion import attend
 from turbovlm.errors import StateError
 from turbovlm.ops import plain
 
@@ -28,16 +29,13 @@ def attended(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "calls"), [("sd15", 6), ("sdxl", 30), ("pixart", 3), ("dit", 3), ("flux", 5)])
-def test_known_processors_attend_through_our_operators(name, calls, attended):
+def test_known_processors_attend_through_our_operators(name, calls, attended, monkeypatch):
     """And as their own processors do with the bias as a mask."""
     model, inputs = DENOISERS[name](), DENOISERS[name].inputs(2, 32, 32)
     with turbovlm.apply(model, keep=0.5):
         ours = run(model, inputs)
         assert len(attended) == calls and all(bias.shape[:3] == (2, 1, 1) for bias in attended)
-        for module in model.modules():
-            if hasattr(module, "set_processor"):
-                kind = type(module.processor)
-                module.processor = type(f"My{kind.__name__}", (kind,), {})()
+        monkeypatch.setattr(attend, "_is_known", lambda *of_a_call: False)
         theirs = run(model, inputs)
         assert len(attended) == calls
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
@@ -91,24 +89,21 @@ def test_backends_of_attention():
 
 
 @torch.no_grad()
-def test_rotary_positions_are_those_of_the_tokens_that_merged_ones_went_into():
+def test_rotary_positions_are_those_of_the_tokens_that_merged_ones_went_into(monkeypatch):
     """One image after another, each with its own angles, by the library's own processor."""
-    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+    from diffusers.models.transformers import transformer_flux
 
-    angles = []
-
-    class Own(FluxAttnProcessor):
-        def __call__(self, attn, hidden_states, *args, **kwargs):
-            angles.append((len(hidden_states), args[-1][0]))
-            return super().__call__(attn, hidden_states, *args, **kwargs)
-
+    angles, turn = [], transformer_flux.apply_rotary_emb
+    seen = lambda x, rotary, **how: (angles.append((len(x), rotary[0])), turn(x, rotary, **how))[1]  # noqa: E731
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
     with turbovlm.apply(model, keep=0.5) as handle:
         run(model, inputs)
-        model.single_transformer_blocks[0].attn.processor = Own()
+        monkeypatch.setattr(transformer_flux, "apply_rotary_emb", seen)
+        known, ours = attend._is_known, lambda patch: patch.detail.name != "single_transformer_blocks.0.attn"
+        monkeypatch.setattr(attend, "_is_known", lambda patch, *call: ours(patch) and known(patch, *call))
         run(model, inputs)
         merge = handle.features[0].last["single_transformer_blocks:0"].merge
     every = model.pos_embed(torch.cat([inputs["txt_ids"], inputs["img_ids"]]))[0]
-    assert [batch for batch, _ in angles] == [1, 1]
-    for kept, (_, cos) in zip(merge.kept, angles):
+    assert [batch for batch, _ in angles] == [1, 1, 1, 1]  # queries and keys of either image
+    for kept, (_, cos) in zip(merge.kept.repeat_interleave(2, dim=0), angles):
         assert torch.equal(cos[:7], every[:7]) and torch.equal(cos[7:], every[7:][kept])

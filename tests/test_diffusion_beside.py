@@ -62,7 +62,7 @@ def test_other_ways_to_attend(unet, inputs, change):
         torch.testing.assert_close(run(unet, inputs), merged, rtol=0, atol=1e-4)
 
 
-def test_a_processor_of_the_users_reads_merged_tokens(unet, inputs):
+def test_a_processor_of_the_users_reads_all_tokens(unet, inputs):
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     read = []
@@ -72,11 +72,13 @@ def test_a_processor_of_the_users_reads_merged_tokens(unet, inputs):
             read.append(hidden_states.shape[1])
             return super().__call__(attn, hidden_states, *args, **kwargs)
 
-    with turbovlm.apply(unet, keep=0.5):
+    with turbovlm.apply(unet, keep=0.5, components=["ffn"]):
         merged = run(unet, inputs)
+    with turbovlm.apply(unet, keep=0.5):
         unet.set_attn_processor(Counting())
-        torch.testing.assert_close(run(unet, inputs), merged)
-    assert set(read) == {512, 128}
+        with pytest.warns(UserWarning, match="leaves all parts of these components whole: attention: its processor is"):
+            torch.testing.assert_close(run(unet, inputs), merged)
+    assert set(read) == {1024, 256}
 
 
 def test_an_attention_backend_without_masks():
@@ -113,11 +115,10 @@ def test_ip_adapter(unet, inputs):
     with turbovlm.apply(unet, keep=0.5):
         merged = run(unet, given)
         assert not torch.equal(merged, plain) and not torch.equal(run(unet, other), merged)
-        masks = {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 32, 32)]}}
-        with pytest.raises(StateError, match=r"was given ip_adapter_masks.*leave 'cross_attention' out of components"):
-            run(unet, {**given, **masks})
+        masks = {"cross_attention_kwargs": {"ip_adapter_masks": [noise(5, 1, 1, 32, 32).sigmoid()]}}
+        masked = run(unet, {**given, **masks})
     with turbovlm.apply(unet, keep=0.5, components=["attention", "ffn"]):
-        assert run(unet, {**given, **masks}).isfinite().all()
+        torch.testing.assert_close(run(unet, {**given, **masks}), masked)
     assert torch.equal(run(unet, given), plain)
 
 
@@ -125,10 +126,22 @@ def width(unet, name):
     return unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
 
 
-def test_a_mask_over_the_image_is_refused(unet, inputs):
-    mask = {"attention_mask": torch.ones(1, 1024)}
-    with turbovlm.apply(unet, keep=0.5), pytest.raises(StateError, match=r"attn1 was given attention_mask"):
-        run(unet, {**inputs, **mask})
+def test_a_mask_over_the_image_reaches_all_tokens():
+    model = DENOISERS["dit"]()
+    attention = model.transformer_blocks[1].attn1
+    mask = torch.zeros(1, 1, 256).masked_fill(torch.arange(256) % 3 == 0, -1e4)
+    own = attention.forward
+    attention.forward = lambda x, **given: own(x, **{**given, "attention_mask": mask})
+    given = DENOISERS["dit"].inputs(1, 32, 32)
+    with turbovlm.apply(model, keep=0.5, components=["attention"]) as handle:
+        assert "transformer_blocks.1.attn1: it has a forward of its own" in repr(handle)
+        masked = run(model, given)
+    del attention.forward
+    with turbovlm.apply(model, keep=0.5, components=["attention"]) as handle:
+        patched = attention.forward
+        attention.forward = lambda x, **given: patched(x, **{**given, "attention_mask": mask})
+        torch.testing.assert_close(run(model, given), masked)
+        assert "transformer_blocks.1.attn1: it is given attention_mask, which are of the image's" in repr(handle)
 
 
 def test_padding_of_the_text_changes_nothing(unet):

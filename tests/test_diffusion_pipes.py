@@ -153,14 +153,15 @@ def test_a_run_leaves_nothing_to_the_next():
         assert torch.equal(run(pipe.unet, inputs), first)
 
 
-def test_guidance_in_two_forwards_decides_once_for_both(monkeypatch):
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_guidance_in_two_forwards_decides_once_for_both(monkeypatch, refresh):
     compare, seen = choose.mutual_redundancy, []
     monkeypatch.setattr(choose, "mutual_redundancy", lambda *args, **how: (seen.append(1), compare(*args, **how))[1])
     pipe, given = PIPES["flux-cfg"](), PIPES["flux-cfg"]
-    with turbovlm.apply(pipe, keep=0.5, refresh=2):
+    with turbovlm.apply(pipe, keep=0.5, refresh=refresh):
         given.run(pipe, num_inference_steps=4)
         groups = len({site.group for site in turbovlm.get_handle(pipe).features[0].sites})
-    assert len(seen) == 2 * groups
+    assert len(seen) == 4 // refresh * groups
 
 
 def test_guidance_by_skipped_layers():
@@ -172,7 +173,10 @@ def test_guidance_by_skipped_layers():
 
 def test_a_second_image_among_the_tokens_is_refused():
     pipe, given = PIPES["flux-kontext"](), PIPES["flux-kontext"]
-    with turbovlm.apply(pipe, keep=0.5), pytest.raises((ConfigError, UnsupportedModelError), match="img_ids"):
+    with pytest.raises(UnsupportedModelError, match="FluxKontextPipeline gives its denoiser the tokens of two images"):
+        turbovlm.apply(pipe, keep=0.5)
+    refused = pytest.raises((ConfigError, UnsupportedModelError), match="img_ids")
+    with turbovlm.apply(pipe.transformer, keep=0.5), refused:
         given.run(pipe, 16, 20, max_area=128 * 160)
 
 

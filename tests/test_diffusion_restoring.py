@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import turbovlm
-from denoisers import DENOISERS, noise, unet_inputs
+from denoisers import DENOISERS, Watch, noise, unet_inputs
 from turbovlm.diffusion.restore import linear_map, restore_linear
 from turbovlm.errors import ConfigError
-from turbovlm.ops import merge_ranked, partition_tokens, rank_candidates
+from turbovlm.ops import merge_ranked, partition_tokens, plain, rank_candidates
 
 pytest.importorskip("diffusers")
 BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
@@ -123,10 +123,10 @@ def test_attention_in_proportion(proportional):
     """A merged token counts as many times as it stands for: like that many equal keys."""
     model, inputs = DENOISERS["sd15"](), unet_inputs(1, 32, 32)
     attention, seen = model.get_submodule(f"{BLOCK}.attn1"), {}
-    attention.to_k.register_forward_hook(lambda m, i, o: seen.update(x=i[0], keys=o))
-    attention.to_v.register_forward_hook(lambda m, i, o: seen.update(values=o))
-    attention.to_q.register_forward_hook(lambda m, i, o: seen.update(queries=o))
-    attention.to_out[0].register_forward_hook(lambda m, i, o: seen.update(attended=i[0]))
+    Watch(attention.to_k, lambda x, out: seen.update(keys=out))
+    Watch(attention.to_v, lambda x, out: seen.update(values=out))
+    Watch(attention.to_q, lambda x, out: seen.update(queries=out))
+    Watch(attention.to_out[0], lambda x, out: seen.update(attended=x))
     with turbovlm.apply(model, keep=0.5, components=["attention"], proportional=proportional) as handle:
         model(**inputs)
         feature = handle.features[0]
@@ -146,13 +146,9 @@ def test_attention_in_proportion(proportional):
 def test_joint_attention_in_proportion(monkeypatch):
     """FLUX: of the image's keys only, not of the words'."""
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
-    biases, attend = [], F.scaled_dot_product_attention
-
-    def watched(*args, attn_mask=None, **kwargs):
-        biases.append(attn_mask)
-        return attend(*args, attn_mask=attn_mask, **kwargs)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    biases, attend = [], plain.attend
+    watched = lambda q, k, v, bias, scale: (biases.append(bias), attend(q, k, v, bias, scale))[1]  # noqa: E731
+    monkeypatch.setattr(plain, "attend", watched)
     with turbovlm.apply(model, keep=0.5):
         model(**inputs)
     words, tokens = inputs["encoder_hidden_states"].shape[1], inputs["hidden_states"].shape[1]

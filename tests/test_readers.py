@@ -149,13 +149,16 @@ def test_hidden_states_are_restored_when_they_are_collected(name):
     model = seeded(STATES[name])
     own = model(IMAGES, output_hidden_states=True).hidden_states
     with turbovlm.apply(model, r=4):
-        found = model(IMAGES, output_hidden_states=True).hidden_states
-        assert [h.shape for h in found] == [h.shape for h in own] and torch.equal(found[0], own[0])
+        merged = model(IMAGES)[0]
+        *found, last = model(IMAGES, output_hidden_states=True).hidden_states
+        assert [h.shape for h in found] == [h.shape for h in own[:-1]] and torch.equal(found[0], own[0])
+        assert last.shape[1] == 1 + PATCHES - 16  # what the encoder hands on, whoever looks
+        assert torch.equal(model(IMAGES, output_hidden_states=True)[0], merged)
         model.config.output_hidden_states = True
-        assert [h.shape for h in model(IMAGES).hidden_states] == [h.shape for h in own]
+        assert [h.shape for h in model(IMAGES).hidden_states[:-1]] == [h.shape for h in own[:-1]]
         model.config.output_hidden_states = False
-        if name != "classifier":
-            assert model(IMAGES).last_hidden_state.shape[1] == 1 + PATCHES - 16
+    with turbovlm.apply(model, r=4, dense=True):
+        assert [h.shape for h in model(IMAGES, output_hidden_states=True).hidden_states] == [h.shape for h in own]
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def test_doubled_words_change_nothing():
 
     doubled = words[:, 1:].repeat_interleave(2, dim=1)
     before = run(torch.cat([words[:, :1], doubled], dim=1))
-    with turbovlm.apply(model, r=[11, 0, 0, 0], degree="redundancy", partition="alternate", alpha=0) as handle:
+    with turbovlm.apply(model, r=[11, 0, 0, 0], degree="redundancy", partition="alternate") as handle:
         after = run(torch.cat([words[:, :1], doubled], dim=1))
         assert handle.schedule(23).tokens[-1] == 12
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)

@@ -68,3 +68,13 @@ def test_config_objects_are_taken_as_they_are():
 def test_what_has_no_use_says_who_has_it(configs, settings, denoises, message):
     with pytest.raises(ConfigError, match=message):
         configs_from(configs, settings, denoises, "Model")
+
+
+def test_a_shared_setting_goes_where_it_is_read():
+    """It has an effect in one of the classes in use; where it has none in any, it is refused."""
+    assert of(r=8, visual_keep=0.5, visual_select="uniform", alpha=3, guidance="mean") == (
+        TurboConfig(r=8, alpha=3, guidance="mean"),
+        ReadConfig(0.5, visual_select="uniform"),
+    )
+    with pytest.raises(ConfigError, match=r"alpha=3\.0: it would have no effect"):
+        of(r=8, visual_keep=0.5, degree="redundancy", alpha=3)

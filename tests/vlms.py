@@ -252,7 +252,9 @@ def gemma3() -> Any:
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(**CLIP), text_config=text, image_token_id=IMAGE, mm_tokens_per_image=9
     )
-    return Gemma3ForConditionalGeneration(config)
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # zeros, as made
+    return model
 
 
 VLMS = {

@@ -53,7 +53,7 @@ def test_a_model_and_data_from_folders(tmp_path, coco, capsys):
     assert [row["setting"] for row in study["rows"]] == ["unmerged", "turbovlm"]
     assert study["rows"][1]["ratio"] < 0.9 and study["data"] == "dataset_coco.json"
     assert Image.open(tmp_path / "a.png").size[0] > 500
-    lines = [json.loads(line) for line in (tmp_path / "out" / "turbovlm.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "turbovlm-r=4.jsonl").read_text().splitlines()]
     assert lines[0]["setting"] == {"TurboConfig": {"r": 4}} and len(lines) == 5
 
 
@@ -117,11 +117,69 @@ def test_built_in_with_controls(tmp_path, capsys):
     assert main(given) == 0 and json.loads((tmp_path / "a.json").read_text()) == first
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     capsys.readouterr()
-    assert main([*given, "--keep", "0.5"]) == 2
-    assert (
-        "was made otherwise (setting was {'TurboConfig': {'flops': 0.6}} and is {'TurboConfig': {'keep': 0.5}})"
-        in capsys.readouterr().err
-    )
+    assert main([*given, "--keep", "0.5"]) == 0
+    assert before == {path: path.read_bytes() for path in before}
+    assert (tmp_path / "out" / "turbovlm-keep=0.5.jsonl").exists()
+    capsys.readouterr()
+
+
+def test_two_settings_share_what_is_unmerged(tmp_path, coco, monkeypatch, capsys):
+    """In the default folder; the same command again asks the model nothing."""
+    monkeypatch.chdir(tmp_path)
+    file, images = coco
+    given = ["evaluate", "captioning", "--model", blip_folder(tmp_path, "ConditionalGeneration"), "--data", file]
+    given = [str(each) for each in (*given, "--images", images, "--split", "test")]
+    assert main([*given, "--r", "4"]) == 0
+    (folder,) = (tmp_path / "turbovlm-evaluate").iterdir()
+    assert folder.name.endswith("-dataset_coco-split=test")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(path.name for path in before) == ["turbovlm-r=4.jsonl", "unmerged.jsonl"]
+    assert main([*given, "--keep", "0.5"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "turbovlm-keep=0.5.jsonl",
+        "turbovlm-r=4.jsonl",
+        "unmerged.jsonl",
+    ]
+    assert before == {path: path.read_bytes() for path in before}
+    asked = []
+    monkeypatch.setattr("turbovlm_lab.evaluate.run.batches", lambda *args: asked.append(args) or iter(()))
+    assert main([*given, "--keep", "0.5"]) == 0 and not asked
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(("kept", "said"), [(True, "predictions so far are kept in out, and"), (False, "nothing was")])
+def test_ctrl_c_says_what_is_kept(kept, said, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+
+    def stopped(task, model, predictor, data, settings, folder, **_):
+        if kept:
+            folder.mkdir()
+            (folder / "unmerged.jsonl").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("turbovlm_lab.evaluate.study.run_study", stopped)
+    assert main(["evaluate", "saliency", "--limit", "2", "--out", "out"]) == 130
+    err = capfd.readouterr().err
+    assert err.startswith(f"turbovlm: interrupted; {said}") and err.count("\n") == 1
+
+
+def test_a_model_that_is_refused_is_not_loaded(tmp_path, coco, monkeypatch, capsys):
+    monkeypatch.setattr("turbovlm_lab.evaluate.asking.asked", lambda *args: 1 / 0)
+    TurboConfig((1,) * 99).save(tmp_path / "deep.json")
+    assert captioning(tmp_path, coco, "--settings", tmp_path / "deep.json") == 2
+    assert "99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--dtype", "float16"], ["--device", "cuda"], ["--prompt", "what is it"]])
+def test_built_in_models_run_in_one_way(given, capsys):
+    assert main(["evaluate", "vqa", *given]) == 2
+    assert f"{' '.join(given)}: built-in models run in float32 on the CPU" in capsys.readouterr().err
+
+
+def test_one_image_has_no_distribution(capsys):
+    pytest.importorskip("diffusers")
+    assert main(["evaluate", "text-to-image", "--limit", "1"]) == 2
+    assert "at least 2 prompts and 2 real images are needed" in capsys.readouterr().err
 
 
 def test_merging_in_the_tower_and_before_the_language_model(tmp_path, coco, capsys):
@@ -133,7 +191,7 @@ def test_merging_in_the_tower_and_before_the_language_model(tmp_path, coco, caps
     assert main(["evaluate", "captioning", *map(str, given)]) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["setting"] for row in rows] == ["unmerged", "turbovlm", "quarter"] and rows[1]["ratio"] < 0.95
-    header = json.loads((tmp_path / "out" / "turbovlm.jsonl").read_text().splitlines()[0])
+    header = json.loads((tmp_path / "out" / "turbovlm-r=2-visual_keep=0.5.jsonl").read_text().splitlines()[0])
     assert header["setting"] == {"TurboConfig": {"r": 2}, "ReadConfig": {"visual_keep": 0.5}}
 
 

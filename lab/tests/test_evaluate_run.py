@@ -15,7 +15,7 @@ from turbovlm import TurboConfig
 from turbovlm.errors import DataError, UnsupportedModelError
 from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.run import Predictor, Setting, arranged, predict_all, read_predictions
-from turbovlm_lab.evaluate.study import header_of, run_study
+from turbovlm_lab.evaluate.study import header_of, name_with_settings, run_study
 
 Image = pytest.importorskip("PIL.Image")
 HEADER = {"task": "classification", "model": "tiny"}
@@ -136,6 +136,35 @@ def test_how_a_model_was_asked_is_part_of_a_run(tmp_path, encoder):
         study(dtype="bfloat16", prompt="Q: {}")
 
 
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        (Setting("unmerged"), "unmerged"),
+        (Setting("turbovlm", (TurboConfig(flops=0.5),)), "turbovlm-flops=0.5"),
+        (Setting("r=8, degree=random", (TurboConfig(r=8),)), "r=8-degree=random"),
+        (Setting("int8, turbovlm", (TurboConfig(r=8),), quantize="int8"), "int8-turbovlm-r=8"),
+        (Setting("smaller", image_size=224), "smaller-224-pixels"),
+        (Setting("smaller image, 224 pixels", image_size=224), "smaller-image-224-pixels"),
+    ],
+)
+def test_the_name_of_a_file_says_the_settings(setting, name):
+    assert name_with_settings(setting) == name
+
+
+def test_long_settings_have_names_of_their_own():
+    names = [name_with_settings(Setting("turbo", (TurboConfig(r=(20,) * 47 + (last,)),))) for last in (1, 2)]
+    assert names[0] != names[1] and all(len(name) == 120 and name.startswith("turbo-r=-20-20-") for name in names)
+
+
+def test_an_image_that_a_processor_refuses_is_named(tmp_path):
+    def library(sample, size):
+        return json.loads("{") if sample.id == "s1" else sample.id
+
+    predictor = dataclasses.replace(Counting().predictor, prepare=library)
+    with pytest.raises(DataError, match=r"s1 \(.*\): the model's processor does not take it: JSONDecodeError: "):
+        predict_all(predictor, SAMPLES, Setting("own"), tmp_path / "a.jsonl", HEADER, batch=2)
+
+
 def test_files_of_other_settings_are_refused_before_the_model_is_asked(tmp_path, encoder):
     counting = Counting()
 
@@ -151,8 +180,9 @@ def test_files_of_other_settings_are_refused_before_the_model_is_asked(tmp_path,
 
     study(2)
     (tmp_path / "own.jsonl").unlink()
+    (tmp_path / "turbovlm-r=2.jsonl").rename(tmp_path / "turbovlm-r=4.jsonl")
     counting.asked.clear()
-    otherwise = r"turbovlm.jsonl: was made otherwise \(setting was {'TurboConfig': {'r': 2}} and is .*'r': 4}}\)"
+    otherwise = r"turbovlm-r=4.jsonl: was made otherwise \(setting was {'TurboConfig': {'r': 2}} and is .*'r': 4}}\)"
     with pytest.raises(DataError, match=otherwise):
         study(4)
     assert not counting.asked

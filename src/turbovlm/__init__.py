@@ -3,6 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from turbovlm import process
+
+if process.is_command():  # PyTorch, which all that follows imports, reads its environment, and takes seconds
+    process.begin()
+
 from turbovlm.apply import Handle, apply, get_handle
 from turbovlm.calibration.result import Calibration
 from turbovlm.config import DenoiseConfig, ReadConfig, TurboConfig

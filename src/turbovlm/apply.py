@@ -12,8 +12,8 @@ from torch import Tensor
 
 from turbovlm.config import Config, DenoiseConfig, ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
-from turbovlm.patching import Feature, install, patches_on, remove
-from turbovlm.registry import class_paths, family_of
+from turbovlm.patching import Feature, Patch, install, patches_on, remove
+from turbovlm.registry import class_paths, families, family_of
 from turbovlm.workflows import configs_from
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 DENOISERS = ("unet", "transformer")
 """Attributes where a pipeline keeps its denoiser."""
+
+UNKNOWN_DENOISER = "diffusers.models.modeling_utils.ModelMixin"
+"""Base of every model of `diffusers`."""
 
 
 def apply(model: Any, *configs: Any, **settings: Any) -> Handle:
@@ -54,8 +57,14 @@ def apply(model: Any, *configs: Any, **settings: Any) -> Handle:
             "call handle.remove(), or turbovlm.get_handle(model).remove(), first"
         )
     denoises = any(family_of("denoiser", part) is not None for part in module.modules())
+    if not denoises and UNKNOWN_DENOISER in class_paths(module):
+        known = ", ".join(family.family for family in families("denoiser"))
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is a model of diffusers without a block that turbovlm knows; image generation is "
+            f"accelerated in {known}"
+        )
     features = _find(module, model, configs_from(configs, settings, denoises, type(module).__name__))
-    install([patch for feature in features for patch in feature.patches(module)])
+    install([*(patch for feature in features for patch in feature.patches(module)), *_checks(module, features)])
     return Handle(module, features)
 
 
@@ -70,12 +79,22 @@ def _find(module: nn.Module, owner: Any, configs: tuple[Config, ...]) -> list[Fe
         elif isinstance(config, ReadConfig):
             from turbovlm.vlm.install import find_readings
 
-            features += find_readings(module, config)
+            features += find_readings(module, config, any(isinstance(other, TurboConfig) for other in configs))
         elif isinstance(config, DenoiseConfig):
             from turbovlm.diffusion.feature import find_denoiser
 
             features.append(find_denoiser(module, config, owner))
     return features
+
+
+def _checks(module: nn.Module, features: list[Feature]) -> list[Patch]:
+    """What sees, at every call, that a language model reads an encoder where it has all positions."""
+    encoders = [feature for feature in features if isinstance(feature.config, TurboConfig)]
+    if not encoders:
+        return []
+    from turbovlm.vlm.layers import layer_checks
+
+    return layer_checks(module, encoders)
 
 
 def get_handle(model: Any) -> Handle:
@@ -225,7 +244,7 @@ class Handle:
             raise StateError("no encoder is accelerated: apply with r, keep or flops")
         if tower is None and (first or len(encoders) == 1):
             return next(iter(encoders.values()))
-        if tower not in encoders:
+        if not isinstance(tower, str) or tower not in encoders:
             raise ConfigError(f"tower={tower!r}: must be one of {', '.join(map(repr, encoders))}")
         return encoders[tower]
 

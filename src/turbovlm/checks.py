@@ -9,6 +9,19 @@ from typing import Any
 
 from turbovlm.errors import ConfigError
 
+SEED_LIMIT = 2**32
+"""Seeds are below it, as those of NumPy."""
+
+
+LONGEST = 200
+"""Characters of a value in a message, at most."""
+
+
+def brief(value: Any) -> str:
+    """A value in a message, on one line and not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
 
 def check_integer(name: str, value: Any, minimum: int = 0, shown: Any = None) -> int:
     """Return `value` as an int if it is an integer of at least `minimum`; `shown` stands in the message instead of it.
@@ -18,8 +31,20 @@ def check_integer(name: str, value: Any, minimum: int = 0, shown: Any = None) ->
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         what = "the number of tokens merged per block" if name == "r" else "it"
-        raise ConfigError(f"{name}={value if shown is None else shown!r}: {what} must be an integer ≥ {minimum}")
+        raise ConfigError(f"{name}={brief(value if shown is None else shown)}: {what} must be an integer ≥ {minimum}")
     return int(value)
+
+
+def check_seed(value: Any) -> int:
+    """Return a seed as an int: one below 2³², as NumPy's are.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    seed = check_integer("seed", value)
+    if seed >= SEED_LIMIT:
+        raise ConfigError(f"seed={brief(value)}: must be an integer from 0 to {SEED_LIMIT - 1}")
+    return seed
 
 
 def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
@@ -33,9 +58,9 @@ def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
     except OverflowError:  # an integer beyond all floats
         number = math.inf
     if not math.isfinite(number):
-        raise ConfigError(f"{name}={value!r}: must be a finite number")
+        raise ConfigError(f"{name}={brief(value)}: must be a finite number")
     if number < minimum:
-        raise ConfigError(f"{name}={value!r}: must be a number ≥ {minimum:g}")
+        raise ConfigError(f"{name}={brief(value)}: must be a number ≥ {minimum:g}")
     return number
 
 
@@ -47,9 +72,9 @@ def check_share(name: str, value: Any, minimum: float = 0.0) -> float:
     """
     number = check_number(name, value)
     if not 0 < number <= 1:
-        raise ConfigError(f"{name}={number!r}: must be a share in (0, 1]")
+        raise ConfigError(f"{name}={brief(number)}: must be a share in (0, 1]")
     if number < minimum:
-        raise ConfigError(f"{name}={number!r}: must be ≥ {minimum}: one token in every 2×2 cell stays")
+        raise ConfigError(f"{name}={brief(number)}: must be ≥ {minimum}: one token in every 2×2 cell stays")
     return number
 
 
@@ -61,7 +86,7 @@ def check_share_or_count(name: str, value: Any) -> float | int:
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1):
-        raise ConfigError(f"{name}={value!r}: must be a share in (0, 1] or an integer ≥ 1, a count per image")
+        raise ConfigError(f"{name}={brief(value)}: must be a share in (0, 1] or an integer ≥ 1, a count per image")
     return check_integer(name, value, minimum=1) if whole else float(value)
 
 
@@ -72,7 +97,7 @@ def check_flag(name: str, value: Any) -> None:
         ConfigError: it is not.
     """
     if not isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r}: must be True or False")
+        raise ConfigError(f"{name}={brief(value)}: must be True or False")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...], extra: str = "") -> None:
@@ -82,7 +107,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...], extra: str = "
         ConfigError: it is not.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(allowed)}{extra}")
+        raise ConfigError(f"{name}={brief(value)}: must be one of {', '.join(allowed)}{extra}")
 
 
 def check_grid(value: Any) -> tuple[int, int]:
@@ -92,7 +117,7 @@ def check_grid(value: Any) -> tuple[int, int]:
         ConfigError: they are something else.
     """
     if not is_list(value) or len(value) != 2:
-        raise ConfigError(f"grid={value!r}: must be two integers ≥ 1, patch rows and columns")
+        raise ConfigError(f"grid={brief(value)}: must be two integers ≥ 1, patch rows and columns")
     rows, columns = (check_integer("grid", each, minimum=1, shown=value) for each in value)
     return rows, columns
 

@@ -1,29 +1,31 @@
 """The settings: one frozen dataclass for each of the three workflows.
 
 `TurboConfig` is for encoders, `ReadConfig` for what a language model reads of an image, `DenoiseConfig` for denoisers.
-Each field is valid wherever its class is.
+Each field is valid wherever its class is, and refused where no other setting lets it have an effect.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from turbovlm.checks import (
+    brief,
     check_choice,
     check_flag,
     check_grid,
     check_integer,
     check_number,
+    check_seed,
     check_share,
     check_share_or_count,
     is_list,
 )
 from turbovlm.errors import ConfigError
-from turbovlm.ops.degree import DEGREES, DegreeFunction, LayeredDegree, default_alpha
+from turbovlm.ops.degree import DEGREES, DegreeFunction, LayeredDegree, default_alpha, needs_semantic
 from turbovlm.settings_file import read_settings, write_settings
 
 SIMILARITIES = ("heads", "keys", "queries", "hidden", "auto")
@@ -88,6 +90,38 @@ class Settings:
             return f"degree={getattr(self.degree, '__name__', type(self.degree).__name__)}"
         alpha = default_alpha(self.degree) if self.alpha is None else self.alpha
         return f"degree={self.degree}" + ("" if self.degree in _WITHOUT_ALPHA else f", alpha={alpha:g}")
+
+    @classmethod
+    def unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        """The fields that nothing reads beside those `values`, with the reason; fields that are missing have defaults.
+
+        A seed is none of them, although some settings draw nothing: a program may number its runs by it.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return cls._unread({**defaults, **values})
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        degree = values["degree"]
+        if callable(degree):
+            return {"alpha": "a degree that is a callable has its own numbers: put it there"}
+        return {"alpha": f"degree={brief(degree)} has no alpha"} if degree in _WITHOUT_ALPHA else {}
+
+    def changed(self, **changes: Any) -> Any:
+        """The settings with changes, and with the defaults of those fields that nothing reads then.
+
+        Raises:
+            ConfigError: as when the settings are made.
+        """
+        values = {**vars(self), **changes}
+        return type(self)(**{name: value for name, value in values.items() if name not in self.unread(values)})
+
+    def _check_unread(self) -> None:
+        """See that every field that is not at its default has an effect."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        for name, reason in self.unread(vars(self)).items():
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ConfigError(f"{name}={brief(value)}: it would have no effect: {reason}")
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -177,7 +211,7 @@ class TurboConfig(Settings):
     def __post_init__(self) -> None:
         amounts = {name: getattr(self, name) for name in AMOUNTS if getattr(self, name) is not None}
         if len(amounts) != 1:
-            found = ", ".join(f"{name}={value!r}" for name, value in amounts.items()) or "none of them"
+            found = ", ".join(f"{name}={brief(value)}" for name, value in amounts.items()) or "none of them"
             raise ConfigError(f"give exactly one of r, keep and flops: got {found}")
         self._check_r()
         for name in ("keep", "flops"):
@@ -185,7 +219,7 @@ class TurboConfig(Settings):
                 raise ConfigError(f"{self._written((name,))}: an encoder takes one share; give r a value per block")
             if getattr(self, name) is not None:
                 self._set(**{name: check_share(name, getattr(self, name))})
-        self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_integer("seed", self.seed))
+        self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_seed(self.seed))
         self._check_degree()
         check_choice("similarity", self.similarity, SIMILARITIES)
         check_choice("guidance", self.guidance, GUIDANCES)
@@ -198,8 +232,19 @@ class TurboConfig(Settings):
         self._check_thresholds()
         if self.grid is not None:
             if self.partition != "grid":
-                raise ConfigError(f'grid={self.grid!r}: only partition="grid" uses it, not {self.partition!r}')
+                raise ConfigError(
+                    f'grid={brief(self.grid)}: only partition="grid" uses it, not {brief(self.partition)}'
+                )
             self._set(grid=check_grid(self.grid))
+        self._check_unread()
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        found = super()._unread(values)
+        degree = values["degree"]
+        if not needs_semantic(degree) and not values["trace"]:
+            found["guidance"] = f"degree={brief(degree)} needs no attention, and there is no trace=True that records it"
+        return found
 
     @classmethod
     def paper(
@@ -216,15 +261,26 @@ class TurboConfig(Settings):
         """The authors' implementation to the letter: keys, alternate halves, and α multiplied by 30.
 
         `degree="layered"` is the layered fusion S4, a `LayeredDegree`; so is `"weighted_difference"` with a `beta`
-        other than 1, as in their code. Other degrees know neither `beta` nor `gamma`.
+        other than 1, as in their code. Other degrees know neither `beta` nor `gamma`, nor all of them `alpha`.
+
+        Raises:
+            ConfigError: naming the field, the value and what is allowed.
         """
         multiplier = check_number("alpha", alpha) * PAPER_ALPHA_SCALE
+        beta, gamma = check_number("beta", beta), check_number("gamma", gamma)
         layered = degree == "layered" or (degree == "weighted_difference" and beta != 1)
+        for name, value, default in (("beta", beta, 1.0), ("gamma", gamma, 0)):
+            if value != default and not layered:
+                raise ConfigError(
+                    f"{name}={value:g}: it would have no effect: degree={degree!r} with beta={beta:g} is not layered"
+                )
+        if degree in _WITHOUT_ALPHA and alpha != 6.0:
+            raise ConfigError(f"alpha={brief(alpha)}: it would have no effect: degree={brief(degree)} has no alpha")
         return cls(
             r=r,
             min_tokens=min_tokens,
             degree=LayeredDegree(multiplier, beta, gamma) if layered else degree,
-            alpha=None if layered else multiplier,
+            alpha=None if layered or degree in _WITHOUT_ALPHA else multiplier,
             similarity="keys",
             partition="alternate",
             order="partition",
@@ -251,7 +307,7 @@ class TurboConfig(Settings):
         if self.thresholds is None:
             return
         if not is_list(self.thresholds):
-            raise ConfigError(f"thresholds={self.thresholds!r}: must be a number per block")
+            raise ConfigError(f"thresholds={brief(self.thresholds)}: must be a number per block")
         if not isinstance(self.r, tuple) or len(self.r) != len(self.thresholds):
             raise ConfigError(f"thresholds={list(self.thresholds)}: need a list of r beside them, of as many blocks")
         if self.degree == "random":
@@ -264,7 +320,8 @@ class ReadConfig(Settings):
     """How much of an image a language model or a text model reads, and which tokens.
 
     Args:
-        visual_keep: how many of each image's visual tokens are read: a share in (0, 1], or a count, an integer ≥ 1.
+        visual_keep: how many of each image's visual tokens are read: a share in (0, 1], or a count, an integer ≥ 1;
+            `1.0` is all of them, and `1` one.
         cross_keep: how many of each image's tokens the last third of a text model's cross-attention layers reads: a
             share, or a count. The first third reads all of them; A is the attention that the words have paid.
         visual_select: which of them: `"information"` goes by the degree, R from the projected features and A from the
@@ -275,7 +332,7 @@ class ReadConfig(Settings):
         proportional: attend in proportion to the patches that a token stands for, where the tower has merged some and
             in cross-attention.
         reduce: `"merge"` averages a token into its destination, weighted by size; `"prune"` drops it.
-        seed: of `visual_select="random"` and `degree="random"`; the same in every forward.
+        seed: of the halves of every round, `visual_select="random"` and `degree="random"`; the same in every forward.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
@@ -307,7 +364,26 @@ class ReadConfig(Settings):
         check_choice("guidance", self.guidance, GUIDANCES)
         check_flag("proportional", self.proportional)
         check_choice("reduce", self.reduce, ("merge", "prune"))
-        self._set(seed=check_integer("seed", self.seed))
+        self._set(seed=check_seed(self.seed))
+        self._check_unread()
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        select, degree = values["visual_select"], values["degree"]
+        how = f"visual_select={brief(select)}"
+        if select in ("random", "uniform", "pooling"):
+            found = dict.fromkeys(("degree", "alpha", "guidance"), f"{how} goes by no degree and no attention")
+            if select == "pooling":
+                found["reduce"] = f"{how} averages"
+            return found
+        found = super()._unread(values)
+        if select != "information":
+            found |= dict.fromkeys(("degree", "alpha"), f"{how} is a degree of its own, without alpha")
+        if select == "redundancy" or (select == "information" and not needs_semantic(degree)):
+            found["guidance"] = f"{how if select == 'redundancy' else f'degree={brief(degree)}'} needs no attention"
+        if values["visual_keep"] is None:
+            found["guidance"] = "cross_keep goes by the words' attention, and not by the tower's"
+        return found
 
     @property
     def summary(self) -> str:
@@ -321,7 +397,7 @@ class DenoiseConfig(Settings):
 
     Args:
         keep: share of its tokens that a block reads, in [0.25, 1]; or a sequence: of the largest resolution that the
-            denoiser can have tokens of, of half as many rows, of a quarter, …; smaller ones have the last.
+            denoiser has blocks in, of half as many rows, of a quarter, …; smaller ones have the last.
         components: which parts of a block read merged tokens: some of `"attention"`, `"cross_attention"`, `"ffn"`.
         refresh: how many denoising steps share what was decided in the first of them, ≥ 1.
         restore: what a position gets back: `"copy"`, what its token came to; `"linear"`, from a feed-forward also what
@@ -362,17 +438,25 @@ class DenoiseConfig(Settings):
         else:
             self._set(keep=check_share("keep", self.keep, LEAST_KEPT))
         parts = self.components
-        if not is_list(parts) or not parts or set(parts) - set(COMPONENTS):
-            raise ConfigError(f"components={parts!r}: must be some of {', '.join(COMPONENTS)}")
+        if not is_list(parts) or not parts or any(part not in COMPONENTS for part in parts):
+            raise ConfigError(f"components={brief(parts)}: must be some of {', '.join(COMPONENTS)}, in a list")
         self._set(components=tuple(name for name in COMPONENTS if name in parts))
         self._set(refresh=check_integer("refresh", self.refresh, minimum=1))
         check_choice("restore", self.restore, DENOISER_RESTORES)
         check_flag("proportional", self.proportional)
-        self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_integer("seed", self.seed))
+        self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_seed(self.seed))
         self._check_degree()
         check_choice("reduce", self.reduce, REDUCTIONS)
         if self.grid is not None:
             self._set(grid=check_grid(self.grid))
+        self._check_unread()
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        found = super()._unread(values)
+        if values["restore"] == "linear" and "ffn" not in values["components"]:
+            found["restore"] = "regression is of what feed-forwards add, and components has no 'ffn'"
+        return found
 
     @property
     def summary(self) -> str:

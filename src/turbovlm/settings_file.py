@@ -74,6 +74,8 @@ def read_content(path: str | Path, wanted: str | None = None) -> dict[str, Any]:
         version = content.pop("turbovlm")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: holds no settings of turbovlm ({error!r})") from error
     if version == 1:
@@ -86,7 +88,9 @@ def read_content(path: str | Path, wanted: str | None = None) -> dict[str, Any]:
 
 
 def make_config(path: str | Path, kind: type, settings: dict[str, Any]) -> Any:
-    """A config of plain settings that were read from `path`.
+    """A config of plain settings that were read from `path`; without those that have no effect beside the others.
+
+    Earlier releases took and saved such settings.
 
     Raises:
         ConfigError: a setting is unknown or wrong.
@@ -98,7 +102,8 @@ def make_config(path: str | Path, kind: type, settings: dict[str, Any]) -> Any:
         degree = settings.get("degree")
         if isinstance(degree, dict):
             settings = {**settings, "degree": LayeredDegree(**degree["layered"])}
-        return kind(**settings)
+        unread: dict[str, str] = kind.unread(settings)  # type: ignore[attr-defined]
+        return kind(**{name: value for name, value in settings.items() if name not in unread})
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -71,7 +71,14 @@ def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tupl
             raise ConfigError(f"{name}={value!r}: {where}; {_takes(denoises, model)}")
     if denoises and "keep" not in settings:
         raise ConfigError(f"give keep, the share of its tokens that a block reads: {_takes(denoises, model)}")
-    return tuple(kind(**{name: value for name, value in settings.items() if name in names[kind]}) for kind in wanted)
+    of: dict[Any, dict[str, Any]] = {
+        kind: {name: value for name, value in settings.items() if name in names[kind]} for kind in wanted
+    }
+    unread = {kind: kind.unread(own) for kind, own in of.items()}
+    for kind, own in of.items():  # what another class in use reads has an effect there
+        shared = [name for name in unread[kind] if any(name in of[other] and name not in unread[other] for other in of)]
+        of[kind] = {name: value for name, value in own.items() if name not in shared}
+    return tuple(kind(**own) for kind, own in of.items())
 
 
 def _takes(denoises: bool, model: str) -> str:

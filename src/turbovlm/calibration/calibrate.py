@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from turbovlm.apply import denoiser_of
 from turbovlm.calibration import bound, search
-from turbovlm.calibration.outputs import Measure
+from turbovlm.calibration.outputs import Measure, check_different, sizes_of
 from turbovlm.calibration.result import Calibration
 from turbovlm.calibration.subject import Progress, Subject
 from turbovlm.calibration.subjects.denoiser import DenoiserSubject
@@ -57,8 +57,10 @@ def calibrate(
     is given:
 
     - a model with one vision encoder, or several of one depth, and images: `[images, 3, height, width]`, or a mapping
-      of tensors by name. Compared are pooled features, logits or tokens, as `measure` says. What is found is a
-      `TurboConfig` with a list of `r`, for images of that size.
+      of tensors by name; or, for a model that takes several sizes, a list of `[3, height, width]`, of which those of
+      one size go through the model together, and cost is over all of them. Compared are pooled features, logits or
+      tokens, as `measure` says. What is found is a
+      `TurboConfig` with a list of `r`, for images of that size or those sizes.
     - a language model that reads images, and prompts: a list of mappings, as its processor gives each. Compared are the
       logits behind each prompt. What is found is a `ReadConfig` with `visual_keep`.
     - a `diffusers` pipeline, and prompts: a list of texts or class numbers. Compared are the images that it makes. What
@@ -97,7 +99,7 @@ def calibrate(
 
     Raises:
         ConfigError: none or several of the targets, one out of reach (the message says what can be reached), an
-            argument that is not for this model, too few samples, or none.
+            argument that is not for this model, too few samples, too few images that differ, or none but of one colour.
         UnsupportedModelError: nothing in the model can be accelerated.
         TurboError: a model in training mode or accelerated already, or whose outputs are NaN.
     """
@@ -116,6 +118,10 @@ def calibrate(
         raise ConfigError(
             f"{kind.noun}: {count} are too few, at least {FEWEST} are needed: half of them for what is promised"
         )
+    if kind is EncoderSubject:
+        check_different(samples, FEWEST)
+        if per_image and len(sizes_of(samples)) > 1:
+            raise ConfigError("per_image: thresholds are found on images of one size; give a tensor of them")
     subject = kind(model, samples, base, frozenset(settings), seed, progress or (lambda _: None), **options)
     order = random.Random(seed).sample(range(count), count)
     searched, held = sorted(order[: count // 2]), sorted(order[count // 2 :])
@@ -174,6 +180,22 @@ def _target_of(kind: type[Subject], targets: dict[str, Any], visual_keep: Any) -
         found = ", ".join(asked) or "none of them"
         raise ConfigError(f"give exactly one of {', '.join(names)} and {last}: got {found}")
     name, value = asked.popitem()
+    check_target(**{name: value})
+    return name, value
+
+
+def check_target(**asked: Any) -> None:
+    """See that each target that is not None is in its range.
+
+    Raises:
+        ConfigError: naming one that is not.
+    """
+    for name, value in asked.items():
+        if value is not None:
+            _check_target(name, value)
+
+
+def _check_target(name: str, value: Any) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number:
         raise ConfigError(f"{name}={value!r}: must be a number")
@@ -185,7 +207,6 @@ def _target_of(kind: type[Subject], targets: dict[str, Any], visual_keep: Any) -
         raise ConfigError(f"speedup={value!r}: must be more than 1")
     if name == "visual_keep":
         ReadConfig(value)  # raises where it is neither a share nor a count
-    return name, value
 
 
 def _check_model(model: Any) -> None:

@@ -86,24 +86,76 @@ def count_images(inputs: Any) -> int:
     """The number of images.
 
     Raises:
-        ConfigError: neither a tensor nor a mapping of them, or of different lengths.
+        ConfigError: neither a tensor, nor a mapping or a list of them, of different lengths, or not of numbers.
     """
-    tensors = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    listed = isinstance(inputs, list | tuple)
+    tensors = list(inputs) if listed else list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
     if not tensors or not all(isinstance(each, Tensor) and each.ndim > 0 for each in tensors):
         kinds = ", ".join(sorted({type(each).__name__ for each in tensors})) or "nothing"
         raise ConfigError(
-            f"images: must be what the model takes, a tensor [images, …] or a mapping of them by name, got {kinds}"
+            "images: must be what the model takes, a tensor [images, …], a mapping of them by name, or for several "
+            f"sizes a list of tensors [3, height, width], got {kinds}"
         )
+    if not all(each.isfinite().all() for each in tensors if each.is_floating_point()):
+        raise ConfigError("images: some values are NaN or infinite")
+    if listed:
+        wrong = next((each for each in tensors if each.ndim != 3), None)
+        if wrong is not None:
+            raise ConfigError(f"images: of a list each must be a tensor [3, height, width], got {tuple(wrong.shape)}")
+        return len(tensors)
     counts = {len(each) for each in tensors}
     if len(counts) > 1:
         raise ConfigError(f"images: the tensors are of different lengths: {sorted(counts)}")
-    if not all(each.isfinite().all() for each in tensors if each.is_floating_point()):
-        raise ConfigError("images: some values are NaN or infinite")
     return counts.pop()
 
 
+def check_different(inputs: Any, fewest: int) -> None:
+    """Refuse images of which a drift would say nothing about others.
+
+    Args:
+        inputs: as `count_images` takes them.
+        fewest: how many must differ.
+
+    Raises:
+        ConfigError: too many are the same, or each is of one colour.
+    """
+    images = [_single(inputs, index) for index in range(count_images(inputs))]
+    pixels = [max(image, key=torch.numel) for image in images]
+    if all(bool((each.flatten(1).amin(1) == each.flatten(1).amax(1)).all()) for each in pixels if each.ndim > 1):
+        raise ConfigError(f"images: each of the {len(images)} is of one colour; give photographs of what it will see")
+    different = len({tuple(map(_fingerprint, image)) for image in images})
+    if different < fewest:
+        raise ConfigError(
+            f"images: only {different} of the {len(images)} differ, at least {fewest} must: the others say nothing new"
+        )
+
+
+def _single(inputs: Any, index: int) -> list[Tensor]:
+    """The tensors of one image."""
+    return [each[index] for each in inputs.values()] if isinstance(inputs, Mapping) else [inputs[index]]
+
+
+def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for equal tensors, and for no others but by a chance of no account."""
+    values = tensor.flatten().double()
+    weights = torch.rand(len(values), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (*tensor.shape, (values * weights.to(values.device)).sum().item())
+
+
+def sizes_of(inputs: Any) -> dict[tuple[int, ...], list[int]]:
+    """The images of each size, by their places, the size of most of them first."""
+    if not isinstance(inputs, list | tuple):
+        return {(): list(range(count_images(inputs)))}
+    places: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(inputs):
+        places.setdefault(tuple(image.shape), []).append(index)
+    return dict(sorted(places.items(), key=lambda item: -len(item[1])))
+
+
 def select_images(inputs: Any, indices: Sequence[int]) -> Any:
-    """The images of those indices, as the model takes them."""
+    """The images of those indices, as the model takes them; those of a list must be of one size."""
+    if isinstance(inputs, list | tuple):
+        return torch.stack([inputs[index] for index in indices])
     places = torch.as_tensor(list(indices))
     if isinstance(inputs, Mapping):
         return {name: each[places.to(each.device)] for name, each in inputs.items()}

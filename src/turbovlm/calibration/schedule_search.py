@@ -28,10 +28,14 @@ class EncoderCost:
 
     Attributes:
         shape: the encoder's; `tokens`: of an image, prefix and suffix included.
+        others: of the images of other sizes, each number with how many images have it; a share is over all of them.
+        images: how many have `tokens`.
     """
 
     shape: EncoderShape
     tokens: int
+    others: tuple[tuple[int, int], ...] = ()
+    images: int = 1
 
     def amounts(self, spread: Spread, flops: float) -> tuple[int, ...] | None:
         """Tokens merged per block, each block's share of its tokens in proportion to `spread`.
@@ -49,7 +53,7 @@ class EncoderCost:
 
     def share(self, amounts: Sequence[int]) -> float:
         """Share of the multiply-accumulates that amounts per block leave."""
-        return self._share(token_counts(amounts, self.tokens, self.shape.protected, 0))
+        return self._share(self._left(amounts, self.tokens))
 
     def least(self, spread: Spread) -> float:
         """The smallest share that a spread can leave."""
@@ -68,7 +72,14 @@ class EncoderCost:
         return tuple(counts)
 
     def _share(self, counts: tuple[int, ...]) -> float:
-        return self.shape.macs(counts) / self.shape.macs((self.tokens,) * (self.shape.depth + 1))
+        """Of the images of `tokens` by their counts; of the others by the same amounts."""
+        amounts = [before - after for before, after in itertools.pairwise(counts)]
+        sizes = [(self.images, counts), *((images, self._left(amounts, tokens)) for tokens, images in self.others)]
+        left = sum(images * self.shape.macs(each) for images, each in sizes)
+        return left / sum(images * self.shape.macs((each[0],) * len(each)) for images, each in sizes)
+
+    def _left(self, amounts: Sequence[int], tokens: int) -> tuple[int, ...]:
+        return token_counts(amounts, tokens, self.shape.protected, 0)
 
 
 def schedule_search(

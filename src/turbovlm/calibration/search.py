@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from turbovlm.calibration.bound import upper_bound
@@ -53,9 +52,7 @@ def at_speedup(subject: Subject, speedup: float, samples: Sequence[int]) -> tupl
         ConfigError: the speed-up is out of reach.
     """
     first = subject.trials(1 / speedup)[0]
-    amount, _ = _timed_amount(
-        subject, speedup, replace(subject.base, **first.settings), first.spread or (), 1 / speedup
-    )
+    amount, _ = _timed_amount(subject, speedup, subject.base.changed(**first.settings), first.spread or (), 1 / speedup)
     best = least_drift(subject, amount, samples)
     amount, measured = _timed_amount(subject, speedup, best.config, best.spread, amount)
     return _measured(subject, best.config, best.spread, amount, samples) or best, measured
@@ -82,7 +79,7 @@ def calibration_of(subject: Subject, found: Found, samples: Sequence[int], speed
 def _best_trial(subject: Subject, amount: float, samples: Sequence[int]) -> Found:
     best: Found | None = None
     for trial in subject.trials(amount):
-        config = replace(subject.base if best is None else best.config, **trial.settings)
+        config = (subject.base if best is None else best.config).changed(**trial.settings)
         spread = trial.spread if trial.spread is not None else () if best is None else best.spread
         found = _measured(subject, config, spread, amount, samples)
         if found is not None and (best is None or clearly_less(found.drift, best.drift)):

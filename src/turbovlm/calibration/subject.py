@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from turbovlm.calibration.drift import Reference
+from turbovlm.calibration.drift import Part, Reference
 from turbovlm.errors import ConfigError
 
 NEAR = 0.01
@@ -111,7 +111,7 @@ class Subject(ABC):
         """
 
     @abstractmethod
-    def outputs(self, config: Any, samples: Sequence[int]) -> list[Tensor]:
+    def outputs(self, config: Any, samples: Sequence[int]) -> Sequence[Part]:
         """What is compared, per part `[len(samples), tokens, width]`; unmerged if `config` is None."""
 
     @abstractmethod

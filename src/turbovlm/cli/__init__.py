@@ -1,5 +1,8 @@
 """The command `turbovlm`: each subcommand is a module with `register(subparsers)` and `run(args) -> int`.
 
+A subcommand's parser may set the default `kept`, a function of the arguments: what is kept where Ctrl-C ends it, None
+for what `measuring.written` has.
+
 Other packages add subcommands by the entry point group `turbovlm.commands`: such a module.
 """
 
@@ -12,8 +15,10 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from types import ModuleType
 
-from turbovlm import __version__
-from turbovlm.cli import bench, calibrate, inspect, macs
+from turbovlm import __version__, process
+from turbovlm.cli import bench, calibrate, inspect, macs, measuring
+from turbovlm.cli.ending import BROKEN_PIPE, drop_output, interruptible, reader_is_gone, reason_of
+from turbovlm.cli.remarks import without_remarks
 from turbovlm.errors import TurboError
 
 COMMANDS = (inspect, bench, calibrate, macs)
@@ -46,22 +51,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, or 2 for bad input, said in one message on standard error.
+        The exit code: 0; 2 for bad input, said in one message on standard error; 130 where Ctrl-C ended it, with what
+        is kept in one message; 141 where the reader of standard output has gone.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    args = argparse.Namespace()
+    measuring.written.clear()  # of a command before, in one process
+    with interruptible() as interrupt, without_remarks():
+        try:
+            return _run(argv, args)
+        except TurboError as error:
+            if not interrupt.happened:
+                print(f"turbovlm: {error}", file=sys.stderr)
+                return 2
+        except BrokenPipeError:
+            if not reader_is_gone():
+                raise
+            drop_output()
+            return BROKEN_PIPE
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            reason = reason_of(error)
+            if reason is not None:
+                print(f"turbovlm: {reason}", file=sys.stderr)
+                return 2
+            if not interrupt.happened:  # else a library has turned the interruption into an error of its own
+                raise
+        process.say_interrupted(_kept(args))
+        return process.INTERRUPTED
+
+
+def _run(argv: Sequence[str], args: argparse.Namespace) -> int:
+    """Parse into `args` and run the subcommand."""
+    added = {point.name: point for point in sorted(entry_points(group="turbovlm.commands"))}
+    if argv and argv[0] in LAB_COMMANDS and argv[0] not in added:
+        raise TurboError(f"{argv[0]} comes with the package turbovlm-lab: pip install turbovlm-lab")
+    if importlib.util.find_spec("rich") is None:
+        raise TurboError("the command line needs rich: pip install 'turbovlm[cli]'")
+    parser = _parser([*COMMANDS, *(point.load() for point in added.values())])
     try:
-        added = {point.name: point for point in sorted(entry_points(group="turbovlm.commands"))}
-        if argv and argv[0] in LAB_COMMANDS and argv[0] not in added:
-            raise TurboError(f"{argv[0]} comes with the package turbovlm-lab: pip install turbovlm-lab")
-        if importlib.util.find_spec("rich") is None:
-            raise TurboError("the command line needs rich: pip install 'turbovlm[cli]'")
-        parser = _parser([*COMMANDS, *(point.load() for point in added.values())])
-        args = parser.parse_args(argv)
+        parser.parse_args(argv, args)
         code: int = args.run(args)
-    except TurboError as error:
-        print(f"turbovlm: {error}", file=sys.stderr)
-        return 2
+    finally:
+        sys.stdout.flush()  # a closed pipe is seen here, and not when Python ends
     return code
+
+
+def _kept(args: argparse.Namespace) -> str:
+    """What an interrupted command leaves behind."""
+    if hasattr(args, "kept"):
+        kept: str | None = args.kept(args)
+        if kept is not None:
+            return kept
+    return f"written: {', '.join(measuring.written)}" if measuring.written else "nothing was written"
 
 
 def _parser(commands: Sequence[ModuleType]) -> argparse.ArgumentParser:

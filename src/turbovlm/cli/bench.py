@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from turbovlm.cli.measuring import QUANTIZATIONS, check_file, check_plot, versions_used, write_json
+from turbovlm.cli.measuring import QUANTIZATIONS, check_file, check_plot, versions_used, write_json, written
 from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ class Results:
 
             save = save_drifts if self.kind == "images" else save_speedups
             save(self.comparisons, self.args.plot, title=f"{self.args.model}{self.settings}")
+            written.append(self.args.plot)
         if self.args.json:
             about = {"model": self.args.model, "pretrained": self.args.pretrained, **self.about}
             versions = versions_used(*self.libraries)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from turbovlm.config import TurboConfig
+    from turbovlm.loading import ModelSpec
     from turbovlm.profile import Comparison
     from turbovlm.profile.compare import Prepare
 
@@ -27,12 +28,14 @@ def run(args: argparse.Namespace) -> int:
     from turbovlm.cli.bench import Results
     from turbovlm.encoder.towers import find_towers
     from turbovlm.loading import ModelSpec
-    from turbovlm.loading.models import load_model
+    from turbovlm.loading.models import check_runs, load_model
 
     check_numbers(args, "batch", "rounds", "warmup")
     versions, size = _versions(args), _size(args.image_size)
     spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
+    _check_fits(spec, size, args)
     model = load_model(spec, size, pretrained=args.pretrained)
+    check_runs(args.model, model, spec.device, spec.dtype)
     results = Results(args, "encoders", {"image_size": size})
     for tower in find_towers(model):
         name = tower.name or type(tower.module).__name__
@@ -40,6 +43,18 @@ def run(args: argparse.Namespace) -> int:
         results.add(name, compare_shown(tower.module, inputs, versions, args), f"{name}: {tower.tokens} tokens")
     results.write()
     return 0
+
+
+def _check_fits(spec: ModelSpec, size: int | None, args: argparse.Namespace) -> None:
+    """Refuse what the model cannot do before it is built: the meta device takes no memory."""
+    import turbovlm
+    from turbovlm.encoder.towers import find_towers
+    from turbovlm.loading.models import load_outline
+
+    outline = load_outline(spec, size)
+    for tower in [] if outline is None else find_towers(outline):
+        for config in _configs(args):
+            turbovlm.apply(tower.module, config).remove()
 
 
 def compare_shown(module: Any, inputs: dict[str, Any], configs: Any, args: argparse.Namespace) -> Comparison:

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from turbovlm.cli.measuring import check_numbers, device_named, progress_bar
+from turbovlm.cli.measuring import check_making, check_numbers, device_named, progress_bar
 from turbovlm.errors import ConfigError, TurboError
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from turbovlm.loading import ModelSpec
-    from turbovlm.loading.pipelines import load_pipeline
+    from turbovlm.loading.pipelines import load_pipeline, load_pipeline_outline
 
-    check_numbers(args, "batch", "rounds", "warmup", "steps")
+    check_numbers(args, "batch", "rounds", "warmup")
+    check_making(args)
     configs, sizes = _configs(args), _sizes(args.image_size)
     spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
+    _check_fits(load_pipeline_outline(spec), configs, sizes, args)
     model = load_pipeline(spec, pretrained=args.pretrained)
     if isinstance(model, torch.nn.Module):
         _bench_denoiser(model, configs, sizes, args)
@@ -42,17 +44,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_fits(
+    outline: Any | None, configs: dict[str, DenoiseConfig], sizes: list[Size], args: argparse.Namespace
+) -> None:
+    """Refuse what cannot be done with a pipeline or a denoiser before it is built.
+
+    Args:
+        outline: on the meta device; None for a pipeline that another package brings.
+    """
+    import torch
+
+    import turbovlm
+    from turbovlm.profile.pipelines import check_size
+
+    alone = isinstance(outline, torch.nn.Module)
+    for name in PIPELINES_ONLY if alone else ():
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ConfigError(
+                f"--{option}: {args.model} is a denoiser alone, of which one forward is timed; give the pipeline"
+            )
+    if args.plot and not args.pretrained and not alone:
+        raise TurboError("--plot draws the drift of images, about which random weights say nothing: give --pretrained")
+    for size in sizes if outline is not None and not alone else ():
+        if size is not None:
+            check_size(outline, size)
+    for config in configs.values() if outline is not None else ():
+        turbovlm.apply(outline, config).remove()
+
+
 def _bench_pipeline(
     pipe: Any, spec: ModelSpec, configs: dict[str, DenoiseConfig], sizes: list[Size], args: argparse.Namespace
 ) -> None:
     from turbovlm.cli.bench import Results
-    from turbovlm.profile.pipelines import check_size
 
-    if args.plot and not args.pretrained:
-        raise TurboError("--plot draws the drift of images, about which random weights say nothing: give --pretrained")
-    for size in sizes:
-        if size is not None:
-            check_size(pipe, size)
     prompt = _prompt(pipe, spec, args.prompt)
     results = Results(args, "images", _settings(args), ("diffusers",), _shown(args))
     for size in sizes:
@@ -68,27 +93,32 @@ def _bench_pipeline(
 def _compare_pipeline(
     pipe: Any, configs: dict[str, DenoiseConfig], size: Size, prompt: Any, args: argparse.Namespace
 ) -> Comparison:
+    import torch
+
     import turbovlm
+    from turbovlm.loading import running
+    from turbovlm.profile.images import FEW_STEPS
+    from turbovlm.profile.pipelines import inputs_of
 
     counts = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in DEFAULTS.items()}
-    try:
-        with progress_bar((counts["warmup"] + counts["rounds"]) * (len(configs) + 1)) as progress:
-            comparison: Comparison = turbovlm.profile.compare_images(
-                pipe,
-                configs,
-                size=size,
-                steps=args.steps or (STEPS_PRETRAINED if args.pretrained else STEPS),
-                seed=args.seed or 0,
-                prompt=prompt,
-                inputs={} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale},
-                compile=args.compile,
-                progress=progress,
-                **counts,
-            )
-    except TurboError:
-        raise
-    except (TypeError, ValueError) as error:  # how a pipeline says that it wants other inputs, such as an image
-        raise TurboError(f"{args.model}: {type(pipe).__name__} made no image: {error}") from error
+    given = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    inputs = inputs_of(pipe, size, counts["batch"], FEW_STEPS, prompt, given)
+    pipe.set_progress_bar_config(disable=True)  # there is one for all rounds
+    with running(args.model, f"make an image as {type(pipe).__name__}"):  # it may want an image to begin with
+        pipe(**inputs, generator=torch.Generator().manual_seed(args.seed or 0))
+    with progress_bar((counts["warmup"] + counts["rounds"]) * (len(configs) + 1)) as progress:
+        comparison: Comparison = turbovlm.profile.compare_images(
+            pipe,
+            configs,
+            size=size,
+            steps=args.steps or (STEPS_PRETRAINED if args.pretrained else STEPS),
+            seed=args.seed or 0,
+            prompt=prompt,
+            inputs=given,
+            compile=args.compile,
+            progress=progress,
+            **counts,
+        )
     return comparison
 
 
@@ -102,17 +132,17 @@ def _prompt(pipe: Any, spec: ModelSpec, given: list[str] | None) -> Any:
 
 
 def _bench_denoiser(model: Any, configs: dict[str, DenoiseConfig], sizes: list[Size], args: argparse.Namespace) -> None:
+    import torch
+
     from turbovlm.cli.bench import Results
     from turbovlm.cli.bench_encoders import compare_shown
     from turbovlm.diffusion.inputs import denoiser_inputs
+    from turbovlm.loading import running
 
-    for name in PIPELINES_ONLY:
-        if getattr(args, name) is not None:
-            option = name.replace("_", "-")
-            raise ConfigError(
-                f"--{option}: {args.model} is a denoiser alone, of which one forward is timed; give the pipeline"
-            )
     inputs = [denoiser_inputs(model, size, args.batch or DEFAULTS["batch"]) for size in sizes]
+    for given in inputs:
+        with running(args.model), torch.no_grad():
+            model(**given)
     results = Results(args, "denoiser", _settings(args), ("diffusers",), _shown(args))
     for size, given in zip(sizes, inputs):
         name = "own size" if size is None else f"{size[1]}x{size[0]}"

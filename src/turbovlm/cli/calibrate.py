@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from turbovlm.errors import TurboError
+from turbovlm.errors import ConfigError, DataError, TurboError
+
+if TYPE_CHECKING:
+    from turbovlm.loading import ModelSpec
 
 EFFORT, MOST_IMAGES = 100, 256
 PASSES = 20
@@ -59,33 +63,62 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Load, calibrate, print, and write the settings and their figure."""
     import torch
-    from rich.console import Console
 
     import turbovlm
+    from turbovlm.calibration.calibrate import FEWEST, check_target
+    from turbovlm.calibration.outputs import check_different, default_measure, select_images, sizes_of
     from turbovlm.calibration.plot import save_calibration
-    from turbovlm.cli.images import image_files, read_image
-    from turbovlm.cli.measuring import check_file, check_numbers, device_named, progress_bar
-    from turbovlm.loading import ModelSpec
+    from turbovlm.cli.images import image_files, read_images
+    from turbovlm.cli.measuring import check_file, check_numbers, console, device_named, progress_bar, written
+    from turbovlm.loading import ModelSpec, running
     from turbovlm.loading.processors import load_for_images
 
     check_numbers(args, "limit", "effort", "batch")
+    if not 0 <= args.seed < 2**63:
+        raise ConfigError(f"--seed {args.seed}: must be an integer from 0 to {2**63 - 1}")
     if importlib.util.find_spec("matplotlib") is None:
         raise TurboError("the figure needs matplotlib: pip install 'turbovlm[plot]'")
-    out = Path(args.out)
+    out, figure = Path(args.out), Path(args.out).with_suffix(".png")
     check_file("--out", args.out, (".json",))
-    check_file("--out", str(out.with_suffix(".png")))
-    files = image_files(Path(args.images), args.limit)
-    spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
-    model, prepare = load_for_images(spec)
-    images = prepare([read_image(file) for file in files])
+    check_file("--out", str(figure))
+    if args.limit < FEWEST:
+        raise ConfigError(f"--limit {args.limit}: must be at least {FEWEST}, better 64 to 256; on half of them a bound")
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
+    check_target(**target)
+    files = image_files(Path(args.images), args.limit)
+    if len(files) < FEWEST:
+        raise DataError(
+            f"{args.images}: holds {len(files)} image{'' if len(files) == 1 else 's'}, too few for a bound that holds "
+            f"for others; give at least {FEWEST}, better 64 to 256, of the kind that the model will see"
+        )
+    spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
+    pictures = read_images(files)
+    _check_fits(spec, args.dense)
+    model, prepare = load_for_images(spec)
+    with running(args.model, "take these images"):
+        images = prepare(pictures)
+    check_different(images, FEWEST)
+    with running(args.model, "take these images"), torch.inference_mode():
+        for places in sizes_of(images).values():
+            default_measure(model)(model, select_images(images, places[:1]))
     how = {name: getattr(args, name) for name in ("dense", "per_image", "effort", "batch", "seed")}
     with progress_bar(len(files) // 2 * (args.effort + PASSES), "calibrating") as advance:
         found = turbovlm.calibrate(model, images, **target, **how, progress=advance)
     found.save(out)
-    figure = out.with_suffix(".png")
+    written.append(str(out))
     save_calibration(found, figure, title=f"{args.model}, calibrated on {len(files)} images of {args.images}")
-    console = Console()
-    console.print(str(found), highlight=False)
-    console.print(f"settings: {out}; drift over cost: {figure}")
+    written.append(str(figure))
+    shown = console()
+    shown.print(str(found), highlight=False)
+    shown.print(f"settings: {out}; drift over cost: {figure}", highlight=False)
     return 0
+
+
+def _check_fits(spec: ModelSpec, dense: bool) -> None:
+    """Refuse a model in which nothing can be merged before its weights are loaded."""
+    import turbovlm
+    from turbovlm.loading.models import load_outline
+
+    outline = load_outline(spec)
+    if outline is not None:
+        turbovlm.apply(outline, r=1, dense=dense).remove()

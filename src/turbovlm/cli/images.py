@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from turbovlm.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+NAMED = 5
+"""Files that a message names at most."""
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
@@ -20,11 +23,31 @@ def image_files(folder: Path, limit: int) -> list[Path]:
         DataError: no such folder, or no images in it.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        raise DataError(f"{folder}: {'is a file; give a folder' if folder.exists() else 'there is no such folder'}")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not found:
         raise DataError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found
+
+
+def read_images(files: Sequence[Path]) -> list[Image]:
+    """The decoded images, RGB.
+
+    Raises:
+        DataError: some do not decode; the message names them.
+    """
+    images, bad = [], []
+    for file in files:
+        try:
+            images.append(read_image(file))
+        except DataError as error:
+            bad.append(str(error))
+    if bad:
+        more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        raise DataError(
+            f"{len(bad)} of {len(files)} images cannot be read, remove or replace them: {'; '.join(bad[:NAMED])}{more}"
+        )
+    return images
 
 
 def read_image(file: Path) -> Image:
@@ -39,4 +62,5 @@ def read_image(file: Path) -> Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except Exception as error:  # decoders raise many kinds, that of too many pixels among them
-        raise DataError(f"{file}: does not decode ({error})") from error
+        said = str(error).replace("\n", " ")
+        raise DataError(f"{file}: does not decode ({said})") from error

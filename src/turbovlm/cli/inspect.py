@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -53,26 +56,31 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Print the schedule of every encoder found and what a language model reads of it, and write both as JSON."""
-    from rich.console import Console
-
     import turbovlm
     from turbovlm.cli.amounts import settings_from
-    from turbovlm.cli.measuring import check_file, write_json
+    from turbovlm.cli.measuring import check_file, console, write_json
     from turbovlm.loading import ModelSpec
-    from turbovlm.loading.models import load_model
+    from turbovlm.loading.models import check_reads, check_runs, load_model
+    from turbovlm.workflows import configs_from
 
     check_file("--json", args.json)
     settings = settings_from(args, None if args.visual_keep is not None else DEFAULT_R)
+    configs_from(
+        (), {**settings, "visual_keep": args.visual_keep}, False, args.model
+    )  # refused before a model is built
     model = load_model(ModelSpec(args.model, "meta"), args.image_size if settings else None)
+    if settings:
+        check_runs(args.model, model, "meta")
+    if args.visual_keep is not None:
+        check_reads(args.model, model, args.image_size)
     schedules = turbovlm.apply(model, **settings, visual_keep=args.visual_keep).schedules
-    console = Console()
+    out = console()
     for schedule in schedules:
-        _print_schedule(console, args.model, model, schedule)
+        _print_schedule(out, args.model, model, schedule)
     reading = None
     if args.visual_keep is not None:
-        reading = _reading(model, turbovlm.ReadConfig(args.visual_keep), args.image_size, schedules)
-    if reading is not None:
-        _print_reading(console, reading)
+        reading = _reading(args, model, turbovlm.ReadConfig(args.visual_keep), schedules)
+        _print_reading(out, reading)
     if args.json:
         encoders = [dataclasses.asdict(schedule) for schedule in schedules]
         write_json(args.json, {"model": args.model, "encoders": encoders, "reading": reading})
@@ -106,7 +114,7 @@ def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Sch
         console.print(f"Note: {schedule.note}.")
 
 
-def _reading(model: Any, config: ReadConfig, pixels: int | None, schedules: list[Schedule]) -> dict[str, Any]:
+def _reading(args: argparse.Namespace, model: Any, config: ReadConfig, schedules: Sequence[Schedule]) -> dict[str, Any]:
     """What the language model reads of one image, by words and numbers."""
     from turbovlm.vlm.families import native_pixels, tokens_per_image
     from turbovlm.vlm.install import find_reading
@@ -114,8 +122,10 @@ def _reading(model: Any, config: ReadConfig, pixels: int | None, schedules: list
 
     feature = find_reading(model, config)
     part = model.get_submodule(feature.part)
-    pixels = native_pixels(feature.family, part) if pixels is None else pixels
+    pixels = native_pixels(feature.family, part) if args.image_size is None else args.image_size
     tokens = tokens_per_image(feature.family, part, pixels)
+    if tokens < 1:
+        raise ConfigError(f"--image-size {pixels}: {args.model} makes no visual token of so small an image")
     if feature.family.cross_attention and schedules:  # merged in the tower, and not restored
         tokens = schedules[0].tokens[-1] - feature.prefix
     assert config.visual_keep is not None

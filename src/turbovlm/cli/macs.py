@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from turbovlm.cli.measuring import check_file, console_for_tables, write_json
     from turbovlm.encoder.towers import find_towers
     from turbovlm.loading import ModelSpec
-    from turbovlm.loading.models import load_model
+    from turbovlm.loading.models import check_runs, load_model
 
     check_file("--json", args.json)
     config = turbovlm.TurboConfig(**settings_from(args, 0))
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(ModelSpec(args.model, "meta"), args.image_size)
     if any(tower.layout.joint for tower in find_towers(model)):  # how long its sequence is depends on values
         model = load_model(ModelSpec(args.model), args.image_size)
+    check_runs(args.model, model, next(model.parameters()).device.type)
     table = Table(title=f"{args.model}, one image" + (f", {config.amount}" if merging else ""))
     for column in ("encoder", "tokens", "GMACs", *(("tokens left", "GMACs left", "ratio") if merging else ())):
         table.add_column(column, justify="left" if column == "encoder" else "right")

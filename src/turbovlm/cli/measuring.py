@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +21,29 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("int8", "int8-dynamic", "nf4")
 """Those of `turbovlm.profile.quantize`, without importing it."""
 
+MOST_STEPS, MOST_SEED = 1000, 2**63 - 1
+"""Denoising steps that schedulers were trained with, and the largest seed that a generator takes."""
 WIDE = 300
 """Columns of a table that is written to a file or a pipe: none of it is cut."""
+
+written: list[str] = []
+"""Files that the command has written so far: what it says of itself where it is interrupted."""
 
 
 def console_for_tables() -> Console:
     """Standard output; as wide as the terminal if it is one."""
+    return console(None if sys.stdout.isatty() else WIDE)
+
+
+def console(width: int | None = None) -> Console:
+    """Standard output, of so many columns."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=WIDE)
+    class Output(Console):  # type: ignore[misc]
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError at hand, which `turbovlm.cli.main` ends with; rich would exit with 1
+
+    return Output(width=width)
 
 
 def check_numbers(args: argparse.Namespace, *names: str) -> None:
@@ -41,6 +56,35 @@ def check_numbers(args: argparse.Namespace, *names: str) -> None:
         value, least = getattr(args, name), 0 if name == "warmup" and not args.compile else 1
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value}: must be an integer ≥ {least}")
+
+
+def check_workers(count: int) -> None:
+    """Refuse a number of processes that this machine would not bear.
+
+    Raises:
+        ConfigError: naming it and the most.
+    """
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if not 0 <= count <= most:
+        raise ConfigError(f"--workers {count}: must be an integer from 0 to {most} on this machine")
+
+
+def check_making(args: argparse.Namespace) -> None:
+    """Refuse what no image can be made with: `--steps`, `--seed`, `--guidance-scale` and, where there is one,
+    `--strength`.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name, least, most in (("steps", 1, MOST_STEPS), ("seed", 0, MOST_SEED)):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"--{name} {value}: must be an integer from {least} to {most}")
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
+        raise ConfigError(f"--guidance-scale {args.guidance_scale}: must be a finite number")
+    strength = getattr(args, "strength", None)
+    if strength is not None and not 0 < strength <= 1:
+        raise ConfigError(f"--strength {strength}: must be a share in (0, 1]")
 
 
 def check_file(option: str, name: str | None, suffixes: Sequence[str] = ()) -> None:
@@ -106,6 +150,7 @@ def write_json(name: str, content: Any) -> None:
         Path(name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise TurboError(f"--json {name}: {error.strerror}") from error
+    written.append(name)
 
 
 def device_named(name: str | None) -> str:
@@ -130,11 +175,14 @@ def device_named(name: str | None) -> str:
 
 @contextlib.contextmanager
 def progress_bar(total: int, what: str = "measuring") -> Iterator[Callable[[int], object]]:
-    """On standard error; gives a function that advances it."""
+    """On standard error, if that is a terminal; gives a function that advances it."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console, columns = Console(stderr=True), (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.advance(task, done)
 

@@ -74,9 +74,7 @@ def attend_merged(
     rotary = kwargs.get("image_rotary_emb")
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
     processor = getattr(attention, "processor", None)
-    # Processors of perturbed attention guidance cut the batch in two, but not the bias.
-    biased = patch.feature.config.proportional and not type(processor).__name__.startswith("PAG")
-    biased = biased and not getattr(attention, "is_cross_attention", False)
+    biased = patch.feature.config.proportional and not getattr(attention, "is_cross_attention", False)
     if not biased and rotary is None:
         return original(x, *rest, **kwargs)
     words = x.shape[1] - merge.sizes.shape[1] if text is None else text.shape[1]

@@ -16,6 +16,7 @@ from torch import Tensor
 from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.run import Choice, Compared, Run
+from turbovlm.diffusion.whole import own_call
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.ops.merging import Ranking, merge_ranked, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
@@ -39,6 +40,7 @@ class Site:
         index: of the group in the denoiser, from 0.
         guide: path, from the denoiser, of the self-attention whose queries and keys say what matters.
         key: names the parts that share a merge: those of a group that are guided alike.
+        library: `Block.library`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Site:
     index: int
     guide: str
     key: str
+    library: str
 
 
 def least_tokens(config: DenoiseConfig) -> int:
@@ -66,22 +69,16 @@ def choice_of(run: Run, site: Site, module: nn.Module, x: Tensor, text: Any, kwa
 
     Raises:
         ConfigError: the tokens fill no grid that is known.
-        StateError: some of the latents only, or of the tokens; or what speaks of positions that are merged.
+        StateError: some of the latents only, or of the tokens.
     """
     if x.shape[0] != run.latents:
         raise StateError(
             f"{site.name} was given {x.shape[0]} of {run.latents} latents: something cuts the batch into chunks, which "
-            "cannot be merged"
+            f"cannot be merged; stop that, or leave {site.part.component!r} out of components"
         )
     choice = run.choices.get(site.key)
     if choice is None or (choice.merge is not None and not _fits(choice, site, x)):
         choice = run.choices[site.key] = _choose(run, site, module, x, text, kwargs.get("attention_mask"))
-    spoken = "ip_adapter_masks" if site.part.component == "cross_attention" else "attention_mask"
-    if choice.merge is not None and kwargs.get(spoken) is not None:
-        raise StateError(
-            f"{site.name} was given {spoken}, which are of the image's positions, and these are merged: leave "
-            f"{site.part.component!r} out of components"
-        )
     return choice
 
 
@@ -98,9 +95,11 @@ def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: T
     rows, columns = run.grid or square(x)
     tokens = rows * columns
     if x.shape[1] != tokens and not site.part.text_in_front:
+        kind = type(run.denoiser.get_submodule(site.guide.rpartition(".")[0]))
         raise StateError(
-            f"{site.name} was given {x.shape[1]} of {tokens} tokens: something cuts them into chunks, which cannot be "
-            "merged"
+            f"{site.name}, in a {kind.__qualname__} of {kind.__module__}, was given {x.shape[1]} of {tokens} tokens: "
+            "something cuts them into chunks, or merges them too; stop that, or leave "
+            f"{site.part.component!r} out of components"
         )
     # rounded half up, as round() would not; and every 2×2 cell, also one that is cut off, keeps a token
     kept = max(math.floor(_share(run, tokens) * tokens + 0.5), -(-rows // 2) * -(-columns // 2))
@@ -135,7 +134,7 @@ def _share(run: Run, tokens: int) -> float:
     """Share of `tokens` tokens that is read: where resolutions differ, by how often the image's rows were halved."""
     keep: Any = run.feature.config.keep
     if isinstance(keep, tuple):
-        halved = round(math.log(run.finest / tokens, 4))
+        halved = max(0, round(math.log(run.finest / tokens, 4)))
         return float(keep[min(halved, len(keep) - 1)])
     return float(keep)
 
@@ -159,9 +158,9 @@ def _semantic(guide: Any, part: Any, x: Tensor, text: Any, bias: Tensor | None) 
 
 def mean_attention(attention: Any, x: Tensor) -> Tensor:
     """A: the attention that the mean query pays to each token of `x`, `[batch, tokens]`, sums to 1."""
-    query = attention.to_q(x.mean(dim=1, keepdim=True)).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+    query = own_call(attention.to_q)(x.mean(dim=1, keepdim=True)).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
     norms = getattr(attention, "norm_q", None), getattr(attention, "norm_k", None)
-    return _attention_row(attention.to_k, norms[1], query if norms[0] is None else norms[0](query), x)
+    return _attention_row(attention.to_k, norms[1], query if norms[0] is None else own_call(norms[0])(query), x)
 
 
 def text_attention(attention: Any, x: Tensor, text: Any, bias: Tensor | None) -> Tensor:
@@ -174,9 +173,9 @@ def text_attention(attention: Any, x: Tensor, text: Any, bias: Tensor | None) ->
         word = words.mean(dim=1, keepdim=True)
     else:
         word = torch.matmul(bias.reshape(len(words), 1, -1).softmax(dim=-1).to(words.dtype), words)
-    key = attention.to_k(word).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+    key = own_call(attention.to_k)(word).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
     norms = getattr(attention, "norm_q", None), getattr(attention, "norm_k", None)
-    return _attention_row(attention.to_q, norms[0], key if norms[1] is None else norms[1](key), x)
+    return _attention_row(attention.to_q, norms[0], key if norms[1] is None else own_call(norms[1])(key), x)
 
 
 def _attention_row(project: Any, norm: Any, guide: Tensor, x: Tensor) -> Tensor:
@@ -192,8 +191,8 @@ def _attention_row(project: Any, norm: Any, guide: Tensor, x: Tensor) -> Tensor:
         along = torch.einsum("bhqd,hdc->bhc", guide, project.weight.view(heads, width, -1))
         scores = torch.matmul(x, along.transpose(1, 2))
     else:
-        made = project(x).unflatten(-1, (heads, width))
-        made = made if norm is None else norm(made.transpose(1, 2)).transpose(1, 2)
+        made = own_call(project)(x).unflatten(-1, (heads, width))
+        made = made if norm is None else own_call(norm)(made.transpose(1, 2)).transpose(1, 2)
         scores = (made * guide.transpose(1, 2)).sum(dim=-1)
     return scores.float().softmax(dim=1).mean(dim=2)
 

@@ -49,6 +49,11 @@ class Block:
     guide: str
     parts: tuple[Part, ...]
 
+    @property
+    def library(self) -> str:
+        """What the dotted paths of the modules and processors begin with that treat tokens alike wherever they lie."""
+        return ".".join(self.path.split(".")[:-1][:2])
+
 
 @dataclass(frozen=True)
 class Denoiser:
@@ -60,6 +65,7 @@ class Denoiser:
         blocks: the kinds of blocks in them.
         positions: name of the holder's argument that says where each token stands, `[tokens, 3]`, for holders that are
             given tokens; None for those that are given images, `[batch, channels, rows, columns]`.
+        refused: dotted paths of pipelines that give it the tokens of several images in one sequence.
     """
 
     kind: ClassVar[str] = "denoiser"
@@ -68,6 +74,7 @@ class Denoiser:
     holders: tuple[str, ...]
     blocks: tuple[Block, ...]
     positions: str | None = None
+    refused: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -130,5 +137,9 @@ FLUX = Denoiser(
     holders=(f"{TRANSFORMERS}.transformer_flux.FluxTransformer2DModel",),
     blocks=(FLUX_DOUBLE, FLUX_SINGLE),
     positions="img_ids",
+    refused=(
+        "diffusers.pipelines.flux.pipeline_flux_kontext.FluxKontextPipeline",
+        "diffusers.pipelines.flux.pipeline_flux_kontext_inpaint.FluxKontextInpaintPipeline",
+    ),
 )
 FAMILIES = (BASIC, SD3, FLUX)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,17 @@ import torch.nn as nn
 from turbovlm.config import COMPONENTS, DenoiseConfig
 from turbovlm.diffusion.choose import Site, least_tokens
 from turbovlm.diffusion.families import Block, Denoiser, Part
-from turbovlm.diffusion.merge_part import Holder, block_forward, denoiser_forward, part_forward
+from turbovlm.diffusion.merge_part import (
+    COMPILED,
+    Holder,
+    block_forward,
+    denoiser_forward,
+    is_compiled,
+    part_forward,
+)
 from turbovlm.diffusion.refresh import Steps
 from turbovlm.diffusion.run import Choice
+from turbovlm.diffusion.whole import what_stood_inside
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.patching import Patch
@@ -37,7 +46,8 @@ class DenoiseFeature:
         blocks: paths of the blocks that have them.
         holders: paths of the denoisers and of the modules that have the blocks.
         semantic: whether A is computed, for the degree.
-        steps: the pipeline's steps, where several share what was chosen in one; None with `refresh=1`.
+        steps: the pipeline's steps, whose forwards share what was chosen.
+        whole: parts that read all tokens, by `Site.name`, and why: at `apply`, then in the last forward.
         removed, last: as in `turbovlm.patching.Feature`; `last` is what each group read in the last forward, by
             `Site.key`, where that was not compiled.
     """
@@ -48,7 +58,8 @@ class DenoiseFeature:
     blocks: tuple[str, ...]
     holders: tuple[tuple[str, Holder], ...]
     semantic: bool
-    steps: Steps | None = None
+    steps: Steps = field(default_factory=lambda: Steps(1))
+    whole: dict[str, str] = field(default_factory=dict)
     removed: bool = False
     last: dict[str, Choice] | None = field(default=None, repr=False)
 
@@ -58,7 +69,7 @@ class DenoiseFeature:
     @property
     def beside(self) -> tuple[Any, ...]:
         """The pipeline's scheduler, where it is patched."""
-        scheduler = None if self.steps is None else self.steps.scheduler
+        scheduler = self.steps.scheduler
         return () if scheduler is None else (scheduler,)
 
     def patches(self, model: nn.Module) -> list[Patch]:
@@ -68,7 +79,7 @@ class DenoiseFeature:
         ]
         found += [Patch(model.get_submodule(name), "forward", block_forward, self) for name in self.blocks]
         found += [Patch(model.get_submodule(site.name), "forward", part_forward, self, site) for site in self.sites]
-        return found if self.steps is None else [*found, *self.steps.patches(self)]
+        return [*found, *self.steps.patches(self)]
 
     def describe(self) -> list[str]:
         """The blocks that merge, by the groups that merge alike, and how many tokens they read in the last forward."""
@@ -85,7 +96,18 @@ class DenoiseFeature:
             named = list(dict.fromkeys(blocks))
             alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks merge alike"
             lines.append(f"    {named[0]}{alike}{self._tokens_of(group)}")
-        return lines
+        return lines + self._whole()
+
+    def _whole(self) -> list[str]:
+        """The parts that read all tokens, those of one kind and reason in one line."""
+        kinds = {site.name: site.part.path for site in self.sites}
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name, reason in self.whole.items():
+            alike.setdefault((kinds[name], reason), []).append(name)
+        return [
+            f"    left whole: {names[0]}{'' if len(names) == 1 else f' and {len(names) - 1} more {path}'}: {reason}"
+            for (path, reason), names in alike.items()
+        ]
 
     def _tokens_of(self, group: str) -> str:
         keys = {site.key for site in self.sites if site.group == group}
@@ -123,6 +145,11 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     found = {name: family for name, module in modules.items() if (family := family_of("denoiser", module)) is not None}
     for name, family in found.items():
         _check_holder(name, family, modules)
+        if set(class_paths(owner)) & set(family.refused):
+            raise UnsupportedModelError(
+                f"{type(owner).__name__} gives its denoiser the tokens of two images in one sequence, and turbovlm "
+                "does not know how these lie; for runs without an image apply to pipe.transformer"
+            )
     if config.grid is not None and not any(family.positions for family in found.values()):
         raise ConfigError(
             f"grid={config.grid}: {type(model).__name__} is given images, of which rows and columns are known; only "
@@ -136,14 +163,19 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
             f"components={list(config.components)}: the blocks of this {type(model).__name__} have no such part; they "
             f"have {', '.join(name for name in COMPONENTS if name in there)}"
         )
+    for name in found:
+        _check_block(name, modules[name], found[name])
     for site in sites:
         _check_cache(site.name, modules[site.name])
     names = ", ".join(dict.fromkeys(family.family for family in found.values()))
-    holders = tuple(_find_holders(modules, set(found.values()), roots))
-    steps = Steps(config.refresh, owner) if config.refresh > 1 else None
-    if steps is not None:
-        steps.count_with(owner.scheduler)
-    return DenoiseFeature(config, names, sites, tuple(found), holders, needs_semantic(config.degree), steps)
+    holders = tuple(_find_holders(modules, found, roots))
+    scheduler = getattr(owner, "scheduler", None)
+    steps = Steps(config.refresh, None if scheduler is None else owner)
+    if scheduler is not None:
+        steps.count_with(scheduler)
+    reasons = {site.name: what_stood_inside(modules[site.name], site.part, site.library) for site in sites}
+    whole = {name: reason for name, reason in reasons.items() if reason is not None}
+    return DenoiseFeature(config, names, sites, tuple(found), holders, needs_semantic(config.degree), steps, whole)
 
 
 def _find_roots(modules: dict[str, nn.Module], found: dict[str, Denoiser]) -> list[str]:
@@ -168,15 +200,16 @@ def _find_sites(
     sites: list[Site] = []
     groups: list[str] = []
     for stage, blocks in stages.items():
-        for number, name in enumerate(blocks):
-            if number % SHARED_BY == 0:
-                groups.append(f"{stage}:{number // SHARED_BY}")
+        for place, name in enumerate(blocks):
+            if place % SHARED_BY == 0:
+                groups.append(f"{stage}:{place // SHARED_BY}")
             block, parts = _parts_of(modules[name], found[name])
             for part in parts:
                 if part.component in config.components:
                     key = f"{groups[-1]}, by the text" if part.component == "cross_attention" else groups[-1]
                     guide = f"{name.removeprefix(root_of[name])}.{block.guide}"
-                    sites.append(Site(f"{name}.{part.path}", part, groups[-1], len(groups) - 1, guide, key))
+                    path, number = f"{name}.{part.path}", len(groups) - 1
+                    sites.append(Site(path, part, groups[-1], number, guide, key, block.library))
     return tuple(sites)
 
 
@@ -192,19 +225,38 @@ def _stage_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0].endswith("_blocks") and len(parts) > 3 else parts[0]
 
 
-def _find_holders(modules: dict[str, nn.Module], present: set[Denoiser], roots: list[str]) -> list[tuple[str, Holder]]:
+def _halved_before(denoiser: Any, name: str, blocks: Iterable[str]) -> int:
+    """How often a denoiser halves rows and columns before the largest resolution that has blocks."""
+    downs, ups = getattr(denoiser, "down_blocks", None) or (), getattr(denoiser, "up_blocks", None) or ()
+    level, levels = 0, dict[str, int]()
+    for i, stage in enumerate(downs):
+        levels[f"down_blocks.{i}."] = level
+        level += getattr(stage, "downsamplers", None) is not None
+    levels["mid_block."] = level
+    for i, stage in enumerate(ups):
+        levels[f"up_blocks.{i}."] = level
+        level -= getattr(stage, "upsamplers", None) is not None
+    inside = f"{name}." if name else ""
+    stages = {f"{inside}{stage}": halved for stage, halved in levels.items()}
+    return min((halved for stage, halved in stages.items() for block in blocks if block.startswith(stage)), default=0)
+
+
+def _find_holders(
+    modules: dict[str, nn.Module], found: dict[str, Denoiser], roots: list[str]
+) -> list[tuple[str, Holder]]:
     """The denoisers and the modules that have blocks, with what is known of their arguments."""
     holders = []
     for name, module in modules.items():
         paths = set(class_paths(module))
-        family = next((family for family in present if paths & set(family.holders)), None)
+        family = next((family for family in found.values() if paths & set(family.holders)), None)
         if family is None and name not in roots:
             continue
         image = family is not None and family.positions is None
         pixels = int(module.config.get("patch_size") or 1) if image else 0  # type: ignore[operator, union-attr]
         arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
         positions = None if family is None else family.positions
-        holders.append((name, Holder(name in roots, arguments, pixels, positions)))
+        halved = _halved_before(module, name, found) if name in roots else 0
+        holders.append((name, Holder(name, name in roots, arguments, pixels, positions, halved)))
     return holders
 
 
@@ -218,6 +270,25 @@ def _check_holder(block: str, family: Denoiser, modules: dict[str, nn.Module]) -
         known = sorted(path.rpartition(".")[2] for each in families("denoiser") for path in each.holders)
         raise UnsupportedModelError(
             f"{block} is in a {found}, of which turbovlm does not know how its tokens lie; known are {', '.join(known)}"
+        )
+
+
+def _check_block(name: str, block: Any, family: Denoiser) -> None:
+    """Refuse a block that is compiled by itself, or of a class whose forward is not the known one.
+
+    Raises:
+        TurboError: it is.
+    """
+    if is_compiled(block):
+        raise TurboError(f"{name} {COMPILED}")
+    path = _parts_of(block, family)[0].path
+    known: Any = next(kind for kind in type(block).__mro__ if f"{kind.__module__}.{kind.__qualname__}" == path)
+    if type(block).forward is not known.forward:
+        kind = next(kind for kind in type(block).__mro__ if "forward" in kind.__dict__)
+        undo = "call tomesd.remove_patch first" if kind.__module__.startswith("tomesd") else "take that off first"
+        raise TurboError(
+            f"{name} is a {kind.__qualname__} of {kind.__module__}, with a forward of its own that turbovlm does not "
+            f"know: {undo}, or register the class as a family"
         )
 
 

@@ -19,11 +19,12 @@ from turbovlm.diffusion.choose import Site, choice_of, least_tokens, square
 from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.restore import restore_linear
 from turbovlm.diffusion.run import RUN, THREAD, Run, find_same_latents, run_within
+from turbovlm.diffusion.whole import reason_to_leave_whole
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge
-from turbovlm.ops.tracing import is_readable
-from turbovlm.patching import Patch
+from turbovlm.ops.tracing import is_exporting_to_onnx, is_readable
+from turbovlm.patching import Patch, patches_of
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
@@ -34,20 +35,25 @@ class Holder:
     """A denoiser, or a module in it that has the blocks.
 
     Attributes:
+        name: its path in the module that was accelerated.
         begins: whether it is the denoiser, with which a run begins.
         arguments: names of what its forward takes; the first is the latent, or the tokens.
         pixels: latent pixels a side of a token, where it is given an image; 0 where not.
         positions: name of the argument that says where each token stands, where it has one.
+        halved: how often rows and columns were halved before the first block, in a denoiser.
     """
 
+    name: str
     begins: bool
     arguments: tuple[str, ...]
     pixels: int
     positions: str | None
+    halved: int = 0
 
 
 def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a denoiser, or a holder in it, whose tokens lie in rows and columns that are known from now on."""
+    _check_class(patch, model)
     feature: DenoiseFeature = patch.feature  # type: ignore[assignment]
     holder: Holder = patch.detail
     given: dict[str, Any] = {**dict(zip(holder.arguments, args)), **kwargs}
@@ -57,8 +63,14 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         run.grid = _grid_of(holder, latent, given, feature.config.grid)
         return original(*args, **kwargs)
     steps, compiling = feature.steps, torch.compiler.is_compiling()
-    if steps is not None and not compiling:
+    if not compiling:
         steps.follow_pipeline(feature)
+        _check_not_compiled(holder, model, feature)
+        _check_in_place(holder, model, feature)
+    seen = latent if is_readable(latent) else None
+    # without `refresh` a graph that cannot look at latents shares nothing
+    shares = seen is not None or steps.every > 1
+    choices = steps.begin_forward(seen) if shares else {}
     grid = _grid_of(holder, latent, given, feature.config.grid)
     guided = latent.ndim == 4 and len(latent) > 1  # FLUX is guided in forwards of their own
     run = Run(
@@ -67,15 +79,17 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         path_for(latent),
         len(latent),
         find_same_latents(latent) if guided else None,
-        {} if steps is None else steps.begin_forward(),
+        choices,
         grid,
-        math.prod(grid or latent.shape[-2:]),
+        math.prod(grid or latent.shape[-2:]) >> 2 * holder.halved,
     )
     out = run_within(run, original, *args, **kwargs)
-    if steps is not None:
-        steps.end_forward()
+    if shares:
+        steps.end_forward(seen, choices)
     if not compiling:
         feature.last = {**(feature.last or {}), **run.choices}  # a list of ControlNets has a forward of each
+        reasons: dict[str, str | None] = {**feature.whole, **_reasons(holder, run)}
+        feature.whole = {name: reason for name, reason in reasons.items() if reason is not None}
         _warn_of_nothing(feature)
     return out
 
@@ -85,6 +99,7 @@ def block_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwar
 
     The first time, its hidden states get the run as an attribute, by which the second time finds it.
     """
+    _check_class(patch, block)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return original(*args, **kwargs)
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -98,12 +113,15 @@ def block_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwar
 
 def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run one part of a block on merged tokens, and give every position its token's result."""
+    _check_class(patch, module)
     site: Site = patch.detail
     part = site.part
     x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
     run = _current_run(patch, site.name)
-    text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
-    merge = choice_of(run, site, module, x, text, kwargs).merge
+    text, mask, *_ = (*rest, None, None)
+    text, mask = kwargs.get("encoder_hidden_states", text), kwargs.get("attention_mask", mask)
+    run.whole[site.name] = reason_to_leave_whole(patch, module, text, mask, kwargs)
+    merge = None if run.whole[site.name] else choice_of(run, site, module, x, text, kwargs).merge
     if merge is None:
         return original(x, *rest, **kwargs)
     words = x.shape[1] - merge.weights.shape[1] if part.text_in_front else 0
@@ -116,10 +134,28 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
         out = attend_merged(patch, module, original, run.path, merge, read, rest, kwargs)
     restore = run.feature.config.restore  # "auto": on GPUs a small system of equations outlasts most feed-forwards
     if part.smooth and (restore == "linear" or (restore == "auto" and x.device.type == "cpu")):
+        if is_exporting_to_onnx():
+            raise StateError(
+                f'restore={restore!r}: the regression behind {site.name} has no operator in ONNX: restore="copy" has'
+            )
         return restore_linear(merge, image, merged, out)
     if isinstance(out, Tensor) and not words:
         return merge.unmerge(out)
     return _restore_beside_text(part, merge, out)
+
+
+def _check_class(patch: Patch, module: Any) -> None:
+    """See that the forward which a patch stands in for is still that of the module's class.
+
+    Raises:
+        StateError: another library, such as tomesd, has given the module another class, or the class another forward.
+    """
+    own: Any = type(module)
+    if own.forward is not patch.method:
+        raise StateError(
+            f"a {own.__qualname__} of {own.__module__} has had another forward since turbovlm.apply, which would not "
+            "be called: take that off, or remove turbovlm's and apply again"
+        )
 
 
 def _current_run(patch: Patch, name: str) -> Run:
@@ -181,13 +217,72 @@ def _grid_of_positions(
     return rows, columns
 
 
+def _check_in_place(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
+    """See that the parts are the modules that turbovlm was applied to.
+
+    Raises:
+        StateError: one was exchanged, as when an adapter is put around it, or merged into it.
+    """
+    inside = f"{holder.name}." if holder.name else ""
+    for site in feature.sites:
+        if not site.name.startswith(inside):
+            continue
+        part = model.get_submodule(site.name.removeprefix(inside))
+        if not any(patch.feature is feature for patch in patches_of(part)):
+            raise StateError(
+                f"{site.name} was exchanged since turbovlm.apply, and is a {type(part).__module__}."
+                f"{type(part).__qualname__} now: handle.remove() before such a change, and apply again after it"
+            )
+
+
+def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
+    """Refuse blocks that are compiled one by one.
+
+    Raises:
+        StateError: one is.
+    """
+    inside = f"{holder.name}." if holder.name else ""
+    for name in feature.blocks:
+        if name.startswith(inside) and is_compiled(model.get_submodule(name.removeprefix(inside))):
+            raise StateError(f"{name} {COMPILED}")
+
+
+def is_compiled(block: Any) -> bool:
+    """Whether a block was compiled by itself, in place."""
+    return getattr(block, "_compiled_call_impl", None) is not None
+
+
+COMPILED = (
+    "is compiled by itself, as compile_repeated_blocks does: every block that merges would be a graph of its own, and "
+    "from the ninth on PyTorch compiles none; compile the whole denoiser, with its compile()"
+)
+
+
+def _reasons(holder: Holder, run: Run) -> dict[str, str | None]:
+    """Why each part of a denoiser whose forward has ended read all tokens; None where it did not."""
+    inside = f"{holder.name}." if holder.name else ""
+    names = [site.name for site in run.feature.sites if site.name.startswith(inside)]
+    return {name: run.whole.get(name, NOT_CALLED) for name in names}
+
+
+NOT_CALLED = "the last forward skipped it, or called another forward that was put in its place"
+
+
 def _warn_of_nothing(feature: DenoiseFeature) -> None:
-    """Say where a forward has merged nothing at all, though it should have."""
+    """Say where a forward has merged nothing at all, or in no part of one kind, though it should have."""
     keep: Any = feature.config.keep
-    keeps_all = all(share == 1 for share in (keep if isinstance(keep, tuple) else (keep,)))
+    if all(share == 1 for share in (keep if isinstance(keep, tuple) else (keep,))):
+        return
+    parts: dict[str, list[str | None]] = {}
+    for site in feature.sites:
+        parts.setdefault(site.part.component, []).append(feature.whole.get(site.name))
+    idle = {name: set(reasons) - {NOT_CALLED} for name, reasons in parts.items() if all(reasons)}
+    if any(idle.values()):
+        why = "; ".join(f"{name}: {', '.join(sorted(map(str, each)))}" for name, each in idle.items() if each)
+        warnings.warn(f"turbovlm leaves all parts of these components whole: {why}", stacklevel=2)
     fewest = least_tokens(feature.config)
     tokens = max((choice.tokens for choice in (feature.last or {}).values()), default=fewest)
-    if tokens < fewest and not keeps_all:
+    if tokens < fewest:
         warnings.warn(
             f"turbovlm merges nothing in this denoiser: its blocks read at most {tokens} tokens, and those of fewer "
             f"than {fewest} are left as they are",

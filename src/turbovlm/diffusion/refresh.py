@@ -1,12 +1,18 @@
-"""Choices that hold for several denoising steps: the pipeline's scheduler says when a step ends.
+"""Choices that hold for several forwards: of one latent in one denoising step, and of several steps with `refresh`.
 
-Forwards outside of a pipeline's loop, whose steps nobody counts, choose for themselves.
+The pipeline's scheduler says when a step ends. Guidance whose halves are forwards of their own denoises one latent in
+both, so they merge alike, as the halves of a batch do. Forwards outside of a pipeline's loop, whose steps nobody
+counts, choose for themselves, unless they are given parts of one batch that are equal.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from turbovlm.diffusion.run import Choice
 from turbovlm.errors import TurboError
@@ -17,13 +23,14 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """The steps of one pipeline, and the choices that several of them share.
+    """The steps of one pipeline, and the choices that several of its forwards share.
 
-    It holds the pipeline and its scheduler weakly. A copy knows the copied scheduler, and starts before a loop.
+    It holds the pipeline and its scheduler weakly. A copy knows the copied scheduler, and starts before a loop. A loop
+    is of one thread; forwards in others choose for themselves.
 
     Attributes:
         every: steps that share choices.
-        choices: those in force, as `Run.choices`.
+        choices: those in force, as `Run.choices`, of each of the latents of a step, in the order of their forwards.
         counting: whether a loop is under way.
     """
 
@@ -31,8 +38,11 @@ class Steps:
         self.every = every
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._scheduler = None if scheduler is None else weakref.ref(scheduler)
-        self.choices: dict[str, Choice] = {}
+        self.choices: list[dict[str, Choice]] = []
         self.counting = self._in_loop = False
+        self._thread = 0
+        self._latents: list[Tensor] = []  # of the present step
+        self._before = _Before()
         self._ended = 0
         self._choose_anew = True
 
@@ -50,10 +60,15 @@ class Steps:
     def count_with(self, scheduler: Any) -> None:
         """Let that scheduler say when a step ends, once it is patched.
 
+        Without `refresh` steps are worth little, so a scheduler that cannot be counted with is left alone.
+
         Raises:
             TurboError: something else has put methods of its own into it.
         """
+        self._scheduler = None
         for name in _COUNTED:
+            if self.every == 1 and (name in vars(scheduler) or not hasattr(type(scheduler), name)):
+                return
             if name in scheduler.__dict__:
                 raise TurboError(
                     f"refresh={self.every}: the {name} of this {type(scheduler).__name__} is replaced already, by "
@@ -63,13 +78,15 @@ class Steps:
         self._scheduler = weakref.ref(scheduler)
 
     def patches(self, feature: DenoiseFeature) -> list[Patch]:
-        """Those of the scheduler."""
-        return [Patch(self.scheduler, name, function, feature) for name, function in _COUNTED.items()]
+        """Those of the scheduler, where there is one."""
+        scheduler = self.scheduler
+        counted = _COUNTED if scheduler is not None else {}
+        return [Patch(scheduler, name, function, feature) for name, function in counted.items()]
 
     def follow_pipeline(self, feature: DenoiseFeature) -> None:
         """Count with the scheduler that the pipeline has now, be it another than before."""
         pipe, before = None if self._pipe is None else self._pipe(), self.scheduler
-        if pipe is None or pipe.scheduler is before:
+        if pipe is None or pipe.scheduler is before or (self.every == 1 and before is None):
             return
         if before is not None:
             take_off([patch for patch in patches_of(before) if patch.feature is feature])
@@ -80,25 +97,64 @@ class Steps:
     def begin_loop(self) -> None:
         """Forget all choices: a pipeline begins its steps."""
         self.counting, self._choose_anew, self._ended = True, True, 0
+        self._thread, self._latents = threading.get_ident(), []
 
-    def begin_forward(self) -> dict[str, Choice]:
-        """The choices that a forward of the denoiser begins with, and adds to."""
+    def begin_forward(self, latent: Tensor | None) -> dict[str, Choice]:
+        """The choices that a forward of the denoiser begins with, and adds to.
+
+        Args:
+            latent: what it is given; None where Python may not look at it, and all forwards of a step pass for alike.
+        """
+        if latent is not None and not (self.counting and self._thread == threading.get_ident()):
+            return self._before.choices_for(latent)
         if self._choose_anew or not self.counting:
-            self.choices = {}
+            self.choices, self._latents = [], []
         self._choose_anew = False
         # A forward that fails never ends, and no later one shares its choices.
         self._in_loop, self.counting = self.counting, False
-        return self.choices
+        place = 0
+        if latent is not None:
+            place = next((i for i, each in enumerate(self._latents) if _are_equal(each, latent)), len(self._latents))
+            if place == len(self._latents):
+                self._latents.append(latent.detach())
+        while len(self.choices) <= place:
+            self.choices.append({})
+        return self.choices[place]
 
-    def end_forward(self) -> None:
+    def end_forward(self, latent: Tensor | None, choices: dict[str, Choice]) -> None:
         """Go on counting, where that was so before the forward."""
-        self.counting = self._in_loop
+        if latent is None or any(choices is each for each in self.choices):
+            self.counting = self._in_loop
+        else:
+            self._before.latent, self._before.choices = weakref.ref(latent), choices
 
     def end_step(self, last: bool) -> None:
         """Count a step of the scheduler; its last one ends the loop."""
         self._ended += 1
+        self._latents = []
         self._choose_anew = self._ended % self.every == 0
         self.counting = self.counting and not last
+
+
+class _Before(threading.local):
+    """The latest forward of a thread that no loop counts: its latent, and what was chosen in it."""
+
+    latent: Any = None
+    choices: Any = None
+
+    def choices_for(self, latent: Tensor) -> dict[str, Choice]:
+        """Its choices, where the two latents are parts of one batch and equal: the halves of guidance, one by one."""
+        before = None if self.latent is None else self.latent()
+        self.latent = None  # a forward that fails leaves nothing
+        if before is None or before.storage_offset() == latent.storage_offset():
+            return {}
+        of_one_batch = before.untyped_storage().data_ptr() == latent.untyped_storage().data_ptr()
+        return dict(self.choices) if of_one_batch and _are_equal(before, latent) else {}
+
+
+def _are_equal(latent: Tensor, other: Tensor) -> bool:
+    alike = (latent.shape, latent.dtype, latent.device) == (other.shape, other.dtype, other.device)
+    return latent is other or (alike and torch.equal(latent, other))
 
 
 def set_timesteps(patch: Patch, scheduler: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:

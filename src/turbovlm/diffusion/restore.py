@@ -46,7 +46,6 @@ def _moved(merge: Merge) -> Tensor:
     return torch.cat([merge.src, merge.kept.gather(1, largest)], dim=1)
 
 
-@torch.no_grad()
 def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """W of the ridge regression of `out`, `[batch, M, out_width]`, on `merged`, `[batch, M, width]`, both centred.
 

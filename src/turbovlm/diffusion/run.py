@@ -56,8 +56,9 @@ class Run:
             by itself.
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
         grid: rows and columns of the tokens at hand; None where nothing says.
-        finest: tokens of the largest resolution that the denoiser could have them of.
+        finest: tokens of the largest resolution that has blocks.
         compared: what each group's tokens were found to be most similar to, by `Site.group`.
+        whole: why each part that was called read all tokens, by `Site.name`; None where merging was up to its group.
     """
 
     feature: DenoiseFeature
@@ -69,6 +70,7 @@ class Run:
     grid: tuple[int, int] | None = None
     finest: int = 1
     compared: dict[str, Compared] = field(default_factory=dict)
+    whole: dict[str, str | None] = field(default_factory=dict)
 
 
 class _Thread(threading.local):
@@ -96,14 +98,21 @@ def find_same_latents(latents: Tensor) -> Tensor:
     Both halves of classifier-free guidance denoise one latent, and so do the thirds of some other kinds. This tells
     which belong together without asking the pipeline; other latents are never taken for the same.
     """
-    flat, batch = latents.flatten(1), len(latents)
-    place = torch.arange(batch, device=flat.device)
-    apart = place.unsqueeze(0) - place.unsqueeze(1)
-    alike = (flat.unsqueeze(0) == flat.unsqueeze(1)).all(dim=-1)
-    halves, thirds = (apart % (batch // count) == 0 if batch % count == 0 else apart == 0 for count in (2, 3))
-    if batch % 6 == 0:  # three prompts in halves, or two in thirds
-        halves = torch.where((alike | ~halves).all(), halves, thirds)
-    elif batch % 3 == 0:
-        halves = thirds
-    same = alike & halves | (apart == 0)
+    batch = len(latents)
+    place = torch.arange(batch, device=latents.device)
+    same = place.unsqueeze(0) == place.unsqueeze(1)
+    parts = [_equal_parts(latents, batch // count) for count in (2, 3) if batch % count == 0]
+    if len(parts) == 2:  # three prompts in halves, or two in thirds
+        same = same | torch.where(parts[0].sum() == batch, parts[0], parts[1])
+    elif parts:
+        same = same | parts[0]
     return same / same.sum(dim=-1, keepdim=True)
+
+
+def _equal_parts(latents: Tensor, length: int) -> Tensor:
+    """Which latents of a batch are the same and in the same place of parts of `length`, `[batch, batch]`."""
+    place, flat = torch.arange(len(latents), device=latents.device), latents.flatten(1)
+    same = (flat == flat.roll(length, dims=0)).all(dim=1)  # as the one that many before, around the end
+    before = (place.unsqueeze(1) - place.unsqueeze(0)) % len(latents) == length
+    one_way = before & same.unsqueeze(1)
+    return one_way | one_way.T

@@ -18,7 +18,7 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_query, normalised, sizes_from_mask
 from turbovlm.encoder.layout import Layout, Parts
-from turbovlm.encoder.passed import through_module
+from turbovlm.encoder.passed import has_hooks, through_module
 from turbovlm.encoder.reading import asked_of
 from turbovlm.encoder.schedule import clamp
 from turbovlm.encoder.state import PREFIX, STATE, State, traced
@@ -46,14 +46,14 @@ def block_forward(
     feature: EncoderFeature = patch.feature  # type: ignore[assignment]
     index, config, layout = patch.detail, feature.config, feature.layout
     arguments = {**dict(zip(layout.arguments, args)), **kwargs}
-    state = _begin(feature, hidden) if index == 0 else _resume(feature, index, hidden)
+    state = _begin(feature, hidden) if index == 0 else _resume(feature, index, block, hidden)
     if state.tokens is not None:  # what was handed on is restored; the merged tokens came with it
         hidden = state.tokens
     asked = state.amounts[index] if config.thresholds is None else hidden.shape[1]
     r = clamp(asked, hidden.shape[1], state.prefix + state.suffix, config.min_tokens)
     if r == 0 and not state.merges and not config.trace:
         out = original(hidden, *args, **kwargs)
-        return _hand_on(feature, state, out[0] if layout.returns_tuple else out)
+        return _hand_on(feature, block, state, out[0] if layout.returns_tuple else out)
     _check_arguments(feature, index, state, arguments)
     through = through_module(layout, feature.names[index], block, feature.passed)
     if state.sizes is None and layout.mask is not None:
@@ -61,7 +61,7 @@ def block_forward(
         state = replace(state, sizes=sizes, padded=sizes is not None)
     parts, path = layout.parts(block), path_for(hidden)
     x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments, through)
-    return _hand_on(feature, state, _second_half(parts, x))
+    return _hand_on(feature, block, state, _second_half(parts, x))
 
 
 def unmerged_forward(
@@ -91,10 +91,10 @@ def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
     return State(0, amounts, prefix, suffix, whole=blocks, maps=maps, lengths=(hidden.shape[1],))
 
 
-def _resume(feature: EncoderFeature, index: int, hidden: Tensor) -> State:
+def _resume(feature: EncoderFeature, index: int, block: nn.Module, hidden: Tensor) -> State:
     state: State | None = getattr(hidden, STATE, None)
     if state is None:
-        state = _of_replaced(feature, index, hidden)
+        state = _of_replaced(feature, index, block, hidden)
     if state is None or state.block != index:
         found = "tokens without turbovlm's state" if state is None else f"the tokens of block {state.block - 1}"
         raise StateError(
@@ -110,10 +110,10 @@ def _resume(feature: EncoderFeature, index: int, hidden: Tensor) -> State:
     return state
 
 
-def _of_replaced(feature: EncoderFeature, index: int, hidden: Tensor) -> State | None:
+def _of_replaced(feature: EncoderFeature, index: int, block: nn.Module, hidden: Tensor) -> State | None:
     """The state of a block's output that a hook has replaced by another of its shape, as one that steers does."""
     state = None if torch.compiler.is_compiling() else feature.last_here
-    if state is None or state.block != index:
+    if state is None or state.block != index or not (state.hooked or has_hooks(block, "_forward_pre_hooks")):
         return None
     if index - 1 in state.whole and state.merges:
         raise StateError(
@@ -131,18 +131,19 @@ def _version(x: Tensor) -> int | None:
     return x._version
 
 
-def _hand_on(feature: EncoderFeature, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
+def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
     """Attach the state for the next block, and keep it; restore where every position is read."""
-    depth, block = len(feature.names), state.block + 1
-    state = replace(state, block=block, tokens=None, version=None, lengths=(*state.lengths, x.shape[1]))
+    depth, ran = len(feature.names), state.block + 1
+    hooked = has_hooks(block, "_forward_hooks")
+    state = replace(state, block=ran, tokens=None, version=None, hooked=hooked, lengths=(*state.lengths, x.shape[1]))
     if not is_exporting():
-        feature.last = replace(state, lost=()) if state.lost and block == depth else state
-    if state.merges and block == depth and feature.restore:
+        feature.last = replace(state, lost=()) if state.lost and ran == depth else state
+    if state.merges and ran == depth and feature.restore:
         x = state.restored(x)
-    elif state.merges and block - 1 in state.whole:
+    elif state.merges and ran - 1 in state.whole:
         merged, x = x, state.restored(x)
         setattr(x, STATE, replace(state, tokens=merged, version=_version(x)))
-    elif block < depth or not feature.restore:
+    elif ran < depth or not feature.restore:
         setattr(x, STATE, state)
     return (x,) if feature.layout.returns_tuple else x
 

@@ -19,7 +19,7 @@ from turbovlm.encoder.state import STATE, State
 from turbovlm.encoder.towers import Tower, check_readable, find_towers, matrix_entries
 from turbovlm.encoder.verify import verify
 from turbovlm.errors import ConfigError, StateError
-from turbovlm.ops.degree import needs_semantic
+from turbovlm.ops.degree import check_degree, needs_semantic
 from turbovlm.ops.tracing import constant_in_graphs
 from turbovlm.patching import Patch, check_forwards
 from turbovlm.threads import PerThread
@@ -221,6 +221,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         ConfigError: settings that this encoder cannot have.
     """
     check_depth(config, len(tower.blocks), tower.name)
+    check_degree(config.degree, len(tower.blocks))
     if config.guidance == "cls" and not tower.cls:
         raise ConfigError(
             f"guidance='cls': {tower.title} ({tower.layout.family}) has no CLS token; use 'mean' or 'auto'"

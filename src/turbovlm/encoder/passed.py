@@ -20,6 +20,9 @@ from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.patching import Patch, slot_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+CAPTURE = "transformers.utils.output_capturing"
+"""Where the hooks come from by which `transformers` collects attention maps; they stay once states were asked for, and
+do nothing until maps are, which is refused by itself."""
 ADAPTED = "base_layer"
 """Attribute of peft's layers, which stand in place of the one that they adapt."""
 
@@ -109,8 +112,8 @@ def through_module(layout: Layout, name: str, block: nn.Module, passed: Passed) 
         module: Any = fetch(block, path)
         if type(module) is not cls:
             raise StateError(
-                f"{name}.{path} was a {cls.__name__} when turbovlm was applied and is a {type(module).__name__} now, "
-                "which an accelerated block does not call: handle.remove(), then apply again"
+                f"{name}.{path} was a {_path(cls)} when turbovlm was applied and is a {_path(type(module))} now, which "
+                "an accelerated block does not call: handle.remove(), then apply again"
             )
         what = _hanging(module)
         if what is None or _fuses(block, path):
@@ -126,13 +129,21 @@ def through_module(layout: Layout, name: str, block: nn.Module, passed: Passed) 
     return through
 
 
+def has_hooks(module: nn.Module, kind: str) -> bool:
+    """Whether a module has hooks of somebody's, in its dictionary `kind`."""
+    hooks: Mapping[int, Any] = module.__dict__.get(kind) or {}
+    return any(getattr(hook, "__module__", None) != CAPTURE for hook in hooks.values())
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _hanging(module: Any) -> str | None:
     """What would have no effect if a module were not called; None for a plain one."""
-    own = module.__dict__
-    for hooks in HOOKS:
-        if own.get(hooks):
-            return "hooks"
-    forward = own.get(slot_of(module, "forward"))
+    if any(has_hooks(module, kind) for kind in HOOKS):
+        return "hooks"
+    forward = module.__dict__.get(slot_of(module, "forward"))
     if forward is None or isinstance(forward, Patch) or getattr(forward, "__func__", None) is type(module).forward:
         return None
     return "a forward of its own"

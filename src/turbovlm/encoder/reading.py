@@ -41,7 +41,7 @@ class Asked:
     Attributes:
         feature: of the tower.
         blocks: indices of those that hand out every position.
-        maps: whether attention maps are asked for, in the config.
+        maps: whether attention maps are asked for, in the call or the config.
     """
 
     feature: EncoderFeature
@@ -76,7 +76,8 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     _check_unchanged(feature, tower)
     config = getattr(tower, "config", None)
     blocks = _blocks_asked(feature, tower, patch.name, args, kwargs) if feature.hands_out else frozenset()
-    with _asking(Asked(feature, blocks, bool(getattr(config, "output_attentions", False)))):
+    maps = bool(kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
+    with _asking(Asked(feature, blocks, maps)):
         return original(*args, **kwargs)
 
 
@@ -95,8 +96,9 @@ def _blocks_asked(
     elif collected is not None and not isinstance(collected, bool):  # indices among the states, the input's first
         states = [collected] if isinstance(collected, int) else collected
         asked = [(state if state >= 0 else depth + 1 + state) - 1 for state in states]
-    elif collected:
-        asked = range(depth)
+        asked = [index for index in asked if index != depth - 1]
+    elif collected:  # the last is what the encoder hands on, which is not to change because somebody looks
+        asked = range(depth - 1)
     elif hasattr(tower, "stage_names") and hasattr(tower, "out_features"):  # a backbone: `stem`, `stage1`, ...
         asked = [list(tower.stage_names).index(name) - 1 for name in tower.out_features]
     elif method == "forward_features" and feature.unknown_owner is not None:

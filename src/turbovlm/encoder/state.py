@@ -65,6 +65,7 @@ class State:
         whole: indices of the blocks that are asked for every position; see `turbovlm.encoder.reading`.
         maps: whether attention maps are asked for.
         lengths: tokens of the input, and behind each block so far.
+        hooked: whether hooks on the block behind may have replaced what it handed on.
         tokens: the merged tokens, `[batch, M, width]`, where what was handed on is restored to every position; else
             None. `version`: how often what was handed on had been changed in place by then, where that is counted.
     """
@@ -83,6 +84,7 @@ class State:
     whole: frozenset[int] = frozenset()
     maps: bool = False
     lengths: tuple[int, ...] = ()
+    hooked: bool = False
     tokens: Tensor | None = None
     version: int | None = None
 

@@ -4,6 +4,6 @@
 config or with weights; `processors` adds what turns images into a model's input; `pipelines` builds image generation.
 """
 
-from turbovlm.loading.spec import AddedModel, ModelSpec, library_errors
+from turbovlm.loading.spec import AddedModel, ModelSpec, library_errors, running
 
-__all__ = ["AddedModel", "ModelSpec", "library_errors"]
+__all__ = ["AddedModel", "ModelSpec", "library_errors", "running"]

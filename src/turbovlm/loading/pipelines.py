@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import textwrap
@@ -38,6 +39,18 @@ def load_pipeline(spec: ModelSpec, *, pretrained: bool, without: Sequence[str] =
     with library_errors(spec), quiet:
         made = _pretrained(spec, without) if pretrained else _random(spec, without)
         return made.eval().to(spec.device) if isinstance(made, nn.Module) else made.to(spec.device)
+
+
+def load_pipeline_outline(spec: ModelSpec) -> Any | None:
+    """Build a pipeline, or a denoiser alone, on the meta device, where its weights take no memory.
+
+    Returns:
+        The pipeline or the denoiser; None where it can only be had with its weights.
+
+    Raises:
+        TurboError: see `load_pipeline`.
+    """
+    return None if spec.added is not None else load_pipeline(dataclasses.replace(spec, device="meta"), pretrained=False)
 
 
 def _index(where: str) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from turbovlm.loading.models import load_model
 from turbovlm.loading.spec import ModelSpec, library_errors
 
 Prepare = Callable[[Sequence[Any]], Any]
-"""RGB images to what the model takes: a tensor, or tensors by argument name."""
+"""RGB images to what the model takes: a tensor, or tensors by argument name; a list of tensors where images stay of
+several sizes."""
 
 
 def load_for_images(spec: ModelSpec) -> tuple[Any, Prepare]:
@@ -38,9 +39,17 @@ def load_for_images(spec: ModelSpec) -> tuple[Any, Prepare]:
     model, processor = load_with_processor(spec, transformers_class(spec))
     image_processor = getattr(processor, "image_processor", processor)
 
-    def prepared(images: Sequence[Any]) -> dict[str, torch.Tensor]:
-        made = image_processor(images=list(images), return_tensors="pt")
-        return {name: _placed(value, spec) for name, value in made.items()}
+    def prepared(images: Sequence[Any]) -> Any:
+        each = [image_processor(images=[image], return_tensors="pt") for image in images]
+        if len({tuple(tuple(value.shape) for value in made.values()) for made in each}) == 1:
+            return {name: _placed(torch.cat([made[name] for made in each]), spec) for name in each[0]}
+        names = {name for made in each for name in made}
+        if names != {"pixel_values"}:
+            raise TurboError(
+                f"{spec.text}: its processor makes {', '.join(sorted(names))} of several sizes of these images; give "
+                "images of one size"
+            )
+        return [_placed(made["pixel_values"][0], spec) for made in each]
 
     return model, prepared
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ ENTRY_POINTS = "turbovlm.models"
 module with `MODELS`, a mapping from NAME to `AddedModel`."""
 LAB_PREFIX = "zoo"
 """Prefix of the models that the package turbovlm-lab brings."""
+OURS = ("turbovlm", "turbovlm_lab")
+"""Packages whose errors are mistakes, not a library's answer to a model or an image."""
 EXTRAS = ("diffusers", "open_clip", "timm", "torchvision", "transformers")
 """Libraries that an extra of turbovlm installs."""
 
@@ -67,7 +70,7 @@ class ModelSpec:
     def name(self) -> str:
         """Name without the library; a folder's `~` is spelled out."""
         name = self.text.partition(":")[2] if ":" in self.text else self.text
-        return str(Path(name).expanduser()) if name.startswith("~") else name
+        return os.path.expanduser(name)  # which leaves a user's name that it does not know
 
     @property
     def added(self) -> AddedModel | None:
@@ -119,6 +122,8 @@ def library_errors(spec: ModelSpec) -> Iterator[None]:
     if importlib.util.find_spec(spec.library) is None:
         package = f"'turbovlm[{spec.library}]'" if spec.library in EXTRAS else spec.library
         raise TurboError(f"{spec.text} needs {spec.library}: pip install {package}")
+    if not spec.name:
+        raise TurboError(f"{spec.text!r}: names no model")
     if spec.name.startswith((".", "/")) and not Path(spec.name).exists():
         raise TurboError(f"{spec.text}: there is no such folder")
     try:
@@ -128,8 +133,45 @@ def library_errors(spec: ModelSpec) -> Iterator[None]:
     except TurboError:
         raise
     except Exception as error:  # every library and file format has its own kinds
-        reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(".") or type(error).__name__
-        raise TurboError(f"{spec.text}: {spec.library} could not load it: {reason}{_hint(spec)}") from error
+        raise TurboError(f"{spec.text}: {spec.library} could not load it: {reason(error)}{_hint(spec)}") from error
+
+
+@contextlib.contextmanager
+def running(name: str, what: str = "run") -> Iterator[None]:
+    """Turn what a library raises as its own model runs, unmerged, into a `TurboError` of one line.
+
+    An error that turbovlm itself raises, by mistake, stays what it is, and so does one of too little memory.
+
+    Args:
+        name: of the model, as the user gave it.
+        what: cannot be done with it.
+
+    Raises:
+        TurboError: that, with the kind of the error and its text.
+    """
+    try:
+        yield
+    except (TurboError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not of_library(error) or "DefaultCPUAllocator" in str(error):
+            raise
+        raise TurboError(f"{name}: the model itself, unmerged, does not {what}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """An error's kind and text, in one line of no more than about 200 characters."""
+    text = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def of_library(error: Exception) -> bool:
+    """Whether the code that raised it is none of turbovlm's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] not in OURS
 
 
 @contextlib.contextmanager

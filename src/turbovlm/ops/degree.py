@@ -136,6 +136,34 @@ def information_degree(
     return FUSIONS[degree](redundancy, semantic, default_alpha(degree) if alpha is None else alpha)
 
 
+def check_degree(degree: str | DegreeFunction, blocks: int) -> None:
+    """See that a callable degree can be used in the first and the last of `blocks` blocks, on a few made-up numbers.
+
+    Raises:
+        ConfigError: it cannot be called with R, A and a block, gives no tensor of R's shape, or has no hash.
+    """
+    if not callable(degree):
+        return
+    try:
+        hash(degree)
+    except TypeError:
+        raise ConfigError(
+            f"degree={degree!r}: must be hashable, as settings are; a dataclass is with frozen=True"
+        ) from None
+    redundancy = torch.linspace(-1, 1, 6).view(2, 3)
+    semantic = redundancy.softmax(dim=-1)
+    for block in {0, blocks - 1}:
+        try:
+            information_degree(redundancy, semantic, block, degree=degree)
+        except ConfigError:
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            raise ConfigError(
+                f"degree={degree!r}: must be a callable (R, A, block) -> E; with R and A of shape (2, 3) and block "
+                f"{block} it raises {type(error).__name__}: {error}"
+            ) from error
+
+
 def needs_semantic(degree: str | DegreeFunction) -> bool:
     """Whether E depends on A."""
     return callable(degree) or degree not in ("redundancy", "random")

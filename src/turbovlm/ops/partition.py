@@ -154,7 +154,7 @@ def hashed_uniform(length: int, seed: int, block: int, device: torch.device | No
     """Numbers in [0, 1) that depend on position, seed and block alone: `[length]`, float32, without a generator."""
     # counted up from 1, as Inductor takes products of `arange` for small enough for 32 bits
     positions_from_1 = torch.ones(length, dtype=torch.int64, device=device).cumsum(0)
-    x = positions_from_1 * 2654435761 + (seed * 1000003 + block + 1) * 40503
+    x = positions_from_1 * 2654435761 + (seed * 1000003 + block + 1) * 40503 % 2**63
     for multiplier in (73244475, 73244475, 1):
         x = ((x ^ (x >> 16)) * multiplier) & 0xFFFFFFFF
     return (x & 0xFFFFFF).to(torch.float32) / 0x1000000

@@ -32,6 +32,11 @@ def is_readable(x: Tensor) -> bool:
     return x.device.type != "meta" and not captured and not torch.compiler.is_compiling() and not is_transformed(x)
 
 
+def is_exporting_to_onnx() -> bool:
+    """Whether the ONNX exporter of TorchScript traces; that of `torch.export` does not."""
+    return not torch.compiler.is_compiling() and bool(torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
     """Within it, `torch.jit.trace` records nothing: what is made is a constant of the traced program."""

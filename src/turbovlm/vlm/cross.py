@@ -9,6 +9,7 @@ values, and the sizes of their tokens.
 from __future__ import annotations
 
 import inspect
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from turbovlm.ops.attention import size_bias
 from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch
 from turbovlm.registry import families, family_of
+from turbovlm.threads import PerThread
 from turbovlm.vlm.marks import IMAGE, IMAGE_SIZES
 from turbovlm.vlm.select import Selection, kept_count, select
 
@@ -41,7 +43,7 @@ class CrossFeature:
         depth: how many there are.
         prefix: image tokens in front that always stay: CLS.
         removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` for each time that tokens were left
-            out.
+            out in this thread's last forward.
     """
 
     setting: ClassVar[str] = "cross_keep"
@@ -52,10 +54,16 @@ class CrossFeature:
     depth: int
     prefix: int = 1
     removed: bool = False
-    last: tuple[Selection, ...] | None = field(default=None, repr=False)
+    _last: PerThread[tuple[Selection, ...]] = field(default_factory=PerThread, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None}
+    @property
+    def last(self) -> tuple[Selection, ...] | None:
+        """What the last forward of this thread has left out, or of any where this one had none."""
+        return self._last.get()
+
+    @last.setter
+    def last(self, selections: tuple[Selection, ...] | None) -> None:
+        self._last.set(selections)
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """The forward of every layer, and of its cross-attention."""
@@ -81,6 +89,7 @@ class CrossFeature:
     def tokens_read(self, layer: int, patches: int) -> int:
         """How many of an image's `patches` that layer reads."""
         assert self.config.cross_keep is not None
+        patches = operator.index(patches)  # a tensor where torch.jit traces
         fewest = kept_count(self.config.cross_keep, patches, "cross_keep")
         stages = min(STAGES, self.depth)
         return patches - round((patches - fewest) * (layer * stages // self.depth) / (stages - 1))
@@ -110,6 +119,11 @@ def layer_forward(patch: Patch, layer: nn.Module, original: Any, /, **inputs: An
     whole = inputs.get("encoder_hidden_states")
     if whole is None:
         return original(**inputs)  # type: ignore[no-any-return]
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise StateError(
+            "cross_keep with gradient checkpointing: what the layers read comes with the words' hidden states, which a "
+            "checkpoint does not hand on: model.gradient_checkpointing_disable(), or handle.remove()"
+        )
     image: Image | None = getattr(inputs["hidden_states"], IMAGE, None)
     if patch.detail == 0:
         image = _whole(whole, inputs.get("attention_mask"), inputs.get("encoder_attention_mask"))

@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.encoder.layout import fetch
+from turbovlm.errors import UnsupportedModelError
 from turbovlm.registry import named
 
 MODELS = "transformers.models"
@@ -76,14 +77,37 @@ def sum_cells(values: Tensor, side: int) -> Tensor:
     return squares.sum(dim=(2, 4)).flatten(1)
 
 
-def _read_layer(model: Any) -> int:
-    """The block whose output LLaVA's projector reads; the last of them, where it reads several."""
-    layers = model.config.vision_feature_layer
-    depth = len(blocks_of(model.vision_tower))
-    places: list[int] = [
-        layer if layer < 0 else layer - depth - 1 for layer in ([layers] if isinstance(layers, int) else layers)
-    ]
-    return int(max(places))
+def states_read(model: Any, depth: int, layers: Any = None) -> list[int]:
+    """Indices, from 0 on, of the tower's hidden states that a projector reads, the patch embeddings first.
+
+    Args:
+        depth: how many blocks the tower has.
+        layers: `vision_feature_layer` of a call; that of the config if None.
+    """
+    found = model.config.vision_feature_layer if layers is None else layers
+    return [layer if layer >= 0 else depth + 1 + layer for layer in ([found] if isinstance(found, int) else found)]
+
+
+def _read_layer(model: Any, depth: int | None = None, layers: Any = None) -> int:
+    """The block, counted from the end, whose output the projector reads; the last of them, where it reads several.
+
+    Raises:
+        UnsupportedModelError: it reads the patch embeddings, which no block has seen, or blocks that are not there.
+    """
+    depth = len(blocks_of(model.vision_tower)) if depth is None else depth
+    last = max(states_read(model, depth, layers))
+    if not 0 < last <= depth:
+        found = model.config.vision_feature_layer if layers is None else layers
+        raise UnsupportedModelError(
+            f"vision_feature_layer={found}: the output of a block is read by {type(model).__name__} where turbovlm "
+            f"shortens anything: an index from 1 to {depth}, or from -{depth} to -1"
+        )
+    return last - depth - 1
+
+
+def block_read(family: VlmFamily, model: Any, depth: int, layers: Any = None) -> int:
+    """The guide's index, as the config, or `vision_feature_layer` of a call, has it now, of `depth` blocks."""
+    return _read_layer(model, depth, layers) if family.guide is _read_layer else family.guide(model)
 
 
 def blocks_of(tower: nn.Module) -> nn.ModuleList:
@@ -118,8 +142,9 @@ def several_layers(model: Any) -> bool:
 
 
 def _last_full_attention(model: Any) -> int:
-    last: int = max(model.visual.fullatt_block_indexes)
-    return last
+    """The last block of Qwen2.5-VL with full attention; its last one, where all attend within windows."""
+    depth = len(model.visual.blocks)
+    return max((block for block in model.visual.fullatt_block_indexes if 0 <= block < depth), default=depth - 1)
 
 
 def _windows(tower: Any, grid: Tensor) -> Tensor:
@@ -179,7 +204,7 @@ QWEN3_VL = VlmFamily(
     "Qwen3-VL", (f"{MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLModel",), "visual", cell=_merge_side, packed=True
 )
 INTERN_VL = VlmFamily(
-    "InternVL", (f"{MODELS}.internvl.modeling_internvl.InternVLModel",), "vision_tower", cell=_shuffle
+    "InternVL", (f"{MODELS}.internvl.modeling_internvl.InternVLModel",), "vision_tower", _read_layer, cell=_shuffle
 )
 IDEFICS3 = VlmFamily(
     "Idefics3",

@@ -38,24 +38,24 @@ def choose_tokens(
     dropped: Tensor | None = None
     selections: list[Selection] = []
     for modality, outputs in images.items():
-        placeholders = _placeholders(model, inputs, getattr(model.config, f"{modality}_token_id"))
+        places_of = placeholders(model, inputs, getattr(model.config, f"{modality}_token_id"))
         sizes = [_sizes_of_images(model, feature, len(entry)) for entry in outputs.pooler_output]
-        columns = placeholders.flatten().nonzero().squeeze(1)
+        columns = places_of.flatten().nonzero().squeeze(1)
         counts = [n for entry in sizes for n in entry]
         if len(columns) != sum(counts):
             return None
         chosen, fewer[modality] = _select(feature, outputs, sizes)
-        dropped = torch.zeros_like(placeholders) if dropped is None else dropped
+        dropped = torch.zeros_like(places_of) if dropped is None else dropped
         for places, selection in zip(torch.split(columns, counts), chosen):  # row after row, image after image
-            lost = torch.ones_like(places, dtype=torch.bool).index_fill(0, selection.kept[0], False)
+            lost = torch.ones_like(places).index_fill(0, selection.kept[0], 0) > 0  # TorchScript fills no bool
             dropped.view(-1)[places[lost]] = True
         selections += chosen
     assert dropped is not None
     return fewer, dropped, tuple(selections)
 
 
-def _placeholders(model: Any, inputs: dict[str, Any], token: int) -> Tensor:
-    """Where the prompt has that token, or its embedding, `[batch, N]`, bool."""
+def placeholders(model: Any, inputs: dict[str, Any], token: int) -> Tensor:
+    """Where a call's prompt has that token, or its embedding, `[batch, N]`, bool."""
     ids: Tensor | None = inputs.get("input_ids")
     if ids is not None:
         return ids == token

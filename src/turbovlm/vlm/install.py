@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn as nn
 
-from turbovlm.config import ReadConfig
+from turbovlm.config import READINGS, ReadConfig
 from turbovlm.encoder.layout import Layout, fetch, library_version
 from turbovlm.encoder.towers import find_towers, layout_of
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import Feature, Patch, check_forwards
 from turbovlm.registry import family_of
+from turbovlm.threads import PerThread
+from turbovlm.vlm.around import encode_apart, fills_itself, refusal
 from turbovlm.vlm.cross import find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
@@ -29,11 +32,13 @@ class ReadFeature:
         config: the settings.
         family: the model's.
         part: path of the part that reads visual tokens; empty where it is the model itself.
-        guide: path, from there, of the tower's block whose attention is A.
+        guide: path, from there, of the tower's block whose attention is A; `block`: its index, as its family has it,
+            of `depth` blocks.
         layout: that block's, resolved; None for a packed tower.
         prefix: tokens at the front of the tower's, which no visual token is made of.
         guidance: `"cls"` or `"mean"`: whose attention row is A.
-        removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` per image of the last prompt.
+        removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` per image of the last prompt of this
+            thread.
     """
 
     setting: ClassVar[str] = "visual_keep"
@@ -42,14 +47,22 @@ class ReadFeature:
     family: VlmFamily
     part: str
     guide: str
+    block: int
+    depth: int
     layout: Layout | None
     prefix: int
     guidance: str
     removed: bool = False
-    last: tuple[Selection, ...] | None = field(default=None, repr=False)
+    _last: PerThread[tuple[Selection, ...]] = field(default_factory=PerThread, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None}
+    @property
+    def last(self) -> tuple[Selection, ...] | None:
+        """A `Selection` for each image of the last prompt of this thread, or of any where this one had none."""
+        return self._last.get()
+
+    @last.setter
+    def last(self, selections: tuple[Selection, ...] | None) -> None:
+        self._last.set(selections)
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """What the tower, the part that reads, and `generate` around it run instead of their own."""
@@ -66,9 +79,15 @@ class ReadFeature:
         around["_expand_multimodal_outputs"] = repeat_for_beams
         if hasattr(type(part), "compute_3d_position_ids"):
             around["_prepare_position_ids_for_generation"] = prepare_positions
-        for owner in model.modules():
-            if hasattr(type(owner), "generate") and any(module is part for module in owner.modules()):
-                found += [Patch(owner, name, function, self, by_name=True) for name, function in around.items()]
+        for owner in owners_of(model, part):
+            if hasattr(type(owner), "generate"):
+                found += [  # what only wraps a model that generates, as peft does, has not all of them
+                    Patch(owner, name, function, self, by_name=True)
+                    for name, function in around.items()
+                    if hasattr(type(owner), name)
+                ]
+            if fills_itself(owner):
+                found.append(Patch(owner, "forward", encode_apart, self, by_name=True))
         return found
 
     def describe(self) -> list[str]:
@@ -81,15 +100,34 @@ class ReadFeature:
         return [f"  {self.part or 'model'} ({self.family.family}): reads {amount} of each image ({how}){guided}"]
 
 
-def find_readings(model: nn.Module, config: ReadConfig) -> list[Feature]:
+def owners_of(model: nn.Module, part: nn.Module) -> list[nn.Module]:
+    """The modules of a model that have that part in them, itself included, outermost first."""
+    return [owner for owner in model.modules() if any(module is part for module in owner.modules())]
+
+
+def find_readings(model: nn.Module, config: ReadConfig, merged: bool = False) -> list[Feature]:
     """A feature for `visual_keep` and one for `cross_keep`, of those that are set.
 
+    Args:
+        merged: whether tokens are merged inside the tower as well.
+
     Raises:
-        ConfigError: `guidance="cls"` for a tower without CLS.
+        ConfigError: `guidance="cls"` for a tower without CLS, or `proportional=False` where no token is merged.
         TurboError: another library has replaced a forward that is to be patched.
         UnsupportedModelError: nothing in the model that turbovlm knows reads images in that way.
     """
     found: list[Feature] = []
+    for name in READINGS:
+        if type(amount := getattr(config, name)) is int and amount == 1:
+            warnings.warn(
+                f"{name}=1 is a count: ONE token of each image is read; {name}=1.0 is the share that reads all of them",
+                stacklevel=4,
+            )
+    if not config.proportional and config.cross_keep is None and not merged:
+        raise ConfigError(
+            "proportional=False: it would have no effect: visual_keep's tokens count alike, and no tower merges any "
+            "(r, keep or flops)"
+        )
     if config.visual_keep is not None:
         found.append(find_reading(model, config))
     if config.cross_keep is not None:
@@ -115,19 +153,28 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
             f"as far as turbovlm knows{merges_inside(model)}; docs/language.md lists what is supported"
         )
     name, part, family = found[0]
+    others = [other for other, module, of in found[1:] if fetch(module, of.tower) is not fetch(part, family.tower)]
+    if others:
+        raise UnsupportedModelError(
+            f"visual_keep={config.visual_keep}: {type(model).__name__} has several language models that read images "
+            f"({', '.join([name, *others])}): apply turbovlm to each of them"
+        )
+    for owner in owners_of(model, part):
+        if reason := refusal(owner):
+            raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {reason}; r shortens its tower")
     if not family.cross_attention and "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
         raise UnsupportedModelError(
             f"visual_keep={config.visual_keep}: {family.family} of {library_version(type(part))} does not take encoded "
             "images apart from the prompt; transformers ≥ 5.18 does"
         )
     tower = fetch(part, family.tower)
-    depth, index = len(blocks_of(tower)), family.guide(part)
-    if not -depth <= index < depth:
+    block, blocks = family.guide(part), blocks_of(tower)
+    if not -len(blocks) <= block < len(blocks):
         raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {family.family}'s config reads the tower's block {index} last (as in "
-            f"fullatt_block_indexes or vision_feature_layer), and the tower has {depth} blocks"
+            f"visual_keep={config.visual_keep}: {family.family}'s config reads the tower's block {block} last (as in "
+            f"fullatt_block_indexes or vision_feature_layer), and the tower has {len(blocks)} blocks"
         )
-    guide = blocks_of(tower)[index]
+    guide = blocks[block]
     path = next(path for path, module in part.named_modules() if module is guide)
     layout, cls, prefix = None, False, 0
     if not family.packed:
@@ -142,7 +189,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     if config.guidance == "cls" and not cls:
         raise ConfigError(f"guidance='cls': {family.family}'s tower has no CLS token; use 'mean' or 'auto'")
     guidance = ("cls" if cls else "mean") if config.guidance == "auto" else config.guidance
-    return ReadFeature(config, family, name, path, layout, prefix, guidance)
+    return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance)
 
 
 def merges_inside(model: nn.Module) -> str:

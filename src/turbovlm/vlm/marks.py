@@ -11,6 +11,9 @@ ATTENTION = "_turbovlm_attention"
 CACHED_PROMPTS = "_turbovlm_prompts"
 """On a cache of keys and values: the `CachedPrompts` that it holds."""
 
+ENCODED = "_turbovlm_encoded"
+"""On a prompt's embeddings, whose placeholders are not filled yet: what is to stand there, as `mm_encoder_outputs`."""
+
 IMAGE = "_turbovlm_image"
 """On the words' hidden states between two cross-attention layers, and on the image tokens that a layer gets: the
 `Image` to be read."""

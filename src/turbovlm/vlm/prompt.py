@@ -151,12 +151,17 @@ class ShortenedPrompt:
         return taken * self.seen.unsqueeze(-1)
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """`[batch, M, width]` to `[batch, N, width]`: a dropped column gets the last one before it that is left."""
+        """`[batch, M, width]` to `[batch, N, width]`: no column is empty, as readers may norm or average them.
+
+        A dropped column, or one of padding, gets the last one before it that is left; in front of all of them, the
+        first.
+        """
         spare = torch.where(self.seen, self.index, self.columns)
         number = torch.arange(1, hidden.shape[1] + 1, device=hidden.device).expand_as(spare)
         at = spare.new_zeros(len(hidden), self.columns + 1).scatter(1, spare, number)[:, : self.columns]
-        last = at.cummax(dim=1).values.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        return F.pad(hidden, (0, 0, 1, 0)).gather(1, last)
+        first = ((~self.seen).sum(dim=1, keepdim=True) + 1).clamp(max=hidden.shape[1])
+        last = at.cummax(dim=1).values.maximum(first) - 1
+        return hidden.gather(1, last.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     def cached(self) -> CachedPrompts:
         """What a cache holds once the prompt has been read."""
@@ -177,11 +182,14 @@ def shorten(mask: Tensor, dropped: Tensor, prompts: CachedPrompts | None = None)
     earlier_seen = mask[:, :earlier] if prompts is None else prompts.mask(mask[:, :earlier])
     left = mask[:, earlier:].bool() & ~dropped
     longest = int(left.sum(dim=1).max())
-    order = left.to(torch.uint8).sort(dim=1, stable=True)
+    places = torch.arange(columns, device=left.device)
+    index = torch.where(left, places + columns, places).argsort(dim=1)[
+        :, -longest:
+    ]  # what is left comes last, in order
     after_images = columns - 1 - int(dropped.any(dim=0).nonzero().max()) if dropped.any() else columns
     return ShortenedPrompt(
-        index=order.indices[:, -longest:],
-        seen=order.values[:, -longest:].bool(),
+        index=index,
+        seen=left.gather(1, index),
         columns=columns,
         earlier=earlier,
         earlier_seen=earlier_seen.bool(),

@@ -10,18 +10,21 @@ the cache knows which columns it holds.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from turbovlm.errors import StateError
+from turbovlm.ops.tracing import is_exporting, is_exporting_to_onnx
 from turbovlm.patching import Patch
 from turbovlm.vlm.cache import remember_prompts
 from turbovlm.vlm.families import PIXELS
 from turbovlm.vlm.images import choose_tokens
-from turbovlm.vlm.marks import CACHED_PROMPTS
+from turbovlm.vlm.marks import CACHED_PROMPTS, ENCODED
 from turbovlm.vlm.prompt import TYPES, CachedPrompts, follow_prompts, shorten_inputs
+from turbovlm.vlm.unread import check_text, drafting
 
 if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature
@@ -42,14 +45,21 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
     prompts = _prompts_in(cache)
     images = _encode(model, inputs)
     if not images:
+        if not inputs.get("mm_encoder_outputs"):  # with pixels and these, the library's own error follows
+            check_text(model, feature, inputs)
         return original(**follow_prompts(inputs, prompts, positions))
+    if is_exporting_to_onnx() or (torch.compiler.is_compiling() and is_exporting()):
+        raise StateError(
+            "visual_keep cannot be exported: which columns of a prompt are left depends on its values; export the "
+            "tower and the language model apart, or call handle.remove()"
+        )
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         raise StateError("a prompt is missing: give input_ids or inputs_embeds")
     filler = _filler(model.config)
     found = choose_tokens(model, feature, inputs, images)
     if found is None:
         return original(**{**inputs, "mm_encoder_outputs": images})
-    fewer, dropped, feature.last = found
+    fewer, dropped, selections = found
     behind_a_cache = cache is not None and cache.get_seq_length() > 0
     if behind_a_cache and inputs.get("position_ids") is None and hasattr(model, "compute_3d_position_ids"):
         raise StateError(
@@ -57,6 +67,7 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
         )
     prompt, shorter = shorten_inputs(inputs, prompts, dropped, positions, filler)
     outputs = original(**{**shorter, "mm_encoder_outputs": fewer, "return_dict": True})
+    feature.last = selections
     outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(prompt.restore(hidden) for hidden in outputs.hidden_states)
@@ -93,6 +104,9 @@ def prefill(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
                 "prefill_chunk_size: visual_keep shortens the prompt as a whole, and cannot in chunks: leave it out, "
                 "as the prompt that is prefilled is shorter already"
             )
+    if inputs["generation_config"].is_assistant:
+        with drafting(patch.feature.config.amount):
+            return original(**inputs)
     return original(**inputs)
 
 
@@ -113,7 +127,13 @@ def _prompts_in(cache: Any) -> CachedPrompts | None:
 
 def _encode(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The library's outputs for the images and videos of a call, by modality; its pixels are taken out."""
-    encoded = inputs.get("mm_encoder_outputs") or {}
+    given = inputs.get("mm_encoder_outputs")
+    if given is not None and not isinstance(given, Mapping):  # Idefics 3 takes bare features, of which A is not known
+        raise StateError(
+            f"mm_encoder_outputs: a {type(given).__name__} found where visual_keep needs {{'image': outputs}}, as this "
+            "model's own get_image_features returns them"
+        )
+    encoded: dict[str, Any] = {**(given or getattr(inputs.get("inputs_embeds"), ENCODED, {}))}
     pixels = {modality: name for modality, name in PIXELS.items() if inputs.get(name) is not None}
     if encoded and pixels:
         return {}  # the library's own error follows

@@ -18,7 +18,7 @@ from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import merge_ranked, rank_candidates
-from turbovlm.ops.partition import hashed_uniform, partition_tokens
+from turbovlm.ops.partition import Partition, hashed_uniform, partition_tokens
 
 ROUND_SHARE = 4
 """A round of matching takes at most one token in so many, so that the best of them are chosen and not whole halves."""
@@ -115,6 +115,9 @@ def _by_rounds(
     chosen = Selection(everyone, everyone, torch.ones(features.shape[:2], device=device))
     padded = sizes is not None  # a token of size 0 is padding; merging makes none
     for turn, (split, (tokens, left)) in enumerate(zip(splits, pairwise(counts))):
+        if tokens == 2 and semantic is not None and needs_semantic(degree):  # halves of one leave E no choice
+            lower = semantic.argmin(dim=1, keepdim=True)
+            split = Partition(lower, 1 - lower)
         ranking = rank_candidates(
             x,
             split,

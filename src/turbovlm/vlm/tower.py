@@ -19,8 +19,9 @@ from torch import Tensor
 from turbovlm.encoder.attention import attention_of_guide
 from turbovlm.encoder.layout import fetch
 from turbovlm.encoder.state import STATE, State
+from turbovlm.errors import StateError
 from turbovlm.patching import Patch
-from turbovlm.vlm.families import sum_cells
+from turbovlm.vlm.families import block_read, sum_cells
 from turbovlm.vlm.marks import ATTENTION
 from turbovlm.vlm.select import kept_count, needs_attention, select
 
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A of each image's patches, `[images, patches]`, or of a packed sequence of them, `[patches]`.
+    """A of each image's tokens in the tower, `[images, tokens]`, those in front of the patches included.
 
-    Where the tower returns merged tokens, A of those, and the patches that each stands for, `[images, M]`.
+    Of a packed sequence of patches, and once they were rearranged, `[tokens]`. Where the tower returns merged tokens,
+    A of those, and the patches that each stands for, `[images, M]`.
     """
 
     values: Tensor
@@ -70,20 +72,22 @@ def guide_forward(patch: Patch, block: Any, original: Any, /, hidden: Tensor, *a
         return out
     arguments = {**dict(zip(feature.layout.arguments, args)), **kwargs}
     config, guidance = feature.config, feature.guidance
-    row = attention_of_guide(block, feature.layout, config, feature.prefix, guidance, hidden, arguments)
+    if getattr(hidden, STATE, None) is None:  # so that the mean query is that of the patches alone
+        hidden = hidden.view_as(hidden)
+        setattr(hidden, STATE, State(0, (), feature.prefix))
+    row = attention_of_guide(block, feature.layout, config, 0, guidance, hidden, arguments)
     state = getattr(out[0] if isinstance(out, tuple) else out, STATE, None)
-    rows.append(Row(row) if state is None or state.tokens is not None else _of_merged(row, feature.prefix, state))
+    rows.append(Row(row) if state is None or state.tokens is not None else _of_merged(row, state))
     return out
 
 
-def _of_merged(row: Tensor, prefix: int, state: State) -> Row:
-    """A of the tokens that an accelerated tower returns, from that of every patch, `[images, patches]`."""
+def _of_merged(row: Tensor, state: State) -> Row:
+    """A of the tokens that an accelerated tower returns, from that of every position, `[images, tokens]`."""
     source = state.source()
     if source is None or state.sizes is None:
         return Row(row)
-    patches = slice(prefix, prefix + row.shape[1])
-    sizes = state.sizes[:, prefix : state.sizes.shape[1] - state.suffix]
-    return Row(row.new_zeros(sizes.shape).scatter_add(1, source[:, patches] - prefix, row), sizes)
+    sizes = state.sizes[:, : state.sizes.shape[1] - state.suffix]
+    return Row(row.new_zeros(sizes.shape).scatter_add(1, source[:, : row.shape[1]], row), sizes)
 
 
 @torch.no_grad()
@@ -111,10 +115,17 @@ def packed_row(block: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
 
 
 def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
-    """Run `get_image_features` or `get_video_features`, and give their outputs A of every visual token."""
+    """Run `get_image_features` or `get_video_features`, and give their outputs A of every visual token.
+
+    Raises:
+        StateError: the features are of another block than the guide that was found when turbovlm was applied, or not
+            of as many tokens as the guide has seen.
+    """
+    feature: ReadFeature = patch.feature  # type: ignore[assignment]
+    if needs_attention(feature.config):
+        _check_guide(model, feature, inputs.get("vision_feature_layer"))
     outputs, rows = _collect(original, **inputs)
     if rows and not isinstance(outputs, tuple):
-        feature: ReadFeature = patch.feature  # type: ignore[assignment]
         grid = inputs.get(f"{patch.detail}_grid_thw")
         lengths = [len(entry) for entry in outputs.pooler_output]
         row = torch.cat([each.values for each in rows])
@@ -122,30 +133,53 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     return outputs
 
 
+def _check_guide(model: Any, feature: ReadFeature, layers: Any) -> None:
+    if block_read(feature.family, model, feature.depth, layers) != feature.block:
+        said = "the model's config" if layers is None else f"vision_feature_layer={layers}"
+        raise StateError(
+            f"{said}: the visual tokens are of another block than {feature.guide}, whose attention visual_keep was "
+            "applied to go by: have the config say which before turbovlm.apply, or give visual_select='uniform', "
+            "which goes by none"
+        )
+
+
 def _of_tokens(model: Any, feature: ReadFeature, row: Tensor, grid: Tensor | None, lengths: list[int]) -> Tensor:
-    """A of every visual token, `[sum of lengths]`, from that of the patches."""
+    """A of every visual token, `[sum of lengths]`, from that of the tower's."""
     family = feature.family
-    side = family.cell(model)
+    side, tokens = family.cell(model), sum(lengths)
     if family.packed:
         values = row.view(-1, side * side).sum(dim=1)
         if family.order is not None:
             assert grid is not None
             values = values[family.order(fetch(model, family.tower), grid)]
+    elif row.ndim == 1:  # rearranged; a token that separates videos ends each
+        separated = len(row) == tokens - len(lengths)
+        values = F.pad(row.view(len(lengths), -1), (0, 1)).flatten() if separated else row
     else:
-        values = (sum_cells(row, side) if side > 1 else row).flatten()
-    if len(values) != sum(lengths):  # a token that separates videos ends each
-        values = F.pad(values.view(len(lengths), -1), (0, 1)).flatten()
+        handed_on = _handed_on(row, tokens * side * side // len(row))
+        values = (sum_cells(handed_on, side) if side > 1 else handed_on).flatten()
+    if len(values) != tokens:
+        raise StateError(
+            f"{family.family} made {tokens} visual tokens of {row.numel()} whose attention {feature.guide} knows: it "
+            "cannot be told which is which; visual_select='uniform' goes by no attention"
+        )
     return values
+
+
+def _handed_on(row: Tensor, tokens: int) -> Tensor:
+    """A of the tokens that a tower hands on, `[images, tokens]`: those left out, such as CLS, stand in front."""
+    return row[:, max(row.shape[1] - tokens, 0) :]
 
 
 def rearrange(patch: Patch, model: Any, original: Any, /, features: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a method that rearranges features after the projector, on what was collected of A as well."""
     rows = _ENCODING.rows
     if rows:
-        collected = torch.cat([row.values for row in rows]).unsqueeze(-1)
+        each = features if isinstance(features, Tensor) else features[0]  # `[images or tiles, tokens, width]`
+        collected = _handed_on(torch.cat([row.values for row in rows]), each.shape[1]).unsqueeze(-1)
         alone = {k: (v.new_zeros(1) if k == "image_newline" and v is not None else v) for k, v in kwargs.items()}
         if isinstance(features, Tensor):
-            rows[:] = [Row(original(collected, *args, **alone).squeeze(-1))]
+            rows[:] = [Row(original(collected, *args, **alone).flatten())]
         else:
             packed, _ = original(torch.split(collected, [len(feature) for feature in features]), *args, **alone)
             rows[:] = [Row(values.squeeze(-1)) for values in packed]
@@ -173,9 +207,10 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     keep = feature.config.visual_keep
     assert keep is not None
     front, patches = outputs[0][:, : feature.prefix], outputs[0][:, feature.prefix :]
-    semantic = rows[0].values if needs_attention(feature.config) else None
+    semantic = rows[0].values[:, feature.prefix :] if needs_attention(feature.config) else None
+    sizes = None if rows[0].sizes is None else rows[0].sizes[:, feature.prefix :]
     k = kept_count(keep, patches.shape[1])
-    selection = select(patches.detach(), semantic, k, feature.config, rows[0].sizes)
+    selection = select(patches.detach(), semantic, k, feature.config, sizes)
     feature.last = (selection,)
     left = torch.cat([front, selection.take(patches)], dim=1)
     if isinstance(outputs, tuple):

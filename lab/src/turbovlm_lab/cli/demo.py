@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import sys
+import os
 from pathlib import Path
 
-from turbovlm.cli.measuring import check_file
+from turbovlm.cli.measuring import check_file, written
+from turbovlm.cli.measuring import console as output
 from turbovlm.errors import ConfigError, TurboError
 
 _EPILOG = """\
@@ -54,9 +55,12 @@ def run(args: argparse.Namespace) -> int:
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise TurboError(f"the demo needs {', '.join(missing)}: pip install turbovlm-lab")
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"--threads {args.threads}: must be an integer ≥ 1")
-    check_file("--out", args.out)
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if args.threads is not None and not 1 <= args.threads <= most:
+        raise ConfigError(f"--threads {args.threads}: must be an integer from 1 to {most} on this machine")
+    if args.batch is not None and args.batch < 1:
+        raise ConfigError(f"--batch {args.batch}: must be an integer ≥ 1")
+    check_file("--out", args.out, (".html", ".htm"))
     check_file("--json", args.json)
     out, json_file = Path(args.out), None if args.json is None else Path(args.json)
     import torch
@@ -88,17 +92,20 @@ def _measure_and_show(args: argparse.Namespace, out: Path, json_file: Path | Non
     if args.quick:
         photos = photos[:QUICK_IMAGES]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    errors = Console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("loading the model", total=count_steps(settings))
         model = load_saliency_vit()
         result = measure(model, photos, settings, lambda stage: progress.update(task, advance=1, description=stage))
-    console = Console(file=sys.stdout)
+    out.write_text(html_report(result), encoding="utf-8")
+    written.append(str(out))
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(result), indent=2) + "\n", encoding="utf-8")
+        written.append(str(json_file))
+    console = output()
     console.print(terminal_table(result))
     for sentence in (*warnings(result), *summary(result)):
         console.print(sentence, highlight=False)
-    out.write_text(html_report(result), encoding="utf-8")
-    if json_file is not None:
-        json_file.write_text(json.dumps(to_json(result), indent=2) + "\n", encoding="utf-8")
     console.print(
         f"Report: {out}" + ("" if json_file is None else f"   JSON: {json_file}"), highlight=False, soft_wrap=True
     )

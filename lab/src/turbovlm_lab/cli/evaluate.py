@@ -38,7 +38,8 @@ examples:
 Data are in the field's own formats, told apart by what is in them:
 {formats}
 
-Every sample's prediction is kept in --out; a run that was stopped goes on where it was. Intervals hold 95 % of the
+Every sample's prediction is kept in --out, a file for each setting, whose name says it; a run that was stopped goes on
+where it was, and other settings share the unmerged model's predictions. Intervals hold 95 % of the
 bootstrap's draws over images; "kept" compares with the unmerged model over the same samples.
 """
 
@@ -95,7 +96,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     how.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
     how.add_argument("--prompt", metavar="TEXT", help="what the model is asked, {} standing for question or class")
-    how.add_argument("--out", metavar="FOLDER", help="of predictions (default turbovlm-evaluate/TASK-MODEL)")
+    how.add_argument(
+        "--out", metavar="FOLDER", help="of predictions (default turbovlm-evaluate/TASK-MODEL, and what else was given)"
+    )
     how.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
     how.add_argument("--plot", metavar="FILE", help="also draw score against cost: .png, .svg or .pdf")
     made = parser.add_argument_group("text-to-image only")
@@ -114,7 +117,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="that images are compared by (default inception: FID; vit of built-in data)",
     )
     made.add_argument("--pictures", metavar="FOLDER", help="where the images made are kept")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept=kept)
+
+
+def kept(args: argparse.Namespace) -> str | None:
+    """What an interrupted run leaves behind, in words; None if nothing."""
+    folder = _folder(args)
+    if not any(folder.glob("*.jsonl")):
+        return None
+    return f"predictions so far are kept in {folder}, and the same command goes on from there"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,9 +146,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     model = args.model or _builtin_model(args)
     settings = _settings(args, model)
+    _check_fits(args, model, settings)
     predictor, scoring = _predictor(args, model, data)
     settings += _smaller(args, predictor, data, settings)
-    folder = Path(args.out or Path("turbovlm-evaluate") / f"{args.task}-{_slug(model)}")
+    folder = _folder(args)
     options = {"batch": args.batch, "workers": args.workers, "scoring": scoring}
     with _progress(len(data.samples) * len(settings)) as advance:
         study = run_study(args.task, model, predictor, data, settings, folder, **options, on_progress=advance)
@@ -199,20 +211,29 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
     check_plot(args.plot)
     check_file("--json", args.json)
-    for name in ("out", "pictures"):
-        if getattr(args, name) is not None:
-            check_folder(f"--{name}", getattr(args, name))
+    check_folder("--out", str(_folder(args)))
+    if args.pictures is not None:
+        check_folder("--pictures", args.pictures)
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    if args.workers < 0:
-        raise ConfigError(f"--workers {args.workers}: must be an integer ≥ 0")
+    from turbovlm.cli.measuring import check_making, check_workers
+
+    check_workers(args.workers)
     if args.data is None:
         for name in ("images", "split"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name} says where --data are; the built-in data have none")
     elif args.model is None and not args.check:
         raise ConfigError("--data without --model: the built-in models read the built-in data; give --model")
+    if (args.model or _builtin_model(args)).startswith("zoo:"):
+        for name, usual in (("dtype", ("float32",)), ("device", (None, "cpu")), ("prompt", (None,))):
+            if getattr(args, name) not in usual:
+                raise ConfigError(
+                    f"--{name} {getattr(args, name)}: built-in models run in float32 on the CPU, asked as they were "
+                    "trained; give --model"
+                )
+    check_making(args)
     if args.task != "text-to-image":
         for name in ("steps", "guidance_scale", "strength", "seed", "features", "pictures"):
             if getattr(args, name) is not None:
@@ -287,7 +308,12 @@ def _settings(args: argparse.Namespace, model: str) -> list[Setting]:
         raise ConfigError("--controls: text-to-image has none; benchmarks/diffusion_quality.py compares matchings")
     named = ("turbovlm", *(name for name in controls if name != "smaller"))
     found = [Setting(OWN), *methods(amounts, named, args.seeds), *_from_files(args)]
-    return found + on_quantized(args.quantize or (), [each for each in found if each.configs])
+    found += on_quantized(args.quantize or (), [each for each in found if each.configs])
+    names = [each.name for each in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--settings: several rows would be called {twice!r}; rename a file")
+    return found
 
 
 def _controls(args: argparse.Namespace) -> tuple[str, ...]:
@@ -331,7 +357,36 @@ def _progress(total: int) -> Iterator[Callable[[str, int], object]]:
         yield lambda _, done: advance(done)
 
 
-def _slug(model: str) -> str:
+ALL_CHANGE = ("split", "limit", "dtype", "prompt", "steps", "guidance_scale", "strength", "seed", "features")
+"""Options that change every prediction, the unmerged ones too: each of their values has a default folder of its own."""
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """Of the predictions."""
     from turbovlm_lab.evaluate.study import file_name
 
-    return file_name(model)
+    if args.out is not None:
+        return Path(args.out)
+    usual = {"dtype": "float32"}
+    changed = [name for name in ALL_CHANGE if getattr(args, name) != usual.get(name)]
+    data = [Path(name).stem for name in args.data or ()]
+    parts = [args.task, args.model or _builtin_model(args), *data, *(f"{n}={getattr(args, n)}" for n in changed)]
+    return Path("turbovlm-evaluate") / file_name("-".join(parts))
+
+
+def _check_fits(args: argparse.Namespace, model: str, settings: Sequence[Setting]) -> None:
+    """Refuse settings that a model from a folder or the hub does not fit before its weights are loaded."""
+    import turbovlm
+    from turbovlm.config import TurboConfig
+    from turbovlm.loading import ModelSpec
+    from turbovlm.loading.models import check_runs, load_model
+
+    spec = ModelSpec(model, "meta")
+    if spec.library not in ("transformers", "timm") or args.task == "text-to-image":
+        return
+    outline = load_model(spec)
+    merging = [setting.configs for setting in settings if setting.configs]
+    if any(isinstance(config, TurboConfig) for configs in merging for config in configs):
+        check_runs(model, outline, "meta")
+    for configs in merging:
+        turbovlm.apply(outline, *configs).remove()

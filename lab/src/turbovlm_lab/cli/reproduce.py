@@ -60,12 +60,19 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     how.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept=kept)
+
+
+def kept(args: argparse.Namespace) -> str | None:
+    """What an interrupted run leaves behind, in words; None if nothing."""
+    if not any(Path(args.out).glob("predictions/*/*.jsonl")):
+        return None
+    return f"predictions so far are kept in {args.out}, and the same command goes on from there"
 
 
 def run(args: argparse.Namespace) -> int:
     """List, write a template, check, or run and report."""
-    from turbovlm.cli.measuring import check_file, check_folder, check_numbers
+    from turbovlm.cli.measuring import check_file, check_folder, check_numbers, check_workers
     from turbovlm_lab.reproduce.sources import write_template
     from turbovlm_lab.reproduce.studies import chosen, every_study
 
@@ -80,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     check_numbers(args, "batch", "images")
     check_folder("--out", args.out)
-    if args.workers < 0:
-        raise ConfigError(f"--workers {args.workers}: must be an integer ≥ 0")
+    check_workers(args.workers)
     if not args.what:
         raise ConfigError("name what to reproduce: all, table5, figure4 …; --list says what there is")
     studies = chosen(args.what)

@@ -48,6 +48,11 @@ def asked(
         needs_java()
     if task != "text-to-image":
         return load_predictor(task, spec, data, making, None), None
+    if len(data.samples) < 2 or len(data.real) < 2:
+        raise ConfigError(
+            f"{data.name}: {LABELS[features]} compares distributions: at least 2 prompts and 2 real images are needed, "
+            f"better thousands; there are {len(data.samples)} and {len(data.real)}"
+        )
     compared = features_named(features, spec.device)
     real = features_of(data.real, compared)
     if making.strength is not None and not any(sample.images for sample in data.samples):

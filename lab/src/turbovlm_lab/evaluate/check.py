@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,9 @@ def check(data: Data, on_progress: Callable[[int], object] = lambda done: None) 
         The data without what cannot be used, and what is wrong, a line each, what the reader left out first.
     """
     images = {image.name: image for sample in data.samples for image in sample.images}
-    with ThreadPoolExecutor(THREADS) as threads:
+    with contextlib.ExitStack() as ending:
+        threads = ThreadPoolExecutor(THREADS)
+        ending.callback(threads.shutdown, cancel_futures=True)  # at Ctrl-C the rest need not be decoded
         wrong = {name: threads.submit(_wrong_image, image) for name, image in images.items()}
         masks = threads.map(_wrong_mask, (sample.mask for sample in data.samples))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 import turbovlm
 from turbovlm.config import Config, TurboConfig
 from turbovlm.errors import DataError
+from turbovlm.loading.spec import of_library, reason
 from turbovlm.profile.pipelines import find_denoiser
 from turbovlm.profile.quantize import quantized
 from turbovlm_lab.evaluate.data import Sample
@@ -178,6 +180,7 @@ def batches(
         batch,
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=_leave_interruptions if workers else None,
         **how,  # type: ignore[arg-type]
     )
     for ready in loader:
@@ -185,6 +188,11 @@ def batches(
             if isinstance(item, DataError):
                 raise item
         yield ready
+
+
+def _leave_interruptions(_: int) -> None:
+    """Ctrl-C reaches the workers too; the process that they read images for ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -199,7 +207,13 @@ class _Prepared:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Any:
+        sample = self.samples[index]
         try:
-            return self.prepare(self.samples[index], self.image_size)
+            return self.prepare(sample, self.image_size)
         except DataError as error:
             return error
+        except Exception as error:  # processors have many kinds, such as for an image of one row
+            if not of_library(error):
+                raise
+            names = ", ".join(image.name for image in sample.images) or "no image"
+            return DataError(f"{sample.id} ({names}): the model's processor does not take it: {reason(error)}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from turbovlm.config import Config
 from turbovlm.encoder.towers import find_towers
 from turbovlm.errors import ConfigError
+from turbovlm.ops import LayeredDegree
 from turbovlm.profile.macs import counting
 from turbovlm.profile.quantize import weight_bytes
 from turbovlm_lab.evaluate.data import Sample
@@ -79,7 +81,24 @@ def methods(amounts: Sequence[Config], names: Sequence[str] = tuple(METHODS), se
 
 def by_method(amount: Config, name: str) -> Config:
     """The settings with those of a method that their class has, such as the degree."""
-    return replace(amount, **{field: value for field, value in METHODS[name].items() if hasattr(amount, field)})
+    changes = {field: value for field, value in METHODS[name].items() if hasattr(amount, field)}
+    config: Config = amount.changed(**changes)
+    return config
+
+
+def named(config: Config) -> str:
+    """Every field that is not the default's, as text: one name for one config."""
+    default = {each.name: each.default for each in fields(config)}
+    changed = {name: value for name, value in vars(config).items() if value != default[name]}
+    return ", ".join(f"{name}={_text(value)}" for name, value in changed.items())
+
+
+def _text(value: Any) -> str:
+    if value is evenly:
+        return "evenly"
+    if callable(value) and not isinstance(value, LayeredDegree):
+        return getattr(value, "__name__", type(value).__name__)
+    return str(value) if isinstance(value, str | LayeredDegree) else json.dumps(value)
 
 
 def on_quantized(kinds: Sequence[str], settings: Sequence[Setting]) -> list[Setting]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,13 +14,17 @@ from typing import Any
 
 from turbovlm.config import Config, ReadConfig
 from turbovlm.errors import ConfigError, DataError
+from turbovlm.loading import running
 from turbovlm.ops import LayeredDegree
 from turbovlm_lab.evaluate import statistics
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.run import Predictor, Setting, predict_all, read_predictions
 from turbovlm_lab.evaluate.scoring import Score, agreement, scores
-from turbovlm_lab.evaluate.settings import mean_macs, weights_of
+from turbovlm_lab.evaluate.settings import mean_macs, named, weights_of
 from turbovlm_lab.evaluate.statistics import Interval
+
+LONGEST, DIGITS = 120, 8
+"""Characters of a file's name, and of those that stand for what was cut."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ def run_study(
     Raises:
         ConfigError: the first setting merges, or two have one name.
         DataError: the folder holds another study or cannot be written, or an image does not decode.
+        TurboError: the model itself, unmerged, does not run.
         UnsupportedModelError: a setting cannot be had. All but images is seen before the model is asked.
     """
     names = [setting.name for setting in settings]
@@ -119,12 +125,14 @@ def run_study(
     except OSError as error:
         raise DataError(f"{folder}: predictions cannot be kept there ({error.strerror})") from error
     headers = {setting.name: header_of(task, model, data, setting, predictor.about) for setting in settings}
-    files = {name: folder / f"{file_name(name)}.jsonl" for name in names}
+    files = {setting.name: folder / f"{name_with_settings(setting)}.jsonl" for setting in settings}
     for name in names:
         read_predictions(files[name], headers[name])
     whole = any(isinstance(config, ReadConfig) for setting in settings for config in setting.configs)
     weights = {kind: weights_of(predictor, kind) for kind in dict.fromkeys(setting.quantize for setting in settings)}
-    costs = {setting.name: mean_macs(predictor, data.samples, setting, whole) for setting in settings}
+    with running(model):
+        costs = {first.name: mean_macs(predictor, data.samples, first, whole)}
+    costs |= {setting.name: mean_macs(predictor, data.samples, setting, whole) for setting in settings[1:]}
     judged = scoring or (lambda data, predictions: scores(task, data, predictions))
     rows: list[Row] = []
     own: list[Any] = []
@@ -132,9 +140,10 @@ def run_study(
     for setting in settings:
         progress = _progress_of(setting.name, on_progress)
         file, header = files[setting.name], headers[setting.name]
-        found = predict_all(
-            predictor, data.samples, setting, file, header, batch=batch, workers=workers, on_progress=progress
-        )
+        with running(model) if setting is first else contextlib.nullcontext():
+            found = predict_all(
+                predictor, data.samples, setting, file, header, batch=batch, workers=workers, on_progress=progress
+            )
         own = own or found
         reached = judged(data, found)
         own_scores = own_scores or reached
@@ -158,9 +167,19 @@ def header_of(
     return known if setting.quantize is None else {**known, "quantize": setting.quantize}
 
 
+def name_with_settings(setting: Setting) -> str:
+    """The name of a setting's file, which says the settings too: other settings of the same name are kept apart."""
+    size = [] if setting.image_size is None else [f"{setting.image_size} pixels"]
+    parts = [text for text in (*map(named, setting.configs), *size) if text not in setting.name]
+    return file_name(", ".join((setting.name, *parts)))
+
+
 def file_name(text: str) -> str:
-    """A setting's name as that of a file."""
-    return re.sub(r"[^\w.=-]+", "-", text.lower()).strip("-")
+    """A text as the name of a file; a long one is cut, and what it was is told by a few digits at the end."""
+    whole = re.sub(r"[^\w.=-]+", "-", text.lower()).strip("-")
+    if len(whole) <= LONGEST:
+        return whole
+    return f"{whole[: LONGEST - DIGITS - 1]}-{hashlib.sha256(whole.encode()).hexdigest()[:DIGITS]}"
 
 
 def _plain(config: Config) -> Mapping[str, Any]:

@@ -303,4 +303,5 @@ def _scaled(count: int) -> int:
 
 
 def _at(method: dict[str, Any], **amount: Any) -> TurboConfig:
-    return dataclasses.replace(TurboConfig(**amount), **method)
+    config: TurboConfig = TurboConfig(**amount).changed(**method)
+    return config

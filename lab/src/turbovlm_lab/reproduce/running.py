@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from turbovlm.config import Config, TurboConfig
-from turbovlm.ops import LayeredDegree
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.run import Predictor, Setting
 from turbovlm_lab.evaluate.settings import (
@@ -20,7 +16,7 @@ from turbovlm_lab.evaluate.settings import (
     SMALLER,
     by_method,
     encoder_macs,
-    evenly,
+    named,
     nearest_size,
     size_costs,
 )
@@ -177,16 +173,3 @@ def largest_savings(source: Source, methods: Sequence[str], on_progress: Progres
                 high = middle
         found[method] = best
     return found
-
-
-def named(config: Config) -> str:
-    """Every field that is not the default's, as text: one name for one config."""
-    default = {each.name: each.default for each in dataclasses.fields(config)}
-    changed = {name: value for name, value in vars(config).items() if value != default[name]}
-    return ", ".join(f"{name}={_text(value)}" for name, value in changed.items())
-
-
-def _text(value: Any) -> str:
-    if value is evenly:
-        return "evenly"
-    return str(value) if isinstance(value, str | LayeredDegree) else json.dumps(value)

@@ -161,7 +161,20 @@ def read_sources(path: Path, known: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise DataError(f"{path}: {name!r} is no task or comparison; `turbovlm reproduce --list` names them")
         if not isinstance(entry, dict) or not {*REQUIRED} <= entry.keys() <= {*REQUIRED, *OPTIONAL}:
             raise DataError(f"{path}: {name!r} must have {' and '.join(REQUIRED)}, and may have {', '.join(OPTIONAL)}")
+        for key, value in entry.items():
+            if not _fits(key, value):
+                raise DataError(f"{path}: {name!r} has {key}={value!r}; must be {_KINDS.get(key, 'a text')}")
     return content
+
+
+_KINDS = {"data": "a text or a list of texts", "limit": "an integer ≥ 1", "steps": "an integer ≥ 1"}
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key in ("limit", "steps"):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    texts = value if key == "data" and isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) for text in texts)
 
 
 def write_template(path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from turbovlm.apply import apply
-from turbovlm.calibration.outputs import Measure, count_images, default_measure, measured_parts, select_images
+from turbovlm.calibration.drift import Part
+from turbovlm.calibration.outputs import Measure, count_images, default_measure, measured_parts, select_images, sizes_of
 from turbovlm.calibration.schedule_search import EncoderCost, schedule_search
 from turbovlm.calibration.speed import measure_speedup
 from turbovlm.calibration.subject import Found, Spread, Subject, Trial
@@ -59,7 +60,7 @@ class EncoderSubject(Subject):
     effort: int = 100
     encoder: EncoderCost = field(init=False)
 
-    about = "a model with vision encoders, and images: a tensor, or a mapping of tensors by name"
+    about = "a model with vision encoders, and images: a tensor, or tensors by name, or a list of several sizes"
     noun = "images"
     config, whole = TurboConfig, 0
     found = (*AMOUNTS, "min_tokens", "thresholds", "grid")
@@ -70,32 +71,49 @@ class EncoderSubject(Subject):
 
     def __post_init__(self) -> None:
         self._measured = self.measure or default_measure(self.model)
+        self._sizes = sizes_of(self.samples)
         super().__post_init__()
+        tokens: dict[int, int] = {}
         with apply(self.model, replace(self.base, r=1, dense=True)) as handle:
-            self.run([0], 1)
             features: Any = handle.features
-        depths = {feature.shape.depth for feature in features}
-        if len(depths) > 1:
-            raise ConfigError(f"the model's encoders have {sorted(depths)} blocks: calibrate one of them at a time")
-        source = None if features[0].last is None else features[0].last.source()
-        if source is None:
-            raise ConfigError("measure: the model's vision encoder has not run")
-        self.encoder = EncoderCost(features[0].shape, source.shape[1])
+            depths = {feature.shape.depth for feature in features}
+            if len(depths) > 1:
+                raise ConfigError(f"the model's encoders have {sorted(depths)} blocks: calibrate one of them at a time")
+            for places in self._sizes.values():
+                self.run(places[:1], 1)
+                source = None if features[0].last is None else features[0].last.source()
+                if source is None:
+                    raise ConfigError("measure: the model's vision encoder has not run")
+                tokens[source.shape[1]] = tokens.get(source.shape[1], 0) + len(places)
+        (first, images), *others = tokens.items()
+        self.encoder = EncoderCost(features[0].shape, first, tuple(others), images)
         self.flat = (1.0,) * self.encoder.shape.depth
 
     @staticmethod
     def count_samples(samples: Any) -> int:
         return count_images(samples)
 
-    def outputs(self, config: TurboConfig | None, samples: Sequence[int]) -> list[Tensor]:
+    def outputs(self, config: TurboConfig | None, samples: Sequence[int]) -> Sequence[Part]:
         if config is None:
             return self.run(samples, self.batch)
         with apply(self.model, replace(config, dense=True)):
             return self.run(samples, 1 if config.thresholds else self.batch)
 
+    def run(self, samples: Sequence[int], batch: int) -> Sequence[Part]:
+        """What the model, as it is now, gives: per part `[len(samples), tokens, width]`, or one each of a list."""
+        if len(self._sizes) == 1:
+            return self._run(samples, batch)
+        found: dict[int, list[Tensor]] = {}
+        for places in self._sizes.values():
+            some = sorted({*samples} & {*places})
+            if some:
+                parts = self._run(some, batch)
+                found |= {index: [part[i] for part in parts] for i, index in enumerate(some)}
+        return [list(part) for part in zip(*(found[index] for index in samples))]
+
     @torch.inference_mode()
-    def run(self, samples: Sequence[int], batch: int) -> list[Tensor]:
-        """What the model, as it is now, gives: per part `[len(samples), tokens, width]`."""
+    def _run(self, samples: Sequence[int], batch: int) -> list[Tensor]:
+        """Of images of one size."""
         seen = []
         for start in range(0, len(samples), batch):
             chunk = samples[start : start + batch]
@@ -108,8 +126,8 @@ class EncoderSubject(Subject):
         return self.encoder.share(config.r)
 
     def speedup(self, config: TurboConfig) -> float:
-        """Measured on one batch of images."""
-        images = select_images(self.samples, range(min(self.batch, self.count)))
+        """Measured on one batch of images, of the size of most of them."""
+        images = select_images(self.samples, next(iter(self._sizes.values()))[: self.batch])
         return measure_speedup(self.model, (config,), lambda model: self._measured(model, images))
 
     def trials(self, amount: float) -> list[Trial]:
@@ -140,4 +158,5 @@ class EncoderSubject(Subject):
         alpha = config.alpha
         if alpha is None and not callable(config.degree):
             alpha = default_alpha(config.degree)
-        return replace(config, similarity=feature.similarity, guidance=feature.guidance, alpha=alpha)
+        settled: TurboConfig = config.changed(similarity=feature.similarity, guidance=feature.guidance, alpha=alpha)
+        return settled

@@ -1,0 +1,1 @@
+"""Any model, any setting, any order of calls: what must hold, drawn by hypothesis (`make fuzz`)."""
