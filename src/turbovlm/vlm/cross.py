@@ -19,6 +19,7 @@ from torch import Tensor
 
 from turbovlm.config import ReadConfig
 from turbovlm.encoder.layout import fetch, library_version, path_of
+from turbovlm.encoder.refusals import reads
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.ops.attention import size_bias
 from turbovlm.ops.tracing import is_readable
@@ -228,7 +229,8 @@ def find_cross(model: nn.Module, config: ReadConfig) -> CrossFeature:
             )
         return CrossFeature(config, family.family, place, len(layers))
     known = ", ".join(family.family for family in families("vlm") if family.cross_layers)
+    other = "; visual_keep shortens what its language model reads" if reads(model, "visual_keep") else ""
     raise UnsupportedModelError(
         f"{amount}: {type(model).__name__} has no text model that reads an image by cross-attention, as far as "
-        f"turbovlm knows; supported: {known}. visual_keep shortens what language models read in place of placeholders"
+        f"turbovlm knows; supported: {known}{other}"
     )

@@ -169,11 +169,6 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         )
     tower = fetch(part, family.tower)
     block, blocks = family.guide(part), blocks_of(tower)
-    if not -len(blocks) <= block < len(blocks):
-        raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {family.family}'s config reads the tower's block {block} last (as in "
-            f"fullatt_block_indexes or vision_feature_layer), and the tower has {len(blocks)} blocks"
-        )
     guide = blocks[block]
     path = next(path for path, module in part.named_modules() if module is guide)
     layout, cls, prefix = None, False, 0
