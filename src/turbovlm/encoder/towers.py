@@ -16,33 +16,10 @@ from torch import Tensor
 from turbovlm.encoder.families import multimodal, text
 from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.encoder.reading import reads_all, unknown_owner
+from turbovlm.encoder.refusals import beside_text, instead, nothing_found
 from turbovlm.errors import UnsupportedModelError
-from turbovlm.registry import class_paths, families, family_of
+from turbovlm.registry import class_paths, family_of
 from turbovlm.vlm.families import several_layers
-
-WINDOWED = "windowed attention in hierarchical stages needs its grid"
-PATCH_MERGER = "the 2x2 patch merger that follows needs the grid; visual_keep shortens what the language model reads"
-REFUSED = {
-    "timm.models.swin_transformer.SwinTransformerBlock": WINDOWED,
-    "timm.models.swin_transformer_v2.SwinTransformerV2Block": WINDOWED,
-    "timm.models.vision_transformer.ResPostBlock": "the norm comes after the residual branch, not before it",
-    "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run side by side",
-    "timm.models.vision_transformer.ParallelThingsBlock": "several attentions and MLPs run side by side",
-    "timm.models.eva.EvaBlockPostNorm": "the norm comes after the residual branch, not before it",
-    "timm.models.beit.Block": "its relative position bias is a table over pairs of grid positions",
-    "transformers.models.swin.modeling_swin.SwinLayer": WINDOWED,
-    "transformers.models.swinv2.modeling_swinv2.Swinv2Layer": WINDOWED,
-    "transformers.models.sam.modeling_sam.SamVisionLayer": "windowed attention and relative positions need the grid",
-    "transformers.models.hiera.modeling_hiera.HieraLayer": "mask units pool over the grid between stages",
-    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": PATCH_MERGER,
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock": (
-        f"its windowed attention needs the grid, and {PATCH_MERGER}"
-    ),
-    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": PATCH_MERGER,
-    "open_clip.transformer.CustomResidualAttentionBlock": "its attention scales heads or cosines in its own way",
-}
-"""Blocks that are known and cannot lose tokens, with the reason."""
-
 
 @dataclass(frozen=True)
 class Tower:
@@ -175,8 +152,10 @@ def find_towers(model: nn.Module) -> list[Tower]:
         else:
             grouped.setdefault(tower, []).append((name, module, layout))
     if not grouped:
-        raise UnsupportedModelError(_nothing_found(model, modules, strays))
+        raise UnsupportedModelError(nothing_found(model, modules, strays))
     images = {name: blocks for name, blocks in grouped.items() if not blocks[0][2].text}
+    if not images and (reason := beside_text(model, grouped)):
+        raise UnsupportedModelError(reason)
     return [_tower(name, modules, blocks) for name, blocks in (images or grouped).items()]
 
 
@@ -229,21 +208,22 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
     if part is not None and vlm is not None and vlm.merges_inside:
         if several_layers(part):
             raise UnsupportedModelError(
-                f"{name} cannot lose tokens: {vlm.family} reads several blocks' outputs; visual_keep shortens what "
-                "the language model reads"
+                f"{name} cannot lose tokens: {vlm.family} reads several blocks' outputs{instead(modules[''])}"
             )
         found = found[: len(found) + vlm.guide(part) + 1]
         restore, hands_out, unknown = True, False, None
     else:
         for ancestor in around:
             if reason := multimodal.placeholders(ancestor):
-                raise UnsupportedModelError(f"{name or type(module).__name__} cannot lose tokens: {reason}")
+                title, other = name or type(module).__name__, instead(modules[""])
+                raise UnsupportedModelError(f"{title} cannot lose tokens: {reason}{other}")
         unknown, hands_out = unknown_owner(module, around), True
         pools = layout.pools(module) if callable(layout.pools) else layout.pools
         restore = reads_all(layout, module, around) or (unknown is not None and not pools)
     for path, block, _ in found:
         if layout.refuse is not None and (reason := layout.refuse(module, block, around)):
-            raise UnsupportedModelError(f"{path} ({layout.family}) cannot be accelerated: {reason}")
+            other = instead(modules[""])
+            raise UnsupportedModelError(f"{path} ({layout.family}) cannot be accelerated: {reason}{other}")
     prefix, suffix, cls = (layout.of_tower(field, module) for field in ("prefix", "suffix", "cls"))
     return Tower(
         name=name,
@@ -264,29 +244,3 @@ def _ancestors(name: str) -> list[str]:
     """Paths of a module and all around it, innermost first: `"a.b"` gives `["a.b", "a", ""]`."""
     parts = name.split(".") if name else []
     return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
-
-
-def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], strays: dict[str, str]) -> str:
-    lines = [f"{type(model).__name__} has no block that turbovlm can accelerate."]
-    for path, reason in sorted({**_refused(modules), **strays}.items()):
-        lines.append(f"  {path}: {reason}")
-    known = set(strays) | set(REFUSED)
-    repeated = sorted(path for path in _repeated_blocks(modules) if path not in known)
-    if repeated:
-        lines.append(f"  Blocks found: {', '.join(repeated)}")
-    lines.append(f"  Supported: {', '.join(layout.family for layout in families('encoder'))}")
-    return "\n".join(lines)
-
-
-def _refused(modules: dict[str, nn.Module]) -> dict[str, str]:
-    return {path: REFUSED[path] for module in modules.values() for path in class_paths(module) if path in REFUSED}
-
-
-def _repeated_blocks(modules: dict[str, nn.Module]) -> set[str]:
-    """Classes of which a list or sequence in the model holds several: what a reader would call its blocks."""
-    found = set()
-    for module in modules.values():
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            classes = [class_paths(child)[0] for child in module]
-            found |= {path for path in classes if classes.count(path) > 1 and not path.startswith("torch.nn.")}
-    return found or {class_paths(child)[0] for child in modules[""].children()}

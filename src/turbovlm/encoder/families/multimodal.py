@@ -28,10 +28,7 @@ def _longest_text_and_image(tower: Any) -> dict[str, Tensor | None]:
 
 
 def _needs_grid(tower: Any, block: Any, ancestors: Around) -> str | None:
-    return (
-        "the squares of patches that its visual tokens are made of need the grid; visual_keep shortens what the "
-        "language model reads"
-    )
+    return "the squares of patches that its visual tokens are made of need the grid"
 
 
 def _internvl_project(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,6 +178,6 @@ def placeholders(module: nn.Module) -> str | None:
         if getattr(config, name, None) is not None:
             return (
                 f"{type(module).__name__} has one placeholder per visual token in its prompt ({name} in its config): "
-                "a shorter tower output would not fit them; visual_keep shortens what the language model reads"
+                "a shorter tower output would not fit them"
             )
     return None
