@@ -263,7 +263,7 @@ WRONG = {
     "no images, in the older spelling": (["all", "--builtin", "--pictures", "0"], "--images 0: must be an integer ≥ 1"),
     "quick and many": (["all", "--builtin", "--quick", "--images", "9"], "give --quick or --images"),
     "bf16 of built-in": (["all", "--builtin", "--dtype", "bfloat16"], "built-in models run in float32"),
-    "workers": (["all", "--builtin", "--workers", "-1"], "--workers -1: must be an integer ≥ 0"),
+    "workers": (["all", "--builtin", "--workers", "-1"], "--workers -1: must be an integer from 0 to"),
 }
 
 

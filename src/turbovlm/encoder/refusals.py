@@ -10,23 +10,56 @@ from collections.abc import Collection, Mapping
 import torch.nn as nn
 
 from turbovlm.config import READINGS, ReadConfig
-from turbovlm.encoder.obstacles import Part, ancestors, arguments_of, is_causal, obstacle, parts_of, stems_of
+from turbovlm.encoder.obstacles import CAUSAL, Part, ancestors, arguments_of, is_causal, obstacle, parts_of, stems_of
 from turbovlm.errors import TurboError
-from turbovlm.registry import class_paths
+from turbovlm.registry import class_paths, family_of
 
-KNOWN = "docs/models.md lists the models that are supported"
+KNOWN = "docs/models.md lists what is supported"
 SQUARES = "squares of patches are joined behind its blocks, which needs the grid"
 RESIDUAL_NORMS = "its norms stand behind attention and MLP, before the residual is added, as in no layout yet"
+DISENTANGLED = "its attention adds scores of relative positions, which a merged token does not have"
+SPARSE = "its attention is sparse over blocks or hashes of tokens, and not softmax(QKᵀ)"
+_MODELS = "transformers.models"
 REFUSED = {
+    **dict.fromkeys(
+        (
+            f"{_MODELS}.bloom.modeling_bloom.BloomBlock",
+            f"{_MODELS}.mpt.modeling_mpt.MptBlock",
+            f"{_MODELS}.xglm.modeling_xglm.XGLMDecoderLayer",
+            f"{_MODELS}.imagegpt.modeling_imagegpt.ImageGPTBlock",
+            f"{_MODELS}.openai.modeling_openai.Block",
+            f"{_MODELS}.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseLayer",
+        ),
+        CAUSAL,
+    ),
+    **dict.fromkeys(
+        (
+            f"{_MODELS}.deberta.modeling_deberta.DebertaLayer",
+            f"{_MODELS}.deberta_v2.modeling_deberta_v2.DebertaV2Layer",
+            f"{_MODELS}.sew_d.modeling_sew_d.SEWDLayer",
+        ),
+        DISENTANGLED,
+    ),
+    **dict.fromkeys(
+        (
+            f"{_MODELS}.big_bird.modeling_big_bird.BigBirdLayer",
+            f"{_MODELS}.bigbird_pegasus.modeling_bigbird_pegasus.BigBirdPegasusEncoderLayer",
+            f"{_MODELS}.pegasus_x.modeling_pegasus_x.PegasusXEncoderLayer",
+            f"{_MODELS}.reformer.modeling_reformer.ReformerLayer",
+            f"{_MODELS}.yoso.modeling_yoso.YosoLayer",
+            f"{_MODELS}.mra.modeling_mra.MraLayer",
+        ),
+        SPARSE,
+    ),
     "timm.models.vision_transformer.ResPostBlock": RESIDUAL_NORMS,
     "timm.models.eva.EvaBlockPostNorm": RESIDUAL_NORMS,
     "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run side by side",
     "timm.models.vision_transformer.ParallelThingsBlock": "several attentions and MLPs run side by side",
-    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": SQUARES,
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock": (
+    f"{_MODELS}.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": SQUARES,
+    f"{_MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock": (
         f"its windowed attention needs the grid, and {SQUARES}"
     ),
-    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": SQUARES,
+    f"{_MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": SQUARES,
     "open_clip.transformer.CustomResidualAttentionBlock": "its attention scales heads or cosines in its own way",
 }
 """Blocks, by the path of their class, whose reason their modules do not show."""
@@ -59,12 +92,15 @@ def nothing_found(model: nn.Module, modules: Mapping[str, nn.Module], strays: Ma
     told = images or encoders or parts
     if not told:
         children = ", ".join(dict.fromkeys(type(child).__name__ for child in model.children()))
+        if any(isinstance(module, nn.Conv2d | nn.Conv3d) for module in modules.values()):
+            return f"{which}: no attention: it is a convolutional network of {children}; {KNOWN}"
         return f"{which}: it holds no repeated blocks, only {children or 'parameters'}; {KNOWN}"
-    reasons = dict.fromkeys(
-        f"{part.title}: {_reason(part, strays)}" if part.name else _reason(part, strays) for part in told
-    )
+    attending = [part for part in told if part.attention_blocks]
+    told = attending + [part for part in images if part not in attending] if attending else told
+    titles = [f"{part.title}: " if part.name or len(told) > 1 else "" for part in told]
+    reasons = list(dict.fromkeys(title + _reason(part, strays) for title, part in zip(titles, told)))
     more = f"; and {len(reasons) - _SHOWN} parts more" if len(reasons) > _SHOWN else ""
-    return f"{which}: {'; '.join(list(reasons)[:_SHOWN])}{more}{instead(model)}; {KNOWN}"
+    return f"{which}: {'; '.join(reasons[:_SHOWN])}{more}{instead(model)}; {KNOWN}"
 
 
 def beside_text(model: nn.Module, texts: Collection[str]) -> str | None:
@@ -79,11 +115,25 @@ def beside_text(model: nn.Module, texts: Collection[str]) -> str | None:
         module = model.get_submodule(path[0])
         parts = [] if path[0] in around else parts_of(module)
         reason = _reason(parts[0], {}) if parts else "turbovlm knows no encoder in it"
+        title = f"{path[0]} ({type(module).__name__})" if path[0] else "it"
         return (
-            f"{type(model).__name__} has no block that turbovlm can accelerate: {path[0]} ({type(module).__name__}) reads "
-            f"its {kind}: {reason}; apply to {min(texts)} alone to merge words; {KNOWN}"
+            f"{type(model).__name__} has no block that turbovlm can accelerate: {title} reads {kind}: {reason}"
+            f"{_words(model, texts)}; {KNOWN}"
         )
     return None
+
+
+def _words(model: nn.Module, texts: Collection[str]) -> str:
+    """That a text encoder at one of the paths `texts` can be accelerated by itself, where that is so."""
+    from turbovlm.encoder.towers import find_towers  # which asks this module
+
+    for text in sorted(texts):
+        try:
+            find_towers(model.get_submodule(text))
+        except TurboError:
+            continue
+        return f"; to merge words, apply to {text} alone"
+    return ""
 
 
 def instead(model: nn.Module) -> str:
@@ -93,7 +143,7 @@ def instead(model: nn.Module) -> str:
             return f"; {setting} shortens what {what} reads"
     parts = parts_of(model)
     if any(part.reads == {"images"} for part in parts) and any(is_causal(part) for part in parts):
-        return f"; {' and '.join(READINGS)} do not know it either"
+        return "; visual_keep has no reader for it either"
     return ""
 
 
@@ -101,8 +151,11 @@ def reads(model: nn.Module, setting: str) -> bool:
     """Whether `visual_keep` or `cross_keep` is supported for a model, by asking for it."""
     from turbovlm.vlm.install import find_readings  # which finds blocks by means of this package
 
+    if not any(family_of("vlm", module) for module in model.modules()):
+        return False
+    config = ReadConfig(0.5) if setting == "visual_keep" else ReadConfig(cross_keep=0.5)
     try:
-        find_readings(model, ReadConfig(**{setting: 0.5}))
+        find_readings(model, config)
     except TurboError:
         return False
     return True

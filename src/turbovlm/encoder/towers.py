@@ -21,6 +21,7 @@ from turbovlm.errors import UnsupportedModelError
 from turbovlm.registry import class_paths, family_of
 from turbovlm.vlm.families import several_layers
 
+
 @dataclass(frozen=True)
 class Tower:
     """An encoder found in a model.
@@ -154,8 +155,8 @@ def find_towers(model: nn.Module) -> list[Tower]:
     if not grouped:
         raise UnsupportedModelError(nothing_found(model, modules, strays))
     images = {name: blocks for name, blocks in grouped.items() if not blocks[0][2].text}
-    if not images and (reason := beside_text(model, grouped)):
-        raise UnsupportedModelError(reason)
+    if not images and (refusal := beside_text(model, grouped)):
+        raise UnsupportedModelError(refusal)
     return [_tower(name, modules, blocks) for name, blocks in (images or grouped).items()]
 
 

@@ -11,10 +11,10 @@ import torch.nn as nn
 
 from turbovlm.config import READINGS, ReadConfig
 from turbovlm.encoder.layout import Layout, fetch, library_version
-from turbovlm.encoder.towers import layout_of
-from turbovlm.errors import ConfigError, UnsupportedModelError
+from turbovlm.encoder.towers import find_towers, layout_of
+from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import Feature, Patch, check_forwards
-from turbovlm.registry import families, family_of
+from turbovlm.registry import family_of
 from turbovlm.threads import PerThread
 from turbovlm.vlm.around import encode_apart, fills_itself, refusal
 from turbovlm.vlm.cross import find_cross
@@ -149,8 +149,8 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     found = [(name, part, family) for name, part in model.named_modules() if (family := family_of("vlm", part))]
     if not found:
         raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model that reads visual tokens, "
-            f"as far as turbovlm knows; supported: {', '.join(family.family for family in families('vlm'))}"
+            f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model of which turbovlm knows "
+            f"how it reads images; docs/language.md lists those that are supported{merges_inside(model)}"
         )
     name, part, family = found[0]
     others = [other for other, module, of in found[1:] if fetch(module, of.tower) is not fetch(part, family.tower)]
@@ -185,3 +185,12 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         raise ConfigError(f"guidance='cls': {family.family}'s tower has no CLS token; use 'mean' or 'auto'")
     guidance = ("cls" if cls else "mean") if config.guidance == "auto" else config.guidance
     return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance)
+
+
+def merges_inside(model: nn.Module) -> str:
+    """That `r`, `keep` or `flops` work on a model that is refused here, where they do."""
+    try:
+        towers = find_towers(model)
+    except TurboError:
+        return ""
+    return f"; r, keep or flops merge in {towers[0].title}"
