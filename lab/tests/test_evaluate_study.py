@@ -17,7 +17,7 @@ from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.run import Setting
 from turbovlm_lab.evaluate.scoring import agreement, decode_map, encode_map, scores
 from turbovlm_lab.evaluate.settings import OWN, methods, smaller
-from turbovlm_lab.evaluate.study import name_with_settings, header_of, run_study
+from turbovlm_lab.evaluate.study import header_of, name_with_settings, run_study
 
 
 def grey(value, name="p"):
