@@ -325,9 +325,9 @@ def test_a_block_that_computes_something_else_is_refused(vit):
 
 
 REFUSED = [
-    (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "windowed attention"),
+    (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "hierarchy of stages"),
     (lambda: timm.create_model("resnet18"), "BasicBlock"),
-    (lambda: timm.create_model("beit_base_patch16_224", depth=2), "relative position bias"),
+    (lambda: timm.create_model("beit_base_patch16_224", depth=2), "relative_position_bias_table"),
     (lambda: timm.create_model("vit_srelpos_small_patch16_224", depth=2), "RelPosBlock|not inside"),
     (lambda: timm.create_model("vit_tiny_patch16_224", depth=2, block_fn=_parallel()), "side by side"),
     (lambda: nn.Sequential(nn.Linear(2, 2)), "Linear"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -263,13 +264,31 @@ def _module_of(model: Any) -> nn.Module:
         return model
     denoiser = denoiser_of(model)
     if denoiser is None:
-        parts = getattr(model, "__dict__", {}).items()
-        inside = [f"{name} ({type(part).__name__})" for name, part in parts if isinstance(part, nn.Module)]
-        found = f": it has {', '.join(inside)}, and neither of {', '.join(DENOISERS)}" if inside else ""
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is no torch.nn.Module{found}: apply to the model inside it"
-        )
+        raise UnsupportedModelError(_no_module(model))
     return denoiser
+
+
+def _no_module(model: Any) -> str:
+    """What stands in for a model that is none, and what to give instead."""
+    from turbovlm.encoder.refusals import CLOSED
+
+    if isinstance(model, str | PathLike):
+        return f"{str(model)!r} is a name, no model: load it first, as by transformers.AutoModel.from_pretrained"
+    if isinstance(model, type):
+        return f"{model.__name__} is a class, no model: apply to an instance of it"
+    if isinstance(model, list | tuple | dict):
+        return (
+            f"{type(model).__name__} is no torch.nn.Module: apply to each of the {len(model)} things in it that is one"
+        )
+    for path in class_paths(model):
+        if path in CLOSED:
+            return f"{type(model).__name__}: {CLOSED[path]}: apply to the model before it is traced"
+    parts = getattr(model, "__dict__", {}).items()
+    inside = [f"{name} ({type(part).__name__})" for name, part in parts if isinstance(part, nn.Module)]
+    if inside:
+        found = f"it has {', '.join(inside)}, and neither of {', '.join(DENOISERS)}: apply to the model inside it"
+        return f"{type(model).__name__} is no torch.nn.Module: {found}"
+    return f"{type(model).__name__} is no torch.nn.Module, and holds none: apply to a PyTorch model"
 
 
 def denoiser_of(pipe: Any) -> nn.Module | None:

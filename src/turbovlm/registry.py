@@ -106,8 +106,8 @@ def named(kind: str, path: str) -> Any:
     return _FAMILIES[kind][path]
 
 
-def class_paths(module: nn.Module) -> list[str]:
-    """Dotted paths of a module's class and its bases."""
+def class_paths(module: Any) -> list[str]:
+    """Dotted paths of the class of a module, or of anything else, and its bases."""
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 

@@ -5,32 +5,17 @@ Nothing is run, and no library is imported. Where the modules do not tell, what 
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
 
-Named = tuple[str, nn.Module]
-"""A module and its path."""
+from turbovlm.encoder.parts import KEY, PACKED, QUERY, RECURRENT, Named, Part, is_attention, is_linear, within
 
-_AFFIXES = (
-    r"(?:a|b|s|head|heads|proj|projs|projection|lin|linear|layer|dense|conv|weight|withmqa|net|func|in|global|local)*"
-)
-_PREFIXES = r"(?:to|project|w|lin|linear|proj|conv|in|attn|self|mix|c)*"
-QUERY = re.compile(rf"{_PREFIXES}(?:q|query|queries){_AFFIXES}")
-KEY = re.compile(rf"{_PREFIXES}(?:k|key|keys|kv|keyvalue){_AFFIXES}")
-PACKED = re.compile(
-    rf"(?:{_PREFIXES}(?:qkv|qk|querykeyvalue|querieskeysvalues){_AFFIXES}|cattn|attproj|wpack|inprojweight|qkvmem)"
-)
-RECURRENT = re.compile(
-    r"A_log|A_logs|dt_proj|dt_bias|receptance|time_decay|time_mix_\w+|rg_lru|recurrent_gate_weight|igate_preact|ssm|mamba"
-)
 CROSS = re.compile(r"(?:multi_?head_?)?(?:cross_?att\w*|encoder_att\w*|encdecattention|cross|xattn|image_attn)", re.I)
 TABLE = re.compile(
-    r"rel_pos\w*|relative_(?:position|attention|coords?)\w*|rel_(?:height|width|bias|embeddings?|attn)\w*|attention_bias(?:es|_idxs)"
+    r"rel_pos\w*|relative_(?:position|attention|coords?)\w*|rel_(?:height|width|bias|embeddings?|attn)\w*|emb_rel\w*|attention_bias(?:es|_idxs)"
     r"|r_(?:r|w|s)_bias|pos_bias_\w|bias_table|linear_pos|relative",
     re.I,
 )
@@ -39,125 +24,26 @@ USUAL = re.compile(
     r"|.*norm.*|.*drop.*|.*bias|rot.*|rope.*|gamma.*|lambda.?|ls.?|ln.*|layerscale.*|fn|act.*|inproj.*|projection(?:layer)?"
 )
 """Names in a block's or an attention's own parts that a layout can describe."""
-WINDOWS: tuple[str, ...] = (
-    "window_size",
-    "window_area",
-    "win_size",
-    "attn_window",
-    "partition_size",
-    "attention_window",
-    "num_windows",
+WINDOWS = (
+    *("window_size", "window_area", "win_size", "attn_window", "partition_size", "attention_window", "num_windows"),
+    *("local_attention", "sliding_window", "lsh_attn_chunk_length", "local_attn_chunk_length"),
 )
-WINDOWS += ("local_attention", "sliding_window", "block_size", "lsh_attn_chunk_length", "local_attn_chunk_length")
 SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 HEADS = ("num_attention_heads", "num_heads", "n_heads")
 FIXED = re.compile(r"mlp_tokens|linear_tokens|token_mixing\w*|mlp_token\w*|sgu|spatial_gating\w*")
-LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-STEM = re.compile(r"(?:stem|patch_\w*|embed\w*)(?:\.[^.]+)?$")
 CAUSAL = "causal attention: a merged token would tell words what comes after them"
-
-
-@dataclass(frozen=True)
-class Part:
-    """An encoder or decoder that no layout knows.
-
-    Attributes:
-        name: its path; empty where it is the model itself.
-        module: what holds the blocks and what makes their tokens, a patch embedding or a table of words.
-        reads: `"images"`, `"text"`, both, or neither where it reads something else, such as sound.
-        blocks: its repeated blocks, those with attention alone where any has it.
-        attentions: the attention modules of each block, none in a network without attention.
-    """
-
-    name: str
-    module: nn.Module
-    reads: frozenset[str]
-    blocks: tuple[Named, ...]
-    attentions: tuple[tuple[Named, ...], ...]
-
-    @property
-    def classes(self) -> list[str]:
-        """The blocks' classes, the most frequent first."""
-        names = [type(block).__name__ for _, block in self.blocks]
-        return sorted(dict.fromkeys(names), key=lambda name: (-names.count(name), names.index(name)))
-
-    @property
-    def attention_blocks(self) -> list[nn.Module]:
-        """The blocks that attend."""
-        return [block for (_, block), found in zip(self.blocks, self.attentions) if found]
-
-    @property
-    def title(self) -> str:
-        """Path and class."""
-        return f"{self.name} ({type(self.module).__name__})" if self.name else type(self.module).__name__
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Whether a module has projections of its own to queries and keys, apart or in one."""
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    names = [name.replace("_", "").lower() for name in (*module._modules, *module._parameters)]
-    if any(RECURRENT.fullmatch(name) for name in (*module._modules, *module._parameters)):
-        return False
-    packed = any(PACKED.fullmatch(name) for name in names)
-    return packed or (any(QUERY.fullmatch(n) for n in names) and any(KEY.fullmatch(n) for n in names))
-
-
-def parts_of(model: nn.Module) -> list[Part]:
-    """The encoders and decoders in a model: blocks, grouped by what makes their tokens."""
-    modules = dict(model.named_modules())
-    attentions: dict[str, list[Named]] = {}
-    holders = [name for name, module in modules.items() if is_attention(module)]
-    for name in holders:
-        if not any(name.startswith(f"{other}.") for other in holders):  # of nested ones the outer
-            attentions.setdefault(_block_around(name, modules), []).append((name, modules[name]))
-    blocks = {name: tuple(found) for name, found in attentions.items()}
-    for name in _elements(modules):
-        inside = any(other.startswith(f"{name}.") or name.startswith(f"{other}.") for other in attentions)
-        if name not in blocks and not inside:
-            blocks[name] = ()
-    stems = [each for each in stems_of(model) if not any(_within(each[0], block) for block in attentions)]
-    grouped: dict[str, list[str]] = {}
-    for name in sorted(blocks, key=list(modules).index):
-        around = ancestors(name)[1:] or [""]
-        around = [a for a in around if not a or not isinstance(modules[a], LISTS)]
-        owner = next((a for a in around if any(_within(stem, a) for stem, _ in stems)), "")
-        grouped.setdefault(owner, []).append(name)
-    found = []
-    for owner, names in grouped.items():
-        reads = arguments_of(modules[owner]) or frozenset(kind for stem, kind in stems if _within(stem, owner))
-        pairs = tuple((name, modules[name]) for name in names)
-        if re.search("audio|speech", type(modules[owner]).__name__, re.I):
-            reads = frozenset({"sound"})
-        found.append(Part(owner, modules[owner], reads, pairs, tuple(blocks[name] for name in names)))
-    return [part for part in found if not any(_covers(other, part) for other in found if other is not part)]
-
-
-def _covers(other: Part, part: Part) -> bool:
-    """Whether `part` is a piece of `other`, such as its stem, or stands around it, such as a neck and a decoder."""
-    if _within(part.name, other.name) and part.reads <= other.reads:
-        return not part.attention_blocks and (not other.attention_blocks or bool(STEM.search(part.name)))
-    attends = len(other.attention_blocks) > 1 and "images" in other.reads & part.reads
-    return attends and _within(other.name, part.name)
-
-
-def stems_of(model: nn.Module) -> list[tuple[str, str]]:
-    """What makes tokens in a model, by path, and of what: `"images"`, `"text"` or `"sound"`."""
-    return [(n, reads) for n, m in model.named_modules(remove_duplicate=False) if (reads := _stem(n, m))]
-
-
-def arguments_of(module: nn.Module) -> frozenset[str]:
-    """What a module's forward reads, by the names of its arguments."""
-    function = inspect.unwrap(type(module).forward)
-    code = getattr(function, "__code__", None)
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code is not None else ()
-    return frozenset(kind for kind, known in _INPUTS.items() if set(known) & set(names))
+PLAIN = "look like"
 
 
 def obstacle(part: Part) -> str:
     """Why a part cannot lose tokens: what its blocks have that merging does not know; one phrase."""
     if not part.attention_blocks:
         return _without_attention(part)
+    if len(part.attention_blocks) == 1 and len(part.blocks) > 2:  # such as a convolutional network's last pooling
+        rest = [(block, ()) for block, found in zip(part.blocks, part.attentions) if not found]
+        blocks_alone, none = zip(*rest) if rest else ((), ())
+        if "convolutional" in (told := _without_attention(replace(part, blocks=blocks_alone, attentions=none))):
+            return f"{told}, but for one ({type(part.attention_blocks[0]).__name__})"
     place = "grid" if part.reads == {"images"} else "order of its tokens"
     name = next(each for each in part.classes if any(type(block).__name__ == each for block in part.attention_blocks))
     blocks = [block for block in part.attention_blocks if type(block).__name__ == name]
@@ -167,7 +53,7 @@ def obstacle(part: Part) -> str:
         return f"{which} {widths}"
     if other := _between(part):
         return f"blocks without attention ({other}) stand between its blocks ({name}), and need the {place}"
-    if any(CROSS.fullmatch(path.rpartition(".")[2]) for path, _ in attentions):
+    if any(_is_cross(path) for path, _ in attentions):
         return f"{which} attend to another sequence as well (cross-attention)"
     if images and (side := _setting([part.module], ("spatial_merge_size",))):
         return f"squares of patches are joined behind {which} ({side}), which needs the grid"
@@ -189,10 +75,14 @@ def obstacle(part: Part) -> str:
         return f"{which} share keys between heads (grouped queries, {shared})"
     if found := _inside(blocks, re.compile("experts?")):
         return f"{which} send tokens to experts ({found})"
-    if len(part.classes) > 1:
-        others = ", ".join([each for each in part.classes if each != name][:2])
-        return f"{which} stand beside blocks of other kinds ({others}), as in no layout"
-    return f"{which} {_plain_or_parts(blocks, 'ViT' if images else 'BERT')}"
+    told = _plain_or_parts(blocks, "ViT" if images else "BERT")
+    if not told.startswith(PLAIN) or len(part.classes) == 1:
+        return f"{which} {told}"
+    readers = [b for b, found in zip(part.blocks, part.attentions) if any(_is_cross(path) for path, _ in found)]
+    if readers:
+        return f"{which} are read by a decoder's cross-attention ({type(readers[0][1]).__name__}), as in no layout"
+    others = [each for each in part.classes if each != name][:2]
+    return f"{which} stand beside blocks of other kinds ({', '.join(others)}), as in no layout"
 
 
 def is_causal(part: Part) -> bool:
@@ -207,12 +97,6 @@ def is_causal(part: Part) -> bool:
             return True
     own = vars(config) if (config := vars(part.module).get("config")) is not None else {}
     return bool(own.get("is_decoder")) and not own.get("is_encoder_decoder")
-
-
-def ancestors(name: str) -> list[str]:
-    """Paths of a module and all around it, innermost first: `"a.b"` gives `["a.b", "a", ""]`."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
 
 
 def _without_attention(part: Part) -> str:
@@ -234,31 +118,29 @@ def _without_attention(part: Part) -> str:
 def _plain_or_parts(blocks: list[nn.Module], model: str) -> str:
     """Of blocks without any obstacle: whether they are a norm, attention, a norm and an MLP; else what they hold."""
     for block in blocks:
-        if not (found := _parts(block)).startswith(_PLAIN):
+        if not (found := _parts(block)).startswith(PLAIN):
             return found
-    return f"{_PLAIN} a {model}'s, but no layout describes them yet: docs/extending.md shows how, in 15 lines"
-
-
-_PLAIN = "look like"
+    return f"{PLAIN} a {model}'s, but no layout describes them yet: docs/extending.md shows how, in 15 lines"
 
 
 def _parts(block: nn.Module) -> str:
     own = dict(block.named_modules())
-    within = [path for path, module in own.items() if is_attention(module)]
-    outside = {path: module for path, module in own.items() if not any(_within(path, each) for each in within)}
+    attending = [path for path, module in own.items() if is_attention(module)]
+    inside = [path for path in attending if path]  # a block may hold its projections itself
+    outside = {path: module for path, module in own.items() if path and not any(within(path, each) for each in inside)}
     norms = [path for path, module in outside.items() if "norm" in type(module).__name__.lower()]
-    linear = [path for path, module in outside.items() if path and _is_linear(module)]
-    holders = [block, *(own[path] for path in within)]
+    linear = [path for path, module in outside.items() if path and is_linear(module)]
+    holders = [block, *(own[path] for path in inside)]
     names = [name for each in holders for name, value in each._parameters.items() if value is not None]
-    names += [name for path in within for name in own[path]._modules]
+    names += [name for path in inside for name in own[path]._modules]
     unknown = [name for name in names if not _is_usual(name)]
-    if len(within) != 1 or unknown:
+    if len(attending) != 1 or unknown:
         extra = f", {', '.join(unknown)} beside" if unknown else ""
         return f"are none that a layout describes ({_children(block)}{extra}): docs/extending.md says what one needs"
     if len(norms) == 1 and len(linear) >= 2:
         return f"have one norm ({norms[0]}) for attention and MLP, as no layout has"
     if len(norms) >= 2 and len(linear) >= 2:
-        return _PLAIN
+        return PLAIN
     return f"are none that a layout describes ({_children(block)}): docs/extending.md says what one needs"
 
 
@@ -267,70 +149,13 @@ def _is_usual(name: str) -> bool:
     return any(pattern.fullmatch(plain) for pattern in (USUAL, QUERY, KEY, PACKED))
 
 
+def _is_cross(path: str) -> bool:
+    return CROSS.fullmatch(path.rpartition(".")[2]) is not None
+
+
 def _children(block: nn.Module) -> str:
     names = [name for name, _ in block.named_children()]
     return "they hold " + ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "they hold no modules"
-
-
-def _block_around(name: str, modules: dict[str, nn.Module]) -> str:
-    """Path of the block that an attention module is in: the nearest element of a list of its like."""
-    elements = [a for a in ancestors(name) if a and isinstance(modules[_parent(a)], LISTS)]
-    for index, element in enumerate(elements):
-        classes = [type(child) for child in modules[_parent(element)].children()]
-        if len(classes) == 1 or len(set(classes)) < len(classes) or index == len(elements) - 1:
-            return element
-    return _parent(name)
-
-
-def _elements(modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Paths of innermost list elements of a class that is no layer of torch, one of several alike."""
-    names = []
-    for name, module in modules.items():
-        listed = name and isinstance(modules[_parent(name)], LISTS)
-        if listed and not type(module).__module__.startswith("torch.nn."):
-            names.append(name)
-    classes = [type(modules[name]) for name in names]
-    for name, cls in zip(names, classes):
-        if classes.count(cls) > 1 and not any(
-            other.startswith(f"{name}.") and classes.count(type(modules[other])) > 1 for other in names
-        ):
-            yield name
-
-
-def _stem(name: str, module: nn.Module) -> str:
-    """What a module makes tokens of, if it does: a first convolution or projection of images, a table of words."""
-    if isinstance(module, nn.Conv2d | nn.Conv3d):
-        return "images" if module.in_channels in (1, 3, 4) and len(set(module.kernel_size[-2:])) == 1 else ""
-    last = name.rpartition(".")[2]
-    if "patch_embed" in name and _is_linear(module):
-        return "images"
-    if isinstance(module, nn.Embedding) and not re.search(r"pos|type|lang|segment|speaker|time|query|rel|bias", last):
-        return "text" if module.num_embeddings > 512 else ""
-    if isinstance(module, nn.Conv1d) and re.search(r"feature_extractor|conv1|conv_layers|stem", name):
-        return "sound"
-    return ""
-
-
-_INPUTS = {
-    "images": ("pixel_values", "pixel_values_videos", "pixel_values_images", "image", "images", "input_image", "img"),
-    "text": ("input_ids", "decoder_input_ids", "text", "input_embeds"),
-    "sound": ("input_features", "input_values", "audio_codes", "waveform", "audio_values", "spectrogram", "audio_mel"),
-    "series": ("past_values",),
-}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Embedding):
-        return False
-    return hasattr(module, "in_features") or any(p.ndim == 2 for p in module.parameters(recurse=False))
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _within(name: str, around: str) -> bool:
-    return not around or name == around or name.startswith(f"{around}.")
 
 
 def _widths(attentions: list[Named]) -> str:

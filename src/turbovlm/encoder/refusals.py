@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 import torch.nn as nn
 
 from turbovlm.config import READINGS, ReadConfig
-from turbovlm.encoder.obstacles import CAUSAL, Part, ancestors, arguments_of, is_causal, obstacle, parts_of, stems_of
+from turbovlm.encoder.obstacles import CAUSAL, PLAIN, is_causal, obstacle
+from turbovlm.encoder.parts import Part, ancestors, arguments_of, parts_of, stems_of
 from turbovlm.errors import TurboError
 from turbovlm.registry import class_paths, family_of
 
@@ -28,6 +29,7 @@ REFUSED = {
             f"{_MODELS}.xglm.modeling_xglm.XGLMDecoderLayer",
             f"{_MODELS}.imagegpt.modeling_imagegpt.ImageGPTBlock",
             f"{_MODELS}.openai.modeling_openai.Block",
+            f"{_MODELS}.codegen.modeling_codegen.CodeGenBlock",
             f"{_MODELS}.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseLayer",
         ),
         CAUSAL,
@@ -67,6 +69,7 @@ REFUSED = {
 CLOSED = {
     "torch.fx.graph_module.GraphModule": "a traced graph (torch.fx, torch.export) has no block modules",
     "torch.jit._script.ScriptModule": "TorchScript has no block modules to patch",
+    "torch.export.exported_program.ExportedProgram": "an exported program has no block modules",
 }
 """Modules that hold a program instead of a model: merging is traced with the model, where it comes before."""
 
@@ -97,6 +100,7 @@ def nothing_found(model: nn.Module, modules: Mapping[str, nn.Module], strays: Ma
         return f"{which}: it holds no repeated blocks, only {children or 'parameters'}; {KNOWN}"
     attending = [part for part in told if part.attention_blocks]
     told = attending + [part for part in images if part not in attending] if attending else told
+    told.sort(key=lambda part: bool(images) and part.reads != {"images"})
     titles = [f"{part.title}: " if part.name or len(told) > 1 else "" for part in told]
     reasons = list(dict.fromkeys(title + _reason(part, strays) for title, part in zip(titles, told)))
     more = f"; and {len(reasons) - _SHOWN} parts more" if len(reasons) > _SHOWN else ""
@@ -116,24 +120,13 @@ def beside_text(model: nn.Module, texts: Collection[str]) -> str | None:
         parts = [] if path[0] in around else parts_of(module)
         reason = _reason(parts[0], {}) if parts else "turbovlm knows no encoder in it"
         title = f"{path[0]} ({type(module).__name__})" if path[0] else "it"
+        alone = [text for text in texts if _merges(model.get_submodule(text))]
+        words = f"; to merge words, apply to {alone[0]} alone" if alone else ""
         return (
-            f"{type(model).__name__} has no block that turbovlm can accelerate: {title} reads {kind}: {reason}"
-            f"{_words(model, texts)}; {KNOWN}"
+            f"{type(model).__name__} has no block that turbovlm can accelerate: {title} reads {kind}: {reason}{words}; "
+            f"{KNOWN}"
         )
     return None
-
-
-def _words(model: nn.Module, texts: Collection[str]) -> str:
-    """That a text encoder at one of the paths `texts` can be accelerated by itself, where that is so."""
-    from turbovlm.encoder.towers import find_towers  # which asks this module
-
-    for text in sorted(texts):
-        try:
-            find_towers(model.get_submodule(text))
-        except TurboError:
-            continue
-        return f"; to merge words, apply to {text} alone"
-    return ""
 
 
 def instead(model: nn.Module) -> str:
@@ -161,10 +154,23 @@ def reads(model: nn.Module, setting: str) -> bool:
     return True
 
 
+def _merges(model: nn.Module) -> bool:
+    from turbovlm.encoder.towers import find_towers  # which asks this module why it finds none
+
+    try:
+        return bool(find_towers(model))
+    except TurboError:
+        return False
+
+
 def _reason(part: Part, strays: Mapping[str, str]) -> str:
+    told = obstacle(part)
     for _, block in part.blocks:
         for path in class_paths(block):
-            reason = REFUSED.get(path) or strays.get(path)
+            stray = strays.get(path)
+            reason = REFUSED.get(path) or (
+                stray if stray is not None and (PLAIN in told or "causal" in stray) else None
+            )
             if reason is not None:
                 return f"its blocks ({type(block).__name__}): {reason}"
-    return obstacle(part)
+    return told

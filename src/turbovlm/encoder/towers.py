@@ -15,6 +15,7 @@ from torch import Tensor
 
 from turbovlm.encoder.families import multimodal, text
 from turbovlm.encoder.layout import Layout, fetch, path_of
+from turbovlm.encoder.parts import ancestors
 from turbovlm.encoder.reading import reads_all, unknown_owner
 from turbovlm.encoder.refusals import beside_text, instead, nothing_found
 from turbovlm.errors import UnsupportedModelError
@@ -144,10 +145,10 @@ def find_towers(model: nn.Module) -> list[Tower]:
         layout = layout_of(module)
         if layout is None:
             continue
-        tower = next((n for n in _ancestors(name) if set(class_paths(modules[n])) & set(layout.towers)), None)
+        tower = next((n for n in ancestors(name) if set(class_paths(modules[n])) & set(layout.towers)), None)
         if tower is None:
             wanted = " or ".join(path.rpartition(".")[2] for path in layout.towers)
-            causal = any(set(class_paths(modules[n])) & text.CAUSAL_TOWERS for n in _ancestors(name))
+            causal = any(set(class_paths(modules[n])) & text.CAUSAL_TOWERS for n in ancestors(name))
             reason = text.CAUSAL if causal else f"not inside an encoder turbovlm knows ({wanted})"
             strays[class_paths(module)[0]] = reason
         else:
@@ -203,7 +204,7 @@ def check_readable(step: Any, name: str) -> None:
 
 def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.Module, Layout]]) -> Tower:
     module, layout = modules[name], found[0][2]
-    around = tuple(modules[n] for n in reversed(_ancestors(name)))
+    around = tuple(modules[n] for n in reversed(ancestors(name)))
     part = next((ancestor for ancestor in around if family_of("vlm", ancestor)), None)
     vlm = None if part is None else family_of("vlm", part)
     if part is not None and vlm is not None and vlm.merges_inside:
@@ -239,9 +240,3 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         unknown_owner=unknown,
         tokens=prefix + layout.patches(module) + suffix,
     )
-
-
-def _ancestors(name: str) -> list[str]:
-    """Paths of a module and all around it, innermost first: `"a.b"` gives `["a.b", "a", ""]`."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]

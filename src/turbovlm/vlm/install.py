@@ -149,8 +149,8 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     found = [(name, part, family) for name, part in model.named_modules() if (family := family_of("vlm", part))]
     if not found:
         raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model of which turbovlm knows "
-            f"how it reads images; docs/language.md lists those that are supported{merges_inside(model)}"
+            f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model that reads visual tokens, "
+            f"as far as turbovlm knows{merges_inside(model)}; docs/language.md lists what is supported"
         )
     name, part, family = found[0]
     others = [other for other, module, of in found[1:] if fetch(module, of.tower) is not fetch(part, family.tower)]
