@@ -212,24 +212,6 @@ def test_visual_keep_of_a_model_without_language_names_what_works():
     assert "merge in" not in refusal(swin(), visual_keep=0.5)
 
 
-def test_a_layer_beyond_the_towers_depth():
-    config = transformers.Qwen2_5_VLConfig(
-        vision_config={"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32},
-        text_config={
-            **GROUPED,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        image_token_id=90,
-        video_token_id=91,
-    )
-    with torch.device("meta"):
-        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    assert "block 31" in refusal(model, visual_keep=0.5)
-    assert "visual_keep shortens" not in refusal(model)
-
-
 class Held:
     def __init__(self, model):
         self.model = model
