@@ -10,7 +10,7 @@ from turbovlm import Calibration, ConfigError, DenoiseConfig, TurboError
 from turbovlm.profile import compare_images
 
 pytest.importorskip("diffusers")
-GIVEN = {"components": ("ffn",), "degree": "redundancy", "alpha": 2.0, "restore": "copy", "refresh": 1}
+GIVEN = {"components": ("ffn",), "degree": "weighted_difference", "alpha": 3.0, "restore": "copy", "refresh": 1}
 FEW = {"steps": 2, "batch": 15}
 
 

@@ -228,7 +228,7 @@ BAD = [
     (["bench", "zoo:nothing"], "there are zoo:emoji, zoo:pairs, zoo:saliency, zoo:scenes"),
     (["bench", "open_clip:ViT-B-32", "--pretrained"], "hf-hub:ID or local-dir:FOLDER"),
     (["inspect", "timm:no_such_model"], "Unknown model"),
-    (["inspect", "timm:swin_tiny_patch4_window7_224"], "windowed attention"),
+    (["inspect", "timm:swin_tiny_patch4_window7_224"], "hierarchy of stages"),
     (["inspect", "/no/such/folder"], "no such folder"),
     (["inspect", "open_clip:no_such_model"], "no_such_model"),
     (["inspect", "open_clip:hf-hub:me/mine"], "open_clip:hf-hub:me/mine: "),

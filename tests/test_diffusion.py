@@ -284,7 +284,7 @@ def test_what_cannot_be_done_says_why():
     convolutions = UNet2DModel(
         block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
     )
-    with pytest.raises(UnsupportedModelError, match="no block that turbovlm can accelerate"):
+    with pytest.raises(UnsupportedModelError, match="without a block that turbovlm knows"):
         turbovlm.apply(convolutions, keep=0.5)
     with pytest.raises(UnsupportedModelError, match=r"no torch\.nn\.Module"):
         turbovlm.apply(object(), keep=0.5)

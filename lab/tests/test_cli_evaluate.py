@@ -219,7 +219,7 @@ WRONG = {
     "steps of a question": (["vqa", "--steps", "3"], "--steps: only text-to-image has it"),
     "no batch": (["saliency", "--batch", "0"], "--batch 0: must be an integer ≥ 1"),
     "no share": (["saliency", "--limit", "2", "--flops", "2"], "flops=2.0: must be"),
-    "workers": (["saliency", "--workers", "-1"], "--workers -1: must be an integer ≥ 0"),
+    "workers": (["saliency", "--workers", "-1"], "--workers -1: must be an integer from 0 to"),
     "nowhere to write to": (["saliency", "--json", "none/a.json"], "--json none/a.json: there is no folder none"),
     "a plot": (["saliency", "--plot", "a.txt"], "--plot a.txt: must end in"),
     "an amount of another workflow": (

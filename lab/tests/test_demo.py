@@ -276,9 +276,9 @@ def test_bad_image_ends_with_one_sentence(tmp_path: Path, capsys: pytest.Capture
     [
         (["--threads", "0"], "--threads 0"),
         (["--out", "absent/report.html"], "there is no folder absent"),
-        (["--out", "."], "is a folder"),
+        (["--out", "."], "must end in .html or .htm"),
         (["--json", "absent/demo.json"], "--json absent/demo.json"),
-        (["--batch", "0"], "batch=0"),
+        (["--batch", "0"], "--batch 0: must be an integer ≥ 1"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(

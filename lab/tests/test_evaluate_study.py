@@ -17,7 +17,7 @@ from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.run import Setting
 from turbovlm_lab.evaluate.scoring import agreement, decode_map, encode_map, scores
 from turbovlm_lab.evaluate.settings import OWN, methods, smaller
-from turbovlm_lab.evaluate.study import file_name, header_of, run_study
+from turbovlm_lab.evaluate.study import header_of, name_with_settings, run_study
 
 
 def grey(value, name="p"):
@@ -107,7 +107,7 @@ def test_merging_finds_what_the_model_finds(saliency):
 
 def test_a_study_is_not_made_twice(saliency):
     study, folder, seen, (predictor, data, settings) = saliency
-    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{file_name(s.name)}.jsonl" for s in settings)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name_with_settings(s)}.jsonl" for s in settings)
     again = []
     asked = []
     counted = dataclasses.replace(predictor, predict=lambda p: asked.append(len(p)) or predictor.predict(p))

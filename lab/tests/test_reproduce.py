@@ -99,7 +99,7 @@ def test_lines_run_as_printed():
         ("fid", 30.69),
     ]
     fused = found["table9"]
-    assert fused["S3, E = R(1 − αA), α=2"].config.alpha == 60 and fused["S2, E = R/A"].config.alpha == 180
+    assert fused["S3, E = R(1 − αA), α=2"].config.alpha == 60 and fused["S2, E = R/A"].config.alpha is None
     assert fused["S4, E = R − β^|γ−l| αA, α=6, β=0.9, γ=5"].config.degree == LayeredDegree(180, 0.9, 5)
     assert "degree=LayeredDegree(alpha=180.0, beta=0.9, gamma=5.0)" in named(
         fused["S4, E = R − β^|γ−l| αA, α=6, β=0.9, γ=5"].config
@@ -263,7 +263,7 @@ WRONG = {
     "no images, in the older spelling": (["all", "--builtin", "--pictures", "0"], "--images 0: must be an integer ≥ 1"),
     "quick and many": (["all", "--builtin", "--quick", "--images", "9"], "give --quick or --images"),
     "bf16 of built-in": (["all", "--builtin", "--dtype", "bfloat16"], "built-in models run in float32"),
-    "workers": (["all", "--builtin", "--workers", "-1"], "--workers -1: must be an integer ≥ 0"),
+    "workers": (["all", "--builtin", "--workers", "-1"], "--workers -1: must be an integer from 0 to"),
 }
 
 

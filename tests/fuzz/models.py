@@ -231,7 +231,12 @@ def turbo_settings(draw, drawn: Drawn) -> dict[str, Any]:
     }
     if chosen["partition"] == "grid":
         chosen["grid"] = (drawn.rows, drawn.columns)
-    return chosen
+    return of_effect(turbovlm.TurboConfig, chosen)
+
+
+def of_effect(kind: Any, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that nothing reads beside the others, which a config refuses."""
+    return {name: value for name, value in chosen.items() if name not in kind.unread(chosen)}
 
 
 def snapshot(model: nn.Module) -> list[Any]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import turbovlm
 from denoisers import DENOISERS
 from fuzz.drawing import fuzz
-from fuzz.models import ALPHAS, DEGREES, DTYPES, snapshot
+from fuzz.models import ALPHAS, DEGREES, DTYPES, of_effect, snapshot
 from vlms import VLMS, dropped, full_positions, masked_forward, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:turbovlm merges nothing")
@@ -38,10 +38,9 @@ READINGS = st.fixed_dictionaries(
         "degree": DEGREES,
         "alpha": ALPHAS,
         "guidance": st.sampled_from(["auto", "mean"]),
-        "proportional": st.booleans(),
         "seed": st.integers(0, 9),
     }
-)
+).map(lambda chosen: of_effect(turbovlm.ReadConfig, chosen))
 
 
 @fuzz(
@@ -101,7 +100,7 @@ DENOISING = st.fixed_dictionaries(
         "reduce": st.sampled_from(turbovlm.config.REDUCTIONS),
         "seed": st.integers(0, 9),
     }
-)
+).map(lambda chosen: of_effect(turbovlm.DenoiseConfig, chosen))
 
 
 @fuzz(
