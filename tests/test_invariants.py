@@ -16,6 +16,7 @@ import turbovlm
 from families import FAMILIES, Family
 from marks import slow_but
 from turbovlm import StateError
+from turbovlm.encoder.towers import find_towers
 
 EACH = pytest.mark.parametrize("name", FAMILIES)
 STRUCTURES = ("timm_vit", "timm_eva02", "clip", "dinov3", "torchvision")
@@ -254,7 +255,7 @@ def test_backward(tower, name):
     with turbovlm.apply(tower, r=5):
         tower(**inputs).square().mean().backward()
     tower.eval()
-    blocks = turbovlm.encoder.towers.find_towers(tower)[0].blocks
+    blocks = find_towers(tower)[0].blocks
     for path, block in blocks:
         missing = [key for key, p in block.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
         assert not missing, f"{path} has no gradient for {missing}"
@@ -286,7 +287,7 @@ def test_an_exception_inside_leaves_the_model_usable(tower, name):
 
     with turbovlm.apply(tower, r=5) as handle:
         accelerated = tower(**inputs)
-        last = turbovlm.encoder.towers.find_towers(tower)[0].blocks[-1][1]
+        last = find_towers(tower)[0].blocks[-1][1]
         hook = last.register_forward_pre_hook(interrupt)
         with pytest.raises(Interrupted):
             tower(**inputs)
@@ -316,7 +317,7 @@ def test_more_merging_than_tokens(tower, name):
 def test_lost_state_is_an_error():
     tower = Tower(FAMILIES["vit"])
     inputs = FAMILIES["vit"].inputs(1)
-    block = turbovlm.encoder.towers.find_towers(tower)[0].blocks[1][1]
+    block = find_towers(tower)[0].blocks[1][1]
     block.register_forward_pre_hook(lambda module, args: (args[0][:, :-1].clone(), *args[1:]))  # of another length
     with turbovlm.apply(tower, r=2), pytest.raises(StateError, match=r"layers\.1 got tokens without"):
         tower(**inputs)
