@@ -111,6 +111,43 @@ def test_grids_of_several_blocks_have_their_shape_and_are_near_the_models_own(na
 
 
 @torch.no_grad()
+def test_a_backbone_whose_states_are_asked_for_still_has_its_stages():
+    model = GRIDS["Dinov2Backbone"][0]()
+    with turbovlm.apply(model, r=4):
+        maps = model(IMAGES).feature_maps
+        for states in (True, [2]):
+            found = model(IMAGES, output_hidden_states=states).feature_maps
+            assert all(torch.equal(one, other) for one, other in zip(found, maps, strict=True))
+
+
+@torch.no_grad()
+def test_depth_pro_lays_out_what_it_reads():
+    """Its head cuts tokens to a square, so that too few would be scrambled without an error."""
+    tower = {"model_type": "dinov2", "image_size": 64, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4}
+    tower |= {"num_attention_heads": 2, "mlp_ratio": 2}
+    config = transformers.DepthProConfig(
+        fusion_hidden_size=16,
+        patch_size=64,
+        intermediate_hook_ids=[2, 1],
+        intermediate_feature_dims=[16, 16],
+        scaled_images_ratios=[0.5, 1.0],
+        scaled_images_overlap_ratios=[0.0, 0.2],
+        scaled_images_feature_dims=[16, 16],
+        image_model_config=tower,
+        patch_model_config=tower,
+        fov_model_config=tower,
+        use_fov_model=False,
+        num_fov_head_layers=0,
+    )
+    model = seeded(lambda: transformers.DepthProForDepthEstimation(config))
+    images = nn.functional.interpolate(IMAGES, size=128, mode="bilinear")
+    own = model(images).predicted_depth
+    with turbovlm.apply(model, r=1):
+        found = model(images).predicted_depth
+    assert torch.cosine_similarity(found.flatten(), own.flatten(), 0) > 0.98
+
+
+@torch.no_grad()
 def test_a_block_that_is_asked_hands_out_what_its_tokens_are_and_the_next_goes_on_with_the_merged_ones():
     model = timm_vit()
     with turbovlm.apply(model, r=4, restore="copy", trace=True) as handle:

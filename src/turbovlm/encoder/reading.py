@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,8 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     _check_unchanged(feature, tower)
     config = getattr(tower, "config", None)
     blocks = _blocks_asked(feature, tower, patch.name, args, kwargs) if feature.hands_out else frozenset()
-    maps = bool(kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
+    maps = kwargs.get("output_attentions")
+    maps = bool(getattr(config, "output_attentions", False) if maps is None else maps)
     with _asking(Asked(feature, blocks, maps)):
         return original(*args, **kwargs)
 
@@ -86,6 +87,10 @@ def _blocks_asked(
 ) -> frozenset[int]:
     depth = len(feature.names)
     config = getattr(tower, "config", None)
+    stages: list[int] = []
+    if hasattr(tower, "stage_names") and hasattr(tower, "out_features"):  # a backbone: `stem`, `stage1`, ...
+        stages = [list(tower.stage_names).index(name) - 1 for name in tower.out_features]
+    asked: Iterable[int] = ()
     collected = kwargs.get("output_hidden_states")
     if collected is None:
         collected = getattr(config, "output_hidden_states", False)
@@ -99,13 +104,9 @@ def _blocks_asked(
         asked = [index for index in asked if index != depth - 1]
     elif collected:  # the last is what the encoder hands on, which is not to change because somebody looks
         asked = range(depth - 1)
-    elif hasattr(tower, "stage_names") and hasattr(tower, "out_features"):  # a backbone: `stem`, `stage1`, ...
-        asked = [list(tower.stage_names).index(name) - 1 for name in tower.out_features]
     elif method == "forward_features" and feature.unknown_owner is not None:
         asked = [depth - 1]
-    else:
-        return frozenset()
-    return frozenset(index for index in asked if 0 <= index < depth)
+    return frozenset(index for index in (*stages, *asked) if 0 <= index < depth)
 
 
 def _check_unchanged(feature: EncoderFeature, tower: nn.Module) -> None:
