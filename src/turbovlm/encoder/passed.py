@@ -131,8 +131,8 @@ def through_module(layout: Layout, name: str, block: nn.Module, passed: Passed) 
 
 def has_hooks(module: nn.Module, kind: str) -> bool:
     """Whether a module has hooks of somebody's, in its dictionary `kind`."""
-    hooks: Mapping[int, Any] = module.__dict__.get(kind) or {}
-    return any(getattr(hook, "__module__", None) != CAPTURE for hook in hooks.values())
+    hooks: Mapping[int, Any] = module.__dict__[kind]
+    return bool(hooks) and any(getattr(hook, "__module__", None) != CAPTURE for hook in hooks.values())
 
 
 def _path(cls: type) -> str:
