@@ -68,12 +68,10 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
     "lora_before": {
         "timm_eva02": EVA,
         **_each(("torchvision", "open_clip"), Refused("whose adapter an accelerated block would not see", PACKED)),
-        "flux": Refused("was exchanged since turbovlm.apply", "adapters merged while turbovlm is applied"),
     },
     "lora_after": {
         "timm_eva02": EVA,
         **_each(("torchvision", "open_clip"), Refused("which an accelerated block does not call", PACKED)),
-        "flux": Refused("was exchanged since turbovlm.apply", "adapters on layers that merge by themselves"),
     },
     "data_parallel": _each(
         ("qwen2_5_vl", "qwen3_vl", "internvl", "qwen2_vl", "idefics3", "smolvlm"),

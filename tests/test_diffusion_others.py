@@ -143,25 +143,40 @@ def test_caches_go_and_leave_nothing(config):
             assert torch.equal(steps(), merged)
 
 
-def test_lora_on_what_a_single_block_merges():
+def projections_adapted():
+    """Of FLUX, whose single blocks merge `proj_mlp` by itself."""
     peft = pytest.importorskip("peft")
+    return peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp", "proj_out"], init_lora_weights=False)
+
+
+def test_lora_on_what_a_single_block_merges():
     model, inputs = denoiser("flux")
-    wanted = peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp", "proj_out"], init_lora_weights=False)
+    plain = run(model, inputs)
     with turbovlm.apply(model, keep=0.5):
         merged = run(model, inputs)
-        model.add_adapter(wanted)
-        assert not torch.equal(run(model, inputs), merged)
+        model.add_adapter(projections_adapted())
+        found = run(model, inputs)
+        part = model.single_transformer_blocks[0].proj_mlp
+        assert list(turbovlm.patching.patches_of(part)) and not list(turbovlm.patching.patches_of(part.base_layer))
+        model.fuse_lora()
+        fused = run(model, inputs)
+        assert gap(found, fused) < 1e-4 < gap(found, merged)
+        model.unfuse_lora()
+        model.unload_lora()
+        assert gap(run(model, inputs), merged) < 1e-4
+    assert gap(run(model, inputs), plain) < 1e-4
 
 
 def test_lora_that_was_there_before_goes():
-    """peft puts the projections back that it had replaced, so these read all tokens from then on."""
-    peft = pytest.importorskip("peft")
     model, inputs = denoiser("flux")
     plain = run(model, inputs)
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp", "proj_out"], init_lora_weights=False))
     with turbovlm.apply(model, keep=0.5):
+        merged = run(model, inputs)
+    model.add_adapter(projections_adapted())
+    with turbovlm.apply(model, keep=0.5) as handle:
         model.unload_lora()
-        assert run(model, inputs).isfinite().all()
+        assert torch.equal(run(model, inputs), merged)
+        assert "left whole" not in str(handle)
     assert torch.equal(run(model, inputs), plain)
 
 

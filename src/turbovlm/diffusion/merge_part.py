@@ -7,6 +7,7 @@ merge is chosen once for a group of blocks, on what its first part reads, and ma
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.tracing import is_exporting_to_onnx, is_readable
-from turbovlm.patching import Patch, patches_of
+from turbovlm.patching import Patch, install, patches_of, take_off
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
@@ -66,7 +67,7 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     if not compiling:
         steps.follow_pipeline(feature)
         _check_not_compiled(holder, model, feature)
-        _check_in_place(holder, model, feature)
+        _follow_parts(holder, model, feature)
     seen = latent if is_readable(latent) else None
     # without `refresh` a graph that cannot look at latents shares nothing
     shares = seen is not None or steps.every > 1
@@ -217,22 +218,27 @@ def _grid_of_positions(
     return rows, columns
 
 
-def _check_in_place(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
-    """See that the parts are the modules that turbovlm was applied to.
-
-    Raises:
-        StateError: one was exchanged, as when an adapter is put around it, or merged into it.
-    """
+def _follow_parts(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
+    """Patch the parts that stand where others stood, as an adapter around a layer does, and the layer after it."""
     inside = f"{holder.name}." if holder.name else ""
     for site in feature.sites:
         if not site.name.startswith(inside):
             continue
         part = model.get_submodule(site.name.removeprefix(inside))
-        if not any(patch.feature is feature for patch in patches_of(part)):
-            raise StateError(
-                f"{site.name} was exchanged since turbovlm.apply, and is a {type(part).__module__}."
-                f"{type(part).__qualname__} now: handle.remove() before such a change, and apply again after it"
-            )
+        if _is_patched(part, feature):
+            continue
+        with FOLLOWING:
+            if not _is_patched(part, feature):  # another thread may have been here in the meantime
+                below = [patch for module in part.modules() for patch in patches_of(module)]
+                take_off(patch for patch in below if patch.feature is feature)
+                install([Patch(part, "forward", part_forward, feature, site)])
+
+
+FOLLOWING = threading.Lock()
+
+
+def _is_patched(part: Any, feature: DenoiseFeature) -> bool:
+    return any(patch.feature is feature for patch in patches_of(part))
 
 
 def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
