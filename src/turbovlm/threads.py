@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -39,3 +40,24 @@ class PerThread(Generic[Value]):
 
     def __reduce__(self) -> tuple[type[PerThread[Value]], tuple[()]]:
         return PerThread, ()
+
+
+@dataclass(eq=False)
+class Remembering(Generic[Value]):
+    """A feature that remembers what it did last, for each thread."""
+
+    _last: PerThread[Value] = field(default_factory=PerThread, repr=False, kw_only=True)
+
+    @property
+    def last(self) -> Value | None:
+        """What the last forward of this thread left, or of any where this one had none; None before the first."""
+        return self._last.get()
+
+    @last.setter
+    def last(self, value: Value | None) -> None:
+        self._last.set(value)
+
+    @property
+    def last_here(self) -> Value | None:
+        """What the last forward of this thread alone left."""
+        return self._last.own()

@@ -27,6 +27,7 @@ from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.patching import Patch
 from turbovlm.registry import class_paths, families, family_of
+from turbovlm.threads import Remembering
 
 SHARED_BY = 4
 """How many blocks in a row merge alike."""
@@ -36,7 +37,7 @@ MODEL = {"diffusers.models.modeling_utils.ModelMixin", "diffusers.configuration_
 
 
 @dataclass(eq=False)
-class DenoiseFeature:
+class DenoiseFeature(Remembering[dict[str, Choice]]):
     """What the patches of one accelerated denoiser share.
 
     Attributes:
@@ -61,10 +62,6 @@ class DenoiseFeature:
     steps: Steps = field(default_factory=lambda: Steps(1))
     whole: dict[str, str] = field(default_factory=dict)
     removed: bool = False
-    last: dict[str, Choice] | None = field(default=None, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None}
 
     @property
     def beside(self) -> tuple[Any, ...]:

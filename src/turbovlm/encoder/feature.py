@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch.nn as nn
 from torch import Tensor
@@ -22,11 +22,11 @@ from turbovlm.errors import ConfigError, StateError
 from turbovlm.ops.degree import check_degree, needs_semantic
 from turbovlm.ops.tracing import constant_in_graphs
 from turbovlm.patching import Patch, check_forwards
-from turbovlm.threads import PerThread
+from turbovlm.threads import Remembering
 
 
 @dataclass(eq=False)
-class EncoderFeature:
+class EncoderFeature(Remembering[State]):
     """What the blocks of one accelerated encoder share.
 
     Attributes:
@@ -70,21 +70,6 @@ class EncoderFeature:
     plain_stem: bool
     pair: bool = True
     removed: bool = False
-    _last: PerThread[State] = field(default_factory=PerThread, repr=False)
-
-    @property
-    def last(self) -> State | None:
-        """The state that the last forward of this thread has come to, or of any where this one had none."""
-        return self._last.get()
-
-    @last.setter
-    def last(self, state: State | None) -> None:
-        self._last.set(state)
-
-    @property
-    def last_here(self) -> State | None:
-        """The state that the last forward of this thread has come to."""
-        return self._last.own()
 
     @constant_in_graphs
     def solved_amounts(self, tokens: int, prefix: int) -> tuple[int, ...]:

@@ -11,13 +11,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.apply import apply
-from turbovlm.config import Config, Settings
+from turbovlm.config import Config
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.patching import patches_on
 from turbovlm.profile.comparison import BASELINE, FORWARD, Comparison, Run, Timing, measured_on
 from turbovlm.profile.macs import macs
 from turbovlm.profile.quantize import weight_bytes
 from turbovlm.profile.timing import Forward, interleaved, peak_memory
+from turbovlm.settings import Settings
 
 Prepare = Callable[[nn.Module], Any]
 """Changes a copy of the model in place: another method to compare with."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from turbovlm.ops.attention import size_bias
 from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch
 from turbovlm.registry import families, family_of
-from turbovlm.threads import PerThread
+from turbovlm.threads import Remembering
 from turbovlm.vlm.marks import IMAGE, IMAGE_SIZES
 from turbovlm.vlm.select import Selection, kept_count, select
 
@@ -34,7 +34,7 @@ STAGES = 3
 
 
 @dataclass(eq=False)
-class CrossFeature:
+class CrossFeature(Remembering[tuple[Selection, ...]]):
     """How one text model's image tokens become fewer from layer to layer (`cross_keep`).
 
     Attributes:
@@ -55,16 +55,6 @@ class CrossFeature:
     depth: int
     prefix: int = 1
     removed: bool = False
-    _last: PerThread[tuple[Selection, ...]] = field(default_factory=PerThread, repr=False)
-
-    @property
-    def last(self) -> tuple[Selection, ...] | None:
-        """What the last forward of this thread has left out, or of any where this one had none."""
-        return self._last.get()
-
-    @last.setter
-    def last(self, selections: tuple[Selection, ...] | None) -> None:
-        self._last.set(selections)
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """The forward of every layer, and of its cross-attention."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn as nn
@@ -15,7 +15,7 @@ from turbovlm.encoder.towers import find_towers, layout_of
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import Feature, Patch, check_forwards
 from turbovlm.registry import family_of
-from turbovlm.threads import PerThread
+from turbovlm.threads import Remembering
 from turbovlm.vlm.around import encode_apart, fills_itself, refusal
 from turbovlm.vlm.cross import find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
@@ -25,7 +25,7 @@ from turbovlm.vlm.tower import encode, guide_forward, rearrange, repeat_for_beam
 
 
 @dataclass(eq=False)
-class ReadFeature:
+class ReadFeature(Remembering[tuple[Selection, ...]]):
     """How one model's language model reads fewer visual tokens (`visual_keep`).
 
     Attributes:
@@ -53,16 +53,6 @@ class ReadFeature:
     prefix: int
     guidance: str
     removed: bool = False
-    _last: PerThread[tuple[Selection, ...]] = field(default_factory=PerThread, repr=False)
-
-    @property
-    def last(self) -> tuple[Selection, ...] | None:
-        """A `Selection` for each image of the last prompt of this thread, or of any where this one had none."""
-        return self._last.get()
-
-    @last.setter
-    def last(self, selections: tuple[Selection, ...] | None) -> None:
-        self._last.set(selections)
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """What the tower, the part that reads, and `generate` around it run instead of their own."""
