@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.encoder.layout import Parts
+from turbovlm.encoder.attention import apply_steps, normalised, project_heads
 from turbovlm.encoder.towers import Tower, find_towers
 
 
@@ -63,35 +63,14 @@ def _forward(
     if index == 0:
         shared["size"] = None
     parts = tower.layout.parts(block)
-    q, k, v = _projected(block, parts, hidden)
-    x = hidden + _stepped(parts.after_attention, attend(q, k, v, shared["size"]).transpose(1, 2).flatten(2))
+    q, k, v = project_heads(block, parts, normalised(parts.norm1, hidden))
+    x = hidden + apply_steps(parts.after_attention, attend(q, k, v, shared["size"]).transpose(1, 2).flatten(2))
     if merge is None:
         x = x[:, : x.shape[1] - min(r, (x.shape[1] - tower.prefix) // 2)]
     else:
         x, shared["size"] = merge(_matched(k.mean(dim=1), r, tower.prefix > 0), x, shared["size"])
-    x = x + _stepped(parts.mlp, x)
+    x = x + apply_steps(parts.mlp, x)
     return (x,) if tower.layout.returns_tuple else x
-
-
-def _projected(block: nn.Module, parts: Parts, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, `[batch, heads, tokens, head_dim]` each."""
-    normed = hidden if parts.norm1 is None else parts.norm1(hidden)
-    if callable(parts.project):
-        flat = parts.project(block, normed)
-    elif len(parts.project) == 1:
-        flat = parts.project[0](normed).chunk(3, dim=-1)
-    else:
-        flat = tuple(project(normed) for project in parts.project)
-    q, k, v = (each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)
-    return q, k, v
-
-
-def _stepped(steps: tuple[Any, ...], x: Tensor) -> Tensor:
-    """Call modules, multiply by tensors and numbers, skip None, in order."""
-    for step in steps:
-        if step is not None:
-            x = step(x) if isinstance(step, nn.Module) else x * step
-    return x
 
 
 def _stored_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:

@@ -167,13 +167,7 @@ def _heads(
     arguments: Mapping[str, Any],
 ) -> Heads:
     """Queries, keys and values of what norm1 gives, and attention's bias."""
-    if callable(parts.project):
-        flat = parts.project(block, normed)
-    elif len(parts.project) == 1:
-        flat = parts.project[0](normed).chunk(3, dim=-1)
-    else:
-        flat = tuple(project(normed) for project in parts.project)
-    q, k, v = (each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)
+    q, k, v = project_heads(block, parts, normed)
     q, k = normalised(parts.query_norm, q), normalised(parts.key_norm, k)
     content = q if getattr(config, "similarity", None) == "queries" else k
     if layout.rotary is not None:
@@ -185,6 +179,17 @@ def _heads(
     scale = q.shape[-1] ** -0.5 if parts.scale is None else parts.scale
     dropout = parts.dropout.p if isinstance(parts.dropout, nn.Dropout) else parts.dropout or 0.0
     return Heads(q, k, v, content, bias, scale, float(dropout) if block.training else 0.0)
+
+
+def project_heads(block: nn.Module, parts: Parts, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of what norm1 gives, `[batch, heads, tokens, head_dim]` each, not normed yet."""
+    if callable(parts.project):
+        flat = parts.project(block, normed)
+    elif len(parts.project) == 1:
+        flat = parts.project[0](normed).chunk(3, dim=-1)
+    else:
+        flat = tuple(project(normed) for project in parts.project)
+    return tuple(each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)
 
 
 def guide_query(heads: Heads, guidance: str, state: State) -> Tensor:
