@@ -248,6 +248,7 @@ def test_maps_asked_for_in_the_config_are_refused():
         model.config.output_attentions = True
         with pytest.raises(StateError, match="output_attentions=True"):
             model(IMAGES)
+        model(IMAGES, output_attentions=False)
         model.config.output_attentions = False
         model(IMAGES)
     with turbovlm.apply(model, r=0):  # nothing merges: the block's own forward builds them

@@ -151,7 +151,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         )
     for owner in owners_of(model, part):
         if reason := refusal(owner):
-            raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {reason}; r shortens its tower")
+            raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {reason}{merges_inside(model)}")
     if not family.cross_attention and "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
         raise UnsupportedModelError(
             f"visual_keep={config.visual_keep}: {family.family} of {library_version(type(part))} does not take encoded "
