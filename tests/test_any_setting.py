@@ -23,7 +23,7 @@ AMOUNTS = st.one_of(
 )
 SETTINGS = st.fixed_dictionaries(
     {
-        "degree": st.sampled_from(turbovlm.config.DEGREES),
+        "degree": st.sampled_from(turbovlm.ops.degree.DEGREES),
         "alpha": st.floats(0, 200),
         "similarity": st.sampled_from(turbovlm.config.SIMILARITIES),
         "guidance": st.sampled_from(["auto", "mean"]),

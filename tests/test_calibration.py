@@ -14,6 +14,7 @@ from turbovlm import Calibration, ConfigError, TurboConfig, TurboError
 from turbovlm.calibration import search
 from turbovlm.calibration.bound import upper_bound
 from turbovlm.calibration.drift import Reference, clearly_less
+from turbovlm.calibration.outputs import check_different
 from turbovlm.calibration.schedule_search import EncoderCost
 from turbovlm.calibration.subject import Subject, Trial, solve_amount
 from turbovlm.calibration.subjects import thresholds
@@ -350,6 +351,12 @@ def test_a_list_of_one_size_is_that_tensor(vit, images):
     assert turbovlm.calibrate(vit, list(images), flops=0.7, effort=1) == turbovlm.calibrate(
         vit, images, flops=0.7, effort=1
     )
+
+
+def test_inputs_that_are_no_pictures_have_no_colour():
+    check_different(torch.randn(20, 784), 16)
+    with pytest.raises(ConfigError, match="only 1 of the 20 differ"):
+        check_different(torch.randn(1, 784).expand(20, -1), 16)
 
 
 def test_images_that_say_nothing_of_others(vit, images):

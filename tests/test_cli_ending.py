@@ -64,6 +64,39 @@ def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own(kind, monkeypatch,
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_broken_pipe_that_ctrl_c_brought_about(monkeypatch, capfd):
+    def run(args):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise BrokenPipeError("of a worker") from None
+
+    monkeypatch.setattr(inspect, "run", run)
+    assert main(COMMAND) == 130
+    assert capfd.readouterr().err == "turbovlm: interrupted; nothing was written\n"
+
+
+TWICE = """
+import signal, sys
+from turbovlm.cli import inspect, main, measuring
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def run(args):
+    measuring.written.append("plan.json")
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+inspect.run = run
+main(["inspect", "timm:test_vit"])
+"""
+
+
+def test_ctrl_c_twice_says_nothing_that_is_not_so():
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True)
+    said = "turbovlm: interrupted; what was written by then is kept\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", said)
+
+
 def test_a_handler_of_the_callers_own_stays(monkeypatch):
     seen = []
     monkeypatch.setattr(inspect, "run", lambda args: signal.raise_signal(signal.SIGINT) or 0)
@@ -146,8 +179,14 @@ def test_which_process_is_the_command(argv, expected, monkeypatch):
 
 def test_which_process_is_the_command_as_a_module(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["-m", "--version"])
-    for module, expected in (("turbovlm", True), ("pytest", False)):
-        monkeypatch.setattr(sys, "orig_argv", ["python", "-m", module, "--version"])
+    for arguments, expected in (
+        (["-m", "turbovlm", "--version"], True),
+        (["-W", "ignore", "-Im", "turbovlm", "inspect"], True),
+        (["-m", "pytest", "--version"], False),
+        (["-m", "pytest", "-m", "turbovlm"], False),
+        (["-m", "package", "turbovlm"], False),
+    ):
+        monkeypatch.setattr(sys, "orig_argv", ["python", *arguments])
         assert process.is_command() is expected
 
 

@@ -140,6 +140,10 @@ def test_paper_multiplies_alpha_by_30():
     assert TurboConfig.paper(16, beta=0.9, gamma=3).degree == LayeredDegree(180, 0.9, 3)
     assert TurboConfig.paper(16, degree="layered", alpha=2).degree == LayeredDegree(60, 1, 0)
     assert TurboConfig.paper(16, degree="redundancy").degree == "redundancy"
+    own = LayeredDegree(3, 1, 0)
+    assert (TurboConfig.paper(16, degree=own).degree, TurboConfig.paper(16, degree=own).alpha) == (own, None)
+    with pytest.raises(ConfigError, match="alpha=2: it would have no effect"):
+        TurboConfig.paper(16, degree=own, alpha=2)
     with pytest.raises(ConfigError, match="alpha='6'"):
         TurboConfig.paper(16, alpha="6")
     with pytest.raises(ConfigError, match="r=-1"):

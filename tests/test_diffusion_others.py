@@ -180,6 +180,15 @@ def test_lora_that_was_there_before_goes():
     assert torch.equal(run(model, inputs), plain)
 
 
+def test_blocks_that_are_taken_out_are_skipped():
+    model, inputs = denoiser("pixart")
+    with turbovlm.apply(model, keep=0.5) as handle:
+        run(model, inputs)
+        model.transformer_blocks = model.transformer_blocks[:1]
+        run(model, inputs)
+        assert "left whole: transformer_blocks.1.attn1" in str(handle) and "skipped it" in str(handle)
+
+
 def test_image_embeddings_of_flux_in_a_batch():
     from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 

@@ -116,6 +116,47 @@ def test_a_forward_that_nobody_counts_decides(decisions):
         assert len(decisions) == 3 * once
 
 
+def test_a_sampler_that_takes_no_steps_of_the_scheduler(decisions):
+    """It is no loop: its latents are neither kept nor, changed in place, taken for those of a forward before."""
+    pipe, inputs = pipeline(), unet_inputs(1, 32, 32)
+    with turbovlm.apply(pipe, keep=0.5):
+        steps, seen = feature_of(pipe).steps, []
+        pipe.scheduler.set_timesteps(30)
+        for turn in range(40):
+            inputs["sample"].copy_(noise(turn, 1, 4, 32, 32))
+            run(pipe.unet, inputs)
+            seen.append(len(decisions))
+        assert seen == [seen[0] * (turn + 1) for turn in range(40)]
+        assert not steps.counting and len(steps._latents) <= 16
+
+
+def test_a_scheduler_that_cannot_be_counted_with():
+    class Holding(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet, self.scheduler = pipeline().unet, "ddim"
+
+    with turbovlm.apply(Holding(), keep=0.5):
+        pass
+    with pytest.raises(TurboError, match="refresh=2: the pipeline's scheduler, a str, has no set_timesteps"):
+        turbovlm.apply(Holding(), keep=0.5, refresh=2)
+
+
+def test_a_shared_scheduler_counts_for_the_pipeline_with_refresh(decisions):
+    pipe, twin = pipeline(), pipeline()
+    twin.scheduler = pipe.scheduler
+    own = dict(pipe.scheduler.__dict__)
+    with turbovlm.apply(pipe, keep=0.5):
+        alone = image(pipe)
+        each = len(decisions)
+        with turbovlm.apply(twin, keep=0.5, refresh=9):
+            decisions.clear()
+            image(twin)
+            assert len(decisions) * 4 == each
+            assert torch.equal(image(pipe), alone)
+    assert pipe.scheduler.__dict__.keys() == own.keys()
+
+
 def test_refresh_needs_a_pipeline():
     pipe = pipeline()
     with pytest.raises(ConfigError, match="refresh=2: a pipeline's scheduler says when a step ends"):

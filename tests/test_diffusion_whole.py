@@ -86,7 +86,37 @@ def put_forward_of_layer(attention, read):
     attention.to_k.forward = lambda x: (read.append(x.shape[1]), own(x))[1]
 
 
-READERS = [put_processor, put_call_of_class, put_forward, put_hook, put_early_hook, put_forward_of_layer]
+def put_forward_on_a_placed_layer(attention, read):
+    """As sequential offloading places layers, on which another forward is put, below the hook or above it."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(attention.to_k, AlignDevicesHook(execution_device="cpu"))
+    put_forward_of_layer(attention, read)
+
+
+def put_forward_below_placing(attention, read):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    put_forward_of_layer(attention, read)
+    add_hook_to_module(attention.to_k, AlignDevicesHook(execution_device="cpu"))
+
+
+def put_forward_below_casting(attention, read):
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
+
+    put_forward_of_layer(attention, read)
+    registry = HookRegistry.check_if_exists_or_initialize(attention.to_k)
+    registry.register_hook(LayerwiseCastingHook(torch.float32, torch.float32, False), "casting")
+
+
+OF_LAYERS = [
+    put_forward_of_layer,
+    put_forward_on_a_placed_layer,
+    put_forward_below_placing,
+    put_forward_below_casting,
+]
+READERS = [put_processor, put_call_of_class, put_forward, put_hook, put_early_hook, *OF_LAYERS]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -103,7 +133,7 @@ def test_a_reader_gets_all_tokens_once(unet, inputs, put, path, when):
         lines = [line for line in repr(handle).splitlines() if "left whole" in line]
     if back is not None:
         back()
-    words = 7 if path == "attn2" and put is put_forward_of_layer else 1024
+    words = 7 if path == "attn2" and put in OF_LAYERS else 1024
     assert set(read) == ({1024, 256} if put is put_call_of_class else {words})
     assert put is put_call_of_class or len(read) == 1
     assert len(lines) >= 1 and all(path in line or put is put_call_of_class for line in lines)
@@ -111,6 +141,22 @@ def test_a_reader_gets_all_tokens_once(unet, inputs, put, path, when):
         assert put is put_call_of_class or "test_diffusion_whole" in lines[0]
     else:
         assert "called another forward that was put in its place" in lines[0]
+
+
+def test_a_hook_of_all_modules_gets_all_tokens(unet, inputs):
+    read = []
+    with turbovlm.apply(unet, keep=0.5) as handle:
+        query = unet.get_submodule(f"{BLOCK}.attn1.to_q")
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, given, out: read.append(out.shape[1]) if module is query else None
+        )
+        with pytest.warns(UserWarning, match="leaves all parts whole: .* every module has a hook, .* take that off"):
+            run(unet, inputs)
+        hook.remove()
+        assert "→" not in repr(handle)
+        run(unet, inputs)
+        assert "1024 → 512 tokens" in repr(handle)
+    assert read == [1024]
 
 
 def test_a_part_that_is_whole_gives_what_the_part_itself_gives(unet, inputs):

@@ -217,7 +217,10 @@ def test_pi0_is_refused():
     text = {"model_type": "gemma", **TEXT, "head_dim": 8}
     config = col_pali().config.vlm_config
     model = transformers.PI0ForConditionalGeneration(transformers.PI0Config(vlm_config=config, dit_config=text))
-    with pytest.raises(UnsupportedModelError, match=r"visual_keep=0\.5: PI0 puts visual tokens into its prompt itself.*; r, keep or flops merge in"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"visual_keep=0\.5: PI0 puts visual tokens into its prompt itself.*; r, keep or flops merge in",
+    ):
         turbovlm.apply(model, visual_keep=0.5)
 
 

@@ -165,7 +165,7 @@ class TurboConfig(Settings):
         beta: float = 1.0,
         gamma: float = 0,
         min_tokens: int = 0,
-        degree: str = "weighted_difference",
+        degree: str | DegreeFunction = "weighted_difference",
         *,
         trace: bool = False,
     ) -> TurboConfig:
@@ -180,18 +180,19 @@ class TurboConfig(Settings):
         multiplier = check_number("alpha", alpha) * PAPER_ALPHA_SCALE
         beta, gamma = check_number("beta", beta), check_number("gamma", gamma)
         layered = degree == "layered" or (degree == "weighted_difference" and beta != 1)
+        without = callable(degree) or degree in WITHOUT_ALPHA
         for name, value, default in (("beta", beta, 1.0), ("gamma", gamma, 0)):
             if value != default and not layered:
                 raise ConfigError(
                     f"{name}={value:g}: it would have no effect: degree={degree!r} with beta={beta:g} is not layered"
                 )
-        if degree in WITHOUT_ALPHA and alpha != 6.0:
+        if without and alpha != 6.0:
             raise ConfigError(f"alpha={brief(alpha)}: it would have no effect: degree={brief(degree)} has no alpha")
         return cls(
             r=r,
             min_tokens=min_tokens,
             degree=LayeredDegree(multiplier, beta, gamma) if layered else degree,
-            alpha=None if layered or degree in WITHOUT_ALPHA else multiplier,
+            alpha=None if layered or without else multiplier,
             similarity="keys",
             partition="alternate",
             order="partition",

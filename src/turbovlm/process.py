@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from itertools import pairwise
 from typing import Any
 
 INTERRUPTED = 130
@@ -23,7 +24,8 @@ NAMES = ("turbovlm", "turbovlm.exe", "turbovlm-script.py")
 def is_command() -> bool:
     """Whether this process is the command, begun as `turbovlm` or as `python -m turbovlm`."""
     begun = sys.argv[0] if getattr(sys, "argv", None) else ""
-    as_module = begun == "-m" and "turbovlm" in sys.orig_argv[:-1] + sys.orig_argv[-1:]
+    modules = [name for flag, name in pairwise(sys.orig_argv) if flag[:1] == "-" != flag[1:2] and flag[-1:] == "m"]
+    as_module = begun == "-m" and modules[:1] == ["turbovlm"]
     return as_module or os.path.basename(begun) in NAMES
 
 
@@ -38,6 +40,12 @@ def begin() -> None:
 def stop(*_: Any) -> None:
     """End the process at once with one line: while modules are imported there is nothing to tidy up."""
     say_interrupted("nothing was written")
+    os._exit(INTERRUPTED)
+
+
+def stop_late(*_: Any) -> None:
+    """The same once a command has begun, which may have written something."""
+    say_interrupted("what was written by then is kept")
     os._exit(INTERRUPTED)
 
 

@@ -67,7 +67,8 @@ class Settings:
         degree = values["degree"]
         if callable(degree):
             return {"alpha": "a degree that is a callable has its own numbers: put it there"}
-        return {"alpha": f"degree={brief(degree)} has no alpha"} if degree in WITHOUT_ALPHA else {}
+        without = isinstance(degree, str) and degree in WITHOUT_ALPHA  # else it is refused by its own check
+        return {"alpha": f"degree={brief(degree)} has no alpha"} if without else {}
 
     def changed(self, **changes: Any) -> Any:
         """The settings with changes, and with the defaults of those fields that nothing reads then.
@@ -76,7 +77,8 @@ class Settings:
             ConfigError: as when the settings are made.
         """
         values = {**vars(self), **changes}
-        return type(self)(**{name: value for name, value in values.items() if name not in self.unread(values)})
+        unread = self.unread(values)
+        return type(self)(**{name: value for name, value in values.items() if name not in unread})
 
     def _check_unread(self) -> None:
         """See that every field that is not at its default has an effect."""

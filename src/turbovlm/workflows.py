@@ -74,9 +74,13 @@ def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tupl
     of: dict[Any, dict[str, Any]] = {
         kind: {name: value for name, value in settings.items() if name in names[kind]} for kind in wanted
     }
-    unread = {kind: kind.unread(own) for kind, own in of.items()}
+    unread = {kind: kind.unread(own) for kind, own in of.items()} if len(of) > 1 else {}
     for kind, own in of.items():  # what another class in use reads has an effect there
-        shared = [name for name in unread[kind] if any(name in of[other] and name not in unread[other] for other in of)]
+        shared = [
+            name
+            for name in unread.get(kind, ())
+            if any(name in of[other] and name not in unread[other] for other in of)
+        ]
         of[kind] = {name: value for name, value in own.items() if name not in shared}
     return tuple(kind(**own) for kind, own in of.items())
 

@@ -182,7 +182,7 @@ def layered(R, A, block):
 
 
 DEGREES = st.one_of(
-    st.sampled_from(turbovlm.config.DEGREES),
+    st.sampled_from(turbovlm.ops.degree.DEGREES),
     st.just(layered),
     st.builds(LayeredDegree, st.floats(0, 10), st.floats(0.1, 2), st.integers(0, 3)),
 )

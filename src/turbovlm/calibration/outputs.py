@@ -120,8 +120,8 @@ def check_different(inputs: Any, fewest: int) -> None:
         ConfigError: too many are the same, or each is of one colour.
     """
     images = [_single(inputs, index) for index in range(count_images(inputs))]
-    pixels = [max(image, key=torch.numel) for image in images]
-    if all(bool((each.flatten(1).amin(1) == each.flatten(1).amax(1)).all()) for each in pixels if each.ndim > 1):
+    pixels = [largest for image in images if (largest := max(image, key=torch.numel)).ndim > 1]
+    if pixels and all(bool((each.flatten(1).amin(1) == each.flatten(1).amax(1)).all()) for each in pixels):
         raise ConfigError(f"images: each of the {len(images)} is of one colour; give photographs of what it will see")
     different = len({tuple(map(_fingerprint, image)) for image in images})
     if different < fewest:
@@ -137,9 +137,9 @@ def _single(inputs: Any, index: int) -> list[Tensor]:
 
 def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for equal tensors, and for no others but by a chance of no account."""
-    values = tensor.flatten().double()
+    values = tensor.detach().cpu().flatten().double()  # a device may have no float64
     weights = torch.rand(len(values), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return (*tensor.shape, (values * weights.to(values.device)).sum().item())
+    return (*tensor.shape, (values * weights).sum().item())
 
 
 def sizes_of(inputs: Any) -> dict[tuple[int, ...], list[int]]:

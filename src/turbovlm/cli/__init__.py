@@ -65,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"turbovlm: {error}", file=sys.stderr)
                 return 2
         except BrokenPipeError:
-            if not reader_is_gone():
+            if reader_is_gone():
+                drop_output()
+                return BROKEN_PIPE
+            if not interrupt.happened:
                 raise
-            drop_output()
-            return BROKEN_PIPE
         except KeyboardInterrupt:
             pass
         except Exception as error:

@@ -31,10 +31,8 @@ class Interrupt:
 def interruptible() -> Iterator[Interrupt]:
     """Raise KeyboardInterrupt at the first Ctrl-C; end at once at the second. Handlers of a caller's own stay."""
     interrupt, own, before = Interrupt(), os.getpid(), signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before not in (
-        signal.default_int_handler,
-        process.stop,
-    ):
+    ours = (signal.default_int_handler, process.stop, process.stop_late)
+    if threading.current_thread() is not threading.main_thread() or before not in ours:
         yield interrupt
         return
 
@@ -42,7 +40,7 @@ def interruptible() -> Iterator[Interrupt]:
         if os.getpid() != own:  # a copy of this process that reads images: its parent ends it
             return
         if interrupt.happened:
-            process.stop()
+            process.stop_late()
         interrupt.happened = True
         raise KeyboardInterrupt
 
@@ -50,7 +48,7 @@ def interruptible() -> Iterator[Interrupt]:
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, process.stop_late if before is process.stop else before)
 
 
 def reader_is_gone() -> bool:

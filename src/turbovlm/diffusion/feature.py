@@ -107,7 +107,10 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         ]
 
     def _tokens_of(self, group: str) -> str:
-        keys = {site.key for site in self.sites if site.group == group}
+        sites = [site for site in self.sites if site.group == group]
+        if all(site.name in self.whole for site in sites):
+            return ""
+        keys = {site.key for site in sites}
         choice = next((choice for key, choice in (self.last or {}).items() if key in keys), None)
         if choice is None:
             return ""

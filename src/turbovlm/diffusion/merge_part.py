@@ -25,7 +25,7 @@ from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.tracing import is_exporting_to_onnx, is_readable
-from turbovlm.patching import Patch, install, patches_of, take_off
+from turbovlm.patching import Patch, install, patches_of, slot_of, take_off
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
@@ -88,7 +88,9 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     if shares:
         steps.end_forward(seen, choices)
     if not compiling:
-        feature.last = {**(feature.last or {}), **run.choices}  # a list of ControlNets has a forward of each
+        own = {site.key for site in _sites_of(holder, feature)}
+        others = {key: choice for key, choice in (feature.last_here or {}).items() if key not in own}
+        feature.last = {**others, **run.choices}  # a list of ControlNets has a forward of each
         reasons: dict[str, str | None] = {**feature.whole, **_reasons(holder, run)}
         feature.whole = {name: reason for name, reason in reasons.items() if reason is not None}
         _warn_of_nothing(feature)
@@ -220,12 +222,9 @@ def _grid_of_positions(
 
 def _follow_parts(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
     """Patch the parts that stand where others stood, as an adapter around a layer does, and the layer after it."""
-    inside = f"{holder.name}." if holder.name else ""
-    for site in feature.sites:
-        if not site.name.startswith(inside):
-            continue
-        part = model.get_submodule(site.name.removeprefix(inside))
-        if _is_patched(part, feature):
+    for site in _sites_of(holder, feature):
+        part = _module_at(model, holder, site.name)
+        if part is None or _is_patched(part, feature):
             continue
         with FOLLOWING:
             if not _is_patched(part, feature):  # another thread may have been here in the meantime
@@ -238,7 +237,24 @@ FOLLOWING = threading.Lock()
 
 
 def _is_patched(part: Any, feature: DenoiseFeature) -> bool:
+    patch = part.__dict__.get(slot_of(part, "forward"))
+    if type(patch) is Patch and patch.feature is feature:  # as nearly always
+        return True
     return any(patch.feature is feature for patch in patches_of(part))
+
+
+def _sites_of(holder: Holder, feature: DenoiseFeature) -> list[Site]:
+    """The parts in a denoiser."""
+    inside = f"{holder.name}." if holder.name else ""
+    return [site for site in feature.sites if site.name.startswith(inside)]
+
+
+def _module_at(model: Any, holder: Holder, name: str) -> Any:
+    """The module of that path in a denoiser; None where it is gone. Much faster than `get_submodule`."""
+    module = model
+    for step in (name.removeprefix(f"{holder.name}.") if holder.name else name).split("."):
+        module = None if module is None else module._modules.get(step)
+    return module
 
 
 def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
@@ -249,7 +265,7 @@ def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> 
     """
     inside = f"{holder.name}." if holder.name else ""
     for name in feature.blocks:
-        if name.startswith(inside) and is_compiled(model.get_submodule(name.removeprefix(inside))):
+        if name.startswith(inside) and is_compiled(_module_at(model, holder, name)):
             raise StateError(f"{name} {COMPILED}")
 
 
@@ -266,9 +282,7 @@ COMPILED = (
 
 def _reasons(holder: Holder, run: Run) -> dict[str, str | None]:
     """Why each part of a denoiser whose forward has ended read all tokens; None where it did not."""
-    inside = f"{holder.name}." if holder.name else ""
-    names = [site.name for site in run.feature.sites if site.name.startswith(inside)]
-    return {name: run.whole.get(name, NOT_CALLED) for name in names}
+    return {site.name: run.whole.get(site.name, NOT_CALLED) for site in _sites_of(holder, run.feature)}
 
 
 NOT_CALLED = "the last forward skipped it, or called another forward that was put in its place"
@@ -285,7 +299,15 @@ def _warn_of_nothing(feature: DenoiseFeature) -> None:
     idle = {name: set(reasons) - {NOT_CALLED} for name, reasons in parts.items() if all(reasons)}
     if any(idle.values()):
         why = "; ".join(f"{name}: {', '.join(sorted(map(str, each)))}" for name, each in idle.items() if each)
-        warnings.warn(f"turbovlm leaves all parts of these components whole: {why}", stacklevel=2)
+        warnings.warn(
+            f"turbovlm leaves all parts of these components whole: {why}. To have them merged take that off, or put "
+            f"the library's own back; components={[name for name in feature.config.components if name not in idle]} "
+            "leaves them whole without this warning"
+            if len(idle) < len(parts)
+            else f"turbovlm leaves all parts whole: {why}. To have them merged take that off, or put the library's own "
+            "back; else handle.remove()",
+            stacklevel=2,
+        )
     fewest = least_tokens(feature.config)
     tokens = max((choice.tokens for choice in (feature.last or {}).values()), default=fewest)
     if tokens < fewest:

@@ -2,7 +2,8 @@
 
 The pipeline's scheduler says when a step ends. Guidance whose halves are forwards of their own denoises one latent in
 both, so they merge alike, as the halves of a batch do. Forwards outside of a pipeline's loop, whose steps nobody
-counts, choose for themselves, unless they are given parts of one batch that are equal.
+counts, choose for themselves, unless they are given parts of one batch that are equal. A loop that is left before its
+last step counts as under way until the next one begins.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from turbovlm.patching import Patch, install, patches_of, take_off
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
+
+
+MOST = 16
+"""Latents that a pipeline denoises one by one in a step, at most: views of a panorama."""
 
 
 class Steps:
@@ -67,8 +72,15 @@ class Steps:
         """
         self._scheduler = None
         for name in _COUNTED:
-            if self.every == 1 and (name in vars(scheduler) or not hasattr(type(scheduler), name)):
+            known = hasattr(type(scheduler), name)
+            if self.every == 1 and not (known and name not in scheduler.__dict__):
                 return
+            if not known:
+                raise TurboError(
+                    f"refresh={self.every}: the pipeline's scheduler, a {type(scheduler).__name__}, has no {name}, by "
+                    "which its steps are counted; leave refresh out"
+                )
+            _give_way(scheduler, name)
             if name in scheduler.__dict__:
                 raise TurboError(
                     f"refresh={self.every}: the {name} of this {type(scheduler).__name__} is replaced already, by "
@@ -115,8 +127,11 @@ class Steps:
         place = 0
         if latent is not None:
             place = next((i for i, each in enumerate(self._latents) if _are_equal(each, latent)), len(self._latents))
+            if place == MOST:  # nobody takes the scheduler's steps: a sampler of one's own, behind set_timesteps
+                self._in_loop, self._latents, self.choices = False, [], []
+                return self._before.choices_for(latent)
             if place == len(self._latents):
-                self._latents.append(latent.detach())
+                self._latents.append(latent.detach().clone())  # a sampler may change its own in place
         while len(self.choices) <= place:
             self.choices.append({})
         return self.choices[place]
@@ -150,6 +165,14 @@ class _Before(threading.local):
             return {}
         of_one_batch = before.untyped_storage().data_ptr() == latent.untyped_storage().data_ptr()
         return dict(self.choices) if of_one_batch and _are_equal(before, latent) else {}
+
+
+def _give_way(scheduler: Any, name: str) -> None:
+    """Take the method off again that another pipeline without `refresh` counts with, to which it is worth little."""
+    patch = scheduler.__dict__.get(name)
+    if isinstance(patch, Patch) and patch.before is None and patch.feature.steps.every == 1:  # type: ignore[attr-defined]
+        patch.feature.steps.counting = False  # type: ignore[attr-defined]
+        take_off([patch])
 
 
 def _are_equal(latent: Tensor, other: Tensor) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.modules.module as torch_module
 
 from turbovlm.diffusion.families import Part
 from turbovlm.ops.tracing import constant_in_graphs
@@ -25,6 +26,12 @@ HARMLESS = ("torch.", "accelerate.", "peft.", "torchao.", "bitsandbytes.", "turb
 
 PLACING = ("diffusers.hooks.layerwise_casting", "diffusers.hooks.group_offloading")
 """Where those hooks of `diffusers` are that see to devices and dtypes only."""
+
+WRAPPERS = ("accelerate.hooks", "diffusers.hooks.hooks")
+"""Where the functions are that hooks put in place of a forward, which they have as `__wrapped__`."""
+
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+"""Those of all modules, in `torch.nn.modules.module`."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -99,45 +106,72 @@ def _code_inside(module: Any, part: Part, library: str) -> str | None:
 
 def _forward_below(module: Any, before: Any) -> str | None:
     """A forward that was there before the patch, which would be given merged tokens."""
-    own: Any = type(module)
-    if before is None or getattr(before, "__func__", None) is own.forward:
-        return None
+    found = None if before is None else _other_forward(module, before)
+    if found is not None:
+        return f"it has a forward of its own, {_named(found)}"
     registry = getattr(module, "_diffusers_hook", None)
-    if registry is None:
-        return f"it has a forward of its own, {_named(before)}"
+    if before is None or registry is None:
+        return None
     # caches, the stateful ones, are refused below a merge, so those that are there came after it
     hooks = [hook for hook in registry.hooks.values() if not hook._is_stateful]
     return _first_of(hook for hook in hooks if type(hook).__module__ not in PLACING)
 
 
+def _other_forward(module: Any, forward: Any) -> Any:
+    """What is called in place of the class's forward, below placing hooks and patches; None where it is that."""
+    while isinstance(forward, Patch) or (
+        isinstance(forward, functools.partial) and forward.func.__module__ in WRAPPERS
+    ):
+        forward = forward.before if isinstance(forward, Patch) else forward.__wrapped__  # type: ignore[attr-defined]
+    if forward is None:
+        return None
+    owner, own = getattr(forward, "__self__", None), getattr(type(module), "forward", None)
+    return None if owner is module and getattr(forward, "__func__", None) is own else forward
+
+
 def _hooks_inside(module: Any) -> str | None:
-    for inner in module.modules():
-        if inner is not module and (found := _stands_on(inner)) is not None:
-            name = next(name for name, each in module.named_modules() if each is inner)
-            return f"its {name} has {found}"
+    for kind in GLOBAL_HOOKS:
+        for hook in getattr(torch_module, kind).values():
+            if _is_foreign(hook):
+                return f"every module has a hook, {_named(hook)}"
+    return _hooks_below(module)
+
+
+def _hooks_below(module: Any, path: str = "") -> str | None:
+    """What stands on the modules below one. Called for every part in every forward, so it makes as little as it can."""
+    for name, inner in module._modules.items():
+        if inner is None:
+            continue
+        if (found := _stands_on(inner)) is not None:
+            return f"its {path}{name} has {found}"
+        if inner._modules and (found := _hooks_below(inner, f"{path}{name}.")) is not None:
+            return found
     return None
 
 
 @constant_in_graphs
 def _stands_on(layer: Any) -> str | None:
     """What others have put on a layer and would be called with what it is given; None where there is nothing."""
+    own = layer.__dict__
     for kind in HOOKS:
-        for hook in getattr(layer, kind).values():
-            if _is_foreign(hook):
-                return f"a hook, {_named(hook)}"
-    if "forward" not in layer.__dict__:
+        if own[kind]:
+            for hook in own[kind].values():
+                if _is_foreign(hook):
+                    return f"a hook, {_named(hook)}"
+    if "forward" not in own:
         return None
-    registry, placed = getattr(layer, "_diffusers_hook", None), getattr(layer, ACCELERATE_HOOK, None)
+    registry, placed = own.get("_diffusers_hook"), own.get(ACCELERATE_HOOK)
+    found = None
     if registry is not None:
-        return _first_of(hook for hook in registry.hooks.values() if type(hook).__module__ not in PLACING)
-    if placed is not None:
-        return _first_of(hook for hook in getattr(placed, "hooks", (placed,)) if _is_foreign(type(hook)))
-    forward = layer.__dict__["forward"]
-    owner, own = getattr(forward, "__self__", None), getattr(type(layer), "forward", None)
-    if owner is layer and getattr(forward, "__func__", None) is own:
-        return None
+        found = _first_of(hook for hook in registry.hooks.values() if type(hook).__module__ not in PLACING)
+    elif placed is not None:
+        found = _first_of(hook for hook in getattr(placed, "hooks", (placed,)) if _is_foreign(type(hook)))
+    forward = _other_forward(layer, own["forward"])
+    owner = getattr(forward, "__self__", None)
     # An adapter is a module whose forward stands in for that of the layer that it adapts.
-    return None if isinstance(owner, nn.Module) and owner is not layer else f"a forward of its own, {_named(forward)}"
+    if found is not None or forward is None or (isinstance(owner, nn.Module) and owner is not layer):
+        return found
+    return f"a forward of its own, {_named(forward)}"
 
 
 def _first_of(hooks: Any) -> str | None:

@@ -206,7 +206,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         ConfigError: settings that this encoder cannot have.
     """
     check_depth(config, len(tower.blocks), tower.name)
-    check_degree(config.degree, len(tower.blocks))
+    check_degree(config.degree, len(tower.blocks), next(tower.blocks[0][1].parameters()).device)
     if config.guidance == "cls" and not tower.cls:
         raise ConfigError(
             f"guidance='cls': {tower.title} ({tower.layout.family}) has no CLS token; use 'mean' or 'auto'"
