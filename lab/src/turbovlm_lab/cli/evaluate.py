@@ -96,6 +96,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     how.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
     how.add_argument("--prompt", metavar="TEXT", help="what the model is asked, {} standing for question or class")
+    how.add_argument("--names", metavar="PATH", help="embeddings of the classes' names, for zoo:clip: a folder or .npy")
     how.add_argument(
         "--out", metavar="FOLDER", help="of predictions (default turbovlm-evaluate/TASK-MODEL, and what else was given)"
     )
@@ -288,7 +289,7 @@ def _predictor(args: argparse.Namespace, model: str, data: Data) -> tuple[Predic
     folder = None if args.pictures is None else Path(args.pictures)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    spec = AskedModel(model, device_named(args.device), getattr(torch, args.dtype), args.prompt)
+    spec = AskedModel(model, device_named(args.device), getattr(torch, args.dtype), args.prompt, args.names)
     making = Making(args.steps, args.guidance_scale, args.seed or 0, folder, args.strength)
     return asked(args.task, spec, data, making, args.features or ("inception" if args.data else "vit"))
 
@@ -357,7 +358,7 @@ def _progress(total: int) -> Iterator[Callable[[str, int], object]]:
         yield lambda _, done: advance(done)
 
 
-ALL_CHANGE = ("split", "limit", "dtype", "prompt", "steps", "guidance_scale", "strength", "seed", "features")
+ALL_CHANGE = ("split", "limit", "dtype", "prompt", "names", "steps", "guidance_scale", "strength", "seed", "features")
 """Options that change every prediction, the unmerged ones too: each of their values has a default folder of its own."""
 
 

@@ -13,6 +13,8 @@ class AskedModel(ModelSpec):
 
     Attributes:
         prompt: what it is asked, `{}` standing for question, statement or class; the model family's own if None.
+        names: where embeddings of names are, for the zoo's CLIP.
     """
 
     prompt: str | None = None
+    names: str | None = None

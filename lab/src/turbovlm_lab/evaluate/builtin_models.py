@@ -29,7 +29,8 @@ MODELS = {
     "text-to-image": "zoo:emoji",
 }
 """Of each task."""
-
+MORE = {"classification": ("zoo:clip",)}
+"""Those that a task takes beside them, where they are asked for."""
 
 EMOJI = {"steps": 10, "guidance": 3.0}
 """How the emoji model makes images, unless told otherwise."""
@@ -44,8 +45,9 @@ def zoo_predictor(
         ConfigError: there is none of that name for the task.
         TurboError: its weights are not there.
     """
-    if MODELS.get(task) != f"zoo:{name}":
-        raise ConfigError(f"model='zoo:{name}': of the zoo, {task} takes {MODELS.get(task, 'none')}")
+    known = ([MODELS[task]] if task in MODELS else []) + list(MORE.get(task, ()))
+    if f"zoo:{name}" not in known:
+        raise ConfigError(f"model='zoo:{name}': of the zoo, {task} takes {' or '.join(known) or 'none'}")
     if task == "text-to-image":
         from turbovlm_lab.zoo.emoji import load_emoji_pipeline
 

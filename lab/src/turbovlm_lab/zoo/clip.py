@@ -96,8 +96,12 @@ def load_clip(spelling: str = "transformers") -> Any:
 
 
 def embed(model: nn.Module, pixels: Tensor) -> Tensor:
-    """The images' embeddings of length 1, `[images, 512]`, by any spelling of the tower."""
-    out = model(pixels)
+    """The images' embeddings of length 1, `[images, 512]`, by any spelling of the tower.
+
+    Images of another size than CLIP's 224 pixels are for `transformers`' alone, whose position embeddings are resized.
+    """
+    other_size = {} if pixels.shape[-1] == IMAGE_SIZE else {"interpolate_pos_encoding": True}
+    out = model(pixels, **other_size)
     vectors: Tensor = out if isinstance(out, Tensor) else out.image_embeds
     return nn.functional.normalize(vectors, dim=-1)
 

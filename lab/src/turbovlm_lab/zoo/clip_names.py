@@ -58,37 +58,34 @@ class ClipNames:
         return (LOGIT_SCALE * images @ self.vectors.T).softmax(dim=-1)
 
 
-def read_names(folder: str | Path, name: str | None = None) -> ClipNames:
+def read_names(source: str | Path) -> ClipNames:
     """The names that a folder has embeddings of.
 
     Args:
-        folder: where the files are.
-        name: of the file with vectors, without its ending, where the folder has several.
+        source: a folder with one file of vectors, or a file of vectors.
 
     Raises:
         ConfigError: no such folder or file, several that could be meant, vectors of another width, as many names as
             vectors are not there, or a name twice.
     """
-    folder = Path(folder)
-    files = {path.stem: path for path in sorted(folder.glob("*.npy"))} if folder.is_dir() else {}
-    with_names = {stem: names for stem in files if (names := _names_beside(folder, stem)) is not None}
-    found = with_names if name is None else {stem: path for stem, path in with_names.items() if stem == name}
+    source = Path(source)
+    files = sorted(source.glob("*.npy")) if source.is_dir() else [source] if source.is_file() else []
+    found = [(path, names) for path in files if (names := _names_beside(path)) is not None]
     if not found:
-        what = "a file *.npy of vectors" if name is None else f"{name}.npy"
         raise ConfigError(
-            f"{folder}: has no {what} with the names beside it, in a .txt; it takes embeddings of names by CLIP "
-            "ViT-B/16's text tower, [names, 512], which turbovlm does not have"
+            f"{source}: no file *.npy of vectors with the names beside it, in a .txt: it takes embeddings of names by "
+            "CLIP ViT-B/16's text tower, [names, 512], which turbovlm does not have"
         )
     if len(found) > 1:
-        raise ConfigError(f"{folder}: has several files of vectors, {', '.join(found)}: say which")
-    stem, names_file = next(iter(found.items()))
-    return _read(files[stem], names_file)
+        raise ConfigError(f"{source}: several files of vectors: give {' or '.join(str(path) for path, _ in found)}")
+    return _read(*found[0])
 
 
-def _names_beside(folder: Path, stem: str) -> Path | None:
-    own = folder / f"{stem}.txt"
-    shared = [path for path in folder.glob("*_names.txt") if stem.startswith(path.stem.removesuffix("names"))]
-    return own if own.is_file() else next(iter(shared), None)
+def _names_beside(vectors: Path) -> Path | None:
+    own = vectors.with_suffix(".txt")
+    shared = sorted(vectors.parent.glob("*_names.txt"))
+    alike = [path for path in shared if vectors.stem.startswith(path.stem.removesuffix("names"))]
+    return own if own.is_file() else next(iter(alike), None)
 
 
 def _read(vectors_file: Path, names_file: Path) -> ClipNames:

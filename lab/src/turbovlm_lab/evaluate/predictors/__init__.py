@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from turbovlm.errors import TurboError
+from turbovlm.errors import ConfigError, TurboError
 from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Data
 from turbovlm_lab.evaluate.predictors.blip import BLIP, blip_nlvr2
+from turbovlm_lab.evaluate.predictors.clip import clip_by_names
 from turbovlm_lab.evaluate.predictors.encoders import classification, retrieval
 from turbovlm_lab.evaluate.predictors.generating import generating
 from turbovlm_lab.evaluate.predictors.images import DEFAULT, Features, Making, text_to_image
 from turbovlm_lab.evaluate.run import Predictor
 
 MODELS = {
-    "classification": "an image classifier of transformers or timm:NAME; CLIP, SigLIP or open_clip:NAME by class names",
+    "classification": (
+        "an image classifier of transformers or timm:NAME; CLIP, SigLIP or open_clip:NAME by class names; zoo:clip"
+    ),
     "retrieval": "CLIP, SigLIP or BLIP's ITM model of transformers, open_clip:hf-hub:ID, or blip:FILE",
     "captioning": "BLIP, BLIP-2, LLaVA, Qwen-VL or another model of transformers that writes, or blip:FILE",
     "vqa": "BLIP-VQA, BLIP-2, ViLT, LLaVA, Qwen-VL or another model of transformers that answers, or blip:FILE",
@@ -54,6 +57,10 @@ def load_predictor(task: str, spec: AskedModel, data: Data, making: Making, feat
 
 
 def _loaded(task: str, spec: AskedModel, data: Data, making: Making, features: Features | None) -> Predictor:
+    if spec.text == "zoo:clip" and task == "classification":
+        return clip_by_names(spec, data)
+    if spec.names is not None:
+        raise ConfigError(f"names={spec.names!r}: only zoo:clip takes embeddings of names, in classification")
     if spec.library == "zoo":
         from turbovlm_lab.evaluate.builtin_models import zoo_predictor
 
@@ -78,7 +85,9 @@ def _loaded(task: str, spec: AskedModel, data: Data, making: Making, features: F
 def _about(spec: AskedModel, making: Making, features: Features | None) -> dict[str, Any]:
     """What was asked for beside the defaults, and what changes predictions."""
     default = AskedModel(spec.text)
-    how = {"dtype": (spec.dtype, default.dtype), "prompt": (spec.prompt, default.prompt)}
+    how: dict[str, tuple[Any, Any]] = {
+        name: (getattr(spec, name), getattr(default, name)) for name in ("dtype", "prompt", "names")
+    }
     how |= {name: (getattr(making, name), getattr(DEFAULT, name)) for name in ("steps", "guidance", "seed", "strength")}
     about = {name: str(value).removeprefix("torch.") for name, (value, usual) in how.items() if value != usual}
     return about if features is None else {**about, "features": getattr(features, "__name__", "")}

@@ -1,0 +1,48 @@
+"""Zero-shot classification with the zoo's CLIP, which has no text tower: names come as somebody has embedded them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbovlm.errors import ConfigError
+from turbovlm_lab.evaluate.asked_model import AskedModel
+from turbovlm_lab.evaluate.data import Data, Sample
+from turbovlm_lab.evaluate.predictors.encoders import likeliest
+from turbovlm_lab.evaluate.run import Predictor
+
+SIZES = range(16, 225, 16)
+
+
+def clip_by_names(spec: AskedModel, data: Data) -> Predictor:
+    """Top-5 classes of an image, by how near it is to their names.
+
+    Args:
+        spec: its `names` say where the embeddings are, see `turbovlm_lab.zoo.clip_names`.
+        data: its classes must be among the names.
+
+    Raises:
+        ConfigError: no `names`, or a class that has no embedding.
+        TurboError: CLIP's weights are not installed.
+    """
+    from turbovlm_lab.zoo import clip
+    from turbovlm_lab.zoo.clip_names import read_names
+
+    if spec.names is None:
+        raise ConfigError(
+            "zoo:clip has no text tower: give --names, a folder with embeddings of the classes' names by CLIP ViT-B/16"
+        )
+    names = read_names(spec.names).only(data.classes)
+    model: Any = clip.load_clip()
+
+    def prepare(sample: Sample, image_size: int | None) -> Tensor:
+        return clip.preprocess([sample.images[0].open()], image_size or clip.IMAGE_SIZE)[0]
+
+    @torch.inference_mode()
+    def predict(prepared: list[Tensor]) -> list[Any]:
+        pixels = torch.stack(prepared)
+        return likeliest(names.probabilities(clip.embed(model, pixels)))
+
+    return Predictor(model, prepare, predict, SIZES)
