@@ -79,13 +79,15 @@ def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
             "of its tokens, which a symbolic trace (torch.fx) does not have; read features by forward hooks on the "
             "blocks and handle.restore, or trace the model after handle.remove()"
         )
-    prefix: int = getattr(hidden, PREFIX, feature.shape.prefix)
-    r, suffix, asked = feature.config.r, feature.shape.suffix, asked_of(feature)
+    # Plain numbers: with `dynamic=True` Dynamo takes those of a patch for symbols, and reasons about them for minutes.
+    own, suffix = operator.index(feature.shape.prefix), operator.index(feature.shape.suffix)
+    prefix: int = getattr(hidden, PREFIX, own)
+    r, asked = feature.config.r, asked_of(feature)
     blocks, maps = (frozenset(), False) if asked is None else (asked.blocks, asked.maps)
     if isinstance(r, tuple):
-        amounts = r
+        amounts = tuple(operator.index(each) for each in r)
     elif r is not None:
-        amounts = (cast(int, r),) * feature.shape.depth
+        amounts = (operator.index(cast(int, r)),) * operator.index(feature.shape.depth)
     else:
         amounts = feature.solved_amounts(operator.index(hidden.shape[1]), operator.index(prefix))
     return State(0, amounts, prefix, suffix, whole=blocks, maps=maps, lengths=(hidden.shape[1],))
