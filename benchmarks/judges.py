@@ -1,7 +1,7 @@
 """Which schedule and which degree keep most at one cost, by several real models at once: how defaults are chosen.
 
     python studies/photos/prepare.py                     # 256 photographs, fetched
-    python benchmarks/judges.py                          # the photographs to choose on; an hour and a half on two cores
+    python benchmarks/judges.py                          # the photographs to choose on
     python benchmarks/judges.py --held-back              # the others, which nothing was chosen on
     python benchmarks/judges.py --judges clip --schedules "every block" --degrees default ToMe    # a part of it
 

@@ -157,6 +157,18 @@ def test_a_shared_scheduler_counts_for_the_pipeline_with_refresh(decisions):
     assert pipe.scheduler.__dict__.keys() == own.keys()
 
 
+def test_a_shared_scheduler_that_cannot_be_had_is_left_as_it_was():
+    pipe, twin = pipeline(), pipeline()
+    twin.scheduler = pipe.scheduler
+    with turbovlm.apply(pipe, keep=0.5):
+        inside = pipe.scheduler.step
+        pipe.scheduler.step = lambda *args, **kwargs: inside(*args, **kwargs)
+        before = dict(pipe.scheduler.__dict__)
+        with pytest.raises(TurboError, match="step of this DDIMScheduler is replaced already"):
+            turbovlm.apply(twin, keep=0.5, refresh=2)
+        assert pipe.scheduler.__dict__ == before and "set_timesteps" in before
+
+
 def test_refresh_needs_a_pipeline():
     pipe = pipeline()
     with pytest.raises(ConfigError, match="refresh=2: a pipeline's scheduler says when a step ends"):

@@ -150,7 +150,9 @@ def test_a_hook_of_all_modules_gets_all_tokens(unet, inputs):
         hook = torch.nn.modules.module.register_module_forward_hook(
             lambda module, given, out: read.append(out.shape[1]) if module is query else None
         )
-        with pytest.warns(UserWarning, match="leaves all parts whole: .* every module has a hook, .* take that off"):
+        with pytest.warns(
+            UserWarning, match="components whole: .* every module has a hook, .* take that off, .*; else handle"
+        ):
             run(unet, inputs)
         hook.remove()
         assert "→" not in repr(handle)

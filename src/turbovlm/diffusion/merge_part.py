@@ -299,13 +299,11 @@ def _warn_of_nothing(feature: DenoiseFeature) -> None:
     idle = {name: set(reasons) - {NOT_CALLED} for name, reasons in parts.items() if all(reasons)}
     if any(idle.values()):
         why = "; ".join(f"{name}: {', '.join(sorted(map(str, each)))}" for name, each in idle.items() if each)
+        others = [name for name in feature.config.components if name not in idle]
+        instead = f"components={others} leaves them whole without this warning" if others else "else handle.remove()"
         warnings.warn(
             f"turbovlm leaves all parts of these components whole: {why}. To have them merged take that off, or put "
-            f"the library's own back; components={[name for name in feature.config.components if name not in idle]} "
-            "leaves them whole without this warning"
-            if len(idle) < len(parts)
-            else f"turbovlm leaves all parts whole: {why}. To have them merged take that off, or put the library's own "
-            "back; else handle.remove()",
+            f"the library's own back; {instead}",
             stacklevel=2,
         )
     fewest = least_tokens(feature.config)

@@ -80,13 +80,15 @@ class Steps:
                     f"refresh={self.every}: the pipeline's scheduler, a {type(scheduler).__name__}, has no {name}, by "
                     "which its steps are counted; leave refresh out"
                 )
-            _give_way(scheduler, name)
-            if name in scheduler.__dict__:
+            if name in scheduler.__dict__ and not _gives_way(scheduler.__dict__[name]):
                 raise TurboError(
                     f"refresh={self.every}: the {name} of this {type(scheduler).__name__} is replaced already, by "
                     "another accelerated pipeline that shares the scheduler or by another library; give this pipeline "
                     "a scheduler of its own"
                 )
+        for patch in [scheduler.__dict__[name] for name in _COUNTED if name in scheduler.__dict__]:
+            patch.feature.steps.counting = False
+            take_off([patch])
         self._scheduler = weakref.ref(scheduler)
 
     def patches(self, feature: DenoiseFeature) -> list[Patch]:
@@ -167,12 +169,9 @@ class _Before(threading.local):
         return dict(self.choices) if of_one_batch and _are_equal(before, latent) else {}
 
 
-def _give_way(scheduler: Any, name: str) -> None:
-    """Take the method off again that another pipeline without `refresh` counts with, to which it is worth little."""
-    patch = scheduler.__dict__.get(name)
-    if isinstance(patch, Patch) and patch.before is None and patch.feature.steps.every == 1:  # type: ignore[attr-defined]
-        patch.feature.steps.counting = False  # type: ignore[attr-defined]
-        take_off([patch])
+def _gives_way(method: Any) -> bool:
+    """Whether it is another pipeline's that counts without `refresh`, to which counting is worth little."""
+    return isinstance(method, Patch) and method.before is None and method.feature.steps.every == 1  # type: ignore[attr-defined]
 
 
 def _are_equal(latent: Tensor, other: Tensor) -> bool:

@@ -30,10 +30,10 @@ PLACING = ("diffusers.hooks.layerwise_casting", "diffusers.hooks.group_offloadin
 WRAPPERS = ("accelerate.hooks", "diffusers.hooks.hooks")
 """Where the functions are that hooks put in place of a forward, which they have as `__wrapped__`."""
 
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-"""Those of all modules, in `torch.nn.modules.module`."""
-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in HOOKS)
+"""Those of all modules, in `torch.nn.modules.module`."""
 
 CUT_THE_BATCH = "PAG"
 """What the names of those processors of `diffusers.models` begin with that treat the images of a batch differently."""

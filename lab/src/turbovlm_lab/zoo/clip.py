@@ -21,7 +21,7 @@ from torch import Tensor
 
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm_lab.zoo.packages import PackageFile
-from turbovlm_lab.zoo.saliency import centre_square
+from turbovlm_lab.zoo.saliency import squares_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +35,7 @@ FILE = PackageFile(
     what="CLIP's image tower",
 )
 IMAGE_SIZE = 224
+PATCH_SIZE = 16
 WIDTH = 512
 """Of the space that images and texts share."""
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -49,7 +50,7 @@ CONFIG = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 12,
     "image_size": IMAGE_SIZE,
-    "patch_size": 16,
+    "patch_size": PATCH_SIZE,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
     "projection_dim": WIDTH,
@@ -119,17 +120,7 @@ def preprocess(images: Sequence[Image], size: int = IMAGE_SIZE) -> Tensor:
     Raises:
         ConfigError: no images, or a size that is no multiple of 16.
     """
-    if not images:
-        raise ConfigError("images=[]: at least one image is needed")
-    if size < 16 or size % 16:
-        raise ConfigError(f"size={size}: must be a multiple of 16")
-    import numpy as np
-    from PIL.Image import Resampling
-
-    squares = [centre_square(image).resize((size, size), Resampling.BICUBIC) for image in images]
-    pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return squares_of(images, size, PATCH_SIZE, MEAN, STD)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -155,17 +155,28 @@ def preprocess(images: Sequence[Image], size: int = IMAGE_SIZE) -> Tensor:
     Raises:
         ConfigError: no images, or a size that is no multiple of 14.
     """
+    return squares_of(images, size, PATCH_SIZE, MEAN, STD)
+
+
+def squares_of(
+    images: Sequence[Image], size: int, patch: int, mean: Sequence[float], deviation: Sequence[float]
+) -> Tensor:
+    """The centre squares of images, `[images, 3, size, size]`, less a mean and over a deviation, both by channel.
+
+    Raises:
+        ConfigError: no images, or a size that is no multiple of the patch's.
+    """
     if not images:
         raise ConfigError("images=[]: at least one image is needed")
-    if size < PATCH_SIZE or size % PATCH_SIZE:
-        raise ConfigError(f"size={size}: must be a multiple of {PATCH_SIZE}")
+    if size < patch or size % patch:
+        raise ConfigError(f"size={size}: must be a multiple of {patch}")
     import numpy as np
     from PIL.Image import Resampling
 
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     squares = [centre_square(image).resize((size, size), Resampling.BICUBIC) for image in images]
-    pixels = np.stack([np.asarray(square) for square in squares])
-    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2)
+    centre, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, deviation))
+    return (pixels.float() / 255 - centre) / scale
 
 
 def centre_square(image: Image) -> Image:

@@ -85,9 +85,7 @@ def _loaded(task: str, spec: AskedModel, data: Data, making: Making, features: F
 def _about(spec: AskedModel, making: Making, features: Features | None) -> dict[str, Any]:
     """What was asked for beside the defaults, and what changes predictions."""
     default = AskedModel(spec.text)
-    how: dict[str, tuple[Any, Any]] = {
-        name: (getattr(spec, name), getattr(default, name)) for name in ("dtype", "prompt", "names")
-    }
+    how = {"dtype": (spec.dtype, default.dtype), "prompt": (spec.prompt, default.prompt)}
     how |= {name: (getattr(making, name), getattr(DEFAULT, name)) for name in ("steps", "guidance", "seed", "strength")}
     about = {name: str(value).removeprefix("torch.") for name, (value, usual) in how.items() if value != usual}
     return about if features is None else {**about, "features": getattr(features, "__name__", "")}

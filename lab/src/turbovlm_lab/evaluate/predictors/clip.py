@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -45,4 +46,5 @@ def clip_by_names(spec: AskedModel, data: Data) -> Predictor:
         pixels = torch.stack(prepared)
         return likeliest(names.probabilities(clip.embed(model, pixels)))
 
-    return Predictor(model, prepare, predict, SIZES)
+    content = hashlib.sha256(names.vectors.numpy().tobytes()).hexdigest()[:16]
+    return Predictor(model, prepare, predict, SIZES, about={"names": content})
