@@ -3,7 +3,8 @@
 One image at a time, float64, no cleverness, and no code of the library. Numbers in brackets are the paper's equations.
 N tokens, of which the first `prefix` never merge; H heads of d channels; `s` `[N]` counts the patches that each token
 stands for, 0 for padding. The candidates may merge, each into one of the partners; they come as index lists, one
-`(candidates, partners)` per window. Of equals nothing is said: tests draw continuous data, which has none.
+`(candidates, partners)` per window; where both are the same list, any of it may merge into any other. Of equals nothing
+is said: tests draw continuous data, which has none.
 """
 
 from __future__ import annotations
@@ -60,16 +61,44 @@ def semantic_value(guide: Tensor, k: Tensor, s: Tensor, scale: float) -> Tensor:
     return sum(rows) / len(rows)
 
 
-def mutual_redundancy(features: Tensor, windows: Windows) -> tuple[dict[int, Tensor], dict[int, int]]:
-    """(6): `R_i = max_j cos(f_i, f_j)` of each candidate, and the partner j that has it; −1 where there is none."""
+def mutual_redundancy(
+    features: Tensor, windows: Windows, s: Tensor | None = None
+) -> tuple[dict[int, Tensor], dict[int, int]]:
+    """(6): `R_i = max_j cos(f_i, f_j)` of each candidate, and the partner j that has it; −1 where there is none.
+
+    Among all pairs nobody is its own partner, nor is padding, of size 0, anybody's where there is anything else.
+    """
     unit = features / features.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     R, partner = {}, {}
     for candidates, partners in windows:
         for i in candidates:
-            cosines = [unit[i] @ unit[j] for j in partners]
+            others = partners
+            if partners == candidates:
+                others = [j for j in partners if j != i and (s is None or s[j] > 0)]
+            cosines = [unit[i] @ unit[j] for j in others]
             R[i] = max(cosines, default=-unit.new_ones(()))
-            partner[i] = partners[cosines.index(R[i])] if cosines else -1
+            partner[i] = others[cosines.index(R[i])] if cosines else -1
+            if not cosines and s is not None and s[i] == 0 and i != partners[0]:
+                partner[i] = partners[0]  # nothing but padding, which goes together
     return dict(sorted(R.items())), partner
+
+
+def paired(E: dict[int, Tensor], partner: dict[int, int], r: int) -> dict[int, int]:
+    """Ours: which r tokens go among all pairs, by E, and where each goes.
+
+    Everybody points to its partner; of two that point to each other the one of lower E, or the second of equals, is
+    a root. Those an odd number of steps from their root go to their partner; if more must, those an even number of
+    steps away that nobody goes to go where their partner went. Padding, of infinite E, goes before all else.
+    """
+
+    def steps(i: int) -> int:
+        j = partner[i]
+        return 0 if j < 0 or (partner[j] == i and (E[i], -i) < (E[j], -j)) else 1 + steps(j)
+
+    go = {i: partner[i] for i in E if steps(i) % 2 == 1}
+    follow = {i: go[partner[i]] for i in E if steps(i) % 2 == 0 and steps(i) and i not in go.values()}
+    order = sorted({**go, **follow}, key=lambda i: (i in follow and E[i] < torch.inf, -E[i]))
+    return {i: {**go, **follow}[i] for i in order[:r]}
 
 
 def merge(
@@ -79,7 +108,7 @@ def merge(
     candidates, partners = (sorted(i for window in windows for i in window[side]) for side in (0, 1))
     prefix = [i for i in range(len(x)) if i not in {*candidates, *partners}]
     kept = [i for i in (*prefix, *candidates, *partners) if i not in into]
-    kept = sorted(kept) if order == "spatial" or not into else kept  # where nothing merges, nothing moves
+    kept = sorted({*kept}) if order == "spatial" or not into else kept  # where nothing merges, nothing moves
     source = [kept.index(into.get(i, i)) for i in range(len(x))]
     tokens, sizes = x[kept].clone(), s[kept].clone()
     for place in range(len(kept)):
@@ -119,7 +148,7 @@ def merging_block(
     """Between attention and MLP: merge the `r` tokens of `x` `[N, D]` that carry least information (12)."""
     attended = s if proportional else (s > 0).to(s)
     A = semantic_value(guide_of(q, s, prefix, guidance), k, attended, scale)
-    redundancy, partner = mutual_redundancy(features, windows)
+    redundancy, partner = mutual_redundancy(features, windows, s)
     candidates = list(redundancy)
     R = torch.stack(list(redundancy.values())) if candidates else A[:0]
     if callable(degree):
@@ -127,8 +156,11 @@ def merging_block(
     else:
         E = DEGREES[degree](R, A[candidates], OWN_ALPHA.get(degree, 2.0) if alpha is None else alpha)
     ranked = E.masked_fill(s[candidates] == 0, torch.inf)  # padding goes before all else
-    chosen = [candidates[i] for i in ranked.argsort(descending=True, stable=True)[:r]]
-    merged = merge(x, s, {i: partner[i] for i in chosen}, windows, order, reduce)
+    if windows and windows[0][0] == windows[0][1] and r > 0:
+        into = paired(dict(zip(candidates, ranked)), partner, r)
+    else:
+        into = {candidates[i]: partner[candidates[i]] for i in ranked.argsort(descending=True, stable=True)[:r]}
+    merged = merge(x, s, into, windows, order, reduce)
     return Block(candidates, [partner[i] for i in candidates], R, A, ranked, *merged)
 
 

@@ -40,11 +40,14 @@ def windows_of(tokens, prefix, kind, block=0, seed=0):
     """Candidates and partners of each window. The halves drawn at random are the library's; nothing else is."""
     if kind == "alternate":
         return [([i for i in range(prefix, tokens) if i % 2 == 0], [i for i in range(prefix, tokens) if i % 2 == 1])]
-    split = partition_tokens(tokens, prefix, kind, block=block, seed=seed)
-    candidates, partners = split.candidates.tolist(), split.destinations.tolist()
+    if kind == "all":
+        candidates = partners = list(range(prefix, tokens))
+    else:
+        split = partition_tokens(tokens, prefix, kind, block=block, seed=seed)
+        candidates, partners = split.candidates.tolist(), split.destinations.tolist()
     patches = tokens - prefix
     number = 1
-    if kind == "random" and patches >= PARTITIONS.WINDOWED_FROM:
+    if kind in ("random", "all") and patches >= PARTITIONS.WINDOWED_FROM:
         number = -(-patches // PARTITIONS.WINDOW)
 
     def share(half, window):

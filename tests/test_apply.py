@@ -71,7 +71,7 @@ def test_repr_counts_tokens_and_multiply_accumulates():
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_384", num_classes=0)
     settings, encoder, *blocks = repr(turbovlm.apply(model, r=35)).splitlines()
-    assert settings == "Turbo(r=35, degree=weighted_distance, alpha=1, partition=random, keep_norm)"
+    assert settings == "Turbo(r=35, degree=weighted_distance, alpha=1, partition=auto, keep_norm)"
     # by hand: weights of a block, attention, and two norms of 5 a value
     assert f"{12 * 577 * 768 * (12 * 768 + 2 * 577 + 2 * 5) / 1e9:.2f}" == "55.20"
     assert encoder == (
@@ -99,7 +99,7 @@ def test_settings_of_a_file_are_settled_as_those_of_a_program(vit, tmp_path):
     TurboConfig(r=2).save(tmp_path / "turbo.json")
     with turbovlm.apply(vit, TurboConfig.load(tmp_path / "turbo.json")) as handle:
         (feature,) = handle.features
-        assert (feature.guidance, feature.similarity, feature.shape.windowed) == ("cls", "heads", True)
+        assert (feature.guidance, feature.similarity, feature.partition) == ("cls", "heads", "random")
 
 
 def test_applying_twice_raises_and_leaves_the_first(vit, images):

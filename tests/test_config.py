@@ -60,6 +60,15 @@ WRONG = [
     ({"r": 1, "seed": -1}, "seed=-1"),
     ({"r": 1, "seed": 0.5}, "seed=0.5"),
     ({"r": 1, "grid": (4, 4)}, 'only partition="grid"'),
+    ({"flops": 0.6, "blocks": "few"}, "blocks='few': must be one of auto, every or a list of block numbers"),
+    ({"r": 1, "blocks": []}, r"blocks=\[\]: must be numbers of blocks, ascending, each once"),
+    ({"r": 1, "blocks": [3, 3]}, r"blocks=\[3, 3\]: must be numbers of blocks, ascending"),
+    ({"r": 1, "blocks": [5, 3]}, r"blocks=\[5, 3\]: must be numbers of blocks, ascending"),
+    ({"r": 1, "blocks": [-1]}, r"blocks=\[-1\]"),
+    ({"r": 1, "blocks": [1.5]}, r"blocks=\[1.5\]"),
+    ({"r": 1, "blocks": 3}, "blocks=3"),
+    ({"r": [1, 2], "blocks": [1]}, r"blocks=\(1,\): it would have no effect: a list of r has a number for every block"),
+    ({"r": 1, "partition": "all", "order": "partition"}, 'makes no halves to order by; use order="spatial"'),
     ({"r": 1, "partition": "grid", "grid": (4, 0)}, "grid=\\(4, 0\\)"),
     ({"r": 1, "partition": "grid", "grid": 4}, "grid=4"),
 ]
@@ -165,6 +174,11 @@ def test_a_layered_degree_is_saved_and_loaded(tmp_path):
         TurboConfig.load(path)
 
 
+def earlier(**settings):
+    """As releases without `blocks` merged: one half into the other, in every block."""
+    return TurboConfig(**settings, partition="random", **({} if "r" in settings else {"blocks": "every"}))
+
+
 def test_settings_with_beta_and_gamma_are_still_read(tmp_path):
     path = tmp_path / "turbo.json"
 
@@ -172,10 +186,10 @@ def test_settings_with_beta_and_gamma_are_still_read(tmp_path):
         path.write_text(json.dumps({"turbovlm": 1, "r": 8, **content}))
         return TurboConfig.load(path)
 
-    assert loaded(degree="damped", alpha=3.0, beta=1.0, gamma=0) == TurboConfig(r=8, degree="damped", alpha=3.0)
-    assert loaded(degree="redundancy", beta=0.9, gamma=3) == TurboConfig(r=8, degree="redundancy")
+    assert loaded(degree="damped", alpha=3.0, beta=1.0, gamma=0) == earlier(r=8, degree="damped", alpha=3.0)
+    assert loaded(degree="redundancy", beta=0.9, gamma=3) == earlier(r=8, degree="redundancy")
     layered = loaded(degree="layered", alpha=180.0, beta=0.9, gamma=3)
-    assert layered == TurboConfig(r=8, degree=LayeredDegree(180, 0.9, 3)) and layered.alpha is None
+    assert layered == earlier(r=8, degree=LayeredDegree(180, 0.9, 3)) and layered.alpha is None
     assert loaded(degree="layered", alpha=None, beta=1.0, gamma=0).degree == LayeredDegree(2, 1, 0)
 
 
@@ -261,16 +275,16 @@ def test_files_of_the_first_format_still_load(tmp_path):
         path.write_text(json.dumps({"turbovlm": 1, "r": None, **FIRST_FORMAT, **changes}))
 
     write(r=[4, 2], degree="redundancy", partition="random", promise=PROMISE)
-    assert TurboConfig.load(path) == TurboConfig(r=(4, 2), degree="redundancy")
+    assert TurboConfig.load(path) == earlier(r=(4, 2), degree="redundancy")
     assert Calibration.load(path) == Calibration(
-        TurboConfig(r=(4, 2), degree="redundancy"), 0.6, 0.01, 0.02, 0.9, 31, None, ((0.6, 0.01),)
+        earlier(r=(4, 2), degree="redundancy"), 0.6, 0.01, 0.02, 0.9, 31, None, ((0.6, 0.01),)
     )
     write(visual_keep=0.5, visual_select="attention")
     assert ReadConfig.load(path) == ReadConfig(0.5, visual_select="attention")
     write(keep=[0.5, 0.7], refresh=2)
     assert DenoiseConfig.load(path) == DenoiseConfig((0.5, 0.7), refresh=2)
     write(keep=0.5)
-    assert TurboConfig.load(path) == TurboConfig(keep=0.5) and DenoiseConfig.load(path) == DenoiseConfig(0.5)
+    assert TurboConfig.load(path) == earlier(keep=0.5) and DenoiseConfig.load(path) == DenoiseConfig(0.5)
     with pytest.raises(ConfigError, match="these settings were not calibrated"):
         Calibration.load(path)
     write(r=8, visual_keep=0.5)
@@ -361,15 +375,13 @@ def test_files_of_earlier_releases_with_settings_without_effect_are_read(tmp_pat
         path.write_text(json.dumps({"turbovlm": version, **content}))
         return kind.load(path)
 
-    assert loaded(TurboConfig, r=8, degree="redundancy", alpha=3.0, guidance="cls") == TurboConfig(
-        r=8, degree="redundancy"
-    )
-    assert loaded(TurboConfig, 1, r=8, degree="semantics", alpha=3.0) == TurboConfig(r=8, degree="semantics")
+    assert loaded(TurboConfig, r=8, degree="redundancy", alpha=3.0, guidance="cls") == earlier(r=8, degree="redundancy")
+    assert loaded(TurboConfig, 1, r=8, degree="semantics", alpha=3.0) == earlier(r=8, degree="semantics")
     assert loaded(ReadConfig, visual_keep=0.5, visual_select="uniform", degree="damped", alpha=2.0) == ReadConfig(
         0.5, visual_select="uniform"
     )
     layered = {"layered": {"alpha": 2.0, "beta": 0.9, "gamma": 1.0}}
-    assert loaded(TurboConfig, r=8, degree=layered, alpha=3.0) == TurboConfig(r=8, degree=LayeredDegree(2, 0.9, 1))
+    assert loaded(TurboConfig, r=8, degree=layered, alpha=3.0) == earlier(r=8, degree=LayeredDegree(2, 0.9, 1))
     with pytest.raises(ConfigError, match="degree='entropy'"):
         loaded(TurboConfig, r=8, degree="entropy", alpha=3.0)
 

@@ -23,7 +23,7 @@ SHAPES = {
     "tokens": st.integers(2, 30),
     "prefix": st.integers(0, 3),
     "r": st.integers(0, 40),
-    "partition": st.sampled_from(["alternate", "random"]),
+    "partition": st.sampled_from(["alternate", "random", "all"]),
     "order": st.sampled_from(["partition", "spatial"]),
     "reduce": st.sampled_from(["merge", "keep_norm", "prune"]),
     "degree": st.sampled_from(
@@ -47,6 +47,7 @@ def test_every_merge_keeps_its_books(batch, tokens, prefix, r, partition, order,
     x = features_of(batch, tokens, seed)
     semantic = features_of(batch, tokens, seed + 1)[..., 0].softmax(dim=-1)
     sizes = torch.randint(1, 5, (batch, tokens), generator=torch.Generator().manual_seed(seed)).double()
+    order = "spatial" if partition == "all" else order  # there are no halves to order by
     settings_ = {"partition": partition, "order": order, "reduce": reduce, "degree": degree, "seed": seed}
     merge = match(x, r, semantic, sizes=sizes, prefix=prefix, **settings_)
     left = tokens - min(r, (tokens - prefix) // 2)
@@ -146,6 +147,7 @@ def test_what_a_merge_has_lost_brings_the_tokens_back(batch, tokens, prefix, r, 
     semantic = features_of(batch, tokens, seed + 1)[..., 0].softmax(dim=-1)
     sizes = torch.randint(0, 5, (batch, tokens), generator=torch.Generator().manual_seed(seed)).double()
     sizes[:, :prefix] = 1
+    order = "spatial" if partition == "all" else order  # there are no halves to order by
     settings_ = {"partition": partition, "order": order, "reduce": reduce, "degree": degree, "seed": seed}
     merge = match(x, r, semantic, sizes=sizes, prefix=prefix, **settings_)
     merged = merge.merge(x)

@@ -47,7 +47,7 @@ SETTINGS = {
     "order": st.sampled_from(["partition", "spatial"]),
     "reduce": st.sampled_from(["merge", "keep_norm", "prune"]),
     "proportional": st.booleans(),
-    "partition": st.sampled_from(["alternate", "random"]),
+    "partition": st.sampled_from(["alternate", "random", "all"]),
     "seed": st.integers(0, 5),
     "restore": st.sampled_from([None, "copy", "residual"]),
 }
@@ -71,6 +71,8 @@ def test_encoders(batch, rows, columns, heads, prefix, guide, boundary, **chosen
     tokens = rows * columns + prefix
     second = tokens - reference.clamped(chosen["r"][0], tokens, prefix, 0)
     chosen["degree"] = DEGREES[chosen["degree"]]
+    if chosen["partition"] == "all":
+        chosen["order"] = "spatial"  # there are no halves to order by
     if not cls:
         chosen["restore"] = chosen["restore"] or "copy"  # its head reads the mean of all positions
     chosen = Chosen(
@@ -169,7 +171,7 @@ def test_attention_and_its_guides_row(batch, tokens, heads, prefix, seed, sized,
 @settings(deadline=None, max_examples=60)
 @given(
     **{**SHAPES, "tokens": st.integers(4, 60)},
-    kind=st.sampled_from(["alternate", "random"]),
+    kind=st.sampled_from(["alternate", "random", "all"]),
     degree=st.sampled_from(list(DEGREES)),
     alpha=SETTINGS["alpha"],
     sized=st.booleans(),
@@ -180,6 +182,7 @@ def test_attention_and_its_guides_row(batch, tokens, heads, prefix, seed, sized,
 )
 def test_matching(batch, tokens, heads, prefix, seed, kind, degree, alpha, sized, r, order, reduce, block):
     prefix = min(prefix, tokens - 1)
+    order = "spatial" if kind == "all" else order
     x, features = tokens_of((batch, tokens, 5), seed), tokens_of((batch, tokens, 3 * heads), seed + 1)
     A = tokens_of((batch, tokens), seed + 2).softmax(dim=1)
     sizes = sizes_of(batch, tokens, prefix, seed)
@@ -194,13 +197,15 @@ def test_matching(batch, tokens, heads, prefix, seed, kind, degree, alpha, sized
         R, nearest = reference.mutual_redundancy(features[b], windows)
         places = windows_places(split)
         torch.testing.assert_close(redundancy[b], torch.tensor(list(R.values())).double(), **EXACT)
-        if windows[0][1]:
+        if windows[0][1] and -1 not in nearest.values():
             assert [places[1][j] for j in partner[b].tolist()] == [nearest[i] for i in R]
         E = ranks(degree, redundancy[b], A[b, list(R)], alpha, block, seed)
         torch.testing.assert_close(information_degree(redundancy, A[:, list(R)], **given_)[b], E, **EXACT)
-        best = sorted(R, key=lambda i: -E[places[0].index(i)])[: min(r, (tokens - prefix) // 2)]
+        goes = min(r, (tokens - prefix) // 2)
+        best = sorted(R, key=lambda i: -E[places[0].index(i)])[:goes]
+        into = reference.paired(dict(zip(R, E)), nearest, goes) if kind == "all" else {i: nearest[i] for i in best}
         s = sizes[b] if sized else torch.ones(tokens).double()
-        kept, y, left, source = reference.merge(x[b], s, {i: nearest[i] for i in best}, windows, order, reduce)
+        kept, y, left, source = reference.merge(x[b], s, into, windows, order, reduce)
         if best or order == "spatial":
             assert merge.kept[b].tolist() == kept
             assert torch.equal(merge.source[b], source)

@@ -6,6 +6,7 @@ The kernels run on the GPU where there is one, else in Triton's interpreter.
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import torch.nn as nn
 import reference
 from reference_encoders import Chosen, Timm, check, expected, images, run, vit, windows_of
 from turbovlm.encoder import block
-from turbovlm.ops import fused, kernels, plain, proportional_attention, size_bias
+from turbovlm.ops import fused, kernels, partition_tokens, plain, proportional_attention, size_bias
+from turbovlm.ops.merging import merge_ranked, rank_candidates
 
 TOKENS, PREFIX, HEADS = 41, 2, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,3 +191,21 @@ def test_compiled_and_exported():
         for name, program in programs(Features(family.model), pixels):
             for _ in range(2):
                 torch.testing.assert_close(program(pixels), wanted, rtol=0, atol=1e-10, msg=name)
+
+
+@triton
+@pytest.mark.parametrize("windows", [1, 3])
+def test_the_kernel_of_all_pairs(windows):
+    """Nobody is its own most similar one, and the path of kernels merges what the plain one does."""
+    features, A = randn(2, TOKENS, 48, seed=6), randn(2, TOKENS, seed=7).softmax(dim=1)
+    split = dataclasses.replace(partition_tokens(TOKENS, PREFIX, "all"), windows=windows)
+    rankings = [rank_candidates(features, split, A, degree="weighted_distance", path=path) for path in (plain, fused)]
+    for name in ("redundancy", "degree"):
+        torch.testing.assert_close(*(getattr(each, name) for each in rankings), rtol=0, atol=1e-5)
+    assert torch.equal(rankings[0].nearest, rankings[1].nearest)
+    assert bool((rankings[0].nearest != torch.arange(TOKENS - PREFIX, device=DEVICE)).all())
+    merges = [
+        merge_ranked(ranking, 11, order="spatial", reduce="keep_norm", path=path)[0]
+        for ranking, path in zip(rankings, (plain, fused))
+    ]
+    assert torch.equal(merges[0].source, merges[1].source)

@@ -29,10 +29,11 @@ from turbovlm.settings import WITHOUT_ALPHA, Settings
 
 SIMILARITIES = ("heads", "keys", "queries", "hidden", "auto")
 GUIDANCES = ("auto", "cls", "mean")
-PARTITIONS = ("alternate", "random", "grid")
+PARTITIONS = ("auto", "all", "random", "alternate", "grid")
 ORDERS = ("partition", "spatial")
 REDUCTIONS = ("merge", "keep_norm", "prune")
 RESTORES = ("auto", "copy", "residual")
+BLOCKS = ("auto", "every")
 VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "uniform", "pooling")
 COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a denoiser's block that can read merged tokens."""
@@ -58,9 +59,12 @@ class TurboConfig(Settings):
     setting.
 
     Args:
-        r: tokens merged in every block, an integer ≥ 0; or a sequence of them, one per block.
+        r: tokens merged in each of `blocks`, an integer ≥ 0; or a sequence of them, one per block of the encoder.
         keep: share of the tokens left after the last block, in (0, 1].
         flops: share of the encoder's multiply-accumulates left, in (0, 1].
+        blocks: which blocks merge, counted from 0: a sequence, such as `(3, 5, 7, 9)`; `"every"`; or `"auto"`: every
+            block where `r` says how many, as published, and for text; for `keep` and `flops` of images five blocks
+            from a sixth of the depth on (docs/defaults.md), or every block where those have not enough to give.
         min_tokens: a block that starts with fewer tokens does not merge (Turbo, §7.2).
         thresholds: one number per block: beside a list of `r`, a block merges every token whose E is above its own, so
             that images with more redundancy lose more; `r` then says how many on average. In a batch, all lose as
@@ -77,8 +81,10 @@ class TurboConfig(Settings):
             `"hidden"` (the normed tokens that the MLP reads), or `"auto"`: `"heads"` for images, `"hidden"` for text.
         guidance: whose attention row is the semantic value A: `"cls"`, `"mean"` (the mean query of the patches),
             or `"auto"`: `"cls"` where the model has one, else `"mean"`.
-        partition: which half may be merged into which: `"alternate"` (even into odd, as published), `"random"`
-            (halves drawn anew in every block from `seed`), or `"grid"` (one destination in every 2×2 cell).
+        partition: who may be merged into whom: `"all"` (every patch into any other, pairs of highest E first),
+            `"random"` (one half into the other, drawn anew in every block from `seed`), `"alternate"` (even into odd,
+            as published), `"grid"` (one destination in every 2×2 cell), or `"auto"`: `"all"` for images where at most
+            half of the blocks merge, `"random"` for text, where every block does, and for `order="partition"`.
         grid: patch rows and columns, for `partition="grid"` on images that are not square.
         order: order of the tokens left: `"partition"` (unmerged candidates, then destinations, as published)
             or `"spatial"` (that of the image).
@@ -103,13 +109,14 @@ class TurboConfig(Settings):
     _: dataclasses.KW_ONLY
     keep: float | None = None
     flops: float | None = None
+    blocks: str | Sequence[int] = "auto"
     min_tokens: int = 0
     thresholds: Sequence[float] | None = None
     degree: str | DegreeFunction = "weighted_distance"
     alpha: float | None = None
     similarity: str = "auto"
     guidance: str = "auto"
-    partition: str = "random"
+    partition: str = "auto"
     grid: tuple[int, int] | None = None
     order: str = "spatial"
     proportional: bool = True
@@ -125,6 +132,7 @@ class TurboConfig(Settings):
             found = ", ".join(f"{name}={brief(value)}" for name, value in amounts.items()) or "none of them"
             raise ConfigError(f"give exactly one of r, keep and flops: got {found}")
         self._check_r()
+        self._check_blocks()
         for name in ("keep", "flops"):
             if is_list(getattr(self, name)):
                 raise ConfigError(f"{self._written((name,))}: an encoder takes one share; give r a value per block")
@@ -141,6 +149,8 @@ class TurboConfig(Settings):
         for name in ("proportional", "dense", "trace"):
             check_flag(name, getattr(self, name))
         self._check_thresholds()
+        if self.partition == "all" and self.order == "partition":
+            raise ConfigError('order="partition": partition="all" makes no halves to order by; use order="spatial"')
         if self.grid is not None:
             if self.partition != "grid":
                 raise ConfigError(
@@ -155,6 +165,8 @@ class TurboConfig(Settings):
         degree = values["degree"]
         if not needs_semantic(degree) and not values["trace"]:
             found["guidance"] = f"degree={brief(degree)} needs no attention, and there is no trace=True that records it"
+        if is_list(values["r"]):
+            found["blocks"] = "a list of r has a number for every block, 0 for those that do not merge"
         return found
 
     @classmethod
@@ -214,6 +226,15 @@ class TurboConfig(Settings):
             self._set(r=tuple(check_integer("r", value, shown=self.r) for value in values))
         elif self.r is not None:
             self._set(r=check_integer("r", self.r))
+
+    def _check_blocks(self) -> None:
+        if not is_list(self.blocks):
+            check_choice("blocks", self.blocks, BLOCKS, extra=" or a list of block numbers")
+            return
+        numbers = tuple(check_integer("blocks", value, shown=self.blocks) for value in self.blocks)
+        if not numbers or list(numbers) != sorted({*numbers}):
+            raise ConfigError(f"blocks={brief(self.blocks)}: must be numbers of blocks, ascending, each once")
+        self._set(blocks=numbers)
 
     def _check_thresholds(self) -> None:
         if self.thresholds is None:

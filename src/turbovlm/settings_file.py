@@ -90,7 +90,7 @@ def read_content(path: str | Path, wanted: str | None = None) -> dict[str, Any]:
 def make_config(path: str | Path, kind: type, settings: dict[str, Any]) -> Any:
     """A config of plain settings that were read from `path`; without those that have no effect beside the others.
 
-    Earlier releases took and saved such settings.
+    Earlier releases took and saved such settings, and had no `blocks`: every block merged, one half into the other.
 
     Raises:
         ConfigError: a setting is unknown or wrong.
@@ -102,6 +102,9 @@ def make_config(path: str | Path, kind: type, settings: dict[str, Any]) -> Any:
         degree = settings.get("degree")
         if isinstance(degree, dict):
             settings = {**settings, "degree": LayeredDegree(**degree["layered"])}
+        if kind.__name__ == "TurboConfig" and "blocks" not in settings:
+            solved = settings.get("r") is None
+            settings = {"partition": "random", **settings, **({"blocks": "every"} if solved else {})}
         unread: dict[str, str] = kind.unread(settings)  # type: ignore[attr-defined]
         return kind(**{name: value for name, value in settings.items() if name not in unread})
     except (TypeError, KeyError) as error:

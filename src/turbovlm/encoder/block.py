@@ -9,7 +9,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -82,14 +82,12 @@ def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
     # Plain numbers: with `dynamic=True` Dynamo takes those of a patch for symbols, and reasons about them for minutes.
     own, suffix = operator.index(feature.shape.prefix), operator.index(feature.shape.suffix)
     prefix: int = getattr(hidden, PREFIX, own)
-    r, asked = feature.config.r, asked_of(feature)
+    amounts, asked = feature.amounts, asked_of(feature)
     blocks, maps = (frozenset(), False) if asked is None else (asked.blocks, asked.maps)
-    if isinstance(r, tuple):
-        amounts = tuple(operator.index(each) for each in r)
-    elif r is not None:
-        amounts = (operator.index(cast(int, r)),) * operator.index(feature.shape.depth)
-    else:
+    if amounts is None:
         amounts = feature.solved_amounts(operator.index(hidden.shape[1]), operator.index(prefix))
+    else:
+        amounts = tuple(operator.index(each) for each in amounts)
     return State(0, amounts, prefix, suffix, whole=blocks, maps=maps, lengths=(hidden.shape[1],))
 
 
@@ -224,7 +222,7 @@ def _merge(
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
     config = feature.config
-    partition = _partition(config, state, index, x)
+    partition = _partition(feature, state, index, x)
     ranking = rank_candidates(
         features,
         partition,
@@ -265,16 +263,16 @@ def _follow(feature: EncoderFeature, state: State, merge: Merge, partition: Part
     if feature.layout.rotary is not None:
         kept = merge.kept[:, state.prefix : merge.kept.shape[1] - state.suffix] - state.prefix
         where = kept if where is None else where.gather(1, kept)
-    if feature.config.partition == "grid":
+    if feature.partition == "grid":
         old = positions(partition.destinations, merge.source.device).expand(merge.source.shape[0], -1)
         destinations = merge.source.gather(1, old)
     return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), positions=where, destinations=destinations)
 
 
-def _partition(config: TurboConfig, state: State, index: int, x: Tensor) -> Partition:
+def _partition(feature: EncoderFeature, state: State, index: int, x: Tensor) -> Partition:
     prefix, suffix, tokens, device = state.prefix, state.suffix, x.shape[1], x.device
     if state.destinations is None:
-        kind, seed, grid = config.partition, config.seed, config.grid
+        kind, seed, grid = feature.partition, feature.config.seed, feature.config.grid
         return partition_tokens(tokens, prefix, kind, suffix=suffix, block=index, seed=seed, grid=grid, device=device)
     # the destinations of a grid stay so: all other patches are candidates, sorted in front of what is left out
     batch, fixed = state.destinations.shape

@@ -14,7 +14,15 @@ from turbovlm.encoder.joint import joint_forward
 from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.encoder.passed import Passed, check_adapters, of_effect, passed_by, through_module
 from turbovlm.encoder.reading import reads_all, tower_forward
-from turbovlm.encoder.schedule import EncoderShape, Schedule, check_depth, make_schedule, requested_amounts
+from turbovlm.encoder.schedule import (
+    EncoderShape,
+    Schedule,
+    check_depth,
+    is_sparse,
+    literal_amounts,
+    make_schedule,
+    requested_amounts,
+)
 from turbovlm.encoder.state import STATE, State
 from turbovlm.encoder.towers import Tower, check_readable, find_towers, matrix_entries
 from turbovlm.encoder.verify import verify
@@ -35,7 +43,8 @@ class EncoderFeature(Remembering[State]):
         shape: what its cost depends on.
         tower: its path in the model; `names`: those of its blocks.
         native_tokens: tokens of an image of its native size, prefix and suffix included.
-        guidance, similarity: as in `TurboConfig`, settled.
+        amounts: tokens asked of each block where `r` says it; None where they are solved for each size of input.
+        guidance, similarity, partition: as in `TurboConfig`, settled.
         semantic: whether A is computed, for the degree or for the trace.
         how: how a position gets its token back, `"copy"` or `"residual"`.
         restore: the same, where every position gets it behind the last block; None where tokens are handed on merged.
@@ -57,8 +66,10 @@ class EncoderFeature(Remembering[State]):
     tower: str
     names: tuple[str, ...]
     native_tokens: int
+    amounts: tuple[int, ...] | None
     guidance: str
     similarity: str
+    partition: str
     semantic: bool
     how: str
     restore: str | None
@@ -205,6 +216,9 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
     Raises:
         ConfigError: settings that this encoder cannot have.
     """
+    text = tower.layout.text
+    if text and config.blocks == "auto":
+        config = config.changed(blocks="every")  # words drift half as far as by a few merges (benchmarks/judges.py)
     check_depth(config, len(tower.blocks), tower.name)
     check_degree(config.degree, len(tower.blocks), next(tower.blocks[0][1].parameters()).device)
     if config.guidance == "cls" and not tower.cls:
@@ -216,18 +230,23 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
             f"flops={config.flops}: {tower.title} begins with a convolutional network whose cost does not follow from "
             "its shape; use r or keep"
         )
-    text = tower.layout.text
     similarity = ("hidden" if text else "heads") if config.similarity == "auto" else config.similarity
+    partition = config.partition
+    if partition == "auto":
+        whole = text or config.order == "partition" or not is_sparse(config, len(tower.blocks))
+        partition = "random" if whole else "all"
     restore = ("copy" if text else "residual") if config.restore == "auto" else config.restore
     return EncoderFeature(
         config=config,
         layout=tower.layout,
-        shape=_shape(tower, config, similarity),
+        shape=_shape(tower, similarity, partition),
         tower=tower.name,
         names=tuple(name for name, _ in tower.blocks),
         native_tokens=tower.tokens,
+        amounts=literal_amounts(config, len(tower.blocks)),
         guidance=("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance,
         similarity=similarity,
+        partition=partition,
         semantic=needs_semantic(config.degree) or config.trace,
         how=restore,
         restore=restore if tower.restore or config.dense else None,
@@ -240,7 +259,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
     )
 
 
-def _shape(tower: Tower, config: TurboConfig, similarity: str) -> EncoderShape:
+def _shape(tower: Tower, similarity: str, partition: str) -> EncoderShape:
     layout, widths = tower.layout, tower.attention_widths
     in_mlp = [
         sum(matrix_entries(fetch(block, path), f"{name}.{path}") for path in layout.mlp) for name, block in tower.blocks
@@ -264,5 +283,5 @@ def _shape(tower: Tower, config: TurboConfig, similarity: str) -> EncoderShape:
         patch_weights=tower.patch_weights,
         prefix=tower.prefix,
         suffix=tower.suffix,
-        windowed=config.partition == "random",
+        partition=partition,
     )

@@ -1,6 +1,6 @@
 """How many tokens each block gives up.
 
-`r` is taken as it is; `keep` and `flops` are solved over the schedules that spread one total evenly over the blocks.
+`r` is taken as it is; `keep` and `flops` are solved over the schedules that spread one total evenly over some blocks.
 Every amount is then clamped as in the paper: at most half of the tokens that may merge, and nothing in a block that
 starts with fewer than `min_tokens`.
 """
@@ -17,6 +17,12 @@ from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.partition import window_count
 
+FEW = 5
+FEW_FROM, FEW_TO = 1 / 6, 10 / 12
+"""How many blocks merge for `keep` and `flops`, and between which shares of the depth (`benchmarks/judges.py`)."""
+FLOPS_TOLERANCE = 0.01
+"""How far a share of the multiply-accumulates may be from the one asked for before it is called out of reach."""
+
 
 @dataclass(frozen=True)
 class EncoderShape:
@@ -31,7 +37,7 @@ class EncoderShape:
         patch_weights: entries of the patch embedding's kernel.
         prefix: CLS, distillation and register tokens at the front, which are never merged.
         suffix: tokens behind the patches, which are never merged.
-        windowed: whether many patches are compared within windows only.
+        partition: as in `TurboConfig`, settled: who is compared with whom.
     """
 
     attention_weights: tuple[int, ...]
@@ -42,7 +48,7 @@ class EncoderShape:
     patch_weights: int
     prefix: int
     suffix: int = 0
-    windowed: bool = False
+    partition: str = "alternate"
 
     @property
     def depth(self) -> int:
@@ -60,10 +66,13 @@ class EncoderShape:
         macs = before * self.attention_weights[block] + 2 * before * before * width
         macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
         if after < before:
-            patches = before - self.protected
-            pairs = patches // 2 * (patches - patches // 2)
-            macs += pairs // (window_count(patches) if self.windowed else 1) * self.similarity_width[block]
+            macs += self._pairs(before - self.protected) * self.similarity_width[block]
         return macs
+
+    def _pairs(self, patches: int) -> int:
+        """How many pairs of patches a merge compares."""
+        pairs = patches**2 if self.partition == "all" else patches // 2 * (patches - patches // 2)
+        return pairs // (window_count(patches) if self.partition in ("random", "all") else 1)
 
     def macs(self, tokens: Sequence[int]) -> int:
         """Multiply-accumulates of the encoder with `tokens[l]` tokens before block l and `tokens[-1]` at its end."""
@@ -139,40 +148,76 @@ def spread(total: int, depth: int) -> tuple[int, ...]:
 
 
 def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
-    """Raise `ConfigError` where `r` is a list whose length is not the number of blocks."""
+    """See that a list of `r` has a number for every block, and that there are all of `blocks`.
+
+    Raises:
+        ConfigError: saying how many blocks there are.
+    """
+    where = f" in {tower!r}" if tower else ""
     if isinstance(config.r, tuple) and len(config.r) != depth:
-        where = f" in {tower!r}" if tower else ""
         raise ConfigError(f"r has {len(config.r)} entries, but the encoder{where} has {depth} blocks")
+    if isinstance(config.blocks, tuple) and config.blocks[-1] >= depth:
+        raise ConfigError(
+            f"blocks={list(config.blocks)}: the encoder{where} has {depth} blocks, counted from 0 to {depth - 1}"
+        )
+
+
+def few_blocks(depth: int) -> tuple[int, ...]:
+    """The blocks that `blocks="auto"` spreads `keep` and `flops` over: five, from a sixth of the depth on."""
+    first, last = FEW_FROM * depth, FEW_TO * depth
+    places = (round(first + (last - first) * i / (FEW - 1)) for i in range(FEW))
+    return tuple(sorted({min(place, depth - 1) for place in places}))
+
+
+def is_sparse(config: TurboConfig, depth: int) -> bool:
+    """Whether at most half of the blocks are asked to merge."""
+    amounts = literal_amounts(config, depth)
+    if amounts is not None:
+        merging = sum(amount > 0 for amount in amounts)
+    elif config.blocks == "every":
+        merging = depth
+    else:
+        merging = len(config.blocks if isinstance(config.blocks, tuple) else few_blocks(depth))
+    return merging <= depth / 2
+
+
+def literal_amounts(config: TurboConfig, depth: int) -> tuple[int, ...] | None:
+    """Tokens asked of each block where `r` says it; None where they are solved for an input."""
+    if config.r is None or isinstance(config.r, tuple):
+        return config.r
+    blocks = config.blocks if isinstance(config.blocks, tuple) else range(depth)
+    return tuple(cast(int, config.r) if block in blocks else 0 for block in range(depth))
 
 
 @lru_cache(maxsize=1024)
 def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int) -> tuple[int, ...]:
     """Tokens asked of each block, before clamping, for an input of `tokens` tokens."""
-    if isinstance(config.r, tuple):
-        return config.r
-    if config.r is not None:
-        return (cast(int, config.r),) * shape.depth
-    if config.keep is not None:
-        target = max(round(config.keep * tokens), shape.protected)
-        return _closest(config, shape, tokens, target, lambda counts: counts[-1])
-    assert config.flops is not None
-    full = shape.macs((tokens,) * (shape.depth + 1))
-    return _closest(config, shape, tokens, config.flops * full, shape.macs)
+    literal = literal_amounts(config, shape.depth)
+    if literal is not None:
+        return literal
+    if isinstance(config.blocks, tuple):
+        return _closest(config, shape, tokens, config.blocks)[0]
+    if config.blocks == "auto":
+        found, is_near = _closest(config, shape, tokens, few_blocks(shape.depth))
+        if is_near:
+            return found
+    return _closest(config, shape, tokens, range(shape.depth))[0]
 
 
 def _closest(
-    config: TurboConfig,
-    shape: EncoderShape,
-    tokens: int,
-    target: float,
-    cost: Callable[[tuple[int, ...]], int],
-) -> tuple[int, ...]:
-    """The evenly spread amounts whose cost is closest to `target`; of equals, the fewest tokens merged."""
+    config: TurboConfig, shape: EncoderShape, tokens: int, blocks: Sequence[int]
+) -> tuple[tuple[int, ...], bool]:
+    """The amounts, evenly spread over blocks, that come closest to the aim, and whether they meet it.
+
+    Of equals, those that merge the fewest tokens.
+    """
+    cost, target, tolerance = _aim(config, shape, tokens)
     best, best_gap = spread(0, shape.depth), abs(cost((tokens,) * (shape.depth + 1)) - target)
     previous: tuple[int, ...] = ()
     fixed = fixed_destinations(config, tokens - shape.protected)
-    for total in range(1, shape.depth * (tokens // 2) + 1):
-        amounts = spread(total, shape.depth)
+    for total in range(1, len(blocks) * (tokens // 2) + 1):
+        shares = dict(zip(blocks, spread(total, len(blocks))))
+        amounts = tuple(shares.get(block, 0) for block in range(shape.depth))
         counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
         if counts == previous:
             continue
@@ -180,7 +225,18 @@ def _closest(
         gap = abs(cost(counts) - target)
         if gap < best_gap:
             best, best_gap = amounts, gap
-    return best
+    return best, best_gap <= tolerance
+
+
+def _aim(
+    config: TurboConfig, shape: EncoderShape, tokens: int
+) -> tuple[Callable[[tuple[int, ...]], int], float, float]:
+    """What is to come to which value, the tokens left or the multiply-accumulates, and how near is near enough."""
+    if config.keep is not None:
+        return lambda counts: counts[-1], max(round(config.keep * tokens), shape.protected), 1
+    assert config.flops is not None
+    full = shape.macs((tokens,) * (shape.depth + 1))
+    return shape.macs, config.flops * full, FLOPS_TOLERANCE * full
 
 
 def make_schedule(
@@ -218,5 +274,5 @@ def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int
         missed = abs(counts[-1] - config.keep * counts[0]) > 1
         return f"keep={config.keep} is out of reach: {reached:.3f} of the tokens are left" if missed else ""
     assert config.flops is not None
-    missed = abs(ratio - config.flops) > 0.01
+    missed = abs(ratio - config.flops) > FLOPS_TOLERANCE
     return f"flops={config.flops} is out of reach: {ratio:.3f} is the closest" if missed else ""

@@ -5,9 +5,9 @@ What the kernels lack goes to `plain`'s function of the same name:
 - `attend`: without a bias (PyTorch's own kernel is as fast then), with dropout, with gradients wanted, in float32,
   with heads of more than 128 channels, or on GPUs before compute capability 8.0;
 - `attention_row`: with gradients wanted;
-- `most_similar`: without destinations;
+- `most_similar`: without destinations, or where some tokens may not be one;
 - `degree_of_candidates`: any degree but `"weighted_distance"`;
-- `choose`: among more than `MOST_RANKED` candidates, or by degrees of another dtype than kernels take;
+- `choose`: among all pairs, among more than `MOST_RANKED` candidates, or by degrees of another dtype than kernels take;
 - `merge_tokens` with `"keep_norm"`, and `average`: with gradients wanted.
 """
 
@@ -51,19 +51,21 @@ def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     return rows.mean(dim=1)
 
 
-def most_similar(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+def most_similar(features: Tensor, partition: Partition, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `plain.most_similar`."""
     candidates = positions(partition.candidates, features.device)
     destinations = positions(partition.destinations, features.device)
     sizes = candidates.shape[-1], destinations.shape[-1]
-    if sizes[1] == 0:
-        return plain.most_similar(features, partition)
+    if sizes[1] == 0 or hidden is not None:
+        return plain.most_similar(features, partition, hidden)
     windows = plain.window_slices(partition.windows, *sizes)
     found = [kernels.most_similar(features, candidates[..., i], destinations[..., j]) for i, j in windows]
     if len(found) == 1:
-        return found[0][0], found[0][1]
-    indices = [nearest + j.start for (_, nearest), (_, j) in zip(found, windows)]
-    return torch.cat([cosines for cosines, _ in found], dim=1), torch.cat(indices, dim=1)
+        redundancy, nearest = found[0]
+    else:
+        indices = [nearest + j.start for (_, nearest), (_, j) in zip(found, windows)]
+        redundancy, nearest = torch.cat([cosines for cosines, _ in found], dim=1), torch.cat(indices, dim=1)
+    return (plain.same_for_both(redundancy, nearest) if partition.all_pairs else redundancy), nearest
 
 
 def degree_of_candidates(
@@ -88,7 +90,7 @@ def degree_of_candidates(
 
 def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> tuple[Tensor, Tensor]:
     """See `plain.choose`; here, those of highest degree come first."""
-    if degree.shape[1] > kernels.MOST_RANKED or degree.dtype not in kernels.DTYPES:
+    if partition.all_pairs or degree.shape[1] > kernels.MOST_RANKED or degree.dtype not in kernels.DTYPES:
         return plain.choose(degree, nearest, partition, r)
     candidates = positions(partition.candidates, degree.device)
     destinations = positions(partition.destinations, degree.device)

@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from turbovlm.errors import ConfigError
 from turbovlm.ops import plain
 from turbovlm.ops.degree import DegreeFunction
 from turbovlm.ops.dispatch import path_for
@@ -174,11 +175,13 @@ def rank_candidates(
         ConfigError: see `information_degree`.
     """
     path = path_for(features) if path is None else path
-    redundancy, nearest = path.most_similar(features, partition)
+    padding = None if sizes is None else sizes == 0
+    # halves may merge into padding, which weighs nothing; a tree must not lead through it
+    redundancy, nearest = path.most_similar(features, partition, padding if partition.all_pairs else None)
     candidates = partition.candidates
     e = path.degree_of_candidates(redundancy, semantic, candidates, block, degree=degree, alpha=alpha, seed=seed)
-    if sizes is not None:
-        e = e.masked_fill(take_values(sizes, candidates) == 0, torch.inf)
+    if padding is not None:
+        e = e.masked_fill(take_values(padding, candidates), torch.inf)
     return Ranking(partition, features.shape[1], redundancy, nearest, e)
 
 
@@ -246,6 +249,8 @@ def merge_ranked(
 def _published_order(ranking: Ranking) -> Tensor:
     """The place of each token in prefix, candidates, destinations, suffix, in a row, `[N]` or `[batch, N]`."""
     device, partition = ranking.degree.device, ranking.partition
+    if partition.all_pairs:
+        raise ConfigError('order="partition": partition="all" makes no halves to order by; use order="spatial"')
     place = torch.arange(ranking.tokens, device=device)
     halves = [positions(index, device) for index in (partition.candidates, partition.destinations)]
     patches = sum(half.shape[-1] for half in halves)
@@ -285,7 +290,8 @@ def match(
         A `Merge` of `tokens` into `tokens − r`.
 
     Raises:
-        ConfigError: A is missing where the degree needs it, or the patches do not fill the grid.
+        ConfigError: A is missing where the degree needs it, the patches do not fill the grid, or all pairs are to be in
+            the order of a partition.
     """
     tokens, path = features.shape[1], path_for(features)
     split = partition_tokens(tokens, prefix, partition, block=block, seed=seed, grid=grid, device=features.device)

@@ -20,8 +20,8 @@ _CACHED: dict[tuple[Any, ...], Partition] = {}
 
 WINDOW = 512
 WINDOWED_FROM = 1025
-"""From so many patches on, `"random"` lets a token merge only within its window of about 512 patches: similarity then
-costs N instead of N²; `benchmarks/fidelity.py` measures what that changes."""
+"""From so many patches on, `"random"` and `"all"` let a token merge only within its window of about 512 patches:
+similarity then costs N instead of N²; `benchmarks/fidelity.py` measures what that changes."""
 
 Index = slice | Tensor
 """Token indices: a slice with start, stop and step, `[k]` for all images of the batch, or `[batch, k]`."""
@@ -37,12 +37,14 @@ class Partition:
         candidates, destinations: token positions, ascending.
         windows: how many parts there are.
         suffix: tokens at the end that are neither.
+        all_pairs: whether the candidates are the destinations too: each may be merged into any other of them.
     """
 
     candidates: Index
     destinations: Index
     windows: int = 1
     suffix: int = 0
+    all_pairs: bool = False
 
 
 def partition_tokens(
@@ -63,7 +65,8 @@ def partition_tokens(
         prefix: tokens at the front that are never merged and never merged into; `suffix`: those at the end.
         kind: `"alternate"`: even indices are candidates, odd ones destinations, as published. `"random"`: halves drawn
             from `seed` and `block`; from 1,025 patches on, merged within windows of about 512 patches, which costs N
-            instead of N². `"grid"`: the top left patch of every 2×2 cell is a destination.
+            instead of N². `"grid"`: the top left patch of every 2×2 cell is a destination. `"all"`: every patch is a
+            candidate and a destination; windows as for `"random"`.
         grid: patch rows and columns for `"grid"`; a square if None.
 
     Raises:
@@ -73,6 +76,9 @@ def partition_tokens(
     if kind == "alternate":
         first_even, first_odd = prefix + prefix % 2, prefix + 1 - prefix % 2
         return Partition(slice(first_even, tokens - suffix, 2), slice(first_odd, tokens - suffix, 2), suffix=suffix)
+    if kind == "all":
+        patch_tokens = slice(prefix, tokens - suffix, 1)
+        return Partition(patch_tokens, patch_tokens, window_count(patches), suffix, all_pairs=True)
     in_graph = torch.compiler.is_compiling()
     # Plain numbers: `torch.jit.trace` gives sizes as tensors, and a compiler would reason about symbols for minutes; a
     # graph has one compilation per shape anyway. Exported programs may take images of any size.
@@ -95,7 +101,7 @@ def partition_tokens(
 
 
 def window_count(patches: int) -> int:
-    """The number of windows into which `"random"` divides the patches."""
+    """The number of windows into which `"random"` and `"all"` divide the patches."""
     return 1 if patches < WINDOWED_FROM else -(-patches // WINDOW)
 
 

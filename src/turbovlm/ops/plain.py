@@ -26,6 +26,9 @@ STORED_SCORES = 1 << 20
 SIMILARITY_ROWS = 1024
 """Candidates compared at a time: the similarity in memory is never larger than this times the destinations."""
 
+STEPS_DOUBLED = 6
+"""How often the steps to a root are doubled: trees of similar tokens are rarely deeper than the 64 steps it makes."""
+
 SHORTEST = 1e-12
 """Features of less length than this count as this long."""
 
@@ -111,12 +114,13 @@ def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     return scores.softmax(dim=-1).mean(dim=1)
 
 
-def most_similar(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+def most_similar(features: Tensor, partition: Partition, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The cosine and the index of each candidate's most similar destination, the lowest of equals.
 
     Args:
         features: `[batch, tokens, width]`.
         partition: who may be merged into whom.
+        hidden: tokens that are nobody's destination, `[batch, tokens]`, bool; none if None.
 
     Returns:
         Cosines in float32 or better, −1 without destinations, and indices among the destinations, int64,
@@ -130,6 +134,9 @@ def most_similar(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor
     if columns.shape[1] == 0:
         alone = torch.full_like(row_scale, -1)
         return alone, torch.zeros_like(alone, dtype=torch.int64)
+    if partition.all_pairs or hidden is not None:
+        never = None if hidden is None else take_values(hidden, partition.destinations)
+        return _nearest_allowed(rows, columns, row_scale, column_scale, partition, never)
     if partition.windows == 1 and rows.shape[1] <= SIMILARITY_ROWS:
         return _nearest(rows, columns, row_scale, column_scale)
     cosines, indices = [], []
@@ -145,6 +152,32 @@ def most_similar(features: Tensor, partition: Partition) -> tuple[Tensor, Tensor
 def _nearest(rows: Tensor, columns: Tensor, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
     best = (torch.bmm(rows, columns.transpose(1, 2)) * column_scale.unsqueeze(1)).max(dim=-1)
     return best.values * row_scale, best.indices
+
+
+def _nearest_allowed(
+    rows: Tensor, columns: Tensor, row_scale: Tensor, column_scale: Tensor, partition: Partition, never: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`_nearest` of each window, but none is its own destination, nor one that is `never`, `[batch, columns]`."""
+    cosines, indices = [], []
+    for window, allowed in window_slices(partition.windows, rows.shape[1], columns.shape[1]):
+        cosine = torch.bmm(rows[:, window], columns[:, allowed].transpose(1, 2)) * column_scale[:, None, allowed]
+        if partition.all_pairs:
+            itself = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
+            cosine = cosine.masked_fill(itself, -torch.inf)
+        if never is not None:
+            cosine = cosine.masked_fill(never[:, None, allowed], -torch.inf)
+        best = cosine.max(dim=-1)
+        cosines.append((best.values * row_scale[:, window]).clamp_min(-1))  # without destinations, −1
+        indices.append(best.indices + allowed.start)
+    redundancy, nearest = torch.cat(cosines, dim=1), torch.cat(indices, dim=1)
+    return (same_for_both(redundancy, nearest) if partition.all_pairs else redundancy), nearest
+
+
+def same_for_both(redundancy: Tensor, nearest: Tensor) -> Tensor:
+    """R of all pairs, `[batch, n]`, the same for two that are each other's most similar, whatever rounding says."""
+    place = torch.arange(nearest.shape[1], device=nearest.device)
+    is_mutual = nearest.gather(1, nearest) == place
+    return torch.where(is_mutual, torch.maximum(redundancy, redundancy.gather(1, nearest)), redundancy)
 
 
 def window_slices(windows: int, candidates: int, destinations: int) -> list[tuple[slice, slice]]:
@@ -180,8 +213,49 @@ def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> tup
         degree: E, `[batch, candidates]`.
         nearest: the index of each candidate's destination among the destinations, `[batch, candidates]`.
     """
+    if partition.all_pairs:
+        chosen, into = _paired(degree, nearest, r)
+        return _positions_at(partition.candidates, chosen), _positions_at(partition.destinations, into)
     chosen = degree.topk(r, dim=1, sorted=False).indices
     return _positions_at(partition.candidates, chosen), _positions_at(partition.destinations, nearest.gather(1, chosen))
+
+
+def _paired(degree: Tensor, nearest: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Of tokens that may merge into any other: the r that do, and where each goes, none of which goes itself.
+
+    Every token points to its most similar one. Of two that point to each other, the one of lower E, or the second of
+    equals, is a root, and so the tokens form trees; along the way to a root similarity grows. Those an odd number of
+    steps away from their root merge, by E, each into the one it points to. Where these are fewer than r, leaves an even
+    number of steps away follow into where theirs went. A token that another goes into never goes: at least half of the
+    tokens can.
+
+    Args:
+        degree: E, `[batch, n]`.
+        nearest: the most similar of the others, `[batch, n]`, int64.
+        r: at most n // 2.
+
+    Returns:
+        Indices, `[batch, r]` each.
+    """
+    count = degree.shape[1]
+    place = torch.arange(count, device=degree.device).expand_as(nearest)
+    there = degree.gather(1, nearest)
+    lower = (degree < there) | ((degree == there) & (place > nearest))
+    root = (nearest.gather(1, nearest) == place) & (lower | (nearest == place))  # itself: it has no other
+    parent = torch.where(root, place, nearest)
+    odd, ahead = ~root, parent
+    for _ in range(STEPS_DOUBLED):
+        odd, ahead = odd ^ odd.gather(1, ahead), ahead.gather(1, ahead)
+    goes = odd & ~odd.gather(1, parent)
+    stays = torch.zeros_like(nearest).scatter_add(1, parent, goes.to(nearest.dtype)) > 0
+    follows = ~odd & ~root & ~stays & goes.gather(1, parent)
+    # ranked: those that go, and padding; those that follow; whoever has no place in a tree (cycles of equals, depth)
+    kind = torch.where(goes | (follows & degree.isposinf()), 3, torch.where(follows, 2, torch.where(stays, 0, 1)))
+    order = degree.argsort(dim=1, stable=True).argsort(dim=1) + count * kind
+    into = torch.where(follows, parent.gather(1, parent), parent)
+    into = torch.where(kind == 1, order.argmin(dim=1, keepdim=True), into)
+    chosen = order.topk(r, dim=1, sorted=False).indices
+    return chosen, into.gather(1, chosen)
 
 
 def merge_tokens(

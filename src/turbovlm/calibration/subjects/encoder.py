@@ -63,7 +63,7 @@ class EncoderSubject(Subject):
     about = "a model with vision encoders, and images: a tensor, or tensors by name, or a list of several sizes"
     noun = "images"
     config, whole = TurboConfig, 0
-    found = (*AMOUNTS, "min_tokens", "thresholds", "grid")
+    found = (*AMOUNTS, "blocks", "min_tokens", "thresholds", "grid")
     options = ("measure", "per_image", "effort", "batch")
     amounts = tuple(round(1 - STEP * step, 4) for step in range(1, 20))
     start, finer = amounts[0], 4

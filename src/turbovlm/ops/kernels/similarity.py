@@ -14,7 +14,7 @@ if HAS_TRITON:
 
 @operator
 def most_similar(features: Tensor, candidates: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
-    """Each candidate's most similar destination; the similarity of all pairs is never in memory.
+    """Each candidate's most similar destination other than itself; the similarity of all pairs is never in memory.
 
     Args:
         features: `[batch, tokens, width]`, float32, float16 or bfloat16, with any strides; not differentiated.
@@ -94,12 +94,13 @@ def _most_similar(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
         cosines = dots / length[:, None] / other_length[None, :]
-        cosines = tl.where(in_columns[None, :], cosines, float("-inf"))
+        allowed = in_columns[None, :] & (other[None, :] != candidate[:, None])
+        cosines = tl.where(allowed, cosines, float("-inf"))
         highest, where = tl.max(cosines, axis=1, return_indices=True)
         better = highest > best
         best = tl.where(better, highest, best)
         best_column = tl.where(better, first + where, best_column)
 
     out = image * candidate_count + row
-    tl.store(redundancy + out, best, mask=in_rows)
+    tl.store(redundancy + out, tl.maximum(best, -1.0), mask=in_rows)
     tl.store(nearest + out, best_column.to(tl.int64), mask=in_rows)
