@@ -5,8 +5,8 @@
     python benchmarks/judges.py --held-back              # the others, which nothing was chosen on
     python benchmarks/judges.py --judges clip --schedules "every block" --degrees default ToMe    # a part of it
 
-Judges: CLIP ViT-B/16's image embedding, the saliency ViT-S/14's CLS, MiniLM's sentence embedding. A setting is a
-schedule and a degree; the number of tokens that a schedule merges in each of its blocks is solved, so that all
+Judges: CLIP ViT-B/16's image embedding, the saliency ViT-S/14's CLS, its patches at every position, MiniLM's sentence
+embedding. A setting is a schedule and a degree; the number of tokens that a schedule merges in each of its blocks is solved, so that all
 settings of a judge cost alike: `--flops` of the encoder's multiply-accumulates. Measured is the drift, 1 − cosine to
 the unmerged model's vector with the inputs' mean taken off both; of each seed its mean over the inputs. Written are
 benchmarks/results/judges{,_held_back}.{json,md}; what is in the JSON already is not measured again.
@@ -44,12 +44,14 @@ class Judge:
 
     Attributes:
         inputs: batches of one size each.
-        vectors: what it makes of a batch, `[inputs, width]`.
+        vectors: what it makes of a batch, `[inputs, width]`, or `[inputs, tokens, width]`, which count alike.
+        dense: whether every position is asked for.
     """
 
     model: nn.Module
     inputs: Sequence[Any]
     vectors: Callable[[Any], Tensor]
+    dense: bool = False
 
 
 def clip_judge(is_held_back: bool) -> Judge:
@@ -68,6 +70,13 @@ def saliency_judge(is_held_back: bool) -> Judge:
     return Judge(backbone, pixels.split(BATCH), lambda batch: backbone(pixel_values=batch).last_hidden_state[:, 0])
 
 
+def patches_judge(is_held_back: bool) -> Judge:
+    judge = saliency_judge(is_held_back)
+    return Judge(
+        judge.model, judge.inputs, lambda batch: judge.model(pixel_values=batch).last_hidden_state[:, 1:], True
+    )
+
+
 def minilm_judge(is_held_back: bool) -> Judge:
     """Sentences one by one, so that no padding is merged for nothing."""
     from text import sentences
@@ -79,7 +88,7 @@ def minilm_judge(is_held_back: bool) -> Judge:
     return Judge(model, [model.tokens([text]) for text in texts], lambda batch: model(**batch))
 
 
-JUDGES = {"clip": clip_judge, "saliency": saliency_judge, "minilm": minilm_judge}
+JUDGES = {"clip": clip_judge, "saliency": saliency_judge, "patches": patches_judge, "minilm": minilm_judge}
 
 
 def photographs(is_held_back: bool) -> list[Any]:
@@ -106,21 +115,17 @@ SCHEDULES: dict[str, Callable[[int], list[int]]] = {
     "from a third on": blocks_from(1 / 3),
     "five merges": blocks_spread(5, 1 / 6, 10 / 12),
     "four merges": blocks_spread(4, 1 / 4, 9 / 12),
-    "three merges": blocks_spread(3, 1 / 4, 8 / 12),
 }
-"""Blocks that merge, by the depth; each merges as many tokens as the others."""
+"""Blocks that merge, by the depth; each merges as many tokens as the others. With `flops=`, CLIP has the four merges and
+all pairs by default, other encoders every block and halves."""
 
 DEGREES: dict[str, dict[str, Any]] = {
     "ToMe": {"degree": "redundancy", **PUBLISHED},
-    "default": {},
+    "one half into the other": {"partition": "random"},
+    "all pairs": {"partition": "all"},
     "paper (α=180)": {"degree": "weighted_difference", "alpha": 180, **PUBLISHED},
-    "redundancy": {"degree": "redundancy"},
-    "weighted distance, α=4": {"alpha": 4},
-    "weighted distance, α=16": {"alpha": 16},
-    "weighted difference, α=10": {"degree": "weighted_difference", "alpha": 10},
-    "weighted difference, α=30": {"degree": "weighted_difference", "alpha": 30},
-    "weighted difference, α=100": {"degree": "weighted_difference", "alpha": 100},
-    "random": {"degree": "random"},
+    "all pairs, R − 10A": {"degree": "weighted_difference", "alpha": 10, "partition": "all"},
+    "random": {"degree": "random", "partition": "random"},
 }
 
 
@@ -158,7 +163,7 @@ def key(schedule: str, degree: str, seed: int) -> str:
 
 def seeds_of(degree: str, seeds: int) -> int:
     """One where nothing is drawn."""
-    return 1 if DEGREES[degree].get("partition") == "alternate" else seeds
+    return seeds if DEGREES[degree].get("partition") == "random" else 1
 
 
 def count(batch: Any) -> int:
@@ -171,7 +176,7 @@ def vectors_of(judge: Judge) -> Tensor:
 
 def measured(judge: Judge, whole: Tensor, schedule: str, degree: str, seed: int, flops: float) -> dict[str, float]:
     """Drift and cost of one setting."""
-    settings = DEGREES[degree] | ({} if "partition" in DEGREES[degree] else {"seed": seed})
+    settings = DEGREES[degree] | {"seed": seed, "dense": judge.dense}
     with turbovlm.apply(judge.model, r=0, **settings) as handle:
         (feature,) = handle.features
     shape, native = feature.shape, feature.native_tokens
@@ -187,7 +192,8 @@ def measured(judge: Judge, whole: Tensor, schedule: str, degree: str, seed: int,
         with torch.inference_mode(), turbovlm.apply(judge.model, r=amounts, **settings):
             vectors |= {place: judge.vectors(judge.inputs[place]) for place in places}
     merged, centre = torch.cat([vectors[place] for place in sorted(vectors)]), whole.mean(dim=0)
-    drift = 1 - F.cosine_similarity(whole - centre, merged - centre)
+    drift = 1 - F.cosine_similarity(whole - centre, merged - centre, dim=-1)
+    drift = drift if drift.ndim == 1 else drift.mean(dim=1)
     return {
         "drift": float(drift.mean()),
         "standard_error": float(drift.std() / len(drift) ** 0.5),

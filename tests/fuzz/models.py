@@ -210,7 +210,7 @@ def turbo_settings(draw, drawn: Drawn) -> dict[str, Any]:
     chosen = draw(amounts(drawn.depth))
     tower = tower_of(drawn.name, drawn.depth)
     patches = drawn.tokens - tower.prefix - tower.suffix
-    partitions = ["alternate", "random"]
+    partitions = ["auto", "all", "random", "alternate"]
     whole = drawn.rows * drawn.columns == patches
     if whole:
         partitions.append("grid")
@@ -231,6 +231,11 @@ def turbo_settings(draw, drawn: Drawn) -> dict[str, Any]:
     }
     if chosen["partition"] == "grid":
         chosen["grid"] = (drawn.rows, drawn.columns)
+    if chosen["partition"] == "all":
+        chosen["order"] = "spatial"  # there are no halves to order by
+    if draw(st.booleans()):
+        some = st.sets(st.integers(0, drawn.depth - 1), min_size=1).map(sorted)
+        chosen["blocks"] = draw(st.one_of(st.just("every"), some))
     return of_effect(turbovlm.TurboConfig, chosen)
 
 

@@ -115,7 +115,7 @@ def compared_with_the_reference(draw):
     tower = tower_of(drawn.name, drawn.depth)
     patches = drawn.tokens - tower.prefix
     # where patches are no grid, such as a video's, none is asked for
-    partitions = ["alternate", "random", *(["grid"] if patches == drawn.rows * drawn.columns else [])]
+    partitions = ["all", "alternate", "random", *(["grid"] if patches == drawn.rows * drawn.columns else [])]
     partition = draw(st.sampled_from(partitions))
     degree = draw(st.sampled_from([*reference_encoders.DEGREES.values(), layered]))
     chosen = Chosen(
@@ -126,7 +126,7 @@ def compared_with_the_reference(draw):
         degree=degree,
         alpha=draw(ALPHAS.filter(lambda alpha: alpha is None or alpha < 100)),
         partition=partition,
-        order=draw(st.sampled_from(["partition", "spatial"])),
+        order="spatial" if partition == "all" else draw(st.sampled_from(["partition", "spatial"])),
         reduce=draw(st.sampled_from(["merge", "keep_norm", "prune"])),
         proportional=draw(st.booleans()),
         min_tokens=draw(st.sampled_from([0, 0, 0, 20, 35])),
@@ -251,12 +251,13 @@ def check_amount(chosen, counts, protected):
         assert before >= after
         if r is None or "thresholds" in chosen or chosen["partition"] == "grid":
             continue
-        asked = r[index] if isinstance(r, list) else r
+        blocks = chosen.get("blocks")
+        asked = r[index] if isinstance(r, list) else r if not isinstance(blocks, list) or index in blocks else 0
         most = 0 if before < chosen["min_tokens"] else (before - protected) // 2
         assert before - after == min(asked, most)
     if keep is not None and chosen["min_tokens"] == 0 and chosen["partition"] != "grid":
-        least = counts[0]
-        for _ in counts[1:]:
+        least, blocks = counts[0], chosen.get("blocks")
+        for _ in blocks if isinstance(blocks, list) else counts[1:]:
             least -= (least - protected) // 2
         assert abs(counts[-1] - max(keep * counts[0], least)) <= 1, "not the share asked for"
 

@@ -186,6 +186,59 @@ def test_merging(case, degree, alpha, share, order, reduce):
     check_way_back(case, merge, merged, x, sizes)
 
 
+@fuzz(
+    core=25,
+    nightly=1500,
+    case=cases(partitions=("all",)),
+    degree=st.sampled_from(["weighted_distance", "weighted_difference", "redundancy", "random"]),
+    share=st.floats(0, 1),
+    reduce=st.sampled_from(["merge", "keep_norm", "prune"]),
+)
+def test_all_pairs(case, degree, share, reduce):
+    """Any patch goes into any other of its window, however alike they are; none goes into one that goes itself."""
+    split, sizes = case.split(), case.sizes()
+    patches = max(case.tokens - case.suffix - case.prefix, 0)
+    features, x = case.tensor(1, case.batch, case.tokens, case.width), case.tensor(2, case.batch, case.tokens, 4)
+    A = torch.rand(case.batch, case.tokens, generator=torch.Generator().manual_seed(case.seed)).softmax(dim=1)
+    padded = sizes if case.padding == "padded" else None
+    ranking = rank_candidates(features, split, A, case.block, degree=degree, sizes=padded)
+    unit = features.double() / features.double().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    number = -(-patches // 8) if patches >= 17 else 1
+    for image in range(case.batch):
+        for i in range(patches):
+            window = next(w for w in range(number) if i < patches * (w + 1) // number)
+            others = set(range(patches * window // number, patches * (window + 1) // number)) - {i}
+            if padded is not None:
+                others = {j for j in others if padded[image, case.prefix + j] > 0}
+            cosines = [float(unit[image, case.prefix + i] @ unit[image, case.prefix + j]) for j in others]
+            tolerance = 1e-9 if case.dtype == "float64" else 1e-4
+            assert float(ranking.redundancy[image, i]) == pytest.approx(max([*cosines, -1]), abs=tolerance)
+            assert not others or int(ranking.nearest[image, i]) in others
+    r = round(share * (patches // 2))
+    merge, merged = merge_ranked(ranking, r, x, sizes=sizes, order="spatial", reduce=reduce)
+    assert merged.isfinite().all() and merged.shape == (case.batch, case.tokens - r, 4)
+    for image in range(case.batch):
+        src, source, kept = (part[image].tolist() for part in (merge.src, merge.source, merge.kept))
+        assert len({*src}) == r and all(case.prefix <= i < case.prefix + patches for i in src)
+        assert kept == [i for i in range(case.tokens) if i not in src]
+        assert all(source[i] == place for place, i in enumerate(kept))
+        into = {i: kept[source[i]] for i in src}
+        assert all(case.prefix <= j < case.prefix + patches for j in into.values())
+        s = torch.ones(case.tokens).double() if sizes is None else sizes[image].double()
+        if padded is not None and r >= (gone := int((s[case.prefix : case.prefix + patches] == 0).sum())) > 0:
+            assert (
+                number > 1
+                or gone >= patches
+                or {i for i in range(case.prefix, case.prefix + patches) if s[i] == 0} <= {*src}
+            )
+        rows = "merge" if reduce == "keep_norm" else reduce
+        _, tokens, left, _ = reference.merge(x[image].double(), s, into, [], "spatial", rows)
+        torch.testing.assert_close(merge.sizes[image].double(), left, rtol=0, atol=1e-4)
+        if reduce != "keep_norm":
+            scale = max(float(x.double().abs().max()), 1e-30)
+            torch.testing.assert_close(merged[image].double(), tokens, rtol=0, atol=CLOSE[case.dtype] * scale)
+
+
 def check_ranking(case, ranking, features, A, sizes, candidates, destinations, settings, tolerance):
     assert ranking.redundancy.shape == ranking.degree.shape == ranking.nearest.shape == (case.batch, len(candidates))
     assert not ranking.degree.isnan().any() and ranking.redundancy.isfinite().all()

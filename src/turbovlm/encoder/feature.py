@@ -43,6 +43,7 @@ class EncoderFeature(Remembering[State]):
         shape: what its cost depends on.
         tower: its path in the model; `names`: those of its blocks.
         native_tokens: tokens of an image of its native size, prefix and suffix included.
+        own_blocks: those over which `blocks="auto"` spreads `keep` and `flops` here; every block if empty.
         amounts: tokens asked of each block where `r` says it; None where they are solved for each size of input.
         guidance, similarity, partition: as in `TurboConfig`, settled.
         semantic: whether A is computed, for the degree or for the trace.
@@ -66,6 +67,7 @@ class EncoderFeature(Remembering[State]):
     tower: str
     names: tuple[str, ...]
     native_tokens: int
+    own_blocks: tuple[int, ...]
     amounts: tuple[int, ...] | None
     guidance: str
     similarity: str
@@ -88,7 +90,7 @@ class EncoderFeature(Remembering[State]):
 
         A method, as Dynamo of torch 2.11 wants constants for all arguments of such a function, but not for `self`.
         """
-        return requested_amounts(self.config, replace(self.shape, prefix=prefix), tokens)
+        return requested_amounts(self.config, replace(self.shape, prefix=prefix), tokens, self.own_blocks)
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """The forward of every block and of its attention, the tower's methods, and what joins text and image."""
@@ -106,7 +108,8 @@ class EncoderFeature(Remembering[State]):
 
     def schedule(self, tokens: int | None = None) -> Schedule:
         """What every block does with an input of `tokens` tokens; of the native number if None."""
-        return make_schedule(self.config, self.shape, tokens or self.native_tokens, self.tower, self.names)
+        tokens = tokens or self.native_tokens
+        return make_schedule(self.config, self.shape, tokens, self.tower, self.names, self.own_blocks)
 
     def restored(self, tokens: Tensor, block: int | None = None) -> Tensor:
         """Every position of an input with its token's value; see `Handle.restore`.
@@ -217,8 +220,6 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         ConfigError: settings that this encoder cannot have.
     """
     text = tower.layout.text
-    if text and config.blocks == "auto":
-        config = config.changed(blocks="every")  # words drift half as far as by a few merges (benchmarks/judges.py)
     check_depth(config, len(tower.blocks), tower.name)
     check_degree(config.degree, len(tower.blocks), next(tower.blocks[0][1].parameters()).device)
     if config.guidance == "cls" and not tower.cls:
@@ -231,10 +232,12 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
             "its shape; use r or keep"
         )
     similarity = ("hidden" if text else "heads") if config.similarity == "auto" else config.similarity
+    # what was measured is CLS, and a patch that is given back, or read, lost less where every block merged
+    own_blocks = own_blocks_of(tower) if tower.hands_out and not (tower.restore or config.dense) else ()
     partition = config.partition
     if partition == "auto":
-        whole = text or config.order == "partition" or not is_sparse(config, len(tower.blocks))
-        partition = "random" if whole else "all"
+        halves = text or config.order == "partition" or not is_sparse(config, len(tower.blocks), own_blocks)
+        partition = "random" if halves else "all"
     restore = ("copy" if text else "residual") if config.restore == "auto" else config.restore
     return EncoderFeature(
         config=config,
@@ -243,6 +246,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         tower=tower.name,
         names=tuple(name for name, _ in tower.blocks),
         native_tokens=tower.tokens,
+        own_blocks=own_blocks,
         amounts=literal_amounts(config, len(tower.blocks)),
         guidance=("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance,
         similarity=similarity,
@@ -257,6 +261,15 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         unknown_owner=tower.unknown_owner,
         plain_stem=tower.plain_stem,
     )
+
+
+def own_blocks_of(tower: Tower) -> tuple[int, ...]:
+    """The blocks in which this tower's family merges for `keep` and `flops`; none where it is not known better."""
+    shares = tower.layout.blocks_at
+    if callable(shares):
+        shares = shares(tower.module)
+    depth = len(tower.blocks)
+    return tuple(sorted({min(round(share * depth), depth - 1) for share in shares}))
 
 
 def _shape(tower: Tower, similarity: str, partition: str) -> EncoderShape:

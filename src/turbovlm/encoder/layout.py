@@ -31,6 +31,11 @@ Around = tuple[nn.Module, ...]
 """The modules around a tower, outermost first."""
 
 
+FOUR_LATE = (3 / 12, 5 / 12, 7 / 12, 9 / 12)
+"""Where CLIP merges: at 61 % of the multiply-accumulates its embedding drifts half as far as with merges in every
+block, and the first blocks are where merging hurts most (`benchmarks/judges.py`)."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to spell a block, and what must be known about the encoder around it.
@@ -57,6 +62,8 @@ class Layout:
         suffix: number of tokens behind the patches that never merge, such as detection tokens, or a function of the
             tower.
         cls: whether token 0 is a CLS token, or a function of the tower.
+        blocks_at: shares of the depth at which blocks merge for `keep` and `flops` where CLS alone is read, or a
+            function of the tower; every block where it is empty. For families whose real weights lost less so.
         norm_after_attention, norm_after_mlp: what normalises each half's sum with the residual.
         joint: path, from the tower, of the module that puts text tokens in front of an image's; they are never merged,
             and `prefix` counts the longest text.
@@ -100,6 +107,7 @@ class Layout:
     prefix: int | Callable[[Any], int] = 1
     suffix: int | Callable[[Any], int] = 0
     cls: bool | Callable[[Any], bool] = True
+    blocks_at: tuple[float, ...] | Callable[[Any], tuple[float, ...]] = ()
     norm_after_attention: str | None = None
     norm_after_mlp: str | None = None
     joint: str | None = None

@@ -17,9 +17,6 @@ from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.partition import window_count
 
-FEW = 5
-FEW_FROM, FEW_TO = 1 / 6, 10 / 12
-"""How many blocks merge for `keep` and `flops`, and between which shares of the depth (`benchmarks/judges.py`)."""
 FLOPS_TOLERANCE = 0.01
 """How far a share of the multiply-accumulates may be from the one asked for before it is called out of reach."""
 
@@ -162,23 +159,13 @@ def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
         )
 
 
-def few_blocks(depth: int) -> tuple[int, ...]:
-    """The blocks that `blocks="auto"` spreads `keep` and `flops` over: five, from a sixth of the depth on."""
-    first, last = FEW_FROM * depth, FEW_TO * depth
-    places = (round(first + (last - first) * i / (FEW - 1)) for i in range(FEW))
-    return tuple(sorted({min(place, depth - 1) for place in places}))
-
-
-def is_sparse(config: TurboConfig, depth: int) -> bool:
-    """Whether at most half of the blocks are asked to merge."""
+def is_sparse(config: TurboConfig, depth: int, own: tuple[int, ...]) -> bool:
+    """Whether at most half of the blocks are asked to merge; `own` as in `requested_amounts`."""
     amounts = literal_amounts(config, depth)
     if amounts is not None:
-        merging = sum(amount > 0 for amount in amounts)
-    elif config.blocks == "every":
-        merging = depth
-    else:
-        merging = len(config.blocks if isinstance(config.blocks, tuple) else few_blocks(depth))
-    return merging <= depth / 2
+        return sum(amount > 0 for amount in amounts) <= depth / 2
+    blocks = config.blocks if isinstance(config.blocks, tuple) else own if config.blocks == "auto" else ()
+    return 0 < len(blocks) <= depth / 2
 
 
 def literal_amounts(config: TurboConfig, depth: int) -> tuple[int, ...] | None:
@@ -190,15 +177,22 @@ def literal_amounts(config: TurboConfig, depth: int) -> tuple[int, ...] | None:
 
 
 @lru_cache(maxsize=1024)
-def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int) -> tuple[int, ...]:
-    """Tokens asked of each block, before clamping, for an input of `tokens` tokens."""
+def requested_amounts(
+    config: TurboConfig, shape: EncoderShape, tokens: int, own: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """Tokens asked of each block, before clamping, for an input of `tokens` tokens.
+
+    Args:
+        own: the blocks over which `blocks="auto"` spreads `keep` and `flops` in this family; every block if empty, or
+            where those have not enough to give.
+    """
     literal = literal_amounts(config, shape.depth)
     if literal is not None:
         return literal
     if isinstance(config.blocks, tuple):
         return _closest(config, shape, tokens, config.blocks)[0]
-    if config.blocks == "auto":
-        found, is_near = _closest(config, shape, tokens, few_blocks(shape.depth))
+    if config.blocks == "auto" and own:
+        found, is_near = _closest(config, shape, tokens, own)
         if is_near:
             return found
     return _closest(config, shape, tokens, range(shape.depth))[0]
@@ -240,10 +234,15 @@ def _aim(
 
 
 def make_schedule(
-    config: TurboConfig, shape: EncoderShape, tokens: int, tower: str, blocks: tuple[str, ...]
+    config: TurboConfig,
+    shape: EncoderShape,
+    tokens: int,
+    tower: str,
+    blocks: tuple[str, ...],
+    own: tuple[int, ...] = (),
 ) -> Schedule:
     """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
-    amounts = requested_amounts(config, shape, tokens)
+    amounts = requested_amounts(config, shape, tokens, own)
     fixed = fixed_destinations(config, tokens - shape.protected)
     counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
     full = (tokens,) * (shape.depth + 1)

@@ -253,8 +253,9 @@ def _paired(degree: Tensor, nearest: Tensor, r: int) -> tuple[Tensor, Tensor]:
     kind = torch.where(goes | (follows & degree.isposinf()), 3, torch.where(follows, 2, torch.where(stays, 0, 1)))
     order = degree.argsort(dim=1, stable=True).argsort(dim=1) + count * kind
     into = torch.where(follows, parent.gather(1, parent), parent)
-    into = torch.where(kind == 1, order.argmin(dim=1, keepdim=True), into)
-    chosen = order.topk(r, dim=1, sorted=False).indices
+    ranked = order.argsort(dim=1, descending=True)
+    into = torch.where(kind == 1, ranked[:, -1:], into)  # the last never goes
+    chosen = ranked[:, :r]
     return chosen, into.gather(1, chosen)
 
 

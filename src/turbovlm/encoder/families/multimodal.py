@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.encoder.families.transformers import MODELS, VIT, inside, native_input, native_patches
-from turbovlm.encoder.layout import Around, Layout, variant
+from turbovlm.encoder.layout import FOUR_LATE, Around, Layout, variant
 
 
 def _native_patches_in_rows(tower: Any) -> dict[str, Tensor | None]:
@@ -51,6 +51,7 @@ CLIP = Layout(
     dropout="self_attn.dropout",
     arguments=("attention_mask", "causal_attention_mask"),
     mask="attention_mask",
+    blocks_at=FOUR_LATE,
     restore=inside("CLIPForImageClassification"),
     inputs=native_input,
 )
@@ -65,6 +66,7 @@ SIGLIP = variant(
     ),
     prefix=0,
     cls=False,
+    blocks_at=(),
     restore=True,
 )
 
@@ -88,6 +90,7 @@ BLIP = variant(
     project=("self_attn.qkv",),
     after_attention=("self_attn.projection",),
     dropout="self_attn.dropout",
+    blocks_at=(),
     restore=False,
 )
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.encoder.layout import Around, Layout, native_image, variant
+from turbovlm.encoder.layout import FOUR_LATE, Around, Layout, native_image, variant
 
 
 def _patches(tower: Any) -> int:
@@ -22,6 +23,11 @@ def _pools_tokens(tower: Any, ancestors: Around) -> bool:
 
 def _has_cls(tower: Any) -> bool:
     return tower.cls_token is not None
+
+
+def _of_clip(tower: Any) -> tuple[float, ...]:
+    """CLIP's towers have a norm in front of their blocks."""
+    return () if isinstance(getattr(tower, "norm_pre", None), nn.Identity | None) else FOUR_LATE
 
 
 def _refuse(tower: Any, block: Any, ancestors: Around) -> str | None:
@@ -104,6 +110,7 @@ VISION_TRANSFORMER = Layout(
     patches=_patches,
     prefix=lambda tower: int(tower.num_prefix_tokens),
     cls=_has_cls,
+    blocks_at=_of_clip,
     query_norm="attn.q_norm",
     key_norm="attn.k_norm",
     dropout="attn.attn_drop",
@@ -120,6 +127,7 @@ EVA = variant(
     family="timm EVA",
     block="timm.models.eva.EvaBlock",
     towers=("timm.models.eva.Eva",),
+    blocks_at=(),
     project=_eva_project,
     calls=("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
     after_attention=("attn.norm", "attn.proj", "attn.proj_drop", "gamma_1", "drop_path1"),
