@@ -3,12 +3,13 @@
     python studies/photos/prepare.py                     # 256 photographs, fetched
     python benchmarks/judges.py                          # the photographs to choose on
     python benchmarks/judges.py --held-back              # the others, which nothing was chosen on
-    python benchmarks/judges.py --judges clip --schedules "every block" --degrees default ToMe    # a part of it
+    python benchmarks/judges.py --judges clip --schedules "every block" --degrees ToMe random    # a part of it
 
 Judges: CLIP ViT-B/16's image embedding, the saliency ViT-S/14's CLS, its patches at every position, MiniLM's sentence
-embedding. A setting is a schedule and a degree; the number of tokens that a schedule merges in each of its blocks is solved, so that all
-settings of a judge cost alike: `--flops` of the encoder's multiply-accumulates. Measured is the drift, 1 − cosine to
-the unmerged model's vector with the inputs' mean taken off both; of each seed its mean over the inputs. Written are
+embedding. A setting is a schedule and a degree; the number of tokens that a schedule merges in each of its blocks is
+solved, so that all settings of a judge cost alike: `--flops` of the encoder's multiply-accumulates. Measured is the
+drift, 1 − cosine to the unmerged model's vector with the inputs' mean taken off both; of each seed its mean over the
+inputs. Written are
 benchmarks/results/judges{,_held_back}.{json,md}; what is in the JSON already is not measured again.
 """
 
@@ -116,8 +117,8 @@ SCHEDULES: dict[str, Callable[[int], list[int]]] = {
     "five merges": blocks_spread(5, 1 / 6, 10 / 12),
     "four merges": blocks_spread(4, 1 / 4, 9 / 12),
 }
-"""Blocks that merge, by the depth; each merges as many tokens as the others. With `flops=`, CLIP has the four merges and
-all pairs by default, other encoders every block and halves."""
+"""Blocks that merge, by the depth; each merges as many tokens as the others. With `flops=`, CLIP has the four merges
+and all pairs by default, other encoders every block and halves."""
 
 DEGREES: dict[str, dict[str, Any]] = {
     "ToMe": {"degree": "redundancy", **PUBLISHED},

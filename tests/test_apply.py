@@ -76,7 +76,7 @@ def test_repr_counts_tokens_and_multiply_accumulates():
     assert f"{12 * 577 * 768 * (12 * 768 + 2 * 577 + 2 * 5) / 1e9:.2f}" == "55.20"
     assert encoder == (
         "  model: 12 blocks, 577 → 157 tokens, 55.20 → 34.08 GMACs in the blocks, 62.0% of the encoder's left, "
-        "guided by cls, similarity of heads"
+        "guided by cls, similarity of heads, random halves"
     )
     assert len(blocks) == 12 and blocks[0] == "    blocks.0: 577 → 542 tokens, 4.600 → 4.498 GMACs"
     assert blocks[-1] == "    blocks.11: 192 → 157 tokens, 4.600 → 1.259 GMACs"

@@ -198,7 +198,7 @@ def test_a_schedule_for_one_cost(vit, images):
     found = turbovlm.calibrate(vit, images, flops=0.7, effort=3, progress=went.append)
     assert torch.equal(vit(images[:2])[0], before) and "forward" not in vars(vit.layers[0])
     assert isinstance(found, Calibration) and found.config == TurboConfig(
-        (13, 10, 8, 6), similarity="hidden", guidance="cls", alpha=1.0
+        (13, 10, 8, 6), similarity="hidden", guidance="cls", alpha=1.0, partition="random"
     )
     assert found.flops == round(ratio_of(vit, found), 4) == pytest.approx(0.7, abs=0.006)
     drift = subject_of(vit, images).drift(found.config, halves()[1])
@@ -216,7 +216,7 @@ def test_a_schedule_for_one_cost(vit, images):
 def test_what_is_given_stays(vit, images):
     found = turbovlm.calibrate(vit, images, flops=0.7, effort=1, similarity="queries", dense=True, seed=3)
     assert found.config == TurboConfig(
-        (10, 11, 11, 11), similarity="queries", dense=True, guidance="cls", alpha=1.0, seed=0
+        (10, 11, 11, 11), similarity="queries", dense=True, guidance="cls", alpha=1.0, partition="random", seed=0
     )
 
 

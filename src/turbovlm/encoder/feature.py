@@ -33,6 +33,14 @@ from turbovlm.patching import Patch, check_forwards
 from turbovlm.threads import Remembering
 
 
+PARTITION_WORDS = {
+    "all": "any patch into any other",
+    "random": "random halves",
+    "alternate": "even into odd",
+    "grid": "one destination per 2×2 cell",
+}
+
+
 @dataclass(eq=False)
 class EncoderFeature(Remembering[State]):
     """What the blocks of one accelerated encoder share.
@@ -156,7 +164,7 @@ class EncoderFeature(Remembering[State]):
         lines = [
             f"  {schedule.tower or 'model'}: {len(schedule.blocks)} blocks, {tokens[0]} → {tokens[-1]} tokens, "
             f"{before / 1e9:.2f} → {after / 1e9:.2f} GMACs in the blocks, {schedule.ratio:.1%} of the encoder's left, "
-            f"guided by {self.guidance}, similarity of {self.similarity}"
+            f"guided by {self.guidance}, similarity of {self.similarity}, {PARTITION_WORDS[self.partition]}"
         ]
         lines += [
             f"    {block}: {tokens[i]} → {tokens[i + 1]} tokens, "
