@@ -61,7 +61,7 @@ def written_into(page: str, result: Result) -> str:
 def picture(result: Result) -> Image.Image:
     """One column for each photograph."""
     step = SIDE + GAP
-    sheet = Image.new("RGB", (step * len(result.examples) - GAP, 2 * step + 4 * LINE), "white")
+    sheet = Image.new("RGB", (step * len(result.examples) - GAP, 2 * step + 4 * LINE + 8), "white")
     for column, example in enumerate(result.examples):
         (_, merged) = list(example.groups.values())[-1]
         for row, image in enumerate((example.photo.image, merged)):

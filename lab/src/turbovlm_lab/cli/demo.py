@@ -199,8 +199,6 @@ def _measure_and_show(args: argparse.Namespace, labels: Sequence[str] | None) ->
     console = output()
     show(result, console)
     if args.images is not None and args.labels is None and args.names is None:
-        console.print(
-            'The labels are those of the demo\'s own photographs: give yours, as in --labels "cat, dog, beach".'
-        )
+        console.print('The labels are the demo\'s own: give those of your images, as in --labels "cat, dog, beach".')
     said = f"Report: {args.out}" + ("" if args.json is None else f"   JSON: {args.json}")
     console.print(said, highlight=False, soft_wrap=True)
