@@ -14,6 +14,7 @@ import io
 import re
 from pathlib import Path
 
+import torch
 from cases import RESULTS, save
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
@@ -34,7 +35,10 @@ COLUMNS = 88
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", metavar="PATH", help="labels embedded by CLIP's own text tower; see turbovlm demo")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads PyTorch computes with (default: its own)")
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     result = run_demo(Settings(), load_photos(), *texts(None, args.names), with_saliency=True)
     printed = io.StringIO()
     show(result, Console(file=printed, width=COLUMNS))
