@@ -3,10 +3,10 @@
     python studies/clip/embeddings.py           # writes studies/clip/data/embeddings; an hour on two cores, goes on
                                                 # where it stopped
 
-Needs npm, apt-get and dpkg-deb. To train on: the emoji of three
-vendors, on white, with labels and tags, without the fifth that `unseen` leaves out; icons, clip art and Tux Paint's
-stamps as studies/pairs/pictures.py has them, on white, the stamps on photographs as well. For evaluation alone:
-that fifth as Twemoji draws it, and photographs of Debian's gcompris-qt-data, see photos.py.
+Needs studies/clip/data/stamps (prepare.py), npm, apt-get and dpkg-deb. To train on: emoji of things by three vendors,
+on white, with labels and tags, without the fifth that `unseen` leaves out; icons, clip art and Tux Paint's stamps as
+studies/pairs/pictures.py has them, on white, the stamps on photographs as well. For evaluation alone: the emoji left
+out, as Twemoji draws them; photographs of Debian's gcompris-qt-data, see photos.py; and prepare.py's images.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ from turbovlm_lab.zoo.sprites import load_sprites
 
 DATA = Path(__file__).parent / "data" / "embeddings"
 TRAINED_VENDORS = ("noto", "fluent-3d", "openmoji")
-BATCH, IN_FILE = 32, 269
-FLOPS = 0.4
+THINGS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
+"""Groups of emoji."""
+BATCH, IN_FILE = 32, 128
+FLOPS = 0.35
 """Share of the tower's cost for what is trained on, by merging tokens, of which white ground leaves many alike."""
-EVALUATED = ("photos",)
+EVALUATED = ("photos", "named-stamps", "twemoji")
 SIDE, SHARE = 224, (0.7, 1.0)
 """Pixels a side of an image on white, and what share of it the drawing takes."""
 
@@ -130,15 +132,24 @@ def once(items: Iterator[Item]) -> Iterator[Item]:
 def emoji(vendor: str, folder: Path) -> Iterator[Item]:
     """Those that models may learn from, as one vendor draws them."""
     sets = {name: fetch_icons(VENDORS[name], folder) for name in TRAINED_VENDORS}
-    for entry in concepts(sets, fetch_labels(folder)):
-        if not unseen(entry["code"]):
+    entries = concepts(sets, fetch_labels(folder))
+    random.Random(0).shuffle(entries)
+    for entry in entries:
+        if entry["group"] in THINGS and not unseen(entry["code"]):
             image = white(draw(sets[vendor]["icons"], entry["names"][vendor]), random.Random(entry["code"]))
             yield Item("emoji", vendor, entry["code"], entry["label"], tuple(entry["tags"]), image)
 
 
 def twemoji() -> Iterator[Item]:
-    for s in filter(lambda sprite: unseen(sprite.code), load_sprites()):
-        yield Item("twemoji", "twemoji", s.code, s.label, s.tags, s.image)
+    for s in load_sprites():
+        if s.group in THINGS and unseen(s.code):
+            yield Item("twemoji", "twemoji", s.code, s.label, s.tags, s.image)
+
+
+def named_stamps() -> Iterator[Item]:
+    """One image of each stamp that prepare.py has put on photographs."""
+    for path in sorted((DATA.parent / "stamps").glob("*/*-0.png")):
+        yield Item("named stamp", "tuxpaint", None, path.parent.name, (), Image.open(path).convert("RGB"))
 
 
 def tux(folder: Path) -> Iterator[Item]:
@@ -147,6 +158,7 @@ def tux(folder: Path) -> Iterator[Item]:
 
 PARTS: dict[str, Callable[[Path], Iterator[Item]]] = {
     "photos": lambda folder: (Item("photo", "gcompris", None, name, (), image) for name, image in named_photos(folder)),
+    "named-stamps": lambda _: named_stamps(),
     "stamps": lambda folder: on_white(tux(folder)),
     "stamps-on-photos": lambda folder: on_photos(tux(folder), folder),
     "twemoji": lambda _: on_white(twemoji()),
