@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -52,9 +53,10 @@ def main() -> None:
 def written_into(page: str, result: Result) -> str:
     """The page with this result's table."""
     settings, images = result.settings, len(result.found)
-    said = (
-        f"CLIP ViT-B/16 on {images} photographs and crops, {len(result.texts.labels)} labels, fp32, batch "
-        f"{settings.batch} ({machine_line(result)})."
+    said = textwrap.fill(
+        f"CLIP ViT-B/16 on {images} photographs and crops, fp32, batch {settings.batch}; {len(result.texts.labels)} labels "
+        f"by {result.texts.source}. {machine_line(result)}.",
+        width=120,
     )
     block, found = BLOCK.subn(lambda match: f"{match[1]}{markdown(result)}\n\n{said}\n{match[2]}", page)
     if found != 1:

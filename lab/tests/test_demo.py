@@ -200,7 +200,7 @@ def test_table_in_markdown(small) -> None:
     head, rule, *rows = markdown(result).splitlines()
     assert len(rows) == len(result.rows) and {line.count("|") for line in (head, rule, *rows)} == {10}
     assert rows[0].startswith("| unmerged | 224 px | 197 | 100% | 1.00× |")
-    assert rows[1].startswith("| turbovlm | flops=0.7 |")
+    assert rows[1].startswith("| **turbovlm** | flops=0.7 |")
 
 
 def test_readme_gets_the_table_and_the_picture(small, monkeypatch: pytest.MonkeyPatch) -> None:

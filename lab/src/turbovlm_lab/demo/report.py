@@ -81,7 +81,8 @@ def markdown(result: Result) -> str:
     headings = ("CLIP ViT-B/16", *COST_HEADINGS, *CLIP_HEADINGS)
     lines = [f"| {' | '.join(headings)} |", f"|---|---|{'--:|' * (len(headings) - 2)}"]
     for row in result.rows:
-        lines.append(f"| {' | '.join((label_of(row.cost), *clip_cells(result, row)))} |")
+        label = f"**{label_of(row.cost)}**" if row.cost.method == TURBO.key else label_of(row.cost)
+        lines.append(f"| {' | '.join((label, *clip_cells(result, row)))} |")
     return "\n".join(lines)
 
 
