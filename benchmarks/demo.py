@@ -52,10 +52,10 @@ def main() -> None:
 
 def written_into(page: str, result: Result) -> str:
     """The page with this result's table."""
-    settings, images = result.settings, len(result.found)
+    labels = f"{len(result.texts.labels)} labels by {result.texts.source}"
     said = textwrap.fill(
-        f"CLIP ViT-B/16 on {images} photographs and crops, fp32, batch {settings.batch}; {len(result.texts.labels)} labels "
-        f"by {result.texts.source}. {machine_line(result)}.",
+        f"CLIP ViT-B/16 on {len(result.found)} photographs and crops, fp32, batch {result.settings.batch}; {labels}. "
+        f"{machine_line(result)}.",
         width=120,
     )
     block, found = BLOCK.subn(lambda match: f"{match[1]}{markdown(result)}\n\n{said}\n{match[2]}", page)
