@@ -57,6 +57,7 @@ def written_into(page: str, result: Result) -> str:
         f"CLIP ViT-B/16 on {len(result.found)} photographs and crops, fp32, batch {result.settings.batch}; {labels}. "
         f"{machine_line(result)}.",
         width=120,
+        break_on_hyphens=False,
     )
     block, found = BLOCK.subn(lambda match: f"{match[1]}{markdown(result)}\n\n{said}\n{match[2]}", page)
     if found != 1:
