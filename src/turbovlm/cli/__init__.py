@@ -32,7 +32,7 @@ LAB_COMMANDS = {
 
 _EPILOG = """\
 examples:
-  turbovlm demo                                   measure a pretrained ViT on photographs, write report.html
+  turbovlm demo                                   CLIP names photographs, merged and unmerged; writes report.html
   turbovlm inspect timm:vit_base_patch16_384      which blocks would be accelerated, and what it would save
   turbovlm bench timm:vit_base_patch16_384 --r 35 what it saves on this machine, in time and memory
   turbovlm calibrate zoo:saliency photos --flops 0.6    which settings keep most of it, on your images

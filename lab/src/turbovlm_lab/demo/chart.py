@@ -53,7 +53,7 @@ def line_chart(curves: Sequence[Curve], x_label: str, y_label: str, description:
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.set_axisbelow(True)
-        axis.legend(loc="lower left", frameon=False)
+        axis.legend(loc="best", frameon=False)
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     svg = drawn.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

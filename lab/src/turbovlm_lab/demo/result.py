@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
@@ -14,55 +14,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import turbovlm
-from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError
 from turbovlm_lab.demo.photos import Photo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
-SEMANTIC_BLOCK = 9
-"""The block after which CLS is compared, counted from 0: the fine-tuning for saliency changed the two after it."""
-
-SALIENT = 0.5
-"""A pixel is salient where the heat map is at least this share of its largest value."""
-
-
 MIN_ROUNDS = 2
 """Rounds of timing that are run however slow the machine is."""
+
+_TOME = {"similarity": "keys", "partition": "alternate", "order": "partition", "reduce": "merge", "restore": "copy"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way of choosing which tokens to merge: `settings` are those of `TurboConfig`."""
+    """A way to encode for less: `settings` are those of `TurboConfig`; `merges` is False for a smaller image."""
 
     key: str
     label: str
     explanation: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def config(self, r: int, *, trace: bool = False) -> TurboConfig:
-        return TurboConfig(r=r, trace=trace, **self.settings)
+    merges: bool = True
 
 
-_TOME = {"similarity": "keys", "partition": "alternate", "order": "partition", "reduce": "merge"}
-
-METHODS = (
-    Method("turbo", "turbovlm", "the library's default settings"),
-    Method(
-        "redundancy",
-        "ToMe",
-        "the most redundant tokens, by the cosine of their keys (Token Merging, 2023)",
-        {"degree": "redundancy", **_TOME},
-    ),
-    Method(
-        "random",
-        "random",
-        "tokens drawn at random, each still merged into the partner of most similar key: the control",
-        {"degree": "random", **_TOME},
-    ),
+UNMERGED = Method("unmerged", "unmerged", "the model itself, on PyTorch's fused attention", merges=False)
+TURBO = Method("turbo", "turbovlm", "the library's defaults")
+TOME = Method(
+    "tome",
+    "ToMe",
+    "the most redundant tokens, by the cosine of their keys, equally many in every block (Token Merging, 2023)",
+    {"degree": "redundancy", **_TOME},
 )
+RANDOM = Method(
+    "random",
+    "random",
+    "as many as ToMe, drawn at random, each still merged into the partner of most similar key: the control",
+    {"degree": "random", **_TOME},
+)
+SMALLER = Method("smaller", "smaller image", "nothing merged: fewer pixels, positions interpolated", merges=False)
+METHODS = (TURBO, TOME, RANDOM, SMALLER)
+"""Beside the unmerged model; the others cost as much as `TURBO` does."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +61,19 @@ class Settings:
     """What the demo runs.
 
     Args:
-        amounts: the values of r.
+        shares: of the encoder's multiply-accumulates that `flops=` asks for.
         batch: images per batch.
-        rounds: how often everything is timed.
-        timing_seconds: no further round begins after this time, on a slow or busy machine, but `MIN_ROUNDS` are run.
-        shown: photographs of which the report shows drawings; `shown_amount` is their r.
+        rounds: how often everything is timed; more often where there are more batches of images than that.
+        timing_seconds: no further round begins after this time, on a slow or busy machine, but `MIN_ROUNDS` are run,
+            and every image is seen once.
+        shown: photographs whose labels and drawings are shown, by `TURBO` at the first of the shares.
     """
 
-    amounts: tuple[int, ...] = (0, 4, 8, 12, 16, 20)
-    batch: int = 4
-    rounds: int = 7
-    timing_seconds: float = 100
-    shown: int = 4
-    shown_amount: int = 16
+    shares: tuple[float, ...] = (0.6, 0.5)
+    batch: int = 7
+    rounds: int = 6
+    timing_seconds: float = 45
+    shown: int = 7
 
     def __post_init__(self) -> None:
         for name in ("batch", "rounds"):
@@ -91,7 +82,7 @@ class Settings:
                 raise ConfigError(f"{name}={value!r}: must be an integer ≥ 1")
 
 
-QUICK = Settings(amounts=(0, 16), batch=2, rounds=2, shown=2)
+QUICK = Settings(shares=(0.6,), batch=2, rounds=2, shown=2)
 QUICK_IMAGES = 4
 
 
@@ -107,83 +98,142 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """The unmodified model.
+class Cost:
+    """What one method costs at one share, against the unmerged model.
 
     Attributes:
-        tokens: that the encoder handles, CLS included.
-        gmacs: 10⁹ multiply-accumulates of the encoder per image.
-        ms: median milliseconds of the encoder per image; `ms_range` the 10th and the 90th percentile.
-        head_ms: median milliseconds of the saliency head per image.
-        rounds: rounds of timing that were run.
-        cls_between: cosine between the CLS tokens of different images, after block 9, mean; None for one image.
-    """
-
-    tokens: int
-    gmacs: float
-    ms: float
-    ms_range: tuple[float, float]
-    head_ms: float
-    rounds: int
-    cls_between: float | None
-
-    @property
-    def disturbed(self) -> bool:
-        """Whether the unmodified model's own time varied so much that something else was using the processor."""
-        return self.ms_range[1] > 1.35 * self.ms_range[0]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one r, against the unmodified model.
-
-    Attributes:
-        tokens: left after the last block, CLS included.
-        gmacs: 10⁹ multiply-accumulates of the encoder per image.
-        ms: median milliseconds of the encoder per image.
-        speedup: median over the rounds of (time of the unmodified model just before / time); `speedup_range` the
-            quartiles.
-        cls: cosine to the full model's CLS after block 9, mean over the images; `cls_worst` the smallest.
-        cls_last: the same of the encoder's final CLS.
-        iou: overlap of the salient region with the full model's, intersection over union, mean; `iou_median`
-            and `iou_worst`, the smallest, beside it; `iou_each` per image.
+        method: its key; `share`: what was asked for, None of the unmerged model.
+        setting: how it comes to that cost, such as `"r=13"` or `"176 px"`.
+        tokens: left after the last block, prefix tokens included.
+        macs: multiply-accumulates, as a share of the unmerged model's, counted; `gmacs`: 10⁹ of them per image.
+        ms: median milliseconds of CPU time per image, of all threads.
+        speedup: median over the rounds of the unmerged model's time over its own; `speedup_range`: the quartiles.
     """
 
     method: str
-    r: int
+    share: float | None
+    setting: str
     tokens: int
+    macs: float
     gmacs: float
     ms: float
     speedup: float
     speedup_range: tuple[float, float]
-    cls: float
-    cls_worst: float
-    cls_last: float
-    iou: float
-    iou_median: float
-    iou_worst: float
-    iou_each: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Images of one method at one share, against the unmerged model's.
+
+    Attributes:
+        same: images whose likeliest label is the same.
+        cosine: of the embeddings, mean over the images; `cosine_worst`: the smallest.
+        drift: 1 − cosine of the embeddings with the mean of the unmerged ones taken off, mean; None for one image.
+    """
+
+    cost: Cost
+    same: int
+    cosine: float
+    cosine_worst: float
+    drift: float | None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """`rounds` that were timed; the unmerged model's milliseconds per image, the 10th and the 90th percentile."""
+
+    rounds: int
+    ms_range: tuple[float, float]
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the unmerged model's own time varied so much that something else was using the processor."""
+        return self.ms_range[1] > 1.35 * self.ms_range[0]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The likeliest label of one image and its probability, unmerged and merged."""
+
+    photo: Photo
+    label: str
+    probability: float
+    merged_label: str
+    merged_probability: float
 
 
 @dataclass(frozen=True)
 class Example:
-    """Drawings on one photograph: the groups after some blocks, by the default settings, and heat maps by method."""
+    """One photograph: the likeliest labels with their probabilities, unmerged and merged; groups after some blocks.
+
+    Attributes:
+        labels: `(label, unmerged, merged)`, the unmerged model's likeliest first.
+        groups: by block, the tokens left and the drawing of which patches have become one.
+    """
 
     photo: Photo
+    labels: tuple[tuple[str, float, float], ...]
     groups: Mapping[int, tuple[int, Image]]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The labels that images are given, and where their embeddings come from."""
+
+    labels: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class SaliencyRow:
+    """The salient region of one method at one share, against the unmerged model's.
+
+    Attributes:
+        iou: intersection over union, mean over the images; `iou_median` and `iou_worst`, the smallest.
+    """
+
+    cost: Cost
+    iou: float
+    iou_median: float
+    iou_worst: float
+
+
+@dataclass(frozen=True)
+class SaliencyExample:
+    """Heat maps of one photograph, by method, with the overlap of their salient region with the unmerged model's."""
+
+    photo: Photo
     heat: Mapping[str, Image]
     iou: Mapping[str, float]
 
 
 @dataclass(frozen=True)
+class Saliency:
+    """The second part: a ViT-S/14 whose head reads every position."""
+
+    timing: Timing
+    rows: tuple[SaliencyRow, ...]
+    examples: tuple[SaliencyExample, ...]
+
+
+@dataclass(frozen=True)
 class Result:
+    """Everything that was found; `rows` begin with the unmerged model's."""
+
     machine: Machine
     settings: Settings
-    seconds: float
-    photos: tuple[Photo, ...]
-    baseline: Baseline
+    texts: Texts
+    timing: Timing
     rows: tuple[Row, ...]
+    found: tuple[Found, ...]
     examples: tuple[Example, ...]
+    seconds: float
+    saliency: Saliency | None = None
+
+    @property
+    def photos(self) -> Sequence[Photo]:
+        """The images, in the order given."""
+        return [found.photo for found in self.found]
 
 
 def describe_machine() -> Machine:

@@ -1,273 +1,156 @@
-"""The measurements of `turbovlm demo`: tokens, multiply-accumulates, time and quality of each way of merging."""
+"""The measurements of `turbovlm demo`: photographs named by CLIP, unmerged and in versions that cost less."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-import turbovlm
-from turbovlm.apply import Handle
 from turbovlm_lab.demo.photos import Photo
 from turbovlm_lab.demo.result import (
-    METHODS,
-    MIN_ROUNDS,
-    SALIENT,
-    SEMANTIC_BLOCK,
-    Baseline,
+    TURBO,
+    UNMERGED,
     Example,
+    Found,
     Method,
     Result,
     Row,
     Settings,
+    Texts,
     describe_machine,
 )
+from turbovlm_lab.demo.saliency import measure_saliency
+from turbovlm_lab.demo.versions import (
+    Encoder,
+    Run,
+    Version,
+    costs,
+    count_forwards,
+    in_turn,
+    merged_version,
+    timing_of,
+    versions_of,
+)
+from turbovlm_lab.zoo import clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from turbovlm_lab.zoo.clip_names import ClipNames
     from turbovlm_lab.zoo.saliency import SaliencyViT
 
-SHOWN_BLOCKS = (2, 5, 8, 11)
+SHOWN_LABELS = 3
+SHOWN_PARTS = (1 / 2, 1)
+"""Parts of the encoder's depth after which the groups of patches are drawn."""
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What a model makes of the images: CLS after block 9, final CLS, `[images, width]`; the salient regions."""
-
-    tokens: int
-    cls: Tensor
-    cls_last: Tensor
-    salient: Tensor
-
-
-@dataclass(frozen=True)
-class _Times:
-    """Seconds per batch of one case, and the unmodified model's just before over it, per round."""
-
-    seconds: list[float]
-    speedups: list[float]
-
-
-Case = tuple[Method, int]
-
-
-def count_steps(settings: Settings) -> int:
+def count_steps(images: int, settings: Settings, with_saliency: bool) -> int:
     """How often `measure` calls `advance`."""
-    cases = len(METHODS) * len(settings.amounts)
-    return 1 + cases + settings.rounds + 1 + 1
+    return (count_forwards(images, settings) + 2) * (2 if with_saliency else 1)
 
 
-def measure(model: SaliencyViT, photos: Sequence[Photo], settings: Settings, advance: Callable[[str], None]) -> Result:
-    """Run everything, the model unmodified before and after.
+def measure(
+    model: nn.Module,
+    names: ClipNames,
+    source: str,
+    photos: Sequence[Photo],
+    settings: Settings,
+    advance: Callable[[str], None],
+    saliency: SaliencyViT | None = None,
+) -> Result:
+    """Run everything.
 
     Args:
-        photos: the images that quality is measured on; the first `batch` of them, repeated as needed, are timed.
-        advance: called with the name of the stage after each of `count_steps(settings)` steps.
+        model: CLIP's image tower, in the class of `transformers`; it is left as it is.
+        names: the labels' embeddings; `source`: where they come from, for the reader.
+        photos: the images.
+        advance: called with the name of the stage after each of `count_steps(…)` steps.
+        saliency: the model of the second part; None leaves it out.
     """
-    from turbovlm_lab.zoo.saliency import preprocess
-
-    started = time.perf_counter()
-    pixels = preprocess([photo.image for photo in photos])
-    timed = pixels[torch.arange(settings.batch) % len(photos)]
-    cases = [(method, r) for method in METHODS for r in settings.amounts]
+    started, config = time.perf_counter(), cast(Any, model.config)
+    encoder = Encoder(model, config.image_size, config.patch_size, clip.embed)
+    images, shown = [photo.image for photo in photos], list(photos[: settings.shown])
     with torch.inference_mode():
-        full = _look(model, pixels, settings.batch, None)
-        full_macs = _macs(model.backbone, pixels)
-        advance("the full model")
-        seen, macs = {}, {}
-        for method, r in cases:
-            with turbovlm.apply(model.backbone, method.config(r)) as handle:
-                seen[method.key, r] = _look(model, pixels, settings.batch, handle)
-                macs[method.key, r] = _macs(model.backbone, pixels)
-            advance(f"quality: {method.label}, r={r}")
-        baseline_seconds, times = _time(model.backbone, timed, cases, settings, advance)
-        head_seconds = _time_head(model, timed, settings.rounds)
-        advance("time: the saliency head")
-        examples = _examples(model, photos, pixels, settings)
-        advance("drawings")
-    baseline = Baseline(
-        tokens=full.tokens,
-        gmacs=full_macs / 1e9,
-        ms=1e3 * statistics.median(baseline_seconds) / settings.batch,
-        ms_range=_range([1e3 * seconds / settings.batch for seconds in baseline_seconds], 0.1),
-        rounds=len(baseline_seconds) // len(cases),
-        cls_between=_between(full.cls),
-        head_ms=1e3 * head_seconds / settings.batch,
-    )
-    rows = tuple(
-        _row(case, seen[case[0].key, case[1]], full, macs[case[0].key, case[1]], times[case[0].key, case[1]], settings)
-        for case in cases
-    )
-    seconds = time.perf_counter() - started
-    return Result(describe_machine(), settings, seconds, tuple(photos), baseline, rows, examples)
-
-
-def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of regions, `[batch, height, width]` bool each → `[batch]`; 1 where both are empty."""
-    union = (a | b).sum(dim=(1, 2))
-    return torch.where(union == 0, 1.0, (a & b).sum(dim=(1, 2)) / union.clamp(min=1))
-
-
-def salient_region(heat: Tensor) -> Tensor:
-    """Where a heat map `[batch, 1, height, width]` reaches half its largest value → `[batch, height, width]`."""
-    return (heat >= SALIENT * heat.amax(dim=(2, 3), keepdim=True))[:, 0]
-
-
-def heat_of(model: SaliencyViT, tokens: Tensor, handle: Handle | None) -> Tensor:
-    """The heat map from the encoder's tokens, brought back to the full grid where they were merged."""
-    full = tokens if handle is None else handle.restore(tokens)
-    return cast(Tensor, model.head(full[:, 1:]))
-
-
-def _look(model: SaliencyViT, pixels: Tensor, batch: int, handle: Handle | None) -> _Seen:
-    tokens, cls, cls_last, salient = 0, [], [], []
-    for chunk in torch.split(pixels, batch):
-        with _cls_after(model.backbone, SEMANTIC_BLOCK) as caught:
-            out = model.backbone(pixel_values=chunk).last_hidden_state
-        tokens = out.shape[1]
-        cls.append(caught[0])
-        cls_last.append(out[:, 0])
-        salient.append(salient_region(heat_of(model, out, handle)))
-    return _Seen(tokens, torch.cat(cls), torch.cat(cls_last), torch.cat(salient))
-
-
-@contextmanager
-def _cls_after(backbone: nn.Module, block: int) -> Iterator[list[Tensor]]:
-    """Catch the CLS token that a block gives out."""
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: Any, output: Any) -> None:
-        caught.append((output[0] if isinstance(output, tuple) else output)[:, 0].clone())
-
-    hook = backbone.get_submodule(f"encoder.layer.{block}").register_forward_hook(catch)
-    try:
-        yield caught
-    finally:
-        hook.remove()
-
-
-def _macs(backbone: nn.Module, pixels: Tensor) -> int:
-    return int(turbovlm.profile.macs(backbone, pixel_values=pixels[:1]))
-
-
-def _time(
-    backbone: nn.Module, pixels: Tensor, cases: Sequence[Case], settings: Settings, advance: Callable[[str], None]
-) -> tuple[list[float], dict[tuple[str, int], _Times]]:
-    """Time every case once per round, each time right after the unmodified model, in an order that shifts.
-
-    A first round warms up and is not counted.
-    """
-    started = time.perf_counter()
-    unmodified: list[float] = []
-    times = {(method.key, r): _Times([], []) for method, r in cases}
-    for turn in range(settings.rounds + 1):
-        late = time.perf_counter() - started > settings.timing_seconds
-        if turn > MIN_ROUNDS and late:
-            advance("time: no further round on this slow or busy machine")
-            continue
-        shift = turn * len(cases) // (settings.rounds + 1)
-        for method, r in (*cases[shift:], *cases[:shift]):
-            own = _seconds(backbone, pixels)
-            with turbovlm.apply(backbone, method.config(r)):
-                merged = _seconds(backbone, pixels)
-            if turn > 0:
-                unmodified.append(own)
-                times[method.key, r].seconds.append(merged)
-                times[method.key, r].speedups.append(own / merged)
-        if turn > 0:
-            advance(f"time: round {turn} of {settings.rounds}")
-    return unmodified, times
-
-
-def _seconds(backbone: nn.Module, pixels: Tensor) -> float:
-    started = time.perf_counter()
-    backbone(pixel_values=pixels)
-    return time.perf_counter() - started
-
-
-def _time_head(model: SaliencyViT, pixels: Tensor, rounds: int) -> float:
-    patches = model.backbone(pixel_values=pixels).last_hidden_state[:, 1:]
-    taken = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        model.head(patches)
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
-
-
-def _range(values: Sequence[float], outside: float) -> tuple[float, float]:
-    """The quantiles that leave a share `outside` of the values below and above."""
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([outside, 1 - outside]).double())
-    return low.item(), high.item()
-
-
-def _between(cls: Tensor) -> float | None:
-    """The mean cosine between different rows."""
-    count = cls.shape[0]
-    if count < 2:
-        return None
-    unit = torch.nn.functional.normalize(cls, dim=-1)
-    return ((unit @ unit.T).sum().item() - count) / (count * (count - 1))
-
-
-def _row(case: Case, seen: _Seen, full: _Seen, macs: int, times: _Times, settings: Settings) -> Row:
-    method, r = case
-    cls = torch.cosine_similarity(seen.cls, full.cls, dim=-1)
-    iou = overlap(seen.salient, full.salient)
-    return Row(
-        method=method.key,
-        r=r,
-        tokens=seen.tokens,
-        gmacs=macs / 1e9,
-        ms=1e3 * statistics.median(times.seconds) / settings.batch,
-        speedup=statistics.median(times.speedups),
-        speedup_range=_range(times.speedups, 0.25),
-        cls=cls.mean().item(),
-        cls_worst=cls.min().item(),
-        cls_last=torch.cosine_similarity(seen.cls_last, full.cls_last, dim=-1).mean().item(),
-        iou=iou.mean().item(),
-        iou_median=statistics.median(iou.tolist()),
-        iou_worst=iou.min().item(),
-        iou_each=tuple(iou.tolist()),
+        versions = versions_of(encoder, settings.shares)
+        advance("CLIP, versions of equal cost")
+        pixels = {side: clip.preprocess(images, side) for side in {version.side for version in versions}}
+        runs = in_turn(versions, pixels, encoder.encode, _as_it_is, settings, lambda: advance("CLIP, in turn"))
+        named = [_probabilities(runs, names, method) for method in (UNMERGED, TURBO)]
+        drawn = _groups(encoder, shown, pixels[encoder.side], settings)
+        advance("CLIP, drawings")
+        second = None if saliency is None else measure_saliency(saliency, photos, settings, advance)
+    return Result(
+        machine=describe_machine(),
+        settings=settings,
+        texts=Texts(names.names, source),
+        timing=timing_of(runs),
+        rows=_rows(runs, names),
+        found=tuple(_found(photo, names.names, named, place) for place, photo in enumerate(photos)),
+        examples=tuple(
+            Example(photo, _likeliest(names.names, named, place), drawn[place]) for place, photo in enumerate(shown)
+        ),
+        seconds=time.perf_counter() - started,
+        saliency=second,
     )
 
 
-def _examples(model: SaliencyViT, photos: Sequence[Photo], pixels: Tensor, settings: Settings) -> tuple[Example, ...]:
-    from turbovlm.visualize import groups, heatmap
+def _as_it_is(version: Version, output: Tensor) -> Tensor:
+    return output
 
-    shown = list(photos[: settings.shown])
-    pixels = pixels[: len(shown)]
-    heats: dict[str, Tensor] = {}
+
+def _rows(runs: Mapping[Version, Run], names: ClipNames) -> tuple[Row, ...]:
+    full = next(iter(runs.values())).output
+    labels, centre, rows = names.probabilities(full).argmax(dim=1), full.mean(dim=0), []
+    for cost, output in costs(runs):
+        cosine = F.cosine_similarity(full, output)
+        drift = 1 - F.cosine_similarity(full - centre, output - centre).mean().item()
+        same = int((names.probabilities(output).argmax(dim=1) == labels).sum())
+        rows.append(Row(cost, same, cosine.mean().item(), cosine.min().item(), drift if len(full) > 1 else None))
+    return tuple(rows)
+
+
+def _probabilities(runs: Mapping[Version, Run], names: ClipNames, method: Method) -> Tensor:
+    """Of every label for every image, `[images, labels]`, by a method at the first of its shares."""
+    return names.probabilities(next(run.output for version, run in runs.items() if version.method is method))
+
+
+def _found(photo: Photo, labels: Sequence[str], named: Sequence[Tensor], place: int) -> Found:
+    whole, merged = (probabilities[place].max(dim=0) for probabilities in named)
+    return Found(
+        photo, labels[int(whole.indices)], float(whole.values), labels[int(merged.indices)], float(merged.values)
+    )
+
+
+def _likeliest(labels: Sequence[str], named: Sequence[Tensor], place: int) -> tuple[tuple[str, float, float], ...]:
+    """The unmerged model's likeliest labels, and behind them the merged one's likeliest where it is none of them."""
+    whole, merged = (probabilities[place] for probabilities in named)
+    chosen = whole.topk(min(SHOWN_LABELS, len(labels))).indices.tolist()
+    if (first := int(merged.argmax())) not in chosen:
+        chosen.append(first)
+    return tuple((labels[label], float(whole[label]), float(merged[label])) for label in chosen)
+
+
+def _groups(
+    encoder: Encoder, shown: Sequence[Photo], pixels: Tensor, settings: Settings
+) -> list[dict[int, tuple[int, Image]]]:
+    """Of each photograph, which patches have become one token, by the library's defaults at the first share."""
+    from turbovlm.visualize import groups
+
+    version = merged_version(encoder, settings.shares[0], trace=True)
+    assert version.handle is not None
     drawn: list[dict[int, tuple[int, Image]]] = []
-    for method in (None, *METHODS):
-        config = None if method is None else method.config(settings.shown_amount, trace=method is METHODS[0])
-        with nullcontext() if config is None else turbovlm.apply(model.backbone, config) as handle:
-            tokens = model.backbone(pixel_values=pixels).last_hidden_state
-            heats["full" if method is None else method.key] = heat_of(model, tokens, handle)
-            if handle is not None and method is METHODS[0]:
-                trace = handle.trace
-                drawn = [
-                    {
-                        b: (trace[b].sizes.shape[1], groups(trace, photo.image, block=b, batch_index=i, cell=14))
-                        for b in SHOWN_BLOCKS
-                    }
-                    for i, photo in enumerate(shown)
-                ]
-    regions = {key: salient_region(heat) for key, heat in heats.items()}
-    return tuple(
-        Example(
-            photo=photo,
-            groups=drawn[i],
-            heat={key: heatmap(heat[i, 0], photo.image, high=1.0, outline=SALIENT) for key, heat in heats.items()},
-            iou={key: overlap(region, regions["full"])[i].item() for key, region in regions.items()},
-        )
-        for i, photo in enumerate(shown)
-    )
+    for first in range(0, len(shown), settings.batch):
+        some = shown[first : first + settings.batch]
+        encoder.encode(version.model, pixels[first : first + len(some)])
+        trace = version.handle.trace
+        blocks = [round(part * len(trace)) - 1 for part in SHOWN_PARTS]
+        drawn += [
+            {b: (trace[b].sizes.shape[1], groups(trace, photo.image, block=b, batch_index=i, cell=16)) for b in blocks}
+            for i, photo in enumerate(some)
+        ]
+    return drawn

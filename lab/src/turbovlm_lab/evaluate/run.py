@@ -58,6 +58,7 @@ class Predictor:
         image_sizes: pixels a side that it can be asked for, its own last; empty if it takes its own alone.
         dense: whether it reads every position, so that encoders are applied with `dense=True`.
         about: what predictions depend on besides model, data and setting, where it is not the default; as JSON has it.
+        note: what a reader of the scores should know of how the model was asked, one sentence; empty if nothing.
     """
 
     model: Any
@@ -66,6 +67,7 @@ class Predictor:
     image_sizes: Sequence[int] = ()
     dense: bool = False
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
 
 def predict_all(

@@ -1,4 +1,4 @@
-"""Zero-shot classification with the zoo's CLIP, which has no text tower: names come as somebody has embedded them."""
+"""Zero-shot classification with the zoo's CLIP, by names that somebody has embedded or that the zoo's map embeds."""
 
 from __future__ import annotations
 
@@ -8,34 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.errors import ConfigError
 from turbovlm_lab.evaluate.asked_model import AskedModel
 from turbovlm_lab.evaluate.data import Data, Sample
 from turbovlm_lab.evaluate.predictors.encoders import likeliest
 from turbovlm_lab.evaluate.run import Predictor
 
 SIZES = range(16, 225, 16)
+NOTE = (
+    "names: by turbovlm's map from MiniLM, which is less exact than CLIP's own text tower; --names gives embeddings by "
+    "that tower"
+)
 
 
 def clip_by_names(spec: AskedModel, data: Data) -> Predictor:
     """Top-5 classes of an image, by how near it is to their names.
 
     Args:
-        spec: its `names` say where the embeddings are, see `turbovlm_lab.zoo.clip_names`.
+        spec: its `names` say where the embeddings are, see `turbovlm_lab.zoo.clip_names`; without, they are those of
+            `turbovlm_lab.zoo.clip_text`, and the predictor's `note` says so.
         data: its classes must be among the names.
 
     Raises:
-        ConfigError: no `names`, or a class that has no embedding.
-        TurboError: CLIP's weights are not installed.
+        ConfigError: a class that has no embedding.
+        TurboError: CLIP's weights are not installed, or, without `names`, MiniLM's.
     """
     from turbovlm_lab.zoo import clip
     from turbovlm_lab.zoo.clip_names import read_names
+    from turbovlm_lab.zoo.clip_text import load_clip_text
 
     if spec.names is None:
-        raise ConfigError(
-            "zoo:clip has no text tower: give --names, a folder with embeddings of the classes' names by CLIP ViT-B/16"
-        )
-    names = read_names(spec.names).only(data.classes)
+        words = [name.replace("_", " ") for name in data.classes]
+        names, note = load_clip_text().names(words), NOTE
+    else:
+        names, note = read_names(spec.names).only(data.classes), ""
     model: Any = clip.load_clip()
 
     def prepare(sample: Sample, image_size: int | None) -> Tensor:
@@ -47,4 +52,4 @@ def clip_by_names(spec: AskedModel, data: Data) -> Predictor:
         return likeliest(names.probabilities(clip.embed(model, pixels)))
 
     content = hashlib.sha256(names.vectors.numpy().tobytes()).hexdigest()[:16]
-    return Predictor(model, prepare, predict, SIZES, about={"names": content})
+    return Predictor(model, prepare, predict, SIZES, about={"names": content}, note=note)
