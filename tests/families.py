@@ -12,13 +12,17 @@ import torch.nn as nn
 
 @dataclass(frozen=True)
 class Family:
-    """`make` builds the model; `inputs(batch)` its keyword inputs; `output` reads what the tower hands on."""
+    """`make` builds the model; `inputs(batch)` its keyword inputs; `output` reads what the tower hands on.
+
+    `rounding`: how many units in the last place half precision moves similarities before the first merge.
+    """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Any]]
     output: Callable[[Any], torch.Tensor]
     bit_identical: bool = True
     cls: bool = True
+    rounding: int = 2
 
 
 def _images(size: int = 48, key: str = "pixel_values") -> Callable[[int], dict[str, Any]]:
@@ -282,15 +286,16 @@ FAMILIES: dict[str, Family] = {
         bit_identical=False,
         cls=False,
     ),
-    "wav2vec2": Family(_sound("Wav2Vec2Model", "Wav2Vec2Config", **WAVE), _wave, _hidden, cls=False),
+    "wav2vec2": Family(_sound("Wav2Vec2Model", "Wav2Vec2Config", **WAVE), _wave, _hidden, cls=False, rounding=8),
     "wav2vec2_stable": Family(
         _sound("Wav2Vec2Model", "Wav2Vec2Config", do_stable_layer_norm=True, adapter_attn_dim=8, **WAVE),
         _wave,
         _hidden,
         cls=False,
+        rounding=8,
     ),
-    "hubert": Family(_sound("HubertModel", "HubertConfig", **WAVE), _wave, _hidden, cls=False),
+    "hubert": Family(_sound("HubertModel", "HubertConfig", **WAVE), _wave, _hidden, cls=False, rounding=8),
     "hubert_stable": Family(
-        _sound("HubertModel", "HubertConfig", do_stable_layer_norm=True, **WAVE), _wave, _hidden, cls=False
+        _sound("HubertModel", "HubertConfig", do_stable_layer_norm=True, **WAVE), _wave, _hidden, cls=False, rounding=8
     ),
 }

@@ -14,6 +14,7 @@ from families import FAMILIES, WAVE, WHISPER, _livelier, _mel, _wave
 from turbovlm import ConfigError, StateError, TurboConfig, UnsupportedModelError
 from turbovlm.encoder.state import MERGED
 from turbovlm.ops.attention import size_bias
+from turbovlm.ops.partition import partition_tokens
 
 FRAMES = 80
 TALK = {"max_new_tokens": 12, "do_sample": False}
@@ -413,3 +414,23 @@ def test_an_unknown_reader_of_whisper_gets_every_position():
     with turbovlm.apply(mine, TurboConfig(keep=0.5)) as handle, torch.no_grad():
         assert mine(features()).shape == (2, 40, 32)
         assert "as Mine is not known to do without" in repr(handle)
+
+
+@pytest.mark.parametrize("name", ["whisper", "ast", "wav2vec2", "hubert_stable"])
+def test_what_stands_before_the_blocks_is_counted(name):
+    """All of the encoder's multiply-accumulates but for norms, the convolutions before the blocks included."""
+    model, inputs = FAMILIES[name].make(), FAMILIES[name].inputs(1)
+    counted = turbovlm.profile.macs(model, **inputs)
+    with turbovlm.apply(model, r=0) as handle:
+        shape, schedule = handle.features[0].shape, handle.schedules[0]
+    norms = 5 * shape.hidden_size * (2 * sum(schedule.tokens[1:]) + schedule.tokens[-1])
+    assert shape.macs(schedule.tokens) - norms == pytest.approx(counted, rel=0.02)
+
+
+def test_windows_of_random_halves_are_stretches_of_time():
+    """Whisper's 1,500 tokens merge within three windows, of which each is a stretch of about ten seconds."""
+    partition = partition_tokens(1500, kind="random")
+    assert partition.windows == 3
+    for index in range(3):
+        both = torch.cat([half.chunk(3)[index] for half in (partition.candidates, partition.destinations)])
+        assert both.numel() == 500 and both.max() - both.min() < 600

@@ -128,7 +128,7 @@ def synthesised() -> list[Recording]:
 
 
 def librivox(folder: Path) -> list[Recording]:
-    """The five sentences of Austen's Sense and Sensibility that Debian's pocketsphinx-testdata has, read by a person."""
+    """The five sentences of Austen's Sense and Sensibility in Debian's pocketsphinx-testdata, read by a person."""
     found = []
     for line in (folder / "transcription").read_text().splitlines():
         text, _, name = line.removeprefix("<s> ").removesuffix(")").partition(" </s> (")

@@ -257,8 +257,9 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
 
 def _shape(tower: Tower, config: TurboConfig, similarity: str) -> EncoderShape:
     layout, widths = tower.layout, tower.attention_widths
+    behind = (*layout.mlp, *(() if layout.end is None or callable(layout.project) else layout.calls))
     in_mlp = [
-        sum(matrix_entries(fetch(block, path), f"{name}.{path}") for path in layout.mlp) for name, block in tower.blocks
+        sum(matrix_entries(fetch(block, path), f"{name}.{path}") for path in behind) for name, block in tower.blocks
     ]
     if not callable(layout.project):
         for name, block in tower.blocks:

@@ -88,7 +88,7 @@ class Layout:
         scale: path of what attention multiplies its scores by; 1/√head_dim where it is None, or there is none.
         query_norm, key_norm: paths of the norms of each head's queries and keys.
         dropout: path of attention's dropout, a number or an `nn.Dropout`.
-        calls: paths of modules that a function `project` calls.
+        calls: paths of modules that the function `project`, or `end` where there is none, calls.
         drops: paths among the steps of numbers that are no factors but the share which dropout drops in training.
         weights_only: paths among `after_attention` of linear layers whose weights attention reads itself, so that
             their own forward, an adapter's say, never runs.
