@@ -14,7 +14,8 @@ import torch.nn as nn
 class Family:
     """`make` builds the model; `inputs(batch)` its keyword inputs; `output` reads what the tower hands on.
 
-    `rounding`: how many units in the last place half precision moves similarities before the first merge.
+    `pickles`: whether the library's own model does; weight norm does not. `rounding`: how many units in the last place
+    half precision moves similarities before the first merge.
     """
 
     make: Callable[[], nn.Module]
@@ -23,6 +24,7 @@ class Family:
     bit_identical: bool = True
     cls: bool = True
     rounding: int = 2
+    pickles: bool = True
 
 
 def _images(size: int = 48, key: str = "pixel_values") -> Callable[[int], dict[str, Any]]:
@@ -182,6 +184,7 @@ WAVE = {
     "mask_time_prob": 0.0,
     "mask_feature_prob": 0.0,
 }
+HUBERT = {**WAVE, "conv_pos_batch_norm": True}
 
 
 def _mel(frames: int, mels: int, key: str, *, last: bool) -> Callable[[int], dict[str, Any]]:
@@ -286,16 +289,23 @@ FAMILIES: dict[str, Family] = {
         bit_identical=False,
         cls=False,
     ),
-    "wav2vec2": Family(_sound("Wav2Vec2Model", "Wav2Vec2Config", **WAVE), _wave, _hidden, cls=False, rounding=8),
+    "wav2vec2": Family(
+        _sound("Wav2Vec2Model", "Wav2Vec2Config", **WAVE), _wave, _hidden, cls=False, rounding=8, pickles=False
+    ),
     "wav2vec2_stable": Family(
         _sound("Wav2Vec2Model", "Wav2Vec2Config", do_stable_layer_norm=True, adapter_attn_dim=8, **WAVE),
         _wave,
         _hidden,
         cls=False,
         rounding=8,
+        pickles=False,
     ),
-    "hubert": Family(_sound("HubertModel", "HubertConfig", **WAVE), _wave, _hidden, cls=False, rounding=8),
+    "hubert": Family(_sound("HubertModel", "HubertConfig", **HUBERT), _wave, _hidden, cls=False, rounding=8),
     "hubert_stable": Family(
-        _sound("HubertModel", "HubertConfig", do_stable_layer_norm=True, **WAVE), _wave, _hidden, cls=False, rounding=8
+        _sound("HubertModel", "HubertConfig", do_stable_layer_norm=True, **HUBERT),
+        _wave,
+        _hidden,
+        cls=False,
+        rounding=8,
     ),
 }

@@ -181,7 +181,9 @@ def test_pickle_and_deepcopy(tower, name):
     inputs = FAMILIES[name].inputs(2)
     handle = turbovlm.apply(tower.model, r=5)
     reference = tower(**inputs)
-    copies = [copy.deepcopy(tower.model), pickle.loads(pickle.dumps(tower.model))]
+    copies = [copy.deepcopy(tower.model)]
+    if FAMILIES[name].pickles:
+        copies.append(pickle.loads(pickle.dumps(tower.model)))
     handle.remove()
     plain = tower(**inputs)
     original = tower.model
