@@ -3,13 +3,13 @@
     python studies/speech/prepare.py                       # 120 synthesised sentences
     python benchmarks/speech.py --librivox FOLDER          # everything; what was measured before is not measured again
     python benchmarks/speech.py --parts speed              # `words`, `times` or `speed` alone
-    python benchmarks/speech.py --settings unmerged "default 0.5"
+    python benchmarks/speech.py --parts words --settings unmerged "default 0.25"
 
 Writes benchmarks/results/speech.{json,md}. FOLDER is `usr/share/pocketsphinx/test/data/librivox` of Debian's
 pocketsphinx-testdata, where it lies when that is installed.
 
 `words`: the word error rate after Whisper's own normalisation of English (numbers, contractions, punctuation), greedy,
-24 recordings a batch; its interval, and that of the difference to the unmerged model, are 95 % by bootstrap over
+10 recordings a batch; its interval, and that of the difference to the unmerged model, are 95 % by bootstrap over
 recordings. `times`: how far time stamps move where the words stay. `speed`: process CPU time of one recording on one
 thread, rounds interleaved.
 """
@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,28 @@ INSTALLED = Path("/usr/share/pocketsphinx/test/data/librivox")
 FILE = RESULTS / "speech.json"
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},
-    "every position restored": {"dense": True},
-    "no sizes in attention": {"proportional": False},
     "ToMe": {"degree": "redundancy", **PUBLISHED},
     "random": {"degree": "random"},
+    "every position restored": {"dense": True},
 }
-SHARES = {0.25: tuple(KINDS), 0.1: ("default", "ToMe", "random"), 0.5: ("default",)}
+SHARES = {0.25: ("default", "ToMe", "random"), 0.1: tuple(KINDS)}
 """Shares of the tokens that are left, and what is measured with each."""
 SETTINGS: dict[str, dict[str, Any] | None] = {"unmerged": None} | {
     f"{kind} {share}": {"keep": share, **KINDS[kind]} for share, kinds in SHARES.items() for kind in kinds
 }
-TIMED = ("unmerged", "default 0.5", "default 0.25", "every position restored 0.25", "default 0.1")
+TIMED: dict[str, dict[str, Any] | None] = {
+    "unmerged": None,
+    "default 0.5": {"keep": 0.5},
+    "default 0.25": {"keep": 0.25},
+    "default 0.1": {"keep": 0.1},
+    "every position restored 0.1": {"keep": 0.1, "dense": True},
+}
 LENGTHS = (2, 10, 28)
 """Seconds of speech in the window of 30."""
-BATCH, DRAWS = 24, 2000
-LONGEST = {"max_new_tokens": 80}
+BATCH, DRAWS, WINDOWS = 10, 2000, 5
+LONGEST = {"max_new_tokens": 160}
+TOGETHER = 4
+"""Synthesised sentences in one window of 30 seconds, a short pause behind each."""
 
 
 def main() -> None:
@@ -68,7 +76,7 @@ def main() -> None:
     if not args.librivox.is_dir():
         parser.error(f"{args.librivox} is no folder: apt-get install pocketsphinx-testdata, or --librivox FOLDER")
     args.until = time.monotonic() + 60 * args.minutes
-    sets = {"LibriVox": librivox(args.librivox), "synthesised": synthesised()}
+    sets = {"LibriVox": librivox(args.librivox), "synthesised": together(synthesised())}
     results: dict[str, Any] = {"said": {}, "times": {}, "speed": {}} | load(FILE)
     results["machine"] = machine()
     results["seed"] = 0
@@ -84,9 +92,21 @@ def main() -> None:
     print(report(results))
 
 
+def together(recordings: list[Any]) -> list[Any]:
+    """Several sentences, by different voices, as one recording."""
+    pause = torch.zeros(SAMPLING_RATE // 4)
+    found = []
+    for first in range(0, len(recordings), TOGETHER):
+        some = recordings[first : first + TOGETHER]
+        wave = torch.cat([part for r in some for part in (r.wave, pause)])
+        assert len(wave) <= 30 * SAMPLING_RATE
+        found.append(replace(some[0], text=" ".join(r.text for r in some), wave=wave))
+    return found
+
+
 def merging(whisper: Whisper, name: str) -> contextlib.AbstractContextManager[Any]:
     """The model as a setting has it, while that lasts."""
-    settings = SETTINGS[name]
+    settings = {**TIMED, **SETTINGS}[name]
     return contextlib.nullcontext() if settings is None else turbovlm.apply(whisper.model, **settings)
 
 
@@ -94,20 +114,21 @@ def merging(whisper: Whisper, name: str) -> contextlib.AbstractContextManager[An
 
 
 def write_down(results: dict[str, Any], whisper: Whisper, sets: dict[str, Any], args: argparse.Namespace) -> None:
-    """Keep what is heard in every recording, with every setting."""
-    for name in args.settings:
-        for group, recordings in sets.items():
-            said = results["said"].setdefault(group, {})
-            if name in said or time.monotonic() > args.until:
-                continue
-            started, heard = time.perf_counter(), []
-            with merging(whisper, name):
-                for first in range(0, len(recordings), BATCH):
-                    waves = [r.wave for r in recordings[first : first + BATCH]]
+    """Keep what is heard, batch by batch with every setting, so that all have heard the same when time is up."""
+    for group, recordings in sets.items():
+        said = results["said"].setdefault(group, {})
+        for first in range(0, len(recordings), BATCH):
+            waves = [r.wave for r in recordings[first : first + BATCH]]
+            for name in args.settings:
+                heard = said.setdefault(name, [])
+                if len(heard) > first or time.monotonic() > args.until:
+                    continue
+                started = time.process_time()
+                with merging(whisper, name):
                     heard += whisper.transcribe(waves, **LONGEST)
-            said[name] = heard
-            save(FILE, results)
-            print(f"{group}, {name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+                save(FILE, results)
+                spent = time.process_time() - started
+                print(f"{group} from {first} on, {name}: {spent:.0f} s of CPU time", file=sys.stderr, flush=True)
 
 
 def errors(heard: str, text: str) -> tuple[int, int]:
@@ -128,10 +149,15 @@ def words(text: str) -> list[str]:
     return str(EnglishTextNormalizer({})(text)).split()
 
 
+def heard_by_all(said: dict[str, list[str]]) -> int:
+    """How many recordings every setting has heard that has heard any."""
+    return min((len(heard) for heard in said.values() if heard), default=0)
+
+
 def rates(results: dict[str, Any], group: str, name: str) -> dict[str, Any]:
     """Word error rate, its interval, and the interval of its difference to the unmerged model's, in per cent."""
-    texts = [r["text"] for r in results["recordings"][group]]
     said = results["said"][group]
+    texts = [r["text"] for r in results["recordings"][group]][: heard_by_all(said)]
     counted = np.array([errors(heard, text) for heard, text in zip(said[name], texts)])
     plain = np.array([errors(heard, text) for heard, text in zip(said["unmerged"], texts)])
     drawn = np.random.default_rng(0).integers(len(texts), size=(DRAWS, len(texts)))
@@ -140,7 +166,7 @@ def rates(results: dict[str, Any], group: str, name: str) -> dict[str, Any]:
         return 100 * of[..., 0].sum(-1) / of[..., 1].sum(-1)
 
     differences = rate(counted[drawn]) - rate(plain[drawn])
-    same = statistics.mean(words(a) == words(b) for a, b in zip(said[name], said["unmerged"]))
+    same = statistics.mean(words(a) == words(b) for a, b, _ in zip(said[name], said["unmerged"], texts))
     return {
         "wer": float(rate(counted)),
         "interval": np.quantile(rate(counted[drawn]), (0.025, 0.975)).tolist(),
@@ -154,21 +180,15 @@ def rates(results: dict[str, Any], group: str, name: str) -> dict[str, Any]:
 
 
 def write_times(results: dict[str, Any], whisper: Whisper, sets: dict[str, Any], args: argparse.Namespace) -> None:
-    """Keep the times of segments and words, of a recording of three sentences with pauses each."""
-    recordings = with_pauses(sets["synthesised"])
-    for name in args.settings:
-        if name in results["times"] or name not in TIMED or time.monotonic() > args.until:
+    """Keep the times of segments and words, of recordings of several sentences."""
+    recordings = [r.wave for r in sets["synthesised"][:WINDOWS]]
+    for name in TIMED:
+        if name in results["times"] or time.monotonic() > args.until:
             continue
         with merging(whisper, name):
             results["times"][name] = [stamps(whisper, wave) for wave in recordings]
         save(FILE, results)
     whisper.model.set_attn_implementation("sdpa")  # what the times of words had changed
-
-
-def with_pauses(recordings: list[Any], count: int = 10) -> list[torch.Tensor]:
-    """Two sentences each, a second of silence before each of them."""
-    pause = torch.zeros(SAMPLING_RATE)
-    return [torch.cat([pause, a.wave, pause, b.wave]) for a, b in zip(recordings[:count], recordings[count:])]
 
 
 def stamps(whisper: Whisper, wave: torch.Tensor) -> dict[str, Any]:
@@ -271,13 +291,15 @@ def report_words(results: dict[str, Any]) -> list[str]:
     ]
     lines += ["In brackets 95 % by bootstrap over recordings; *same*: recordings whose words are the unmerged model's."]
     for group, said in results["said"].items():
-        found = results["recordings"][group]
+        found = results["recordings"][group][: heard_by_all(said)]
+        if not found:
+            continue
         spoken = sum(r["seconds"] for r in found)
         lines += ["", f"### {group}: {len(found)} recordings, {sum(len(words(r['text'])) for r in found)} words"]
         lines += ["", f"{spoken / len(found):.1f} seconds of speech on average in windows of 30.", ""]
         lines += ["| keep | setting | WER | above unmerged | same |", "|--:|---|--:|--:|--:|"]
         for name in sorted(SETTINGS, key=lambda name: -float(name.rpartition(" ")[2]) if " " in name else -1):
-            if name in said and "unmerged" in said:
+            if said.get(name):
                 kind, _, keep = name.rpartition(" ")
                 r = rates(results, group, name)
                 (low, high), (less, more) = r["interval"], r["difference_interval"]
@@ -293,7 +315,7 @@ def report_times(results: dict[str, Any]) -> list[str]:
         "",
         "## Time stamps",
         "",
-        f"{count} recordings of two sentences with pauses, against the unmerged model's, ",
+        f"{count} recordings of {TOGETHER} sentences, against the unmerged model's, ",
     ]
     lines[-1] += "where the same words are heard: seconds between the times of a token (by cross-attention), and of a "
     lines[-1] += "segment's begin or end (by tokens of time, of 0.02 s)."

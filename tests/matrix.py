@@ -107,6 +107,7 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         "blip_cross_keep": Refused(
             "cross_keep with gradient checkpointing", "a checkpoint does not hand on what layers read"
         ),
+        "whisper_speech": Refused("tokens without their sizes", "a checkpoint does not hand on sizes"),
         **_each(
             WAVES, Neither("requires_grad flags of leaf variables", "`transformers` makes a leaf of what these hear")
         ),
@@ -117,7 +118,7 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
     "attentions_in_the_call": {
         "transformers": MAPS,
         "text": MAPS,
-        **_each(("blip_language", "vision_encoder_decoder"), MAPS),
+        **_each(("blip_language", "vision_encoder_decoder", "whisper_speech"), MAPS),
         "data2vec": Neither("AssertionError", "`transformers` hands out no maps"),
     },
     "attentions_in_the_config": {

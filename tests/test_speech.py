@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import turbovlm
 from families import FAMILIES, WAVE, WHISPER, _livelier, _mel, _wave
@@ -209,6 +210,37 @@ def test_times_of_words_come_from_maps_over_all_positions(model):
     assert torch.equal(reference["token_timestamps"], again["token_timestamps"])
 
 
+class Logits(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sound: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.model(input_features=sound, decoder_input_ids=words, use_cache=False).logits
+        return found
+
+
+@torch.no_grad()
+def test_encoder_and_decoder_compile_to_one_graph_and_export(model):
+    logits, inputs = Logits(model), (features(), PROMPT[:2])
+    with turbovlm.apply(model, r=6):
+        reference = logits(*inputs)
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(logits, fullgraph=True, backend=counter, dynamic=False)
+        torch.testing.assert_close(compiled(*inputs), reference, rtol=0, atol=1e-5)
+        assert counter.frame_count == 1
+        exported = torch.export.export(logits, inputs).module()
+        torch.testing.assert_close(exported(*inputs), reference, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_static_caches_hold_what_is_left(model):
+    with turbovlm.apply(model, r=6):
+        ours = model.generate(features(), cache_implementation="static", disable_compile=True, **TALK)
+        assert torch.equal(ours, model.generate(features(), **TALK))
+
+
 @torch.no_grad()
 def test_copies_and_pickles_read_merged_tokens_too(model):
     inputs = {"input_features": features(), "decoder_input_ids": PROMPT[:2]}
@@ -237,7 +269,7 @@ def test_dense_gives_the_decoder_every_position(model):
 def test_tokens_without_their_sizes_are_refused(model):
     with turbovlm.apply(model, r=6):
         tokens = model.model.encoder(features()).last_hidden_state
-        with pytest.raises(StateError, match=r"got 16 of 40 tokens without turbovlm's word of what was merged"):
+        with pytest.raises(StateError, match=r"got 16 of 40 tokens without their sizes: something moved"):
             model(encoder_outputs=(tokens.clone(),), decoder_input_ids=PROMPT[:2])
         with pytest.raises(StateError, match=r"encoder_outputs=….: its tokens were merged; give it the input itself"):
             model.generate(encoder_outputs=(tokens,), **TALK)

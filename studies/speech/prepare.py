@@ -28,7 +28,7 @@ RATE = 16_000
 COUNT = 120
 
 WHO = (
-    *("the old fisherman", "my younger sister", "a tall stranger", "our neighbour's dog", "the new teacher"),
+    *("the old fisherman", "my younger sister", "a tall stranger", "the postman", "the new teacher"),
     *("every child in the village", "the woman with the green umbrella", "a tired soldier", "her grandfather"),
     *("the captain of the ship", "somebody from the museum"),
 )

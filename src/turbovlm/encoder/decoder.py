@@ -119,9 +119,9 @@ def cross_forward(patch: Patch, attention: Any, original: Any, /, **inputs: Any)
     if merged is None:
         if tokens.shape[1] != feature.native_tokens:
             raise StateError(
-                f"the decoder got {tokens.shape[1]} of {feature.native_tokens} tokens without turbovlm's word of what "
-                "was merged into them: something moved, cut or repeated them on their way from the encoder; hand on "
-                f"the encoder's own output, apply to the whole model that generates, {DENSE}"
+                f"the decoder got {tokens.shape[1]} of {feature.native_tokens} tokens without their sizes: something "
+                "moved, cut, repeated or (reentrantly) checkpointed them on their way from the encoder; hand on the "
+                f"encoder's own output, apply to the whole model that generates, {DENSE}"
             )
         return original(**inputs)
     if inputs.get(decoder.mask) is not None:
