@@ -12,13 +12,19 @@ import torch.nn as nn
 
 @dataclass(frozen=True)
 class Family:
-    """`make` builds the model; `inputs(batch)` its keyword inputs; `output` reads what the tower hands on."""
+    """`make` builds the model; `inputs(batch)` its keyword inputs; `output` reads what the tower hands on.
+
+    `pickles`: whether the library's own model does; weight norm does not. `rounding`: how many units in the last place
+    half precision moves similarities before the first merge.
+    """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Any]]
     output: Callable[[Any], torch.Tensor]
     bit_identical: bool = True
     cls: bool = True
+    rounding: int = 2
+    pickles: bool = True
 
 
 def _images(size: int = 48, key: str = "pixel_values") -> Callable[[int], dict[str, Any]]:
@@ -119,6 +125,89 @@ def _masked(batch: int) -> dict[str, Any]:
     return {**_images()(batch), "noise": noise}
 
 
+def _sound(name: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        torch.manual_seed(0)
+        return _livelier(getattr(transformers, name)(getattr(transformers, config)(**settings)))
+
+    return make
+
+
+WHISPER = {
+    "d_model": 32,
+    "encoder_layers": 4,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_mel_bins": 8,
+    "max_source_positions": 40,
+    "vocab_size": 60,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "max_target_positions": 40,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+}
+SPECTROGRAM = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 8,
+    "frequency_stride": 8,
+    "time_stride": 8,
+    "max_length": 72,
+    "num_mel_bins": 32,
+}
+WAVE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "conv_dim": (16, 16, 16),
+    "conv_kernel": (10, 4, 4),
+    "conv_stride": (20, 10, 10),
+    "layerdrop": 0.0,
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "mask_time_prob": 0.0,
+    "mask_feature_prob": 0.0,
+}
+HUBERT = {**WAVE, "conv_pos_batch_norm": True}
+
+
+def _mel(frames: int, mels: int, key: str, *, last: bool) -> Callable[[int], dict[str, Any]]:
+    """Features in time, smooth enough that neighbours are alike; `last` puts the mel bins behind the frames."""
+
+    def inputs(batch: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(batch)
+        coarse = torch.randn(batch, mels, frames // 6, generator=generator)
+        features = nn.functional.interpolate(coarse, size=frames, mode="linear")
+        features = features + 0.3 * torch.randn(features.shape, generator=generator)
+        return {key: features.transpose(1, 2).contiguous() if last else features}
+
+    return inputs
+
+
+def _wave(batch: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(batch)
+    time = torch.linspace(0, 60, 80_000)
+    pitch = torch.rand(batch, 3, 1, generator=generator) * 20
+    tones = (torch.sin(time * pitch) * torch.sin(0.1 * time * pitch)).sum(dim=1)
+    return {"input_values": tones + 0.1 * torch.randn(tones.shape, generator=generator)}
+
+
 FAMILIES: dict[str, Family] = {
     "vit": Family(_transformers("ViTModel", "ViTConfig"), _images(), _hidden),
     "deit": Family(_transformers("DeiTModel", "DeiTConfig"), _images(), _hidden),
@@ -191,5 +280,32 @@ FAMILIES: dict[str, Family] = {
         _images(key="image"),
         _image_features,
         bit_identical=False,
+    ),
+    "ast": Family(_sound("ASTModel", "ASTConfig", **SPECTROGRAM), _mel(72, 32, "input_values", last=True), _hidden),
+    "whisper": Family(
+        lambda: _sound("WhisperModel", "WhisperConfig", **WHISPER)().encoder,
+        _mel(80, 8, "input_features", last=False),
+        _hidden,
+        bit_identical=False,
+        cls=False,
+    ),
+    "wav2vec2": Family(
+        _sound("Wav2Vec2Model", "Wav2Vec2Config", **WAVE), _wave, _hidden, cls=False, rounding=8, pickles=False
+    ),
+    "wav2vec2_stable": Family(
+        _sound("Wav2Vec2Model", "Wav2Vec2Config", do_stable_layer_norm=True, adapter_attn_dim=8, **WAVE),
+        _wave,
+        _hidden,
+        cls=False,
+        rounding=8,
+        pickles=False,
+    ),
+    "hubert": Family(_sound("HubertModel", "HubertConfig", **HUBERT), _wave, _hidden, cls=False, rounding=8),
+    "hubert_stable": Family(
+        _sound("HubertModel", "HubertConfig", do_stable_layer_norm=True, **HUBERT),
+        _wave,
+        _hidden,
+        cls=False,
+        rounding=8,
     ),
 }

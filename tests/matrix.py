@@ -45,6 +45,7 @@ class Fails:
 Outcome = Works | Refused | Neither | Fails
 BERTS = ("bert", "roberta", "xlm_roberta", "electra")
 PLACEHOLDERS = tuple(name for name, case in CASES.items() if "visual_keep" in (case.settings or {}))
+WAVES = ("wav2vec2", "wav2vec2_stable", "hubert", "hubert_stable")
 READERS = tuple(name for name, case in CASES.items() if case.group == "language" and "r" in (case.settings or {}))
 """Vision-language models whose towers merge."""
 
@@ -99,10 +100,17 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         "qwen3_vl": Neither("stack expects each tensor", BRANCHES),
         **_each(("idefics3", "smolvlm"), Neither("dynamic shape", BRANCHES)),
     },
+    "persistence": _each(
+        ("wav2vec2", "wav2vec2_stable"), Neither("Serialization of parametrized modules", "weight norm does not pickle")
+    ),
     "gradient_checkpointing": {
         "blip_cross_keep": Refused(
             "cross_keep with gradient checkpointing", "a checkpoint does not hand on what layers read"
-        )
+        ),
+        "whisper_speech": Refused("tokens without their sizes", "a checkpoint does not hand on sizes"),
+        **_each(
+            WAVES, Neither("requires_grad flags of leaf variables", "`transformers` makes a leaf of what these hear")
+        ),
     },
     "feature_extractor": _each(
         ("timm", "torchvision"), Refused("an accelerated block merges by the values of its tokens", "a graph has none")
@@ -110,7 +118,7 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
     "attentions_in_the_call": {
         "transformers": MAPS,
         "text": MAPS,
-        **_each(("blip_language", "vision_encoder_decoder"), MAPS),
+        **_each(("blip_language", "vision_encoder_decoder", "whisper_speech"), MAPS),
         "data2vec": Neither("AssertionError", "`transformers` hands out no maps"),
     },
     "attentions_in_the_config": {

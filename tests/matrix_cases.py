@@ -238,6 +238,14 @@ def _reads_across(name: str, make: Callable[[], Any], settings: Mapping[str, Any
     return Case(name, "language", lambda: livelier(vlms.seeded(make)), first, output, settings)
 
 
+def _whisper() -> Any:
+    return families._sound("WhisperForConditionalGeneration", "WhisperConfig", **families.WHISPER)()
+
+
+def _speech() -> Inputs:
+    return {**FAMILIES["whisper"].inputs(2), "decoder_input_ids": WORDS}
+
+
 PIPES = {
     "sd15": ("text to image", "image to image", "inpainting", "ControlNet", "T2I-Adapter"),
     "sdxl": ("SDXL", "SDXL image to image"),
@@ -278,6 +286,7 @@ _ALL = [
         input_ids=torch.cat([torch.full((2, 4), vlms.IMAGE), WORDS], dim=1),
     ),
     _reads_across("vision_encoder_decoder", vlms.vision_encoder_decoder, {"r": 4}, decoder_input_ids=WORDS),
+    Case("whisper_speech", "language", _whisper, _speech, _logits, {"r": 4}, _whisper, {"labels": WORDS}),
     *map(_denoiser, denoisers.DENOISERS),
 ]
 CASES = {case.name: case for case in _ALL}

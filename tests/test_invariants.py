@@ -181,7 +181,9 @@ def test_pickle_and_deepcopy(tower, name):
     inputs = FAMILIES[name].inputs(2)
     handle = turbovlm.apply(tower.model, r=5)
     reference = tower(**inputs)
-    copies = [copy.deepcopy(tower.model), pickle.loads(pickle.dumps(tower.model))]
+    copies = [copy.deepcopy(tower.model)]
+    if FAMILIES[name].pickles:
+        copies.append(pickle.loads(pickle.dumps(tower.model)))
     handle.remove()
     plain = tower(**inputs)
     original = tower.model
@@ -240,7 +242,8 @@ def test_half_precision_and_autocast(tower, name, dtype):
             first = handle.trace[0]
         assert out.isfinite().all() and (autocast or out.dtype == dtype)
         torch.testing.assert_close(first.semantic.float(), exact.semantic, rtol=0, atol=4 * eps)
-        torch.testing.assert_close(first.redundancy.float(), exact.redundancy, rtol=0, atol=2 * eps, equal_nan=True)
+        apart = FAMILIES[name].rounding * eps
+        torch.testing.assert_close(first.redundancy.float(), exact.redundancy, rtol=0, atol=apart, equal_nan=True)
         own = run(autocast)
         assert out.dtype == own.dtype
         tolerance = 0 if FAMILIES[name].bit_identical else 16 * eps * own.abs().max().item()

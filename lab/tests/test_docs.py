@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import turbovlm
+from families import SPECTROGRAM, WAVE, WHISPER
 from test_joint import inputs as vilt_inputs
 from test_joint import make as vilt
 from test_models import conversation, minigpt, nlvr2, pairs
@@ -33,6 +34,18 @@ def sentence_encoder():
     return transformers.BertModel(transformers.BertConfig(**size, num_hidden_layers=4, num_attention_heads=4))
 
 
+def sound(name, config, settings):
+    return lambda: getattr(transformers, name)(getattr(transformers, config)(**settings))
+
+
+def whisper():
+    model = sound("WhisperForConditionalGeneration", "WhisperConfig", WHISPER)()
+    model.generation_config.lang_to_id, model.generation_config.max_length = {"<|en|>": 5}, 20
+    model.generation_config.is_multilingual, model.generation_config.no_timestamps_token_id = True, 58
+    model.generation_config.task_to_id = {"transcribe": 6}
+    return model
+
+
 def prompt(name):
     return VLMS[name].make, VLMS[name].inputs([5, "image", 6, 7])
 
@@ -51,6 +64,15 @@ MODELS = {
     "dandelin/vilt-b32-finetuned-vqa": (vilt, vilt_inputs()),
     "openai/clip-vit-large-patch14-336": (clip, {"pixel_values": IMAGE}),
     "nlpconnect/vit-gpt2-image-captioning": (vision_encoder_decoder, {"pixel_values": IMAGE}),
+    "openai/whisper-base": (whisper, {"input_features": noise(0, 1, 8, 80)}),
+    "facebook/wav2vec2-base-960h": (
+        sound("Wav2Vec2ForCTC", "Wav2Vec2Config", WAVE),
+        {"input_values": noise(0, 1, 9000)},
+    ),
+    "MIT/ast-finetuned-audioset-10-10-0.4593": (
+        sound("ASTForAudioClassification", "ASTConfig", SPECTROGRAM),
+        {"input_values": noise(0, 1, 72, 32)},
+    ),
     "sentence-transformers/all-MiniLM-L6-v2": (sentence_encoder, {"input_ids": torch.arange(30).unsqueeze(0)}),
     "meta-llama/Llama-2-7b-chat-hf": (lambda: minigpt().language_model, {}),
 }

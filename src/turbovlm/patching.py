@@ -65,7 +65,7 @@ class Patch:
         detail: what `function` needs to know beside the feature, such as the index of a block.
         by_name: whether `function` gets the method's arguments by name, however they came, without those left out.
         before: what stood in the module's own `__dict__` under that name; None where the class's method was used.
-        method: the class's own method, unbound.
+        method: the class's own method, unbound; `is_static`: whether it is a static one.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Patch:
         self.name, self.function, self.feature, self.detail, self.by_name = name, function, feature, detail, by_name
         self.before: Any = None
         self.method: Any = getattr(type(module), name)
+        self.is_static = isinstance(inspect.getattr_static(type(module), name), staticmethod)
 
     @property
     def module(self) -> Any:
@@ -91,7 +92,8 @@ class Patch:
         module = self._module()
         if args and args[0] is module:  # accelerate's unwrap_model binds what it finds below its wrappers to the model
             args = args[1:]
-        original = functools.partial(self.method, module) if self.before is None else self.before
+        own = self.method if self.is_static else functools.partial(self.method, module)
+        original = own if self.before is None else self.before
         if self.feature.removed:
             return original(*args, **kwargs)
         if self.by_name:
@@ -114,7 +116,7 @@ class Patch:
     @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(self.method)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
+        return signature.replace(parameters=list(signature.parameters.values())[0 if self.is_static else 1 :])
 
     def moved_to(self, module: Any) -> Patch:
         """The same patch, and those below it, on another module."""

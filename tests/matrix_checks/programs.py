@@ -102,7 +102,8 @@ def per_sample(case: Case) -> None:
     flat = Flat(case, model)
     tensors = flat.tensors()
     along = tuple(0 if tensor.ndim and tensor.shape[0] == 2 else None for tensor in tensors)
-    name, weights = next((n, p) for n, p in flat.named_parameters() if n.endswith("weight") and p.ndim == 2)
+    trained = ((n, p) for n, p in flat.named_parameters() if p.requires_grad)
+    name, weights = next((n, p) for n, p in trained if n.endswith("weight") and p.ndim == 2)
 
     def one(value: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
         single = [part if axis is None else part[None] for part, axis in zip(parts, along)]

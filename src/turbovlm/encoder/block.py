@@ -61,7 +61,7 @@ def block_forward(
         state = replace(state, sizes=sizes, padded=sizes is not None)
     parts, path = layout.parts(block), path_for(hidden)
     x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments, through)
-    return _hand_on(feature, block, state, _second_half(parts, x))
+    return _hand_on(feature, block, state, _second_half(block, layout, parts, x))
 
 
 def unmerged_forward(
@@ -69,7 +69,7 @@ def unmerged_forward(
 ) -> Tensor:
     """Both halves of a block without a merge between them."""
     parts, path = layout.parts(block), path_for(x)
-    return _second_half(parts, first_half(block, parts, path, layout, config, x, state, arguments))
+    return _second_half(block, layout, parts, first_half(block, parts, path, layout, config, x, state, arguments))
 
 
 def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
@@ -206,8 +206,9 @@ def _ranked_by(
     return features, semantic
 
 
-def _second_half(parts: Parts, x: Tensor) -> Tensor:
-    return normalised(parts.norm_after_mlp, x + apply_steps(parts.mlp, x))
+def _second_half(block: nn.Module, layout: Layout, parts: Parts, x: Tensor) -> Tensor:
+    out = normalised(parts.norm_after_mlp, x + apply_steps(parts.mlp, x))
+    return out if layout.end is None else layout.end(block, out)
 
 
 def _merge(

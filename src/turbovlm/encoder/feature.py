@@ -10,6 +10,7 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.attention import attention_forward
 from turbovlm.encoder.block import block_forward
+from turbovlm.encoder.decoder import check_decoder, decoder_patches
 from turbovlm.encoder.joint import joint_forward
 from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.encoder.passed import Passed, check_adapters, of_effect, passed_by, through_module
@@ -31,7 +32,6 @@ from turbovlm.ops.degree import check_degree, needs_semantic
 from turbovlm.ops.tracing import constant_in_graphs
 from turbovlm.patching import Patch, check_forwards
 from turbovlm.threads import Remembering
-
 
 PARTITION_WORDS = {
     "all": "any patch into any other",
@@ -57,6 +57,7 @@ class EncoderFeature(Remembering[State]):
         semantic: whether A is computed, for the degree or for the trace.
         how: how a position gets its token back, `"copy"` or `"residual"`.
         restore: the same, where every position gets it behind the last block; None where tokens are handed on merged.
+        decoder_of: path of the module around it whose decoder reads merged tokens by their sizes; None where none does.
         hands_out: whether blocks hand out every position where a call asks for it; not those of a tower that a
             vision-language model reads at one block.
         passed: modules of each block that its halves never call, see `turbovlm.encoder.passed`.
@@ -83,6 +84,7 @@ class EncoderFeature(Remembering[State]):
     semantic: bool
     how: str
     restore: str | None
+    decoder_of: str | None
     hands_out: bool
     passed: Passed
     reads_all: bool
@@ -112,7 +114,7 @@ class EncoderFeature(Remembering[State]):
         if self.layout.joint is not None:
             joint = fetch(tower, path_of(self.layout.family, tower, self.layout.joint))
             found.append(Patch(joint, "forward", joint_forward, self, by_name=True))
-        return found
+        return [*found, *decoder_patches(self, model)]
 
     def schedule(self, tokens: int | None = None) -> Schedule:
         """What every block does with an input of `tokens` tokens; of the native number if None."""
@@ -174,6 +176,10 @@ class EncoderFeature(Remembering[State]):
         if self.restore:
             reader = f", as {self.unknown_owner} is not known to do without" if self.unknown_owner else ""
             lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens ({self.restore}){reader}")
+        if self.decoder_of is not None:
+            how = "in proportion to their sizes" if self.config.proportional else "all alike"
+            owner = f"{self.decoder_of} is" if self.decoder_of else "the model is"
+            lines.append(f"    after {schedule.blocks[-1]}: {owner} to read merged tokens, {how}")
         lines += self._describe_last()
         if not self.plain_stem:
             lines.append("    note: the convolutional network before the blocks is not counted")
@@ -212,6 +218,8 @@ def find_encoders(model: nn.Module, config: TurboConfig) -> list[EncoderFeature]
             check_forwards([(f"{name}.{path}", fetch(block, path)) for name, block in tower.blocks], one_device=False)
         for name, block in tower.blocks:
             check_adapters(name, block, feature.passed)
+        if feature.decoder_of is not None and tower.layout.decoder is not None:
+            check_decoder(tower.layout.decoder, model.get_submodule(feature.decoder_of))
     for tower, feature in zip(towers, features):
         calls = verify(tower, feature.passed)
         feature.passed = of_effect(feature.passed, tower.blocks[0][1], calls)
@@ -227,7 +235,6 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
     Raises:
         ConfigError: settings that this encoder cannot have.
     """
-    text = tower.layout.text
     check_depth(config, len(tower.blocks), tower.name)
     check_degree(config.degree, len(tower.blocks), next(tower.blocks[0][1].parameters()).device)
     if config.guidance == "cls" and not tower.cls:
@@ -239,14 +246,21 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
             f"flops={config.flops}: {tower.title} begins with a convolutional network whose cost does not follow from "
             "its shape; use r or keep"
         )
+    if config.partition == "grid" and tower.layout.line:
+        raise ConfigError(
+            f"partition='grid': the tokens of {tower.title} ({tower.layout.family}) follow each other in time, and lie "
+            "on no grid; use 'random' or 'alternate'"
+        )
+    text = tower.layout.text
     similarity = ("hidden" if text else "heads") if config.similarity == "auto" else config.similarity
     # what was measured is CLS, and a patch that is given back, or read, lost less where every block merged
     own_blocks = own_blocks_of(tower) if tower.hands_out and not (tower.restore or config.dense) else ()
     partition = config.partition
     if partition == "auto":
-        halves = text or config.order == "partition" or not is_sparse(config, len(tower.blocks), own_blocks)
-        partition = "random" if halves else "all"
-    restore = ("copy" if text else "residual") if config.restore == "auto" else config.restore
+        is_image = not (text or tower.layout.line)
+        is_few = is_sparse(config, len(tower.blocks), own_blocks) and config.order == "spatial"
+        partition = "all" if is_image and is_few else "random"
+    restore = ("copy" if tower.layout.norm_after_mlp else "residual") if config.restore == "auto" else config.restore
     return EncoderFeature(
         config=config,
         layout=tower.layout,
@@ -262,6 +276,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         semantic=needs_semantic(config.degree) or config.trace,
         how=restore,
         restore=restore if tower.restore or config.dense else None,
+        decoder_of=None if config.dense else tower.decoder_of,
         hands_out=tower.hands_out,
         passed=passed_by(tower.layout, tower.blocks[0][1]),
         reads_all=reads_all(tower.layout, tower.module),
@@ -282,8 +297,9 @@ def own_blocks_of(tower: Tower) -> tuple[int, ...]:
 
 def _shape(tower: Tower, similarity: str, partition: str) -> EncoderShape:
     layout, widths = tower.layout, tower.attention_widths
+    behind = (*layout.mlp, *(() if layout.end is None or callable(layout.project) else layout.calls))
     in_mlp = [
-        sum(matrix_entries(fetch(block, path), f"{name}.{path}") for path in layout.mlp) for name, block in tower.blocks
+        sum(matrix_entries(fetch(block, path), f"{name}.{path}") for path in behind) for name, block in tower.blocks
     ]
     if not callable(layout.project):
         for name, block in tower.blocks:

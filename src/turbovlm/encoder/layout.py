@@ -37,6 +37,26 @@ block, and the first blocks are where merging hurts most (`benchmarks/judges.py`
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """A decoder that cross-attends to an encoder's tokens, and reads merged ones in proportion to their sizes.
+
+    Args:
+        owner: dotted path of the class that holds both.
+        norm: path, from the tower, of the module that the last block's tokens go through.
+        layers: path, from the owner, of the decoder's layers.
+        attention: path, from a layer, of its cross-attention, which returns its output and its map, or None for it.
+        tokens, mask: the arguments of its forward that are the encoder's tokens, and what is added to its scores.
+    """
+
+    owner: str
+    norm: str
+    layers: str
+    attention: str
+    tokens: str = "key_value_states"
+    mask: str = "attention_mask"
+
+
+@dataclass(frozen=True)
 class Layout:
     """One way to spell a block, and what must be known about the encoder around it.
 
@@ -56,7 +76,9 @@ class Layout:
         after_attention: what is applied to attention's `[batch, tokens, heads * head_dim]` before the residual, in
             order: modules are called, tensors and numbers multiply, None is skipped.
         mlp: the second half's steps, in the same way; the first is the norm before the MLP.
-        patch: path, from the tower, of the patch embedding's projection; None for tokens that are looked up.
+        patch: path, from the tower, of the patch embedding's projection; where it is more than one projection, a
+            function of the tower: multiply-accumulates for each patch before the blocks; None for tokens that are
+            looked up.
         patches: native number of patches of a tower, before any are merged.
         prefix: number of CLS, distillation and register tokens at the front, or a function of the tower.
         suffix: number of tokens behind the patches that never merge, such as detection tokens, or a function of the
@@ -73,9 +95,12 @@ class Layout:
         scale: path of what attention multiplies its scores by; 1/√head_dim where it is None, or there is none.
         query_norm, key_norm: paths of the norms of each head's queries and keys.
         dropout: path of attention's dropout, a number or an `nn.Dropout`.
-        calls: paths of modules that a function `project` calls.
+        calls: paths of modules that the function `project`, or `end` where there is none, calls.
+        drops: paths among the steps of numbers that are no factors but the share which dropout drops in training.
         weights_only: paths among `after_attention` of linear layers whose weights attention reads itself, so that
             their own forward, an adapter's say, never runs.
+        end: `(block, tokens) -> tokens`: what the block does with the sum of its second half at last.
+        skips: path, from the tower, of the share of blocks that its training skips at random.
         entries: the tower's methods that run its blocks.
         rotary: `(block, q, k, positions, arguments) -> (q, k)`: rotate by the positions of the patches `positions`,
             `[batch, patches]`; None means all patches, in order.
@@ -84,6 +109,8 @@ class Layout:
         mask: name of the argument that masks keys, if the encoder uses one.
         restore: whether the reader of the tower's output needs every position back, or a function
             `(tower, ancestors)`: the ancestors are the modules around the tower, outermost first.
+        decoder: the decoder that reads merged tokens by their sizes, whatever `restore` says of other readers.
+        line: whether tokens follow each other in time, and lie on no grid.
         pools: whether the tower reads its tokens itself, by a head or pooling of its own, or a function of the tower.
         example: `(block, patches)`: arguments with which the block can be tried on random tokens.
         inputs: `(tower)`: one input of native size by argument name, of a batch of 1: tensors on the meta device stand
@@ -101,7 +128,7 @@ class Layout:
     heads: str
     after_attention: tuple[str, ...]
     mlp: tuple[str, ...]
-    patch: str | None
+    patch: str | Callable[[Any], int] | None
     patches: Callable[[Any], int]
     inputs: Callable[[Any], dict[str, Tensor | None]]
     prefix: int | Callable[[Any], int] = 1
@@ -118,13 +145,18 @@ class Layout:
     key_norm: str | None = None
     dropout: str | None = None
     calls: tuple[str, ...] = ()
+    drops: tuple[str, ...] = ()
     weights_only: tuple[str, ...] = ()
+    end: Callable[[Any, Tensor], Tensor] | None = None
+    skips: str | None = None
     entries: tuple[str, ...] = ("forward",)
     rotary: Rotary | None = None
     arguments: tuple[str, ...] = ("attention_mask",)
     understood: tuple[str, ...] = ()
     mask: str | None = None
     restore: bool | Callable[[Any, Around], bool] = False
+    decoder: Decoder | None = None
+    line: bool = False
     pools: bool | Callable[[Any], bool] = False
     example: Callable[[Any, int], dict[str, Any]] | None = None
     refuse: Callable[[Any, Any, Around], str | None] | None = None
@@ -169,8 +201,8 @@ class Layout:
             norm1=norm1,
             project=self.project if callable(self.project) else _fetch_all(block, self.project),
             heads=heads,
-            after_attention=self._after_attention(block),
-            mlp=_fetch_all(block, self.mlp),
+            after_attention=self._steps(block, self.after_attention),
+            mlp=self._steps(block, self.mlp),
             norm_after_attention=norm_after_attention,
             norm_after_mlp=norm_after_mlp,
             scale=scale,
@@ -179,14 +211,18 @@ class Layout:
             dropout=dropout,
         )
 
-    def _after_attention(self, block: nn.Module) -> tuple[Any, ...]:
-        steps = _fetch_all(block, self.after_attention)
-        if not self.weights_only:
+    def _steps(self, block: nn.Module, paths: tuple[str, ...]) -> tuple[Any, ...]:
+        steps = _fetch_all(block, paths)
+        if not self.weights_only and not self.drops:
             return steps
-        return tuple(
-            functools.partial(_linear, step) if path in self.weights_only else step
-            for path, step in zip(self.after_attention, steps)
-        )
+        found = []
+        for path, step in zip(paths, steps):
+            if path in self.weights_only:
+                step = functools.partial(_linear, step)
+            elif path in self.drops:
+                step = functools.partial(F.dropout, p=step, training=block.training)
+            found.append(step)
+        return tuple(found)
 
     @property
     def called_paths(self) -> tuple[str, ...]:

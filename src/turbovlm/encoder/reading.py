@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
-from turbovlm.encoder.layout import Around, Layout
+from turbovlm.encoder.layout import Around, Layout, fetch
 from turbovlm.errors import StateError
 from turbovlm.patching import Patch, patches_of
 
@@ -120,6 +120,12 @@ def _check_unchanged(feature: EncoderFeature, tower: nn.Module) -> None:
             block = None
         if block is None or not any(patch.feature is feature for patch in patches_of(block)):
             raise StateError(f"{_title(feature)} no longer has the blocks that turbovlm was applied to{_AGAIN}")
+    skips = feature.layout.skips
+    if skips is not None and tower.training and (share := fetch(tower, skips)) > 0:
+        raise StateError(
+            f"{skips}={share}: in training {_title(feature)} skips blocks at random, and merged tokens with them: set "
+            "it to 0, or train after handle.remove()"
+        )
     container = tower.get_submodule(names[0].rpartition(".")[0])
     if len(list(container.children())) != feature.blocks_around:
         raise StateError(f"{_title(feature)} has another number of blocks than when turbovlm was applied{_AGAIN}")

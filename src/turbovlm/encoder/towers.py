@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.encoder.decoder import owner_of
 from turbovlm.encoder.families import multimodal, text
 from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.encoder.parts import ancestors
@@ -36,6 +37,7 @@ class Tower:
         suffix: tokens behind the patches that never merge.
         cls: whether token 0 is a CLS token.
         restore: whether what reads its output needs every position back.
+        decoder_of: path of the module around it whose decoder reads merged tokens by their sizes, or None.
         hands_out: whether its blocks hand out every position where a call asks for it.
         unknown_owner: the class of the module that reads it, where nothing is known of how.
         tokens: its native number of tokens, prefix and suffix included.
@@ -49,6 +51,7 @@ class Tower:
     suffix: int
     cls: bool
     restore: bool
+    decoder_of: str | None
     hands_out: bool
     unknown_owner: str | None
     tokens: int
@@ -107,15 +110,17 @@ class Tower:
 
     @property
     def patch_weights(self) -> int:
-        """Entries of the patch embedding's kernel."""
+        """Multiply-accumulates for each patch before the blocks: entries of the patch embedding's kernel."""
         if self.layout.patch is None:
             return 0
+        if callable(self.layout.patch):
+            return self.layout.patch(self.module)
         return sum(parameter.numel() for parameter in self._patch_projection.parameters() if parameter.ndim > 1)
 
     @property
     def plain_stem(self) -> bool:
-        """Whether the patch embedding is one projection of each patch, and not a convolutional network of its own."""
-        if self.layout.patch is None:
+        """Whether the cost of what comes before the blocks is known: none, one projection, or what a layout says."""
+        if self.layout.patch is None or callable(self.layout.patch):
             return True
         in_blocks = {id(module) for _, block in self.blocks for module in block.modules()}
         convolutions = [m for m in self.module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
@@ -123,7 +128,7 @@ class Tower:
 
     @property
     def _patch_projection(self) -> nn.Module:
-        assert self.layout.patch is not None
+        assert isinstance(self.layout.patch, str)
         projection: nn.Module = fetch(self.module, path_of(self.layout.family, self.module, self.layout.patch))
         return projection
 
@@ -222,6 +227,7 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         unknown, hands_out = unknown_owner(module, around), True
         pools = layout.pools(module) if callable(layout.pools) else layout.pools
         restore = reads_all(layout, module, around) or (unknown is not None and not pools)
+    decoder_of = owner_of(layout.decoder, modules, name)
     for path, block, _ in found:
         if layout.refuse is not None and (reason := layout.refuse(module, block, around)):
             other = instead(modules[""])
@@ -235,7 +241,8 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         prefix=prefix,
         suffix=suffix,
         cls=cls,
-        restore=restore,
+        restore=restore and decoder_of is None,
+        decoder_of=decoder_of,
         hands_out=hands_out,
         unknown_owner=unknown,
         tokens=prefix + layout.patches(module) + suffix,

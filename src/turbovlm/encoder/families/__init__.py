@@ -1,5 +1,5 @@
 """Encoders that turbovlm knows, as data. A new family is a new `Layout` in one of these files' `LAYOUTS`."""
 
-from turbovlm.encoder.families import mha, multimodal, text, timm, transformers
+from turbovlm.encoder.families import audio, mha, multimodal, text, timm, transformers
 
-FAMILIES = (*transformers.LAYOUTS, *multimodal.LAYOUTS, *timm.LAYOUTS, *mha.LAYOUTS, *text.LAYOUTS)
+FAMILIES = (*transformers.LAYOUTS, *multimodal.LAYOUTS, *timm.LAYOUTS, *mha.LAYOUTS, *text.LAYOUTS, *audio.LAYOUTS)
