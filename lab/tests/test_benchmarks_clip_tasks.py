@@ -1,0 +1,255 @@
+"""The tasks that real CLIP is asked: their truth, their intervals, equal cost, and that nothing is measured twice."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("sklearn")
+pytest.importorskip("scipy")
+pytest.importorskip("rich")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import clip_asked
+import clip_tasks
+from PIL import Image
+
+from turbovlm.errors import TurboError
+from turbovlm_lab.evaluate.data import LazyImage
+from turbovlm_lab.zoo import clip
+from turbovlm_lab.zoo.clip_names import ClipNames
+
+FETCH = Path(__file__).parents[2] / "studies" / "clip" / "fetch.py"
+
+
+def module_of(path):
+    """Not by name: several studies have a module of one name."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def units(*rows):
+    found = np.array(rows, dtype=np.float32)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def test_settings_cost_alike():
+    """On a tower of CLIP's shape; only the smaller image cannot have just any cost."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.device("meta"):
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**clip.CONFIG, attn_implementation="sdpa")).eval()
+    settings = clip_tasks.settings_of(model, 0.6)
+    assert tuple(settings) == clip_tasks.SETTINGS
+    runs = {name: clip_tasks.planned(model, name, setting) for name, setting in settings.items()}
+    assert runs["unmerged"].macs == 1 and set(runs["unmerged"].tokens) == {197}
+    assert set(runs["smaller image"].tokens) == {122} and runs["smaller image"].macs == pytest.approx(0.61, abs=0.01)
+    for name in ("turbovlm", "ToMe", "paper (α=180)", "random"):
+        assert runs[name].macs == pytest.approx(0.6, abs=0.01)
+    assert runs["ToMe"].tokens == runs["paper (α=180)"].tokens != runs["unmerged"].tokens
+    assert len({run.recipe for run in runs.values()}) == len(runs)
+
+
+def test_a_row_is_known_while_its_setting_means_the_same():
+    setting = clip_tasks.Setting({"flops": 0.6}, is_drawn=True)
+    run = clip_tasks.Run("turbovlm", setting, "as it was", (197,), 0.6)
+    row = {"recipe": "as it was", "seeds": 3}
+    assert clip_tasks.is_known(row, run, 3) and clip_tasks.is_known(row, run, 2)
+    assert not clip_tasks.is_known(row, run, 8) and not clip_tasks.is_known(None, run, 1)
+    assert not clip_tasks.is_known({**row, "recipe": "other"}, run, 3)
+    fixed = clip_tasks.Run("ToMe", clip_tasks.Setting({"r": 12}), "as it was", (197,), 0.6)
+    assert clip_tasks.is_known({**row, "seeds": 1}, fixed, 8)
+
+
+def test_scores_are_compared_image_by_image():
+    whole = clip_asked.outcome(np.array(list("abcd")), list("abcc"))
+    first = clip_asked.outcome(np.array(list("abdd")), list("abcc"))
+    second = clip_asked.outcome(np.array(list("abcc")), list("abcc"))
+    row = clip_tasks.compared([first, second], whole)
+    assert row["same"] == 0.75 and row["by seed"] == [0.5, 1.0] and row["score"] == 0.75
+    assert row["difference"][0] == 0 and row["difference"][1] < 0 < row["difference"][2]
+    assert clip_tasks.compared([whole], whole)["difference"] == [0, 0, 0]
+    unknown = clip_asked.outcome(np.array(list("ab")), None)
+    assert clip_tasks.compared([unknown], unknown) == {"same": 1.0}
+
+
+def test_the_interval_of_pairs_draws_both_kinds():
+    """Where values depend on one kind alone it is that kind's; it is the wider, the fewer samples there are."""
+    values = np.random.default_rng(0).normal(size=50)
+    rows, columns = (clip_tasks.over_pairs(np.broadcast_to(v, (50, 50))) for v in (values[:, None], values[None]))
+    error = values.std() / 50**0.5
+    for found in (rows, columns):
+        assert found.value == pytest.approx(values.mean())
+        assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    both = clip_tasks.over_pairs(values[:, None] + values[None])
+    assert both.high - both.low == pytest.approx(2 * 1.96 * 2**0.5 * error, rel=0.05)
+
+
+def test_names_are_the_nearest():
+    names = ClipNames(("cat", "dog"), torch.eye(2))
+    vectors = {"stamps": units((2, 1), (1, 2), (3, 1))}
+    asked = clip_asked.Asked(vectors, vectors, {"stamps": ["cat", "cat", "cat"]}, names)
+    (found,) = clip_asked.zero_shot("stamps", asked).values()
+    assert found.answers.tolist() == [["cat", "dog", "cat"]] and found.scores.tolist() == [1, 0, 1]
+
+
+def test_crops_are_looked_for_in_both_indices():
+    """A setting that swaps two axes finds everything in an index of its own and only the rest in the other's."""
+    whole, own = {"photographs": np.eye(4)}, {"photographs": np.eye(4)[[1, 0, 2, 3]]}
+    found = clip_asked.retrieved(
+        clip_asked.Asked(own | {"crops": own["photographs"]}, whole, {"photographs": None, "crops": None})
+    )
+    assert found["R@1, unmerged index"].scores.tolist() == [0, 0, 1, 1]
+    assert found["R@1, index of its own"].scores.tolist() == [1, 1, 1, 1]
+
+
+def test_small_faults_are_scored_on_their_own(monkeypatch):
+    """Local faults that look nominal are missed, and ranked by chance, while the rest is right."""
+    from sklearn.metrics import roc_auc_score
+
+    monkeypatch.setattr(clip_asked, "DRAWS", 2)
+    monkeypatch.setattr(clip_asked, "STRENGTHS", (1, 10))
+    chance = np.random.default_rng(0)
+    labels = ["nominal", "local", "global"] * 60
+    clear = {"nominal": (9, 0, 0), "local": (0, 9, 0), "global": (0, 0, 9)}
+    blurred = {**clear, "local": clear["nominal"]}
+
+    def drawn(table):
+        return units(*(np.array(table[label]) + chance.normal(size=3) for label in labels))
+
+    names = ("textiles to learn", "textiles")
+    whole = {name: drawn(clear) for name in names}
+    asked = clip_asked.Asked({**whole, "textiles": drawn(blurred)}, whole, dict.fromkeys(names, labels))
+    found = clip_asked.learned_textiles(asked)
+    assert found["faultless ones passed, drop-in"].scores.mean() == 1
+    assert found["small faults found, drop-in"].scores.mean() == 0
+    assert found["accuracy, drop-in"].scores.mean() == pytest.approx(2 / 3)
+    assert found["AUC of small faults, drop-in"].scores.mean() == pytest.approx(0.5, abs=0.1)
+    own = clip_asked.learned_textiles(clip_asked.Asked(whole, whole, dict.fromkeys(names, labels)))
+    assert own["AUC of small faults, drop-in"].scores.mean() == 1
+    chosen, truths = np.array([label != "global" for label in labels]), np.array(labels)
+    areas = []
+    for draw in range(clip_asked.DRAWS):
+        some = clip_asked.drawn(truths, draw)
+        fitted = clip_asked.probe(len(some)).fit(whole["textiles to learn"][some], truths[some])
+        sound = fitted.predict_proba(asked.own["textiles"])[chosen, list(fitted.classes_).index("nominal")]
+        areas.append(roc_auc_score(truths[chosen] == "local", -sound))
+    assert found["AUC of small faults, drop-in"].scores.mean() == pytest.approx(np.mean(areas))
+
+
+def test_a_drop_in_probe_is_taught_by_the_unmerged_model():
+    labels = ["bag", "coat"] * 20
+    whole = {name: units(*[(1, 0), (0, 1)] * 20) for name in ("clothes to learn", "clothes")}
+    own = {name: vectors[:, ::-1] for name, vectors in whole.items()}
+    found = clip_asked.learned_clothes(clip_asked.Asked(own, whole, dict.fromkeys(whole, labels)))
+    assert {name: outcome.scores.mean() for name, outcome in found.items()} == {
+        "linear probe, drop-in": 0,
+        "linear probe, refitted": 1,
+        "k-NN, drop-in": 0,
+        "k-NN, refitted": 1,
+    }
+
+
+def test_crops_lie_in_the_photograph_and_are_the_same_again():
+    ramp = Image.fromarray((np.add.outer(np.arange(100), np.arange(100))).astype(np.uint8))
+    photo = LazyImage("ramp", lambda: ramp)
+    crops = [clip_asked.a_crop(photo, seed) for seed in range(20)]
+    assert all(50 <= crop.width == crop.height <= 80 for crop in crops)
+    assert len({crop.getpixel((0, 0)) for crop in crops}) > 5
+    assert all(np.asarray(crop).min() == np.asarray(crop)[0, 0].min() for crop in crops)
+    assert clip_asked.a_crop(photo, 3).tobytes() == crops[3].tobytes()
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A tower of two blocks, its forwards counted, and noise as photographs."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**clip.CONFIG | size, attn_implementation="sdpa")).eval()
+    chance = np.random.default_rng(0)
+    noise = [Image.fromarray(chance.integers(0, 255, (60, 60, 3), dtype=np.uint8)) for _ in range(4)]
+    pictures = clip_asked.Pictures([LazyImage(str(n), image.copy) for n, image in enumerate(noise)])
+    monkeypatch.setattr(clip_tasks, "EMBEDDINGS", tmp_path / "embeddings")
+    monkeypatch.setattr(clip_tasks, "images_of", lambda name: pictures)
+    monkeypatch.setattr(clip, "load_clip", lambda: model)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_what_is_in_the_file_is_not_measured_again(tiny, tmp_path, monkeypatch):
+    arguments = ["clip_tasks.py", "--tasks", "retrieval", "--out", str(tmp_path), "--seeds", "2"]
+
+    def forwards(*more):
+        tiny.clear()
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        clip_tasks.main()
+        return len(tiny)
+
+    assert forwards("--settings", "unmerged", "turbovlm") == 2 * (1 + 2)
+    assert forwards("--settings", "unmerged", "turbovlm") == 0
+    assert forwards("--settings", "smaller image") == 2
+    assert forwards("--settings", "turbovlm", "--seeds", "3") == 2
+    assert forwards("--settings", "turbovlm", "--seeds", "3", "--again") == 2 * 3
+    report = (tmp_path / "clip_tasks.md").read_text()
+    assert "| task | unmerged | turbovlm | smaller image |" in report
+    assert (tmp_path / "clip_tasks.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):  # no --names
+        forwards("--tasks", "stamps")
+    with pytest.raises(SystemExit):
+        forwards("--flops", "0.5")
+
+
+def test_clothes_are_read_by_turns(tmp_path):
+    fetch = module_of(FETCH)
+    numbers = np.repeat(np.arange(10, dtype=np.uint8), 3)
+    images = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None, None], (30, 28, 28))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + numbers.tobytes()))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images.tobytes()))
+    found = fetch.load_fashion("train", 2, tmp_path)
+    assert [label for label, _ in found] == 2 * list(fetch.KINDS)
+    assert [image.open("L").getpixel((0, 0)) for _, image in found] == [*range(0, 30, 3), *range(1, 30, 3)]
+    with pytest.raises(TurboError, match="per_kind=4: train has as few as 3"):
+        fetch.load_fashion("train", 4, tmp_path)
+    with pytest.raises(TurboError, match=r"python studies/clip/fetch\.py"):
+        fetch.load_fashion("t10k", 1, tmp_path)
+
+
+def test_textiles_to_learn_are_others_than_those_asked(tmp_path):
+    fetch = module_of(FETCH)
+    for fault in fetch.FAULTS:
+        (tmp_path / fault).mkdir()
+        for number in range(16 if fault == "nominal" else 8):
+            Image.new("L", (8, 8)).save(tmp_path / fault / f"{number}.jpg")
+    asked, learned = fetch.load_textile(0, 16, tmp_path), fetch.load_textile(16, 16, tmp_path)
+    for found in (asked, learned):
+        assert sorted(label for label, _ in found) == ["global"] * 4 + ["local"] * 4 + ["nominal"] * 8
+        assert all(Path(image.name).parent.name == label for label, image in found)
+    assert not {image.name for _, image in asked} & {image.name for _, image in learned}
+    with pytest.raises(TurboError, match="nominal has 16 images"):
+        fetch.load_textile(16, 20, tmp_path)
+
+
+def test_fetching_says_what_failed(tmp_path, monkeypatch):
+    fetch = module_of(FETCH)
+    with pytest.raises(TurboError, match="no-such-command is not installed"):
+        fetch.command(["no-such-command"], tmp_path, "")
+    with pytest.raises(TurboError, match="failed: away; try again"):
+        fetch.command(["sh", "-c", "echo away >&2; exit 3"], tmp_path, "try again")
+    empty = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: empty)
+    with pytest.raises(TurboError, match="one file was expected"):
+        fetch.fetch_fashion()
