@@ -23,11 +23,11 @@ sys.path.insert(0, str(STUDY.parent / "photos"))
 sys.path.append(str(STUDY))
 NAMES = 80
 """The first so many of the names that are given are asked for; COCO-Stuff's 80 are things."""
-CLOTHES, TEXTILES, TEXTILES_TO_LEARN = 100, 600, 600
-"""Of each kind, to learn and to be asked; and in all."""
-TEACHING, DRAWS = 60, 5
-"""Textiles of each kind that a classifier learns from, and how often they are drawn."""
-NEIGHBOURS, STRENGTHS = 20, (1, 10, 100, 1000)
+CLOTHES, TEXTILES = 100, 200
+"""Of each kind, to learn and as many to be asked; the kinds by turns."""
+TEACHING, DRAWS = (60, 0.75), 5
+"""Textiles of each kind that a classifier learns from, at most so many and that share; and how often they are drawn."""
+NEIGHBOURS, STRENGTHS = 20, (1, 10, 100)
 CROP = (0.5, 0.8)
 """Shares of a photograph's side."""
 NEAREST = "zero-shot"
@@ -40,7 +40,7 @@ class Pictures:
     images: Sequence[LazyImage]
     labels: Sequence[str] | None = None
 
-    def first(self, limit: int | None) -> Pictures:
+    def first(self, limit: int) -> Pictures:
         return Pictures(self.images[:limit], None if self.labels is None else self.labels[:limit])
 
 
@@ -107,10 +107,10 @@ def clothes(part: str) -> Pictures:
     return labelled(load_fashion(part, CLOTHES))
 
 
-def textiles(skip: int, count: int) -> Pictures:
+def textiles(skip: int) -> Pictures:
     from fetch import load_textile
 
-    return labelled(load_textile(skip, count))
+    return labelled(load_textile(skip, TEXTILES))
 
 
 def labelled(pairs: Sequence[tuple[str, LazyImage]]) -> Pictures:
@@ -123,8 +123,8 @@ SETS: dict[str, Callable[[], Pictures]] = {
     "stamps": stamps,
     "clothes to learn": functools.partial(clothes, "train"),
     "clothes": functools.partial(clothes, "t10k"),
-    "textiles to learn": functools.partial(textiles, TEXTILES, TEXTILES_TO_LEARN),
-    "textiles": functools.partial(textiles, 0, TEXTILES),
+    "textiles to learn": functools.partial(textiles, TEXTILES),
+    "textiles": functools.partial(textiles, 0),
 }
 
 
@@ -180,7 +180,8 @@ def drawn(labels: np.ndarray, seed: int) -> np.ndarray:
     """Places of equally many images of each label."""
     chance = np.random.default_rng(seed)
     places = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    each = min(TEACHING, *map(len, places))
+    most, share = TEACHING
+    each = min(most, round(share * min(map(len, places))))
     return np.concatenate([chance.permutation(some)[:each] for some in places])
 
 
@@ -225,12 +226,12 @@ class Task:
 
 TASKS = {
     "photographs": Task(("photographs",), functools.partial(zero_shot, "photographs"), (NEAREST,), needs_names=True),
-    "stamps": Task(("stamps",), functools.partial(zero_shot, "stamps"), (NEAREST,), needs_names=True),
-    "clothes": Task(
-        ("clothes to learn", "clothes"), learned_clothes, ("linear probe, drop-in", "linear probe, refitted")
-    ),
     "retrieval": Task(("photographs", "crops"), retrieved, ("R@1, unmerged index", "R@1, index of its own")),
+    "stamps": Task(("stamps",), functools.partial(zero_shot, "stamps"), (NEAREST,), needs_names=True),
     "textiles": Task(
         ("textiles to learn", "textiles"), learned_textiles, ("accuracy, refitted", "AUC of small faults, refitted")
+    ),
+    "clothes": Task(
+        ("clothes to learn", "clothes"), learned_clothes, ("linear probe, drop-in", "linear probe, refitted")
     ),
 }

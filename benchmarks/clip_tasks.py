@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,19 @@ from typing import Any
 import numpy as np
 import torch
 from cases import RESULTS, described, load, machine, save
-from clip_asked import NAMES, STUDY, TASKS, Asked, Outcome, Pictures, Task, images_of
+from clip_asked import NAMES, STUDY, TASKS, Asked, Outcome, Task, images_of
 from judges import DEGREES, solve
 from rich.progress import track
 
 import turbovlm
 from turbovlm.errors import TurboError
 from turbovlm_lab.evaluate import statistics
+from turbovlm_lab.evaluate.data import LazyImage
 from turbovlm_lab.zoo import clip
 from turbovlm_lab.zoo.clip_names import ClipNames, read_names
 
 EMBEDDINGS = STUDY / "data" / "embeddings"
-BATCH, SMALLER = 16, 176
+BATCH, SMALLER = 20, 176
 OWN, DEFAULT = "unmerged", "turbovlm"
 SETTINGS = (OWN, DEFAULT, "ToMe", "paper (α=180)", "random", "smaller image")
 
@@ -58,6 +60,12 @@ class Setting:
     turbo: dict[str, Any] | None = None
     pixels: int = clip.IMAGE_SIZE
     is_drawn: bool = False
+
+    def applied(self, model: Any, seed: int) -> AbstractContextManager[Any]:
+        """The model runs so within."""
+        if self.turbo is None:
+            return nullcontext()
+        return turbovlm.apply(model, **self.turbo, **({"seed": seed} if self.is_drawn else {}))
 
 
 def settings_of(model: Any, flops: float) -> dict[str, Setting]:
@@ -103,59 +111,50 @@ def planned(model: Any, name: str, setting: Setting) -> Run:
     return Run(name, setting, words, tokens, macs)
 
 
-def embedded(model: Any, pictures: Pictures, setting: Setting, seed: int, label: str) -> np.ndarray:
-    """`[images, 512]`, of length 1, with a progress bar."""
-    batches = [pictures.images[start : start + BATCH] for start in range(0, len(pictures.images), BATCH)]
+def embedded(model: Any, name: str, run: Run, seed: int, limit: int, again: bool) -> np.ndarray:
+    """A set's first images, `[images, 512]`, of length 1; those batches that are not in the folder yet are embedded."""
+    images = images_of(name).first(limit).images
+    batches = {
+        EMBEDDINGS / f"{name.replace(' ', '-')}-{fingerprint(batch, run, seed)}.npy": batch
+        for batch in (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+    }
+    missing = [path for path in batches if again or not path.is_file()]
+    if missing:
+        EMBEDDINGS.mkdir(parents=True, exist_ok=True)
+        with run.setting.applied(model, seed), torch.inference_mode():
+            for path in track(missing, f"{name}, {run.name}, seed {seed}"):
+                pixels = clip.preprocess([image.open() for image in batches[path]], run.setting.pixels)
+                with (draft := path.with_suffix(".part")).open("wb") as file:
+                    np.save(file, clip.embed(model, pixels).numpy())
+                draft.replace(path)
+    return np.concatenate([np.load(path) for path in batches])
 
-    def run() -> np.ndarray:
-        with torch.inference_mode():
-            vectors = [
-                clip.embed(model, clip.preprocess([image.open() for image in batch], setting.pixels))
-                for batch in track(batches, label)
-            ]
-        return torch.cat(vectors).numpy()
 
-    if setting.turbo is None:
-        return run()
-    with turbovlm.apply(model, **setting.turbo, **({"seed": seed} if setting.is_drawn else {})):
-        return run()
-
-
-def kept_embeddings(model: Any, name: str, run: Run, seed: int, limit: int | None, again: bool) -> np.ndarray:
-    """The same of a set, from the folder of embeddings where they are there already."""
-    pictures = images_of(name).first(limit)
-    key = json.dumps([[image.name for image in pictures.images], run.recipe, seed])
-    path = EMBEDDINGS / f"{name.replace(' ', '-')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if path.is_file() and not again:
-        return np.asarray(np.load(path))
-    vectors = embedded(model, pictures, run.setting, seed, f"{name}, {run.name}, seed {seed}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    with draft.open("wb") as file:
-        np.save(file, vectors)
-    draft.replace(path)
-    return vectors
+def fingerprint(images: Sequence[LazyImage], run: Run, seed: int) -> str:
+    known = json.dumps([[image.name for image in images], run.recipe, seed])
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def measured(
-    model: Any, task: Task, run: Run, own: Run, names: ClipNames | None, seeds: int, limit: int | None, again: bool
+    model: Any, task: Task, run: Run, own: Run, names: ClipNames | None, seeds: int, limit: int, again: bool
 ) -> dict[str, Any]:
     """What a setting answers in a task, beside the model's `own` answers."""
     labels = {name: images_of(name).first(limit).labels for name in task.sets}
-    whole = {name: kept_embeddings(model, name, own, 0, limit, again and run is own) for name in task.sets}
+    whole = {name: embedded(model, name, own, 0, limit, again and run is own) for name in task.sets}
     outcomes = []
     for seed in range(seeds if run.setting.is_drawn else 1):
-        vectors = {name: kept_embeddings(model, name, run, seed, limit, again) for name in task.sets}
+        vectors = {name: embedded(model, name, run, seed, limit, again) for name in task.sets}
         outcomes.append(task.ask(Asked(vectors, whole, labels, names)))
     base = task.ask(Asked(whole, whole, labels, names))
     measures = {name: compared([each[name] for each in outcomes], base[name]) for name in base}
-    about = {"recipe": run.recipe, "tokens": run.tokens, "macs": run.macs, "seeds": len(outcomes)}
+    about = {"recipe": run.recipe, "tokens": run.tokens, "macs": run.macs, "seeds": len(outcomes), "limit": limit}
     return {**about, "images": {name: len(vectors) for name, vectors in whole.items()}, "measures": measures}
 
 
-def is_known(row: dict[str, Any] | None, run: Run, seeds: int) -> bool:
-    """Whether a row of the JSON is of the setting as it is now, and of as many seeds or more."""
-    return row is not None and row["recipe"] == run.recipe and row["seeds"] >= (seeds if run.setting.is_drawn else 1)
+def is_known(row: dict[str, Any] | None, run: Run, seeds: int, limit: int) -> bool:
+    """Whether a row of the JSON is of the setting as it is now, of those images, and of as many seeds or more."""
+    wanted = {"recipe": run.recipe, "limit": limit}
+    return row is not None and row | wanted == row and row["seeds"] >= (seeds if run.setting.is_drawn else 1)
 
 
 def compared(own: Sequence[Outcome], whole: Outcome) -> dict[str, Any]:
@@ -293,11 +292,11 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="of what is drawn at random (default: %(default)s)")
     parser.add_argument("--flops", type=float, default=0.6, help="share of the cost left (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only so many images of each set, into files of their own")
+    parser.add_argument("--limit", type=int, default=240, help="images of each set at most (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure those rows anew")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
     args = parser.parse_args()
-    path = args.out / ("clip_tasks.json" if args.limit is None else f"clip_tasks_{args.limit}.json")
+    path = args.out / "clip_tasks.json"
     found: dict[str, Any] = {"flops": args.flops, "tasks": {}} | load(path)
     if found["flops"] != args.flops:
         parser.error(f"--flops {args.flops}: {path} was measured at {found['flops']}; remove it first")
@@ -313,7 +312,7 @@ def main() -> None:
         for task in args.tasks:
             rows = found["tasks"].setdefault(task, {})
             for run in (runs[name] for name in args.settings):
-                if args.again or not is_known(rows.get(run.name), run, args.seeds):
+                if args.again or not is_known(rows.get(run.name), run, args.seeds, args.limit):
                     rows[run.name] = measured(
                         model, TASKS[task], run, runs[OWN], names, args.seeds, args.limit, args.again
                     )

@@ -123,27 +123,26 @@ def load_fashion(part: str, per_kind: int, folder: Path = FASHION) -> Labelled:
     ]
 
 
-def load_textile(skip: int, count: int, folder: Path = TEXTILE) -> Labelled:
-    """Textiles in an order drawn once; half of them without a fault, a quarter with either kind of fault.
+def load_textile(skip: int, per_kind: int, folder: Path = TEXTILE) -> Labelled:
+    """Textiles in an order drawn once, the kinds of `FAULTS` by turns.
 
     Args:
-        skip: images to leave out first, `count`: images to give; multiples of 4, together no more than 2,000.
+        skip: images of each kind to leave out first.
+        per_kind: images of each kind to give.
 
     Raises:
-        TurboError: they are not fetched, or there are fewer.
+        TurboError: they are not fetched, or a kind has fewer.
     """
-    found: Labelled = []
+    kinds = []
     for fault in FAULTS:
         paths = sorted((folder / fault).glob("*.jpg"))
-        share = 2 if fault == "nominal" else 4
         if not paths:
             raise TurboError(f"{folder / fault}: has no images: python studies/clip/fetch.py")
-        if len(paths) < (skip + count) // share:
-            raise TurboError(f"skip={skip}, count={count}: {fault} has {len(paths)} images")
+        if len(paths) < skip + per_kind:
+            raise TurboError(f"skip={skip}, per_kind={per_kind}: {fault} has {len(paths)} images")
         random.Random(0).shuffle(paths)
-        found += [(fault, LazyImage.file(path)) for path in paths[skip // share : (skip + count) // share]]
-    random.Random(1).shuffle(found)
-    return found
+        kinds.append(paths[skip : skip + per_kind])
+    return [(path.parent.name, LazyImage.file(path)) for turn in zip(*kinds) for path in turn]
 
 
 if __name__ == "__main__":
