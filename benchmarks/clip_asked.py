@@ -23,11 +23,12 @@ sys.path.insert(0, str(STUDY.parent / "photos"))
 sys.path.append(str(STUDY))
 NAMES = 80
 """The first so many of the names that are given are asked for; COCO-Stuff's 80 are things."""
-CLOTHES, TEXTILES = 100, 200
-"""Of each kind, to learn and as many to be asked; the kinds by turns."""
-TEACHING, DRAWS = (60, 0.75), 5
-"""Textiles of each kind that a classifier learns from, at most so many and that share; and how often they are drawn."""
+CLOTHES, TEXTILES = 100, 300
+"""Of each kind at most, the kinds by turns."""
+FOLDS, DRAWS = 5, 2
+"""Parts of a set, each of which is asked of a classifier taught with the others; draws of them for textiles."""
 NEIGHBOURS, STRENGTHS = 20, (1, 10, 100)
+"""As many as a tenth of those who teach at most; weights of the data against the regularisation, to choose from."""
 CROP = (0.5, 0.8)
 """Shares of a photograph's side."""
 NEAREST = "zero-shot"
@@ -101,16 +102,16 @@ def stamps() -> Pictures:
     return labelled([(sample.answers[0], sample.images[0]) for sample in samples])
 
 
-def clothes(part: str) -> Pictures:
+def clothes() -> Pictures:
     from fetch import load_fashion
 
-    return labelled(load_fashion(part, CLOTHES))
+    return labelled(load_fashion("t10k", CLOTHES))
 
 
-def textiles(skip: int) -> Pictures:
+def textiles() -> Pictures:
     from fetch import load_textile
 
-    return labelled(load_textile(skip, TEXTILES))
+    return labelled(load_textile(TEXTILES))
 
 
 def labelled(pairs: Sequence[tuple[str, LazyImage]]) -> Pictures:
@@ -121,10 +122,8 @@ SETS: dict[str, Callable[[], Pictures]] = {
     "photographs": photographs,
     "crops": crops,
     "stamps": stamps,
-    "clothes to learn": functools.partial(clothes, "train"),
-    "clothes": functools.partial(clothes, "t10k"),
-    "textiles to learn": functools.partial(textiles, TEXTILES),
-    "textiles": functools.partial(textiles, 0),
+    "clothes": clothes,
+    "textiles": textiles,
 }
 
 
@@ -144,45 +143,52 @@ def zero_shot(name: str, asked: Asked) -> dict[str, Outcome]:
 
 def learned_clothes(asked: Asked) -> dict[str, Outcome]:
     """A linear probe and the nearest neighbours, taught with embeddings of the unmerged model or of the setting."""
-    taught, truth = (asked.labels[name] for name in ("clothes to learn", "clothes"))
     found = {}
     for way, classifier in (("linear probe", probe), ("k-NN", nearest)):
         for teacher, vectors in (("drop-in", asked.whole), ("refitted", asked.own)):
-            fitted = classifier(len(taught or ())).fit(vectors["clothes to learn"], taught)
-            found[f"{way}, {teacher}"] = outcome(fitted.predict(asked.own["clothes"]), truth)
+            answers, _ = cross_predicted(classifier, vectors["clothes"], asked.own["clothes"], asked.labels["clothes"])
+            found[f"{way}, {teacher}"] = outcome(answers, asked.labels["clothes"])
     return found
 
 
 def learned_textiles(asked: Asked) -> dict[str, Outcome]:
-    """Linear probes taught with few images, several draws; those with a small fault on their own."""
-    taught, truth = (np.array(asked.labels[name]) for name in ("textiles to learn", "textiles"))
+    """A linear probe, several draws of who teaches; those with a small fault on their own."""
+    truth = np.array(asked.labels["textiles"])
     local, nominal = truth == "local", truth == "nominal"
     found = {}
     for teacher, vectors in (("drop-in", asked.whole), ("refitted", asked.own)):
-        answers, wins = [], []
-        for draw in range(DRAWS):
-            some = drawn(taught, draw)
-            fitted = probe(len(some)).fit(vectors["textiles to learn"][some], taught[some])
-            answers.append(fitted.predict(asked.own["textiles"]))
-            sound = fitted.predict_proba(asked.own["textiles"])[:, list(fitted.classes_).index("nominal")]
-            wins.append((sound[local][:, None] < sound[nominal]) + (sound[local][:, None] == sound[nominal]) / 2)
-        said = np.stack(answers)
+        draws = [cross_predicted(probe, vectors["textiles"], asked.own["textiles"], truth, d) for d in range(DRAWS)]
+        said = np.stack([answers for answers, _ in draws])
         found[f"accuracy, {teacher}"] = outcome(said, truth)
         is_found = (said != "nominal")[:, local]
         found[f"small faults found, {teacher}"] = Outcome(is_found, is_found.mean(axis=0))
         is_passed = (said == "nominal")[:, nominal]
         found[f"faultless ones passed, {teacher}"] = Outcome(is_passed, is_passed.mean(axis=0))
+        sound = [chances[:, sorted(set(truth)).index("nominal")] for _, chances in draws]
+        wins = [(s[local][:, None] < s[nominal]) + (s[local][:, None] == s[nominal]) / 2 for s in sound]
         found[f"AUC of small faults, {teacher}"] = Outcome(None, np.mean(wins, axis=0))
     return found
 
 
-def drawn(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Places of equally many images of each label."""
-    chance = np.random.default_rng(seed)
-    places = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    most, share = TEACHING
-    each = min(most, round(share * min(map(len, places))))
-    return np.concatenate([chance.permutation(some)[:each] for some in places])
+def cross_predicted(
+    classifier: Callable[[int], Any], taught: np.ndarray, asked: np.ndarray, labels: Any, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and chances of each label in their order, of every image by a classifier taught with the other folds'.
+
+    Args:
+        classifier: makes one for so many images.
+        taught: embeddings of all images to teach with, `[images, width]`; `asked`: to ask with.
+    """
+    from sklearn.model_selection import StratifiedKFold
+    from threadpoolctl import threadpool_limits
+
+    truth = np.array(labels)
+    answers, chances = np.empty_like(truth), np.empty((len(truth), len(set(labels))))
+    with threadpool_limits(1):  # problems too small to share among threads
+        for others, fold in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(taught, truth):
+            fitted = classifier(len(others)).fit(taught[others], truth[others])
+            answers[fold], chances[fold] = fitted.predict(asked[fold]), fitted.predict_proba(asked[fold])
+    return answers, chances
 
 
 def retrieved(asked: Asked) -> dict[str, Outcome]:
@@ -211,7 +217,7 @@ def probe(samples: int) -> Any:
 def nearest(samples: int) -> Any:
     from sklearn.neighbors import KNeighborsClassifier
 
-    return KNeighborsClassifier(min(NEIGHBOURS, samples), metric="cosine")
+    return KNeighborsClassifier(max(1, min(NEIGHBOURS, samples // 10)), metric="cosine")
 
 
 @dataclass(frozen=True)
@@ -228,10 +234,6 @@ TASKS = {
     "photographs": Task(("photographs",), functools.partial(zero_shot, "photographs"), (NEAREST,), needs_names=True),
     "retrieval": Task(("photographs", "crops"), retrieved, ("R@1, unmerged index", "R@1, index of its own")),
     "stamps": Task(("stamps",), functools.partial(zero_shot, "stamps"), (NEAREST,), needs_names=True),
-    "textiles": Task(
-        ("textiles to learn", "textiles"), learned_textiles, ("accuracy, refitted", "AUC of small faults, refitted")
-    ),
-    "clothes": Task(
-        ("clothes to learn", "clothes"), learned_clothes, ("linear probe, drop-in", "linear probe, refitted")
-    ),
+    "textiles": Task(("textiles",), learned_textiles, ("accuracy, refitted", "AUC of small faults, refitted")),
+    "clothes": Task(("clothes",), learned_clothes, ("linear probe, drop-in", "linear probe, refitted")),
 }

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import clip_asked
 import clip_tasks
 from PIL import Image
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
 
 from turbovlm.errors import TurboError
 from turbovlm_lab.evaluate.data import LazyImage
@@ -115,45 +117,53 @@ def test_crops_are_looked_for_in_both_indices():
     assert found["R@1, index of its own"].scores.tolist() == [1, 1, 1, 1]
 
 
-def test_small_faults_are_scored_on_their_own(monkeypatch):
-    """Local faults that look nominal are missed, and ranked by chance, while the rest is right."""
-    from sklearn.metrics import roc_auc_score
-
-    monkeypatch.setattr(clip_asked, "DRAWS", 2)
-    monkeypatch.setattr(clip_asked, "STRENGTHS", (1, 10))
+def test_everything_is_asked_of_a_classifier_that_was_not_taught_it():
+    """One that knows by heart is wrong wherever labels have nothing to do with images."""
     chance = np.random.default_rng(0)
-    labels = ["nominal", "local", "global"] * 60
+    images, labels = chance.normal(size=(40, 8)), np.array(["bag", "coat"] * 20)
+    seen = []
+
+    def by_heart(count):
+        seen.append(count)
+        return KNeighborsClassifier(1)
+
+    answers, chances = clip_asked.cross_predicted(by_heart, images, images, labels)
+    assert seen == [32] * clip_asked.FOLDS and 0.2 < (answers == labels).mean() < 0.8
+    assert (np.array(["bag", "coat"])[chances.argmax(axis=1)] == answers).all()
+    other, _ = clip_asked.cross_predicted(by_heart, images, images, labels, seed=1)
+    assert (other != answers).any()
+
+
+def test_small_faults_are_scored_on_their_own(monkeypatch):
+    """Local faults that look nominal when asked are missed, and ranked by chance, while the rest is right."""
+    monkeypatch.setattr(clip_asked, "STRENGTHS", (10,))
+    chance = np.random.default_rng(0)
+    labels = ["nominal", "local", "global"] * 20
     clear = {"nominal": (9, 0, 0), "local": (0, 9, 0), "global": (0, 0, 9)}
     blurred = {**clear, "local": clear["nominal"]}
 
     def drawn(table):
-        return units(*(np.array(table[label]) + chance.normal(size=3) for label in labels))
+        return {"textiles": units(*(np.array(table[label]) + chance.normal(size=3) for label in labels))}
 
-    names = ("textiles to learn", "textiles")
-    whole = {name: drawn(clear) for name in names}
-    asked = clip_asked.Asked({**whole, "textiles": drawn(blurred)}, whole, dict.fromkeys(names, labels))
-    found = clip_asked.learned_textiles(asked)
-    assert found["faultless ones passed, drop-in"].scores.mean() == 1
-    assert found["small faults found, drop-in"].scores.mean() == 0
-    assert found["accuracy, drop-in"].scores.mean() == pytest.approx(2 / 3)
-    assert found["AUC of small faults, drop-in"].scores.mean() == pytest.approx(0.5, abs=0.1)
-    own = clip_asked.learned_textiles(clip_asked.Asked(whole, whole, dict.fromkeys(names, labels)))
-    assert own["AUC of small faults, drop-in"].scores.mean() == 1
-    chosen, truths = np.array([label != "global" for label in labels]), np.array(labels)
-    areas = []
+    whole, own = drawn(clear), drawn(blurred)
+    found = clip_asked.learned_textiles(clip_asked.Asked(own, whole, {"textiles": labels}))
+    scores = {name: outcome.scores.mean() for name, outcome in found.items()}
+    assert scores["faultless ones passed, drop-in"] == 1 and scores["small faults found, drop-in"] == 0
+    assert scores["accuracy, drop-in"] == pytest.approx(2 / 3)
+    truth, areas = np.array(labels), []
     for draw in range(clip_asked.DRAWS):
-        some = clip_asked.drawn(truths, draw)
-        fitted = clip_asked.probe(len(some)).fit(whole["textiles to learn"][some], truths[some])
-        sound = fitted.predict_proba(asked.own["textiles"])[chosen, list(fitted.classes_).index("nominal")]
-        areas.append(roc_auc_score(truths[chosen] == "local", -sound))
-    assert found["AUC of small faults, drop-in"].scores.mean() == pytest.approx(np.mean(areas))
+        _, chances = clip_asked.cross_predicted(clip_asked.probe, whole["textiles"], own["textiles"], labels, draw)
+        chosen = truth != "global"
+        areas.append(roc_auc_score(truth[chosen] == "local", -chances[chosen, 2]))
+    assert scores["AUC of small faults, drop-in"] == pytest.approx(np.mean(areas))
+    clean = clip_asked.learned_textiles(clip_asked.Asked(whole, whole, {"textiles": labels}))
+    assert {name: outcome.scores.mean() for name, outcome in clean.items()} == dict.fromkeys(scores, 1)
 
 
 def test_a_drop_in_probe_is_taught_by_the_unmerged_model():
-    labels = ["bag", "coat"] * 20
-    whole = {name: units(*[(1, 0), (0, 1)] * 20) for name in ("clothes to learn", "clothes")}
-    own = {name: vectors[:, ::-1] for name, vectors in whole.items()}
-    found = clip_asked.learned_clothes(clip_asked.Asked(own, whole, dict.fromkeys(whole, labels)))
+    whole = {"clothes": units(*[(1, 0), (0, 1)] * 20)}
+    own = {"clothes": whole["clothes"][:, ::-1]}
+    found = clip_asked.learned_clothes(clip_asked.Asked(own, whole, {"clothes": ["bag", "coat"] * 20}))
     assert {name: outcome.scores.mean() for name, outcome in found.items()} == {
         "linear probe, drop-in": 0,
         "linear probe, refitted": 1,
@@ -230,19 +240,18 @@ def test_clothes_are_read_by_turns(tmp_path):
         fetch.load_fashion("t10k", 1, tmp_path)
 
 
-def test_textiles_to_learn_are_others_than_those_asked(tmp_path):
+def test_textiles_are_read_by_turns(tmp_path):
     fetch = module_of(FETCH)
     for fault in fetch.FAULTS:
         (tmp_path / fault).mkdir()
         for number in range(8):
             Image.new("L", (8, 8)).save(tmp_path / fault / f"{number}.jpg")
-    asked, learned = fetch.load_textile(0, 4, tmp_path), fetch.load_textile(4, 4, tmp_path)
-    for found in (asked, learned):
-        assert [label for label, _ in found] == 4 * list(fetch.FAULTS)
-        assert all(Path(image.name).parent.name == label for label, image in found)
-    assert len({image.name for _, image in asked + learned}) == 24
-    with pytest.raises(TurboError, match="nominal has 8 images"):
-        fetch.load_textile(4, 5, tmp_path)
+    found = fetch.load_textile(4, tmp_path)
+    assert [label for label, _ in found] == 4 * list(fetch.FAULTS)
+    assert all(Path(image.name).parent.name == label for label, image in found)
+    assert len({image.name for _, image in found}) == 12
+    with pytest.raises(TurboError, match="per_kind=9: nominal has 8 images"):
+        fetch.load_textile(9, tmp_path)
 
 
 def test_fetching_says_what_failed(tmp_path, monkeypatch):

@@ -123,11 +123,10 @@ def load_fashion(part: str, per_kind: int, folder: Path = FASHION) -> Labelled:
     ]
 
 
-def load_textile(skip: int, per_kind: int, folder: Path = TEXTILE) -> Labelled:
+def load_textile(per_kind: int, folder: Path = TEXTILE) -> Labelled:
     """Textiles in an order drawn once, the kinds of `FAULTS` by turns.
 
     Args:
-        skip: images of each kind to leave out first.
         per_kind: images of each kind to give.
 
     Raises:
@@ -138,10 +137,10 @@ def load_textile(skip: int, per_kind: int, folder: Path = TEXTILE) -> Labelled:
         paths = sorted((folder / fault).glob("*.jpg"))
         if not paths:
             raise TurboError(f"{folder / fault}: has no images: python studies/clip/fetch.py")
-        if len(paths) < skip + per_kind:
-            raise TurboError(f"skip={skip}, per_kind={per_kind}: {fault} has {len(paths)} images")
+        if len(paths) < per_kind:
+            raise TurboError(f"per_kind={per_kind}: {fault} has {len(paths)} images")
         random.Random(0).shuffle(paths)
-        kinds.append(paths[skip : skip + per_kind])
+        kinds.append(paths[:per_kind])
     return [(path.parent.name, LazyImage.file(path)) for turn in zip(*kinds) for path in turn]
 
 
