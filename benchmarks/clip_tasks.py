@@ -3,7 +3,7 @@
     python studies/photos/prepare.py                          # 256 photographs, fetched
     python studies/clip/prepare.py --names NAMES --first 80   # 300 things on photographs, fetched and composited
     python studies/clip/fetch.py                              # clothes and textiles, fetched
-    python benchmarks/clip_tasks.py --names NAMES             # an hour and a half on two cores
+    python benchmarks/clip_tasks.py --names NAMES             # some 8,000 images through CLIP
     python benchmarks/clip_tasks.py --names NAMES --settings turbovlm --seeds 8   # that row, of more draws
     python benchmarks/clip_tasks.py --names NAMES --settings turbovlm --again     # that row anew
 
@@ -161,7 +161,8 @@ def compared(own: Sequence[Outcome], whole: Outcome) -> dict[str, Any]:
     """Outcomes by seed beside the unmerged model's: score, difference with its interval, share of same answers."""
     row: dict[str, Any] = {}
     if whole.answers is not None:
-        row["same"] = float(np.mean([np.mean(each.answers == whole.answers) for each in own]))
+        same = np.mean([each.answers == whole.answers for each in own], axis=(0, 1))
+        row["same"] = list(astuple(statistics.mean(same.tolist())))
     if whole.scores is not None:
         scores = [each.scores for each in own if each.scores is not None]
         mean = np.mean(scores, axis=0)
@@ -186,13 +187,20 @@ def report(found: dict[str, Any]) -> str:
     lines += [
         f"ViT-B/16's image tower, {found['flops']:.0%} of the multiply-accumulates. {described(found['machine'])}"
     ]
-    lines += ["", "Differences to the unmerged model in points, [95 % bootstrap interval over images]; in brackets how"]
-    lines += ["often the answer is the unmerged model's. Settings that draw at random: means over seeds.", ""]
+    lines += ["", "Differences to the unmerged model in points, with 95 % bootstrap intervals over images; in round"]
+    lines += [
+        "brackets how often the answer is the unmerged model's. Of settings that draw at random means over seeds."
+    ]
+    lines += [
+        "What photographs show is not known to the benchmark: of them there is the share of same labels alone.",
+        "",
+    ]
     lines += ["## At a glance", "", *table(found, {task: TASKS[task].headlines for task in tasks_in(found)})]
     for task, rows in tasks_in(found).items():
         measures = list(dict.fromkeys(name for row in rows.values() for name in row["measures"]))
-        images = next(iter(rows.values()))["images"]
-        counts = ", ".join(f"{number} {name}" for name, number in images.items())
+        counts = " or ".join(
+            {", ".join(f"{n} {name}" for name, n in row["images"].items()): 0 for row in rows.values()}
+        )
         lines += ["", f"## {task}", "", f"Images: {counts}.", "", *table(found, {task: measures})]
     lines += ["", "## What was run", "", "| setting | MACs | seeds | tokens before and after each block |"]
     lines += ["|---|--:|--:|---|"]
@@ -216,13 +224,12 @@ def table(found: dict[str, Any], wanted: Mapping[str, Sequence[str]]) -> list[st
 
 
 def cell(measure: dict[str, Any]) -> str:
-    parts = []
-    if "difference" in measure:
-        value, low, high = (100 * each for each in measure["difference"])
-        parts.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
-    if "same" in measure:
-        parts.append(f"({measure['same']:.1%})")
-    return " ".join(parts)
+    same = [f"({measure['same'][0]:.0%})"] if "same" in measure else []
+    if "difference" not in measure:
+        low, high = measure["same"][1:]
+        return f"{same[0]} [{low:.0%}, {high:.0%}]"
+    value, low, high = (100 * each for each in measure["difference"])
+    return " ".join([f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", *same])
 
 
 def by_seed(found: dict[str, Any]) -> list[str]:
@@ -263,12 +270,12 @@ def plot(found: dict[str, Any], path: Path) -> None:
             if name not in rows:
                 continue
             row = rows[name]["measures"][measure]
-            value, low, high = (100 * each for each in row.get("difference", [row.get("same", 1) - 1] * 3))
+            value, low, high = (100 * e for e in row.get("difference", [share - 1 for share in row.get("same", ())]))
             style = {"marker": "o", "capsize": 3, "color": "#0b6e99" if name == DEFAULT else "0.45"}
             axis.errorbar(value, place, xerr=[[value - low], [high - value]], **style)
         score = rows.get(OWN, {}).get("measures", {}).get(measure, {}).get("score")
-        told = "other label than unmerged" if score is None else f"{measure}, {score:.1%} unmerged"
-        axis.set_title(f"{task}\n{told}", fontsize=8, loc="left")
+        told = "other label than unmerged" if score is None else f"{measure}: {score:.0%} unmerged"
+        axis.set_title(f"{task}\n{told}", fontsize=7.5, loc="left")
         axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)

@@ -80,11 +80,11 @@ def test_scores_are_compared_image_by_image():
     first = clip_asked.outcome(np.array(list("abdd")), list("abcc"))
     second = clip_asked.outcome(np.array(list("abcc")), list("abcc"))
     row = clip_tasks.compared([first, second], whole)
-    assert row["same"] == 0.75 and row["by seed"] == [0.5, 1.0] and row["score"] == 0.75
+    assert row["same"][0] == 0.75 > row["same"][1] and row["by seed"] == [0.5, 1.0] and row["score"] == 0.75
     assert row["difference"][0] == 0 and row["difference"][1] < 0 < row["difference"][2]
     assert clip_tasks.compared([whole], whole)["difference"] == [0, 0, 0]
     unknown = clip_asked.outcome(np.array(list("ab")), None)
-    assert clip_tasks.compared([unknown], unknown) == {"same": 1.0}
+    assert clip_tasks.compared([unknown], unknown) == {"same": [1, 1, 1]}
 
 
 def test_the_interval_of_pairs_draws_both_kinds():
