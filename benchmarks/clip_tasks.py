@@ -6,6 +6,7 @@
     python benchmarks/clip_tasks.py --names NAMES             # some 8,000 images through CLIP
     python benchmarks/clip_tasks.py --names NAMES --settings turbovlm --seeds 8   # that row, of more draws
     python benchmarks/clip_tasks.py --names NAMES --settings turbovlm --again     # that row anew
+    python benchmarks/clip_tasks.py --tasks textiles clothes --limit 900          # those of more images
 
 NAMES are embeddings of names by CLIP ViT-B/16's text tower, see `turbovlm_lab.zoo.clip_names`; the first 80 are asked
 for. Every setting is left `--flops` of the encoder's multiply-accumulates. Written are
@@ -299,7 +300,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="of what is drawn at random (default: %(default)s)")
     parser.add_argument("--flops", type=float, default=0.6, help="share of the cost left (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=240, help="images of each set at most (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=256, help="images of each set at most (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure those rows anew")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
     args = parser.parse_args()
