@@ -328,8 +328,10 @@ def report_times(results: dict[str, Any]) -> list[str]:
 
 def report_speed(results: dict[str, Any]) -> list[str]:
     lines = ["", "## Speed, one recording, process CPU time", ""]
+    rounds = {len(found["runs"]["unmerged"]["whole"]) for found in results["speed"].values()} - {0}
     lines += [
-        "Of the unmerged model in seconds, of the others how many times faster: medians of ratios within a round."
+        "One thread. Of the unmerged model in seconds, of the others how many times faster: medians of ratios within a "
+        f"round, of {' or '.join(map(str, sorted(rounds)))}."
     ]
     for what in ("encoder", "whole"):
         title = "Encoder" if what == "encoder" else "Encoder and decoder, greedy"
