@@ -207,7 +207,7 @@ def report(found: dict[str, Any]) -> str:
     lines += ["|---|--:|--:|---|"]
     for name, row in settings_in(found).items():
         lines.append(f"| {name} | {row['macs']:.3f} | {row['seeds']} | {' '.join(map(str, row['tokens']))} |")
-    return "\n".join([*lines, "", *by_seed(found)]) + "\n"
+    return "\n".join([*lines, *by_seed(found)]) + "\n"
 
 
 def table(found: dict[str, Any], wanted: Mapping[str, Sequence[str]]) -> list[str]:
@@ -234,16 +234,18 @@ def cell(measure: dict[str, Any]) -> str:
 
 
 def by_seed(found: dict[str, Any]) -> list[str]:
-    """The default's scores by seed, with Student's interval of their mean."""
-    lines = ["## By seed", "", "The default's scores; their mean with Student's 95 % interval over seeds.", ""]
-    lines += ["| task | by seed | mean |", "|---|---|--:|"]
-    for task, rows in tasks_in(found).items():
-        for name, measure in rows.get(DEFAULT, {"measures": {}})["measures"].items():
+    """The default's scores by seed, with Student's interval of their mean; nothing where there is one seed."""
+    rows = []
+    for task, measured_rows in tasks_in(found).items():
+        for name, measure in measured_rows.get(DEFAULT, {"measures": {}})["measures"].items():
             if len(measure.get("by seed", ())) > 1:
                 value, low, high = astuple(statistics.over_seeds(measure["by seed"]))
                 listed = ", ".join(f"{100 * each:.1f}" for each in measure["by seed"])
-                lines.append(f"| {task}: {name} | {listed} | {value:.1%} [{low:.1%}, {high:.1%}] |")
-    return lines
+                rows.append(f"| {task}: {name} | {listed} | {value:.1%} [{low:.1%}, {high:.1%}] |")
+    if not rows:
+        return []
+    told = "The default's scores; their mean with Student's 95 % interval over seeds."
+    return ["", "## By seed", "", told, "", "| task | by seed | mean |", "|---|---|--:|", *rows]
 
 
 def tasks_in(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
