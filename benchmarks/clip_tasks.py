@@ -266,7 +266,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     wanted = [(task, measure) for task in tasks_in(found) for measure in TASKS[task].headlines]
     names = [name for name in settings_in(found) if name != OWN]
     figure = Figure(figsize=(11, 1.2 + 2.2 * -(-len(wanted) // 4)), layout="constrained")
-    axes = figure.subplots(-(-len(wanted) // 4), 4, sharey=True, squeeze=False).flat
+    axes = figure.subplots(-(-len(wanted) // 4), 4, sharey=True, squeeze=False).ravel()
     for axis, (task, measure) in zip(axes, wanted):
         rows = found["tasks"][task]
         for place, name in enumerate(names):
@@ -282,7 +282,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    for axis in list(axes)[len(wanted) :]:
+    for axis in axes[len(wanted) :]:
         axis.set_visible(False)
     figure.axes[0].set_yticks(range(len(names)), names)
     figure.axes[0].invert_yaxis()
