@@ -207,7 +207,7 @@ def report(found: dict[str, Any]) -> str:
     lines += ["|---|--:|--:|---|"]
     for name, row in settings_in(found).items():
         lines.append(f"| {name} | {row['macs']:.3f} | {row['seeds']} | {' '.join(map(str, row['tokens']))} |")
-    return "\n".join([*lines, "", *by_seed(found)]) + "\n"
+    return "\n".join([*lines, *by_seed(found)]) + "\n"
 
 
 def table(found: dict[str, Any], wanted: Mapping[str, Sequence[str]]) -> list[str]:
@@ -234,16 +234,18 @@ def cell(measure: dict[str, Any]) -> str:
 
 
 def by_seed(found: dict[str, Any]) -> list[str]:
-    """The default's scores by seed, with Student's interval of their mean."""
-    lines = ["## By seed", "", "The default's scores; their mean with Student's 95 % interval over seeds.", ""]
-    lines += ["| task | by seed | mean |", "|---|---|--:|"]
-    for task, rows in tasks_in(found).items():
-        for name, measure in rows.get(DEFAULT, {"measures": {}})["measures"].items():
+    """The default's scores by seed, with Student's interval of their mean; nothing where there is one seed."""
+    rows = []
+    for task, measured_rows in tasks_in(found).items():
+        for name, measure in measured_rows.get(DEFAULT, {"measures": {}})["measures"].items():
             if len(measure.get("by seed", ())) > 1:
                 value, low, high = astuple(statistics.over_seeds(measure["by seed"]))
                 listed = ", ".join(f"{100 * each:.1f}" for each in measure["by seed"])
-                lines.append(f"| {task}: {name} | {listed} | {value:.1%} [{low:.1%}, {high:.1%}] |")
-    return lines
+                rows.append(f"| {task}: {name} | {listed} | {value:.1%} [{low:.1%}, {high:.1%}] |")
+    if not rows:
+        return []
+    told = "The default's scores; their mean with Student's 95 % interval over seeds."
+    return ["", "## By seed", "", told, "", "| task | by seed | mean |", "|---|---|--:|", *rows]
 
 
 def tasks_in(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -264,7 +266,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     wanted = [(task, measure) for task in tasks_in(found) for measure in TASKS[task].headlines]
     names = [name for name in settings_in(found) if name != OWN]
     figure = Figure(figsize=(11, 1.2 + 2.2 * -(-len(wanted) // 4)), layout="constrained")
-    axes = figure.subplots(-(-len(wanted) // 4), 4, sharey=True, squeeze=False).flat
+    axes = figure.subplots(-(-len(wanted) // 4), 4, sharey=True, squeeze=False).ravel()
     for axis, (task, measure) in zip(axes, wanted):
         rows = found["tasks"][task]
         for place, name in enumerate(names):
@@ -280,7 +282,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    for axis in list(axes)[len(wanted) :]:
+    for axis in axes[len(wanted) :]:
         axis.set_visible(False)
     figure.axes[0].set_yticks(range(len(names)), names)
     figure.axes[0].invert_yaxis()
