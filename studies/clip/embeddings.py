@@ -5,8 +5,8 @@
 
 Needs studies/clip/data/stamps (prepare.py), npm, apt-get and dpkg-deb. To train on: emoji of things by three vendors,
 on white, with labels and tags, without the fifth that `unseen` leaves out; icons, clip art and Tux Paint's stamps as
-studies/pairs/pictures.py has them, on white, the stamps on photographs as well. For evaluation alone: the emoji left
-out, as Twemoji draws them; photographs of Debian's gcompris-qt-data, see photos.py; and prepare.py's images.
+studies/pairs/pictures.py has them, on white, the stamps on photographs as well. For evaluation alone: photographs of
+Debian's gcompris-qt-data, see photos.py, and prepare.py's images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ import turbovlm
 from turbovlm_lab.zoo import clip
 from turbovlm_lab.zoo.dual_encoder import unseen
 from turbovlm_lab.zoo.scenes import on_photo
-from turbovlm_lab.zoo.sprites import load_sprites
 
 DATA = Path(__file__).parent / "data" / "embeddings"
 TRAINED_VENDORS = ("noto", "fluent-3d", "openmoji")
@@ -47,7 +46,7 @@ THINGS = ("animals-nature", "food-drink", "travel-places", "activities", "object
 BATCH, IN_FILE = 32, 128
 FLOPS = 0.35
 """Share of the tower's cost for what is trained on, by merging tokens, of which white ground leaves many alike."""
-EVALUATED = ("photos", "named-stamps", "twemoji")
+EVALUATED = ("photos", "named-stamps")
 SIDE, SHARE = 224, (0.7, 1.0)
 """Pixels a side of an image on white, and what share of it the drawing takes."""
 
@@ -140,12 +139,6 @@ def emoji(vendor: str, folder: Path) -> Iterator[Item]:
             yield Item("emoji", vendor, entry["code"], entry["label"], tuple(entry["tags"]), image)
 
 
-def twemoji() -> Iterator[Item]:
-    for s in load_sprites():
-        if s.group in THINGS and unseen(s.code):
-            yield Item("twemoji", "twemoji", s.code, s.label, s.tags, s.image)
-
-
 def named_stamps() -> Iterator[Item]:
     """One image of each stamp that prepare.py has put on photographs."""
     for path in sorted((DATA.parent / "stamps").glob("*/*-0.png")):
@@ -161,7 +154,6 @@ PARTS: dict[str, Callable[[Path], Iterator[Item]]] = {
     "named-stamps": lambda _: named_stamps(),
     "stamps": lambda folder: on_white(tux(folder)),
     "stamps-on-photos": lambda folder: on_photos(tux(folder), folder),
-    "twemoji": lambda _: on_white(twemoji()),
     **{vendor: partial(emoji, vendor) for vendor in TRAINED_VENDORS},
     "icons": lambda folder: on_white(once(icons(folder))),
     "clipart": lambda folder: on_white(once(cliparts(unpack("openclipart-svg", folder) / "openclipart" / "svg"))),

@@ -4,7 +4,7 @@ The package holds the tower and its projection to the space that images and text
 and zero point per output channel) in the weights of linear layers; everything else is fp32. Here it is dequantised.
 CLIP's code and weights are OpenAI's (MIT by their repository; the hub's entry declares no licence), the package says
 MIT of its own code. Neither is part of turbovlm, and none of the package's code is run. A text tower is not in it:
-`turbovlm_lab.zoo.clip_names` reads texts that somebody has embedded.
+`turbovlm_lab.zoo.clip_names` reads names that somebody has embedded, `turbovlm_lab.zoo.clip_text` maps any others.
 """
 
 from __future__ import annotations
