@@ -171,6 +171,10 @@ def count(batch: Any) -> int:
     return len(batch) if isinstance(batch, Tensor) else len(batch["input_ids"])
 
 
+def first_of(batch: Any) -> Any:
+    return batch[:1] if isinstance(batch, Tensor) else {name: values[:1] for name, values in batch.items()}
+
+
 def vectors_of(judge: Judge) -> Tensor:
     return torch.cat([judge.vectors(batch) for batch in judge.inputs])
 
@@ -178,12 +182,14 @@ def vectors_of(judge: Judge) -> Tensor:
 def measured(judge: Judge, whole: Tensor, schedule: str, degree: str, seed: int, flops: float) -> dict[str, float]:
     """Drift and cost of one setting."""
     settings = DEGREES[degree] | {"seed": seed, "dense": judge.dense}
-    with turbovlm.apply(judge.model, r=0, **settings) as handle:
-        (feature,) = handle.features
-    shape, native = feature.shape, feature.native_tokens
     groups: dict[int, list[int]] = {}
+    with torch.inference_mode(), turbovlm.apply(judge.model, r=0, **settings) as handle:
+        (feature,) = handle.features
+        judge.vectors(first_of(judge.inputs[0]))
+        images = feature.last.lengths[0]  # tokens of an image of this size, which need not be the native one
     for place, batch in enumerate(judge.inputs):
-        groups.setdefault(native if isinstance(batch, Tensor) else batch["input_ids"].shape[1], []).append(place)
+        groups.setdefault(images if isinstance(batch, Tensor) else batch["input_ids"].shape[1], []).append(place)
+    shape = feature.shape
     vectors: dict[int, Tensor] = {}
     ratios: list[float] = []
     blocks = SCHEDULES[schedule](shape.depth)
@@ -223,9 +229,10 @@ def report(found: dict[str, Any]) -> str:
         lines += ["", f"## {name}, {judge['inputs']} inputs", ""]
         if tome is not None:
             lines += [f"Drift as a share of ToMe's in every block, {tome:.4f}; lowest and highest seed.", ""]
-        lines += [f"| schedule | {' | '.join(DEGREES)} |", "|---|" + "--:|" * len(DEGREES)]
+        degrees = [degree for degree in DEGREES if any(f" | {degree} | " in run for run in judge["runs"])]
+        lines += [f"| schedule | {' | '.join(degrees)} |", "|---|" + "--:|" * len(degrees)]
         for schedule in SCHEDULES:
-            cells = [cell(judge["runs"], schedule, degree, tome or 1) for degree in DEGREES]
+            cells = [cell(judge["runs"], schedule, degree, tome or 1) for degree in degrees]
             if any(cells):
                 lines.append(f"| {schedule} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
