@@ -444,3 +444,38 @@ def test_works_on_the_meta_device():
         model = timm.create_model("vit_base_patch16_224")
     with turbovlm.apply(model, r=13):
         assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
+
+
+def small_clip():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 12}
+    config = transformers.CLIPVisionConfig(**sizes, image_size=64, patch_size=8, projection_dim=16)
+    return transformers.CLIPVisionModelWithProjection(config).eval()
+
+
+def test_clip_merges_in_four_blocks_where_cls_alone_is_read():
+    timm, model = pytest.importorskip("timm"), small_clip()
+    merging = [3, 5, 7, 9]
+    for amount in ({"flops": 0.7}, {"keep": 0.4}):
+        with turbovlm.apply(model, **amount) as handle:
+            (feature,) = handle.features
+            assert [block for block, r in enumerate(feature.schedule().merged) if r] == merging
+            assert feature.partition == "all" and "any patch into any other" in repr(handle)
+            model(torch.randn(1, 3, 64, 64))
+            assert feature.last.lengths[-1] == feature.schedule().tokens[-1] < 65
+        for other in ({"dense": True}, {"blocks": "every"}):
+            with turbovlm.apply(model, **amount, **other) as handle:
+                (feature,) = handle.features
+                assert all(feature.schedule().merged) and feature.partition == "random"
+    with turbovlm.apply(model, r=4) as handle:
+        assert handle.features[0].schedule().merged == (4,) * 12
+    settings = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
+    for pre_norm, blocks in ((True, merging), (False, list(range(12)))):
+        vit = timm.models.VisionTransformer(**settings, pre_norm=pre_norm).eval()
+        with turbovlm.apply(vit, flops=0.7) as handle:
+            assert [block for block, r in enumerate(handle.features[0].schedule().merged) if r] == blocks
+
+
+def test_blocks_that_are_not_there_are_refused():
+    with pytest.raises(ConfigError, match=r"blocks=\[3, 12\]: the encoder .*has 12 blocks, counted from 0 to 11"):
+        turbovlm.apply(small_clip(), flops=0.6, blocks=[3, 12])

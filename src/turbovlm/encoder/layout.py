@@ -32,8 +32,8 @@ Around = tuple[nn.Module, ...]
 
 
 FOUR_LATE = (3 / 12, 5 / 12, 7 / 12, 9 / 12)
-"""Where CLIP merges: at 61 % of the multiply-accumulates its embedding drifts half as far as with merges in every
-block, and the first blocks are where merging hurts most (`benchmarks/judges.py`)."""
+"""Where CLIP merges: at 61 % of the multiply-accumulates its embedding drifts six tenths as far as with merges in every
+block, as the first blocks are where merging hurts it most (`benchmarks/judges.py`)."""
 
 
 @dataclass(frozen=True)
