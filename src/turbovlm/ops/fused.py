@@ -19,6 +19,7 @@ from torch import Tensor
 from turbovlm.ops import kernels, plain
 from turbovlm.ops.degree import DegreeFunction, default_alpha
 from turbovlm.ops.kernels import usable
+from turbovlm.ops.pairs import same_for_both
 from turbovlm.ops.partition import Index, Partition, positions
 from turbovlm.ops.plain import Bags
 from turbovlm.ops.tracing import wants_gradient
@@ -65,7 +66,7 @@ def most_similar(features: Tensor, partition: Partition, hidden: Tensor | None =
     else:
         indices = [nearest + j.start for (_, nearest), (_, j) in zip(found, windows)]
         redundancy, nearest = torch.cat([cosines for cosines, _ in found], dim=1), torch.cat(indices, dim=1)
-    return (plain.same_for_both(redundancy, nearest) if partition.all_pairs else redundancy), nearest
+    return (same_for_both(redundancy, nearest) if partition.all_pairs else redundancy), nearest
 
 
 def degree_of_candidates(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.ops.degree import DegreeFunction, information_degree
+from turbovlm.ops.pairs import paired, same_for_both
 from turbovlm.ops.partition import Index, Partition
 from turbovlm.ops.tracing import is_exporting, is_transformed, wants_gradient
 
@@ -25,9 +26,6 @@ STORED_SCORES = 1 << 20
 
 SIMILARITY_ROWS = 1024
 """Candidates compared at a time: the similarity in memory is never larger than this times the destinations."""
-
-STEPS_DOUBLED = 6
-"""How often the steps to a root are doubled: trees of similar tokens are rarely deeper than the 64 steps it makes."""
 
 SHORTEST = 1e-12
 """Features of less length than this count as this long."""
@@ -173,13 +171,6 @@ def _nearest_allowed(
     return (same_for_both(redundancy, nearest) if partition.all_pairs else redundancy), nearest
 
 
-def same_for_both(redundancy: Tensor, nearest: Tensor) -> Tensor:
-    """R of all pairs, `[batch, n]`, the same for two that are each other's most similar, whatever rounding says."""
-    place = torch.arange(nearest.shape[1], device=nearest.device)
-    is_mutual = nearest.gather(1, nearest) == place
-    return torch.where(is_mutual, torch.maximum(redundancy, redundancy.gather(1, nearest)), redundancy)
-
-
 def window_slices(windows: int, candidates: int, destinations: int) -> list[tuple[slice, slice]]:
     """The candidates and the destinations of each of a partition's windows, as slices of theirs."""
     return [
@@ -214,49 +205,10 @@ def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> tup
         nearest: the index of each candidate's destination among the destinations, `[batch, candidates]`.
     """
     if partition.all_pairs:
-        chosen, into = _paired(degree, nearest, r)
+        chosen, into = paired(degree, nearest, r)
         return _positions_at(partition.candidates, chosen), _positions_at(partition.destinations, into)
     chosen = degree.topk(r, dim=1, sorted=False).indices
     return _positions_at(partition.candidates, chosen), _positions_at(partition.destinations, nearest.gather(1, chosen))
-
-
-def _paired(degree: Tensor, nearest: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Of tokens that may merge into any other: the r that do, and where each goes, none of which goes itself.
-
-    Every token points to its most similar one. Of two that point to each other, the one of lower E, or the second of
-    equals, is a root, and so the tokens form trees; along the way to a root similarity grows. Those an odd number of
-    steps away from their root merge, by E, each into the one it points to. Where these are fewer than r, leaves an even
-    number of steps away follow into where theirs went. A token that another goes into never goes: at least half of the
-    tokens can.
-
-    Args:
-        degree: E, `[batch, n]`.
-        nearest: the most similar of the others, `[batch, n]`, int64.
-        r: at most n // 2.
-
-    Returns:
-        Indices, `[batch, r]` each.
-    """
-    count = degree.shape[1]
-    place = torch.arange(count, device=degree.device).expand_as(nearest)
-    there = degree.gather(1, nearest)
-    lower = (degree < there) | ((degree == there) & (place > nearest))
-    root = (nearest.gather(1, nearest) == place) & (lower | (nearest == place))  # itself: it has no other
-    parent = torch.where(root, place, nearest)
-    odd, ahead = ~root, parent
-    for _ in range(STEPS_DOUBLED):
-        odd, ahead = odd ^ odd.gather(1, ahead), ahead.gather(1, ahead)
-    goes = odd & ~odd.gather(1, parent)
-    stays = torch.zeros_like(nearest).scatter_add(1, parent, goes.to(nearest.dtype)) > 0
-    follows = ~odd & ~root & ~stays & goes.gather(1, parent)
-    # ranked: those that go, and padding; those that follow; whoever has no place in a tree (cycles of equals, depth)
-    kind = torch.where(goes | (follows & degree.isposinf()), 3, torch.where(follows, 2, torch.where(stays, 0, 1)))
-    order = degree.argsort(dim=1, stable=True).argsort(dim=1) + count * kind
-    into = torch.where(follows, parent.gather(1, parent), parent)
-    ranked = order.argsort(dim=1, descending=True)
-    into = torch.where(kind == 1, ranked[:, -1:], into)  # the last never goes
-    chosen = ranked[:, :r]
-    return chosen, into.gather(1, chosen)
 
 
 def merge_tokens(
