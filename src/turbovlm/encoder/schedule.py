@@ -160,10 +160,10 @@ def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
 
 
 def is_sparse(config: TurboConfig, depth: int, own: tuple[int, ...]) -> bool:
-    """Whether at most half of the blocks are asked to merge; `own` as in `requested_amounts`."""
+    """Whether some blocks are asked to merge, and at most half of them; `own` as in `requested_amounts`."""
     amounts = literal_amounts(config, depth)
     if amounts is not None:
-        return sum(amount > 0 for amount in amounts) <= depth / 2
+        return 0 < sum(amount > 0 for amount in amounts) <= depth / 2
     blocks = config.blocks if isinstance(config.blocks, tuple) else own if config.blocks == "auto" else ()
     return 0 < len(blocks) <= depth / 2
 

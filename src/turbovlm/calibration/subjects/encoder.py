@@ -30,7 +30,7 @@ SETTINGS: tuple[Mapping[str, Any], ...] = (
     {"partition": "all"},
     {"reduce": "merge"},
 )
-"""Changes of the given settings that are tried, none first: the defaults' nearest rivals (benchmarks/judges.py)."""
+"""Changes of the given settings that are tried, none first."""
 VARIED = ("alpha", "similarity", "degree", "partition", "reduce")
 """Fields that `SETTINGS` changes."""
 SLOPES = (0.0, 1.0, -1.0)
