@@ -5,11 +5,11 @@
     python benchmarks/judges.py --held-back              # the others, which nothing was chosen on
     python benchmarks/judges.py --judges clip --schedules "every block" --degrees ToMe random    # a part of it
 
-Judges: CLIP ViT-B/16's image embedding, the saliency ViT-S/14's CLS, its patches at every position, MiniLM's sentence
-embedding. A setting is a schedule and a degree; the number of tokens that a schedule merges in each of its blocks is
-solved, so that all settings of a judge cost alike: `--flops` of the encoder's multiply-accumulates. Measured is the
-drift, 1 − cosine to the unmerged model's vector with the inputs' mean taken off both; of each seed its mean over the
-inputs. Written are
+Judges: CLIP ViT-B/16's image embedding, its patches at every position, the saliency ViT-S/14's CLS, its patches at
+every position, MiniLM's sentence embedding. A setting is a schedule and a degree; the number of tokens that a schedule
+merges in each of its blocks is solved, so that all settings of a judge cost alike: `--flops` of the encoder's
+multiply-accumulates. Measured is the drift, 1 − cosine to the unmerged model's vector with the inputs' mean taken off
+both; of each seed its mean over the inputs. Written are
 benchmarks/results/judges{,_held_back}.{json,md}; what is in the JSON already is not measured again.
 """
 
@@ -63,6 +63,13 @@ def clip_judge(is_held_back: bool) -> Judge:
     return Judge(model, pixels.split(BATCH), lambda batch: model(pixel_values=batch).image_embeds)
 
 
+def clip_patches_judge(is_held_back: bool) -> Judge:
+    judge = clip_judge(is_held_back)
+    return Judge(
+        judge.model, judge.inputs, lambda batch: judge.model(pixel_values=batch).last_hidden_state[:, 1:], True
+    )
+
+
 def saliency_judge(is_held_back: bool) -> Judge:
     from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
@@ -89,7 +96,13 @@ def minilm_judge(is_held_back: bool) -> Judge:
     return Judge(model, [model.tokens([text]) for text in texts], lambda batch: model(**batch))
 
 
-JUDGES = {"clip": clip_judge, "saliency": saliency_judge, "patches": patches_judge, "minilm": minilm_judge}
+JUDGES = {
+    "clip": clip_judge,
+    "clip patches": clip_patches_judge,
+    "saliency": saliency_judge,
+    "patches": patches_judge,
+    "minilm": minilm_judge,
+}
 
 
 def photographs(is_held_back: bool) -> list[Any]:
@@ -111,11 +124,13 @@ def blocks_spread(count: int, first: float, last: float) -> Callable[[int], list
 
 SCHEDULES: dict[str, Callable[[int], list[int]]] = {
     "every block": blocks_from(0),
+    "every second block": lambda depth: list(range(0, depth, 2)),
     "from a sixth on": blocks_from(1 / 6),
     "from a quarter on": blocks_from(1 / 4),
     "from a third on": blocks_from(1 / 3),
     "five merges": blocks_spread(5, 1 / 6, 10 / 12),
     "four merges": blocks_spread(4, 1 / 4, 9 / 12),
+    "second third": lambda depth: list(range(round(depth / 3), round(2 * depth / 3))),
 }
 """Blocks that merge, by the depth; each merges as many tokens as the others. With `flops=`, CLIP has the four merges
 and all pairs by default, other encoders every block and halves."""

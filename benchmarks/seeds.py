@@ -1,13 +1,14 @@
-"""What the draw of the random halves is worth: the built-in tasks with 60 % of the multiply-accumulates, by seed.
+"""The built-in tasks with 60 % of the encoder's multiply-accumulates, over seeds of everything that draws at random.
 
-    python benchmarks/seeds.py                      # writes benchmarks/results/seeds.{json,md}; a quarter of an hour
-    python benchmarks/seeds.py --tasks captioning   # that task anew; the files keep the others
+    python benchmarks/seeds.py                      # writes benchmarks/results/seeds.{json,md}; half an hour
+    python benchmarks/seeds.py --tasks captioning   # that task; what the files have is not asked again
+    python benchmarks/seeds.py --ways default ToMe --again    # those anew
     python benchmarks/seeds.py --tasks captioning --quantize int8-dynamic nf4   # on top of quantised weights as well
     python benchmarks/seeds.py --quick --out /tmp   # few images and two seeds, to see that it runs
 
-Who may be merged into whom is drawn by `TurboConfig.seed`, 0 unless told otherwise. Another seed is another draw, and
-as good: it sends tokens elsewhere and changes some answers. One seed's score is therefore one sample of many; this
-tells how far they lie apart.
+One seed is one draw of many: halves of the tokens, and tokens merged at random, are others with another seed, and as
+good. Their row has the mean over seeds, its interval over images, and how far the seeds lie apart. The default, ToMe
+and the paper's setting draw nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +24,25 @@ from cases import RESULTS, described, load, machine, save
 from compression import TURBO
 from compression_tasks import asked
 
+from turbovlm import TurboConfig
 from turbovlm.cli.measuring import progress_bar
 from turbovlm.profile.quantize import QUANTIZATIONS
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import MODELS, zoo_predictor
 from turbovlm_lab.evaluate.run import Setting
+from turbovlm_lab.evaluate.settings import by_method
 from turbovlm_lab.evaluate.statistics import kept
 
 TASKS = ("saliency", "retrieval", "nlvr2", "classification", "vqa", "captioning")
+WAYS: dict[str, TurboConfig] = {
+    "default": TURBO,
+    "halves": replace(TURBO, blocks="every", partition="random"),
+    "ToMe": by_method(TURBO, "ToMe"),
+    "paper": by_method(TURBO, "paper"),
+    "random": by_method(TURBO, "random"),
+}
+DRAWN = ("halves", "random")
+"""Those that a seed decides something of."""
 SEEDS, IMAGES = 8, 200
 QUICK = {"seeds": 2, "pictures": 16}
 
@@ -38,7 +50,9 @@ QUICK = {"seeds": 2, "pictures": 16}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="(default: all)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=tuple(WAYS), help="of merging (default: all)")
     parser.add_argument("--quantize", nargs="+", choices=QUANTIZATIONS, default=(), help="(default: none)")
+    parser.add_argument("--again", action="store_true", help="ask what the files have, too")
     parser.add_argument("--quick", action="store_true", help="few images and seeds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
     args = parser.parse_args()
@@ -46,49 +60,78 @@ def main() -> None:
     name = "seeds_quick" if args.quick else "seeds"
     found: dict[str, Any] = {"tasks": {}} | load(args.out / f"{name}.json")
     found |= {"machine": machine(), **sizes}
-    todo = [(task, kind) for kind in args.quantize or (None,) for task in args.tasks]
-    with progress_bar(len(todo) * (1 + sizes["seeds"]), "asking") as advance:
-        for task, kind in todo:
-            key = task if kind is None else f"{task}, {kind}"
-            found["tasks"][key] = by_seed(task, sizes["seeds"], sizes["pictures"], advance, kind)
-            save(args.out / f"{name}.json", found)
+    todo: dict[tuple[str, str | None], list[str]] = {}
+    for kind in args.quantize or (None,):
+        for task in args.tasks:
+            known = found["tasks"].setdefault(key(task, kind), {"ways": {}})["ways"]
+            todo[task, kind] = [way for way in args.ways if args.again or way not in known]
+    runs = sum(bool(ways) + sum(len(settings(way, sizes["seeds"])) for way in ways) for ways in todo.values())
+    with progress_bar(runs, "asking") as advance:
+        for (task, kind), ways in todo.items():
+            if ways:
+                entry = found["tasks"][key(task, kind)]
+                metric, rows = ask(task, ways, sizes["seeds"], sizes["pictures"], advance, kind)
+                entry |= {"metric": metric, "ways": entry["ways"] | rows}
+                save(args.out / f"{name}.json", found)
     (args.out / f"{name}.md").write_text(report(found))
     print(report(found))
 
 
+def key(task: str, quantize: str | None) -> str:
+    return task if quantize is None else f"{task}, {quantize}"
+
+
+def settings(way: str, seeds: int, quantize: str | None = None) -> list[Setting]:
+    """One for each seed, or one where nothing is drawn."""
+    drawn = range(seeds if way in DRAWN else 1)
+    return [Setting(f"{way}, seed {s}", (replace(WAYS[way], seed=s),), quantize=quantize) for s in drawn]
+
+
 @torch.no_grad()
-def by_seed(task: str, seeds: int, images: int, advance: Any, quantize: str | None = None) -> dict[str, Any]:
-    """The score kept by each seed, and by their mean, with its interval over images.
+def ask(
+    task: str, ways: list[str], seeds: int, images: int, advance: Any, quantize: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The metric, and of each way the score kept by seed, and by the seeds' mean with its interval over images.
 
     With `quantize`, that of the merged model in few bits, as a share of the unmerged model's in fp32.
     """
     predictor, data = zoo_predictor(task, MODELS[task].partition(":")[2]), DATA[task](images)
     prepared = [predictor.prepare(sample, None) for sample in data.samples]
-
-    settings = [Setting("unmerged")]
-    settings += [Setting(f"seed {s}", (replace(TURBO, seed=s),), quantize=quantize) for s in range(seeds)]
-    found = []
-    for setting in settings:
-        found.append(asked(task, predictor, data, prepared, setting))
-        advance(1)
-    own, *merged = found
-    mean = [fmean(parts) for parts in zip(*(score.parts for score in merged), strict=True)]
-    shares = [kept(score.parts, own.parts, own.groups).value for score in merged]
-    return {"metric": own.name, "kept": shares, "mean": astuple(kept(mean, own.parts, own.groups))}
+    own = asked(task, predictor, data, prepared, Setting("unmerged"))
+    advance(1)
+    rows = {}
+    for way in ways:
+        scores = []
+        for setting in settings(way, seeds, quantize):
+            scores.append(asked(task, predictor, data, prepared, setting))
+            advance(1)
+        mean = [fmean(parts) for parts in zip(*(score.parts for score in scores), strict=True)]
+        shares = [kept(score.parts, own.parts, own.groups).value for score in scores]
+        rows[way] = {"kept": shares, "mean": astuple(kept(mean, own.parts, own.groups))}
+    return own.name, rows
 
 
 def report(found: dict[str, Any]) -> str:
-    lines = ["# The draw of the random halves", "", f"{described(found['machine'])}.", ""]
-    lines += [f"Score kept with {TURBO.flops:.0%} of the encoder's multiply-accumulates, {found['pictures']} images,"]
-    lines += [f"by seeds 0 to {found['seeds'] - 1}; the mean with its 95 % bootstrap interval over images.", ""]
-    lines += ["| task | by seed | mean | standard deviation over seeds |", "|---|---|---|--:|"]
-    for task, rows in found["tasks"].items():
-        shares = ", ".join(f"{share:.1%}" for share in rows["kept"])
-        value, low, high = rows["mean"]
-        lines.append(
-            f"| {task}: {rows['metric']} | {shares} | {value:.1%} [{low:.1%}, {high:.1%}] | {stdev(rows['kept']):.1%} |"
-        )
+    lines = ["# The built-in tasks, over seeds", "", f"{described(found['machine'])}.", ""]
+    lines += [
+        f"Score kept with {TURBO.flops:.0%} of the encoder's multiply-accumulates, {found['pictures']} images, with"
+    ]
+    lines += ["its 95 % bootstrap interval over images. Of halves and random it is the mean over seeds 0 to"]
+    lines += [
+        f"{found['seeds'] - 1}, ± their standard deviation. Halves: every block, one random half into the other.",
+        "",
+    ]
+    lines += [f"| task | {' | '.join(WAYS)} |", "|---|" + "---|" * len(WAYS)]
+    for task, entry in found["tasks"].items():
+        cells = [cell(entry["ways"][way]) if way in entry["ways"] else "" for way in WAYS]
+        lines.append(f"| {task}: {entry['metric']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def cell(row: dict[str, Any]) -> str:
+    value, low, high = row["mean"]
+    apart = f" ± {stdev(row['kept']):.1%}" if len(row["kept"]) > 1 else ""
+    return f"{value:.1%}{apart} [{low:.1%}, {high:.1%}]"
 
 
 if __name__ == "__main__":

@@ -453,27 +453,45 @@ def small_clip():
     return transformers.CLIPVisionModelWithProjection(config).eval()
 
 
-def test_clip_merges_in_four_blocks_where_cls_alone_is_read():
-    timm, model = pytest.importorskip("timm"), small_clip()
-    merging = [3, 5, 7, 9]
+def small_vit(**settings):
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
+    return timm.models.VisionTransformer(**sizes, **settings).eval()
+
+
+def merging_blocks(handle):
+    return [block for block, r in enumerate(handle.features[0].schedule().merged) if r]
+
+
+def test_clip_merges_in_the_middle():
+    model, middle = small_clip(), [4, 5, 6, 7]
     for amount in ({"flops": 0.7}, {"keep": 0.4}):
         with turbovlm.apply(model, **amount) as handle:
             (feature,) = handle.features
-            assert [block for block, r in enumerate(feature.schedule().merged) if r] == merging
+            assert merging_blocks(handle) == middle
             assert feature.partition == "all" and "any patch into any other" in repr(handle)
             model(torch.randn(1, 3, 64, 64))
             assert feature.last.lengths[-1] == feature.schedule().tokens[-1] < 65
-        for other in ({"dense": True}, {"blocks": "every"}):
-            with turbovlm.apply(model, **amount, **other) as handle:
-                (feature,) = handle.features
-                assert all(feature.schedule().merged) and feature.partition == "random"
-    with turbovlm.apply(model, r=4) as handle:
-        assert handle.features[0].schedule().merged == (4,) * 12
-    settings = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
-    for pre_norm, blocks in ((True, merging), (False, list(range(12)))):
-        vit = timm.models.VisionTransformer(**settings, pre_norm=pre_norm).eval()
-        with turbovlm.apply(vit, flops=0.7) as handle:
-            assert [block for block, r in enumerate(handle.features[0].schedule().merged) if r] == blocks
+        with turbovlm.apply(model, **amount, dense=True) as handle:
+            assert merging_blocks(handle) == middle
+    with turbovlm.apply(small_vit(pre_norm=True), flops=0.7) as handle:
+        assert merging_blocks(handle) == middle
+
+
+def test_every_second_block_merges_any_patches_and_every_block_halves():
+    model, every, second = small_vit(), list(range(12)), list(range(0, 12, 2))
+    for settings, blocks, partition in (
+        ({"flops": 0.7, "dense": True}, second, "all"),
+        ({"flops": 0.7, "dense": True, "partition": "all"}, second, "all"),
+        ({"flops": 0.7, "blocks": "every"}, every, "random"),
+        ({"flops": 0.7, "blocks": "every", "partition": "all"}, every, "all"),
+        ({"flops": 0.7, "partition": "alternate"}, every, "alternate"),
+        ({"flops": 0.7, "order": "partition"}, every, "random"),
+        ({"r": 4}, every, "random"),
+        ({"r": 4, "blocks": second}, second, "all"),
+    ):
+        with turbovlm.apply(model, **settings) as handle:
+            assert merging_blocks(handle) == blocks and handle.features[0].partition == partition
 
 
 def test_blocks_that_are_not_there_are_refused():

@@ -90,11 +90,10 @@ SHAPE = EncoderShape((4 * 64,) * 4, (8 * 64,) * 4, (8,) * 4, 8, (8,) * 4, 3 * 64
 
 def test_amounts_of_a_spread_meet_the_cost():
     cost = EncoderCost(SHAPE, 67)
-    for spread in (cost.even(), (1.0, 1.0, 1.0, 1.0), (0.0, 3.0, 0.0, 1.0)):
+    for spread in ((1.0, 1.0, 1.0, 1.0), (0.0, 3.0, 0.0, 1.0)):
         amounts = cost.amounts(spread, 0.7)
         assert cost.share(amounts) == pytest.approx(0.7, abs=0.01)
         assert [amount == 0 for amount in amounts] == [share == 0 for share in spread]
-    assert max(cost.amounts(cost.even(), 0.7)) - min(cost.amounts(cost.even(), 0.7)) <= 2
     assert cost.share((0, 0, 0, 0)) == 1
     least = cost.share((32, 16, 8, 4))  # half of the 64 patches, of the 32 that are left, ...
     assert cost.least((1.0,) * 4) == least == cost.share((67,) * 4)
@@ -198,17 +197,17 @@ def test_a_schedule_for_one_cost(vit, images):
     found = turbovlm.calibrate(vit, images, flops=0.7, effort=3, progress=went.append)
     assert torch.equal(vit(images[:2])[0], before) and "forward" not in vars(vit.layers[0])
     assert isinstance(found, Calibration) and found.config == TurboConfig(
-        (13, 10, 8, 6), similarity="hidden", guidance="cls", alpha=1.0, partition="random"
+        (11, 11, 12, 0), similarity="hidden", guidance="cls", alpha=1.0, partition="random"
     )
     assert found.flops == round(ratio_of(vit, found), 4) == pytest.approx(0.7, abs=0.006)
     drift = subject_of(vit, images).drift(found.config, halves()[1])
-    assert found.drift == pytest.approx(drift.mean().item(), rel=1e-5) == pytest.approx(0.02983, abs=1e-4)
+    assert found.drift == pytest.approx(drift.mean().item(), rel=1e-5) == pytest.approx(0.02810, abs=1e-4)
     assert found.bound == pytest.approx(drift.max().item(), rel=1e-5) and found.coverage == 0.8 and found.images == 18
     assert found.speedup is None
     costs, drifts = zip(*found.curve)
-    assert [round(cost, 1) for cost in costs] == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert [round(cost, 1) for cost in costs] == [0.6, 0.7, 0.8, 0.9]
     assert list(drifts) == sorted(drifts, reverse=True) and (found.flops, found.drift) in found.curve
-    assert sum(went) == 403
+    assert sum(went) == 311
     assert turbovlm.calibrate(vit, images, flops=0.7, effort=3) == found
     assert turbovlm.calibrate(vit, images, flops=0.7, effort=3, seed=1).drift != found.drift
 
@@ -224,14 +223,14 @@ def test_the_search_pays(vit, images):
     """On the images that were searched on, what is found is clearly better than the default settings spread evenly."""
     found = turbovlm.calibrate(vit, images, flops=0.7, effort=3)
     subject = subject_of(vit, images)
-    even = TurboConfig(r=subject.encoder.amounts(subject.encoder.even(), 0.7))
-    assert even.r == (11, 11, 11, 11)
+    even = TurboConfig(r=(11, 11, 11, 11))
+    assert subject.cost(even) == pytest.approx(0.7, abs=0.01)
     assert clearly_less(subject.drift(found.config, halves()[0]), subject.drift(even, halves()[0]))
 
 
 def test_the_cheapest_within_a_tolerance(vit, images):
     found = turbovlm.calibrate(vit, images, max_drift=0.2, effort=3)
-    assert found.config.r == (10, 27, 6, 0) and found.flops == 0.6132
+    assert found.config.r == (11, 26, 6, 0) and found.flops == 0.6088
     subject = subject_of(vit, images)
     assert subject.drift(found.config, halves()[0]).mean() <= 0.2
     with pytest.raises(ConfigError, match=r"max_drift=1e-09 is out of reach: with 95.0% .* the least is 0\.\d+"):

@@ -85,15 +85,16 @@ def test_flops_is_solved_to_one_token():
         assert abs(schedule(TurboConfig(r=spread(other, 12))).ratio - 0.6) >= gap
 
 
-FOUR = (3, 5, 7, 9)
+FOUR, FIVE = (4, 5, 6, 7), (3, 4, 5, 6, 7)
 
 
 def test_keep_and_flops_are_spread_over_the_blocks_asked_for():
     for amount in ({"flops": 0.6}, {"keep": 0.3}):
         for config, own, blocks in (
             (TurboConfig(**amount), (), range(12)),
-            (TurboConfig(**amount), FOUR, FOUR),
-            (TurboConfig(**amount, blocks="every"), FOUR, range(12)),
+            (TurboConfig(**amount), (FOUR,), FOUR),
+            (TurboConfig(**amount), (FOUR, FIVE), FOUR),
+            (TurboConfig(**amount, blocks="every"), (FOUR,), range(12)),
             (TurboConfig(**amount, blocks=[1, 5, 6]), FOUR, (1, 5, 6)),
         ):
             found = make_schedule(config, vit(), 577, "", ("",) * 12, own)
@@ -102,9 +103,11 @@ def test_keep_and_flops_are_spread_over_the_blocks_asked_for():
     assert schedule(TurboConfig(r=20)).merged == schedule(TurboConfig(r=20, blocks="every")).merged == (20,) * 12
 
 
-def test_every_block_merges_where_a_few_have_not_enough():
-    least = make_schedule(TurboConfig(flops=0.3), vit(), 197, "", ("",) * 12, FOUR)
-    assert not least.note and least.merged[0] > 0
+def test_another_block_merges_where_the_first_few_have_not_enough():
+    for flops, first, count in ((0.8, 4, 4), (0.61, 4, 4), (0.5, 3, 5), (0.35, 0, 12)):
+        found = make_schedule(TurboConfig(flops=flops), vit(), 197, "", ("",) * 12, (FOUR, FIVE))
+        merging = [block for block, r in enumerate(found.merged) if r]
+        assert not found.note and merging == list(range(first, first + count))
     assert "out of reach" in schedule(TurboConfig(flops=0.3, blocks=FOUR), 197).note
 
 

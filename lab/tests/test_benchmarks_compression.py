@@ -87,10 +87,11 @@ def test_a_task_is_asked_with_compressed_blocks():
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_task_by_seed(quantize):
     done = []
-    found = seeds.by_seed("classification", 2, 8, done.append, quantize)
-    assert len(found["kept"]) == 2 and len(done) == 3
-    assert found["mean"][0] == pytest.approx(sum(found["kept"]) / 2)
-    told = {"machine": {"cpu": "one"}, "seeds": 2, "pictures": 8, "tasks": {"classification": found}}
+    metric, rows = seeds.ask("classification", ["default", "halves"], 2, 8, done.append, quantize)
+    assert len(rows["default"]["kept"]) == 1 and len(rows["halves"]["kept"]) == 2 and len(done) == 4
+    assert rows["halves"]["mean"][0] == pytest.approx(sum(rows["halves"]["kept"]) / 2)
+    entry = {"metric": metric, "ways": rows}
+    told = {"machine": {"cpu": "one"}, "seeds": 2, "pictures": 8, "tasks": {"classification": entry}}
     assert "| classification: top-1 | " in seeds.report(told)
 
 

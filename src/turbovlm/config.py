@@ -63,8 +63,9 @@ class TurboConfig(Settings):
         keep: share of the tokens left after the last block, in (0, 1].
         flops: share of the encoder's multiply-accumulates left, in (0, 1].
         blocks: which blocks merge, counted from 0: a sequence, such as `(3, 5, 7, 9)`; `"every"`; or `"auto"`: every
-            block, as published, but with `keep` or `flops` on CLIP's towers, read by their CLS, the four in which they
-            lost least (docs/defaults.md), as far as these have enough to give.
+            block with `r`, for text, for sound, or where `partition` or `order` make halves, as published; else every
+            second block, or, in CLIP's towers, four or five in the middle, which lost least there (docs/defaults.md).
+            Where these have not enough to give, every block.
         min_tokens: a block that starts with fewer tokens does not merge (Turbo, §7.2).
         thresholds: one number per block: beside a list of `r`, a block merges every token whose E is above its own, so
             that images with more redundancy lose more; `r` then says how many on average. In a batch, all lose as
@@ -83,8 +84,8 @@ class TurboConfig(Settings):
             or `"auto"`: `"cls"` where the model has one, else `"mean"`.
         partition: who may be merged into whom: `"all"` (every patch into any other, pairs of highest E first),
             `"random"` (one half into the other, drawn anew in every block from `seed`), `"alternate"` (even into odd,
-            as published), `"grid"` (one destination in every 2×2 cell), or `"auto"`: `"all"` for images where at most
-            half of the blocks merge, else `"random"`, as for text and `order="partition"`.
+            as published), `"grid"` (one destination in every 2×2 cell), or `"auto"`: `"all"` for images where half of
+            the blocks or fewer merge, also by `blocks="auto"`; else `"random"`, as for text and `order="partition"`.
         grid: patch rows and columns, for `partition="grid"` on images that are not square.
         order: order of the tokens left: `"partition"` (unmerged candidates, then destinations, as published)
             or `"spatial"` (that of the image).

@@ -59,11 +59,6 @@ class EncoderCost:
         """The smallest share that a spread can leave."""
         return self._share(self._counts(spread, MOST / max(max(spread), 1e-9)))
 
-    def even(self) -> Spread:
-        """The spread that comes to about as many tokens in every block."""
-        depth = self.shape.depth
-        return tuple(1 / (1.4 * depth - block) for block in range(depth))
-
     def _counts(self, spread: Spread, scale: float) -> tuple[int, ...]:
         counts = [self.tokens]
         for share in spread:

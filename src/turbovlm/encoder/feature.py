@@ -16,6 +16,7 @@ from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.encoder.passed import Passed, check_adapters, of_effect, passed_by, through_module
 from turbovlm.encoder.reading import reads_all, tower_forward
 from turbovlm.encoder.schedule import (
+    BlockSets,
     EncoderShape,
     Schedule,
     check_depth,
@@ -51,7 +52,7 @@ class EncoderFeature(Remembering[State]):
         shape: what its cost depends on.
         tower: its path in the model; `names`: those of its blocks.
         native_tokens: tokens of an image of its native size, prefix and suffix included.
-        own_blocks: those over which `blocks="auto"` spreads `keep` and `flops` here; every block if empty.
+        own_blocks: those over which `blocks="auto"` spreads `keep` and `flops` here, see `requested_amounts`.
         amounts: tokens asked of each block where `r` says it; None where they are solved for each size of input.
         guidance, similarity, partition: as in `TurboConfig`, settled.
         semantic: whether A is computed, for the degree or for the trace.
@@ -76,7 +77,7 @@ class EncoderFeature(Remembering[State]):
     tower: str
     names: tuple[str, ...]
     native_tokens: int
-    own_blocks: tuple[int, ...]
+    own_blocks: BlockSets
     amounts: tuple[int, ...] | None
     guidance: str
     similarity: str
@@ -253,13 +254,12 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         )
     text = tower.layout.text
     similarity = ("hidden" if text else "heads") if config.similarity == "auto" else config.similarity
-    # what was measured is CLS, and a patch that is given back, or read, lost less where every block merged
-    own_blocks = own_blocks_of(tower) if tower.hands_out and not (tower.restore or config.dense) else ()
+    own_blocks = own_blocks_of(tower, config)
     partition = config.partition
     if partition == "auto":
         is_image = not (text or tower.layout.line)
-        is_few = is_sparse(config, len(tower.blocks), own_blocks) and config.order == "spatial"
-        partition = "all" if is_image and is_few else "random"
+        is_few = bool(own_blocks) or is_sparse(config, len(tower.blocks))
+        partition = "all" if is_image and is_few and config.order == "spatial" else "random"
     restore = ("copy" if tower.layout.norm_after_mlp else "residual") if config.restore == "auto" else config.restore
     return EncoderFeature(
         config=config,
@@ -286,13 +286,19 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
     )
 
 
-def own_blocks_of(tower: Tower) -> tuple[int, ...]:
-    """The blocks in which this tower's family merges for `keep` and `flops`; none where it is not known better."""
-    shares = tower.layout.blocks_at
-    if callable(shares):
-        shares = shares(tower.module)
-    depth = len(tower.blocks)
-    return tuple(sorted({min(round(share * depth), depth - 1) for share in shares}))
+def own_blocks_of(tower: Tower, config: TurboConfig) -> BlockSets:
+    """The sets of blocks in which this tower merges for `keep` and `flops`; none where every block does.
+
+    Few blocks are better where any two patches may merge, and only there: neither in halves nor along a line.
+    """
+    layout, depth = tower.layout, len(tower.blocks)
+    asked = literal_amounts(config, depth) is None and config.blocks == "auto"
+    if not asked or layout.text or layout.line or config.partition not in ("auto", "all") or config.order != "spatial":
+        return ()
+    shares = layout.blocks_at(tower.module) if callable(layout.blocks_at) else layout.blocks_at
+    if not shares:
+        return (tuple(range(0, depth, 2)),)
+    return tuple(tuple(sorted({min(round(share * depth), depth - 1) for share in each})) for each in shares)
 
 
 def _shape(tower: Tower, similarity: str, partition: str) -> EncoderShape:

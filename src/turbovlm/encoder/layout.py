@@ -27,13 +27,15 @@ Project = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
 """`(block, normed) -> (q, k, v)`, each `[batch, tokens, heads * head_dim]`; defined in a module, so that it pickles."""
 Rotary = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Mapping[str, Any]], tuple[Tensor, Tensor]]
 """`(block, q, k, positions, arguments) -> (q, k)`; defined in a module, so that it pickles."""
+BlocksAt = tuple[tuple[float, ...], ...]
+"""Sets of blocks, as shares of the depth."""
 Around = tuple[nn.Module, ...]
 """The modules around a tower, outermost first."""
 
 
-FOUR_LATE = (3 / 12, 5 / 12, 7 / 12, 9 / 12)
-"""Where CLIP merges: at 61 % of the multiply-accumulates its embedding drifts six tenths as far as with merges in every
-block, as the first blocks are where merging hurts it most (`benchmarks/judges.py`)."""
+IN_THE_MIDDLE = ((4 / 12, 5 / 12, 6 / 12, 7 / 12), (3 / 12, 4 / 12, 5 / 12, 6 / 12, 7 / 12))
+"""Where CLIP merges: in four blocks of the middle, and in one more where those have not enough to give. Its first ones
+are where merging hurts it most, and late ones are left few tokens (`benchmarks/judges.py`)."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ class Layout:
         suffix: number of tokens behind the patches that never merge, such as detection tokens, or a function of the
             tower.
         cls: whether token 0 is a CLS token, or a function of the tower.
-        blocks_at: shares of the depth at which blocks merge for `keep` and `flops` where CLS alone is read, or a
-            function of the tower; every block where it is empty. For families whose real weights lost less so.
+        blocks_at: shares of the depth at which blocks merge for `keep` and `flops`, the first of these sets that has
+            enough to give, or a function of the tower; every second block where it is empty. For families whose real
+            weights lost less so.
         norm_after_attention, norm_after_mlp: what normalises each half's sum with the residual.
         joint: path, from the tower, of the module that puts text tokens in front of an image's; they are never merged,
             and `prefix` counts the longest text.
@@ -134,7 +137,7 @@ class Layout:
     prefix: int | Callable[[Any], int] = 1
     suffix: int | Callable[[Any], int] = 0
     cls: bool | Callable[[Any], bool] = True
-    blocks_at: tuple[float, ...] | Callable[[Any], tuple[float, ...]] = ()
+    blocks_at: BlocksAt | Callable[[Any], BlocksAt] = ()
     norm_after_attention: str | None = None
     norm_after_mlp: str | None = None
     joint: str | None = None

@@ -17,6 +17,9 @@ from turbovlm.config import TurboConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.partition import window_count
 
+BlockSets = tuple[tuple[int, ...], ...]
+"""Sets of blocks, counted from 0, of which one is to merge; in order of preference."""
+
 FLOPS_TOLERANCE = 0.01
 """How far a share of the multiply-accumulates may be from the one asked for before it is called out of reach."""
 
@@ -159,13 +162,12 @@ def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
         )
 
 
-def is_sparse(config: TurboConfig, depth: int, own: tuple[int, ...]) -> bool:
-    """Whether some blocks are asked to merge, and at most half of them; `own` as in `requested_amounts`."""
+def is_sparse(config: TurboConfig, depth: int) -> bool:
+    """Whether some blocks are asked to merge by name or by `r`, and at most half of them."""
     amounts = literal_amounts(config, depth)
     if amounts is not None:
         return 0 < sum(amount > 0 for amount in amounts) <= depth / 2
-    blocks = config.blocks if isinstance(config.blocks, tuple) else own if config.blocks == "auto" else ()
-    return 0 < len(blocks) <= depth / 2
+    return isinstance(config.blocks, tuple) and len(config.blocks) <= depth / 2
 
 
 def literal_amounts(config: TurboConfig, depth: int) -> tuple[int, ...] | None:
@@ -177,25 +179,30 @@ def literal_amounts(config: TurboConfig, depth: int) -> tuple[int, ...] | None:
 
 
 @lru_cache(maxsize=1024)
-def requested_amounts(
-    config: TurboConfig, shape: EncoderShape, tokens: int, own: tuple[int, ...] = ()
-) -> tuple[int, ...]:
+def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int, own: BlockSets = ()) -> tuple[int, ...]:
     """Tokens asked of each block, before clamping, for an input of `tokens` tokens.
 
     Args:
-        own: the blocks over which `blocks="auto"` spreads `keep` and `flops` in this family; every block if empty, or
-            where those have not enough to give.
+        own: the blocks over which `blocks="auto"` spreads `keep` and `flops` in this family: the first of these sets
+            whose blocks all have their share to give, or else the last, or, where that has not enough, every block.
     """
     literal = literal_amounts(config, shape.depth)
     if literal is not None:
         return literal
     if isinstance(config.blocks, tuple):
         return _closest(config, shape, tokens, config.blocks)[0]
-    if config.blocks == "auto" and own:
-        found, is_near = _closest(config, shape, tokens, own)
-        if is_near:
+    for blocks in own if config.blocks == "auto" else ():
+        found, is_near = _closest(config, shape, tokens, blocks)
+        if is_near and (blocks == own[-1] or _has_enough(config, shape, tokens, found)):
             return found
     return _closest(config, shape, tokens, range(shape.depth))[0]
+
+
+def _has_enough(config: TurboConfig, shape: EncoderShape, tokens: int, amounts: Sequence[int]) -> bool:
+    """Whether every block can give what it is asked for."""
+    fixed = fixed_destinations(config, tokens - shape.protected)
+    counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
+    return all(before - after == r for before, after, r in zip(counts, counts[1:], amounts))
 
 
 def _closest(
@@ -239,7 +246,7 @@ def make_schedule(
     tokens: int,
     tower: str,
     blocks: tuple[str, ...],
-    own: tuple[int, ...] = (),
+    own: BlockSets = (),
 ) -> Schedule:
     """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
     amounts = requested_amounts(config, shape, tokens, own)

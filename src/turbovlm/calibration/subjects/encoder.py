@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,27 +17,31 @@ from turbovlm.calibration.schedule_search import EncoderCost, schedule_search
 from turbovlm.calibration.speed import measure_speedup
 from turbovlm.calibration.subject import Found, Spread, Subject, Trial
 from turbovlm.config import AMOUNTS, TurboConfig
+from turbovlm.encoder.schedule import requested_amounts, token_counts
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import default_alpha
 
 SETTINGS: tuple[Mapping[str, Any], ...] = (
-    {},
     {"alpha": 0.5},
     {"alpha": 2.0},
+    {"alpha": 4.0},
     {"similarity": "hidden"},
     {"degree": "redundancy"},
     {"degree": "weighted_difference", "alpha": 10.0},
     {"degree": "weighted_difference", "alpha": 100.0},
-    {"partition": "all"},
     {"reduce": "merge"},
 )
-"""Changes of the given settings that are tried, none first."""
-VARIED = ("alpha", "similarity", "degree", "partition", "reduce")
+"""Changes of the given settings that are tried, each for itself."""
+VARIED = ("alpha", "similarity", "degree", "reduce")
 """Fields that `SETTINGS` changes."""
-SLOPES = (0.0, 1.0, -1.0)
-"""Spreads that are tried beside the even one: the same share of every block's tokens, more and more, less and less."""
-SPARED = (1 / 6, 1 / 4)
-"""Shares of the depth, from the first block on, that are tried without merges."""
+SCHEDULES: tuple[tuple[float, float, int], ...] = (
+    (0, 1, 2),
+    (1 / 3, 2 / 3, 1),
+    (1 / 4, 2 / 3, 1),
+    (1 / 6, 1, 1),
+    (1 / 4, 1, 1),
+)
+"""Blocks that are tried beside the default's and all of them: from and up to these shares of the depth, every n-th."""
 STEP = 0.05
 """Step of the walk through costs for `max_drift`: each has a schedule search of its own, so that they are few."""
 
@@ -74,12 +79,16 @@ class EncoderSubject(Subject):
     def __post_init__(self) -> None:
         self._measured = self.measure or default_measure(self.model)
         self._sizes = sizes_of(self.samples)
-        if self.base.partition == "auto":  # which hangs on the schedule, and that is what is searched
-            self.base = self.base.changed(partition="random")
+        with apply(self.model, self._default(keep=0.5)) as handle:
+            features: Any = handle.features
+            self._own = features[0].own_blocks
+            self._halves = "random" if self.base.partition == "auto" else self.base.partition
+            # which "auto" makes hang on the blocks that merge, and those are what is searched
+            self.base = self.base.changed(partition=features[0].partition)
         super().__post_init__()
         tokens: dict[int, int] = {}
         with apply(self.model, replace(self.base, r=1, dense=True)) as handle:
-            features: Any = handle.features
+            features = handle.features
             depths = {feature.shape.depth for feature in features}
             if len(depths) > 1:
                 raise ConfigError(f"the model's encoders have {sorted(depths)} blocks: calibrate one of them at a time")
@@ -139,18 +148,30 @@ class EncoderSubject(Subject):
         return measure_speedup(self.model, (config,), lambda model: self._measured(model, images))
 
     def trials(self, amount: float) -> list[Trial]:
-        """Each of `SETTINGS` in place of the given ones, then each of `SLOPES` and `SPARED` with the best of them."""
-        even, depth = self.encoder.even(), self.encoder.shape.depth
-        start = even if self.encoder.amounts(even, amount) else self.flat
+        """The default's blocks, every block, each of `SCHEDULES`; then each of `SETTINGS` with the best of these."""
+        depth = self.encoder.shape.depth
+        default = self._spread(amount, "auto")
+        schedules = [Trial({}, default)]
+        if self._halves != self.base.partition:
+            schedules.append(Trial({"partition": self._halves}, self._spread(amount, "every")))
+        sets = {tuple(range(round(first * depth), round(last * depth), step)) for first, last, step in SCHEDULES}
+        for blocks in sorted(sets - {()}):
+            schedules.append(Trial({"partition": self.base.partition}, self._spread(amount, blocks)))
+        distinct = [each for i, each in enumerate(schedules) if each not in schedules[:i]]
         given = {name: getattr(self.base, name) for name in VARIED}
-        halves = self.base.order == "partition"  # which there are none of among all pairs
-        tried = [change for change in SETTINGS if not (halves and change.get("partition") == "all")]
-        changes = [Trial({**given, **change}, start) for change in tried if not self.fixed & set(change)]
-        places = [2 * block / max(depth - 1, 1) - 1 for block in range(depth)]  # from −1 to 1
-        slopes = [Trial(spread=tuple(1 + slope * place for place in places)) for slope in SLOPES]
-        firsts = sorted({round(share * depth) for share in SPARED} - {0, depth})
-        later = [Trial(spread=(0.0,) * first + even[: depth - first]) for first in firsts]
-        return changes + slopes + later
+        return distinct + [Trial({**given, **change}) for change in SETTINGS if not self.fixed & set(change)]
+
+    def _spread(self, amount: float, blocks: str | tuple[int, ...]) -> Spread:
+        """Equally many tokens in each of these blocks; that of equal weights where they have nothing to give."""
+        shape, tokens = self.encoder.shape, self.encoder.tokens
+        amounts = requested_amounts(self._default(flops=amount, blocks=blocks), shape, tokens, self._own)
+        counts = token_counts(amounts, tokens, shape.protected, 0)
+        shares = [(before - after) / max(before - shape.protected, 1) for before, after in itertools.pairwise(counts)]
+        return tuple(shares) if any(shares) else self.flat
+
+    def _default(self, **amount: Any) -> TurboConfig:
+        config: TurboConfig = self.base.changed(r=None, **amount)
+        return config
 
     def configured(self, config: TurboConfig, spread: Spread, amount: float) -> TurboConfig | None:
         amounts = self._cost_with(config).amounts(spread, amount)

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.encoder.layout import FOUR_LATE, Around, Layout, native_image
+from turbovlm.encoder.layout import IN_THE_MIDDLE, Around, Layout, native_image
 
 
 def _packed(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +71,7 @@ OPEN_CLIP = Layout(
     weights_only=("attn.out_proj",),
     entries=("forward", "forward_intermediates"),
     arguments=("k_x", "v_x", "attn_mask"),
-    blocks_at=FOUR_LATE,
+    blocks_at=IN_THE_MIDDLE,
     restore=_open_clip_pools_tokens,
     pools=lambda tower: not tower.output_tokens,
     refuse=_open_clip_refuse,

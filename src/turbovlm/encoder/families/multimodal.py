@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.encoder.families.transformers import MODELS, VIT, inside, native_input, native_patches
-from turbovlm.encoder.layout import FOUR_LATE, Around, Layout, variant
+from turbovlm.encoder.layout import IN_THE_MIDDLE, Around, Layout, variant
 
 
 def _native_patches_in_rows(tower: Any) -> dict[str, Tensor | None]:
@@ -51,7 +51,7 @@ CLIP = Layout(
     dropout="self_attn.dropout",
     arguments=("attention_mask", "causal_attention_mask"),
     mask="attention_mask",
-    blocks_at=FOUR_LATE,
+    blocks_at=IN_THE_MIDDLE,
     restore=inside("CLIPForImageClassification"),
     inputs=native_input,
 )

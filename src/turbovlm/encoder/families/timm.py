@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.encoder.layout import FOUR_LATE, Around, Layout, native_image, variant
+from turbovlm.encoder.layout import IN_THE_MIDDLE, Around, BlocksAt, Layout, native_image, variant
 
 
 def _patches(tower: Any) -> int:
@@ -25,9 +25,9 @@ def _has_cls(tower: Any) -> bool:
     return tower.cls_token is not None
 
 
-def _of_clip(tower: Any) -> tuple[float, ...]:
+def _of_clip(tower: Any) -> BlocksAt:
     """CLIP's towers have a norm in front of their blocks."""
-    return () if isinstance(getattr(tower, "norm_pre", None), nn.Identity | None) else FOUR_LATE
+    return () if isinstance(getattr(tower, "norm_pre", None), nn.Identity | None) else IN_THE_MIDDLE
 
 
 def _refuse(tower: Any, block: Any, ancestors: Around) -> str | None:
