@@ -210,14 +210,14 @@ def test_what_is_in_the_file_is_not_measured_again(tiny, tmp_path, monkeypatch):
         clip_tasks.main()
         return len(tiny)
 
-    assert forwards("--settings", "unmerged", "turbovlm") == 2 * (1 + 2)
-    assert forwards("--settings", "unmerged", "turbovlm") == 0
+    assert forwards("--settings", "unmerged", "turbovlm", "random") == 2 * (1 + 1 + 2)
+    assert forwards("--settings", "unmerged", "turbovlm", "random") == 0
     assert forwards("--settings", "smaller image") == 2
-    assert forwards("--settings", "turbovlm", "--seeds", "3") == 2
-    assert forwards("--settings", "turbovlm", "--seeds", "3", "--again") == 2 * 3
+    assert forwards("--settings", "random", "--seeds", "3") == 2
+    assert forwards("--settings", "random", "--seeds", "3", "--again") == 2 * 3
     assert forwards("--settings", "unmerged", "--limit", "3") == 2
     report = (tmp_path / "clip_tasks.md").read_text()
-    assert "| task | unmerged | turbovlm | smaller image |" in report
+    assert "| task | unmerged | turbovlm | random | smaller image |" in report
     assert (tmp_path / "clip_tasks.png").stat().st_size > 1000
     with pytest.raises(SystemExit):  # no --names
         forwards("--tasks", "stamps")

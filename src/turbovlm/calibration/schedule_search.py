@@ -8,8 +8,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from turbovlm.calibration.drift import clearly_less
 from turbovlm.calibration.subject import NEAR, Found, Spread, Subject
 from turbovlm.encoder.schedule import EncoderShape, token_counts
@@ -17,7 +15,7 @@ from turbovlm.encoder.schedule import EncoderShape, token_counts
 MOST = 0.5
 """Share of its tokens that a block can give up: every candidate has one partner (Turbo, §3.3)."""
 SUBSET = 1 / 4
-"""Share of the samples that a new schedule is tried on first: most are worse, and are seen to be on a few."""
+"""Share of the samples that a new schedule is tried on first."""
 HALVINGS = 40
 """Halvings of the interval in which a spread's scale is sought: far below the scale that moves one token."""
 
@@ -100,13 +98,10 @@ def schedule_search(
         if amounts is None or amounts == best.config.r:
             continue
         config = replace(best.config, r=amounts)
-        first = subject.drift(config, [samples[i] for i in some])
-        if first.mean() > best.drift[some].mean():
+        drift = subject.drift_unless_worse(config, samples, some, best.drift)
+        if drift is None:
             continue
-        rest = [i for i in range(count) if i not in set(some)]
-        drift = torch.empty_like(best.drift)
-        drift[some], drift[rest] = first, subject.drift(config, [samples[i] for i in rest])
-        spent += len(rest)
+        spent += count - few
         if clearly_less(drift, best.drift):
             best = Found(config, spread, best.amount, drift)
     return best

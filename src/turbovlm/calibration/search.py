@@ -14,7 +14,7 @@ from turbovlm.errors import ConfigError
 TIMINGS = 6
 """Settings whose speed-up is measured at most; each measurement comes nearer, as time is about linear in the amount."""
 FIRST = 4
-"""Of every so many samples, one is tried first: most changes are worse, and are seen to be on a few."""
+"""Of every so many samples, one is tried first."""
 TOLERANCE = 0.02
 """Share by which a measured speed-up may miss the one asked for: about as much as repeated measurements differ."""
 
@@ -88,13 +88,12 @@ def _best_trial(subject: Subject, amount: float, samples: Sequence[int]) -> Foun
         merged = subject.configured(config, spread, amount)
         if merged is None:
             continue
-        if best is not None:
-            first = subject.drift(merged, [samples[i] for i in some])
-            if first.mean() > best.drift[some].mean():
-                continue
-        found = Found(merged, spread, amount, subject.drift(merged, samples))
-        if best is None or clearly_less(found.drift, best.drift):
-            best = found
+        if best is None:
+            best = Found(merged, spread, amount, subject.drift(merged, samples))
+            continue
+        drift = subject.drift_unless_worse(merged, samples, some, best.drift)
+        if drift is not None and clearly_less(drift, best.drift):
+            best = Found(merged, spread, amount, drift)
     if best is None:
         raise ConfigError(
             f"flops={amount}: no setting comes within {NEAR:.0%} of it: a few tokens are too large a part of the cost"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from turbovlm.calibration.drift import Part, Reference
@@ -100,6 +101,22 @@ class Subject(ABC):
     def drift(self, config: Any, samples: Sequence[int]) -> Tensor:
         """How far these samples move under the settings, `[len(samples)]`; see `Reference.drift`."""
         return self._reference.drift(self.outputs(config, samples), samples, config.amount)
+
+    def drift_unless_worse(
+        self, config: Any, samples: Sequence[int], some: Sequence[int], best: Tensor
+    ) -> Tensor | None:
+        """How far these samples move, or None where `some` of them, by place, move further than in `best` on average.
+
+        Most changes are worse, and are seen to be on a few samples.
+        """
+        first = self.drift(config, [samples[i] for i in some])
+        if first.mean() > best[some].mean():
+            return None
+        drift, rest = torch.empty_like(best), sorted({*range(len(samples))} - {*some})
+        drift[some] = first
+        if rest:
+            drift[rest] = self.drift(config, [samples[i] for i in rest])
+        return drift
 
     @staticmethod
     @abstractmethod
