@@ -227,7 +227,7 @@ def measured(judge: Judge, whole: Tensor, schedule: str, degree: str, seed: int,
 def solve(shape: EncoderShape, tokens: int, blocks: Sequence[int], flops: float) -> tuple[list[int], float]:
     """Equally many tokens in each of those blocks, by one more or less, of cost closest to the share; and that cost."""
     best, full, ratio = [0] * shape.depth, shape.macs((tokens,) * (shape.depth + 1)), 1.0
-    for total in range(tokens):
+    for total in range(len(blocks) * (tokens // 2) + 1):  # more than there are, where blocks give half of theirs
         amounts = dict(zip(blocks, spread(total, len(blocks))))
         listed = [amounts.get(block, 0) for block in range(shape.depth)]
         cost = shape.macs(token_counts(listed, tokens, shape.protected, 0)) / full

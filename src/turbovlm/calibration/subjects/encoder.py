@@ -53,8 +53,7 @@ class EncoderSubject(Subject):
     Attributes:
         measure: what is compared; the family's if None.
         batch: images in a forward.
-        effort: how often the images go through the model in the search for a schedule; benchmarks/calibration.py
-            gets by with 40.
+        effort: how often the images go through the model in the search for a schedule.
         encoder: what amounts per block cost.
 
     Raises:
@@ -64,7 +63,7 @@ class EncoderSubject(Subject):
 
     measure: Measure | None = None
     batch: int = 16
-    effort: int = 100
+    effort: int = 25
     encoder: EncoderCost = field(init=False)
 
     about = "a model with vision encoders, and images: a tensor, or tensors by name, or a list of several sizes"
