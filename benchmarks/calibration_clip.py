@@ -68,12 +68,13 @@ def calibrated(model: Any, images: torch.Tensor, **how: Any) -> tuple[Calibratio
 
 def on_others(model: Any, pixels: torch.Tensor, given: list[int], held: list[int]) -> dict[str, Any]:
     found, seconds = calibrated(model, pixels[given], flops=FLOPS)
+    print(f"{seconds:.0f} s: {found}", flush=True)
     subject = subject_of(model, pixels)
     with turbovlm.apply(model, r=0) as handle:
         shape = handle.features[0].shape  # type: ignore[union-attr]
     amounts, _ = solve(shape, subject.encoder.tokens, range(shape.depth), FLOPS)
     with turbovlm.apply(model, flops=FLOPS) as handle:
-        default = handle.schedule().merged
+        default = handle.schedule(subject.encoder.tokens).merged
     configs = {
         "ToMe": TurboConfig(r=amounts, **DEGREES["ToMe"]),
         "default": TurboConfig(r=default, partition="all"),

@@ -256,6 +256,7 @@ def test_what_each_family_is_measured_by(images):
     shapes = {}
     for name, model in {
         "clip": clip,
+        "tower": transformers.CLIPVisionModelWithProjection(clip.config.vision_config).eval(),
         "classifier": transformers.ViTForImageClassification(transformers.ViTConfig(**vision, num_labels=5)).eval(),
         "encoder": transformers.ViTModel(transformers.ViTConfig(**vision)).eval(),
         "captioner": transformers.BlipForConditionalGeneration(
@@ -269,6 +270,7 @@ def test_what_each_family_is_measured_by(images):
     width = clip.config.projection_dim
     assert shapes == {
         "clip": [(1, width)],
+        "tower": [(1, clip.config.vision_config.projection_dim)],
         "classifier": [(1, 5)],
         "encoder": [(1, 32), (64, 32)],
         "captioner": [(1, 32), (64, 32)],

@@ -20,8 +20,9 @@ Measure = Callable[[nn.Module, Any], Any]
 def default_measure(model: nn.Module) -> Measure:
     """The measure of a model's family.
 
-    Dual encoders by the pooled features of an image; a model with logits by them; what feeds a language model or a
-    text decoder by the tokens of its vision encoder; encoders by CLS and by the patches' tokens, half each.
+    Dual encoders and their image towers by the embedding of an image; a model with logits by them; what feeds a
+    language model or a text decoder by the tokens of its vision encoder; encoders by CLS and by the patches' tokens,
+    half each.
 
     Raises:
         UnsupportedModelError: several vision encoders, of which it is not known what is read.
@@ -38,6 +39,7 @@ def default_measure(model: nn.Module) -> Measure:
     if hasattr(model, "encode_image"):
         return lambda whole, inputs: _call(whole.encode_image, inputs)
     prefix = find_towers(model)[0].prefix
+
     return lambda whole, inputs: _tokens(_call(whole, inputs), prefix)
 
 
@@ -65,10 +67,10 @@ def measured_parts(measure: Measure, model: nn.Module, inputs: Any) -> list[Tens
 
 
 def _tokens(out: Any, prefix: int) -> Any:
-    """Logits, or what a model has pooled; else CLS and registers, and patches."""
-    logits = getattr(out, "logits", None)
-    if isinstance(logits, Tensor) and logits.ndim == 2:
-        return logits
+    """Logits, an image's embedding, or what a model has pooled; else CLS and registers, and patches."""
+    for read in (getattr(out, "logits", None), getattr(out, "image_embeds", None)):
+        if isinstance(read, Tensor) and read.ndim == 2:
+            return read
     tokens = out if isinstance(out, Tensor) else getattr(out, "last_hidden_state", None)
     if not isinstance(tokens, Tensor) or tokens.ndim not in (2, 3):
         raise ConfigError(f"measure: it is not known what of a {type(out).__name__} counts; give a function")

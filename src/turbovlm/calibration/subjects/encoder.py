@@ -63,7 +63,7 @@ class EncoderSubject(Subject):
 
     measure: Measure | None = None
     batch: int = 16
-    effort: int = 25
+    effort: int = 10
     encoder: EncoderCost = field(init=False)
 
     about = "a model with vision encoders, and images: a tensor, or tensors by name, or a list of several sizes"
