@@ -2,15 +2,17 @@
 
     python studies/photos/prepare.py                     # 256 photographs, fetched
     python benchmarks/judges.py                          # the photographs to choose on
-    python benchmarks/judges.py --held-back              # the others, which nothing was chosen on
+    python benchmarks/judges.py --held-back              # the others
+    python benchmarks/judges.py --untouched              # every second of the others, which no search has used
     python benchmarks/judges.py --judges clip --schedules "every block" --degrees ToMe random    # a part of it
 
 Judges: CLIP ViT-B/16's image embedding, its patches at every position, the saliency ViT-S/14's CLS, its patches at
 every position, MiniLM's sentence embedding. A setting is a schedule and a degree; the number of tokens that a schedule
 merges in each of its blocks is solved, so that all settings of a judge cost alike: `--flops` of the encoder's
 multiply-accumulates. Measured is the drift, 1 − cosine to the unmerged model's vector with the inputs' mean taken off
-both; of each seed its mean over the inputs. Written are benchmarks/results/judges{,_held_back}{,_50}.{json,md}, _50
-for a cost of 50 % instead of 61; what is in the JSON already is not measured again.
+both; of each seed its mean over the inputs. Written are
+benchmarks/results/judges{,_held_back,_untouched}{,_50}.{json,md}, _50 for a cost of 50 % instead of 61; what is in the
+JSON already is not measured again.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from turbovlm.encoder.schedule import EncoderShape, spread, token_counts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "photos"))
 BATCH, USUAL = 16, 0.61
+PARTS = {"judges": slice(0, None, 2), "judges_held_back": slice(1, None, 2), "judges_untouched": slice(3, None, 4)}
+"""Photographs and sentences: to choose on; the others; and those of the others that no search has used."""
 PUBLISHED = {"similarity": "keys", "partition": "alternate", "order": "partition", "reduce": "merge", "restore": "copy"}
 
 
@@ -55,44 +59,44 @@ class Judge:
     dense: bool = False
 
 
-def clip_judge(is_held_back: bool) -> Judge:
+def clip_judge(part: slice) -> Judge:
     from turbovlm_lab.zoo import clip
 
     model = clip.load_clip()
-    pixels = clip.preprocess(photographs(is_held_back))
+    pixels = clip.preprocess(photographs(part))
     return Judge(model, pixels.split(BATCH), lambda batch: model(pixel_values=batch).image_embeds)
 
 
-def clip_patches_judge(is_held_back: bool) -> Judge:
-    judge = clip_judge(is_held_back)
+def clip_patches_judge(part: slice) -> Judge:
+    judge = clip_judge(part)
     return Judge(
         judge.model, judge.inputs, lambda batch: judge.model(pixel_values=batch).last_hidden_state[:, 1:], True
     )
 
 
-def saliency_judge(is_held_back: bool) -> Judge:
+def saliency_judge(part: slice) -> Judge:
     from turbovlm_lab.zoo import load_saliency_vit, preprocess
 
     backbone = load_saliency_vit().backbone
-    pixels = preprocess(photographs(is_held_back))
+    pixels = preprocess(photographs(part))
     return Judge(backbone, pixels.split(BATCH), lambda batch: backbone(pixel_values=batch).last_hidden_state[:, 0])
 
 
-def patches_judge(is_held_back: bool) -> Judge:
-    judge = saliency_judge(is_held_back)
+def patches_judge(part: slice) -> Judge:
+    judge = saliency_judge(part)
     return Judge(
         judge.model, judge.inputs, lambda batch: judge.model(pixel_values=batch).last_hidden_state[:, 1:], True
     )
 
 
-def minilm_judge(is_held_back: bool) -> Judge:
+def minilm_judge(part: slice) -> Judge:
     """Sentences one by one, so that no padding is merged for nothing."""
     from text import sentences
 
     from turbovlm_lab.zoo import load_minilm
 
     model = load_minilm()
-    texts = [text for text in sentences() if len(text.split()) >= 12][is_held_back::2][:200]
+    texts = [text for text in sentences() if len(text.split()) >= 12][part][:200]
     return Judge(model, [model.tokens([text]) for text in texts], lambda batch: model(**batch))
 
 
@@ -105,11 +109,11 @@ JUDGES = {
 }
 
 
-def photographs(is_held_back: bool) -> list[Any]:
-    """Every second of those that studies/photos fetches."""
+def photographs(part: slice) -> list[Any]:
+    """Of those that studies/photos fetches."""
     from prepare import load_photos
 
-    return load_photos()[is_held_back::2]
+    return load_photos()[part]
 
 
 def blocks_from(share: float) -> Callable[[int], list[int]]:
@@ -153,15 +157,17 @@ def main() -> None:
     parser.add_argument("--degrees", nargs="+", choices=DEGREES, default=list(DEGREES), metavar="NAME")
     parser.add_argument("--flops", type=float, default=USUAL, help="share of the cost left (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="draws of the random halves (default: %(default)s)")
-    parser.add_argument("--held-back", action="store_true", help="the inputs that nothing is chosen on")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--held-back", action="store_true", help="the inputs that are not there to choose on")
+    others.add_argument("--untouched", action="store_true", help="the half of those that no search at all has used")
     args = parser.parse_args()
-    name = "judges_held_back" if args.held_back else "judges"
-    name += "" if args.flops == USUAL else f"_{args.flops:.0%}".rstrip("%")
+    part = "judges_held_back" if args.held_back else "judges_untouched" if args.untouched else "judges"
+    name = part + "" if args.flops == USUAL else f"_{args.flops:.0%}".rstrip("%")
     path = RESULTS / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"flops": args.flops, "judges": {}}
     found["machine"] = machine()
     for judge_name in args.judges:
-        judge = JUDGES[judge_name](args.held_back)
+        judge = JUDGES[judge_name](PARTS[part])
         known = found["judges"].setdefault(judge_name, {"inputs": sum(map(count, judge.inputs)), "runs": {}})
         with torch.inference_mode():
             whole = vectors_of(judge)

@@ -59,7 +59,8 @@ def main() -> None:
     sizes = QUICK if args.quick else {"seeds": SEEDS, "pictures": IMAGES}
     name = "seeds_quick" if args.quick else "seeds"
     found: dict[str, Any] = {"tasks": {}} | load(args.out / f"{name}.json")
-    found |= {"machine": machine(), **sizes}
+    found |= sizes
+    where = machine()
     todo: dict[tuple[str, str | None], list[str]] = {}
     for kind in args.quantize or (None,):
         for task in args.tasks:
@@ -71,6 +72,7 @@ def main() -> None:
             if ways:
                 entry = found["tasks"][key(task, kind)]
                 metric, rows = ask(task, ways, sizes["seeds"], sizes["pictures"], advance, kind)
+                rows = {way: row | {"machine": where} for way, row in rows.items()}
                 entry |= {"metric": metric, "ways": entry["ways"] | rows}
                 save(args.out / f"{name}.json", found)
     (args.out / f"{name}.md").write_text(report(found))
@@ -112,7 +114,7 @@ def ask(
 
 
 def report(found: dict[str, Any]) -> str:
-    lines = ["# The built-in tasks, over seeds", "", f"{described(found['machine'])}.", ""]
+    lines = ["# The built-in tasks, over seeds", ""]
     lines += [
         f"Score kept with {TURBO.flops:.0%} of the encoder's multiply-accumulates, {found['pictures']} images, with"
     ]
@@ -125,7 +127,16 @@ def report(found: dict[str, Any]) -> str:
     for task, entry in found["tasks"].items():
         cells = [cell(entry["ways"][way]) if way in entry["ways"] else "" for way in WAYS]
         lines.append(f"| {task}: {entry['metric']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *measured_on(found)]) + "\n"
+
+
+def measured_on(found: dict[str, Any]) -> list[str]:
+    """Machines, versions and dates, each with the ways that were measured there."""
+    ways: dict[str, dict[str, None]] = {}
+    for entry in found["tasks"].values():
+        for way, row in entry["ways"].items():
+            ways.setdefault(described(row["machine"]), {})[way] = None
+    return [f"- {', '.join(names)}: {where}." for where, names in ways.items()]
 
 
 def cell(row: dict[str, Any]) -> str:

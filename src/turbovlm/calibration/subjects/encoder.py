@@ -149,14 +149,14 @@ class EncoderSubject(Subject):
     def trials(self, amount: float) -> list[Trial]:
         """The default's blocks, every block, each of `SCHEDULES`; then each of `SETTINGS` with the best of these."""
         depth = self.encoder.shape.depth
-        default = self._spread(amount, "auto")
-        schedules = [Trial({}, default)]
+        default = {"partition": self.base.partition}
+        schedules = [Trial(default, self._spread(amount, "auto"))]
         if self._halves != self.base.partition:
             schedules.append(Trial({"partition": self._halves}, self._spread(amount, "every")))
         sets = {tuple(range(round(first * depth), round(last * depth), step)) for first, last, step in SCHEDULES}
         for blocks in sorted(sets - {()}):
-            schedules.append(Trial({"partition": self.base.partition}, self._spread(amount, blocks)))
-        distinct = [each for i, each in enumerate(schedules) if each not in schedules[:i]]
+            schedules.append(Trial(default, self._spread(amount, blocks)))
+        distinct = [trial for place, trial in enumerate(schedules) if trial not in schedules[:place]]
         given = {name: getattr(self.base, name) for name in VARIED}
         return distinct + [Trial({**given, **change}) for change in SETTINGS if not self.fixed & set(change)]
 
