@@ -162,7 +162,7 @@ def main() -> None:
     others.add_argument("--untouched", action="store_true", help="the half of those that no search at all has used")
     args = parser.parse_args()
     part = "judges_held_back" if args.held_back else "judges_untouched" if args.untouched else "judges"
-    name = part + "" if args.flops == USUAL else f"_{args.flops:.0%}".rstrip("%")
+    name = part if args.flops == USUAL else f"{part}_{args.flops:.0%}".rstrip("%")
     path = RESULTS / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"flops": args.flops, "judges": {}}
     found["machine"] = machine()
