@@ -145,6 +145,7 @@ def test_versions_alternate_and_share_weights(pipe, monkeypatch):
 @pytest.mark.slow
 def test_compiled_versions(monkeypatch):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # `reset` leaves what other tests counted
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     pipe, config, compiled = PIPES["DiT"](), DenoiseConfig(keep=0.5, refresh=2), []
     settings = {"steps": 2, "rounds": 2, "warmup": 1, "compile": True}

@@ -37,7 +37,7 @@ def model():
     from turbovlm_lab.zoo.saliency import SaliencyHead, SaliencyViT
 
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 224, "patch_size": 14}
+    size = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 224, "patch_size": 14}
     backbone = Dinov2Model(Dinov2Config(**size, layerscale_value=0.5, attn_implementation="sdpa"))
     for parameter in backbone.parameters():
         if parameter.ndim > 1:
