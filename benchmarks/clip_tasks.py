@@ -282,6 +282,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=5)
     for axis in axes[len(wanted) :]:
         axis.set_visible(False)
     figure.axes[0].set_yticks(range(len(names)), names)

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from folders import tokenizer
 from test_evaluate_predictors import asked, loaded, samples
@@ -112,3 +113,25 @@ def test_what_is_wrong(file):
         loaded("captioning", file("nlvr2"))
     with pytest.raises(TurboError, match=r"none\.pth: there is no such file"):
         loaded("nlvr2", "blip:none.pth")
+
+
+def test_a_pruned_model_is_reproduced_beside_its_printed_rows(file, tmp_path, capsys):
+    for number in range(3):
+        Image.new("RGB", (60, 40), (60 * number, 90, 0)).save(tmp_path / f"{number}.jpg")
+    said = [
+        {"filename": f"{number}.jpg", "split": "test", "sentences": [{"raw": f"a dog w{30 + number}"}]}
+        for number in range(3)
+    ]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": said, "dataset": "coco"}))
+    entry = {"model": file("captioning"), "data": [str(tmp_path / "coco.json")], "images": str(tmp_path)}
+    (tmp_path / "s.json").write_text(json.dumps({"table3/BLIP-B/COCO/UPop": entry}))
+    given = ["reproduce", "table3", "--sources", str(tmp_path / "s.json"), "--out", str(tmp_path / "out")]
+    # the small model has 9 patches, of which r=30 takes all that can go
+    assert main(given) == 0
+    assert "has nothing for: table3/BLIP-B/COCO, table3/BLIP2/COCO" in capsys.readouterr().err
+    (found,) = json.loads((tmp_path / "out" / "results.json").read_text()).values()
+    own, turbo = found["numbers"]["lines"][:2]
+    assert own["printed"]["plugin"] == "UPop" and turbo["printed"]["plugin"] == "turbo+UPop"
+    assert turbo["row"]["ratio"] < 0.9 and own["row"]["ratio"] == 1
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "BLIP-B pruned by UPop on COCO" in report and "| turbo, r=30* | 60.8 | 37.3 | 126 |" in report

@@ -22,6 +22,7 @@ from turbovlm_lab.reproduce.declared import PLUGINS, comparisons, encoder_share
 from turbovlm_lab.reproduce.overview import overview
 from turbovlm_lab.reproduce.published import printed_rows
 from turbovlm_lab.reproduce.running import SEARCH, Source, largest_savings, named, settings_of
+from turbovlm_lab.reproduce.sources import Sources
 from turbovlm_lab.reproduce.studies import chosen, every_study
 from turbovlm_lab.reproduce.tracing import concentration
 
@@ -29,8 +30,10 @@ pytest.importorskip("transformers")
 
 
 def test_every_printed_row_stands_in_one_comparison():
-    """But those of Table 11, which is a search."""
-    shown = [line.printed for study in comparisons() for line in study.lines if line.printed is not None]
+    """But those of Table 11, which is a search; a pruned model's stand beside the whole model's too."""
+    shown = [
+        line.printed for study in comparisons() if not study.pruned for line in study.lines if line.printed is not None
+    ]
     wanted = [row for row in printed_rows() if row.table != 11]
     assert sorted(shown, key=repr) == sorted(wanted, key=repr) and len(wanted) > 60
 
@@ -50,7 +53,7 @@ def test_shares_are_those_of_the_printed_costs():
     for study in comparisons():
         own = study.lines[0].printed
         for line in study.lines:
-            if study.name in ("table2", "table5") and line.config and line.printed:
+            if study.name in ("table2", "table5") and not study.pruned and line.config and line.printed:
                 share = line.printed.gmacs / own.gmacs
                 assert line.builtin.flops == pytest.approx(share, abs=0.012), line
                 checked += 1
@@ -84,6 +87,27 @@ def test_the_overview_has_a_column_for_every_task_that_was_run(tmp_path):
     assert Image.open(tmp_path / "overview.png").width > 500 and (tmp_path / "overview.svg").exists()
 
 
+def test_pruned_models_are_comparisons_of_their_own(tmp_path):
+    found = {study.key: study for study in comparisons() if study.pruned}
+    assert list(found) == [
+        *("table1/BLIP-B/NLVR2/UPop", "table2/BLIP-B/VQAv2/UPop", "table3/BLIP-B/COCO/UPop"),
+        *("table5/BLIP-B/Flickr30k/UPop", "table5/BLIP-B/COCO/UPop"),
+    ]
+    own, turbo, *controls, smaller = found["table1/BLIP-B/NLVR2/UPop"].lines
+    assert own.name == OWN and dict(own.printed.metrics)["dev"] == 80.3
+    assert turbo.config.r == 35 and turbo.config.alpha == 180 and dict(turbo.printed.metrics)["dev"] == 79
+    assert [line.name for line in controls] == ["turbovlm, r=35", "random, r=35", "uniform, r=35"]
+    assert smaller.name == SMALLER
+    by_costs = found["table3/BLIP-B/COCO/UPop"].lines[1]
+    assert by_costs.config.r == 30 and dict(by_costs.printed.metrics)["cider"] == 126
+    assert found["table5/BLIP-B/COCO/UPop"].lines[1].printed is None
+    entry = {"model": "m", "data": "d"}
+    for key, study in found.items():
+        assert Sources(tmp_path, None, 4).named(study) is None
+        assert Sources(tmp_path, {study.task: entry, study.name: entry}, 4).named(study) is None
+        assert Sources(tmp_path, {study.task: entry, key: entry}, 4).named(study) == key
+
+
 def test_lines_run_as_printed():
     found = {study.key: {line.name: line for line in study.lines} for study in comparisons()}
     turbo = found["table1/BLIP-B/NLVR2"]["turbo, r=35"]
@@ -115,7 +139,12 @@ def test_studies_are_named_by_table_figure_or_key():
                                                       "figure4", "figure5", "figure6"}  # fmt: skip
     assert {study.key for study in chosen(["all"])} == every
     assert {study.key for study in chosen(["tables", "figures", "tasks"])} == every
-    assert [study.key for study in chosen(["table5/BLIP-B"])] == ["table5/BLIP-B/Flickr30k", "table5/BLIP-B/COCO"]
+    assert [study.key for study in chosen(["table5/BLIP-B"])] == [
+        "table5/BLIP-B/Flickr30k",
+        "table5/BLIP-B/Flickr30k/UPop",
+        "table5/BLIP-B/COCO",
+        "table5/BLIP-B/COCO/UPop",
+    ]
     assert [study.key for study in chosen(["figure4/retrieval", "figure4"])] == [
         "figure4/retrieval",
         "figure4/captioning",
@@ -217,7 +246,11 @@ def test_a_users_models_and_data(tmp_path, sources, capsys):
     given = ["reproduce", "table5", "table10", "figure3", "--sources", str(sources), "--out", str(out)]
     assert main(given) == 0, capsys.readouterr().err
     said = capsys.readouterr()
-    assert "has nothing for: table5/BLIP2/Flickr30k, table5/BLIP2/COCO, table5/BLIP-B/Flickr30k, figure3" in said.err
+    left_out = said.err.partition("has nothing for: ")[2].split("\n")[0].split(", ")
+    assert left_out == [
+        *("table5/BLIP2/Flickr30k", "table5/BLIP2/COCO"),
+        *("table5/BLIP-B/Flickr30k", "table5/BLIP-B/Flickr30k/UPop", "table5/BLIP-B/COCO/UPop", "figure3"),
+    ]
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["table5/BLIP-B/COCO", "table10/BLIP-B/COCO"]
     lines = {line["line"]: line for line in results["table5/BLIP-B/COCO"]["numbers"]["lines"]}
@@ -263,6 +296,7 @@ WRONG = {
     "no images, in the older spelling": (["all", "--builtin", "--pictures", "0"], "--images 0: must be an integer ≥ 1"),
     "quick and many": (["all", "--builtin", "--quick", "--images", "9"], "give --quick or --images"),
     "bf16 of built-in": (["all", "--builtin", "--dtype", "bfloat16"], "built-in models run in float32"),
+    "a pruned model": (["table1/BLIP-B/NLVR2/UPop", "--builtin"], "pruned models come by --sources"),
     "workers": (["all", "--builtin", "--workers", "-1"], "--workers -1: must be an integer from 0 to"),
 }
 

@@ -94,10 +94,12 @@ def run(args: argparse.Namespace) -> int:
     sources = _sources(args)
     with_source = [study for study in studies if sources.named(study) is not None]
     left_out = [study.key for study in studies if sources.named(study) is None]
-    if left_out:
-        print(f"{args.sources} has nothing for: {', '.join(left_out)}", file=sys.stderr)
+    given = "--builtin" if args.builtin else args.sources
     if not with_source:
-        raise ConfigError(f"{args.sources}: has no entry for any of {' '.join(args.what)}")
+        remedy = "; pruned models come by --sources, with an entry of their own" if args.builtin else ""
+        raise ConfigError(f"{given}: has no entry for any of {' '.join(args.what)}{remedy}")
+    if left_out:
+        print(f"{given} has nothing for: {', '.join(left_out)}", file=sys.stderr)
     _check(sources, with_source)
     return 0 if args.check else _run(args, with_source, sources)
 

@@ -55,6 +55,8 @@ PLUGINS: dict[str, dict[str, Any]] = {
     "coupled division (A5)": {**PAPER, "degree": "coupled_division"},
 }
 """What the printed names merge by; the others are pruned or quantised models."""
+PRUNED = "UPop"
+"""Printed rows of a model whose weights were pruned, and retrained: another checkpoint."""
 QUANTIZED = {"GPTQ": "nf4"}
 """How a printed name's weights are quantised here: to 4 bits as well, without the data that GPTQ needs."""
 PRINTED_PATCHES, BUILTIN_PATCHES = 576, 256
@@ -74,7 +76,7 @@ class Line:
         builtin: the same for a built-in model.
         printed: the paper's row beside which it stands.
         curve, x: in a figure, the curve it is on, and where.
-        runs: whether there is anything to run; pruned models are only printed.
+        runs: whether there is anything to run; among a whole model's rows, a pruned one's are only printed.
         quantize: how the model's weights are quantised before tokens are merged.
     """
 
@@ -99,6 +101,7 @@ class Declared:
         lines: the model itself first.
         axis: of a figure: what `x` is.
         strength: of text-to-image that begins with images.
+        pruned: whether the model is another checkpoint than its task's, so that only an entry of its own names it.
     """
 
     key: str
@@ -107,6 +110,7 @@ class Declared:
     lines: tuple[Line, ...]
     axis: str = ""
     strength: float | None = None
+    pruned: bool = False
 
     @property
     def name(self) -> str:
@@ -174,6 +178,9 @@ def comparisons() -> tuple[Declared, ...]:
             title = f"Table {table}: {'image-to-image' if begun else TITLES[table]}, {model} on {dataset}"
             lines = _generating(some) if table == 6 else _merging(table, model, some)
             found.append(Declared(key, title, TASKS[table], lines, strength=STRENGTH if begun else None))
+            if any(row.plugin == PRUNED for row in some):
+                title = f"Table {table}: {TITLES[table]}, {model} pruned by {PRUNED} on {dataset}"
+                found.append(Declared(f"{key}/{PRUNED}", title, TASKS[table], _pruned(some), pruned=True))
     found += [_fusions(), _thresholds(), *_quarters()]
     found += [_sweep(task) for task in SWEPT_TASKS] + [_alphas(task) for task in SWEPT_TASKS]
     return (*(_task(task) for task in UNDERSTANDING), *found)
@@ -191,6 +198,17 @@ def _task(task: str) -> Declared:
         lines += [Line(kind, quantize=kind), dataclasses.replace(ours, name=f"{kind}, {ours.name}", quantize=kind)]
     title = f"{task.capitalize()} at {DEFAULT_SHARE:.0%} of the encoder's multiply-accumulates"
     return Declared(f"tasks/{task}", title, task, (Line("unmerged"), *lines, Line(SMALLER), Line(MATCHED)))
+
+
+def _pruned(rows: Sequence[Printed]) -> tuple[Line, ...]:
+    """Tokens merged in a model that UPop pruned; where the paper prints no r, that of the whole model's main row."""
+    own = next(row for row in rows if row.plugin == PRUNED)
+    both = next((row for row in rows if row.plugin == f"turbo+{PRUNED}"), None)
+    main = both if both is not None and both.r is not None else next(row for row in rows if row.plugin == "turbo")
+    assert main.r is not None
+    lines = [Line(f"turbo, r={main.amount}", _at(PAPER, r=main.r), printed=both)]
+    lines += [Line(f"{name}, r={main.amount}", _at(METHODS[name], r=main.r)) for name in CONTROLS]
+    return (Line("unmerged", printed=own), *lines, Line(SMALLER))
 
 
 def _merging(table: int, model: str, rows: Sequence[Printed]) -> tuple[Line, ...]:

@@ -100,8 +100,7 @@ class Finished:
     @property
     def printed_own(self) -> Printed | None:
         """The printed row of the model itself."""
-        printed = (line.printed for line in self.declared.lines)
-        return next((row for row in printed if row is not None and row.plugin == "none"), None)
+        return self.declared.lines[0].printed
 
     def printed_kept(self, line: Line) -> float | None:
         """The first printed metric as a share of the model's own; None where less is better."""

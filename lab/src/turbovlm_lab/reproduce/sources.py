@@ -24,6 +24,11 @@ REQUIRED, OPTIONAL = ("model", "data"), ("images", "split", "limit", "prompt", "
 """What an entry of the sources' file has; each is what `turbovlm evaluate` calls so."""
 EXAMPLES = {
     "nlvr2": {"model": "blip:model_base_nlvr.pth", "data": ["nlvr2/dev.json"], "images": "nlvr2/dev"},
+    "table1/BLIP-B/NLVR2/UPop": {
+        "model": "blip:model_base_nlvr_nlvr2_2x_compressed.pth",
+        "data": ["nlvr2/dev.json"],
+        "images": "nlvr2/dev",
+    },
     "vqa": {
         "model": "Salesforce/blip-vqa-base",
         "data": ["v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"],
@@ -83,7 +88,12 @@ class Sources:
     _loaded: dict[str, Source] = field(default_factory=dict, repr=False)
 
     def named(self, declared: Declared) -> str | None:
-        """The entry that a comparison runs with: its own, its table's or its task's; None if there is none."""
+        """The entry that a comparison runs with: its own, its table's or its task's; None if there is none.
+
+        A pruned model's is its own alone; no built-in model is pruned.
+        """
+        if declared.pruned:
+            return declared.key if declared.key in (self.entries or ()) else None
         if self.entries is None:
             return declared.task
         return next((n for n in (declared.key, declared.name, declared.task) if n in self.entries), None)
