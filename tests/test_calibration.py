@@ -204,9 +204,9 @@ def test_a_schedule_for_one_cost(vit, images):
     assert found.bound == pytest.approx(drift.max().item(), rel=1e-5) and found.coverage == 0.8 and found.images == 18
     assert found.speedup is None
     costs, drifts = zip(*found.curve)
-    assert [round(cost, 1) for cost in costs] == [0.6, 0.7, 0.8, 0.9]
+    assert costs == pytest.approx((0.55, 0.7, 0.85), abs=0.01)
     assert list(drifts) == sorted(drifts, reverse=True) and (found.flops, found.drift) in found.curve
-    assert sum(went) == 291
+    assert sum(went) == 273
     assert turbovlm.calibrate(vit, images, flops=0.7, effort=3) == found
     assert turbovlm.calibrate(vit, images, flops=0.7, effort=3, seed=1).drift != found.drift
 

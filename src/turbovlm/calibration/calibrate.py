@@ -82,7 +82,7 @@ def calibrate(
             `[batch, tokens, width]`, or several that count alike; what the family is read by if None.
         per_image: encoders: find thresholds as well, by which an image with more redundancy loses more tokens, at the
             same cost on average; for images that go through the model one at a time.
-        effort: encoders: how often the images go through the model in the search, about; None for 10.
+        effort: encoders: how often the images go through the model in the search, about; None for 8.
         encoder: language models: what the vision encoder merges meanwhile; give both to `turbovlm.apply` then.
         size: pipelines: height and width of the images in pixels; None for the pipeline's own.
         steps: pipelines: denoising steps per image; None for 20.

@@ -12,8 +12,8 @@ from turbovlm.errors import ConfigError, DataError, TurboError
 if TYPE_CHECKING:
     from turbovlm.loading import ModelSpec
 
-EFFORT, MOST_IMAGES = 10, 256
-PASSES = 20
+EFFORT, MOST_IMAGES = 8, 256
+PASSES = 16
 """Passes of the images beside the search for a schedule, about: settings, and what is measured at the end."""
 
 _EPILOG = """\
@@ -51,7 +51,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--per-image", action="store_true", help="images with more redundancy lose more; for images one at a time"
     )
     parser.add_argument("--limit", type=int, default=MOST_IMAGES, metavar="N", help="images (default 256)")
-    parser.add_argument("--effort", type=int, default=EFFORT, metavar="N", help="passes of the search (default 10)")
+    parser.add_argument("--effort", type=int, default=EFFORT, metavar="N", help="passes of the search (default 8)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images in a forward (default 16)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of split and search (default 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

@@ -63,7 +63,7 @@ class EncoderSubject(Subject):
 
     measure: Measure | None = None
     batch: int = 16
-    effort: int = 10
+    effort: int = 8
     encoder: EncoderCost = field(init=False)
 
     about = "a model with vision encoders, and images: a tensor, or tensors by name, or a list of several sizes"
@@ -73,7 +73,7 @@ class EncoderSubject(Subject):
     options = ("measure", "per_image", "effort", "batch")
     amounts = tuple(round(1 - STEP * step, 4) for step in range(1, 20))
     start, finer = amounts[0], 4
-    curve = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    curve = (0.85, 0.7, 0.55, 0.4)
 
     def __post_init__(self) -> None:
         self._measured = self.measure or default_measure(self.model)
