@@ -87,13 +87,17 @@ def test_a_task_is_asked_with_compressed_blocks():
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_task_by_seed(quantize):
     done = []
-    metric, rows = seeds.ask("classification", ["default", "halves"], 2, 8, done.append, quantize)
+    own, rows = seeds.ask("classification", "zoo:classifier", ["default", "halves"], 2, 8, done.append, quantize)
     assert len(rows["default"]["kept"]) == 1 and len(rows["halves"]["kept"]) == 2 and len(done) == 4
     assert rows["halves"]["mean"][0] == pytest.approx(sum(rows["halves"]["kept"]) / 2)
-    entry = {"metric": metric, "ways": {way: row | {"machine": {"cpu": "one"}} for way, row in rows.items()}}
-    told = {"seeds": 2, "pictures": 8, "tasks": {"classification": entry}}
+    entry = {
+        "metric": own.name,
+        "own": own.value,
+        "ways": {way: row | {"machine": {"cpu": "one"}} for way, row in rows.items()},
+    }
+    told = {"pictures": 8, "tasks": {"classification": entry}}
     report = seeds.report(told)
-    assert "| classification: top-1 | " in report and "- default, halves: " in report
+    assert f"| classification: top-1 | {own.value:.3f} | " in report and "- default, halves: " in report
 
 
 def test_other_blocks_stand_in_for_a_while(model):

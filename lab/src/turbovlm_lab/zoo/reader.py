@@ -1,16 +1,18 @@
 """A small model that reads scenes: captions, answers to questions, and whether statements about two images are true.
 
-Its eyes are ten blocks of the pretrained ViT-S/14 of `turbovlm_lab.zoo.saliency`, unchanged. A connector, two linear
-layers on each token, brings their tokens to where the words are. What reads them is a decoder as BLIP has it
-(`transformers.BlipTextLMHeadModel`): four blocks of width 256 that attend to words before and to all image tokens. A
-text begins with what is wanted, `[caption]`, `[question]` or `[statement]`; what follows `[answer]`
+Its eyes are a pretrained encoder, unchanged (`EYES`): ten blocks of the ViT-S/14 of `turbovlm_lab.zoo.saliency`, or
+eleven of OpenAI's CLIP ViT-B/16 of `turbovlm_lab.zoo.clip`, whose last block is left out, as in LLaVA. A connector,
+two linear layers on each token, brings their tokens to where the words are. What reads them is a decoder as BLIP has
+it (`transformers.BlipTextLMHeadModel`): four blocks of width 256 that attend to words before and to all image tokens.
+A text begins with what is wanted, `[caption]`, `[question]` or `[statement]`; what follows `[answer]`
 is the answer. For statements the tokens of two images stand in one sequence, marked left and right.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from torch import Tensor
 
 from turbovlm.apply import get_handle
 from turbovlm.errors import ConfigError, TurboError
+from turbovlm_lab.zoo import clip, saliency
 from turbovlm_lab.zoo.grammar import words
-from turbovlm_lab.zoo.saliency import load_saliency_vit
 from turbovlm_lab.zoo.sprites import SCENE_NAMES
 
-WEIGHTS = Path(__file__).parent / "weights" / "scene_reader.safetensors"
 BLOCKS = 10
 """Of the ViT's twelve: fine-tuning changed the last two."""
+CLIP_BLOCKS = 11
+"""Of CLIP's twelve: after the last one only CLS is read in its training."""
 CAPTION, QUESTION, STATEMENT, ANSWER, END, PAD = "[caption]", "[question]", "[statement]", "[answer]", "[end]", "[pad]"
 VOCABULARY = (PAD, END, CAPTION, QUESTION, STATEMENT, ANSWER, *words(SCENE_NAMES))
 WIDTH, LONGEST = 256, 64
@@ -38,20 +41,47 @@ TIED = {
 _NUMBER = {word: number for number, word in enumerate(VOCABULARY)}
 
 
+@dataclass(frozen=True)
+class Eyes:
+    """A pretrained encoder to look at images with.
+
+    Attributes:
+        load: makes it, in eval mode.
+        preprocess: images to `[images, 3, 224, 224]`.
+        width: of its tokens.
+        patch: pixels a side.
+        weights: file of what was trained to read its tokens.
+        is_normed: whether its tokens come out of a norm.
+        asks_to_resize: whether it has to be told that images may be of another size than it was trained at.
+    """
+
+    load: Callable[[], Any]
+    preprocess: Callable[..., Tensor]
+    width: int
+    patch: int
+    weights: Path
+    is_normed: bool = True
+    asks_to_resize: bool = False
+
+
 class SceneReader(nn.Module):
     """Images and the beginning of a text to its next words.
 
     Attributes:
-        encoder: a `transformers.Dinov2Model` of ten blocks; it stays as it was pretrained.
+        eyes: which encoder that is.
+        encoder: what looks; it stays as it was pretrained.
         connector: from the encoder's width to the decoder's.
         decoder: a `transformers.BlipTextLMHeadModel`.
         sides: what is added to the tokens of the left and of the right image where there are two, `[2, 256]`.
     """
 
-    def __init__(self, encoder: Any, decoder: Any) -> None:
+    def __init__(self, encoder: Any, decoder: Any, eyes: str = "vit") -> None:
         super().__init__()
         self.encoder = encoder
-        self.connector = nn.Sequential(nn.Linear(384, 768), nn.GELU(), nn.Linear(768, WIDTH), nn.LayerNorm(WIDTH))
+        self.eyes = EYES[eyes]
+        norm = [] if self.eyes.is_normed else [nn.LayerNorm(self.eyes.width)]
+        layers = [nn.Linear(self.eyes.width, 768), nn.GELU(), nn.Linear(768, WIDTH), nn.LayerNorm(WIDTH)]
+        self.connector = nn.Sequential(*norm, *layers)
         self.decoder = decoder
         self.sides = nn.Parameter(torch.zeros(2, WIDTH))
 
@@ -62,14 +92,16 @@ class SceneReader(nn.Module):
         words' attention what it weighed before.
 
         Args:
-            pixel_values: `[batch, 3, 224, 224]`, or `[batch, 2, 3, 224, 224]` for pairs, as `zoo.preprocess` has it.
+            pixel_values: `[batch, 3, 224, 224]`, or `[batch, 2, 3, 224, 224]` for pairs, as the eyes' `preprocess` has
+                it.
 
         Returns:
             `[batch, tokens, 256]`; of a pair, the left image's and then the right one's.
         """
         if pixel_values.ndim == 4:
-            tokens: Tensor = self.connector(self.encoder(pixel_values=pixel_values).last_hidden_state)
-            height, width = (length // self.encoder.config.patch_size for length in pixel_values.shape[2:])
+            given = {"interpolate_pos_encoding": True} if self.eyes.asks_to_resize else {}
+            tokens: Tensor = self.connector(self.encoder(pixel_values=pixel_values, **given).last_hidden_state)
+            height, width = (length // self.eyes.patch for length in pixel_values.shape[2:])
             merged = tokens.shape[1] < 1 + height * width
             return get_handle(self.encoder).restore(tokens) if merged else tokens
         each = self.look(pixel_values.flatten(0, 1))
@@ -143,10 +175,33 @@ def scene_encoder() -> Any:
     Raises:
         TurboError: see `load_saliency_vit`.
     """
-    encoder: Any = load_saliency_vit().backbone
+    encoder: Any = saliency.load_saliency_vit().backbone
     encoder.encoder.layer = encoder.encoder.layer[:BLOCKS]
     encoder.config.num_hidden_layers = BLOCKS
     return encoder
+
+
+def clip_encoder() -> Any:
+    """CLIP's first eleven blocks, a `transformers.CLIPVisionModel` in eval mode; patches come out without a norm.
+
+    Raises:
+        TurboError: see `load_clip`.
+    """
+    encoder: Any = clip.load_clip().vision_model
+    encoder.encoder.layers = encoder.encoder.layers[:CLIP_BLOCKS]
+    encoder.config.num_hidden_layers = CLIP_BLOCKS
+    return encoder
+
+
+_WEIGHTS = Path(__file__).parent / "weights"
+EYES = {
+    "vit": Eyes(scene_encoder, saliency.preprocess, 384, 14, _WEIGHTS / "scene_reader.safetensors"),
+    "clip": Eyes(
+        *(clip_encoder, clip.preprocess, 768, clip.PATCH_SIZE, _WEIGHTS / "scene_reader_clip.safetensors"),
+        is_normed=False,
+        asks_to_resize=True,
+    ),
+}
 
 
 def scene_decoder() -> Any:
@@ -172,23 +227,29 @@ def scene_decoder() -> Any:
     return BlipTextLMHeadModel(config)
 
 
-def load_scene_reader(weights: Path | str = WEIGHTS) -> SceneReader:
+def load_scene_reader(eyes: str = "vit", weights: Path | str | None = None) -> SceneReader:
     """The model with its weights, in eval mode, fp32, on the CPU.
 
     Args:
-        weights: a safetensors file of the connector's, the decoder's and `sides`.
+        eyes: `"vit"` or `"clip"`.
+        weights: a safetensors file of the connector's, the decoder's and `sides`; those that come with these eyes if
+            None.
 
     Raises:
+        ConfigError: other eyes.
         TurboError: the weights, the pretrained ViT's or `transformers` are not there.
     """
     if importlib.util.find_spec("transformers") is None:
         raise TurboError("the scene reader needs transformers: pip install 'turbovlm[transformers]'")
-    if not Path(weights).is_file():
-        raise TurboError(f"{weights}: there are no such weights; studies/scenes/train.py makes them")
+    if eyes not in EYES:
+        raise ConfigError(f"eyes={eyes!r}: must be one of {', '.join(EYES)}")
+    file = Path(weights or EYES[eyes].weights)
+    if not file.is_file():
+        raise TurboError(f"{file}: there are no such weights; studies/scenes/train.py makes them")
     from safetensors.torch import load_file
 
-    reader = SceneReader(scene_encoder(), scene_decoder())
-    stored = {name: value.float() for name, value in load_file(weights).items()}
+    reader = SceneReader(EYES[eyes].load(), scene_decoder(), eyes)
+    stored = {name: value.float() for name, value in load_file(file).items()}
     stored |= {name: stored[same] for name, same in TIED.items()}
     reader.load_state_dict({**{f"encoder.{n}": v for n, v in reader.encoder.state_dict().items()}, **stored})
     return reader.eval()

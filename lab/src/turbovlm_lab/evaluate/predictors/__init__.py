@@ -19,10 +19,10 @@ MODELS = {
     "classification": (
         "an image classifier of transformers or timm:NAME; CLIP, SigLIP or open_clip:NAME by class names; zoo:clip"
     ),
-    "retrieval": "CLIP, SigLIP or BLIP's ITM model of transformers, open_clip:hf-hub:ID, or blip:FILE",
-    "captioning": "BLIP, BLIP-2, LLaVA, Qwen-VL or another model of transformers that writes, or blip:FILE",
-    "vqa": "BLIP-VQA, BLIP-2, ViLT, LLaVA, Qwen-VL or another model of transformers that answers, or blip:FILE",
-    "nlvr2": "ViLT's NLVR2 model, one of transformers that follows a chat with two images, or blip:FILE",
+    "retrieval": "CLIP, SigLIP or BLIP's ITM model of transformers, open_clip:hf-hub:ID, blip:FILE, or zoo:clip",
+    "captioning": "BLIP, BLIP-2, LLaVA, Qwen-VL or another of transformers that writes, blip:FILE, or zoo:clip-scenes",
+    "vqa": "BLIP-VQA, BLIP-2, ViLT, LLaVA, Qwen-VL or one of transformers that answers, blip:FILE, or zoo:clip-scenes",
+    "nlvr2": "ViLT's NLVR2 model, one of transformers that chats about two images, blip:FILE, or zoo:clip-scenes",
     "text-to-image": "a pipeline of diffusers",
     "saliency": "zoo:saliency",
 }
