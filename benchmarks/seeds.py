@@ -146,12 +146,13 @@ def report(found: dict[str, Any]) -> str:
 
 
 def measured_on(found: dict[str, Any]) -> list[str]:
-    """Machines, versions and dates, each with the ways that were measured there."""
-    ways: dict[str, dict[str, None]] = {}
-    for entry in found["tasks"].values():
+    """Machines, versions and dates, each with the ways and the tasks that were measured there."""
+    here: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for task, entry in found["tasks"].items():
         for way, row in entry["ways"].items():
-            ways.setdefault(described(row["machine"]), {})[way] = None
-    return [f"- {', '.join(names)}: {where}." for where, names in ways.items()]
+            ways, tasks = here.setdefault(described(row["machine"]), ({}, {}))
+            ways[way] = tasks[task] = None
+    return [f"- {', '.join(ways)} ({'; '.join(tasks)}): {where}." for where, (ways, tasks) in here.items()]
 
 
 def cell(row: dict[str, Any]) -> str:

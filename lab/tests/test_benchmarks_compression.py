@@ -97,7 +97,9 @@ def test_a_task_by_seed(quantize):
     }
     told = {"pictures": 8, "tasks": {"classification": entry}}
     report = seeds.report(told)
-    assert f"| classification: top-1 | {own.value:.3f} | " in report and "- default, halves: " in report
+    assert (
+        f"| classification: top-1 | {own.value:.3f} | " in report and "- default, halves (classification): " in report
+    )
 
 
 def test_other_blocks_stand_in_for_a_while(model):
