@@ -9,14 +9,14 @@ import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.config import TurboConfig
-from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_query, normalised, sizes_from_mask
+from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_rows, normalised, sizes_from_mask
 from turbovlm.encoder.layout import Layout, Parts
 from turbovlm.encoder.passed import has_hooks, through_module
 from turbovlm.encoder.reading import asked_of
@@ -26,6 +26,7 @@ from turbovlm.errors import StateError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
 from turbovlm.ops.partition import Partition, partition_tokens, positions
+from turbovlm.ops.plain import over_heads, precise_dtype
 from turbovlm.ops.tracing import is_exporting, is_transformed
 from turbovlm.patching import Patch
 
@@ -174,36 +175,42 @@ def _attend_and_merge(
 ) -> tuple[Tensor, State]:
     """The first half and the merge; what they computed is gone from memory before the MLP needs some."""
     config, layout = feature.config, feature.layout
-    seen: list[tuple[Tensor | None, Tensor | None]] = []
+    seen: list[Compared] = []
     ranks = r > 0 or config.trace
-    look = (lambda heads: seen.append(_ranked_by(path, feature, state, heads))) if ranks else None
+    look = (lambda heads: seen.append(_compared(path, feature, state, heads))) if ranks else None
     x = first_half(block, parts, path, layout, config, hidden, state, arguments, through, look)
     if not ranks:
         return x, state
-    features, semantic = seen[0]
-    if features is None:  # what the MLP reads, normed already where norms come after the residual
+    compared = seen[0]
+    if compared.features is None:  # what the MLP reads, normed already where norms come after the residual
         features = normalised(None if parts.norm_after_attention is not None else parts.mlp[0], x).detach()
-    return _merge(path, feature, index, state, r, x, features, semantic)
+        compared = compared._replace(features=features)
+    return _merge(path, feature, index, state, r, x, compared)
 
 
-def _ranked_by(
-    path: ModuleType, feature: EncoderFeature, state: State, heads: Heads
-) -> tuple[Tensor | None, Tensor | None]:
-    """What heads tell: the features that are compared, `[batch, tokens, width]`, and A, `[batch, tokens]`.
+class Compared(NamedTuple):
+    """What tokens are ranked by.
 
-    None for hidden states, which are not known yet, and for an A that nobody needs.
+    Attributes:
+        features: what is compared, `[batch, tokens, width]`; None for hidden states, which are not known yet.
+        squares: squared lengths of parts of them, `[batch, parts, tokens]`, where they are known.
+        semantic: A by head, `[batch, heads, tokens]`; None where nobody needs it.
     """
-    features = semantic = None
+
+    features: Tensor | None
+    squares: Tensor | None
+    semantic: Tensor | None
+
+
+def _compared(path: ModuleType, feature: EncoderFeature, state: State, heads: Heads) -> Compared:
+    semantic, squares = guide_rows(path, heads, feature.guidance, state) if feature.semantic else (None, None)
+    if feature.similarity == "hidden":
+        return Compared(None, None, semantic)
     content = heads.content.detach()
     if feature.similarity == "heads":
-        features = content.transpose(1, 2).flatten(2)
-    elif feature.similarity != "hidden":  # the sum over heads: its cosine is the mean's
-        features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
-    if feature.semantic:
-        semantic = path.attention_row(
-            guide_query(heads, feature.guidance, state).detach(), heads.k.detach(), heads.bias
-        )
-    return features, semantic
+        return Compared(content.transpose(1, 2).flatten(2), squares, semantic)
+    # the sum over heads: its cosine is the mean's
+    return Compared(content.sum(dim=1, dtype=precise_dtype(content)), None, semantic)
 
 
 def _second_half(block: nn.Module, layout: Layout, parts: Parts, x: Tensor) -> Tensor:
@@ -218,24 +225,26 @@ def _merge(
     state: State,
     r: int,
     x: Tensor,
-    features: Tensor,
-    semantic: Tensor | None,
+    compared: Compared,
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
     config = feature.config
     partition = _partition(feature, state, index, x)
+    assert compared.features is not None
+    r, by_degree = min(r, partition.count()), config.thresholds is not None
     ranking = rank_candidates(
-        features,
+        compared.features,
         partition,
-        semantic,
+        compared.semantic,
         len(state.merges),
         degree=config.degree,
         alpha=config.alpha,
         seed=config.seed,
         sizes=state.sizes if state.padded else None,
+        squares=compared.squares,
+        r=None if by_degree or r == 0 else r,
         path=path,
     )
-    r = min(r, ranking.degree.shape[1])
     if config.thresholds is not None:
         r = min(r, _spared(ranking.degree, config.thresholds[index]))
     if r > 0:
@@ -246,8 +255,8 @@ def _merge(
             state = replace(state, lost=(*state.lost, merge.lost(x, merged)))
         x, state = merged, _follow(feature, state, merge, partition)
     if config.trace:
-        assert semantic is not None
-        trace = traced(feature.names[index], state, x, ranking, semantic)
+        assert compared.semantic is not None
+        trace = traced(feature.names[index], state, x, ranking, over_heads(compared.semantic))
         state = replace(state, traces=(*state.traces, trace))
     return x, state
 
@@ -267,7 +276,10 @@ def _follow(feature: EncoderFeature, state: State, merge: Merge, partition: Part
     if feature.partition == "grid":
         old = positions(partition.destinations, merge.source.device).expand(merge.source.shape[0], -1)
         destinations = merge.source.gather(1, old)
-    return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), positions=where, destinations=destinations)
+    merges = (*state.merges, merge)
+    return replace(
+        state, sizes=merge.sizes, logs=merge.logs, merges=merges, positions=where, destinations=destinations
+    )
 
 
 def _partition(feature: EncoderFeature, state: State, index: int, x: Tensor) -> Partition:

@@ -57,6 +57,7 @@ class State:
         amounts: tokens asked of each block.
         prefix: tokens in front that are never merged; `suffix`: those behind the patches.
         sizes: patches each token stands for, `[batch, tokens]`; None while every token stands for itself.
+        logs: `log_sizes` of them, where they are known.
         merges: one per merge so far; `lost`: what each has lost (`Merge.lost`), where it is to be given back.
         positions: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
             None before the first merge.
@@ -77,6 +78,7 @@ class State:
     prefix: int
     suffix: int = 0
     sizes: Tensor | None = None
+    logs: Tensor | None = None
     merges: tuple[Merge, ...] = ()
     lost: tuple[Tensor, ...] = ()
     positions: Tensor | None = None
