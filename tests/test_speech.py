@@ -203,6 +203,9 @@ def test_times_of_words_come_from_maps_over_all_positions(model):
         assert out["token_timestamps"].max() <= FRAMES / 100
         with pytest.raises(StateError, match="output_attentions=True"):
             model(**inputs, output_attentions=True)
+    with turbovlm.apply(model, r=6, dense=True):
+        out = model.generate(features(), return_token_timestamps=True, return_timestamps=True, **TALK)
+        assert out["token_timestamps"].max() <= FRAMES / 100
     with turbovlm.apply(model, r=0):
         reference = model.generate(features(), return_token_timestamps=True, return_timestamps=True, **TALK)
     again = model.generate(features(), return_token_timestamps=True, return_timestamps=True, **TALK)

@@ -85,14 +85,15 @@ def decoder_patches(feature: EncoderFeature, model: nn.Module) -> Iterator[Patch
     decoder, owner = feature.layout.decoder, feature.decoder_of
     if decoder is None or owner is None:
         return
-    tower = model.get_submodule(feature.tower)
-    yield Patch(fetch(tower, decoder.norm), "forward", norm_forward, feature)
-    for attention in _attentions(decoder, model.get_submodule(owner)):
-        yield Patch(attention, "forward", cross_forward, feature, by_name=True)
+    if not feature.config.dense:
+        tower = model.get_submodule(feature.tower)
+        yield Patch(fetch(tower, decoder.norm), "forward", norm_forward, feature)
+        for attention in _attentions(decoder, model.get_submodule(owner)):
+            yield Patch(attention, "forward", cross_forward, feature, by_name=True)
     for name in ancestors(owner):
         module = model.get_submodule(name)
         for method, function in GENERATION.items():
-            if hasattr(type(module), method):
+            if hasattr(type(module), method) and (function is encode or not feature.config.dense):
                 yield Patch(module, method, function, feature, by_name=True)
 
 

@@ -58,7 +58,8 @@ class EncoderFeature(Remembering[State]):
         semantic: whether A is computed, for the degree or for the trace.
         how: how a position gets its token back, `"copy"` or `"residual"`.
         restore: the same, where every position gets it behind the last block; None where tokens are handed on merged.
-        decoder_of: path of the module around it whose decoder reads merged tokens by their sizes; None where none does.
+        decoder_of: path of the module around it whose decoder reads merged tokens by their sizes, unless `dense`
+            restores them; None where none does.
         hands_out: whether blocks hand out every position where a call asks for it; not those of a tower that a
             vision-language model reads at one block.
         passed: modules of each block that its halves never call, see `turbovlm.encoder.passed`.
@@ -177,7 +178,7 @@ class EncoderFeature(Remembering[State]):
         if self.restore:
             reader = f", as {self.unknown_owner} is not known to do without" if self.unknown_owner else ""
             lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens ({self.restore}){reader}")
-        if self.decoder_of is not None:
+        if self.decoder_of is not None and not self.config.dense:
             how = "in proportion to their sizes" if self.config.proportional else "all alike"
             owner = f"{self.decoder_of} is" if self.decoder_of else "the model is"
             lines.append(f"    after {schedule.blocks[-1]}: {owner} to read merged tokens, {how}")
@@ -219,7 +220,7 @@ def find_encoders(model: nn.Module, config: TurboConfig) -> list[EncoderFeature]
             check_forwards([(f"{name}.{path}", fetch(block, path)) for name, block in tower.blocks], one_device=False)
         for name, block in tower.blocks:
             check_adapters(name, block, feature.passed)
-        if feature.decoder_of is not None and tower.layout.decoder is not None:
+        if feature.decoder_of is not None and tower.layout.decoder is not None and not config.dense:
             check_decoder(tower.layout.decoder, model.get_submodule(feature.decoder_of))
     for tower, feature in zip(towers, features):
         calls = verify(tower, feature.passed)
@@ -276,7 +277,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         semantic=needs_semantic(config.degree) or config.trace,
         how=restore,
         restore=restore if tower.restore or config.dense else None,
-        decoder_of=None if config.dense else tower.decoder_of,
+        decoder_of=tower.decoder_of,
         hands_out=tower.hands_out,
         passed=passed_by(tower.layout, tower.blocks[0][1]),
         reads_all=reads_all(tower.layout, tower.module),
