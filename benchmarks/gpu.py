@@ -35,6 +35,7 @@ from torch.nn.attention import flex_attention as flex
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.ops import (
+    Partition,
     Ranking,
     fused,
     kernels,

@@ -24,8 +24,12 @@ from turbovlm.ops import fused, kernels, partition_tokens
 from turbovlm.ops.kernels import attention, similarity
 
 POINTERS = {
-    **{torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"},
-    **{torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"},
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
 }
 CAPABILITIES = (80, 90)
 

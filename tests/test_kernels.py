@@ -24,7 +24,6 @@ from turbovlm.ops import (  # noqa: E402
     dispatch,
     fused,
     host,
-    information_degree,
     kernels,
     merge_ranked,
     mutual_redundancy,

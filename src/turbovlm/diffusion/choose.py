@@ -118,7 +118,11 @@ def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: T
         run.compared[site.group] = compared
     redundancy, e, chosen = run.path.rank(
         *(compared.redundancy, compared.nearest, semantic, compared.partition, site.index),
-        **{"degree": config.degree, "alpha": config.alpha, "seed": config.seed, "padding": None, "r": tokens - kept},
+        degree=config.degree,
+        alpha=config.alpha,
+        seed=config.seed,
+        padding=None,
+        r=tokens - kept,
     )
     ranking = Ranking(compared.partition, tokens, redundancy, compared.nearest, e, chosen)
     merge, _ = merge_ranked(ranking, tokens - kept, order="spatial", reduce=config.reduce, path=run.path)

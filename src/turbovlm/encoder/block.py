@@ -277,9 +277,7 @@ def _follow(feature: EncoderFeature, state: State, merge: Merge, partition: Part
         old = positions(partition.destinations, merge.source.device).expand(merge.source.shape[0], -1)
         destinations = merge.source.gather(1, old)
     merges = (*state.merges, merge)
-    return replace(
-        state, sizes=merge.sizes, logs=merge.logs, merges=merges, positions=where, destinations=destinations
-    )
+    return replace(state, sizes=merge.sizes, logs=merge.logs, merges=merges, positions=where, destinations=destinations)
 
 
 def _partition(feature: EncoderFeature, state: State, index: int, x: Tensor) -> Partition:

@@ -92,7 +92,11 @@ def rank(
     if not takes or padding is not None or (semantic is None and degree != "redundancy"):
         redundancy, e, _ = plain.rank(
             *(redundancy, nearest, semantic, partition, block),
-            **{"degree": degree, "alpha": alpha, "seed": seed, "padding": padding, "r": None},
+            degree=degree,
+            alpha=alpha,
+            seed=seed,
+            padding=padding,
+            r=None,
         )
         return redundancy, e, None if r is None else choose(e, nearest, partition, r)
     alpha = default_alpha(degree) if alpha is None else alpha

@@ -1,10 +1,11 @@
 """The steps of `plain`, by the same names, for CPUs in eager mode: what is done with indices runs in NumPy.
 
-A merge has about a hundred such steps on a few hundred numbers, and of an operator of PyTorch on so few the call is all
-that takes time; NumPy's takes a third. What is done with tokens stays in PyTorch: `attend`, `attention_rows`,
-`most_similar` and `average` are those of `plain`, and so is whatever these lack:
+A merge has about a hundred such steps, on a few hundred numbers each; an operator of PyTorch on so few takes the time
+of its call, and NumPy's a third of that. What is done with tokens stays in PyTorch. `attend`, `attention_rows` and
+`average` are those of `plain`, and so is what these lack:
 
-- `rank`: by a degree that is none of `RANKED`;
+- `most_similar`: but for all pairs in one window, none of them hidden;
+- `rank`: with padding, or by a degree that is none of `RANKED`; `choose`: but among all pairs;
 - `merge_tokens`: in another order than the tokens are in.
 """
 
@@ -19,7 +20,7 @@ from turbovlm.ops import plain
 from turbovlm.ops.degree import DegreeFunction, default_alpha
 from turbovlm.ops.pairs import STEPS_DOUBLED
 from turbovlm.ops.partition import Index, Partition
-from turbovlm.ops.plain import Chosen, attend, attention_rows, average, most_similar
+from turbovlm.ops.plain import Chosen, attend, attention_rows, average
 from turbovlm.ops.tracing import wants_gradient
 
 __all__ = ["attend", "attention_rows", "average", "choose", "merge_tokens", "most_similar", "rank"]
@@ -29,6 +30,21 @@ RANKED = ("redundancy", "weighted_difference", "weighted_distance")
 
 Numbers = NDArray[np.floating]
 Indices = NDArray[np.integer]
+
+
+def most_similar(
+    features: Tensor, partition: Partition, hidden: Tensor | None = None, squares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `plain.most_similar`."""
+    if not partition.all_pairs or partition.windows > 1 or hidden is not None or partition.count() < 2:
+        return plain.most_similar(features, partition, hidden, squares)
+    some = plain.take_tokens(features.detach(), partition.candidates)
+    some = some.to(plain.precise_dtype(some))
+    unit = some / torch.linalg.vector_norm(some, dim=-1, keepdim=True).clamp_min_(plain.SHORTEST)
+    cosine = torch.bmm(unit, unit.transpose(1, 2))
+    cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # none is its own destination
+    redundancy, nearest = cosine.max(dim=-1)
+    return redundancy, nearest
 
 
 def rank(
@@ -48,75 +64,95 @@ def rank(
     if degree not in RANKED or padding is not None or (semantic is None and degree != "redundancy"):
         redundancy, e, _ = plain.rank(
             *(redundancy, nearest, semantic, partition, block),
-            **{"degree": degree, "alpha": alpha, "seed": seed, "padding": padding, "r": None},
+            degree=degree,
+            alpha=alpha,
+            seed=seed,
+            padding=padding,
+            r=None,
         )
         return redundancy, e, None if r is None else choose(e, nearest, partition, r)
-    similar, partner = redundancy.detach().numpy(), nearest.numpy()
-    if partition.all_pairs:
-        similar = _same_for_both(similar, partner)
+    similar = redundancy.detach().numpy()
+    trees = _Trees(nearest.numpy()) if partition.all_pairs else None
+    if trees is not None:
+        similar = trees.same_for_both(similar)
     e_numbers = similar
     if degree != "redundancy":
         assert semantic is not None
-        own = plain.take_values(plain.over_heads(semantic.detach()), partition.candidates).numpy()
-        alpha = default_alpha(degree) if alpha is None else alpha
+        attention = semantic.detach().numpy()
+        if attention.ndim == 3:
+            attention = np.add.reduce(attention, axis=1) / attention.dtype.type(attention.shape[1])
+        own = _take(attention, partition.candidates)
+        weight = own.dtype.type(default_alpha(degree) if alpha is None else alpha)
         if degree == "weighted_difference":
-            e_numbers = similar - similar.dtype.type(alpha) * own
+            e_numbers = similar - weight * own
         else:
-            mean = np.maximum(own.mean(axis=1, keepdims=True), np.finfo(own.dtype).tiny)
-            e_numbers = (similar - 1) * (1 + own.dtype.type(alpha) * np.sqrt(own / mean))
-    redundancy, e = torch.from_numpy(similar), torch.from_numpy(e_numbers)
-    return redundancy, e, None if r is None else choose(e, nearest, partition, r)
-
-
-def _same_for_both(similar: Numbers, partner: Indices) -> Numbers:
-    """See `turbovlm.ops.pairs.same_for_both`."""
-    back = np.take_along_axis(partner, partner, axis=1)
-    other = np.take_along_axis(similar, partner, axis=1)
-    return np.where(back == np.arange(partner.shape[1]), np.maximum(similar, other), similar)
+            mean = np.add.reduce(own, axis=1, keepdims=True) / own.dtype.type(max(own.shape[1], 1))
+            e_numbers = (similar - 1) * (1 + weight * np.sqrt(own / np.maximum(mean, np.finfo(own.dtype).tiny)))
+    e = torch.from_numpy(e_numbers)
+    chosen = None
+    if r is not None:
+        chosen = plain.choose(e, nearest, partition, r) if trees is None else trees.chosen(e_numbers, partition, r)
+    return torch.from_numpy(similar), e, chosen
 
 
 def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Chosen:
     """See `plain.choose`."""
     if not partition.all_pairs:
         return plain.choose(degree, nearest, partition, r)
-    chosen, into = _paired(degree.detach().numpy(), nearest.numpy(), r)
-    return _positions_at(partition.candidates, chosen), _positions_at(partition.destinations, into)
+    return _Trees(nearest.numpy()).chosen(degree.detach().numpy(), partition, r)
 
 
-def _positions_at(index: Index, chosen: Indices) -> Tensor:
-    assert isinstance(index, slice)  # as those of all pairs are
-    return torch.from_numpy(chosen * index.step + index.start)
+def _take(values: Numbers, index: Index) -> Numbers:
+    """See `plain.take_values`."""
+    if isinstance(index, slice):
+        return values[:, index]
+    own = index.numpy()
+    return values[:, own] if own.ndim == 1 else np.take_along_axis(values, own, axis=1)
 
 
-def _paired(degree: Numbers, nearest: Indices, r: int) -> tuple[Indices, Indices]:
-    """See `turbovlm.ops.pairs.paired`, whose names these are; here, the images lie behind each other in one row."""
-    batch, count = degree.shape
-    first = np.arange(0, batch * count, count)[:, None]
-    e, nearest, place = degree.ravel(), (nearest + first).ravel(), np.arange(batch * count)
-    there = e[nearest]
-    lower = (e < there) | ((e == there) & (place > nearest))
-    root = (nearest[nearest] == place) & (lower | (nearest == place))
-    parent = np.where(root, place, nearest)
-    odd, ahead = ~root, parent
-    for _ in range(STEPS_DOUBLED):
-        odd = odd ^ odd[ahead]
-        further = ahead[ahead]
-        if np.array_equal(further, ahead):  # every way ends at its root
-            break
-        ahead = further
-    goes = odd & ~odd[parent]
-    stays = np.zeros(batch * count, dtype=bool)
-    stays[parent[goes]] = True
-    follows = goes[parent] & ~(odd | root | stays)
-    kind = np.where(stays, 0, 1)
-    kind[follows] = 2
-    kind[goes] = 3
-    kind[follows & np.isposinf(e)] = 3
-    into = np.where(follows, parent[parent], parent).reshape(batch, count)
-    order = np.lexsort((degree, kind.reshape(batch, count)), axis=1)  # by kind, then by E
-    into = np.where(kind.reshape(batch, count) == 1, order[:, :1] + first, into)  # the last never goes
-    chosen = order[:, count - r :]
-    return chosen, np.take_along_axis(into, chosen, axis=1) - first
+class _Trees:
+    """Who points to whom where any token may merge into any other; the images lie behind each other in one row."""
+
+    def __init__(self, nearest: Indices) -> None:
+        batch, count = nearest.shape
+        self.first = np.arange(0, batch * count, count)[:, None]
+        self.nearest, self.place = (nearest + self.first).ravel(), np.arange(batch * count)
+        self.mutual = self.nearest[self.nearest] == self.place
+
+    def same_for_both(self, similar: Numbers) -> Numbers:
+        """See `turbovlm.ops.pairs.same_for_both`."""
+        own = similar.ravel()
+        both: Numbers = np.where(self.mutual, np.maximum(own, own[self.nearest]), own).reshape(similar.shape)
+        return both
+
+    def chosen(self, degree: Numbers, partition: Partition, r: int) -> Chosen:
+        """See `turbovlm.ops.pairs.paired`, whose names these are."""
+        (batch, count), e, nearest, place = degree.shape, degree.ravel(), self.nearest, self.place
+        there = e[nearest]
+        lower = (e < there) | ((e == there) & (place > nearest))
+        root = self.mutual & (lower | (nearest == place))
+        parent = np.where(root, place, nearest)
+        odd, ahead = ~root, parent
+        for _ in range(STEPS_DOUBLED):
+            odd = odd ^ odd[ahead]
+            further = ahead[ahead]
+            if (further == ahead).all():  # every way ends at its root
+                break
+            ahead = further
+        goes = odd & ~odd[parent]
+        stays = np.zeros(batch * count, dtype=bool)
+        stays[parent[goes]] = True
+        follows = goes[parent] & ~(odd | root | stays)
+        kind = np.where(stays, 0, 1)
+        kind[follows] = 2
+        kind[goes | (follows & (e == np.inf))] = 3
+        order = np.lexsort((degree, kind.reshape(batch, count)), axis=1) + self.first  # by kind, then by E
+        go = order[:, count - r :]
+        alone = kind[go] == 1
+        into = np.where(follows[go], parent[parent[go]], np.where(alone, order[:, :1], parent[go]))
+        assert isinstance(partition.candidates, slice)  # as those of all pairs are
+        to_token = partition.candidates.start - self.first
+        return torch.from_numpy(go + to_token), torch.from_numpy(into + to_token)
 
 
 def merge_tokens(
@@ -132,19 +168,21 @@ def merge_tokens(
     stays[src_rows] = False
     rows = stays.cumsum() - 1  # a token that stays comes behind those before it that stay
     rows[src_rows] = rows[dst_rows]
-    dtype = np.float64 if x.dtype == torch.float64 else np.float32
-    own = np.ones(batch * tokens, dtype=dtype) if sizes is None else sizes.detach().numpy().ravel()
-    counted = own * stays if reduce == "prune" else own
-    merged_sizes = np.bincount(rows, counted, minlength=batch * left).astype(own.dtype)
-    if reduce == "prune":
-        weights = stays.astype(own.dtype)
+    members = np.bincount(rows, minlength=batch * left)
+    bag, starts = rows.argsort(kind="stable"), members.cumsum() - members
+    dtype = np.dtype(np.float64 if x.dtype == torch.float64 else np.float32)
+    if sizes is None and reduce != "prune":
+        merged_sizes = members.astype(dtype)
+        weights = (1 / merged_sizes)[rows]
     else:
-        weights = counted / np.maximum(merged_sizes[rows], own.dtype.type(1e-6))  # padding has size 0
-    bag = rows.argsort(kind="stable")
-    starts = np.searchsorted(rows[bag], np.arange(batch * left))
+        own = np.ones(batch * tokens, dtype) if sizes is None else sizes.detach().numpy().ravel()
+        counted = own * stays if reduce == "prune" else own
+        merged_sizes = np.bincount(rows, counted, minlength=batch * left).astype(own.dtype)
+        shares = counted / np.maximum(merged_sizes[rows], own.dtype.type(1e-6))  # padding has size 0
+        weights = stays.astype(own.dtype) if reduce == "prune" else shares
     bags = tuple(map(torch.from_numpy, (bag, starts, weights[bag])))
     with np.errstate(divide="ignore"):
-        logs = np.maximum(np.log(merged_sizes), own.dtype.type(plain.LOG_0))
+        logs = np.maximum(np.log(merged_sizes), merged_sizes.dtype.type(plain.LOG_0))
     of_rows, of_weights = torch.from_numpy(rows), torch.from_numpy(weights).view(batch, tokens)
     merged = plain.mean_of_bags(x, *bags).view(batch, left, x.shape[2])
     if reduce == "keep_norm":
@@ -152,8 +190,8 @@ def merge_tokens(
             merged = plain.keep_norms(x, merged, of_rows, of_weights)
         else:
             merged = _keep_norms(x, merged, rows, weights)
-    of_left = (torch.from_numpy(each).view(batch, left) for each in (merged_sizes, logs))
-    return merged, of_rows, of_weights, *of_left
+    of_left, of_logs = torch.from_numpy(merged_sizes).view(batch, left), torch.from_numpy(logs).view(batch, left)
+    return merged, of_rows, of_weights, of_left, of_logs
 
 
 def _keep_norms(x: Tensor, mean: Tensor, rows: Indices, weights: Numbers) -> Tensor:

@@ -190,7 +190,11 @@ def rank_candidates(
     redundancy, nearest = path.most_similar(features, partition, padding if partition.all_pairs else None, squares)
     redundancy, e, chosen = path.rank(
         *(redundancy, nearest, semantic, partition, block),
-        **{"degree": degree, "alpha": alpha, "seed": seed, "padding": padding, "r": r},
+        degree=degree,
+        alpha=alpha,
+        seed=seed,
+        padding=padding,
+        r=r,
     )
     return Ranking(partition, features.shape[1], redundancy, nearest, e, chosen)
 

@@ -69,11 +69,11 @@ def _attention_flops(queries: Shape, keys: Shape, values: Shape, *args: Any, **k
 
 def _similarity_flops(features: Shape, *args: Any, **kwargs: Any) -> int:
     candidates, destinations, windows = args[-1]
-    pairs = sum(
+    pairs: int = sum(
         (some.stop - some.start) * (allowed.stop - allowed.start)
         for some, allowed in window_slices(windows, candidates, destinations)
     )
-    return 2 * features[0] * pairs * features[-1]
+    return 2 * int(features[0]) * pairs * int(features[-1])
 
 
 def _product_flops(left: Shape, right: Shape, **kwargs: Any) -> int:
