@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from turbovlm.ops import host, plain
+from turbovlm.ops import plain
 from turbovlm.ops.tracing import is_exporting, is_recorded
+
+HAS_NUMPY = find_spec("numpy") is not None
 
 
 def path_for(x: Tensor) -> ModuleType:
     """`turbovlm.ops.fused`, `host` or `plain`, which have the same functions.
 
-    `fused` where kernels take `x`; `host` on CPUs; `plain` on other devices, for subclasses of tensors, and in programs
-    that are compiled, exported, traced or transformed, which must see PyTorch's operators.
+    `fused` where kernels take `x`; `host` on CPUs, where NumPy is installed; `plain` on other devices, for subclasses
+    of tensors, and in programs that are compiled, exported, traced or transformed, which must see PyTorch's operators.
 
     Who runs several of the functions asks once, and passes the answer on.
     """
@@ -25,5 +28,9 @@ def path_for(x: Tensor) -> ModuleType:
         from turbovlm.ops import fused  # imports triton
 
         return fused if fused.usable(x) else plain
-    on_host = x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not is_recorded(x)
-    return host if on_host else plain
+    on_host = HAS_NUMPY and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    if not on_host or is_recorded(x):
+        return plain
+    from turbovlm.ops import host  # imports numpy
+
+    return host

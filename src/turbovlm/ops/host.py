@@ -71,14 +71,14 @@ def rank(
             r=None,
         )
         return redundancy, e, None if r is None else choose(e, nearest, partition, r)
-    similar = redundancy.detach().numpy()
+    similar = _numbers(redundancy)
     trees = _Trees(nearest.numpy()) if partition.all_pairs else None
     if trees is not None:
         similar = trees.same_for_both(similar)
     e_numbers = similar
     if degree != "redundancy":
         assert semantic is not None
-        attention = semantic.detach().numpy()
+        attention = _numbers(semantic)
         if attention.ndim == 3:
             attention = np.add.reduce(attention, axis=1) / attention.dtype.type(attention.shape[1])
         own = _take(attention, partition.candidates)
@@ -99,7 +99,13 @@ def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Cho
     """See `plain.choose`."""
     if not partition.all_pairs:
         return plain.choose(degree, nearest, partition, r)
-    return _Trees(nearest.numpy()).chosen(degree.detach().numpy(), partition, r)
+    return _Trees(nearest.numpy()).chosen(_numbers(degree), partition, r)
+
+
+def _numbers(values: Tensor) -> Numbers:
+    """NumPy has no bfloat16, and works slowly with float16."""
+    found: Numbers = values.detach().to(plain.precise_dtype(values)).numpy()
+    return found
 
 
 def _take(values: Numbers, index: Index) -> Numbers:
@@ -175,7 +181,7 @@ def merge_tokens(
         merged_sizes = members.astype(dtype)
         weights = (1 / merged_sizes)[rows]
     else:
-        own = np.ones(batch * tokens, dtype) if sizes is None else sizes.detach().numpy().ravel()
+        own = np.ones(batch * tokens, dtype) if sizes is None else _numbers(sizes).ravel()
         counted = own * stays if reduce == "prune" else own
         merged_sizes = np.bincount(rows, counted, minlength=batch * left).astype(own.dtype)
         shares = counted / np.maximum(merged_sizes[rows], own.dtype.type(1e-6))  # padding has size 0
