@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,7 +58,7 @@ def block_forward(
     through = through_module(layout, feature.names[index], block, feature.passed)
     if state.sizes is None and layout.mask is not None:
         sizes = sizes_from_mask(arguments.get(layout.mask), hidden)
-        state = replace(state, sizes=sizes, padded=sizes is not None)
+        state = state.changed(sizes=sizes, padded=sizes is not None)
     parts, path = layout.parts(block), path_for(hidden)
     x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments, through)
     return _hand_on(feature, block, state, _second_half(block, layout, parts, x))
@@ -136,14 +135,14 @@ def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor)
     """Attach the state for the next block, and keep it; restore where every position is read."""
     depth, ran = len(feature.names), state.block + 1
     hooked = has_hooks(block, "_forward_hooks")
-    state = replace(state, block=ran, tokens=None, version=None, hooked=hooked, lengths=(*state.lengths, x.shape[1]))
+    state = state.changed(block=ran, tokens=None, version=None, hooked=hooked, lengths=(*state.lengths, x.shape[1]))
     if not is_exporting():
-        feature.last = replace(state, lost=()) if state.lost and ran == depth else state
+        feature.last = state.changed(lost=()) if state.lost and ran == depth else state
     if state.merges and ran == depth and feature.restore:
         x = state.restored(x)
     elif state.merges and ran - 1 in state.whole:
         merged, x = x, state.restored(x)
-        setattr(x, STATE, replace(state, tokens=merged, version=_version(x)))
+        setattr(x, STATE, state.changed(tokens=merged, version=_version(x)))
     elif ran < depth or not feature.restore:
         setattr(x, STATE, state)
     return (x,) if feature.layout.returns_tuple else x
@@ -252,12 +251,12 @@ def _merge(
             ranking, r, x, sizes=state.sizes, order=config.order, reduce=config.reduce, path=path
         )
         if feature.how == "residual" and (feature.restore or state.whole):
-            state = replace(state, lost=(*state.lost, merge.lost(x, merged)))
+            state = state.changed(lost=(*state.lost, merge.lost(x, merged)))
         x, state = merged, _follow(feature, state, merge, partition)
     if config.trace:
         assert compared.semantic is not None
         trace = traced(feature.names[index], state, x, ranking, over_heads(compared.semantic))
-        state = replace(state, traces=(*state.traces, trace))
+        state = state.changed(traces=(*state.traces, trace))
     return x, state
 
 
@@ -277,7 +276,7 @@ def _follow(feature: EncoderFeature, state: State, merge: Merge, partition: Part
         old = positions(partition.destinations, merge.source.device).expand(merge.source.shape[0], -1)
         destinations = merge.source.gather(1, old)
     merges = (*state.merges, merge)
-    return replace(state, sizes=merge.sizes, logs=merge.logs, merges=merges, positions=where, destinations=destinations)
+    return state.changed(sizes=merge.sizes, logs=merge.logs, merges=merges, positions=where, destinations=destinations)
 
 
 def _partition(feature: EncoderFeature, state: State, index: int, x: Tensor) -> Partition:

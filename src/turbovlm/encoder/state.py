@@ -6,7 +6,8 @@ and belongs to one forward: threads and re-entrant calls never share it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,15 @@ class State:
     hooked: bool = False
     tokens: Tensor | None = None
     version: int | None = None
+
+    def changed(self, **changes: Any) -> State:
+        """`dataclasses.replace`, in a fifth of its time where no compiler traces it: every block asks."""
+        if torch.compiler.is_compiling():
+            return replace(self, **changes)
+        new = object.__new__(State)
+        new.__dict__.update(self.__dict__)
+        new.__dict__.update(changes)
+        return new
 
     def restored(self, x: Tensor) -> Tensor:
         """Every position of the input with its token's row of `x`, `[batch, M, width]`, and what merges have lost."""
