@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from turbovlm.encoder.layout import Layout, fetch, fetch_all
+from turbovlm.encoder.layout import Layout, fetch
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.patching import Patch, slot_of
 
@@ -108,7 +108,8 @@ def through_module(layout: Layout, name: str, block: nn.Module, passed: Passed) 
         StateError: hooks, a forward or another class on a module that is passed by, which would have no effect.
     """
     through = False
-    for (path, cls), module in zip(passed.items(), fetch_all(block, tuple(passed))):
+    for path, cls in passed.items():
+        module: Any = fetch(block, path)
         if type(module) is not cls:
             raise StateError(
                 f"{name}.{path} was a {_path(cls)} when turbovlm was applied and is a {_path(type(module))} now, which "
