@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import statistics
 import sys
 import time
@@ -208,21 +209,22 @@ def stamps(whisper: Whisper, wave: torch.Tensor) -> dict[str, Any]:
 
 
 def moved(results: dict[str, Any], name: str) -> dict[str, float]:
-    """How far times are from the unmerged model's, in seconds, where the same tokens are said."""
-    spoken, segments, texts = [], [], 0
+    """How far times are from the unmerged model's, in seconds, of the tokens that both say, in the same order."""
+    spoken, segments, tokens = [], [], 0
     for ours, own in zip(results["times"][name], results["times"]["unmerged"]):
-        said = [[t for t in each["tokens"] if t < FIRST_TIME] for each in (ours, own)]
-        if said[0] != said[1]:
-            continue
-        texts += 1
-        whens = [[w for w, t in zip(each["times"], each["tokens"]) if t < FIRST_TIME] for each in (ours, own)]
-        spoken += [abs(a - b) for a, b in zip(*whens)]
+        mine, theirs = (
+            [(t, w) for t, w in zip(each["tokens"], each["times"]) if t < FIRST_TIME] for each in (ours, own)
+        )
+        tokens += len(theirs)
+        both = difflib.SequenceMatcher(None, [t for t, _ in mine], [t for t, _ in theirs], autojunk=False)
+        for run in both.get_matching_blocks():
+            some = zip(mine[run.a : run.a + run.size], theirs[run.b : run.b + run.size])
+            spoken += [abs(a - b) for (_, a), (_, b) in some]
         if len(ours["segments"]) == len(own["segments"]):
             segments += [abs(a - b) for x, y in zip(ours["segments"], own["segments"]) for a, b in zip(x, y)]
     return {
-        "same_text": texts,
-        "tokens": len(spoken),
-        "token_median": statistics.median(spoken),
+        "same": len(spoken) / tokens,
+        "token_median": float(np.median(spoken)),
         "token_p90": float(np.quantile(spoken, 0.9)),
         "segment_mean": statistics.mean(segments) if segments else float("nan"),
         "segment_most": max(segments, default=float("nan")),
@@ -312,17 +314,17 @@ def report_times(results: dict[str, Any]) -> list[str]:
         "",
         "## Time stamps",
         "",
-        f"{count} recordings of {TOGETHER} sentences, against the unmerged model's, ",
+        f"{count} recordings of {TOGETHER} sentences, against the unmerged model's: seconds between the times of a ",
     ]
-    lines[-1] += "where the same words are heard: seconds between the times of a token (by cross-attention), and of a "
-    lines[-1] += "segment's begin or end (by tokens of time, of 0.02 s)."
-    lines += ["", "| setting | same words | token, median | 90 % below | segment, mean | most |"]
+    lines[-1] += "token that both say (by cross-attention), and of a segment's begin or end where there are as many "
+    lines[-1] += "(by tokens of time, of 0.02 s)."
+    lines += ["", "| setting | said by both | token, median | 90 % below | segment, mean | most |"]
     lines += ["|---|--:|--:|--:|--:|--:|"]
     for name in results["times"]:
         if name != "unmerged":
             m = moved(results, name)
             cells = [f"{m[key]:.2f}" for key in ("token_median", "token_p90", "segment_mean", "segment_most")]
-            lines.append(f"| {name} | {m['same_text']} of {count} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {m['same']:.0%} | {' | '.join(cells)} |".replace("nan", "–"))
     return lines
 
 
