@@ -3,15 +3,16 @@
     python benchmarks/host_time.py                  # writes benchmarks/results/host_time.{json,md}; a minute
     python benchmarks/host_time.py --device cuda    # the same on a GPU, and the kernels that are launched
 
-A ViT of 12 blocks with 17 tokens of 48 channels, one thread, process CPU time, medians of forwards in turn. The cost of
-a merge is the slope between one merge and six; that of a block is the model's own. Operators are those of PyTorch's
-profiler whose names begin with `aten::`.
+A ViT of 12 blocks with 17 tokens of 48 channels, one thread, process CPU time, medians of forwards in turn, each behind
+one of its kind. The cost of a merge is the slope between one merge and six; that of a block is the model's own. Operators
+are those of PyTorch's profiler whose names begin with `aten::`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -27,7 +28,7 @@ from turbovlm.encoder import attention, block
 from turbovlm.ops import plain
 from turbovlm.ops.dispatch import path_for
 
-DEPTH, ROUNDS = 12, 300
+DEPTH, ROUNDS = 12, 150
 AS_PUBLISHED = {"partition": "alternate", "order": "partition", "similarity": "keys", "reduce": "merge"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "any two patches (default)": {"partition": "all"},
@@ -50,12 +51,20 @@ def main() -> None:
     pixels = torch.randn(1, 3, 64, 64, device=args.device)
     path = RESULTS / "host_time.json"
     found: dict[str, Any] = load(path)
-    own_way, taken = path_for(pixels), {}
+    own_way = path_for(pixels)
+    versions: dict[tuple[str, int], tuple[Any, ModuleType]] = {("", 0): (model, own_way)}
     for way in dict.fromkeys((own_way, plain)):
-        with on(way):
-            for name, setting in SETTINGS.items():
-                taken[f"{name}, {way.__name__.rpartition('.')[2]}"] = a_merge(model, pixels, setting, args)
-    whole = once(model, pixels, args.rounds)
+        for name, setting in SETTINGS.items():
+            for merges in (1, 6):
+                merged = copy.deepcopy(model)
+                turbovlm.apply(merged, r=(1,) * merges + (0,) * (DEPTH - merges), **setting)
+                versions[f"{name}, {way.__name__.rpartition('.')[2]}", merges] = merged, way
+    costs = of_all(versions, pixels, args.rounds)
+    whole = costs.pop(("", 0))
+    taken = {}
+    for name in dict.fromkeys(name for name, _ in costs):
+        one, six = costs[name, 1], costs[name, 6]
+        taken[name] = {what: (six[what] - one[what]) / 5 for what in one}
     found[args.device] = {
         "machine": machine(),
         "block": {what: value / DEPTH for what, value in whole.items()},
@@ -77,35 +86,33 @@ def on(way: ModuleType) -> Iterator[None]:
         block.path_for, attention.path_for = before
 
 
-def a_merge(model: Any, pixels: torch.Tensor, setting: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
-    found = []
-    for merges in (1, 6):
-        with turbovlm.apply(model, r=(1,) * merges + (0,) * (DEPTH - merges), **setting):
-            found.append(once(model, pixels, args.rounds))
-    return {what: (found[1][what] - found[0][what]) / 5 for what in found[0]}
-
-
-def once(model: Any, pixels: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Microseconds of a forward on the host, its operators, and on a GPU its kernels."""
-
-    def forward() -> None:
-        model(pixels)
-
+def of_all(
+    versions: dict[tuple[str, int], tuple[Any, ModuleType]], pixels: torch.Tensor, rounds: int
+) -> dict[tuple[str, int], dict[str, float]]:
+    """Microseconds of a forward on the host, in turn; its operators, and on a GPU its kernels."""
+    clock: dict[tuple[str, int], list[float]] = {name: [] for name in versions}
+    counts: dict[tuple[str, int], dict[str, float]] = {}
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if pixels.is_cuda else [])
     with torch.inference_mode():
-        for _ in range(20):
-            forward()
-        clock = [timed(forward) for _ in range(rounds)]
-        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if pixels.is_cuda else [])
-        with profile(activities=kinds) as record:
-            forward()
+        for turn in range(-5, rounds):
+            for name, (model, way) in versions.items():
+                with on(way):
+                    model(pixels)
+                    seconds = timed(lambda model=model: model(pixels))
+                if turn >= 0:
+                    clock[name].append(seconds)
+        for name, (model, way) in versions.items():
+            with on(way), profile(activities=kinds) as record:
+                model(pixels)
+                if pixels.is_cuda:
+                    torch.cuda.synchronize()
+            events = record.events()
+            assert events is not None
+            counts[name] = {"operators": sum(event.name.startswith("aten::") for event in events)}
             if pixels.is_cuda:
-                torch.cuda.synchronize()
-    events = record.events()
-    assert events is not None
-    counts = {"operators": sum(event.name.startswith("aten::") for event in events)}
-    if pixels.is_cuda:
-        counts["kernels"] = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
-    return {"microseconds": median(clock), **counts}
+                on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+                counts[name]["kernels"] = len(on_gpu)
+    return {name: {"microseconds": median(clock[name]), **counts[name]} for name in versions}
 
 
 def timed(forward: Callable[[], None]) -> float:

@@ -5,11 +5,13 @@ of its call, and NumPy's a third of that. What is done with tokens stays in PyTo
 `average` are those of `plain`, and so is what these lack:
 
 - `most_similar`: but for all pairs in one window, none of them hidden;
-- `rank`: with padding, or by a degree that is none of `RANKED`; `choose`: but among all pairs;
+- `rank` and `choose`: but among all pairs; `rank`: with padding, or by a degree that is none of `RANKED`;
 - `merge_tokens`: in another order than the tokens are in.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from turbovlm.ops import plain
 from turbovlm.ops.degree import DegreeFunction, default_alpha
 from turbovlm.ops.pairs import STEPS_DOUBLED
-from turbovlm.ops.partition import Index, Partition
+from turbovlm.ops.partition import Partition
 from turbovlm.ops.plain import Chosen, attend, attention_rows, average
 from turbovlm.ops.tracing import wants_gradient
 
@@ -61,38 +63,29 @@ def rank(
     r: int | None,
 ) -> tuple[Tensor, Tensor, Chosen | None]:
     """See `plain.rank`."""
+    how: dict[str, Any] = {"degree": degree, "alpha": alpha, "seed": seed, "padding": padding}
+    if not partition.all_pairs:
+        return plain.rank(redundancy, nearest, semantic, partition, block, **how, r=r)
     if degree not in RANKED or padding is not None or (semantic is None and degree != "redundancy"):
-        redundancy, e, _ = plain.rank(
-            *(redundancy, nearest, semantic, partition, block),
-            degree=degree,
-            alpha=alpha,
-            seed=seed,
-            padding=padding,
-            r=None,
-        )
+        redundancy, e, _ = plain.rank(redundancy, nearest, semantic, partition, block, **how, r=None)
         return redundancy, e, None if r is None else choose(e, nearest, partition, r)
-    similar = _numbers(redundancy)
-    trees = _Trees(nearest.numpy()) if partition.all_pairs else None
-    if trees is not None:
-        similar = trees.same_for_both(similar)
-    e_numbers = similar
+    trees = _Trees(nearest.numpy())
+    similar = e_numbers = trees.same_for_both(_numbers(redundancy))
     if degree != "redundancy":
         assert semantic is not None
         attention = _numbers(semantic)
         if attention.ndim == 3:
             attention = np.add.reduce(attention, axis=1) / attention.dtype.type(attention.shape[1])
-        own = _take(attention, partition.candidates)
+        assert isinstance(partition.candidates, slice)  # as those of all pairs are
+        own = attention[:, partition.candidates]
         weight = own.dtype.type(default_alpha(degree) if alpha is None else alpha)
         if degree == "weighted_difference":
             e_numbers = similar - weight * own
         else:
             mean = np.add.reduce(own, axis=1, keepdims=True) / own.dtype.type(max(own.shape[1], 1))
             e_numbers = (similar - 1) * (1 + weight * np.sqrt(own / np.maximum(mean, np.finfo(own.dtype).tiny)))
-    e = torch.from_numpy(e_numbers)
-    chosen = None
-    if r is not None:
-        chosen = plain.choose(e, nearest, partition, r) if trees is None else trees.chosen(e_numbers, partition, r)
-    return torch.from_numpy(similar), e, chosen
+    chosen = None if r is None else trees.chosen(e_numbers, partition, r)
+    return torch.from_numpy(similar), torch.from_numpy(e_numbers), chosen
 
 
 def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Chosen:
@@ -106,14 +99,6 @@ def _numbers(values: Tensor) -> Numbers:
     """NumPy has no bfloat16, and works slowly with float16."""
     found: Numbers = values.detach().to(plain.precise_dtype(values)).numpy()
     return found
-
-
-def _take(values: Numbers, index: Index) -> Numbers:
-    """See `plain.take_values`."""
-    if isinstance(index, slice):
-        return values[:, index]
-    own = index.numpy()
-    return values[:, own] if own.ndim == 1 else np.take_along_axis(values, own, axis=1)
 
 
 class _Trees:
@@ -156,7 +141,7 @@ class _Trees:
         go = order[:, count - r :]
         alone = kind[go] == 1
         into = np.where(follows[go], parent[parent[go]], np.where(alone, order[:, :1], parent[go]))
-        assert isinstance(partition.candidates, slice)  # as those of all pairs are
+        assert isinstance(partition.candidates, slice)
         to_token = partition.candidates.start - self.first
         return torch.from_numpy(go + to_token), torch.from_numpy(into + to_token)
 
