@@ -4,7 +4,7 @@
     python benchmarks/host_time.py --device cuda    # the same on a GPU, and the kernels that are launched
 
 A ViT of 12 blocks with 17 tokens of 48 channels, one thread, process CPU time, medians of forwards in turn, each behind
-one of its kind. The cost of a merge is the slope between one merge and six; that of a block is the model's own. Operators
+one of its kind. The cost of a merge is the slope between one merge and six, that of a block the model's own. Operators
 are those of PyTorch's profiler whose names begin with `aten::`.
 """
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -562,6 +564,18 @@ def test_attention_with_sizes_is_the_kernel_unless_dropout_is_wanted(monkeypatch
     fused.attend(q, q, q, bias, 0.25, 0.1)
     fused.attend(q, q, q, None, 0.25)
     assert ran == ["kernel", "plain", "plain"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_of_them_compile_for_gpus_that_are_not_there():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = [sys.executable, Path(__file__).with_name("compiled_kernels.py"), "--few"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    names = ("attention_rows", "biased_attention", "choose", "mean_of_bags", "merge_tokens", "most_similar")
+    assert compiled == {f"_{name}" for name in names} and "sm_80" in done.stdout and "sm_90" in done.stdout
 
 
 @pytest.mark.slow
