@@ -35,6 +35,8 @@ from torch.nn.attention import flex_attention as flex
 import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.ops import (
+    Partition,
+    Ranking,
     fused,
     kernels,
     merge_ranked,
@@ -274,17 +276,8 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         ranking = rank_candidates(features, split, None, degree="redundancy")
         steps: dict[str, Callable[..., object]] = {
             "similarity": functools.partial(mutual_redundancy, features, split),
-            "degree": functools.partial(
-                _degree_of_candidates,
-                ranking.redundancy,
-                sizes.softmax(dim=1),
-                split.candidates,
-                0,
-                degree="weighted_distance",
-                alpha=None,
-                seed=0,
-            ),
-            "attention row": functools.partial(_attention_row, q[:, :, :1], k, size_bias(sizes, k.dtype)),
+            "rank": functools.partial(_rank, ranking, sizes.softmax(dim=1), split),
+            "attention row": functools.partial(_attention_rows, q, k, size_bias(sizes, k.dtype)),
             "merge": functools.partial(
                 merge_ranked, ranking, 16, x, sizes=sizes, order="partition", reduce="keep_norm"
             ),
@@ -294,14 +287,16 @@ def time_kernels(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return found
 
 
-def _degree_of_candidates(redundancy: Tensor, *others: Any, path: ModuleType | None = None, **settings: Any) -> Tensor:
-    e: Tensor = (path or path_for(redundancy)).degree_of_candidates(redundancy, *others, **settings)
+def _rank(ranking: Ranking, semantic: Tensor, partition: Partition, path: ModuleType | None = None) -> Tensor:
+    path = path or path_for(ranking.redundancy)
+    how = {"degree": "weighted_distance", "alpha": None, "seed": 0, "padding": None, "r": 16}
+    e: Tensor = path.rank(ranking.redundancy, ranking.nearest, semantic, partition, 0, **how)[1]
     return e
 
 
-def _attention_row(guide: Tensor, keys: Tensor, bias: Tensor, path: ModuleType | None = None) -> Tensor:
-    row: Tensor = (path or path_for(keys)).attention_row(guide, keys, bias)
-    return row
+def _attention_rows(q: Tensor, keys: Tensor, bias: Tensor, path: ModuleType | None = None) -> Tensor:
+    rows: Tensor = (path or path_for(keys)).attention_rows(q, keys, bias)[0]
+    return rows
 
 
 def time_models(args: argparse.Namespace) -> dict[str, Any]:

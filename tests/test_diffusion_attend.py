@@ -10,7 +10,7 @@ from denoisers import DENOISERS, noise, unet_inputs
 from test_diffusion import run
 from turbovlm.diffusion import attend
 from turbovlm.errors import StateError
-from turbovlm.ops import plain
+from turbovlm.ops import host
 
 pytest.importorskip("diffusers")
 
@@ -18,13 +18,13 @@ pytest.importorskip("diffusers")
 @pytest.fixture
 def attended(monkeypatch):
     """The biases of the calls that turbovlm's operators got."""
-    biases, own = [], plain.attend
+    biases, own = [], host.attend
 
     def noted(q, k, v, bias, scale):
         biases.append(bias)
         return own(q, k, v, bias, scale)
 
-    monkeypatch.setattr(plain, "attend", noted)
+    monkeypatch.setattr(host, "attend", noted)
     return biases
 
 

@@ -13,7 +13,7 @@ from families import _livelier as livelier
 from test_diffusion import run
 from turbovlm.diffusion import attend, families
 from turbovlm.errors import ConfigError, UnsupportedModelError
-from turbovlm.ops import plain
+from turbovlm.ops import host
 from turbovlm.registry import unregister
 
 diffusers = pytest.importorskip("diffusers")
@@ -56,8 +56,8 @@ def registered():
 def test_an_entry_is_enough(registered, monkeypatch):
     if not hasattr(diffusers, "OvisImageTransformer2DModel"):
         pytest.skip("this release of diffusers has no Ovis-Image")
-    calls, own = [], plain.attend
-    monkeypatch.setattr(plain, "attend", lambda *args: (calls.append(1), own(*args))[1])
+    calls, own = [], host.attend
+    monkeypatch.setattr(host, "attend", lambda *args: (calls.append(1), own(*args))[1])
     model, inputs = ovis(), DENOISERS["flux"].inputs(2, 32, 32)
     inputs = {name: value for name, value in inputs.items() if name != "pooled_projections"}
     original = run(model, inputs)

@@ -10,7 +10,7 @@ import turbovlm
 from denoisers import DENOISERS, Watch, noise, unet_inputs
 from turbovlm.diffusion.restore import linear_map, restore_linear
 from turbovlm.errors import ConfigError
-from turbovlm.ops import merge_ranked, partition_tokens, plain, rank_candidates
+from turbovlm.ops import host, merge_ranked, partition_tokens, rank_candidates
 
 pytest.importorskip("diffusers")
 BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
@@ -146,9 +146,9 @@ def test_attention_in_proportion(proportional):
 def test_joint_attention_in_proportion(monkeypatch):
     """FLUX: of the image's keys only, not of the words'."""
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
-    biases, attend = [], plain.attend
+    biases, attend = [], host.attend
     watched = lambda q, k, v, bias, scale: (biases.append(bias), attend(q, k, v, bias, scale))[1]  # noqa: E731
-    monkeypatch.setattr(plain, "attend", watched)
+    monkeypatch.setattr(host, "attend", watched)
     with turbovlm.apply(model, keep=0.5):
         model(**inputs)
     words, tokens = inputs["encoder_hidden_states"].shape[1], inputs["hidden_states"].shape[1]

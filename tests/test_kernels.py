@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import turbovlm  # noqa: E402
 from turbovlm.encoder import block  # noqa: E402
@@ -22,7 +25,7 @@ from turbovlm.ops import (  # noqa: E402
     Ranking,
     dispatch,
     fused,
-    information_degree,
+    host,
     kernels,
     merge_ranked,
     mutual_redundancy,
@@ -31,7 +34,7 @@ from turbovlm.ops import (  # noqa: E402
     rank_candidates,
     size_bias,
 )
-from turbovlm.ops.partition import Partition, positions  # noqa: E402
+from turbovlm.ops.partition import Partition, index_count, positions  # noqa: E402
 from turbovlm.profile.macs import counting  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -58,7 +61,7 @@ def own_split(batch, tokens, destinations, prefix=1):
 
 def check_similarity(features, partition):
     """R as on the plain path, and reached by the destination named."""
-    redundancy, nearest = kernels.most_similar(features, partition.candidates, partition.destinations)
+    redundancy, nearest = fused.most_similar(features, partition)
     expected, _ = mutual_redundancy(features.double(), partition)
     assert redundancy.dtype == torch.float32 and nearest.dtype == torch.int64
     assert redundancy.shape == nearest.shape == expected.shape
@@ -102,7 +105,7 @@ def test_short_features_are_normalised_as_by_torch():
     features[:, ::3] *= 1e-14
     features[:, 5] = 0
     partition = split(17)
-    redundancy, _ = kernels.most_similar(features, partition.candidates, partition.destinations)
+    redundancy, _ = fused.most_similar(features, partition)
     torch.testing.assert_close(redundancy, mutual_redundancy(features, partition)[0], rtol=0, atol=5e-6)
 
 
@@ -112,7 +115,7 @@ def test_of_equally_similar_destinations_the_first_is_chosen():
     features[:, 120:] = features[:, 100:180].clone()  # each again 20 columns on, and past the block of 64
     features[:, 0] = 0
     features[:, 1:21] = features[:, 100:120]
-    redundancy, nearest = kernels.most_similar(features, torch.arange(21, device=DEVICE), destinations)
+    redundancy, nearest = fused.most_similar(features, Partition(torch.arange(21, device=DEVICE), destinations))
     assert redundancy.tolist() == [[0.0] + [pytest.approx(1.0)] * 20]
     assert nearest.tolist() == [[0, *range(20)]]
 
@@ -140,7 +143,8 @@ def slots_of(partition, tokens):
 
 def check_merge(x, merge: Merge, told):
     """All outputs as on the plain path; y is the exact average rounded once."""
-    y, rows, weights, merged_sizes = kernels.merge_tokens(x, *told)
+    y, rows, weights, merged_sizes, logs = kernels.merge_tokens(x, *told)
+    torch.testing.assert_close(logs, plain.log_sizes(merge.sizes), rtol=1e-6, atol=1e-6)
     assert rows.dtype == torch.int64
     assert torch.equal(rows, merge.rows)
     torch.testing.assert_close(weights, merge.weights, rtol=1e-6, atol=0)
@@ -232,7 +236,7 @@ def test_the_gradient_is_that_of_the_plain_path(reduce, dtype):
     sizes = torch.randint(0, 5, (2, 17), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
     merge, told = merged(2, 17, split(17), 6, sizes=sizes, reduce=reduce)
     x = randn(2, 17, 64, dtype=dtype).requires_grad_()
-    y, _, weights, merged_sizes = kernels.merge_tokens(x, *told)
+    y, _, weights, merged_sizes, _ = kernels.merge_tokens(x, *told)
     assert y.requires_grad and not weights.requires_grad and not merged_sizes.requires_grad
     grad = randn(*y.shape, seed=5, dtype=dtype)
     (found,) = torch.autograd.grad(y, x, grad)
@@ -258,15 +262,22 @@ def test_gradients_of_means_that_keep_their_norm_take_the_plain_path():
 
 
 @pytest.mark.slow
-def test_the_operators_keep_to_their_contracts():
+def test_the_merge_keeps_to_its_contract():
     partition = split(17)
-    for index in (partition, own_split(2, 17, 8)):
-        torch.library.opcheck(kernels.most_similar.operator, (randn(2, 17, 64), index.candidates, index.destinations))
     sizes = torch.ones(2, 17, device=DEVICE)
     for order, reduce, known in (("partition", "merge", sizes), ("spatial", "prune", None)):
         _, told = merged(2, 17, partition, 6, sizes=known, order=order, reduce=reduce)
         torch.library.opcheck(kernels.merge_tokens.operator, (randn(2, 17, 64), *told))
         torch.library.opcheck(kernels.merge_tokens.operator, (randn(2, 17, 64).requires_grad_(), *told))
+
+
+def of_all(x, partition):
+    """What the guide's rows, similarity and the choice give, one after the other."""
+    rows, squares = fused.attention_rows(x[:, None, :1], x[:, None], None)
+    redundancy, nearest = fused.most_similar(x, partition, squares=squares)
+    how = {"degree": "weighted_distance", "alpha": None, "seed": 0, "padding": None, "r": 5}
+    redundancy_again, degree, chosen = fused.rank(redundancy, nearest, rows, partition, 0, **how)
+    return rows, squares, redundancy, nearest, redundancy_again, degree, *chosen
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -276,10 +287,10 @@ def test_fake_outputs_look_like_real_ones(dtype):
     x = randn(2, 17, 64, dtype=dtype)
     with FakeTensorMode() as mode:
         fakes = tuple(mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in (x, *told))
-        candidates, destinations = mode.from_tensor(partition.candidates), mode.from_tensor(partition.destinations)
-        fake = (*kernels.most_similar(fakes[0], candidates, destinations), *kernels.merge_tokens(*fakes))
-    real = (*kernels.most_similar(x, partition.candidates, partition.destinations), *kernels.merge_tokens(x, *told))
-    assert len(fake) == len(real) == 6
+        both = Partition(mode.from_tensor(partition.candidates), mode.from_tensor(partition.destinations))
+        fake = (*of_all(fakes[0], both), *kernels.merge_tokens(*fakes))
+    real = (*of_all(x, partition), *kernels.merge_tokens(x, *told))
+    assert len(fake) == len(real) == 13
     for one, other in zip(fake, real):
         assert (one.shape, one.dtype, one.stride(), one.device) == (
             other.shape,
@@ -295,10 +306,10 @@ def test_a_block_compiles_into_one_graph(backend):
     slots = slots_of(partition, 17)
 
     def block(x):
-        redundancy, nearest = kernels.most_similar(x.detach(), partition.candidates, partition.destinations)
+        redundancy, nearest = fused.most_similar(x.detach(), partition)
         chosen = redundancy.topk(5, dim=1).indices
         src, dst = partition.candidates[chosen], partition.destinations[nearest.gather(1, chosen)]
-        y, rows, weights, _ = kernels.merge_tokens(x * 2, None, src, dst, slots, "merge")
+        y, rows, weights, *_ = kernels.merge_tokens(x * 2, None, src, dst, slots, "merge")
         return y.square(), rows, weights
 
     x = randn(2, 17, 64).requires_grad_()
@@ -312,18 +323,33 @@ def test_a_block_compiles_into_one_graph(backend):
         torch.testing.assert_close(found, expected)
 
 
+def every_split(tokens, destinations):
+    """Halves as slices, as one table, and as a table of each image; all pairs."""
+    return (
+        partition_tokens(tokens, 1, "alternate"),
+        split(tokens),
+        own_split(2, tokens, destinations),
+        partition_tokens(tokens, 1, "all"),
+    )
+
+
+@pytest.mark.parametrize("degree", ["redundancy", "weighted_difference", "weighted_distance"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [3, 50, 2100])
-def test_degrees_are_those_of_the_plain_path(tokens, dtype):
-    semantic = randn(2, tokens, seed=1).softmax(dim=1).to(dtype)
-    for partition in (split(tokens), own_split(2, tokens, tokens // 2)):
-        redundancy = randn(2, partition.candidates.shape[-1], dtype=dtype).clamp(-1, 1)
-        own = semantic.double().gather(1, partition.candidates.expand(2, -1))
-        expected = information_degree(redundancy.double(), own, degree="weighted_distance", alpha=0.7)
-        found = kernels.weighted_distance(redundancy, semantic, partition.candidates, 0.7)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.library.opcheck(kernels.weighted_distance.operator, (redundancy, semantic, partition.candidates, 0.7))
+@pytest.mark.parametrize("tokens", [3, 50, pytest.param(1900, marks=pytest.mark.slow)])
+def test_degrees_are_those_of_the_plain_path(tokens, dtype, degree):
+    rows = randn(2, 3, tokens, seed=1).softmax(dim=2)
+    for partition in every_split(tokens, tokens // 2):
+        count = partition.count()
+        redundancy = randn(2, count, dtype=dtype).clamp(-1, 1)
+        nearest = (torch.arange(count, device=DEVICE).expand(2, -1) + 1) % index_count(partition.destinations)
+        how = {"degree": degree, "alpha": 0.7, "seed": 0, "padding": None, "r": None}
+        expected = plain.rank(redundancy.double(), nearest, rows.double(), partition, 0, **how)
+        found = fused.rank(redundancy, nearest, rows, partition, 0, **how)
+        assert found[2] is None and found[0].dtype == found[1].dtype == torch.float32
+        torch.testing.assert_close(found[0].double(), expected[0], rtol=0, atol=0)
+        torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-6)
+        alone = fused.rank(redundancy, nearest, rows.mean(dim=1), partition, 0, **how)
+        torch.testing.assert_close(alone[1], found[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -331,24 +357,46 @@ def test_degrees_are_those_of_the_plain_path(tokens, dtype):
     ("tokens", "r"), [(3, 1), (50, 0), (50, 16), (131, 65), pytest.param(1300, 400, marks=pytest.mark.slow)]
 )
 def test_those_of_highest_degree_are_chosen(tokens, r, dtype):
-    for partition in (split(tokens), own_split(2, tokens, tokens - 1 - max(r, 1))):
-        degree = randn(2, partition.candidates.shape[-1], dtype=dtype)
+    for partition in every_split(tokens, tokens - 1 - max(r, 1))[:3]:
+        degree = randn(2, partition.count(), dtype=dtype)
         degree[:, ::7] = degree[:, :1].clone()  # equals
         degree[1, -2:] = torch.inf
-        nearest = torch.arange(degree.shape[1], device=DEVICE).expand(2, -1) % partition.destinations.shape[-1]
-        src, dst = kernels.choose(degree, nearest, partition.candidates, partition.destinations, r)
-        chosen = degree.argsort(dim=1, descending=True, stable=True)[:, :r]
-        assert torch.equal(src, partition.candidates.expand(2, -1).gather(1, chosen))
-        assert torch.equal(dst, partition.destinations.expand(2, -1).gather(1, nearest.gather(1, chosen)))
-    torch.library.opcheck(kernels.choose.operator, (degree, nearest, partition.candidates, partition.destinations, r))
+        nearest = torch.arange(degree.shape[1], device=DEVICE).expand(2, -1) % index_count(partition.destinations)
+        src, dst = fused.choose(degree, nearest, partition, r)
+        chosen = degree.argsort(dim=1, descending=True, stable=True)[:, :r].sort(dim=1).values
+        candidates, destinations = (positions(half, src.device) for half in halves(partition))
+        assert torch.equal(src, candidates.expand(2, -1).gather(1, chosen))
+        assert torch.equal(dst, destinations.expand(2, -1).gather(1, nearest.gather(1, chosen)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [4, 50, 131, pytest.param(1300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_of_all_pairs_those_are_chosen_that_the_trees_choose(share, tokens, dtype):
+    """From real similarities and from any; degrees that differ, so that the order of equals does not count."""
+    partition = partition_tokens(tokens, 1, "all")
+    count, r = tokens - 1, int(share * (tokens - 1))
+    similar = fused.most_similar(randn(3, tokens, 8, dtype=dtype), partition)[1]
+    anyone = torch.randint(1, count, (3, count), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for nearest in (similar, (torch.arange(count, device=DEVICE) + anyone) % count):
+        degree = torch.stack([torch.randperm(count, generator=torch.Generator().manual_seed(k)) for k in range(3)])
+        degree = (degree / count - 1).to(DEVICE).to(dtype if tokens < 200 else torch.float32)
+        src, dst = fused.choose(degree, nearest, partition, r)
+        wanted, into = plain.choose(degree, nearest, partition, r)
+        order = wanted.argsort(dim=1)
+        assert torch.equal(src, wanted.gather(1, order)) and torch.equal(dst, into.gather(1, order))
+
+
+def halves(partition):
+    return partition.candidates, partition.destinations
 
 
 def test_a_degree_that_is_no_number_goes_first_and_nobody_twice():
     partition = split(51)
     degree, nearest = randn(1, 25), torch.zeros(1, 25, dtype=torch.int64, device=DEVICE)
     degree[0, [3, 4, 20]] = torch.nan
-    src, _ = kernels.choose(degree, nearest, partition.candidates, partition.destinations, 9)
-    assert torch.equal(src[0, :3], partition.candidates[[3, 4, 20]]) and len(src.unique()) == 9
+    src, _ = fused.choose(degree, nearest, partition, 9)
+    assert set(partition.candidates[[3, 4, 20]].tolist()) <= set(src[0].tolist()) and len(src.unique()) == 9
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -393,22 +441,37 @@ def test_attention_with_a_bias(tokens, head_dim, dtype):
 
 @pytest.mark.parametrize("tokens, head_dim", [*ATTENTION, (300, 32)])  # more tokens than one turn of the loop takes
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_rows_of_a_guide(tokens, head_dim, dtype):
-    q, k, _, bias = heads(tokens, head_dim, dtype)
-    for added in (bias, None):
-        rows = kernels.attention_rows(q[:, :, :1] * head_dim**-0.5, k, added)
-        scores = ((q[:, :, :1] * head_dim**-0.5).double() @ k.double().transpose(-1, -2))[:, :, 0]
-        expected = (scores if added is None else scores + added[:, 0].double()).softmax(dim=-1)
-        assert rows.dtype == torch.float32 and rows.shape == k.shape[:3]
+@pytest.mark.parametrize("guidance", ["cls", "mean", "weighted mean"])
+def test_attention_rows_of_a_guide(tokens, head_dim, dtype, guidance):
+    q, k, v, bias = heads(tokens, head_dim, dtype)
+    how = {"scale": head_dim**-0.5, "guides": (0, 1) if guidance == "cls" else (min(2, tokens - 1), tokens)}
+    if guidance == "weighted mean":
+        how["weights"] = torch.randint(1, 9, (2, tokens), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
+    for added, content in ((bias, None), (None, v)):
+        rows, squares = fused.attention_rows(q, k, added, content=content, **how)
+        weights = {name: value.double() for name, value in how.items() if name == "weights"}
+        inputs = (q.double(), k.double(), None if added is None else added.double())
+        expected, _ = plain.attention_rows(*inputs, **{**how, **weights})
+        assert rows.dtype == squares.dtype == torch.float32 and rows.shape == squares.shape == k.shape[:3]
         torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-6)
+        lengths = (k if content is None else content).double().square().sum(dim=-1)
+        torch.testing.assert_close(squares.double(), lengths, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_attention_operators_keep_to_their_contracts():
+def test_the_operators_keep_to_their_contracts():
     q, k, v, bias = heads(17, 32, torch.float16)
     torch.library.opcheck(kernels.biased_attention.operator, (q, k, v, bias, 0.2))
-    torch.library.opcheck(kernels.attention_rows.operator, (q[:, :, :1], k, bias))
+    torch.library.opcheck(kernels.attention_rows.operator, (q, k, None, bias, None, [0, 1], 0.2))
     assert torch.compile(kernels.biased_attention, fullgraph=True, backend="eager")(q, k, v, bias, 0.2).shape == q.shape
+    partition, squares = split(17), randn(2, 3, 17).square()
+    both = partition.candidates, partition.destinations
+    similar = (randn(2, 17, 8), squares, None, *both, [0, 0, 1], [8, 8, 1])
+    torch.library.opcheck(kernels.most_similar.operator, similar)
+    redundancy, nearest = kernels.most_similar(*similar)
+    for degree in kernels.RANKED:
+        ranked = (redundancy, nearest, squares, *both, [0, 0, 1], degree, 0.7, False, 3)
+        torch.library.opcheck(kernels.choose.operator, ranked)
 
 
 @torch.no_grad()
@@ -428,37 +491,49 @@ def test_only_what_the_kernels_take_is_usable():
 
 
 def test_the_path_is_asked_of_the_device_and_the_dtype():
-    assert dispatch.path_for(randn(1)) is (fused if kernels.usable(randn(1)) else plain)
-    assert dispatch.path_for(torch.zeros(1)) is plain
-    assert dispatch.path_for(randn(1, dtype=torch.float64)) is plain
+    assert dispatch.path_for(randn(1)) is (fused if kernels.usable(randn(1)) else host)
+    assert dispatch.path_for(torch.zeros(1)) is dispatch.path_for(torch.zeros(1, dtype=torch.float64)) is host
+    assert dispatch.path_for(torch.zeros(1, device="meta")) is plain
+    assert dispatch.path_for(randn(1, dtype=torch.float64)) is (plain if DEVICE == "cuda" else host)
+    with FakeTensorMode():
+        assert dispatch.path_for(torch.zeros(1)) is plain
+    seen = []
+    torch.func.vmap(lambda x: seen.append(dispatch.path_for(x)) or x)(torch.zeros(2, 1))
+    make_fx(lambda x: seen.append(dispatch.path_for(x)) or x)(torch.zeros(1))
+    torch.jit.trace(lambda x: seen.append(dispatch.path_for(x)) or x + 1, torch.zeros(1), check_trace=False)
+    assert seen == [plain] * 3
 
 
 def test_both_paths_have_the_same_functions():
     for name in set(fused.__all__) - {"usable"}:
-        assert inspect.signature(getattr(fused, name)) == inspect.signature(getattr(plain, name)), name
+        for path in (fused, host):
+            assert inspect.signature(getattr(path, name)) == inspect.signature(getattr(plain, name)), name
 
 
 def test_what_the_kernels_lack_takes_the_plain_path(monkeypatch):
     """Nothing to launch for them: with kernels that fail, each gives what the plain path does."""
-    for name in ("attention_rows", "biased_attention", "most_similar", "weighted_distance", "choose", "mean_of_bags"):
+    for name in ("attention_rows", "biased_attention", "most_similar", "choose", "mean_of_bags"):
         monkeypatch.setattr(kernels, name, None)
     q, k, v = (randn(2, 3, 17, 16, seed=seed).requires_grad_() for seed in range(3))
     bias = size_bias(torch.ones(2, 17, device=DEVICE), q.dtype)
     for path_q, added in ((q, bias), (q.detach().double(), bias.double()), (q.detach(), None)):
         inputs = (path_q, k.to(path_q), v.to(path_q), added, 0.25)
         torch.testing.assert_close(fused.attend(*inputs), plain.attend(*inputs), rtol=0, atol=0)
-    guide = q[:, :, :1]
-    torch.testing.assert_close(fused.attention_row(guide, k, bias), plain.attention_row(guide, k, bias), rtol=0, atol=0)
+    rows, expected = (path.attention_rows(q, k, bias)[0] for path in (fused, plain))
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)
     partition, one = split(17), torch.ones(1, dtype=torch.int64, device=DEVICE)
     alone = fused.most_similar(randn(2, 2, 8), Partition(one, one[:0]))
     assert alone[0].tolist() == [[-1.0]] * 2 and alone[1].tolist() == [[0]] * 2
     redundancy, semantic = randn(2, 8), randn(2, 17).softmax(dim=1)
-    for degree in ("weighted_difference", "redundancy", lambda R, A, index: R * A):
-        how = {"degree": degree, "alpha": None, "seed": 0}
-        found = fused.degree_of_candidates(redundancy, semantic, partition.candidates, 0, **how)
-        expected = plain.degree_of_candidates(redundancy, semantic, partition.candidates, 0, **how)
-        assert torch.equal(found, expected)
     nearest = torch.zeros(2, 8, dtype=torch.int64, device=DEVICE)
+    for degree, padding in (
+        ("damped", None),
+        (lambda R, A, index: R * A, None),
+        ("weighted_distance", torch.arange(17, device=DEVICE).expand(2, -1) > 11),
+    ):
+        how = {"degree": degree, "alpha": None, "seed": 0, "padding": padding, "r": None}
+        found, expected = (path.rank(redundancy, nearest, semantic, partition, 0, **how) for path in (fused, plain))
+        assert torch.equal(found[1], expected[1])
     found, expected = (path.choose(redundancy.double(), nearest, partition, 3) for path in (fused, plain))
     assert all(map(torch.equal, found, expected))
     monkeypatch.setattr(kernels, "MOST_RANKED", 7)
@@ -489,6 +564,18 @@ def test_attention_with_sizes_is_the_kernel_unless_dropout_is_wanted(monkeypatch
     fused.attend(q, q, q, bias, 0.25, 0.1)
     fused.attend(q, q, q, None, 0.25)
     assert ran == ["kernel", "plain", "plain"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_of_them_compile_for_gpus_that_are_not_there():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = [sys.executable, Path(__file__).with_name("compiled_kernels.py"), "--few"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    names = ("attention_rows", "biased_attention", "choose", "mean_of_bags", "merge_tokens", "most_similar")
+    assert compiled == {f"_{name}" for name in names} and "sm_80" in done.stdout and "sm_90" in done.stdout
 
 
 @pytest.mark.slow

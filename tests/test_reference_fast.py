@@ -17,6 +17,7 @@ from reference_encoders import Chosen, Timm, check, expected, images, run, vit, 
 from turbovlm.encoder import block
 from turbovlm.ops import fused, kernels, partition_tokens, plain, proportional_attention, size_bias
 from turbovlm.ops.merging import merge_ranked, rank_candidates
+from turbovlm.ops.partition import Partition
 
 TOKENS, PREFIX, HEADS = 41, 2, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,7 +76,7 @@ def test_the_attention_kernel(dtype):
 @triton
 def test_the_kernel_of_the_guides_row():
     q, k, _, sizes = heads(torch.float32)
-    rows = kernels.attention_rows(q[:, :, :1] * 0.3, k, size_bias(sizes, torch.float32)).mean(dim=1).cpu()
+    rows = fused.attention_rows(q, k, size_bias(sizes, torch.float32), scale=0.3)[0].mean(dim=1).cpu()
     for b in range(2):
         q_b, k_b, s = (part[b].double().cpu() for part in (q, k, sizes))
         wanted = reference.semantic_value(reference.guide_of(q_b, s, PREFIX, "cls"), k_b, s, 0.3)
@@ -94,13 +95,14 @@ def test_the_kernels_of_one_merge(kind, order, reduce):
     sizes = torch.randint(1, 6, (2, TOKENS), generator=torch.Generator().manual_seed(5)).float().to(DEVICE)
     windows = windows_of(TOKENS, PREFIX, kind)
     candidates, partners = (torch.tensor(half, device=DEVICE) for half in windows[0])
-    redundancy, partner = kernels.most_similar(features, candidates, partners)
-    degree = kernels.weighted_distance(redundancy, A, candidates, alpha)
-    gone, into = kernels.choose(degree, partner, candidates, partners, r)
+    partition = Partition(candidates, partners)
+    redundancy, partner = fused.most_similar(features, partition)
+    how = {"degree": "weighted_distance", "alpha": alpha, "seed": 0, "padding": None, "r": r}
+    _, degree, (gone, into) = fused.rank(redundancy, partner, A, partition, 0, **how)
     slots = None
     if order == "partition":
         slots = torch.cat([torch.arange(PREFIX, device=DEVICE), candidates, partners]).argsort()
-    merged, rows, _, merged_sizes = kernels.merge_tokens(x, sizes, gone, into, slots, reduce)
+    merged, rows, _, merged_sizes, _ = kernels.merge_tokens(x, sizes, gone, into, slots, reduce)
     for b in range(2):
         R, nearest = reference.mutual_redundancy(features[b].double().cpu(), windows)
         s = sizes[b].double().cpu()
@@ -121,7 +123,7 @@ def test_the_kernels_of_one_merge(kind, order, reduce):
 def everything_on_the_kernels(monkeypatch):
     """As on a GPU, in every block of an encoder; all that ran on kernels, by name."""
     launched = []
-    for name in ("attention_rows", "most_similar", "weighted_distance", "choose", "merge_tokens"):
+    for name in ("attention_rows", "most_similar", "choose", "merge_tokens"):
         kernel = getattr(kernels, name)
         monkeypatch.setattr(
             kernels, name, lambda *args, name=name, kernel=kernel: (launched.append(name), kernel(*args))[1]

@@ -116,16 +116,15 @@ def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: T
         partition = replace(partition, windows=max(1, tokens // BAND))
         compared = Compared(partition, *mutual_redundancy(averaged, partition, path=run.path))
         run.compared[site.group] = compared
-    e = run.path.degree_of_candidates(
-        compared.redundancy,
-        semantic,
-        compared.partition.candidates,
-        site.index,
+    redundancy, e, chosen = run.path.rank(
+        *(compared.redundancy, compared.nearest, semantic, compared.partition, site.index),
         degree=config.degree,
         alpha=config.alpha,
         seed=config.seed,
+        padding=None,
+        r=tokens - kept,
     )
-    ranking = Ranking(compared.partition, tokens, compared.redundancy, compared.nearest, e)
+    ranking = Ranking(compared.partition, tokens, redundancy, compared.nearest, e, chosen)
     merge, _ = merge_ranked(ranking, tokens - kept, order="spatial", reduce=config.reduce, path=run.path)
     return Choice(tokens, merge)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from turbovlm.encoder.layout import Layout, Parts, fetch
 from turbovlm.encoder.state import STATE, State
 from turbovlm.errors import StateError
-from turbovlm.ops.attention import size_bias
 from turbovlm.ops.dispatch import path_for
+from turbovlm.ops.plain import log_sizes
 from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch
 
@@ -149,7 +149,7 @@ def attention_of_guide(
         state = replace(state, sizes=sizes_from_mask(arguments.get(layout.mask), hidden))
     parts, path = layout.parts(block), path_for(hidden)
     heads = _heads(block, parts, layout, config, normalised(parts.norm1, hidden), state, arguments)
-    row: Tensor = path.attention_row(guide_query(heads, guidance, state), heads.k, heads.bias)
+    row = guide_rows(path, heads, guidance, state)[0].mean(dim=1)
     if state.merges:
         source = state.source()
         assert source is not None and state.sizes is not None
@@ -172,13 +172,20 @@ def _heads(
     content = q if getattr(config, "similarity", None) == "queries" else k
     if layout.rotary is not None:
         q, k = layout.rotary(block, q, k, state.positions, arguments)
-    sizes = state.sizes
-    if sizes is not None and not config.proportional:  # all alike, but for padding
-        sizes = (sizes > 0).to(sizes.dtype) if state.padded else None
-    bias = None if sizes is None else size_bias(sizes, q.dtype)
+    bias = _bias(state, config.proportional)
     scale = q.shape[-1] ** -0.5 if parts.scale is None else parts.scale
     dropout = parts.dropout.p if isinstance(parts.dropout, nn.Dropout) else parts.dropout or 0.0
     return Heads(q, k, v, content, bias, scale, float(dropout) if block.training else 0.0)
+
+
+def _bias(state: State, proportional: bool) -> Tensor | None:
+    """What attention adds to its scores, `[batch, 1, 1, tokens]`; None where all tokens count alike."""
+    if state.sizes is None:
+        return None
+    if proportional:
+        logs = log_sizes(state.sizes) if state.logs is None else state.logs
+        return logs[:, None, None, :]
+    return log_sizes((state.sizes > 0).to(state.sizes.dtype))[:, None, None, :] if state.padded else None
 
 
 def project_heads(block: nn.Module, parts: Parts, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,17 +199,23 @@ def project_heads(block: nn.Module, parts: Parts, normed: Tensor) -> tuple[Tenso
     return tuple(each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)
 
 
-def guide_query(heads: Heads, guidance: str, state: State) -> Tensor:
-    """The guide's query, scaled: CLS's, or the mean of the patches', weighted by size."""
-    if guidance == "cls":
-        return heads.q[:, :, :1] * heads.scale
-    patches = slice(state.prefix, heads.q.shape[2] - state.suffix)
-    q = heads.q[:, :, patches]
-    if state.sizes is None:
-        return q.mean(dim=2, keepdim=True) * heads.scale
-    sizes = state.sizes[:, patches]
-    weights = sizes / sizes.sum(dim=1, keepdim=True)
-    return (q * weights.to(q.dtype)[:, None, :, None]).sum(dim=2, keepdim=True) * heads.scale
+def guide_rows(path: ModuleType, heads: Heads, guidance: str, state: State) -> tuple[Tensor, Tensor | None]:
+    """What the guide attends to in every head, and how long the content is: see `plain.attention_rows`.
+
+    The guide's query is CLS's, or the mean of the patches', weighted by size.
+    """
+    by_cls = guidance == "cls"
+    patches = (state.prefix, heads.q.shape[2] - state.suffix)
+    found: tuple[Tensor, Tensor | None] = path.attention_rows(
+        heads.q.detach(),
+        heads.k.detach(),
+        heads.bias,
+        guides=(0, 1) if by_cls else patches,
+        weights=None if by_cls else state.sizes,
+        scale=heads.scale,
+        content=None if heads.content is heads.k else heads.content.detach(),
+    )
+    return found
 
 
 def apply_steps(steps: tuple[Any, ...], x: Tensor) -> Tensor:

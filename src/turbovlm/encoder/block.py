@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.config import TurboConfig
-from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_query, normalised, sizes_from_mask
+from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_rows, normalised, sizes_from_mask
 from turbovlm.encoder.layout import Layout, Parts
 from turbovlm.encoder.passed import has_hooks, through_module
 from turbovlm.encoder.reading import asked_of
@@ -26,6 +25,7 @@ from turbovlm.errors import StateError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
 from turbovlm.ops.partition import Partition, partition_tokens, positions
+from turbovlm.ops.plain import over_heads, precise_dtype
 from turbovlm.ops.tracing import is_exporting, is_transformed
 from turbovlm.patching import Patch
 
@@ -58,7 +58,7 @@ def block_forward(
     through = through_module(layout, feature.names[index], block, feature.passed)
     if state.sizes is None and layout.mask is not None:
         sizes = sizes_from_mask(arguments.get(layout.mask), hidden)
-        state = replace(state, sizes=sizes, padded=sizes is not None)
+        state = state.changed(sizes=sizes, padded=sizes is not None)
     parts, path = layout.parts(block), path_for(hidden)
     x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments, through)
     return _hand_on(feature, block, state, _second_half(block, layout, parts, x))
@@ -135,14 +135,14 @@ def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor)
     """Attach the state for the next block, and keep it; restore where every position is read."""
     depth, ran = len(feature.names), state.block + 1
     hooked = has_hooks(block, "_forward_hooks")
-    state = replace(state, block=ran, tokens=None, version=None, hooked=hooked, lengths=(*state.lengths, x.shape[1]))
+    state = state.changed(block=ran, tokens=None, version=None, hooked=hooked, lengths=(*state.lengths, x.shape[1]))
     if not is_exporting():
-        feature.last = replace(state, lost=()) if state.lost and ran == depth else state
+        feature.last = state.changed(lost=()) if state.lost and ran == depth else state
     if state.merges and ran == depth and feature.restore:
         x = state.restored(x)
     elif state.merges and ran - 1 in state.whole:
         merged, x = x, state.restored(x)
-        setattr(x, STATE, replace(state, tokens=merged, version=_version(x)))
+        setattr(x, STATE, state.changed(tokens=merged, version=_version(x)))
     elif ran < depth or not feature.restore:
         setattr(x, STATE, state)
     return (x,) if feature.layout.returns_tuple else x
@@ -174,36 +174,42 @@ def _attend_and_merge(
 ) -> tuple[Tensor, State]:
     """The first half and the merge; what they computed is gone from memory before the MLP needs some."""
     config, layout = feature.config, feature.layout
-    seen: list[tuple[Tensor | None, Tensor | None]] = []
+    seen: list[Compared] = []
     ranks = r > 0 or config.trace
-    look = (lambda heads: seen.append(_ranked_by(path, feature, state, heads))) if ranks else None
+    look = (lambda heads: seen.append(_compared(path, feature, state, heads))) if ranks else None
     x = first_half(block, parts, path, layout, config, hidden, state, arguments, through, look)
     if not ranks:
         return x, state
-    features, semantic = seen[0]
-    if features is None:  # what the MLP reads, normed already where norms come after the residual
+    compared = seen[0]
+    if compared.features is None:  # what the MLP reads, normed already where norms come after the residual
         features = normalised(None if parts.norm_after_attention is not None else parts.mlp[0], x).detach()
-    return _merge(path, feature, index, state, r, x, features, semantic)
+        compared = compared._replace(features=features)
+    return _merge(path, feature, index, state, r, x, compared)
 
 
-def _ranked_by(
-    path: ModuleType, feature: EncoderFeature, state: State, heads: Heads
-) -> tuple[Tensor | None, Tensor | None]:
-    """What heads tell: the features that are compared, `[batch, tokens, width]`, and A, `[batch, tokens]`.
+class Compared(NamedTuple):
+    """What tokens are ranked by.
 
-    None for hidden states, which are not known yet, and for an A that nobody needs.
+    Attributes:
+        features: what is compared, `[batch, tokens, width]`; None for hidden states, which are not known yet.
+        squares: squared lengths of parts of them, `[batch, parts, tokens]`, where they are known.
+        semantic: A by head, `[batch, heads, tokens]`; None where nobody needs it.
     """
-    features = semantic = None
+
+    features: Tensor | None
+    squares: Tensor | None
+    semantic: Tensor | None
+
+
+def _compared(path: ModuleType, feature: EncoderFeature, state: State, heads: Heads) -> Compared:
+    semantic, squares = guide_rows(path, heads, feature.guidance, state) if feature.semantic else (None, None)
+    if feature.similarity == "hidden":
+        return Compared(None, None, semantic)
     content = heads.content.detach()
     if feature.similarity == "heads":
-        features = content.transpose(1, 2).flatten(2)
-    elif feature.similarity != "hidden":  # the sum over heads: its cosine is the mean's
-        features = content.sum(dim=1, dtype=torch.promote_types(content.dtype, torch.float32))
-    if feature.semantic:
-        semantic = path.attention_row(
-            guide_query(heads, feature.guidance, state).detach(), heads.k.detach(), heads.bias
-        )
-    return features, semantic
+        return Compared(content.transpose(1, 2).flatten(2), squares, semantic)
+    # the sum over heads: its cosine is the mean's
+    return Compared(content.sum(dim=1, dtype=precise_dtype(content)), None, semantic)
 
 
 def _second_half(block: nn.Module, layout: Layout, parts: Parts, x: Tensor) -> Tensor:
@@ -218,24 +224,26 @@ def _merge(
     state: State,
     r: int,
     x: Tensor,
-    features: Tensor,
-    semantic: Tensor | None,
+    compared: Compared,
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
     config = feature.config
     partition = _partition(feature, state, index, x)
+    assert compared.features is not None
+    r, by_degree = min(r, partition.count()), config.thresholds is not None
     ranking = rank_candidates(
-        features,
+        compared.features,
         partition,
-        semantic,
+        compared.semantic,
         len(state.merges),
         degree=config.degree,
         alpha=config.alpha,
         seed=config.seed,
         sizes=state.sizes if state.padded else None,
+        squares=compared.squares,
+        r=None if by_degree or r == 0 else r,
         path=path,
     )
-    r = min(r, ranking.degree.shape[1])
     if config.thresholds is not None:
         r = min(r, _spared(ranking.degree, config.thresholds[index]))
     if r > 0:
@@ -243,12 +251,12 @@ def _merge(
             ranking, r, x, sizes=state.sizes, order=config.order, reduce=config.reduce, path=path
         )
         if feature.how == "residual" and (feature.restore or state.whole):
-            state = replace(state, lost=(*state.lost, merge.lost(x, merged)))
+            state = state.changed(lost=(*state.lost, merge.lost(x, merged)))
         x, state = merged, _follow(feature, state, merge, partition)
     if config.trace:
-        assert semantic is not None
-        trace = traced(feature.names[index], state, x, ranking, semantic)
-        state = replace(state, traces=(*state.traces, trace))
+        assert compared.semantic is not None
+        trace = traced(feature.names[index], state, x, ranking, over_heads(compared.semantic))
+        state = state.changed(traces=(*state.traces, trace))
     return x, state
 
 
@@ -267,7 +275,8 @@ def _follow(feature: EncoderFeature, state: State, merge: Merge, partition: Part
     if feature.partition == "grid":
         old = positions(partition.destinations, merge.source.device).expand(merge.source.shape[0], -1)
         destinations = merge.source.gather(1, old)
-    return replace(state, sizes=merge.sizes, merges=(*state.merges, merge), positions=where, destinations=destinations)
+    merges = (*state.merges, merge)
+    return state.changed(sizes=merge.sizes, logs=merge.logs, merges=merges, positions=where, destinations=destinations)
 
 
 def _partition(feature: EncoderFeature, state: State, index: int, x: Tensor) -> Partition:

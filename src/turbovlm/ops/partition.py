@@ -46,6 +46,10 @@ class Partition:
     suffix: int = 0
     all_pairs: bool = False
 
+    def count(self) -> int:
+        """C, how many candidates there are."""
+        return index_count(self.candidates)
+
 
 def partition_tokens(
     tokens: int,
@@ -147,6 +151,12 @@ def _cached_partition(
             _CACHED.clear()
         _CACHED[key] = made
     return made
+
+
+def index_count(index: Index) -> int:
+    """How many tokens an index has."""
+    # no `len(range(…))`, as the sizes of an exported program are symbols
+    return index.shape[-1] if isinstance(index, Tensor) else max(-((index.start - index.stop) // index.step), 0)
 
 
 def positions(index: Index, device: torch.device) -> Tensor:

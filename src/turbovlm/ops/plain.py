@@ -30,8 +30,14 @@ SIMILARITY_ROWS = 1024
 SHORTEST = 1e-12
 """Features of less length than this count as this long."""
 
+LOG_0 = -60000.0
+"""What stands for log 0, the size of padding, in attention: float16 holds it, and its exponential is 0."""
+
 Bags = tuple[Tensor, Tensor, Tensor]
 """What `sort_into_bags` gives."""
+
+Chosen = tuple[Tensor, Tensor]
+"""The tokens that go, and the destination of each: token positions, `[batch, r]`, int64."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float = 0.0) -> Tensor:
@@ -42,10 +48,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, d
 
     Args:
         q, k, v: `[batch, heads, tokens, head_dim]`.
-        bias: finite, `[batch, 1, 1, tokens]`, or None.
+        bias: finite, `[batch, 1, 1, tokens]`, of `q`'s dtype or a more precise one, or None.
         scale: of the scores.
         dropout_p: dropout of the attention weights, for training.
     """
+    bias = bias if bias is None else bias.to(q.dtype)
     low = FAST_BFLOAT16_PRODUCTS and q.dtype == torch.bfloat16 and q.device.type == "cpu"
     if low and dropout_p == 0 and not wants_gradient(q, k, v) and not is_exporting():
         return stored_attention(q, k, v, bias, scale)
@@ -96,29 +103,60 @@ def _heads_side_by_side(q: Tensor) -> Tensor:
     return q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def attention_row(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """`softmax(g·Kᵀ + bias)` averaged over heads, `[batch, tokens]`, in float32 or better.
+def attention_rows(
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    *,
+    guides: tuple[int, int] = (0, 1),
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    content: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`softmax(g·Kᵀ·scale + bias)` of the guide's query g in every head, in float32 or better.
 
     Args:
-        guide: one query per head, scaled, `[batch, heads, 1, head_dim]`.
+        q: `[batch, heads, tokens, head_dim]`.
         keys: `[batch, heads, tokens, head_dim]`.
         bias: that of attention itself, `[batch, 1, 1, tokens]`, or None.
+        guides: the first of the queries whose mean g is, and the one behind the last.
+        weights: of the queries in g, `[batch, tokens]`; all alike if None.
+        scale: of the products.
+        content: what is compared, of the keys' shape, if it is not the keys.
+
+    Returns:
+        `[batch, heads, tokens]`; and the squared lengths of the content by head, likewise, where they come with it.
     """
+    first, behind = guides
+    guide = q[:, :, first:behind]
+    if weights is not None and behind - first > 1:
+        shares = weights[:, first:behind] / weights[:, first:behind].sum(dim=1, keepdim=True)
+        guide = (guide * shares.to(q.dtype)[:, None, :, None]).sum(dim=2, keepdim=True)
+    elif behind - first > 1:
+        guide = guide.mean(dim=2, keepdim=True)
     # heads are strides apart in memory: a matrix product would first copy all keys, a product and a sum do not; the
     # guide in float32 makes it a product in float32, which queries and keys of float16 may need
-    scores = (keys * guide.to(precise_dtype(keys))).sum(dim=-1)
+    scores = (keys * (guide * scale).to(precise_dtype(keys))).sum(dim=-1)
     if bias is not None:
         scores = scores + bias[:, 0]
-    return scores.softmax(dim=-1).mean(dim=1)
+    return scores.softmax(dim=-1), None
 
 
-def most_similar(features: Tensor, partition: Partition, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def over_heads(semantic: Tensor) -> Tensor:
+    """A of every token, `[batch, tokens]`, of what heads attend to, `[batch, heads, tokens]`; itself if it is A."""
+    return semantic if semantic.ndim == 2 else semantic.mean(dim=1)
+
+
+def most_similar(
+    features: Tensor, partition: Partition, hidden: Tensor | None = None, squares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The cosine and the index of each candidate's most similar destination, the lowest of equals.
 
     Args:
         features: `[batch, tokens, width]`.
         partition: who may be merged into whom.
         hidden: tokens that are nobody's destination, `[batch, tokens]`, bool; none if None.
+        squares: squared lengths of parts of the features, `[batch, parts, tokens]`, where they are known.
 
     Returns:
         Cosines in float32 or better, −1 without destinations, and indices among the destinations, int64,
@@ -126,7 +164,8 @@ def most_similar(features: Tensor, partition: Partition, hidden: Tensor | None =
     """
     features = features.to(precise_dtype(features))
     # products of the tokens as they are, then scaled by lengths: less to move than normalised tokens
-    scale = torch.linalg.vector_norm(features, dim=-1).clamp_min(SHORTEST).reciprocal()
+    length = torch.linalg.vector_norm(features, dim=-1) if squares is None else squares.sum(dim=1).sqrt()
+    scale = length.clamp_min(SHORTEST).reciprocal()
     rows, columns = take_tokens(features, partition.candidates), take_tokens(features, partition.destinations)
     row_scale, column_scale = take_values(scale, partition.candidates), take_values(scale, partition.destinations)
     if columns.shape[1] == 0:
@@ -167,8 +206,7 @@ def _nearest_allowed(
         best = cosine.max(dim=-1)
         cosines.append((best.values * row_scale[:, window]).clamp_min(-1))  # without destinations, −1
         indices.append(best.indices + allowed.start)
-    redundancy, nearest = torch.cat(cosines, dim=1), torch.cat(indices, dim=1)
-    return (same_for_both(redundancy, nearest) if partition.all_pairs else redundancy), nearest
+    return torch.cat(cosines, dim=1), torch.cat(indices, dim=1)
 
 
 def window_slices(windows: int, candidates: int, destinations: int) -> list[tuple[slice, slice]]:
@@ -192,12 +230,46 @@ def degree_of_candidates(
     alpha: float | None,
     seed: int,
 ) -> Tensor:
-    """`information_degree` of the candidates, with the A of all tokens, `[batch, tokens]`."""
-    own = None if semantic is None else take_values(semantic, candidates)
+    """`information_degree` of the candidates, with the A of all tokens, `[batch, tokens]`, or by head."""
+    own = None if semantic is None else take_values(over_heads(semantic), candidates)
     return information_degree(redundancy, own, block, degree=degree, alpha=alpha, seed=seed)
 
 
-def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> tuple[Tensor, Tensor]:
+def rank(
+    redundancy: Tensor,
+    nearest: Tensor,
+    semantic: Tensor | None,
+    partition: Partition,
+    block: int,
+    *,
+    degree: str | DegreeFunction,
+    alpha: float | None,
+    seed: int,
+    padding: Tensor | None,
+    r: int | None,
+) -> tuple[Tensor, Tensor, Chosen | None]:
+    """The degree of the candidates, and the choice of r among them.
+
+    Args:
+        redundancy, nearest: as `most_similar` gives them.
+        semantic: A of all tokens, `[batch, tokens]`, or by head, `[batch, heads, tokens]`; None where nobody asks.
+        padding: tokens that are merged before all others, `[batch, tokens]`, bool; none if None.
+        r: how many are chosen; None chooses nobody yet.
+        partition, block, degree, alpha, seed: as in `rank_candidates`.
+
+    Returns:
+        R and E, `[batch, candidates]` each, and what `choose` gives.
+    """
+    if partition.all_pairs:
+        redundancy = same_for_both(redundancy, nearest)
+    candidates = partition.candidates
+    e = degree_of_candidates(redundancy, semantic, candidates, block, degree=degree, alpha=alpha, seed=seed)
+    if padding is not None:
+        e = e.masked_fill(take_values(padding, candidates), torch.inf)
+    return redundancy, e, None if r is None else choose(e, nearest, partition, r)
+
+
+def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Chosen:
     """The r candidates of highest degree, in any order, and the destination of each: token positions, `[batch, r]`.
 
     Args:
@@ -213,8 +285,8 @@ def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> tup
 
 def merge_tokens(
     x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The merged tokens of `x`, `[batch, N − r, width]`, then what `merge_books` returns.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The merged tokens of `x`, `[batch, N − r, width]`, what `merge_books` returns, and `log_sizes`.
 
     Args:
         x: `[batch, N, width]`.
@@ -225,7 +297,12 @@ def merge_tokens(
         sizes = x.new_ones(x.shape[:2], dtype=precise_dtype(x))
     rows, weights, merged_sizes = merge_books(src, dst, slots, sizes, reduce)
     merged = average(x, rows, weights, merged_sizes.shape, reduce == "keep_norm")
-    return merged, rows, weights, merged_sizes
+    return merged, rows, weights, merged_sizes, log_sizes(merged_sizes)
+
+
+def log_sizes(sizes: Tensor) -> Tensor:
+    """`log s` of the patches that each token stands for, `[batch, tokens]`; `LOG_0` for padding, of size 0."""
+    return sizes.log().clamp_min(LOG_0)
 
 
 def merge_books(

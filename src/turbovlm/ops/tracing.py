@@ -54,6 +54,13 @@ def is_transformed(x: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
+def is_recorded(x: Tensor) -> bool:
+    """Whether what is done with `x` becomes part of a program, or stands for the same with other tensors."""
+    if torch.compiler.is_compiling() or is_transformed(x):
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def wants_gradient(*tensors: Tensor) -> bool:
     """Whether autograd records what is done with one of `tensors`."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -12,8 +12,8 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-import turbovlm.ops.kernels
-import turbovlm.ops.plain  # noqa: F401, both define operators, which must be there before their costs can be told
+import turbovlm.ops.kernels  # noqa: F401, its operators must be there before their costs can be told; `plain` has others
+from turbovlm.ops.plain import window_slices
 
 Shape = Sequence[int]
 
@@ -67,8 +67,13 @@ def _attention_flops(queries: Shape, keys: Shape, values: Shape, *args: Any, **k
     return 2 * prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
-def _similarity_flops(features: Shape, candidates: Shape, destinations: Shape, *args: Any, **kwargs: Any) -> int:
-    return 2 * features[0] * candidates[-1] * destinations[-1] * features[-1]
+def _similarity_flops(features: Shape, *args: Any, **kwargs: Any) -> int:
+    candidates, destinations, windows = args[-1]
+    pairs: int = sum(
+        (some.stop - some.start) * (allowed.stop - allowed.start)
+        for some, allowed in window_slices(windows, candidates, destinations)
+    )
+    return 2 * int(features[0]) * pairs * int(features[-1])
 
 
 def _product_flops(left: Shape, right: Shape, **kwargs: Any) -> int:

@@ -4,7 +4,7 @@ All are operators of their own, opaque to `torch.compile`. Without Triton they c
 """
 
 from turbovlm.ops.kernels.attention import attends, attention_rows, biased_attention
-from turbovlm.ops.kernels.choosing import MOST_RANKED, choose, weighted_distance
+from turbovlm.ops.kernels.choosing import MOST_RANKED, RANKED, choose
 from turbovlm.ops.kernels.common import DTYPES, HAS_TRITON, usable
 from turbovlm.ops.kernels.merging import mean_of_bags, merge_tokens
 from turbovlm.ops.kernels.similarity import most_similar
@@ -13,6 +13,7 @@ __all__ = [
     "DTYPES",
     "HAS_TRITON",
     "MOST_RANKED",
+    "RANKED",
     "attends",
     "attention_rows",
     "biased_attention",
@@ -21,5 +22,4 @@ __all__ = [
     "merge_tokens",
     "most_similar",
     "usable",
-    "weighted_distance",
 ]

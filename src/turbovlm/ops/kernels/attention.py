@@ -63,31 +63,44 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
 
 
 @operator
-def attention_rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """`softmax(g·Kᵀ + bias)` of one query per head; not differentiable.
+def attention_rows(
+    q: Tensor,
+    keys: Tensor,
+    content: Tensor | None,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    guides: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`softmax(g·Kᵀ·scale + bias)` of one query per head, and how long the tokens are; not differentiable.
 
     Args:
-        guide: `[batch, heads, 1, head_dim]`, scaled, float32, float16 or bfloat16, with any strides.
-        keys: `[batch, heads, tokens, head_dim]`, likewise.
+        q: `[batch, heads, tokens, head_dim]`, float32, float16 or bfloat16, with any strides.
+        keys: likewise; content: likewise, of their shape, what is compared, if it is not the keys.
         bias: `[batch, 1, 1, tokens]`, or None.
+        weights: of the queries in g, `[batch, tokens]`, float32; all alike if None.
+        guides: the first of the queries whose mean g is, and the one behind the last.
+        scale: of the products.
 
     Returns:
-        `[batch, heads, tokens]`, float32.
+        The rows, and the squared lengths of the content by head, `[batch, heads, tokens]` each, float32.
     """
-    rows: Tensor = _rows(guide, keys, bias)
+    outputs = _rows(q, keys, content, bias, weights, guides, scale)
     batch, heads, tokens, head_dim = keys.shape
     with torch.cuda.device(keys.get_device()):
         _attention_rows[(batch * heads,)](
-            *(guide, guide.stride(0), guide.stride(1), guide.stride(3), keys, *keys.stride()),
+            *(q, *q.stride(), keys, *keys.stride()),
+            *((None, 0, 0, 0, 0) if content is None else (content, *content.stride())),
             *((None, 0, 0) if bias is None else (bias, bias.stride(0), bias.stride(3))),
-            *(rows, heads, tokens),
+            *(None if weights is None else weights.contiguous(),),
+            *(*outputs, scale, heads, tokens, *guides),
             HEAD_DIM=head_dim,
-            ALIGNED=alignment(keys),
+            ALIGNED=alignment(q, keys),
             BLOCK_K=128,
             BLOCK_D=triton.next_power_of_2(head_dim),
             num_warps=4,
         )
-    return rows
+    return outputs
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -98,8 +111,17 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Te
 biased_attention.operator.register_fake(_attended)
 
 
-def _rows(guide: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+def _rows(
+    q: Tensor,
+    keys: Tensor,
+    content: Tensor | None,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    guides: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    rows, squares = (keys.new_empty(keys.shape[:3], dtype=torch.float32) for _ in range(2))
+    return rows, squares
 
 
 attention_rows.operator.register_fake(_rows)
@@ -170,21 +192,38 @@ def _biased_attention(
 
 @jit
 def _attention_rows(
-    guide: tl.tensor, guide_image: tl.tensor, guide_head: tl.tensor, guide_channel: tl.tensor,
+    q: tl.tensor, q_image: tl.tensor, q_head: tl.tensor, q_token: tl.tensor, q_channel: tl.tensor,
     keys: tl.tensor, image_stride: tl.tensor, head_stride: tl.tensor, token_stride: tl.tensor,
-    channel_stride: tl.tensor, bias: tl.tensor, bias_image: tl.tensor, bias_token: tl.tensor,
-    rows: tl.tensor, heads: tl.tensor, tokens: tl.tensor,
+    channel_stride: tl.tensor,
+    content: tl.tensor, content_image: tl.tensor, content_head: tl.tensor, content_token: tl.tensor,
+    content_channel: tl.tensor,
+    bias: tl.tensor, bias_image: tl.tensor, bias_token: tl.tensor, weights: tl.tensor,
+    rows: tl.tensor, squares: tl.tensor, scale: tl.tensor, heads: tl.tensor, tokens: tl.tensor,
+    guides: tl.tensor, behind: tl.tensor,
     HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per head of an image: scores first, then what they are of their softmax."""
+    """One program per head of an image: the guide's query, then the scores, then what they are of their softmax."""
     image, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
     in_head = channel < HEAD_DIM
+    q += tl.multiple_of(image * q_image + head * q_head, ALIGNED)
     keys += tl.multiple_of(image * image_stride + head * head_stride, ALIGNED)
     rows += tl.program_id(0).to(tl.int64) * tokens
-    query = tl.load(
-        guide + image * guide_image + head * guide_head + channel * guide_channel, mask=in_head, other=0.0
-    ).to(tl.float32)
+    squares += tl.program_id(0).to(tl.int64) * tokens
+    summed = tl.zeros([BLOCK_D], tl.float32)
+    weight = 0.0
+    for first in range(guides, behind, BLOCK_K):
+        token = first + tl.arange(0, BLOCK_K)
+        there = token < behind
+        pointers = q + token[:, None] * q_token + channel[None, :] * q_channel
+        query = tl.load(pointers, mask=there[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+        if weights is None:
+            share = there.to(tl.float32)
+        else:
+            share = tl.load(weights + image * tokens + token, mask=there, other=0.0)
+        summed += tl.sum(query * share[:, None], axis=0)
+        weight += tl.sum(share, axis=0)
+    guide = summed / weight * scale
 
     highest, total = -1e38, 0.0
     for first in range(0, tokens, BLOCK_K):
@@ -192,11 +231,16 @@ def _attention_rows(
         there = token < tokens
         pointers = keys + token[:, None] * token_stride + channel[None, :] * channel_stride
         key = tl.load(pointers, mask=there[:, None] & in_head[None, :], other=0.0).to(tl.float32)
-        scores = tl.sum(key * query[None, :], axis=1)
+        scores = tl.sum(key * guide[None, :], axis=1)
         if bias is not None:
             more = tl.load(bias + image * bias_image + token * bias_token, mask=there, other=0.0)
             scores += more.to(tl.float32)
         tl.store(rows + token, scores, mask=there)
+        if content is not None:
+            pointers = content + image * content_image + head * content_head
+            pointers += token[:, None] * content_token + channel[None, :] * content_channel
+            key = tl.load(pointers, mask=there[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+        tl.store(squares + token, tl.sum(key * key, axis=1), mask=there)
         now = tl.maximum(highest, tl.max(tl.where(there, scores, float("-inf"))))
         total = total * tl.exp(highest - now) + tl.sum(tl.where(there, tl.exp(scores - now), 0.0))
         highest = now

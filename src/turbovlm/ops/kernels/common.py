@@ -20,9 +20,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What tokens, features and degrees may be for the kernels to take them."""
 
 COUNTS = (
-    *("tokens", "queries", "entries", "src_count", "candidate_count", "destination_count"),
-    *("candidates_stride", "destinations_stride", "slots_stride", "lengths_stride"),
-    *("degree_stride", "nearest_stride", "redundancy_stride", "semantic_stride", "bias_image"),
+    *("tokens", "queries", "entries", "src_count", "candidate_count", "destination_count", "windows", "behind"),
+    *("candidates_stride", "destinations_stride", "slots_stride", "first_candidate", "first_destination", "step"),
+    *("nearest_stride", "redundancy_stride", "bias_image"),
 )
 """Arguments that change from block to block: no variant of a kernel is compiled for special values of them."""
 
@@ -88,3 +88,12 @@ def by_image(table: Tensor | None, batch: int) -> tuple[Tensor | None, int]:
     table = table.expand(batch, -1)
     table = table if table.stride(1) == 1 else table.contiguous()
     return table, table.stride(0)
+
+
+Places = tuple[Tensor | None, int, int]
+"""Token positions as arguments of a kernel: a table or None, how far apart its rows are, and the first position."""
+
+
+def places(table: Tensor | None, first: int, batch: int) -> Places:
+    """Positions in a table, `[k]` or `[batch, k]`, or those from `first` on."""
+    return *by_image(table, batch), first

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.ops.kernels.common import HAS_TRITON, by_image, jit, operator
+from turbovlm.ops.plain import LOG_0
 
 if HAS_TRITON:
     import triton
@@ -17,7 +18,7 @@ if HAS_TRITON:
 @operator
 def merge_tokens(
     x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Merge r of N tokens into others of their image; differentiable in `x`, but for `"keep_norm"`.
 
     Args:
@@ -32,7 +33,7 @@ def merge_tokens(
     Returns:
         The averages by size, `[batch, N − r, width]`, rounded once to `x`'s dtype; for each of the N, the row of the
         `batch · (N − r)` that it became part of, `[batch · N]`, int64, and its share in it, `[batch, N]`, float32; and
-        patches that each token left stands for, `[batch, N − r]`, float32.
+        patches that each token left stands for, and the logarithm of that, `LOG_0` for none, `[batch, N − r]`, float32.
     """
     outputs = _merge_tokens_outputs(x, sizes, src, dst, slots, reduce)
     batch, tokens, width = x.shape
@@ -45,6 +46,7 @@ def merge_tokens(
             *outputs,
             *(tokens, src.shape[1], width),
             REDUCE=reduce,
+            LOG_0=LOG_0,
             BLOCK_R=32,
             BLOCK_W=block,
             num_warps=min(max(block // 1024, 1), 8),
@@ -86,18 +88,18 @@ mean_of_bags.operator.register_fake(_bags_output)
 
 def _merge_tokens_outputs(
     x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, width = x.shape
     left = tokens - src.shape[1]
-    weights, merged_sizes = (x.new_empty(batch, length, dtype=torch.float32) for length in (tokens, left))
-    return x.new_empty(batch, left, width), src.new_empty(batch * tokens), weights, merged_sizes
+    weights, merged_sizes, logs = (x.new_empty(batch, each, dtype=torch.float32) for each in (tokens, left, left))
+    return x.new_empty(batch, left, width), src.new_empty(batch * tokens), weights, merged_sizes, logs
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     if inputs[-1] == "keep_norm":
         raise NotImplementedError("merge_tokens keeps nothing to differentiate keep_norm by: use Merge.merge")
-    _, rows, weights, merged_sizes = output
-    ctx.mark_non_differentiable(weights, merged_sizes)
+    _, rows, weights, merged_sizes, logs = output
+    ctx.mark_non_differentiable(weights, merged_sizes, logs)
     ctx.save_for_backward(rows, weights)
 
 
@@ -115,9 +117,9 @@ merge_tokens.operator.register_autograd(_backward, setup_context=_keep_for_backw
 def _merge_tokens(
     x: tl.tensor, image_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
     sizes: tl.tensor, src: tl.tensor, dst: tl.tensor, slots: tl.tensor, slots_stride: tl.tensor,
-    y: tl.tensor, rows: tl.tensor, weights: tl.tensor, merged_sizes: tl.tensor,
+    y: tl.tensor, rows: tl.tensor, weights: tl.tensor, merged_sizes: tl.tensor, logs: tl.tensor,
     tokens: tl.tensor, src_count: tl.tensor, width: tl.tensor,
-    REDUCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+    REDUCE: tl.constexpr, LOG_0: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per token: it finds its place, and if it stays, it adds up those that join it."""
     image = (tl.program_id(0) // tokens).to(tl.int64)
@@ -162,6 +164,7 @@ def _merge_tokens(
     tl.store(weights + tl.program_id(0), weight)
     if target == token:
         tl.store(merged_sizes + out, total)
+        tl.store(logs + out, tl.where(total > 0, tl.log(tl.maximum(total, 1e-30)), LOG_0))
         own_row = loaded.to(tl.float32)
         mean = weight * own_row
         if REDUCE != "prune":

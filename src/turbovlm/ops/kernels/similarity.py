@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from turbovlm.ops.kernels.common import HAS_TRITON, by_image, interpreted, jit, operator
+from turbovlm.ops.kernels.common import HAS_TRITON, interpreted, jit, operator, places
 
 if HAS_TRITON:
     import triton
@@ -13,29 +13,41 @@ if HAS_TRITON:
 
 
 @operator
-def most_similar(features: Tensor, candidates: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
+def most_similar(
+    features: Tensor,
+    squares: Tensor,
+    hidden: Tensor | None,
+    candidates: Tensor | None,
+    destinations: Tensor | None,
+    strided: list[int],
+    counts: list[int],
+) -> tuple[Tensor, Tensor]:
     """Each candidate's most similar destination other than itself; the similarity of all pairs is never in memory.
 
     Args:
         features: `[batch, tokens, width]`, float32, float16 or bfloat16, with any strides; not differentiated.
-        candidates: token positions, `[C]` or `[batch, C]`, int64.
-        destinations: token positions, `[P]` or `[batch, P]`, int64, P ≥ 1.
+        squares: parts of each token's squared length, `[batch, parts, tokens]`, float32.
+        hidden: tokens that are nobody's destination, `[batch, tokens]`, bool; none if None.
+        candidates, destinations: token positions, `[k]` or `[batch, k]`, int64; None for those of `strided`.
+        strided: the first candidate, the first destination, and the step from one to the next.
+        counts: C candidates, P ≥ 1 destinations, and the windows that both are divided into (`Partition.windows`).
 
     Returns:
-        The largest cosine, `[batch, C]`, float32, and its index among the destinations (the lowest of equals),
-        `[batch, C]`, int64.
+        The largest cosine, `[batch, C]`, float32, −1 where there is no destination, and its index among the
+        destinations (the lowest of equals), `[batch, C]`, int64.
     """
-    outputs = _most_similar_outputs(features, candidates, destinations)
-    batch, _, width = features.shape
-    count, block = candidates.shape[-1], 64
-    lengths = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
+    outputs = _most_similar_outputs(features, squares, hidden, candidates, destinations, strided, counts)
+    batch, tokens, width = features.shape
+    count, destination_count, windows = counts
+    block = 64
     with torch.cuda.device(features.get_device()):
-        _most_similar[(batch * triton.cdiv(count, block),)](
-            *(features, *features.stride(), lengths, lengths.stride(0)),
-            *by_image(candidates, batch),
-            *by_image(destinations, batch),
-            *outputs,
-            *(count, destinations.shape[-1], width),
+        _most_similar[(batch * windows * triton.cdiv(triton.cdiv(count, windows), block),)](
+            *(features, *features.stride(), squares.contiguous(), squares.shape[1]),
+            *(None if hidden is None else hidden.contiguous(),),
+            *places(candidates, strided[0], batch),
+            *places(destinations, strided[1], batch),
+            *(strided[2], *outputs),
+            *(tokens, count, destination_count, windows, width),
             WIDENED=interpreted(features),
             BLOCK_C=block,
             BLOCK_P=128,
@@ -46,9 +58,17 @@ def most_similar(features: Tensor, candidates: Tensor, destinations: Tensor) -> 
     return outputs
 
 
-def _most_similar_outputs(features: Tensor, candidates: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
-    shape = features.shape[0], candidates.shape[-1]
-    return features.new_empty(shape, dtype=torch.float32), candidates.new_empty(shape)
+def _most_similar_outputs(
+    features: Tensor,
+    squares: Tensor,
+    hidden: Tensor | None,
+    candidates: Tensor | None,
+    destinations: Tensor | None,
+    strided: list[int],
+    counts: list[int],
+) -> tuple[Tensor, Tensor]:
+    shape = features.shape[0], counts[0]
+    return features.new_empty(shape, dtype=torch.float32), features.new_empty(shape, dtype=torch.int64)
 
 
 most_similar.operator.register_fake(_most_similar_outputs)
@@ -57,32 +77,46 @@ most_similar.operator.register_fake(_most_similar_outputs)
 @jit
 def _most_similar(
     features: tl.tensor, image_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
-    lengths: tl.tensor, lengths_stride: tl.tensor,
-    candidates: tl.tensor, candidates_stride: tl.tensor, destinations: tl.tensor, destinations_stride: tl.tensor,
-    redundancy: tl.tensor, nearest: tl.tensor,
-    candidate_count: tl.tensor, destination_count: tl.tensor, width: tl.tensor,
+    squares: tl.tensor, parts: tl.tensor, hidden: tl.tensor,
+    candidates: tl.tensor, candidates_stride: tl.tensor, first_candidate: tl.tensor,
+    destinations: tl.tensor, destinations_stride: tl.tensor, first_destination: tl.tensor,
+    step: tl.tensor, redundancy: tl.tensor, nearest: tl.tensor,
+    tokens: tl.tensor, candidate_count: tl.tensor, destination_count: tl.tensor, windows: tl.tensor, width: tl.tensor,
     WIDENED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per `BLOCK_C` candidates of an image; destinations and width come in blocks.
+    """One program per `BLOCK_C` candidates of a window; its destinations, and their width, come in blocks.
 
     Products of float32 are exact to float32, those of half precision exact, and both add up in float32.
     """
-    blocks = tl.cdiv(candidate_count, BLOCK_C)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_rows = row < candidate_count
-    candidate = tl.load(candidates + image * candidates_stride + row, mask=in_rows, other=0)
+    blocks = tl.cdiv(tl.cdiv(candidate_count, windows), BLOCK_C)
+    image = (tl.program_id(0) // (windows * blocks)).to(tl.int64)
+    window = tl.program_id(0) // blocks % windows
+    row = candidate_count * window // windows + tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_rows = row < candidate_count * (window + 1) // windows
+    if candidates is None:
+        candidate = (first_candidate + row * step).to(tl.int64)
+    else:
+        candidate = tl.load(candidates + image * candidates_stride + row, mask=in_rows, other=0)
     features += image * image_stride
-    lengths += image * lengths_stride
-    length = tl.maximum(tl.load(lengths + candidate, mask=in_rows, other=1.0), 1e-12)
+    squares += image * parts * tokens
+    square = tl.zeros([BLOCK_C], tl.float32)
+    for part in range(parts):
+        square += tl.load(squares + part * tokens + candidate, mask=in_rows, other=0.0)
+    length = tl.maximum(tl.sqrt(square), 1e-12)
 
     best = tl.full([BLOCK_C], float("-inf"), tl.float32)
     best_column = tl.zeros([BLOCK_C], tl.int32)
-    for first in range(0, destination_count, BLOCK_P):
+    end = destination_count * (window + 1) // windows
+    for first in range(destination_count * window // windows, end, BLOCK_P):
         column = first + tl.arange(0, BLOCK_P)
-        in_columns = column < destination_count
-        other = tl.load(destinations + image * destinations_stride + column, mask=in_columns, other=0)
-        other_length = tl.maximum(tl.load(lengths + other, mask=in_columns, other=1.0), 1e-12)
+        in_columns = column < end
+        if destinations is None:
+            other = (first_destination + column * step).to(tl.int64)
+        else:
+            other = tl.load(destinations + image * destinations_stride + column, mask=in_columns, other=0)
+        square_of_other = tl.zeros([BLOCK_P], tl.float32)
+        for part in range(parts):
+            square_of_other += tl.load(squares + part * tokens + other, mask=in_columns, other=0.0)
         dots = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
         for start in range(0, width, BLOCK_W):
             channel = start + tl.arange(0, BLOCK_W)
@@ -93,8 +127,11 @@ def _most_similar(
             if WIDENED:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
-        cosines = dots / length[:, None] / other_length[None, :]
+        cosines = dots / length[:, None] / tl.maximum(tl.sqrt(square_of_other), 1e-12)[None, :]
         allowed = in_columns[None, :] & (other[None, :] != candidate[:, None])
+        if hidden is not None:
+            is_hidden = tl.load(hidden + image * tokens + other, mask=in_columns, other=0)
+            allowed = allowed & (is_hidden == 0)[None, :]
         cosines = tl.where(allowed, cosines, float("-inf"))
         highest, where = tl.max(cosines, axis=1, return_indices=True)
         better = highest > best

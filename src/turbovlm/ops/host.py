@@ -1,0 +1,194 @@
+"""The steps of `plain`, by the same names, for CPUs in eager mode: what is done with indices runs in NumPy.
+
+A merge has about a hundred such steps, on a few hundred numbers each; an operator of PyTorch on so few takes the time
+of its call, and NumPy's a third of that. What is done with tokens stays in PyTorch. `attend`, `attention_rows` and
+`average` are those of `plain`, and so is what these lack:
+
+- `most_similar`: but for all pairs in one window, none of them hidden;
+- `rank` and `choose`: but among all pairs; `rank`: with padding, or by a degree that is none of `RANKED`;
+- `merge_tokens`: in another order than the tokens are in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from turbovlm.ops import plain
+from turbovlm.ops.degree import DegreeFunction, default_alpha
+from turbovlm.ops.pairs import STEPS_DOUBLED
+from turbovlm.ops.partition import Partition
+from turbovlm.ops.plain import Chosen, attend, attention_rows, average
+from turbovlm.ops.tracing import wants_gradient
+
+__all__ = ["attend", "attention_rows", "average", "choose", "merge_tokens", "most_similar", "rank"]
+
+RANKED = ("redundancy", "weighted_difference", "weighted_distance")
+"""Degrees that `rank` knows."""
+
+Numbers = NDArray[np.floating]
+Indices = NDArray[np.integer]
+
+
+def most_similar(
+    features: Tensor, partition: Partition, hidden: Tensor | None = None, squares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `plain.most_similar`."""
+    if not partition.all_pairs or partition.windows > 1 or hidden is not None or partition.count() < 2:
+        return plain.most_similar(features, partition, hidden, squares)
+    some = plain.take_tokens(features.detach(), partition.candidates)
+    some = some.to(plain.precise_dtype(some))
+    unit = some / torch.linalg.vector_norm(some, dim=-1, keepdim=True).clamp_min_(plain.SHORTEST)
+    cosine = torch.bmm(unit, unit.transpose(1, 2))
+    cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # none is its own destination
+    redundancy, nearest = cosine.max(dim=-1)
+    return redundancy, nearest
+
+
+def rank(
+    redundancy: Tensor,
+    nearest: Tensor,
+    semantic: Tensor | None,
+    partition: Partition,
+    block: int,
+    *,
+    degree: str | DegreeFunction,
+    alpha: float | None,
+    seed: int,
+    padding: Tensor | None,
+    r: int | None,
+) -> tuple[Tensor, Tensor, Chosen | None]:
+    """See `plain.rank`."""
+    how: dict[str, Any] = {"degree": degree, "alpha": alpha, "seed": seed, "padding": padding}
+    if not partition.all_pairs:
+        return plain.rank(redundancy, nearest, semantic, partition, block, **how, r=r)
+    if degree not in RANKED or padding is not None or (semantic is None and degree != "redundancy"):
+        redundancy, e, _ = plain.rank(redundancy, nearest, semantic, partition, block, **how, r=None)
+        return redundancy, e, None if r is None else choose(e, nearest, partition, r)
+    trees = _Trees(nearest.numpy())
+    similar = e_numbers = trees.same_for_both(_numbers(redundancy))
+    if degree != "redundancy":
+        assert semantic is not None
+        attention = _numbers(semantic)
+        if attention.ndim == 3:
+            attention = np.add.reduce(attention, axis=1) / attention.dtype.type(attention.shape[1])
+        assert isinstance(partition.candidates, slice)  # as those of all pairs are
+        own = attention[:, partition.candidates]
+        weight = own.dtype.type(default_alpha(degree) if alpha is None else alpha)
+        if degree == "weighted_difference":
+            e_numbers = similar - weight * own
+        else:
+            mean = np.add.reduce(own, axis=1, keepdims=True) / own.dtype.type(max(own.shape[1], 1))
+            e_numbers = (similar - 1) * (1 + weight * np.sqrt(own / np.maximum(mean, np.finfo(own.dtype).tiny)))
+    chosen = None if r is None else trees.chosen(e_numbers, partition, r)
+    return torch.from_numpy(similar), torch.from_numpy(e_numbers), chosen
+
+
+def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Chosen:
+    """See `plain.choose`."""
+    if not partition.all_pairs:
+        return plain.choose(degree, nearest, partition, r)
+    return _Trees(nearest.numpy()).chosen(_numbers(degree), partition, r)
+
+
+def _numbers(values: Tensor) -> Numbers:
+    """NumPy has no bfloat16, and works slowly with float16."""
+    found: Numbers = values.detach().to(plain.precise_dtype(values)).numpy()
+    return found
+
+
+class _Trees:
+    """Who points to whom where any token may merge into any other; the images lie behind each other in one row."""
+
+    def __init__(self, nearest: Indices) -> None:
+        batch, count = nearest.shape
+        self.first = np.arange(0, batch * count, count)[:, None]
+        self.nearest, self.place = (nearest + self.first).ravel(), np.arange(batch * count)
+        self.mutual = self.nearest[self.nearest] == self.place
+
+    def same_for_both(self, similar: Numbers) -> Numbers:
+        """See `turbovlm.ops.pairs.same_for_both`."""
+        own = similar.ravel()
+        both: Numbers = np.where(self.mutual, np.maximum(own, own[self.nearest]), own).reshape(similar.shape)
+        return both
+
+    def chosen(self, degree: Numbers, partition: Partition, r: int) -> Chosen:
+        """See `turbovlm.ops.pairs.paired`, whose names these are."""
+        (batch, count), e, nearest, place = degree.shape, degree.ravel(), self.nearest, self.place
+        there = e[nearest]
+        lower = (e < there) | ((e == there) & (place > nearest))
+        root = self.mutual & (lower | (nearest == place))
+        parent = np.where(root, place, nearest)
+        odd, ahead = ~root, parent
+        for _ in range(STEPS_DOUBLED):
+            odd = odd ^ odd[ahead]
+            further = ahead[ahead]
+            if (further == ahead).all():  # every way ends at its root
+                break
+            ahead = further
+        goes = odd & ~odd[parent]
+        stays = np.zeros(batch * count, dtype=bool)
+        stays[parent[goes]] = True
+        follows = goes[parent] & ~(odd | root | stays)
+        kind = np.where(stays, 0, 1)
+        kind[follows] = 2
+        kind[goes | (follows & (e == np.inf))] = 3
+        order = np.lexsort((degree, kind.reshape(batch, count)), axis=1) + self.first  # by kind, then by E
+        go = order[:, count - r :]
+        alone = kind[go] == 1
+        into = np.where(follows[go], parent[parent[go]], np.where(alone, order[:, :1], parent[go]))
+        assert isinstance(partition.candidates, slice)
+        to_token = partition.candidates.start - self.first
+        return torch.from_numpy(go + to_token), torch.from_numpy(into + to_token)
+
+
+def merge_tokens(
+    x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `plain.merge_tokens`."""
+    if slots is not None:
+        return plain.merge_tokens(x, sizes, src, dst, slots, reduce)
+    (batch, tokens), r = x.shape[:2], src.shape[1]
+    left, first = tokens - r, np.arange(0, batch * tokens, tokens)[:, None]
+    src_rows, dst_rows = ((each.numpy() + first).ravel() for each in (src, dst))
+    stays = np.ones(batch * tokens, dtype=bool)
+    stays[src_rows] = False
+    rows = stays.cumsum() - 1  # a token that stays comes behind those before it that stay
+    rows[src_rows] = rows[dst_rows]
+    members = np.bincount(rows, minlength=batch * left)
+    bag, starts = rows.argsort(kind="stable"), members.cumsum() - members
+    dtype = np.dtype(np.float64 if x.dtype == torch.float64 else np.float32)
+    if sizes is None and reduce != "prune":
+        merged_sizes = members.astype(dtype)
+        weights = (1 / merged_sizes)[rows]
+    else:
+        own = np.ones(batch * tokens, dtype) if sizes is None else _numbers(sizes).ravel()
+        counted = own * stays if reduce == "prune" else own
+        merged_sizes = np.bincount(rows, counted, minlength=batch * left).astype(own.dtype)
+        shares = counted / np.maximum(merged_sizes[rows], own.dtype.type(1e-6))  # padding has size 0
+        weights = stays.astype(own.dtype) if reduce == "prune" else shares
+    bags = tuple(map(torch.from_numpy, (bag, starts, weights[bag])))
+    with np.errstate(divide="ignore"):
+        logs = np.maximum(np.log(merged_sizes), merged_sizes.dtype.type(plain.LOG_0))
+    of_rows, of_weights = torch.from_numpy(rows), torch.from_numpy(weights).view(batch, tokens)
+    merged = plain.mean_of_bags(x, *bags).view(batch, left, x.shape[2])
+    if reduce == "keep_norm":
+        if wants_gradient(x):
+            merged = plain.keep_norms(x, merged, of_rows, of_weights)
+        else:
+            merged = _keep_norms(x, merged, rows, weights)
+    of_left, of_logs = torch.from_numpy(merged_sizes).view(batch, left), torch.from_numpy(logs).view(batch, left)
+    return merged, of_rows, of_weights, of_left, of_logs
+
+
+def _keep_norms(x: Tensor, mean: Tensor, rows: Indices, weights: Numbers) -> Tensor:
+    """See `plain.keep_norms`."""
+    precise = plain.precise_dtype(x)
+    lengths, found = (torch.linalg.vector_norm(each, dim=-1, dtype=precise).numpy().ravel() for each in (x, mean))
+    wanted = np.bincount(rows, lengths * weights, minlength=len(found)).astype(found.dtype)
+    scale = np.where(found > plain.SHORTEST, wanted / np.maximum(found, plain.SHORTEST), 1).astype(found.dtype)
+    return mean * torch.from_numpy(scale).view(*mean.shape[:2], 1).to(mean.dtype)
