@@ -220,21 +220,6 @@ def window_slices(windows: int, candidates: int, destinations: int) -> list[tupl
     ]
 
 
-def degree_of_candidates(
-    redundancy: Tensor,
-    semantic: Tensor | None,
-    candidates: Index,
-    block: int,
-    *,
-    degree: str | DegreeFunction,
-    alpha: float | None,
-    seed: int,
-) -> Tensor:
-    """`information_degree` of the candidates, with the A of all tokens, `[batch, tokens]`, or by head."""
-    own = None if semantic is None else take_values(over_heads(semantic), candidates)
-    return information_degree(redundancy, own, block, degree=degree, alpha=alpha, seed=seed)
-
-
 def rank(
     redundancy: Tensor,
     nearest: Tensor,
@@ -263,7 +248,8 @@ def rank(
     if partition.all_pairs:
         redundancy = same_for_both(redundancy, nearest)
     candidates = partition.candidates
-    e = degree_of_candidates(redundancy, semantic, candidates, block, degree=degree, alpha=alpha, seed=seed)
+    own = None if semantic is None else take_values(over_heads(semantic), candidates)
+    e = information_degree(redundancy, own, block, degree=degree, alpha=alpha, seed=seed)
     if padding is not None:
         e = e.masked_fill(take_values(padding, candidates), torch.inf)
     return redundancy, e, None if r is None else choose(e, nearest, partition, r)
