@@ -504,6 +504,31 @@ def test_the_path_is_asked_of_the_device_and_the_dtype():
     assert seen == [plain] * 3
 
 
+def test_a_handle_says_what_runs(monkeypatch):
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    assert dispatch.path_told(CPU, half) == "PyTorch and NumPy"
+    assert dispatch.path_told(torch.device("mps"), half) == "PyTorch: there are no kernels for mps"
+    assert "take float32, float16, bfloat16" in dispatch.path_told(gpu, torch.float64)
+    assert "has one in half precision" in dispatch.path_told(gpu, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "needs compute capability 8.0" in dispatch.path_told(gpu, half)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert dispatch.path_told(gpu, half) == "Triton's kernels"
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    assert "need triton, which is not installed" in dispatch.path_told(gpu, half)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "NVIDIA's GPUs alone" in dispatch.path_told(gpu, half)
+    model = torch.nn.Sequential(timm_vit())
+    with turbovlm.apply(model, r=2) as handle:
+        assert str(handle).endswith("merges run on cpu, float32, in eager mode: PyTorch and NumPy")
+    assert "merges run" not in str(handle)
+
+
+def timm_vit():
+    timm = pytest.importorskip("timm")
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=3, img_size=96, embed_dim=48).eval()
+
+
 def test_both_paths_have_the_same_functions():
     for name in set(fused.__all__) - {"usable"}:
         for path in (fused, host):
@@ -600,10 +625,8 @@ def test_the_module_can_be_imported_without_triton():
 )
 @torch.no_grad()
 def test_an_encoder_on_the_kernels_is_the_encoder_on_the_plain_path(setting, monkeypatch):
-    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=3, img_size=96, embed_dim=48).eval()
-    vit, images, asked = vit.to(DEVICE), randn(2, 3, 96, 96), []
+    vit, images, asked = timm_vit().to(DEVICE), randn(2, 3, 96, 96), []
 
     def run(path):
         monkeypatch.setattr(block, "path_for", lambda x: (asked.append(x), path)[1])

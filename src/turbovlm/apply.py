@@ -231,7 +231,15 @@ class Handle:
     def __repr__(self) -> str:
         state = "" if self.active else ", removed"
         settings = "; ".join(f"{config.amount}, {config.summary}" for config in self.configs)
-        return "\n".join([f"Turbo({settings}{state})", *(line for each in self.features for line in each.describe())])
+        lines = [f"Turbo({settings}{state})", *(line for each in self.features for line in each.describe())]
+        model = self._model()
+        weights = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
+        if self.active and weights is not None:
+            from turbovlm.ops.dispatch import path_told
+
+            where = f"{weights.device}, {str(weights.dtype).removeprefix('torch.')}"
+            lines.append(f"  merges run on {where}, in eager mode: {path_told(weights.device, weights.dtype)}")
+        return "\n".join(lines)
 
     @property
     def _encoders(self) -> list[EncoderFeature]:

@@ -22,10 +22,11 @@ from turbovlm.encoder.reading import asked_of
 from turbovlm.encoder.schedule import clamp
 from turbovlm.encoder.state import PREFIX, STATE, State, traced
 from turbovlm.errors import StateError
+from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
 from turbovlm.ops.partition import Partition, partition_tokens, positions
-from turbovlm.ops.plain import over_heads, precise_dtype
+from turbovlm.ops.plain import over_heads
 from turbovlm.ops.tracing import is_exporting, is_transformed
 from turbovlm.patching import Patch
 

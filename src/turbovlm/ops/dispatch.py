@@ -34,3 +34,25 @@ def path_for(x: Tensor) -> ModuleType:
     from turbovlm.ops import host  # imports numpy
 
     return host
+
+
+def path_told(device: torch.device, dtype: torch.dtype) -> str:
+    """What `path_for` gives tensors of that device and dtype in eager mode, and where it is not the fastest, why."""
+    if device.type == "cpu":
+        return "PyTorch and NumPy" if HAS_NUMPY else "PyTorch; index work is faster where numpy is installed"
+    if device.type != "cuda":
+        return f"PyTorch: there are no kernels for {device.type}"
+    from turbovlm.ops import kernels
+
+    if torch.version.hip is not None:
+        return "PyTorch: the kernels are tested on NVIDIA's GPUs alone"
+    if not kernels.HAS_TRITON:
+        return "PyTorch: the kernels need triton, which is not installed"
+    if dtype not in kernels.DTYPES:
+        names = ", ".join(str(each).removeprefix("torch.") for each in kernels.DTYPES)
+        return f"PyTorch: the kernels take {names}"
+    if dtype == torch.float32:
+        return "Triton's kernels, but for attention in proportion to sizes, which has one in half precision"
+    if torch.cuda.get_device_capability(device) < kernels.LEAST_CAPABILITY:
+        return "Triton's kernels, but for attention in proportion to sizes, which needs compute capability 8.0"
+    return "Triton's kernels"

@@ -16,11 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from turbovlm.ops import kernels, plain
+from turbovlm.ops import averaging, kernels, plain
+from turbovlm.ops.averaging import Bags
 from turbovlm.ops.degree import DegreeFunction, default_alpha
 from turbovlm.ops.kernels import usable
 from turbovlm.ops.partition import Partition, index_count
-from turbovlm.ops.plain import Bags, Chosen
+from turbovlm.ops.plain import Chosen
 from turbovlm.ops.tracing import wants_gradient
 
 __all__ = [
@@ -147,7 +148,7 @@ def average(
 ) -> Tensor:
     """See `plain.average`."""
     if wants_gradient(x):
-        return plain.average(x, rows, weights, left, keep_norm, bags)
-    bags = plain.sort_into_bags(rows, weights, left.numel()) if bags is None else bags
+        return averaging.average(x, rows, weights, left, keep_norm, bags)
+    bags = averaging.sort_into_bags(rows, weights, left.numel()) if bags is None else bags
     mean: Tensor = kernels.mean_of_bags(x, *bags)
-    return plain.keep_norms(x, mean, rows, weights) if keep_norm else mean
+    return averaging.keep_norms(x, mean, rows, weights) if keep_norm else mean

@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from turbovlm.ops import plain
+from turbovlm.ops import averaging, plain
+from turbovlm.ops.averaging import average
 from turbovlm.ops.degree import DegreeFunction, default_alpha
 from turbovlm.ops.pairs import STEPS_DOUBLED
 from turbovlm.ops.partition import Partition
-from turbovlm.ops.plain import Chosen, attend, attention_rows, average
+from turbovlm.ops.plain import Chosen, attend, attention_rows
 from turbovlm.ops.tracing import wants_gradient
 
 __all__ = ["attend", "attention_rows", "average", "choose", "merge_tokens", "most_similar", "rank"]
@@ -41,8 +42,8 @@ def most_similar(
     if not partition.all_pairs or partition.windows > 1 or hidden is not None or partition.count() < 2:
         return plain.most_similar(features, partition, hidden, squares)
     some = plain.take_tokens(features.detach(), partition.candidates)
-    some = some.to(plain.precise_dtype(some))
-    unit = some / torch.linalg.vector_norm(some, dim=-1, keepdim=True).clamp_min_(plain.SHORTEST)
+    some = some.to(averaging.precise_dtype(some))
+    unit = some / torch.linalg.vector_norm(some, dim=-1, keepdim=True).clamp_min_(averaging.SHORTEST)
     cosine = torch.bmm(unit, unit.transpose(1, 2))
     cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # none is its own destination
     redundancy, nearest = cosine.max(dim=-1)
@@ -97,7 +98,7 @@ def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Cho
 
 def _numbers(values: Tensor) -> Numbers:
     """NumPy has no bfloat16, and works slowly with float16."""
-    found: Numbers = values.detach().to(plain.precise_dtype(values)).numpy()
+    found: Numbers = values.detach().to(averaging.precise_dtype(values)).numpy()
     return found
 
 
@@ -175,10 +176,10 @@ def merge_tokens(
     with np.errstate(divide="ignore"):
         logs = np.maximum(np.log(merged_sizes), merged_sizes.dtype.type(plain.LOG_0))
     of_rows, of_weights = torch.from_numpy(rows), torch.from_numpy(weights).view(batch, tokens)
-    merged = plain.mean_of_bags(x, *bags).view(batch, left, x.shape[2])
+    merged = averaging.mean_of_bags(x, *bags).view(batch, left, x.shape[2])
     if reduce == "keep_norm":
         if wants_gradient(x):
-            merged = plain.keep_norms(x, merged, of_rows, of_weights)
+            merged = averaging.keep_norms(x, merged, of_rows, of_weights)
         else:
             merged = _keep_norms(x, merged, rows, weights)
     of_left, of_logs = torch.from_numpy(merged_sizes).view(batch, left), torch.from_numpy(logs).view(batch, left)
@@ -186,9 +187,9 @@ def merge_tokens(
 
 
 def _keep_norms(x: Tensor, mean: Tensor, rows: Indices, weights: Numbers) -> Tensor:
-    """See `plain.keep_norms`."""
-    precise = plain.precise_dtype(x)
+    """See `averaging.keep_norms`."""
+    precise = averaging.precise_dtype(x)
     lengths, found = (torch.linalg.vector_norm(each, dim=-1, dtype=precise).numpy().ravel() for each in (x, mean))
     wanted = np.bincount(rows, lengths * weights, minlength=len(found)).astype(found.dtype)
-    scale = np.where(found > plain.SHORTEST, wanted / np.maximum(found, plain.SHORTEST), 1).astype(found.dtype)
+    scale = np.where(found > averaging.SHORTEST, wanted / np.maximum(found, averaging.SHORTEST), 1).astype(found.dtype)
     return mean * torch.from_numpy(scale).view(*mean.shape[:2], 1).to(mean.dtype)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from turbovlm.errors import ConfigError
-from turbovlm.ops import plain
+from turbovlm.ops import averaging, plain
+from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.degree import DegreeFunction
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.pairs import same_for_both
 from turbovlm.ops.partition import Partition, partition_tokens, positions
-from turbovlm.ops.plain import precise_dtype, row_offsets
+from turbovlm.ops.plain import row_offsets
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Merge:
     weights: Tensor
     sizes: Tensor
     keep_norm: bool = False
-    bags: plain.Bags | None = None
+    bags: averaging.Bags | None = None
     logs: Tensor | None = None
 
     @property
@@ -119,8 +120,8 @@ class Merge:
         if lost is not None:
             src_rows, dst_rows, _ = self._changed_rows()
             of_src, of_dst = lost.chunk(2, dim=1)
-            out = plain.add_rows(out, src_rows, of_src.flatten(0, 1))
-            out = plain.add_rows(out, dst_rows, of_dst.flatten(0, 1))
+            out = averaging.add_rows(out, src_rows, of_src.flatten(0, 1))
+            out = averaging.add_rows(out, dst_rows, of_dst.flatten(0, 1))
         return out.view(*self.weights.shape, y.shape[-1])
 
     def _changed_rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,7 +257,7 @@ def merge_ranked(
     if sizes is None:
         sizes = torch.ones(degree.shape[0], ranking.tokens, dtype=precise_dtype(degree), device=degree.device)
     rows, weights, merged_sizes = plain.merge_books(src, dst, slots, sizes, reduce)
-    bags = plain.sort_into_bags(rows, weights, merged_sizes.numel()) if plain.has_bags(weights) else None
+    bags = averaging.sort_into_bags(rows, weights, merged_sizes.numel()) if averaging.has_bags(weights) else None
     return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", bags), None
 
 

@@ -1,6 +1,7 @@
-"""The steps of attention and merging in PyTorch's own operators, on any device; `fused` has the same in Triton.
+"""The steps of attention and merging in PyTorch's own operators, on any device.
 
-These are the truth that the kernels are tested against. `dispatch` decides which of the two runs.
+They are what the same steps in `host` (NumPy) and in `fused` (Triton) are tested against; `dispatch` decides which of
+the three runs. `average` is one of them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from turbovlm.ops.averaging import SHORTEST, precise_dtype
+from turbovlm.ops.averaging import average as average
 from turbovlm.ops.degree import DegreeFunction, information_degree
 from turbovlm.ops.pairs import paired, same_for_both
 from turbovlm.ops.partition import Index, Partition
-from turbovlm.ops.tracing import is_exporting, is_transformed, wants_gradient
+from turbovlm.ops.tracing import is_exporting, wants_gradient
 
 _CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 FAST_BFLOAT16_PRODUCTS = bool(_CPU.get("avx512_bf16")) and not _CPU.get("amx_bf16")
@@ -27,14 +30,8 @@ STORED_SCORES = 1 << 20
 SIMILARITY_ROWS = 1024
 """Candidates compared at a time: the similarity in memory is never larger than this times the destinations."""
 
-SHORTEST = 1e-12
-"""Features of less length than this count as this long."""
-
 LOG_0 = -60000.0
 """What stands for log 0, the size of padding, in attention: float16 holds it, and its exponential is 0."""
-
-Bags = tuple[Tensor, Tensor, Tensor]
-"""What `sort_into_bags` gives."""
 
 Chosen = tuple[Tensor, Tensor]
 """The tokens that go, and the destination of each: token positions, `[batch, r]`, int64."""
@@ -220,21 +217,6 @@ def window_slices(windows: int, candidates: int, destinations: int) -> list[tupl
     ]
 
 
-def degree_of_candidates(
-    redundancy: Tensor,
-    semantic: Tensor | None,
-    candidates: Index,
-    block: int,
-    *,
-    degree: str | DegreeFunction,
-    alpha: float | None,
-    seed: int,
-) -> Tensor:
-    """`information_degree` of the candidates, with the A of all tokens, `[batch, tokens]`, or by head."""
-    own = None if semantic is None else take_values(over_heads(semantic), candidates)
-    return information_degree(redundancy, own, block, degree=degree, alpha=alpha, seed=seed)
-
-
 def rank(
     redundancy: Tensor,
     nearest: Tensor,
@@ -263,7 +245,8 @@ def rank(
     if partition.all_pairs:
         redundancy = same_for_both(redundancy, nearest)
     candidates = partition.candidates
-    e = degree_of_candidates(redundancy, semantic, candidates, block, degree=degree, alpha=alpha, seed=seed)
+    own = None if semantic is None else take_values(over_heads(semantic), candidates)
+    e = information_degree(redundancy, own, block, degree=degree, alpha=alpha, seed=seed)
     if padding is not None:
         e = e.masked_fill(take_values(padding, candidates), torch.inf)
     return redundancy, e, None if r is None else choose(e, nearest, partition, r)
@@ -339,92 +322,6 @@ def merge_books(
     return rows, weights.view(batch, tokens), merged_sizes.view(batch, tokens - r)
 
 
-def average(
-    x: Tensor, rows: Tensor, weights: Tensor, left: torch.Size, keep_norm: bool, bags: Bags | None = None
-) -> Tensor:
-    """The weighted sums of tokens, `[batch, M, width]`.
-
-    Args:
-        x: `[batch, N, width]`.
-        rows: the sum that each token is part of, `[batch · N]`, int64.
-        weights: its weight there, `[batch, N]`.
-        left: `(batch, M)`.
-        keep_norm: whether each sum is made as long as its parts are on average.
-        bags: what `sort_into_bags` gives; sorted here if None.
-    """
-    if has_bags(x):
-        mean = mean_of_bags(x, *(sort_into_bags(rows, weights, left.numel()) if bags is None else bags))
-    else:
-        mean = mean_of_rows(x, rows, weights, left.numel())
-    mean = mean.view(*left, x.shape[-1])
-    return keep_norms(x, mean, rows, weights) if keep_norm else mean
-
-
-def has_bags(x: Tensor) -> bool:
-    """Whether `embedding_bag` is there and fast; exporters, `vmap` and some devices lack it."""
-    if x.device.type not in ("cpu", "cuda") or is_exporting():
-        return False
-    return torch.compiler.is_compiling() or not is_transformed(x)
-
-
-def sort_into_bags(rows: Tensor, weights: Tensor, count: int) -> Bags:
-    """Tokens in the order of the `count` rows that they become part of, where each row begins, and their weights."""
-    row, bag = rows.sort(stable=True)
-    starts = torch.searchsorted(row, torch.arange(count, device=row.device))
-    return bag, starts, weights.flatten().index_select(0, bag)
-
-
-def mean_of_bags(x: Tensor, bag: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of a batch's tokens, `[batch · M, width]`, in one pass and without a weighted copy of `x`.
-
-    Args:
-        x: `[batch, N, width]`.
-        bag: rows of the `batch · N`, `[batch · N]`, int64: those of the first sum, then of the second, and so on.
-        starts: where each sum begins in `bag`, `[batch · M]`, int64.
-        weights: of each entry of `bag`.
-    """
-    return F.embedding_bag(bag, x.flatten(0, 1), starts, mode="sum", per_sample_weights=weights.to(x.dtype))
-
-
-def mean_of_rows(x: Tensor, rows: Tensor, weights: Tensor, count: int) -> Tensor:
-    """The sums of `mean_of_bags` in operators that every backend and exporter has.
-
-    Args:
-        x: `[batch, N, width]`.
-        rows: the sum that each token is part of, `[batch · N]`, int64.
-        weights: its weight there, `[batch, N]`.
-        count: how many sums there are, `batch · M`.
-    """
-    weighted = (x * weights.unsqueeze(-1)).flatten(0, 1)
-    return add_rows(weighted.new_zeros(count, x.shape[-1]), rows, weighted).to(x.dtype)
-
-
-def keep_norms(x: Tensor, mean: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """`mean`, `[batch, M, width]`, each token as long as what it is the mean of, on average by `weights`.
-
-    The rest as in `mean_of_rows`.
-    """
-    precise = precise_dtype(x)
-    lengths = torch.linalg.vector_norm(x, dim=-1, dtype=precise) * weights.to(precise)
-    found = torch.linalg.vector_norm(mean, dim=-1, dtype=precise)
-    wanted = add_rows(lengths.new_zeros(found.numel()), rows, lengths.flatten()).view(found.shape)
-    scale = torch.where(found > SHORTEST, wanted / found.clamp_min(SHORTEST), 1)
-    return mean * scale.to(mean.dtype).unsqueeze(-1)
-
-
-def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """`x` with each of `values` added to its row of `x`; a row may come several times.
-
-    Args:
-        x: `[N, width]`, or `[N]`.
-        rows: `[k]`, int64.
-        values: `[k, width]`, or `[k]`.
-    """
-    if is_exporting():  # the ONNX exporter of TorchScript takes no `index_add` where rows repeat
-        return x.scatter_add(0, rows if x.ndim == 1 else rows.unsqueeze(1).expand_as(values), values)
-    return x.index_add(0, rows, values)
-
-
 def take_tokens(x: Tensor, index: Index) -> Tensor:
     """The indexed tokens of `x`, `[batch, tokens, width]`; a view where the index is a slice."""
     if isinstance(index, slice):
@@ -453,8 +350,3 @@ def row_offsets(values: Tensor) -> Tensor:
     """The row at which each image begins when `values`, `[batch, k]`, is flattened, `[batch, 1]`."""
     batch, length = values.shape
     return torch.arange(0, batch * length, length, device=values.device).unsqueeze(1)
-
-
-def precise_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over `x` are taken: float32, or that of `x` where it is more precise."""
-    return torch.promote_types(x.dtype, torch.float32)

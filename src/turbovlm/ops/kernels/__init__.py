@@ -5,13 +5,14 @@ All are operators of their own, opaque to `torch.compile`. Without Triton they c
 
 from turbovlm.ops.kernels.attention import attends, attention_rows, biased_attention
 from turbovlm.ops.kernels.choosing import MOST_RANKED, RANKED, choose
-from turbovlm.ops.kernels.common import DTYPES, HAS_TRITON, usable
+from turbovlm.ops.kernels.common import DTYPES, HAS_TRITON, LEAST_CAPABILITY, usable
 from turbovlm.ops.kernels.merging import mean_of_bags, merge_tokens
 from turbovlm.ops.kernels.similarity import most_similar
 
 __all__ = [
     "DTYPES",
     "HAS_TRITON",
+    "LEAST_CAPABILITY",
     "MOST_RANKED",
     "RANKED",
     "attends",
