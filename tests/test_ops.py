@@ -12,9 +12,11 @@ from turbovlm.ops import (
     LayeredDegree,
     information_degree,
     match,
+    merge_ranked,
     mutual_redundancy,
     partition_tokens,
     proportional_attention,
+    rank_candidates,
     semantic_value,
 )
 
@@ -249,3 +251,15 @@ def test_merging_is_differentiable(reduce):
     merge = match(x.detach(), 3, prefix=1, degree="redundancy", reduce=reduce)
     assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t)), (x,))
     assert torch.autograd.gradcheck(lambda t: merge.unmerge(merge.merge(t).exp(), merge.lost(t, merge.merge(t))), (x,))
+
+
+def test_candidates_that_were_ranked_to_choose_some_choose_those():
+    features, x = torch.randn(2, 17, 8), torch.randn(2, 17, 24)
+    partition = partition_tokens(17, 1, "all")
+    how = {"degree": "redundancy"}
+    early, late = (rank_candidates(features, partition, None, r=r, **how) for r in (5, None))
+    assert early.chosen is not None and late.chosen is None
+    merged = [merge_ranked(ranking, 5, x, order="spatial", reduce="merge")[1] for ranking in (early, late)]
+    torch.testing.assert_close(merged[0], merged[1], rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="r=4: the candidates were ranked to choose 5"):
+        merge_ranked(early, 4, x, order="spatial", reduce="merge")

@@ -234,7 +234,7 @@ class Handle:
         lines = [f"Turbo({settings}{state})", *(line for each in self.features for line in each.describe())]
         model = self._model()
         weights = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
-        if self.active and weights is not None:
+        if self.active and weights is not None and not weights.is_meta:  # whose values are yet to come
             from turbovlm.ops.dispatch import path_told
 
             where = f"{weights.device}, {str(weights.dtype).removeprefix('torch.')}"

@@ -246,10 +246,16 @@ def merge_ranked(
 
     Returns:
         The merge, and the merged tokens `[batch, tokens − r, width]`, or None without `x`.
+
+    Raises:
+        ConfigError: another `r` than the candidates were ranked for.
     """
     degree = ranking.degree
     path = path_for(degree if x is None else x) if path is None else path
-    src, dst = path.choose(degree, ranking.nearest, ranking.partition, r) if ranking.chosen is None else ranking.chosen
+    chosen = ranking.chosen
+    if chosen is not None and chosen[0].shape[1] != r:
+        raise ConfigError(f"r={r}: the candidates were ranked to choose {chosen[0].shape[1]} of them")
+    src, dst = path.choose(degree, ranking.nearest, ranking.partition, r) if chosen is None else chosen
     slots = None if order == "spatial" else _published_order(ranking)
     if x is not None:
         merged, rows, weights, merged_sizes, logs = path.merge_tokens(x, sizes, src, dst, slots, reduce)
