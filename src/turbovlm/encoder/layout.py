@@ -302,7 +302,7 @@ def _fetch_all(root: Any, paths: Sequence[str | None]) -> tuple[Any, ...]:
     return tuple([None if path is None else fetch(root, path) for path in paths])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _names(path: str) -> tuple[str, ...]:
     return tuple(path.split("."))
 
