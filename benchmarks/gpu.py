@@ -38,6 +38,7 @@ from turbovlm.ops import (
     Partition,
     Ranking,
     fused,
+    host,
     kernels,
     merge_ranked,
     mutual_redundancy,
@@ -97,14 +98,18 @@ def main() -> None:
 @contextmanager
 def attending_by(name: str) -> Iterator[None]:
     """Let every accelerated block attend by the route of that name."""
-    before = fused.attend, plain.attend
-    if name != CHOSEN:
-        route = ROUTES[name]
-        fused.attend = plain.attend = lambda q, k, v, bias, scale, dropout_p=0.0: route(q, k, v, bias, scale)
+    before = {way: way.attend for way in (fused, host, plain)}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float = 0.0) -> Tensor:
+        return ROUTES[name](q, k, v, None if bias is None else bias.to(q.dtype), scale)
+
     try:
+        for way in before if name != CHOSEN else ():
+            way.attend = attend
         yield
     finally:
-        fused.attend, plain.attend = before
+        for way, own in before.items():
+            way.attend = own
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
