@@ -48,9 +48,9 @@ def choose(
         r: how many go, at most C; with `all_pairs`, C // 2.
 
     Returns:
-        R, the same for two that are each other's most similar, and E, `[batch, C]`, float32; of the candidates of
-        highest E, in ascending order, the tokens that go and the destinations that they go into, `[batch, r]`, int64.
-        The lower index comes before its equal, and NaN before all.
+        R, the same for two that are each other's most similar (E again if it was given), and E, `[batch, C]`, float32;
+        of the candidates of highest E, in ascending order, the tokens that go and the destinations that they go into,
+        `[batch, r]`, int64. The lower index comes before its equal, and NaN before all.
     """
     outputs = _chosen(redundancy, nearest, rows, candidates, destinations, strided, degree, alpha, all_pairs, r)
     batch, count = redundancy.shape
@@ -119,20 +119,19 @@ def _choose(
     if ALL_PAIRS:
         partner = tl.where(there, partner, place)
         mutual = tl.gather(partner, partner, 0) == place
-    if DEGREE != "given":
-        if ALL_PAIRS:  # the same for both, whatever rounding says
-            e = tl.where(mutual, tl.maximum(e, tl.gather(e, partner, 0)), e)
-        tl.store(r_out + image * candidate_count + place, e, mask=there)
-        if DEGREE != "redundancy":
-            semantic = tl.zeros([BLOCK], tl.float32)
-            for head in range(heads):
-                semantic += tl.load(rows + (image * heads + head) * tokens + token, mask=there, other=0.0)
-            semantic /= heads
-            if DEGREE == "weighted_difference":
-                e = e - alpha * semantic
-            else:
-                mean = tl.maximum(tl.sum(semantic, axis=0) / candidate_count, 1.1754943508222875e-38)
-                e = (e - 1) * (1 + alpha * tl.sqrt(semantic / mean))
+    if ALL_PAIRS and DEGREE != "given":  # the same for both, whatever rounding says
+        e = tl.where(mutual, tl.maximum(e, tl.gather(e, partner, 0)), e)
+    tl.store(r_out + image * candidate_count + place, e, mask=there)
+    if DEGREE == "weighted_difference" or DEGREE == "weighted_distance":
+        semantic = tl.zeros([BLOCK], tl.float32)
+        for head in range(heads):
+            semantic += tl.load(rows + (image * heads + head) * tokens + token, mask=there, other=0.0)
+        semantic /= heads
+        if DEGREE == "weighted_difference":
+            e = e - alpha * semantic
+        else:
+            mean = tl.maximum(tl.sum(semantic, axis=0) / candidate_count, 1.1754943508222875e-38)
+            e = (e - 1) * (1 + alpha * tl.sqrt(semantic / mean))
     tl.store(e_out + image * candidate_count + place, e, mask=there)
     e = tl.where(e == e, e, float("inf"))
 
