@@ -1,6 +1,6 @@
 """Compiles every Triton kernel as it is launched, for NVIDIA GPUs that need not be there; prints what came out.
 
-    python tests/compiled_kernels.py            # compute capabilities 8.0 and 9.0: a line per variant; ten minutes
+    python tests/compiled_kernels.py            # compute capabilities 8.0 and 9.0: a line per variant; two minutes
     python tests/compiled_kernels.py --few      # of one size: a minute
 
 Run in a process of its own, without Triton's interpreter. A launch is intercepted: what would be launched is compiled.
