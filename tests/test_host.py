@@ -24,7 +24,7 @@ def test_the_most_similar_are_those_of_the_plain_path(kind, tokens, dtype):
     assert torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("degree", [*host.RANKED, "damped", "random"])
+@pytest.mark.parametrize("degree", ["redundancy", "weighted_difference", "weighted_distance", "damped", "random"])
 @pytest.mark.parametrize("kind", ["all", "random", "alternate"])
 @pytest.mark.parametrize("tokens", [3, 50, 131])
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -78,4 +78,14 @@ def test_the_merge_is_that_of_the_plain_path(slots, sized, reduce, dtype):
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     for path, leaf in zip((host, plain), leaves):
         path.merge_tokens(leaf, sizes, src, dst, slots, reduce)[0].square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+def test_what_is_differentiated_takes_the_plain_path():
+    partition, leaves = partition_tokens(17, 1, "all"), [randn(2, 17, 8).requires_grad_() for _ in range(2)]
+    how = {"degree": "weighted_distance", "alpha": None, "seed": 0, "padding": None, "r": 4}
+    for path, leaf in zip((host, plain), leaves):
+        redundancy, nearest = path.most_similar(leaf, partition)
+        path.rank(redundancy, nearest, randn(2, 17).softmax(dim=1), partition, 0, **how)[1].sum().backward()
+    assert leaves[1].grad.abs().sum() > 0
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad)

@@ -469,7 +469,7 @@ def test_the_operators_keep_to_their_contracts():
     similar = (randn(2, 17, 8), squares, None, *both, [0, 0, 1], [8, 8, 1])
     torch.library.opcheck(kernels.most_similar.operator, similar)
     redundancy, nearest = kernels.most_similar(*similar)
-    for degree in kernels.RANKED:
+    for degree in ("given", *kernels.RANKED):
         ranked = (redundancy, nearest, squares, *both, [0, 0, 1], degree, 0.7, False, 3)
         torch.library.opcheck(kernels.choose.operator, ranked)
 

@@ -1,11 +1,11 @@
 """The steps of `plain`, by the same names, for CPUs in eager mode: what is done with indices runs in NumPy.
 
-A merge has about a hundred such steps, on a few hundred numbers each; an operator of PyTorch on so few takes the time
-of its call, and NumPy's a third of that. What is done with tokens stays in PyTorch. `attend`, `attention_rows` and
-`average` are those of `plain`, and so is what these lack:
+A merge of any two tokens has many such steps, on a few hundred numbers each, and an operator of PyTorch on so few takes
+the time of its call (`benchmarks/host_time.py`). What is done with tokens stays in PyTorch. `attend`, `attention_rows`
+and `average` are those of `plain`, and so is what these lack:
 
-- `most_similar`: but for all pairs in one window, none of them hidden;
-- `rank` and `choose`: but among all pairs; `rank`: with padding, or by a degree that is none of `RANKED`;
+- `most_similar`: but for all pairs in one window, none of them hidden, without gradients;
+- `rank` and `choose`: but among all pairs; `rank`: with gradients wanted;
 - `merge_tokens`: in another order than the tokens are in.
 """
 
@@ -20,16 +20,13 @@ from torch import Tensor
 
 from turbovlm.ops import averaging, plain
 from turbovlm.ops.averaging import average
-from turbovlm.ops.degree import DegreeFunction, default_alpha
+from turbovlm.ops.degree import DegreeFunction
 from turbovlm.ops.pairs import STEPS_DOUBLED
 from turbovlm.ops.partition import Partition
 from turbovlm.ops.plain import Chosen, attend, attention_rows
 from turbovlm.ops.tracing import wants_gradient
 
 __all__ = ["attend", "attention_rows", "average", "choose", "merge_tokens", "most_similar", "rank"]
-
-RANKED = ("redundancy", "weighted_difference", "weighted_distance")
-"""Degrees that `rank` knows."""
 
 Numbers = NDArray[np.floating]
 Indices = NDArray[np.integer]
@@ -39,7 +36,8 @@ def most_similar(
     features: Tensor, partition: Partition, hidden: Tensor | None = None, squares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `plain.most_similar`."""
-    if not partition.all_pairs or partition.windows > 1 or hidden is not None or partition.count() < 2:
+    one_window = partition.all_pairs and partition.windows == 1 and partition.count() > 1
+    if not one_window or hidden is not None or wants_gradient(features):
         return plain.most_similar(features, partition, hidden, squares)
     some = plain.take_tokens(features.detach(), partition.candidates)
     some = some.to(averaging.precise_dtype(some))
@@ -65,28 +63,12 @@ def rank(
 ) -> tuple[Tensor, Tensor, Chosen | None]:
     """See `plain.rank`."""
     how: dict[str, Any] = {"degree": degree, "alpha": alpha, "seed": seed, "padding": padding}
-    if not partition.all_pairs:
+    if not partition.all_pairs or wants_gradient(redundancy):
         return plain.rank(redundancy, nearest, semantic, partition, block, **how, r=r)
-    if degree not in RANKED or padding is not None or (semantic is None and degree != "redundancy"):
-        redundancy, e, _ = plain.rank(redundancy, nearest, semantic, partition, block, **how, r=None)
-        return redundancy, e, None if r is None else choose(e, nearest, partition, r)
     trees = _Trees(nearest.numpy())
-    similar = e_numbers = trees.same_for_both(_numbers(redundancy))
-    if degree != "redundancy":
-        assert semantic is not None
-        attention = _numbers(semantic)
-        if attention.ndim == 3:
-            attention = np.add.reduce(attention, axis=1) / attention.dtype.type(attention.shape[1])
-        assert isinstance(partition.candidates, slice)  # as those of all pairs are
-        own = attention[:, partition.candidates]
-        weight = own.dtype.type(default_alpha(degree) if alpha is None else alpha)
-        if degree == "weighted_difference":
-            e_numbers = similar - weight * own
-        else:
-            mean = np.add.reduce(own, axis=1, keepdims=True) / own.dtype.type(max(own.shape[1], 1))
-            e_numbers = (similar - 1) * (1 + weight * np.sqrt(own / np.maximum(mean, np.finfo(own.dtype).tiny)))
-    chosen = None if r is None else trees.chosen(e_numbers, partition, r)
-    return torch.from_numpy(similar), torch.from_numpy(e_numbers), chosen
+    redundancy = torch.from_numpy(trees.same_for_both(_numbers(redundancy)))
+    e = plain.degree_of_candidates(redundancy, semantic, partition.candidates, block, **how)
+    return redundancy, e, None if r is None else trees.chosen(_numbers(e), partition, r)
 
 
 def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Chosen:

@@ -217,6 +217,27 @@ def window_slices(windows: int, candidates: int, destinations: int) -> list[tupl
     ]
 
 
+def degree_of_candidates(
+    redundancy: Tensor,
+    semantic: Tensor | None,
+    candidates: Index,
+    block: int,
+    *,
+    degree: str | DegreeFunction,
+    alpha: float | None,
+    seed: int,
+    padding: Tensor | None,
+) -> Tensor:
+    """E of the candidates, `[batch, candidates]`, infinite for padding; the rest as in `rank`.
+
+    Raises:
+        ConfigError: see `information_degree`.
+    """
+    own = None if semantic is None else take_values(over_heads(semantic), candidates)
+    e = information_degree(redundancy, own, block, degree=degree, alpha=alpha, seed=seed)
+    return e if padding is None else e.masked_fill(take_values(padding, candidates), torch.inf)
+
+
 def rank(
     redundancy: Tensor,
     nearest: Tensor,
@@ -244,11 +265,9 @@ def rank(
     """
     if partition.all_pairs:
         redundancy = same_for_both(redundancy, nearest)
-    candidates = partition.candidates
-    own = None if semantic is None else take_values(over_heads(semantic), candidates)
-    e = information_degree(redundancy, own, block, degree=degree, alpha=alpha, seed=seed)
-    if padding is not None:
-        e = e.masked_fill(take_values(padding, candidates), torch.inf)
+    e = degree_of_candidates(
+        redundancy, semantic, partition.candidates, block, degree=degree, alpha=alpha, seed=seed, padding=padding
+    )
     return redundancy, e, None if r is None else choose(e, nearest, partition, r)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -111,15 +113,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Te
 biased_attention.operator.register_fake(_attended)
 
 
-def _rows(
-    q: Tensor,
-    keys: Tensor,
-    content: Tensor | None,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    guides: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _rows(q: Tensor, keys: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     rows, squares = (keys.new_empty(keys.shape[:3], dtype=torch.float32) for _ in range(2))
     return rows, squares
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ if HAS_TRITON:
 MOST_RANKED = 16384
 """Candidates that `choose` takes: a program holds those of an image in its registers."""
 
-RANKED = ("given", "redundancy", "weighted_difference", "weighted_distance")
-"""Degrees that `choose` knows; `"given"` is one that was computed before."""
+RANKED = ("redundancy", "weighted_difference", "weighted_distance")
+"""Degrees that `choose` computes."""
 
 
 @operator
@@ -42,7 +44,7 @@ def choose(
             does not need A.
         candidates, destinations: token positions, `[k]` or `[batch, k]`, int64; None for those of `strided`.
         strided: the first candidate, the first destination, and the step from one to the next.
-        degree: one of `RANKED`; `alpha`: as in `TurboConfig`.
+        degree: one of `RANKED`, or `"given"`; `alpha`: as in `TurboConfig`.
         all_pairs: whether the candidates are the destinations too, and those go that
             `turbovlm.ops.pairs.paired` chooses.
         r: how many go, at most C; with `all_pairs`, C // 2.
@@ -73,18 +75,8 @@ def choose(
     return outputs
 
 
-def _chosen(
-    redundancy: Tensor,
-    nearest: Tensor,
-    rows: Tensor | None,
-    candidates: Tensor | None,
-    destinations: Tensor | None,
-    strided: list[int],
-    degree: str,
-    alpha: float,
-    all_pairs: bool,
-    r: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _chosen(redundancy: Tensor, nearest: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r = others[-1]
     of_each = [redundancy.new_empty(redundancy.shape, dtype=torch.float32) for _ in range(2)]
     of_chosen = [nearest.new_empty(nearest.shape[0], r) for _ in range(2)]
     return of_each[0], of_each[1], of_chosen[0], of_chosen[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,16 +60,8 @@ def most_similar(
     return outputs
 
 
-def _most_similar_outputs(
-    features: Tensor,
-    squares: Tensor,
-    hidden: Tensor | None,
-    candidates: Tensor | None,
-    destinations: Tensor | None,
-    strided: list[int],
-    counts: list[int],
-) -> tuple[Tensor, Tensor]:
-    shape = features.shape[0], counts[0]
+def _most_similar_outputs(features: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    shape = features.shape[0], others[-1][0]
     return features.new_empty(shape, dtype=torch.float32), features.new_empty(shape, dtype=torch.int64)
 
 
