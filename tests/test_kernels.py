@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import turbovlm  # noqa: E402
 from turbovlm.encoder import block  # noqa: E402
@@ -527,6 +528,40 @@ def test_a_handle_says_what_runs(monkeypatch):
 def timm_vit():
     timm = pytest.importorskip("timm")
     return timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=3, img_size=96, embed_dim=48).eval()
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that run within it, but for views."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(str(function).removesuffix(".default"))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_merge_of_any_two_patches_is_four_operators(monkeypatch):
+    names = []
+
+    def seen(function):
+        def run(*args):
+            with Seen(names):
+                return function(*args)
+
+        return run
+
+    for name in ("_compared", "_merge"):
+        monkeypatch.setattr(block, name, seen(getattr(block, name)))
+    monkeypatch.setattr(block, "path_for", lambda x: fused)
+    vit = timm_vit().to(DEVICE)
+    with turbovlm.apply(vit, r=(0, 2, 2), partition="all"):
+        vit(randn(2, 3, 96, 96))
+    four = ["attention_rows", "most_similar", "choose", "merge_tokens"]
+    assert names == [f"turbovlm.{name}" for name in four] * 2
 
 
 def test_both_paths_have_the_same_functions():
