@@ -554,7 +554,7 @@ def test_a_merge_of_any_two_patches_is_four_operators(monkeypatch):
 
         return run
 
-    for name in ("_compared", "_merge"):
+    for name in ("guide_of", "_compared", "_merge"):
         monkeypatch.setattr(block, name, seen(getattr(block, name)))
     monkeypatch.setattr(block, "path_for", lambda x: fused)
     vit = timm_vit().to(DEVICE)
@@ -564,8 +564,32 @@ def test_a_merge_of_any_two_patches_is_four_operators(monkeypatch):
     assert names == [f"turbovlm.{name}" for name in four] * 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("setting", [{}, {"degree": "redundancy"}, {"similarity": "hidden"}, {"reduce": "merge"}])
+def test_in_eager_nothing_else_is_launched(setting, monkeypatch):
+    """Without a mode that watches, the kernels are called themselves; the result is that of the plain path."""
+    launched = []
+
+    def counted(name):
+        launch = getattr(kernels, name).eager
+        return lambda *args: (launched.append(name), launch(*args))[1]
+
+    for name in ("attention_rows", "most_similar", "choose", "merge_tokens"):
+        monkeypatch.setattr(getattr(kernels, name), "eager", counted(name))
+    vit, images = timm_vit().to(DEVICE), randn(2, 3, 96, 96)
+    features = []
+    for path in (fused, plain):
+        monkeypatch.setattr(block, "path_for", lambda x, path=path: path)
+        with turbovlm.apply(vit, r=(0, 2, 2), partition="all", **setting):
+            features.append(vit(images))
+    by_redundancy = setting.get("degree") == "redundancy"
+    once = ["attention_rows"] * (not by_redundancy) + ["most_similar", "choose", "merge_tokens"]
+    assert launched == once * 2
+    torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
+
+
 def test_both_paths_have_the_same_functions():
-    for name in set(fused.__all__) - {"usable"}:
+    for name in set(fused.__all__) - {"usable", "at_once"}:
         for path in (fused, host):
             assert inspect.signature(getattr(path, name)) == inspect.signature(getattr(plain, name)), name
 

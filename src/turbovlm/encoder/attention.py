@@ -18,6 +18,7 @@ from turbovlm.errors import StateError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.plain import log_sizes
 from turbovlm.ops.tracing import is_readable
+from turbovlm.ops.whole import Guide
 from turbovlm.patching import Patch
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def first_half(
 
     Args:
         through: whether attention is called as a module, so that hooks on it run.
-        look: is called with the heads, which are gone from memory at the end.
+        look: is called with the heads, which are gone from memory at the end if it keeps none.
     """
 
     def attention(normed: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def attention_of_guide(
         state = replace(state, sizes=sizes_from_mask(arguments.get(layout.mask), hidden))
     parts, path = layout.parts(block), path_for(hidden)
     heads = _heads(block, parts, layout, config, normalised(parts.norm1, hidden), state, arguments)
-    row = guide_rows(path, heads, guidance, state)[0].mean(dim=1)
+    row = guide_of(heads, guidance, state).rows(path)[0].mean(dim=1)
     if state.merges:
         source = state.source()
         assert source is not None and state.sizes is not None
@@ -199,23 +200,23 @@ def project_heads(block: nn.Module, parts: Parts, normed: Tensor) -> tuple[Tenso
     return tuple(each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)
 
 
-def guide_rows(path: ModuleType, heads: Heads, guidance: str, state: State) -> tuple[Tensor, Tensor | None]:
-    """What the guide attends to in every head, and how long the content is: see `plain.attention_rows`.
+def guide_of(heads: Heads, guidance: str, state: State, of_features: bool = False) -> Guide:
+    """CLS, or the mean of the patches weighted by size.
 
-    The guide's query is CLS's, or the mean of the patches', weighted by size.
+    Args:
+        of_features: see `Guide`.
     """
     by_cls = guidance == "cls"
-    patches = (state.prefix, heads.q.shape[2] - state.suffix)
-    found: tuple[Tensor, Tensor | None] = path.attention_rows(
-        heads.q.detach(),
-        heads.k.detach(),
-        heads.bias,
-        guides=(0, 1) if by_cls else patches,
-        weights=None if by_cls else state.sizes,
-        scale=heads.scale,
+    return Guide(
+        q=heads.q.detach(),
+        keys=heads.k.detach(),
         content=None if heads.content is heads.k else heads.content.detach(),
+        bias=heads.bias,
+        weights=None if by_cls else state.sizes,
+        guides=(0, 1) if by_cls else (state.prefix, heads.q.shape[2] - state.suffix),
+        scale=heads.scale,
+        of_features=of_features,
     )
-    return found
 
 
 def apply_steps(steps: tuple[Any, ...], x: Tensor) -> Tensor:

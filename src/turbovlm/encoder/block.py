@@ -8,14 +8,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.config import TurboConfig
-from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_rows, normalised, sizes_from_mask
+from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_of, normalised, sizes_from_mask
 from turbovlm.encoder.layout import Layout, Parts
 from turbovlm.encoder.passed import has_hooks, through_module
 from turbovlm.encoder.reading import asked_of
@@ -25,9 +25,10 @@ from turbovlm.errors import StateError
 from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
-from turbovlm.ops.partition import Partition, partition_tokens, positions
+from turbovlm.ops.partition import Split, positions
 from turbovlm.ops.plain import over_heads
 from turbovlm.ops.tracing import is_exporting, is_transformed
+from turbovlm.ops.whole import Guide, Rules, merge_whole
 from turbovlm.patching import Patch
 
 if TYPE_CHECKING:
@@ -175,42 +176,25 @@ def _attend_and_merge(
 ) -> tuple[Tensor, State]:
     """The first half and the merge; what they computed is gone from memory before the MLP needs some."""
     config, layout = feature.config, feature.layout
-    seen: list[Compared] = []
     ranks = r > 0 or config.trace
-    look = (lambda heads: seen.append(_compared(path, feature, state, heads))) if ranks else None
+    seen: list[Heads] = []
+    look = seen.append if ranks else None
     x = first_half(block, parts, path, layout, config, hidden, state, arguments, through, look)
     if not ranks:
         return x, state
-    compared = seen[0]
-    if compared.features is None:  # what the MLP reads, normed already where norms come after the residual
-        features = normalised(None if parts.norm_after_attention is not None else parts.mlp[0], x).detach()
-        compared = compared._replace(features=features)
-    return _merge(path, feature, index, state, r, x, compared)
+    heads = seen[0]
+    guide = guide_of(heads, feature.guidance, state, feature.similarity == "heads") if feature.semantic else None
+    return _merge(path, feature, index, state, r, x, _compared(parts, feature, heads, x), guide)
 
 
-class Compared(NamedTuple):
-    """What tokens are ranked by.
-
-    Attributes:
-        features: what is compared, `[batch, tokens, width]`; None for hidden states, which are not known yet.
-        squares: squared lengths of parts of them, `[batch, parts, tokens]`, where they are known.
-        semantic: A by head, `[batch, heads, tokens]`; None where nobody needs it.
-    """
-
-    features: Tensor | None
-    squares: Tensor | None
-    semantic: Tensor | None
-
-
-def _compared(path: ModuleType, feature: EncoderFeature, state: State, heads: Heads) -> Compared:
-    semantic, squares = guide_rows(path, heads, feature.guidance, state) if feature.semantic else (None, None)
-    if feature.similarity == "hidden":
-        return Compared(None, None, semantic)
+def _compared(parts: Parts, feature: EncoderFeature, heads: Heads, x: Tensor) -> Tensor:
+    """What tokens are compared by, `[batch, tokens, width]`."""
+    if feature.similarity == "hidden":  # what the MLP reads, normed already where norms come after the residual
+        return normalised(None if parts.norm_after_attention is not None else parts.mlp[0], x).detach()
     content = heads.content.detach()
     if feature.similarity == "heads":
-        return Compared(content.transpose(1, 2).flatten(2), squares, semantic)
-    # the sum over heads: its cosine is the mean's
-    return Compared(content.sum(dim=1, dtype=precise_dtype(content)), None, semantic)
+        return content.transpose(1, 2).flatten(2)
+    return content.sum(dim=1, dtype=precise_dtype(content))  # its cosine is that of the mean over heads
 
 
 def _second_half(block: nn.Module, layout: Layout, parts: Parts, x: Tensor) -> Tensor:
@@ -225,23 +209,31 @@ def _merge(
     state: State,
     r: int,
     x: Tensor,
-    compared: Compared,
+    features: Tensor,
+    guide: Guide | None,
 ) -> tuple[Tensor, State]:
     """Merge `r` tokens of `x`, `[batch, tokens, width]`, and bring the state up to date."""
-    config = feature.config
-    partition = _partition(feature, state, index, x)
-    assert compared.features is not None
-    r, by_degree = min(r, partition.count()), config.thresholds is not None
+    config, tokens = feature.config, x.shape[1]
+    split = Split(feature.partition, state.prefix, state.suffix, index, config.seed, config.grid)
+    r = min(r, split.most(tokens, state.destinations))
+    if r > 0 and not (config.trace or config.thresholds or callable(config.degree)):
+        rules = Rules(config.degree, config.alpha, config.seed, config.order, config.reduce)
+        merge, merged = merge_whole(
+            *(path, x, features, guide, state.sizes, split, state.destinations, rules),
+            r=r,
+            index=len(state.merges),
+            padded=state.padded,
+        )
+        return merged, _follow(feature, state, merge, split, x, merged)
+    partition, by_degree = split.partition(tokens, x.device, state.destinations), config.thresholds is not None
+    semantic, squares = (None, None) if guide is None else guide.rows(path)
     ranking = rank_candidates(
-        compared.features,
-        partition,
-        compared.semantic,
-        len(state.merges),
+        *(features, partition, semantic, len(state.merges)),
         degree=config.degree,
         alpha=config.alpha,
         seed=config.seed,
         sizes=state.sizes if state.padded else None,
-        squares=compared.squares,
+        squares=squares,
         r=None if by_degree or r == 0 else r,
         path=path,
     )
@@ -251,12 +243,10 @@ def _merge(
         merge, merged = merge_ranked(
             ranking, r, x, sizes=state.sizes, order=config.order, reduce=config.reduce, path=path
         )
-        if feature.how == "residual" and (feature.restore or state.whole):
-            state = state.changed(lost=(*state.lost, merge.lost(x, merged)))
-        x, state = merged, _follow(feature, state, merge, partition)
+        x, state = merged, _follow(feature, state, merge, split, x, merged)
     if config.trace:
-        assert compared.semantic is not None
-        trace = traced(feature.names[index], state, x, ranking, over_heads(compared.semantic))
+        assert semantic is not None
+        trace = traced(feature.names[index], state, x, ranking, over_heads(semantic))
         state = state.changed(traces=(*state.traces, trace))
     return x, state
 
@@ -268,27 +258,24 @@ def _spared(degree: Tensor, threshold: float) -> int:
     return int((degree > threshold).sum(dim=1).amin())
 
 
-def _follow(feature: EncoderFeature, state: State, merge: Merge, partition: Partition) -> State:
-    where, destinations = state.positions, state.destinations
+def _follow(feature: EncoderFeature, state: State, merge: Merge, split: Split, x: Tensor, merged: Tensor) -> State:
+    """The state behind a merge of `x` into `merged`."""
+    lost, where, destinations = state.lost, state.positions, state.destinations
+    if feature.how == "residual" and (feature.restore or state.whole):
+        lost = (*lost, merge.lost(x, merged))
     if feature.layout.rotary is not None:
         kept = merge.kept[:, state.prefix : merge.kept.shape[1] - state.suffix] - state.prefix
         where = kept if where is None else where.gather(1, kept)
-    if feature.partition == "grid":
-        old = positions(partition.destinations, merge.source.device).expand(merge.source.shape[0], -1)
-        destinations = merge.source.gather(1, old)
-    merges = (*state.merges, merge)
-    return state.changed(sizes=merge.sizes, logs=merge.logs, merges=merges, positions=where, destinations=destinations)
-
-
-def _partition(feature: EncoderFeature, state: State, index: int, x: Tensor) -> Partition:
-    prefix, suffix, tokens, device = state.prefix, state.suffix, x.shape[1], x.device
-    if state.destinations is None:
-        kind, seed, grid = feature.partition, feature.config.seed, feature.config.grid
-        return partition_tokens(tokens, prefix, kind, suffix=suffix, block=index, seed=seed, grid=grid, device=device)
-    # the destinations of a grid stay so: all other patches are candidates, sorted in front of what is left out
-    batch, fixed = state.destinations.shape
-    place = torch.arange(tokens, device=device).expand(batch, -1).scatter(1, state.destinations, tokens)
-    place[:, :prefix] = tokens
-    place[:, tokens - suffix :] = tokens
-    candidates = place.sort(dim=1).values[:, : tokens - prefix - suffix - fixed]
-    return Partition(candidates, state.destinations, suffix=suffix)
+    if split.kind == "grid":
+        if destinations is None:
+            fixed = positions(split.partition(x.shape[1], x.device).destinations, x.device)
+            destinations = fixed.expand(x.shape[0], -1)
+        destinations = merge.source.gather(1, destinations)
+    return state.changed(
+        sizes=merge.sizes,
+        logs=merge.logs,
+        merges=(*state.merges, merge),
+        lost=lost,
+        positions=where,
+        destinations=destinations,
+    )

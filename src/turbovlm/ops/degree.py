@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,32 +16,37 @@ from turbovlm.ops.partition import hashed_uniform
 DegreeFunction = Callable[[Tensor, Tensor, int], Tensor]
 """`(R, A, block) -> E`: redundancy and semantic value of the candidates, `[batch, candidates]` each."""
 
+Values = Any
+"""Tensors or arrays of NumPy: the formulas are written in what both have."""
+
+TINY = torch.finfo(torch.float32).tiny
+
 DIVISION_EPSILON = 1e-3
 """Added to A before S2 divides by it, as in the authors' code."""
 
 
-def weighted_distance(redundancy: Tensor, semantic: Tensor, alpha: float) -> Tensor:
+def weighted_distance(redundancy: Values, semantic: Values, alpha: float) -> Values:
     """E = −(1 − R)(1 + α√(A/Ā)), ours: the distance from the destination, weighed by the attention a token gets."""
-    mean = semantic.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(semantic.dtype).tiny)
-    return (redundancy - 1) * (1 + alpha * (semantic / mean).sqrt())
+    mean = semantic.mean(-1, keepdims=True).clip(min=TINY)
+    return (redundancy - 1) * (1 + alpha * (semantic / mean) ** 0.5)
 
 
-def weighted_difference(redundancy: Tensor, semantic: Tensor, alpha: float) -> Tensor:
+def weighted_difference(redundancy: Values, semantic: Values, alpha: float) -> Values:
     """E = R − αA (Turbo, equation 12; S1, equation 17)."""
-    return torch.sub(redundancy, semantic, alpha=alpha)
+    return redundancy - alpha * semantic
 
 
-def coupled_division(redundancy: Tensor, semantic: Tensor, alpha: float) -> Tensor:
+def coupled_division(redundancy: Values, semantic: Values, alpha: float) -> Values:
     """E = R / A (Turbo, S2, equation 18); α has no part in it."""
     return redundancy / (semantic + DIVISION_EPSILON)
 
 
-def damped(redundancy: Tensor, semantic: Tensor, alpha: float) -> Tensor:
+def damped(redundancy: Values, semantic: Values, alpha: float) -> Values:
     """E = R(1 − αA) (Turbo, S3, equation 19)."""
     return redundancy * (1 - alpha * semantic)
 
 
-def semantics(redundancy: Tensor, semantic: Tensor, alpha: float) -> Tensor:
+def semantics(redundancy: Values, semantic: Values, alpha: float) -> Values:
     """E = −A: the semantic value alone."""
     return -semantic
 
@@ -81,7 +87,7 @@ class LayeredDegree:
         return redundancy - weight * semantic
 
 
-FUSIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+FUSIONS: dict[str, Callable[[Values, Values, float], Values]] = {
     "weighted_distance": weighted_distance,
     "weighted_difference": weighted_difference,
     "coupled_division": coupled_division,
@@ -133,7 +139,8 @@ def information_degree(
         return result
     if degree not in FUSIONS:
         raise ConfigError(f"degree={degree!r}: must be one of {', '.join(DEGREES)} or a callable (R, A, block) -> E")
-    return FUSIONS[degree](redundancy, semantic, default_alpha(degree) if alpha is None else alpha)
+    e: Tensor = FUSIONS[degree](redundancy, semantic, default_alpha(degree) if alpha is None else alpha)
+    return e
 
 
 def check_degree(degree: str | DegreeFunction, blocks: int, device: torch.device) -> None:

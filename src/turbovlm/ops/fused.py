@@ -13,6 +13,8 @@ What the kernels lack goes to `plain`'s function of the same name:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -20,11 +22,15 @@ from turbovlm.ops import averaging, kernels, plain
 from turbovlm.ops.averaging import Bags
 from turbovlm.ops.degree import DegreeFunction, default_alpha
 from turbovlm.ops.kernels import usable
-from turbovlm.ops.partition import Partition, index_count
+from turbovlm.ops.partition import Partition, index_count, published_order
 from turbovlm.ops.plain import Chosen
 from turbovlm.ops.tracing import wants_gradient
 
+if TYPE_CHECKING:
+    from turbovlm.ops.whole import Guide, Merged, Rules
+
 __all__ = [
+    "at_once",
     "attend",
     "attention_rows",
     "average",
@@ -70,9 +76,49 @@ def most_similar(
     if counts[1] == 0:
         return plain.most_similar(features, partition, hidden)
     if squares is None:
-        squares = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32).square().unsqueeze(1)
+        squares = _squares(features)
     redundancy, nearest = kernels.most_similar(features, squares, hidden, *_placed(partition), counts)
     return redundancy, nearest
+
+
+def at_once(
+    x: Tensor,
+    features: Tensor,
+    guide: Guide | None,
+    sizes: Tensor | None,
+    partition: Partition,
+    rules: Rules,
+    r: int,
+    index: int,
+    padded: bool,
+) -> Merged | None:
+    """See `plain.at_once`: four launches, and those of a published order; None where a step is not a kernel's."""
+    degree, counts = rules.degree, [partition.count(), index_count(partition.destinations), partition.windows]
+    takes = all(each.dtype in kernels.DTYPES for each in (x, features)) and 0 < counts[0] <= kernels.MOST_RANKED
+    if padded or counts[1] == 0 or degree not in kernels.RANKED or not takes:
+        return None
+    rows = squares = None
+    if guide is not None:
+        q, keys, content, bias, shares, guides, scale, of_features = guide
+        if keys.dtype not in kernels.DTYPES:
+            return None
+        rows, squares = kernels.attention_rows.eager(q, keys, content, bias, shares, guides, scale)
+        squares = squares if of_features else None
+    if squares is None:
+        squares = _squares(features)
+    placed = _placed(partition)
+    found = kernels.most_similar.eager(features, squares, None, *placed, counts)
+    alpha = default_alpha(degree) if rules.alpha is None else rules.alpha
+    _, _, src, dst = kernels.choose.eager(*found, rows, *placed, degree, alpha, partition.all_pairs, r)
+    slots = None if rules.order == "spatial" else published_order(partition, x.shape[1], x.device)
+    merged, where, weights, left, logs = kernels.merge_tokens.eager(x, sizes, src, dst, slots, rules.reduce)
+    return merged, where, src, weights, left, logs
+
+
+def _squares(features: Tensor) -> Tensor:
+    """Squared lengths, `[batch, 1, tokens]`."""
+    lengths: Tensor = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
+    return lengths.square().unsqueeze(1)
 
 
 def rank(

@@ -6,12 +6,12 @@ and `average` are those of `plain`, and so is what these lack:
 
 - `most_similar`: but for all pairs in one window, none of them hidden, without gradients;
 - `rank` and `choose`: but among all pairs; `rank`: with gradients wanted;
-- `merge_tokens`: in another order than the tokens are in.
+- `merge_tokens`: in another order than the tokens are in, or with gradients wanted.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ from torch import Tensor
 
 from turbovlm.ops import averaging, plain
 from turbovlm.ops.averaging import average
-from turbovlm.ops.degree import DegreeFunction
+from turbovlm.ops.degree import FUSIONS, DegreeFunction, default_alpha
 from turbovlm.ops.pairs import STEPS_DOUBLED
-from turbovlm.ops.partition import Partition
+from turbovlm.ops.partition import Index, Partition
 from turbovlm.ops.plain import Chosen, attend, attention_rows
 from turbovlm.ops.tracing import wants_gradient
 
-__all__ = ["attend", "attention_rows", "average", "choose", "merge_tokens", "most_similar", "rank"]
+if TYPE_CHECKING:
+    from turbovlm.ops.whole import Guide, Merged, Rules
+
+__all__ = ["at_once", "attend", "attention_rows", "average", "choose", "merge_tokens", "most_similar", "rank"]
 
 Numbers = NDArray[np.floating]
 Indices = NDArray[np.integer]
@@ -68,14 +71,19 @@ def rank(
     trees = _Trees(nearest.numpy())
     redundancy = torch.from_numpy(trees.same_for_both(_numbers(redundancy)))
     e = plain.degree_of_candidates(redundancy, semantic, partition.candidates, block, **how)
-    return redundancy, e, None if r is None else trees.chosen(_numbers(e), partition, r)
+    return redundancy, e, None if r is None else _tokens_at(partition, *trees.chosen(_numbers(e), r))
 
 
 def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Chosen:
     """See `plain.choose`."""
     if not partition.all_pairs:
         return plain.choose(degree, nearest, partition, r)
-    return _Trees(nearest.numpy()).chosen(_numbers(degree), partition, r)
+    return _tokens_at(partition, *_Trees(nearest.numpy()).chosen(_numbers(degree), r))
+
+
+def _tokens_at(partition: Partition, go: Indices, into: Indices) -> Chosen:
+    src, dst = _positions_at(partition.candidates, go), _positions_at(partition.destinations, into)
+    return torch.from_numpy(src), torch.from_numpy(dst)
 
 
 def _numbers(values: Tensor) -> Numbers:
@@ -99,8 +107,8 @@ class _Trees:
         both: Numbers = np.where(self.mutual, np.maximum(own, own[self.nearest]), own).reshape(similar.shape)
         return both
 
-    def chosen(self, degree: Numbers, partition: Partition, r: int) -> Chosen:
-        """See `turbovlm.ops.pairs.paired`, whose names these are."""
+    def chosen(self, degree: Numbers, r: int) -> tuple[Indices, Indices]:
+        """See `turbovlm.ops.pairs.paired`, whose names these are; `[batch, r]`, indices of candidates."""
         (batch, count), e, nearest, place = degree.shape, degree.ravel(), self.nearest, self.place
         there = e[nearest]
         lower = (e < there) | ((e == there) & (place > nearest))
@@ -122,56 +130,121 @@ class _Trees:
         kind[goes | (follows & (e == np.inf))] = 3
         order = np.lexsort((degree, kind.reshape(batch, count)), axis=1) + self.first  # by kind, then by E
         go = order[:, count - r :]
-        alone = kind[go] == 1
-        into = np.where(follows[go], parent[parent[go]], np.where(alone, order[:, :1], parent[go]))
-        assert isinstance(partition.candidates, slice)
-        to_token = partition.candidates.start - self.first
-        return torch.from_numpy(go + to_token), torch.from_numpy(into + to_token)
+        into = parent[go]
+        into = np.where(follows[go], parent[into], np.where(kind[go] == 1, order[:, :1], into))
+        return go - self.first, into - self.first
+
+
+def _halves_chosen(degree: Numbers, nearest: Indices, r: int) -> tuple[Indices, Indices]:
+    """The r candidates of highest degree, and the destination of each, `[batch, r]`, indices among theirs."""
+    go = degree.argpartition(degree.shape[1] - r, axis=1)[:, degree.shape[1] - r :]
+    return go, np.take_along_axis(nearest, go, axis=1)
+
+
+def _positions_at(index: Index, chosen: Indices) -> Indices:
+    """See `plain._positions_at`."""
+    if isinstance(index, slice):
+        found: Indices = chosen * index.step + index.start
+        return found
+    table = index.numpy()
+    return table[chosen] if table.ndim == 1 else np.take_along_axis(table, chosen, axis=1)
+
+
+def at_once(
+    x: Tensor,
+    features: Tensor,
+    guide: Guide | None,
+    sizes: Tensor | None,
+    partition: Partition,
+    rules: Rules,
+    r: int,
+    index: int,
+    padded: bool,
+) -> Merged | None:
+    """See `plain.at_once`; None with padding, in another order than the tokens are in, or by a random degree."""
+    if padded or rules.order != "spatial" or (rules.degree != "redundancy" and rules.degree not in FUSIONS):
+        return None
+    best, indices = most_similar(features, partition)
+    nearest: Indices = indices.numpy()
+    e: Numbers = best.numpy()
+    trees = _Trees(nearest) if partition.all_pairs else None
+    if trees is not None:
+        e = trees.same_for_both(e)
+    if guide is not None:
+        semantic: Numbers = guide.rows(plain)[0].numpy().mean(axis=1)
+        alpha = default_alpha(rules.degree) if rules.alpha is None else rules.alpha
+        e = FUSIONS[rules.degree](e, _values_at(semantic, partition.candidates), alpha)
+    go, into = _halves_chosen(e, nearest, r) if trees is None else trees.chosen(e, r)
+    src, dst = _positions_at(partition.candidates, go), _positions_at(partition.destinations, into)
+    merged, rows, weights, left, logs = _merge(x, None if sizes is None else _numbers(sizes), src, dst, rules.reduce)
+    return merged, rows, torch.from_numpy(src), weights, left, logs
+
+
+def _values_at(values: Numbers, index: Index) -> Numbers:
+    """See `plain.take_values`."""
+    if isinstance(index, slice):
+        return values[:, index]
+    table = index.numpy()
+    return values[:, table] if table.ndim == 1 else np.take_along_axis(values, table, axis=1)
 
 
 def merge_tokens(
     x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `plain.merge_tokens`."""
-    if slots is not None:
+    if slots is not None or wants_gradient(x):
         return plain.merge_tokens(x, sizes, src, dst, slots, reduce)
-    (batch, tokens), r = x.shape[:2], src.shape[1]
-    left, first = tokens - r, np.arange(0, batch * tokens, tokens)[:, None]
-    src_rows, dst_rows = ((each.numpy() + first).ravel() for each in (src, dst))
+    return _merge(x, None if sizes is None else _numbers(sizes), src.numpy(), dst.numpy(), reduce)
+
+
+def _merge(
+    x: Tensor, sizes: Numbers | None, src: Indices, dst: Indices, reduce: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`merge_tokens`: tokens that stay are copied, and of those that others join, means are written over the copies."""
+    (batch, tokens, width), r = x.shape, src.shape[1]
+    first = np.arange(0, batch * tokens, tokens)[:, None]
+    src_rows, dst_rows = (src + first).ravel(), (dst + first).ravel()
     stays = np.ones(batch * tokens, dtype=bool)
     stays[src_rows] = False
     rows = stays.cumsum() - 1  # a token that stays comes behind those before it that stay
-    rows[src_rows] = rows[dst_rows]
-    members = np.bincount(rows, minlength=batch * left)
-    bag, starts = rows.argsort(kind="stable"), members.cumsum() - members
+    into = rows[dst_rows]
+    rows[src_rows] = into
+    kept = stays.nonzero()[0]
     dtype = np.dtype(np.float64 if x.dtype == torch.float64 else np.float32)
-    if sizes is None and reduce != "prune":
-        merged_sizes = members.astype(dtype)
-        weights = (1 / merged_sizes)[rows]
+    own = np.ones(batch * tokens, dtype) if sizes is None else sizes.ravel()
+    left = own[kept]
+    if reduce == "prune":
+        weights = stays.astype(own.dtype)
     else:
-        own = np.ones(batch * tokens, dtype) if sizes is None else _numbers(sizes).ravel()
-        counted = own * stays if reduce == "prune" else own
-        merged_sizes = np.bincount(rows, counted, minlength=batch * left).astype(own.dtype)
-        shares = counted / np.maximum(merged_sizes[rows], own.dtype.type(1e-6))  # padding has size 0
-        weights = stays.astype(own.dtype) if reduce == "prune" else shares
-    bags = tuple(map(torch.from_numpy, (bag, starts, weights[bag])))
+        left += np.bincount(into, own[src_rows], minlength=len(kept)).astype(own.dtype)
+        weights = own / np.maximum(left[rows], own.dtype.type(1e-6))  # padding has size 0
+    tokens_in_rows = x.flatten(0, 1)
+    merged = tokens_in_rows.index_select(0, torch.from_numpy(kept))
+    changed = left == 0  # padding that weighs nothing
+    if reduce != "prune":
+        changed[into] = True
+    if changed.any():
+        _write_means(merged, tokens_in_rows, rows, weights, changed, reduce == "keep_norm")
     with np.errstate(divide="ignore"):
-        logs = np.maximum(np.log(merged_sizes), merged_sizes.dtype.type(plain.LOG_0))
-    of_rows, of_weights = torch.from_numpy(rows), torch.from_numpy(weights).view(batch, tokens)
-    merged = averaging.mean_of_bags(x, *bags).view(batch, left, x.shape[2])
-    if reduce == "keep_norm":
-        if wants_gradient(x):
-            merged = averaging.keep_norms(x, merged, of_rows, of_weights)
-        else:
-            merged = _keep_norms(x, merged, rows, weights)
-    of_left, of_logs = torch.from_numpy(merged_sizes).view(batch, left), torch.from_numpy(logs).view(batch, left)
-    return merged, of_rows, of_weights, of_left, of_logs
+        logs = np.maximum(np.log(left), left.dtype.type(plain.LOG_0))
+    shape = batch, tokens - r
+    of_rows, of_weights = torch.from_numpy(rows), torch.from_numpy(weights.reshape(batch, tokens))
+    of_left, of_logs = torch.from_numpy(left.reshape(shape)), torch.from_numpy(logs.reshape(shape))
+    return merged.view(*shape, width), of_rows, of_weights, of_left, of_logs
 
 
-def _keep_norms(x: Tensor, mean: Tensor, rows: Indices, weights: Numbers) -> Tensor:
-    """See `averaging.keep_norms`."""
-    precise = averaging.precise_dtype(x)
-    lengths, found = (torch.linalg.vector_norm(each, dim=-1, dtype=precise).numpy().ravel() for each in (x, mean))
-    wanted = np.bincount(rows, lengths * weights, minlength=len(found)).astype(found.dtype)
-    scale = np.where(found > averaging.SHORTEST, wanted / np.maximum(found, averaging.SHORTEST), 1).astype(found.dtype)
-    return mean * torch.from_numpy(scale).view(*mean.shape[:2], 1).to(mean.dtype)
+def _write_means(
+    merged: Tensor, x: Tensor, rows: Indices, weights: Numbers, changed: NDArray[np.bool_], keep_norm: bool
+) -> None:
+    """Write the weighted sums of tokens over the rows of `merged` that are `changed`."""
+    members = changed[rows].nonzero()[0]
+    members = members[rows[members].argsort(kind="stable")]
+    targets = changed.nonzero()[0]
+    starts, shares = rows[members].searchsorted(targets), weights[members]
+    parts = _numbers(x.index_select(0, torch.from_numpy(members)))
+    mean = np.add.reduceat(parts * shares[:, None], starts, axis=0)
+    if keep_norm:
+        lengths, found = (np.sqrt(np.einsum("ij,ij->i", each, each)) for each in (parts, mean))
+        wanted = np.add.reduceat(lengths * shares, starts)
+        mean *= np.where(found > averaging.SHORTEST, wanted / np.maximum(found, averaging.SHORTEST), 1)[:, None]
+    merged.index_copy_(0, torch.from_numpy(targets), torch.from_numpy(mean).to(merged.dtype))

@@ -15,7 +15,7 @@ from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.degree import DegreeFunction
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.pairs import same_for_both
-from turbovlm.ops.partition import Partition, partition_tokens, positions
+from turbovlm.ops.partition import Partition, partition_tokens, published_order
 from turbovlm.ops.plain import row_offsets
 
 
@@ -256,7 +256,7 @@ def merge_ranked(
     if chosen is not None and chosen[0].shape[1] != r:
         raise ConfigError(f"r={r}: the candidates were ranked to choose {chosen[0].shape[1]} of them")
     src, dst = path.choose(degree, ranking.nearest, ranking.partition, r) if chosen is None else chosen
-    slots = None if order == "spatial" else _published_order(ranking)
+    slots = None if order == "spatial" else published_order(ranking.partition, ranking.tokens, degree.device)
     if x is not None:
         merged, rows, weights, merged_sizes, logs = path.merge_tokens(x, sizes, src, dst, slots, reduce)
         return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", logs=logs), merged
@@ -265,20 +265,6 @@ def merge_ranked(
     rows, weights, merged_sizes = plain.merge_books(src, dst, slots, sizes, reduce)
     bags = averaging.sort_into_bags(rows, weights, merged_sizes.numel()) if averaging.has_bags(weights) else None
     return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", bags), None
-
-
-def _published_order(ranking: Ranking) -> Tensor:
-    """The place of each token in prefix, candidates, destinations, suffix, in a row, `[N]` or `[batch, N]`."""
-    device, partition = ranking.degree.device, ranking.partition
-    if partition.all_pairs:
-        raise ConfigError('order="partition": partition="all" makes no halves to order by; use order="spatial"')
-    place = torch.arange(ranking.tokens, device=device)
-    halves = [positions(index, device) for index in (partition.candidates, partition.destinations)]
-    patches = sum(half.shape[-1] for half in halves)
-    prefix = ranking.tokens - patches - partition.suffix
-    ends = [end.expand(*halves[0].shape[:-1], -1) for end in (place[:prefix], place[prefix + patches :])]
-    order = torch.cat([ends[0], *halves, ends[1]], dim=-1)
-    return order.scatter(-1, order, place.expand_as(order))
 
 
 def match(

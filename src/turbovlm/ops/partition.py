@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,63 @@ def partition_tokens(
     # Computed by the graph: AOTAutograd takes the constants of two blocks for one source.
     order = _ORDER_MAKERS[kind](patches, prefix, detail, seed, device)
     return Partition(order[fixed:], order[:fixed], windows, suffix)
+
+
+class Split(NamedTuple):
+    """What a partition of tokens is made of: see `partition_tokens`."""
+
+    kind: str
+    prefix: int = 0
+    suffix: int = 0
+    block: int = 0
+    seed: int = 0
+    grid: tuple[int, int] | None = None
+
+    def most(self, tokens: int, destinations: Tensor | None = None) -> int:
+        """How many candidates there are, of `tokens` tokens; `destinations` as below."""
+        patches = tokens - self.prefix - self.suffix
+        if destinations is not None:
+            return patches - destinations.shape[1]
+        if self.kind != "grid":
+            return patches if self.kind == "all" else patches - patches // 2
+        rows, columns = self.grid or (math.isqrt(patches), math.isqrt(patches))
+        return patches - (rows + 1) // 2 * ((columns + 1) // 2)
+
+    def partition(self, tokens: int, device: torch.device, destinations: Tensor | None = None) -> Partition:
+        """Who of `tokens` tokens may be merged into whom.
+
+        Args:
+            destinations: where those of a grid are by now, `[batch, destinations]`, int64; None before the first merge.
+        """
+        kind, prefix, suffix, block, seed, grid = self
+        if destinations is None:
+            return partition_tokens(
+                tokens, prefix, kind, suffix=suffix, block=block, seed=seed, grid=grid, device=device
+            )
+        # the destinations of a grid stay so: all other patches are candidates, sorted in front of what is left out
+        batch, fixed = destinations.shape
+        place = torch.arange(tokens, device=device).expand(batch, -1).scatter(1, destinations, tokens)
+        place[:, :prefix] = tokens
+        place[:, tokens - suffix :] = tokens
+        candidates = place.sort(dim=1).values[:, : tokens - prefix - suffix - fixed]
+        return Partition(candidates, destinations, suffix=suffix)
+
+
+def published_order(partition: Partition, tokens: int, device: torch.device) -> Tensor:
+    """The place of each token in prefix, candidates, destinations, suffix, in a row, `[N]` or `[batch, N]`.
+
+    Raises:
+        ConfigError: all pairs are no halves to order by.
+    """
+    if partition.all_pairs:
+        raise ConfigError('order="partition": partition="all" makes no halves to order by; use order="spatial"')
+    place = torch.arange(tokens, device=device)
+    halves = [positions(index, device) for index in (partition.candidates, partition.destinations)]
+    patches = sum(half.shape[-1] for half in halves)
+    prefix = tokens - patches - partition.suffix
+    ends = [end.expand(*halves[0].shape[:-1], -1) for end in (place[:prefix], place[prefix + patches :])]
+    order = torch.cat([ends[0], *halves, ends[1]], dim=-1)
+    return order.scatter(-1, order, place.expand_as(order))
 
 
 def window_count(patches: int) -> int:

@@ -285,6 +285,11 @@ def choose(degree: Tensor, nearest: Tensor, partition: Partition, r: int) -> Cho
     return _positions_at(partition.candidates, chosen), _positions_at(partition.destinations, nearest.gather(1, chosen))
 
 
+def at_once(*merge: Any) -> None:
+    """A whole merge, as `turbovlm.ops.whole.merge_whole` asks for it; None, as here, where a path takes it in steps."""
+    return
+
+
 def merge_tokens(
     x: Tensor, sizes: Tensor | None, src: Tensor, dst: Tensor, slots: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

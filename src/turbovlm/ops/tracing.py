@@ -42,6 +42,9 @@ def untraced() -> Iterator[None]:
     """Within it, `torch.jit.trace` records nothing: what is made is a constant of the traced program."""
     tracer: Any = torch._C
     state = tracer._get_tracing_state()
+    if state is None:  # and within an operator's own function it cannot be set, not even to None
+        yield
+        return
     tracer._set_tracing_state(None)
     try:
         yield

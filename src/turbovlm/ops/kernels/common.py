@@ -49,7 +49,7 @@ def alignment(*tensors: Tensor) -> int:
 
 
 def operator(function: Callable[..., Any]) -> Any:
-    """`function` as an operator `turbovlm::…`, to be called by position; in eager it runs as it is.
+    """`function` as an operator `turbovlm::…`, to be called by position; in eager it runs as it is, `.eager`.
 
     Compilers, autograd, tracers, tensor subclasses and modes that count or fake see the operator, `.operator`. Without
     them its dispatch would only take longer than the launch of a kernel.
@@ -68,7 +68,7 @@ def operator(function: Callable[..., Any]) -> Any:
             return opaque(*args)
         return function(*args)
 
-    call.operator = opaque  # type: ignore[attr-defined]
+    call.operator, call.eager = opaque, function  # type: ignore[attr-defined]
     return call
 
 
