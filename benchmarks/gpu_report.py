@@ -28,7 +28,7 @@ The model itself runs on `scaled_dot_product_attention`. Speed-ups are over it i
 version is timed in turn with it, by CUDA events, and medians count. *The paper's* is `TurboConfig.paper(r)`,
 *redundancy* is `TurboConfig.paper(r, degree="redundancy")`, and both ToMe merge the same r in every block. *Default* is
 `TurboConfig(flops=…)` with the share of the encoder's multiply-accumulates that the paper's setting leaves, so that all
-columns do the same arithmetic.
+columns do the same arithmetic, within a percent.
 
 In a cell: the speed-up; *MACs*, how many times fewer multiply-accumulates; *eff.*, efficiency, the speed-up over that;
 the memory that a forward takes at most, weights and images not counted (of a graph, while it is captured;

@@ -105,6 +105,23 @@ def test_all_versions_of_an_encoder_do_the_same_arithmetic(small, tmp_path):
     assert row.count("operators") == 6 and f"**{model['ms']:.2f} ms**" in row
 
 
+@pytest.mark.parametrize(
+    "name", ["vit-l-384", "clip-l-336", "siglip-so400m-384", "dinov2-l-518", "clip-b-224", "eva-g-448"]
+)
+def test_and_so_they_do_in_the_encoders_of_the_table(name, gpu):
+    encoders = importlib.import_module("gpu_encoders")
+    case = encoders.ENCODERS[name]
+    model, plan = encoders._built(case, "bf16", "meta")
+    image = torch.empty(1, 3, case.pixels, case.pixels, dtype=torch.bfloat16, device="meta")
+    costs = []
+    for version in encoders.VERSIONS[1:]:
+        merged, merges = encoders._prepared(version, case, model, plan)
+        costs.append(encoders.macs(merged, image) / encoders.macs(model, image))
+        assert 0 < merges <= plan.depth
+    assert plan.share == pytest.approx(costs[1], rel=0.01) and plan.share < 0.7
+    assert costs == pytest.approx([costs[1]] * len(costs), rel=0.01)
+
+
 def test_it_goes_on_where_it_stopped(small):
     part = ("--parts", "small/fp16/eager/2")
     status, said, first = small(*part, "--minutes", "0")
