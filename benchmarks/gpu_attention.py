@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import DTYPES
-from gpu_part import NOT_ON_CPU, Bench, Cells, Part, attempt, part, timed
+from gpu_part import NOT_ON_CPU, Bench, Cell, Cells, Part, attempt, part, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
@@ -44,16 +44,20 @@ def attention_parts(dtype: str, small: bool) -> list[Part]:
 
 def _measure(bench: Bench, keys: Sequence[str], *, dtype: str, width: int) -> Cells:
     tensors = functools.lru_cache(maxsize=1)(functools.partial(heads, width=width, dtype=dtype, device=bench.device))
+
+    def cell(length: int, name: str) -> Cell:
+        q, k, v, sizes = tensors(2 if bench.small else TOKENS // length, length)
+        bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
+        plain = functools.partial(masked_attention, q, k, v, None, scale)
+        own = plain if name == "no bias" else functools.partial(ROUTES[name], q, k, v, bias, scale)
+        return timed(bench, plain, own)
+
     for key in keys:
         length, name = key.split("/")[-2:]
         if bench.device == "cpu" and name in CUDA_ROUTES:
             yield key, NOT_ON_CPU
             continue
-        q, k, v, sizes = tensors(2 if bench.small else TOKENS // int(length), int(length))
-        bias, scale = size_bias(sizes, q.dtype), q.shape[-1] ** -0.5
-        plain = functools.partial(masked_attention, q, k, v, None, scale)
-        own = plain if name == "no bias" else functools.partial(ROUTES[name], q, k, v, bias, scale)
-        yield key, attempt(functools.partial(timed, bench, plain, own))
+        yield key, attempt(functools.partial(cell, int(length), name))
         torch.compiler.reset()
 
 

@@ -20,7 +20,6 @@ from turbovlm import TurboConfig
 from turbovlm.ops import (
     Partition,
     merge_ranked,
-    mutual_redundancy,
     partition_tokens,
     plain,
     rank_candidates,
@@ -69,27 +68,28 @@ def kernel_parts(dtype: str, small: bool) -> list[Part]:
 
 
 def _measure_steps(bench: Bench, keys: Sequence[str], *, dtype: str, shape: Shape) -> Cells:
-    tensors = heads(shape.batch, shape.length, width=shape.width, dtype=dtype, device=bench.device, count=shape.heads)
-    own = path_for(tensors[0])
+    @functools.lru_cache(maxsize=1)
+    def run(kind: str) -> dict[str, Step]:
+        made = heads(shape.batch, shape.length, width=shape.width, dtype=dtype, device=bench.device, count=shape.heads)
+        return steps(*made, kind, shape.r)
+
+    def cell(kind: str, step: str) -> Cell:
+        own = path_for(torch.empty(0, dtype=DTYPES[dtype], device=bench.device))
+        return timed(bench, functools.partial(run(kind)[step], plain), functools.partial(run(kind)[step], own))
+
     for key in keys:
-        kind, step = key.split("/")[-2:]
-
-        def measure(kind: str = kind, step: str = step) -> Cell:
-            run = steps(*tensors, kind, shape.r)[step]
-            return timed(bench, functools.partial(run, plain), functools.partial(run, own))
-
-        yield key, attempt(measure)
+        yield key, attempt(functools.partial(cell, *key.split("/")[-2:]))
 
 
 def steps(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, kind: str, r: int) -> dict[str, Step]:
     """The steps of a merge as the default setting runs them, each on inputs that are there already."""
     features, x = k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2).contiguous()
     bias, split = size_bias(sizes, k.dtype), partition_tokens(k.shape[2], 1, kind, device=k.device)
-    semantic = plain.attention_rows(q, k, bias)[0]
-    ranking = rank_candidates(features, split, semantic, degree="weighted_distance", r=r)
+    semantic, squares = path_for(q).attention_rows(q, k, bias)
+    ranking = rank_candidates(features, split, semantic, degree="weighted_distance", squares=squares, r=r)
     return {
         "attention row": lambda path: path.attention_rows(q, k, bias),
-        "similarity": lambda path: mutual_redundancy(features, split, path=path),
+        "similarity": lambda path: path.most_similar(features, split, None, squares),
         "degree and choice": lambda path: _choose(ranking.redundancy, ranking.nearest, semantic, split, r, path),
         "merge": lambda path: merge_ranked(ranking, r, x, sizes=sizes, order="spatial", reduce="keep_norm", path=path),
     }

@@ -162,6 +162,21 @@ def test_a_model_that_fails_leaves_nothing_to_compare_with(small, monkeypatch):
     assert status == 1 and [*cells.values()] == [{"failed": "the model itself: RuntimeError: no"}] * 6
 
 
+def test_what_was_measured_before_the_gpu_was_lost_is_kept(gpu, monkeypatch):
+    def measure(bench, keys):
+        yield keys[0], {"ms": 1.0}
+        yield keys[1], {"failed": "AcceleratorError: illegal memory access"}
+        raise AssertionError("nothing else may run in this process")
+
+    kept = []
+    part = importlib.import_module("gpu_part").part("routes/bf16/64", ["577/SDPA", "577/kernel", "577/flex"], measure)
+    results = {"cells": {}, "seconds": {}}
+    monkeypatch.setattr(gpu, "is_lost", lambda bench: True)
+    with pytest.raises(SystemExit, match="the GPU does not answer any more after routes/bf16/64/577/kernel"):
+        gpu.fill([part], results, None, float("inf"), lambda: kept.append(dict(results["cells"])))
+    assert [*kept[-1]] == ["routes/bf16/64/577/SDPA", "routes/bf16/64/577/kernel"]
+
+
 def test_compiled(small):
     status, _, cells = small("--parts", "small/bf16/compiled/1", "--versions", "model")
     (model,) = cells.values()
