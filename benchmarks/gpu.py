@@ -3,14 +3,15 @@
     python benchmarks/gpu.py --list                        # the parts, and how much of each is measured
     python benchmarks/gpu.py --minutes 5                   # goes on where the last call stopped; says what is left
     python benchmarks/gpu.py --parts checks 'vit-l-384/bf16/*'
+    python benchmarks/gpu.py --parts '*/compiled/64' --versions model default
     python benchmarks/gpu.py --parts '*/eager/*' --versions default --again          # the library has changed
     python benchmarks/gpu.py --device cpu --small          # the same on a tiny model, to see that it runs
 
 It writes benchmarks/results/gpu.{json,md}, anew with every cell, and skips what is there already. The parts:
-`ENCODER/DTYPE/MODE/BATCH`: the model itself, turbovlm and ToMe, eager, in a CUDA graph, or compiled, where one version
-takes a minute or more. `routes/DTYPE/WIDTH`: attention with a bias. `kernels/DTYPE/SHAPE`: the steps of a merge.
+`ENCODER/DTYPE/MODE/BATCH`: the model itself, turbovlm and ToMe, eager, in a CUDA graph, or compiled, each version anew,
+which takes longest. `routes/DTYPE/WIDTH`: attention with a bias. `kernels/DTYPE/SHAPE`: the steps of a merge.
 `checks/DTYPE`: whether all of it is right. What fails is a cell that says why; the exit status is then 1, once nothing
-is left.
+is left. `--results FOLDER` reads and writes elsewhere.
 """
 
 from __future__ import annotations
@@ -80,12 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def selected(args: argparse.Namespace) -> list[Part]:
-    """The parts that were asked for, in the order in which they are measured."""
+    """The parts that were asked for, in the order in which they are measured: those that compile encoders last."""
     parts = []
     for dtype in DTYPES:
         parts += check_parts(dtype, args.small)
         parts += encoder_parts(dtype, ("eager", "graph"), args.batches, args.versions, args.small)
         parts += attention_parts(dtype, args.small) + kernel_parts(dtype, args.small)
+    for dtype in DTYPES:
         parts += encoder_parts(dtype, ("compiled", "reduce-overhead"), args.batches, args.versions, args.small)
     return [part for part in parts if any(fnmatch(part.name, p) or fnmatch(part.name, f"{p}/*") for p in args.parts)]
 
