@@ -47,11 +47,26 @@ def _timm(name: str, pixels: int) -> nn.Module:
     return model
 
 
-def _clip() -> nn.Module:
+def _clip(pixels: int, patch: int, **size: int) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    model: nn.Module = CLIPVisionModel(CLIPVisionConfig(image_size=336, patch_size=14, **size))
+    model: nn.Module = CLIPVisionModel(CLIPVisionConfig(image_size=pixels, patch_size=patch, **size))
+    return model
+
+
+def _siglip() -> nn.Module:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    size = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    model: nn.Module = SiglipVisionModel(SiglipVisionConfig(image_size=384, patch_size=14, **size))
+    return model
+
+
+def _dinov2() -> nn.Module:
+    from transformers import Dinov2Config, Dinov2Model
+
+    size = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    model: nn.Module = Dinov2Model(Dinov2Config(image_size=518, patch_size=14, **size))
     return model
 
 
@@ -62,16 +77,21 @@ def _eva(pixels: int) -> nn.Module:
     return model
 
 
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 CASES = {
     "vit-b-384": Case("ViT-B/16-384", 384, 577, 35, lambda: _timm("vit_base_patch16_384", 384)),
     "dinov2-s-224": Case("DINOv2-S/14-224", 224, 257, 16, lambda: _timm("vit_small_patch14_dinov2", 224)),
     "dinov2-s-518": Case("DINOv2-S/14-518", 518, 1370, 64, lambda: _timm("vit_small_patch14_dinov2", 518)),
+    "clip-b-224": Case("CLIP-B/16-224", 224, 197, 12, lambda: _clip(224, 16)),
     "vit-l-384": Case("ViT-L/16-384", 384, 577, 16, lambda: _timm("vit_large_patch16_384", 384)),
-    "clip-l-336": Case("CLIP-L/14-336", 336, 577, 16, _clip),
+    "clip-l-336": Case("CLIP-L/14-336", 336, 577, 16, lambda: _clip(336, 14, **_LARGE)),
+    "siglip-so400m-384": Case("SigLIP-so400m/14-384", 384, 729, 16, _siglip),
+    "dinov2-l-518": Case("DINOv2-L/14-518", 518, 1370, 40, _dinov2),
     "eva-g-364": Case("EVA-g/14-364", 364, 677, 16, lambda: _eva(364)),
     "eva-g-448": Case("EVA-g/14-448", 448, 1025, 16, lambda: _eva(448)),
 }
-CPU_CASES = tuple(name for name in CASES if name != "eva-g-448")
+CPU_CASES = ("vit-b-384", "dinov2-s-224", "dinov2-s-518", "vit-l-384", "clip-l-336", "eva-g-364")
+GPU_CASES = ("vit-l-384", "clip-l-336", "siglip-so400m-384", "dinov2-l-518", "clip-b-224", "eva-g-448")
 
 
 def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> nn.Module:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from cases import RESULTS, described, load, machine, save
@@ -27,6 +28,8 @@ import turbovlm
 from turbovlm.encoder import attention, block
 from turbovlm.ops import plain
 from turbovlm.ops.dispatch import path_for
+
+Name = TypeVar("Name")
 
 DEPTH, ROUNDS = 12, 150
 AS_PUBLISHED = {"partition": "alternate", "order": "partition", "similarity": "keys", "reduce": "merge"}
@@ -90,35 +93,51 @@ def of_all(
     versions: dict[tuple[str, int], tuple[Any, ModuleType]], pixels: torch.Tensor, rounds: int
 ) -> dict[tuple[str, int], dict[str, float]]:
     """Microseconds of a forward on the host, in turn; its operators, and on a GPU its kernels."""
-    clock: dict[tuple[str, int], list[float]] = {name: [] for name in versions}
-    counts: dict[tuple[str, int], dict[str, float]] = {}
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if pixels.is_cuda else [])
+
+    def run(model: Any, way: ModuleType) -> None:
+        with on(way):
+            model(pixels)
+
+    forwards = {name: functools.partial(run, *version) for name, version in versions.items()}
     with torch.inference_mode():
-        for turn in range(-5, rounds):
-            for name, (model, way) in versions.items():
-                with on(way):
-                    model(pixels)
-                    seconds = timed(lambda model=model: model(pixels))
-                if turn >= 0:
-                    clock[name].append(seconds)
-        for name, (model, way) in versions.items():
-            with on(way), profile(activities=kinds) as record:
-                model(pixels)
-                if pixels.is_cuda:
-                    torch.cuda.synchronize()
-            events = record.events()
-            assert events is not None
-            counts[name] = {"operators": sum(event.name.startswith("aten::") for event in events)}
-            if pixels.is_cuda:
-                on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-                counts[name]["kernels"] = len(on_gpu)
-    return {name: {"microseconds": median(clock[name]), **counts[name]} for name in versions}
+        clock = on_host(forwards, rounds, pixels.device)
+        return {
+            name: {"microseconds": clock[name], **launched(forward, pixels.device)}
+            for name, forward in forwards.items()
+        }
 
 
-def timed(forward: Callable[[], None]) -> float:
-    start = time.process_time_ns()
-    forward()
-    return (time.process_time_ns() - start) / 1e3
+def on_host(forwards: Mapping[Name, Callable[[], object]], rounds: int, device: torch.device) -> dict[Name, float]:
+    """Median microseconds of the process's CPU time that each takes, in turn, each behind one of its kind.
+
+    On a GPU that is the time to launch it: the GPU is idle when it begins, and nobody waits for the end.
+    """
+    clock: dict[Name, list[float]] = {name: [] for name in forwards}
+    for turn in range(-5, rounds):
+        for name, forward in forwards.items():
+            forward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.process_time_ns()
+            forward()
+            if turn >= 0:
+                clock[name].append((time.process_time_ns() - start) / 1e3)
+    return {name: median(samples) for name, samples in clock.items()}
+
+
+def launched(forward: Callable[[], object], device: torch.device) -> dict[str, int]:
+    """How many operators of PyTorch a forward runs, and on a GPU how many kernels it launches, by the profiler."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as record:
+        forward()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    events = record.events()
+    assert events is not None
+    found = {"operators": sum(event.name.startswith("aten::") for event in events)}
+    if on_gpu:
+        found["kernels"] = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+    return found
 
 
 def report(found: dict[str, Any]) -> str:
