@@ -473,6 +473,22 @@ def test_many_queries_are_taken_128_at_a_time():
     assert [tile_of(64, 16, 577, head_dim).warps for head_dim in (64, 96, 112, 128)] == [4, 4, 8, 8]
 
 
+@torch.no_grad()
+def test_attention_is_launched_along_one_axis(monkeypatch):
+    """The others end at 65,535 programs: 4,096 images of 16 heads are more."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(sys.modules["turbovlm.ops.kernels.attention"], "_biased_attention", Kernel())
+    x = torch.empty(5000, 16, 50, 64, dtype=torch.float16, device="meta")
+    kernels.biased_attention(x, x, x, torch.empty(5000, 1, 1, 50, device="meta"), 0.1)
+    assert grids == [(5000 * 16,)]
+
+
 def test_attention_takes_any_strides():
     """Channels apart in memory, images that share their keys, and rows that begin anywhere."""
     q, k, v, bias = (x.float() for x in heads(50, 40, torch.float16))
