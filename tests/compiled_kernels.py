@@ -1,6 +1,6 @@
 """Compiles every Triton kernel as it is launched, for NVIDIA GPUs that need not be there; prints what came out.
 
-    python tests/compiled_kernels.py            # compute capabilities 8.0 and 9.0: a line per variant; two minutes
+    python tests/compiled_kernels.py            # compute capabilities 8.0 and 9.0: a line per variant; three minutes
     python tests/compiled_kernels.py --few      # of one size: a minute
 
 Run in a process of its own, without Triton's interpreter. A launch is intercepted: what would be launched is compiled.
@@ -56,16 +56,37 @@ def compile_for(capability: int, kernel: Any, args: tuple[Any, ...], options: di
 
 
 def resources(cubin: bytes) -> str:
-    """Registers and bytes spilled, as the driver's tools tell."""
+    """Registers, bytes spilled, and instructions in loops that do not hold others, as the driver's tools tell."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         return ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told))
-    return f", {found.get('REG')} registers, {found.get('STACK')} bytes of stack"
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    told = f", {found.get('REG')} registers, {found.get('STACK')} bytes of stack"
+    loops = innermost_loops(code)
+    if not loops:
+        return told
+    spilled = sum("LDL" in line or "STL" in line for loop in loops for line in loop)
+    return f"{told}, loops of {', '.join(str(len(loop)) for loop in loops)} instructions, {spilled} on the stack"
+
+
+def innermost_loops(code: str) -> list[list[str]]:
+    """The instructions from where a branch leads back to that branch."""
+    lines = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", code)]
+    loops: list[list[str]] = []
+    last = -1
+    for address, line in lines:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)
+        if target and last < int(target[1], 16) < address:
+            loops.append([line for place, line in lines if int(target[1], 16) <= place <= address])
+            last = address
+    return loops
 
 
 def main() -> None:
@@ -82,8 +103,14 @@ def main() -> None:
             module.interpreted = lambda x: False
     torch.set_grad_enabled(False)
     sizes = [(577, 16, 64), (1370, 6, 64), (729, 16, 72), (1025, 16, 88), (4096, 10, 128)]
+    widths = [32, 40, 64, 72, 80, 88, 96, 128]
     if sys.argv[1:] == ["--few"]:
-        sizes = sizes[2:3]
+        sizes, widths = sizes[2:3], [72, 128]
+    for head_dim in widths:
+        for batch in (1, 64):
+            shape = 3, batch, 16, 577, head_dim
+            q, k, v = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            kernels.biased_attention(q, k, v, torch.empty(batch, 1, 1, 577, device="meta"), 0.1)
     for tokens, heads, head_dim in sizes:
         for dtype in (torch.bfloat16, torch.float16, torch.float32)[: None if tokens < 1000 else 1]:
             everything(tokens, heads, head_dim, dtype)
@@ -96,7 +123,7 @@ def everything(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> No
     q, k, v = torch.zeros(2, tokens, 3, heads, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
     bias, x = torch.zeros(2, 1, 1, tokens), torch.zeros(2, tokens, heads * head_dim, dtype=dtype)
     weights = torch.ones(2, tokens)
-    if dtype != torch.float32:
+    if dtype == torch.float16:
         kernels.biased_attention(q, k, v, bias, 0.1)
     for added, content, guides, shares in ((None, None, (0, 1), None), (bias, v, (1, tokens), weights)):
         rows, squares = fused.attention_rows(q, k, added, guides=guides, weights=shares, content=content, scale=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -440,6 +441,66 @@ def test_attention_with_a_bias(tokens, head_dim, dtype):
     torch.testing.assert_close(few, out[:, :, : tokens // 2 + 1])
 
 
+WIDTHS = [(40, 1), (48, 63), (64, 65), (72, 197), (80, 64), (88, 65), (96, 63), (112, 64), (128, 65)]
+ENOUGH = [(72, 577), (128, 197), (80, 1), (64, 128)]
+WIDTHS += [pytest.param(*size, marks=pytest.mark.slow) for size in ENOUGH]
+
+
+@pytest.mark.parametrize("head_dim, tokens", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("busy", [True, False], ids=["programs of 128 queries", "of 64"])
+def test_attention_with_a_bias_at_every_width(head_dim, tokens, dtype, busy, monkeypatch):
+    """Heads in one part and in two; keys that fill their blocks and do not; fewer and more queries than keys."""
+    monkeypatch.setattr(sys.modules["turbovlm.ops.kernels.attention"], "BUSY", 1 if busy else 1 << 20)
+    _, k, v, bias = heads(tokens, head_dim, dtype)
+    q = heads(tokens // 2 + 33, head_dim, dtype)[0]
+    out = kernels.biased_attention(q, k, v, bias, head_dim**-0.5)
+    expected = plain.attend(q.double(), k.double(), v.double(), bias.double(), head_dim**-0.5)
+    assert out.shape == q.shape
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_heads_are_computed_in_the_fewest_channels_that_two_parts_allow():
+    attention = sys.modules["turbovlm.ops.kernels.attention"]
+    parts = {8: (16, 0), 24: (32, 0), 33: (32, 16), 40: (32, 16), 48: (32, 16), 49: (64, 0), 64: (64, 0), 65: (64, 16)}
+    parts |= {72: (64, 16), 80: (64, 16), 81: (64, 32), 88: (64, 32), 96: (64, 32), 97: (128, 0), 128: (128, 0)}
+    assert {head_dim: attention.head_parts(head_dim) for head_dim in parts} == parts
+
+
+def test_many_queries_are_taken_128_at_a_time():
+    tile_of = sys.modules["turbovlm.ops.kernels.attention"].tile_of
+    assert [tile_of(batch, 16, 577, 72).queries for batch in (1, 3, 4, 64)] == [64, 64, 128, 128]
+    assert [tile_of(64, 16, 577, head_dim).warps for head_dim in (64, 96, 112, 128)] == [4, 4, 8, 8]
+
+
+@torch.no_grad()
+def test_attention_is_launched_along_one_axis(monkeypatch):
+    """The others end at 65,535 programs: 4,096 images of 16 heads are more."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(sys.modules["turbovlm.ops.kernels.attention"], "_biased_attention", Kernel())
+    x = torch.empty(5000, 16, 50, 64, dtype=torch.float16, device="meta")
+    kernels.biased_attention(x, x, x, torch.empty(5000, 1, 1, 50, device="meta"), 0.1)
+    assert grids == [(5000 * 16,)]
+
+
+def test_attention_takes_any_strides():
+    """Channels apart in memory, images that share their keys, and rows that begin anywhere."""
+    q, k, v, bias = (x.float() for x in heads(50, 40, torch.float16))
+    apart = torch.stack([q, q], dim=-1).half()[..., 0]
+    shared = k[:1].half().expand(2, -1, -1, -1)
+    anywhere = torch.nn.functional.pad(v, (1, 2)).half()[..., 1:41]
+    assert apart.stride(3) == 2 and shared.stride(0) == 0 and anywhere.stride(2) == 43
+    out = kernels.biased_attention(apart, shared, anywhere, bias, 0.2)
+    expected = plain.attend(q.double(), k[:1].double().expand(2, -1, -1, -1), v.double(), bias.double(), 0.2)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(torch.float16).eps)
+
+
 @pytest.mark.parametrize("tokens, head_dim", [*ATTENTION, (300, 32)])  # more tokens than one turn of the loop takes
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("guidance", ["cls", "mean", "weighted mean"])
@@ -588,6 +649,29 @@ def test_in_eager_nothing_else_is_launched(setting, monkeypatch):
     torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_attention_takes_no_bias_before_the_first_merge(monkeypatch):
+    """Where each token is one patch, PyTorch's own attention runs; blocks behind the first merge take the kernel."""
+    ran, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask=None, **how):
+        ran.append("SDPA" if attn_mask is None else "masked")
+        return sdpa(q, k, v, attn_mask=attn_mask, **how)
+
+    def kernel(q, k, v, bias, scale):
+        ran.append("kernel")
+        return sdpa(q, k, v, attn_mask=bias, scale=scale)
+
+    monkeypatch.setattr(block, "path_for", lambda x: fused)
+    monkeypatch.setattr(kernels, "attends", lambda q, k, v: True)
+    monkeypatch.setattr(kernels, "biased_attention", kernel)
+    vit = timm_vit().to(DEVICE)
+    with turbovlm.apply(vit, r=(0, 2, 2)):
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        vit(randn(2, 3, 96, 96))
+    assert ran == ["SDPA", "SDPA", "kernel"]
+
+
 def test_both_paths_have_the_same_functions():
     for name in set(fused.__all__) - {"usable", "at_once"}:
         for path in (fused, host):
@@ -660,6 +744,10 @@ def test_all_of_them_compile_for_gpus_that_are_not_there():
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
     names = ("attention_rows", "biased_attention", "choose", "mean_of_bags", "merge_tokens", "most_similar")
     assert compiled == {f"_{name}" for name in names} and "sm_80" in done.stdout and "sm_90" in done.stdout
+    shared = [int(size) for size in re.findall(r"(\d+) bytes shared", done.stdout)]
+    assert max(shared) <= 99 * 1024, "more than small GPUs have"
+    attention = re.findall(r"_biased_attention sm_90.*instructions, (\d+) on the stack", done.stdout)
+    assert len(attention) >= 4 and set(attention) == {"0"}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,20 @@ if HAS_TRITON:
     import triton.language as tl
 
 LARGEST_HEAD = 128
-LOG2_E = 1.4426950408889634
+
+BUSY = 256
+"""Programs that occupy a large GPU, two for each of 108 to 132 multiprocessors: a count, not timed."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How `biased_attention` divides its work: queries of a program, keys of a turn of its loop, warps, and how many
+    turns' keys and values are in shared memory."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -43,25 +57,52 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
         `[batch, heads, queries, head_dim]`; in memory a token's heads lie side by side.
     """
     out: Tensor = _attended(q, k, v, bias, scale)
+    launch(out, q, k, v, bias, scale, tile_of(*q.shape))
+    return out
+
+
+def head_parts(head_dim: int) -> tuple[int, int]:
+    """Channels of the two parts that a head is computed in, powers of 2 from 16 on; the second is 0 where two parts are
+    no fewer channels than one: 72 is 64 and 16, 112 is 128."""
+    whole = max(triton.next_power_of_2(head_dim), 16)
+    main = whole // 2
+    rest = max(triton.next_power_of_2(head_dim - main), 16)
+    return (main, rest) if main + rest < whole else (whole, 0)
+
+
+def tile_of(batch: int, heads: int, queries: int, head_dim: int) -> Tile:
+    """The tile for attention of this shape.
+
+    Not timed yet (`benchmarks/attention_sweep.py` will): chosen by what `tests/compiled_kernels.py` prints for compute
+    capability 9.0. Of the tiles that use no stack in the loop and leave room for 8 warps on a multiprocessor, these
+    take the fewest instructions for a score. Programs of 128 queries read keys and values half as often as those of 64,
+    but must be enough to occupy the GPU. What is in shared memory fits into the 99 KiB of small GPUs.
+    """
+    if triton.cdiv(queries, 128) * batch * heads < BUSY:
+        return Tile(queries=64, keys=64, warps=4, stages=2)
+    return Tile(queries=128, keys=64, warps=4 if sum(head_parts(head_dim)) < 128 else 8, stages=2)
+
+
+def launch(out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, tile: Tile) -> None:
+    """Write `biased_attention` of these into `out`."""
     batch, heads, queries, head_dim = q.shape
     bias = bias.expand(batch, heads, 1, k.shape[2])
-    wide = head_dim > 64
-    block = 128 if wide else 64
+    main, rest = head_parts(head_dim)
     with torch.cuda.device(q.get_device()):
-        _biased_attention[(triton.cdiv(queries, block), batch * heads)](
+        _biased_attention[(triton.cdiv(queries, tile.queries) * batch * heads,)](
             *(q, *q.stride(), k, *k.stride(), v, *v.stride()),
             *(bias, bias.stride(0), bias.stride(1), bias.stride(3), out, *out.stride()),
-            *(scale * LOG2_E, heads, queries, k.shape[2]),
+            *(scale, heads, queries, k.shape[2]),
             HEAD_DIM=head_dim,
+            MAIN=main,
+            REST=rest,
             WIDENED=interpreted(q),
-            ALIGNED=alignment(q, k, v),
-            BLOCK_Q=block,
-            BLOCK_K=32 if wide else 64,
-            BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-            num_warps=4,
-            num_stages=3,
+            ALIGNED=alignment(q, k, v, out),
+            BLOCK_Q=tile.queries,
+            BLOCK_K=tile.keys,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
-    return out
 
 
 @operator
@@ -97,7 +138,7 @@ def attention_rows(
             *(None if weights is None else weights.contiguous(),),
             *(*outputs, scale, heads, tokens, *guides),
             HEAD_DIM=head_dim,
-            ALIGNED=alignment(q, keys),
+            ALIGNED=alignment(q, keys, *(() if content is None else (content,))),
             BLOCK_K=128,
             BLOCK_D=triton.next_power_of_2(head_dim),
             num_warps=4,
@@ -129,59 +170,86 @@ def _biased_attention(
     bias: tl.tensor, bias_image: tl.tensor, bias_head: tl.tensor, bias_token: tl.tensor,
     out: tl.tensor, out_image: tl.tensor, out_head: tl.tensor, out_token: tl.tensor, out_channel: tl.tensor,
     scale: tl.tensor, heads: tl.tensor, queries: tl.tensor, tokens: tl.tensor,
-    HEAD_DIM: tl.constexpr, WIDENED: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, WIDENED: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per `BLOCK_Q` queries of a head; keys come in blocks, the softmax is kept up to date.
 
-    Scores are in powers of 2: `scale` holds log₂e, and so does the bias once it is loaded.
+    A head's channels are `MAIN` and, unless `REST` is 0, up to `REST` more: each part has its own products and sums.
+    Blocks of keys that are whole are read without masks, which would be a tenth of the loop's instructions.
     """
-    image, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    query, channel = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    in_queries, in_head = query < queries, channel < HEAD_DIM
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    image = (tl.program_id(0) // (blocks * heads)).to(tl.int64)
+    head = (tl.program_id(0) // blocks % heads).to(tl.int64)
     q += tl.multiple_of(image * q_image + head * q_head, ALIGNED)
     k += tl.multiple_of(image * k_image + head * k_head, ALIGNED)
     v += tl.multiple_of(image * v_image + head * v_head, ALIGNED)
     bias += image * bias_image + head * bias_head
-    out += image * out_image + head * out_head
+    out += tl.multiple_of(image * out_image + head * out_head, ALIGNED)
 
-    asked = tl.load(
-        q + query[:, None] * q_token + channel[None, :] * q_channel,
-        mask=in_queries[:, None] & in_head[None, :],
-        other=0.0,
-    )
-    if WIDENED:
-        asked = asked.to(tl.float32)
+    query, main = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, MAIN)
+    asked = _loaded(q, query, q_token, queries, main, q_channel, HEAD_DIM, ALIGNED, WIDENED)
+    mixed = tl.zeros([BLOCK_Q, MAIN], tl.float32)
+    if REST > 0:
+        rest = MAIN + tl.arange(0, REST)
+        asked_rest = _loaded(q, query, q_token, queries, rest, q_channel, HEAD_DIM, ALIGNED, WIDENED)
+        mixed_rest = tl.zeros([BLOCK_Q, REST], tl.float32)
     highest = tl.full([BLOCK_Q], -1e38, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    mixed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for first in range(0, tokens, BLOCK_K):
-        key = first + tl.arange(0, BLOCK_K)
-        there = key < tokens
-        keys = tl.load(
-            k + channel[:, None] * k_channel + key[None, :] * k_token, mask=in_head[:, None] & there[None, :], other=0.0
-        )
-        if WIDENED:
-            keys = keys.to(tl.float32)
-        more = tl.load(bias + key * bias_token, mask=there, other=float("-inf")).to(tl.float32)
-        scores = tl.dot(asked, keys) * scale + (more * 1.4426950408889634)[None, :]
-        now = tl.maximum(highest, tl.max(scores, axis=1))
-        shares = tl.exp2(scores - now[:, None])
-        fade = tl.exp2(highest - now)
-        total = total * fade + tl.sum(shares, axis=1)
-        values = tl.load(
-            v + key[:, None] * v_token + channel[None, :] * v_channel, mask=there[:, None] & in_head[None, :], other=0.0
-        )
-        if WIDENED:
-            values = values.to(tl.float32)
-        mixed = tl.dot(shares.to(values.dtype), values, mixed * fade[:, None])
-        highest = now
-    mixed /= tl.maximum(total, 1e-30)[:, None]
-    tl.store(
-        out + query[:, None] * out_token + channel[None, :] * out_channel,
-        mixed.to(out.dtype.element_ty),
-        mask=in_queries[:, None] & in_head[None, :],
-    )
+    whole = tokens // BLOCK_K * BLOCK_K
+    for RAGGED in tl.static_range(2):  # the whole blocks, then the last one if it is not whole
+        end = tokens if RAGGED else whole
+        limit = tokens if RAGGED else None
+        for first in range(whole if RAGGED else 0, end, BLOCK_K):
+            key = first + tl.arange(0, BLOCK_K)
+            keys = _loaded(k, key, k_token, limit, main, k_channel, HEAD_DIM, ALIGNED, WIDENED)
+            scores = tl.dot(asked, tl.trans(keys))
+            if REST > 0:
+                keys = _loaded(k, key, k_token, limit, rest, k_channel, HEAD_DIM, ALIGNED, WIDENED)
+                scores = tl.dot(asked_rest, tl.trans(keys), scores)
+            if RAGGED:
+                more = tl.load(bias + key * bias_token, mask=key < tokens, other=float("-inf"))
+            else:
+                more = tl.load(bias + key * bias_token)
+            scores = scores * scale + more.to(tl.float32)[None, :]
+            now = tl.maximum(highest, tl.max(scores, axis=1))
+            shares = tl.exp2(scores * LOG2_E - (now * LOG2_E)[:, None])  # one instruction before the exponential
+            fade = tl.exp2((highest - now) * LOG2_E)
+            total = total * fade + tl.sum(shares, axis=1)
+            values = _loaded(v, key, v_token, limit, main, v_channel, HEAD_DIM, ALIGNED, WIDENED)
+            shares = shares.to(values.dtype)
+            mixed = tl.dot(shares, values, mixed * fade[:, None])
+            if REST > 0:
+                values = _loaded(v, key, v_token, limit, rest, v_channel, HEAD_DIM, ALIGNED, WIDENED)
+                mixed_rest = tl.dot(shares, values, mixed_rest * fade[:, None])
+            highest = now
+    per_share = (1.0 / tl.maximum(total, 1e-30))[:, None]
+    out += tl.multiple_of((query * out_token)[:, None], [ALIGNED, 1])
+    inside = (query < queries)[:, None]
+    mixed = (mixed * per_share).to(out.dtype.element_ty)
+    tl.store(out + main[None, :] * out_channel, mixed, mask=inside & (main < HEAD_DIM)[None, :])
+    if REST > 0:
+        mixed_rest = (mixed_rest * per_share).to(out.dtype.element_ty)
+        tl.store(out + rest[None, :] * out_channel, mixed_rest, mask=inside & (rest < HEAD_DIM)[None, :])
+
+
+@jit
+def _loaded(
+    x: tl.tensor, token: tl.tensor, token_stride: tl.tensor, tokens: tl.tensor,
+    channel: tl.tensor, channel_stride: tl.tensor,
+    HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, WIDENED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Channels of tokens of a head, `[tokens, channels]`: 0 beyond `HEAD_DIM`, and beyond `tokens` unless it is None.
+
+    Rows begin at multiples of `ALIGNED` elements, so that one instruction loads as many. `WIDENED`: as float32.
+    """
+    pointers = x + tl.multiple_of((token * token_stride)[:, None], [ALIGNED, 1]) + channel[None, :] * channel_stride
+    mask = (channel < HEAD_DIM)[None, :]
+    if tokens is not None:
+        mask = mask & (token < tokens)[:, None]
+    loaded = tl.load(pointers, mask=mask, other=0.0)
+    return loaded.to(tl.float32) if WIDENED else loaded
 
 
 @jit
@@ -199,9 +267,10 @@ def _attention_rows(
     """One program per head of an image: the guide's query, then the scores, then what they are of their softmax."""
     image, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
-    in_head = channel < HEAD_DIM
     q += tl.multiple_of(image * q_image + head * q_head, ALIGNED)
     keys += tl.multiple_of(image * image_stride + head * head_stride, ALIGNED)
+    if content is not None:
+        content += tl.multiple_of(image * content_image + head * content_head, ALIGNED)
     rows += tl.program_id(0).to(tl.int64) * tokens
     squares += tl.program_id(0).to(tl.int64) * tokens
     summed = tl.zeros([BLOCK_D], tl.float32)
@@ -209,8 +278,7 @@ def _attention_rows(
     for first in range(guides, behind, BLOCK_K):
         token = first + tl.arange(0, BLOCK_K)
         there = token < behind
-        pointers = q + token[:, None] * q_token + channel[None, :] * q_channel
-        query = tl.load(pointers, mask=there[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+        query = _loaded(q, token, q_token, behind, channel, q_channel, HEAD_DIM, ALIGNED, True)
         if weights is None:
             share = there.to(tl.float32)
         else:
@@ -223,17 +291,14 @@ def _attention_rows(
     for first in range(0, tokens, BLOCK_K):
         token = first + tl.arange(0, BLOCK_K)
         there = token < tokens
-        pointers = keys + token[:, None] * token_stride + channel[None, :] * channel_stride
-        key = tl.load(pointers, mask=there[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+        key = _loaded(keys, token, token_stride, tokens, channel, channel_stride, HEAD_DIM, ALIGNED, True)
         scores = tl.sum(key * guide[None, :], axis=1)
         if bias is not None:
             more = tl.load(bias + image * bias_image + token * bias_token, mask=there, other=0.0)
             scores += more.to(tl.float32)
         tl.store(rows + token, scores, mask=there)
         if content is not None:
-            pointers = content + image * content_image + head * content_head
-            pointers += token[:, None] * content_token + channel[None, :] * content_channel
-            key = tl.load(pointers, mask=there[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+            key = _loaded(content, token, content_token, tokens, channel, content_channel, HEAD_DIM, ALIGNED, True)
         tl.store(squares + token, tl.sum(key * key, axis=1), mask=there)
         now = tl.maximum(highest, tl.max(tl.where(there, scores, float("-inf"))))
         total = total * tl.exp(highest - now) + tl.sum(tl.where(there, tl.exp(scores - now), 0.0))
