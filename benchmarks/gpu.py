@@ -207,7 +207,7 @@ def _graph_difference(dtype: torch.dtype) -> float:
     """A forward captured in a CUDA graph and replayed on another image, against the same forward in eager."""
     model = build(CASES["vit-b-384"], dtype, "cuda")
     first, second = images(CASES["vit-b-384"], 4, dtype, "cuda").chunk(2)
-    with turbovlm.apply(model, TurboConfig(35)), torch.inference_mode():
+    with turbovlm.apply(model, TurboConfig(35, blocks="every")), torch.inference_mode():
         model(second.clone())
         static = first.clone()
         replay, out = _captured(model, static)
@@ -313,7 +313,7 @@ def time_models(args: argparse.Namespace) -> dict[str, Any]:
         model = build(case, DTYPES[dtype], args.device)
         pixels = images(case, 2 if args.small else args.batch, DTYPES[dtype], args.device)
         for route in args.routes:
-            versions: dict[str, Any] = {"turbo": TurboConfig(case.r)}
+            versions: dict[str, Any] = {"turbo": TurboConfig(case.r, blocks="every")}
             if route == CHOSEN and mode == "eager":
                 versions |= {"published": published(case.r), "SDPA": with_sdpa(case.r)}
             with attending_by(route):
@@ -337,7 +337,7 @@ def time_graphs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for batch in sorted({1, 8, args.batch}):
             pixels = images(case, batch, DTYPES[dtype], args.device)
             replays = {"model": _captured(model, pixels)[0]}
-            with turbovlm.apply(model, TurboConfig(case.r)):
+            with turbovlm.apply(model, TurboConfig(case.r, blocks="every")):
                 replays["turbo"] = _captured(model, pixels)[0]
             found[f"{case.name} {dtype} batch {batch}"] = _seconds(replays, args)
     return found
