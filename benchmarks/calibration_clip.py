@@ -73,7 +73,7 @@ def on_others(model: Any, pixels: torch.Tensor, given: list[int], held: list[int
     found, seconds = calibrated(model, pixels[given], flops=FLOPS)
     print(f"{seconds:.0f} s: {found}", flush=True)
     subject = subject_of(model, pixels)
-    with turbovlm.apply(model, r=0) as handle:
+    with turbovlm.apply(model, r=0, blocks="every") as handle:
         shape = handle.features[0].shape  # type: ignore[union-attr]
     amounts, _ = solve(shape, subject.encoder.tokens, range(shape.depth), FLOPS)
     with turbovlm.apply(model, flops=FLOPS) as handle:

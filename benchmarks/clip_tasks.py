@@ -72,7 +72,7 @@ class Setting:
 def settings_of(model: Any, flops: float) -> dict[str, Setting]:
     """Those that are compared. The published ones merge equally many tokens in every block."""
     feature: Any
-    with turbovlm.apply(model, r=0) as handle:
+    with turbovlm.apply(model, r=0, blocks="every") as handle:
         (feature,) = handle.features
     amounts, _ = solve(feature.shape, feature.native_tokens, range(feature.shape.depth), flops)
     return {

@@ -41,35 +41,35 @@ KEYS = {"similarity": "keys", "partition": "alternate", "order": "partition", "r
 OLD = {"degree": "weighted_difference", "similarity": "keys"}
 
 SETTINGS: dict[str, Callable[[int], TurboConfig]] = {
-    "ToMe (redundancy, keys, alternate)": lambda r: TurboConfig(r, degree="redundancy", **KEYS),
-    "random": lambda r: TurboConfig(r, degree="random", **KEYS),
-    "semantics": lambda r: TurboConfig(r, degree="semantics", **KEYS),
+    "ToMe (redundancy, keys, alternate)": lambda r: TurboConfig(r, blocks="every", degree="redundancy", **KEYS),
+    "random": lambda r: TurboConfig(r, blocks="every", degree="random", **KEYS),
+    "semantics": lambda r: TurboConfig(r, blocks="every", degree="semantics", **KEYS),
     "paper, as run: α=180": lambda r: TurboConfig.paper(r),
     "paper, as printed: α=6": lambda r: TurboConfig.paper(r, alpha=0.2),
-    "E = R − 2A, keys": lambda r: TurboConfig(r, **OLD),
-    "E = R − 2A, heads": lambda r: TurboConfig(r, degree="weighted_difference"),
-    "E = R, heads": lambda r: TurboConfig(r, degree="redundancy"),
-    "default: weighted distance, heads": TurboConfig,
-    "default, seed 1": lambda r: TurboConfig(r, seed=1),
-    "default, α=0.5": lambda r: TurboConfig(r, alpha=0.5),
-    "default, α=2": lambda r: TurboConfig(r, alpha=2),
-    "default, α=4": lambda r: TurboConfig(r, alpha=4),
-    "default, keys": lambda r: TurboConfig(r, similarity="keys"),
-    "default, queries": lambda r: TurboConfig(r, similarity="queries"),
-    "default, hidden": lambda r: TurboConfig(r, similarity="hidden"),
-    "default, partition alternate": lambda r: TurboConfig(r, partition="alternate"),
-    "default, partition grid": lambda r: TurboConfig(r, partition="grid"),
-    "default, restored by copies": lambda r: TurboConfig(r, restore="copy"),
-    "default, not proportional": lambda r: TurboConfig(r, proportional=False),
-    "default, plain means": lambda r: TurboConfig(r, reduce="merge"),
-    "default, prune": lambda r: TurboConfig(r, reduce="prune"),
-    "default, guided by the mean query": lambda r: TurboConfig(r, guidance="mean"),
+    "E = R − 2A, keys": lambda r: TurboConfig(r, blocks="every", **OLD),
+    "E = R − 2A, heads": lambda r: TurboConfig(r, blocks="every", degree="weighted_difference"),
+    "E = R, heads": lambda r: TurboConfig(r, blocks="every", degree="redundancy"),
+    "default: weighted distance, heads": lambda r: TurboConfig(r, blocks="every"),
+    "default, seed 1": lambda r: TurboConfig(r, blocks="every", seed=1),
+    "default, α=0.5": lambda r: TurboConfig(r, blocks="every", alpha=0.5),
+    "default, α=2": lambda r: TurboConfig(r, blocks="every", alpha=2),
+    "default, α=4": lambda r: TurboConfig(r, blocks="every", alpha=4),
+    "default, keys": lambda r: TurboConfig(r, blocks="every", similarity="keys"),
+    "default, queries": lambda r: TurboConfig(r, blocks="every", similarity="queries"),
+    "default, hidden": lambda r: TurboConfig(r, blocks="every", similarity="hidden"),
+    "default, partition alternate": lambda r: TurboConfig(r, blocks="every", partition="alternate"),
+    "default, partition grid": lambda r: TurboConfig(r, blocks="every", partition="grid"),
+    "default, restored by copies": lambda r: TurboConfig(r, blocks="every", restore="copy"),
+    "default, not proportional": lambda r: TurboConfig(r, blocks="every", proportional=False),
+    "default, plain means": lambda r: TurboConfig(r, blocks="every", reduce="merge"),
+    "default, prune": lambda r: TurboConfig(r, blocks="every", reduce="prune"),
+    "default, guided by the mean query": lambda r: TurboConfig(r, blocks="every", guidance="mean"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--r", type=int, nargs="+", default=[12, 16, 20], help="tokens merged per block")
+    parser.add_argument("--r", type=int, nargs="+", default=[12, 16, 20], help="tokens merged in every block")
     args = parser.parse_args()
     model = load_saliency_vit()
     pixels = preprocess([ImageOps.fit(photo, (SIDE, SIDE)) for photo in load_photos()], SIDE)

@@ -76,7 +76,7 @@ def decisions(model: nn.Module, pixels: Tensor, r: int, dtype: torch.dtype) -> d
 
     engine._ranked_by, engine._merge = both_ranked_by, both_merges
     try:
-        with turbovlm.apply(model, TurboConfig(r)), torch.inference_mode():
+        with turbovlm.apply(model, TurboConfig(r, blocks="every")), torch.inference_mode():
             for chunk in pixels.split(4):
                 model(pixel_values=chunk)
     finally:
@@ -93,14 +93,14 @@ def _destinations(merge: Any) -> Tensor:
 def drifts(model: nn.Module, pixels: Tensor) -> dict[str, float]:
     """Mean drift by dtype, attention and r."""
     exact = _cls(model, pixels, None)
-    found = {"fp32, r=16": _drift(_cls(model, pixels, TurboConfig(16)), exact)}
+    found = {"fp32, r=16": _drift(_cls(model, pixels, TurboConfig(16, blocks="every")), exact)}
     for name, dtype in LOW.items():
         low = copy.deepcopy(model).to(dtype)
         found[f"{name}, the model itself"] = _drift(_cls(low, pixels, None), exact)
         for r in (1, 16):
             for way, fast in FAST_PRODUCTS.items() if name == "bf16" else [("fused", False)]:
                 with _attending_by(fast):
-                    found[f"{name}, r={r}, {way}"] = _drift(_cls(low, pixels, TurboConfig(r)), exact)
+                    found[f"{name}, r={r}, {way}"] = _drift(_cls(low, pixels, TurboConfig(r, blocks="every")), exact)
     return found
 
 
@@ -109,10 +109,10 @@ def windows(model: nn.Module, pixels: Tensor) -> dict[str, dict[str, float]]:
     exact, found = _cls(model, pixels, None), {}
     before = partition.WINDOWED_FROM
     for r in (16, 64):
-        with_windows = _each_drift(_cls(model, pixels, TurboConfig(r)), exact)
+        with_windows = _each_drift(_cls(model, pixels, TurboConfig(r, blocks="every")), exact)
         partition.WINDOWED_FROM = 10**9
         try:
-            without = _each_drift(_cls(model, pixels, TurboConfig(r)), exact)
+            without = _each_drift(_cls(model, pixels, TurboConfig(r, blocks="every")), exact)
         finally:
             partition.WINDOWED_FROM = before
         difference = with_windows - without

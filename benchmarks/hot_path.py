@@ -70,7 +70,7 @@ def operators(case: str, dtype: str) -> dict[str, dict[str, list[float]]]:
     """Calls and self CPU time in µs of every operator, in one forward of the model and of the accelerated model."""
     model, pixels = build(CASES[case], DTYPES[dtype]), images(CASES[case], 8, DTYPES[dtype])
     found = {"model": _profile(model, pixels)}
-    with turbovlm.apply(model, TurboConfig(CASES[case].r)):
+    with turbovlm.apply(model, TurboConfig(CASES[case].r, blocks="every")):
         found["turbo"] = _profile(model, pixels)
     return found
 
@@ -127,7 +127,7 @@ def merging(model: nn.Module, pixels: Tensor, config: TurboConfig, seconds: floa
 def share_of_case(case: str, dtype: str) -> dict[str, float]:
     """Merging in one forward of batch 8."""
     model, pixels = build(CASES[case], DTYPES[dtype]), images(CASES[case], 8, DTYPES[dtype])
-    total, merges = merging(model, pixels, TurboConfig(CASES[case].r), seconds=8)
+    total, merges = merging(model, pixels, TurboConfig(CASES[case].r, blocks="every"), seconds=8)
     return {"seconds": total, "merging": merges, "share": merges / total}
 
 
@@ -138,7 +138,7 @@ def point(side: int) -> dict[str, float]:
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224", img_size=16 * side, num_classes=0).eval()
     pixels = torch.randn(1, 3, 16 * side, 16 * side)
-    config = TurboConfig(round(0.05 * (side**2 + 1)))
+    config = TurboConfig(round(0.05 * (side**2 + 1)), blocks="every")
     with torch.inference_mode():
         plain = []
         while len(plain) < 3 or sum(plain) < 5:

@@ -147,7 +147,7 @@ def probe_block() -> dict[str, int]:
 
     family = FAMILIES["vit"]
     model, inputs = family.make(), family.inputs(2)
-    turbovlm.apply(model, r=4)
+    turbovlm.apply(model, r=[4] * 4)
     block: Any = [module for module in model.modules() if type(module).__name__ == "ViTLayer"][1]
     forward, found = block.__dict__["forward"], list[Call]()
 

@@ -21,7 +21,9 @@ def parser_of(doc: str, model: str, r: int | None = None, visual_keep: float | N
     """A parser with the options that every example has; `r` and `visual_keep` are its defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=model, help=f"hub id or local folder (default: {model})")
-    parser.add_argument("--r", type=int, default=r, help=f"tokens merged in every block of the tower (default: {r})")
+    parser.add_argument(
+        "--r", type=int, default=r, help=f"tokens merged per block of the tower on average (default: {r})"
+    )
     parser.add_argument(
         "--visual-keep",
         type=share_or_count,

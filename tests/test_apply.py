@@ -62,7 +62,7 @@ def test_readme_forms(vit, images):
 def test_repr_says_what_happens(vit):
     with turbovlm.apply(vit, r=4) as handle:
         text = repr(handle)
-    assert "4 blocks, 37 → 21 tokens" in text and "layers.2: 29 → 25 tokens" in text
+    assert "4 blocks, 37 → 21 tokens, merged in 2 of them" in text and "layers.2: 29 → 21 tokens" in text
     assert "guided by cls" in text
 
 
@@ -70,12 +70,13 @@ def test_repr_counts_tokens_and_multiply_accumulates():
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_384", num_classes=0)
-    settings, encoder, *blocks = repr(turbovlm.apply(model, r=35)).splitlines()
+    settings, encoder, *blocks = repr(turbovlm.apply(model, r=35, blocks="every")).splitlines()
     assert settings == "Turbo(r=35, degree=weighted_distance, alpha=1, partition=auto, keep_norm)"
     # by hand: weights of a block, attention, and two norms of 5 a value
     assert f"{12 * 577 * 768 * (12 * 768 + 2 * 577 + 2 * 5) / 1e9:.2f}" == "55.20"
     assert encoder == (
-        "  model: 12 blocks, 577 → 157 tokens, 55.20 → 34.08 GMACs in the blocks, 62.0% of the encoder's left, "
+        "  model: 12 blocks, 577 → 157 tokens, merged in 12 of them, 55.20 → 34.08 GMACs in the blocks, "
+        "62.0% of the encoder's left, "
         "guided by cls, similarity of heads, random halves"
     )
     assert len(blocks) == 12 and blocks[0] == "    blocks.0: 577 → 542 tokens, 4.600 → 4.498 GMACs"
@@ -99,7 +100,7 @@ def test_settings_of_a_file_are_settled_as_those_of_a_program(vit, tmp_path):
     TurboConfig(r=2).save(tmp_path / "turbo.json")
     with turbovlm.apply(vit, TurboConfig.load(tmp_path / "turbo.json")) as handle:
         (feature,) = handle.features
-        assert (feature.guidance, feature.similarity, feature.partition) == ("cls", "heads", "random")
+        assert (feature.guidance, feature.similarity, feature.partition) == ("cls", "heads", "all")
 
 
 def test_applying_twice_raises_and_leaves_the_first(vit, images):
@@ -487,8 +488,14 @@ def test_every_second_block_merges_any_patches_and_every_block_halves():
         ({"flops": 0.7, "blocks": "every", "partition": "all"}, every, "all"),
         ({"flops": 0.7, "partition": "alternate"}, every, "alternate"),
         ({"flops": 0.7, "order": "partition"}, every, "random"),
-        ({"r": 4}, every, "random"),
+        ({"r": 4}, second, "all"),
         ({"r": 4, "blocks": second}, second, "all"),
+        ({"r": 4, "blocks": "every"}, every, "random"),
+        ({"r": 4, "partition": "alternate"}, every, "alternate"),
+        ({"r": 4, "order": "partition"}, every, "random"),
+        ({"r": [4] * 12}, every, "random"),
+        ({"r": [8, 0] * 6}, second, "all"),
+        ({"r": [8] * 6, "blocks": second}, second, "all"),
     ):
         with turbovlm.apply(model, **settings) as handle:
             assert merging_blocks(handle) == blocks and handle.features[0].partition == partition

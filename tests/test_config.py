@@ -67,7 +67,9 @@ WRONG = [
     ({"r": 1, "blocks": [-1]}, r"blocks=\[-1\]"),
     ({"r": 1, "blocks": [1.5]}, r"blocks=\[1.5\]"),
     ({"r": 1, "blocks": 3}, "blocks=3"),
-    ({"r": [1, 2], "blocks": [1]}, r"blocks=\(1,\): it would have no effect: a list of r has a number for every block"),
+    ({"r": [1, 2], "blocks": [1]}, r"r=\[1, 2\]: needs one number for each of blocks=\[1\]"),
+    ({"r": [1, 2], "blocks": "every"}, r"blocks='every': it would have no effect: a list of r has a number for every"),
+    ({"r": [1], "blocks": [1], "thresholds": [0.1]}, "blocks: beside thresholds, give r a number for every block"),
     ({"r": 1, "partition": "all", "order": "partition"}, 'makes no halves to order by; use order="spatial"'),
     ({"r": 1, "partition": "grid", "grid": (4, 0)}, "grid=\\(4, 0\\)"),
     ({"r": 1, "partition": "grid", "grid": 4}, "grid=4"),
@@ -175,8 +177,9 @@ def test_a_layered_degree_is_saved_and_loaded(tmp_path):
 
 
 def earlier(**settings):
-    """As releases without `blocks` merged: one half into the other, in every block."""
-    return TurboConfig(**settings, partition="random", **({} if "r" in settings else {"blocks": "every"}))
+    """As releases without `blocks` merged: one half into the other, in every block, `r` of each."""
+    blocks = {} if isinstance(settings.get("r"), tuple) else {"blocks": "every"}
+    return TurboConfig(**settings, partition="random", **blocks)
 
 
 def test_settings_with_beta_and_gamma_are_still_read(tmp_path):
@@ -298,7 +301,8 @@ def test_files_of_the_first_format_still_load(tmp_path):
         ("[]", "holds no settings of turbovlm"),
         ("{", "holds no settings of turbovlm"),
         ('{"r": 3}', "holds no settings of turbovlm"),
-        ('{"turbovlm": 3}', "is of format 3; this release reads 1 and 2"),
+        ('{"turbovlm": 4}', "is of format 4; this release reads 1 to 3"),
+        ('{"turbovlm": 3}', "holds no settings of turbovlm"),
         ('{"turbovlm": 2, "kind": "Config"}', "holds no settings of turbovlm"),
         ('{"turbovlm": 2, "kind": "TurboConfig", "settings": {"r": 1, "speed": 2}}', "does not know: speed"),
         ('{"turbovlm": 2, "kind": "TurboConfig", "settings": {"r": -1}}', "r=-1"),
@@ -384,6 +388,37 @@ def test_files_of_earlier_releases_with_settings_without_effect_are_read(tmp_pat
     assert loaded(TurboConfig, r=8, degree=layered, alpha=3.0) == earlier(r=8, degree=LayeredDegree(2, 0.9, 1))
     with pytest.raises(ConfigError, match="degree='entropy'"):
         loaded(TurboConfig, r=8, degree="entropy", alpha=3.0)
+
+
+@pytest.mark.parametrize(
+    ("saved", "same"),
+    [
+        ({"r": 8, "blocks": "auto"}, {"r": 8, "blocks": "every"}),
+        ({"r": 8, "blocks": "every"}, {"r": 8, "blocks": "every"}),
+        ({"r": 8, "blocks": [3, 5, 9]}, {"r": (8, 8, 8), "blocks": (3, 5, 9)}),
+        ({"r": [8, 0, 4], "blocks": "auto"}, {"r": (8, 0, 4)}),
+        ({"r": None, "flops": 0.6, "blocks": "auto"}, {"flops": 0.6}),
+        ({"r": None, "keep": 0.5, "blocks": [3, 5]}, {"keep": 0.5, "blocks": (3, 5)}),
+        ({"r": 8, "blocks": "auto", "partition": "alternate"}, {"r": 8, "blocks": "every", "partition": "alternate"}),
+    ],
+)
+def test_an_r_of_the_second_format_stays_that_of_each_block(saved, same, tmp_path):
+    """What merges is what did: r in each block that was to merge, in an encoder of any depth."""
+    path = tmp_path / "turbo.json"
+    path.write_text(json.dumps({"turbovlm": 2, "kind": "TurboConfig", "settings": saved, "promise": PROMISE}))
+    assert TurboConfig.load(path) == TurboConfig(**same)
+    found = Calibration.load(path)
+    assert found.config == TurboConfig(**same)
+    found.save(path)
+    assert json.loads(path.read_text())["turbovlm"] == 3 and Calibration.load(path) == found
+
+
+def test_an_r_of_this_format_stays_a_mean(tmp_path):
+    path = tmp_path / "turbo.json"
+    for config in (TurboConfig(r=8), TurboConfig(r=8, blocks=[3, 5]), TurboConfig.paper(8)):
+        config.save(path)
+        assert TurboConfig.load(path) == config
+    assert TurboConfig.paper(8).blocks == "every" and TurboConfig.paper([8, 0]).r == (8, 0)
 
 
 @pytest.mark.parametrize(("kind", "amount"), [(TurboConfig, "r"), (ReadConfig, "visual_keep"), (DenoiseConfig, "keep")])

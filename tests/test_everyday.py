@@ -134,7 +134,7 @@ def test_hooks_on_blocks_steer(name):
     assert (plain - steered).abs().max() > 1e-3
     with turbovlm.apply(model, r=0, trace=True):
         torch.testing.assert_close(first(model(IMAGES)), steered, atol=1e-4, rtol=0)
-    with turbovlm.apply(model, r=4, trace=True) as handle:
+    with turbovlm.apply(model, r=4, blocks="every", trace=True) as handle:
         found = first(model(IMAGES))
         hook.remove()
         block.register_forward_hook(lambda m, a, out: first(out).add_(direction) is None or None)  # the same in place
@@ -276,7 +276,7 @@ def test_adapters_of_packed_attention_are_refused_by_name():
     with pytest.raises(UnsupportedModelError, match=r"attn is a MultiheadAttention, whose adapter"):
         turbovlm.apply(adapted(open_clip_tower(), ["attn"]), r=2)
     model = open_clip_tower()
-    with turbovlm.apply(model, r=2):
+    with turbovlm.apply(model, r=2, blocks="every"):
         adapted(model, ["attn"])
         with pytest.raises(StateError, match=r"resblocks.0.attn was a torch.* and is a peft.*MultiheadAttention now"):
             model(IMAGES)
@@ -420,7 +420,7 @@ def test_patch_dropout_with_rotary_positions(name):
     own = run()
     with turbovlm.apply(model, r=0, trace=True):
         torch.testing.assert_close(run(), own, atol=1e-5, rtol=1e-5)
-    with turbovlm.apply(model, r=4, trace=True) as handle:
+    with turbovlm.apply(model, r=4, blocks="every", trace=True) as handle:
         run().sum().backward()
         assert [trace.sizes.shape[1] for trace in handle.trace] == [
             handle.trace[0].source.shape[1] - 4 * k for k in (1, 2, 3)

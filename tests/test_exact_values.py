@@ -46,12 +46,12 @@ def test_min_tokens_is_the_fewest_with_which_a_block_merges():
     """31 tokens, 4 merged in a block: 31, 27, 23, 19 where nothing stops it."""
     model, pixels = vit(2, 1, True).model, images(1, 5, 6, 0)
     for fewest, tokens in ((0, (27, 23, 19)), (23, (27, 23, 19)), (24, (27, 23, 23)), (27, (27, 23, 23))):
-        with turbovlm.apply(model, r=4, min_tokens=fewest, trace=True) as handle:
+        with turbovlm.apply(model, r=4, blocks="every", min_tokens=fewest, trace=True) as handle:
             model(pixels)
             assert tuple(entry.sizes.shape[1] for entry in handle.trace) == tokens
             assert handle.schedule(31).tokens == (31, *tokens)
     for fewest, tokens in ((31, (27, 27, 27)), (32, (31, 31, 31))):
-        with turbovlm.apply(model, r=4, min_tokens=fewest, trace=True) as handle:
+        with turbovlm.apply(model, r=4, blocks="every", min_tokens=fewest, trace=True) as handle:
             model(pixels)
             assert tuple(entry.sizes.shape[1] for entry in handle.trace) == tokens
 
@@ -120,7 +120,7 @@ def test_patches_share_the_attention_of_the_token_they_became():
     inputs["pixel_values"] = inputs["pixel_values"].double()
     guide = turbovlm.encoder.towers.find_towers(model)[0].module.encoder.layers[2]  # the last that LLaVA reads
     degree = Recorded()
-    with turbovlm.apply(model, r=5, visual_keep=0.5, degree=degree, trace=True) as handle:
+    with turbovlm.apply(model, r=5, blocks="every", visual_keep=0.5, degree=degree, trace=True) as handle:
         degree.semantic.clear()
         q, k = attention_row(guide, ("self_attn.q_proj", "self_attn.k_proj"), inputs, model)
         before = handle.trace[1]  # as tokens enter the block that guides
@@ -139,7 +139,7 @@ def test_a_merged_token_has_the_attention_of_all_its_patches():
     model = seeded(vision_encoder_decoder).double()
     guide = turbovlm.encoder.towers.find_towers(model)[0].blocks[-1][1]
     degree = Recorded()
-    with turbovlm.apply(model, r=5, visual_keep=0.5, degree=degree, trace=True) as handle:
+    with turbovlm.apply(model, r=5, blocks="every", visual_keep=0.5, degree=degree, trace=True) as handle:
         degree.semantic.clear()
         pixels = {"pixel_values": randn(2, 3, 48, 48)}
         q, k = attention_row(guide, ("attention.q_proj", "attention.k_proj"), pixels, model.encoder)

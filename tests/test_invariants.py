@@ -151,18 +151,24 @@ def real_tokens(name, inputs, source):
     return torch.ones(source.shape) if mask is None else mask.float()
 
 
+def of_real_tokens(inputs, output):
+    """Without what padding came to: who of it merges into whom hangs on rounding, and nobody reads it."""
+    mask = inputs.get("pixel_attention_mask")
+    return output if mask is None else output[mask.bool()]
+
+
 @EACH_PROGRAM
 @torch.no_grad()
 def test_compiles_once_per_shape(tower, name):
     with turbovlm.apply(tower, r=5):
         three, two = FAMILIES[name].inputs(3), FAMILIES[name].inputs(2)
-        references = tower(**three), tower(**two)
+        references = [of_real_tokens(inputs, tower(**inputs)) for inputs in (three, two)]
         torch._dynamo.reset()
         counter = CompileCounter()
         compiled = torch.compile(tower, fullgraph=True, backend=counter, dynamic=False)
         for _ in range(2):
-            torch.testing.assert_close(compiled(**three), references[0], rtol=0, atol=1e-5)
-            torch.testing.assert_close(compiled(**two), references[1], rtol=0, atol=1e-5)
+            for inputs, reference in zip((three, two), references):
+                torch.testing.assert_close(of_real_tokens(inputs, compiled(**inputs)), reference, rtol=0, atol=1e-5)
         assert counter.frame_count == 2
 
 
@@ -171,9 +177,9 @@ def test_compiles_once_per_shape(tower, name):
 def test_exports(tower, name):
     with turbovlm.apply(tower, r=5):
         inputs = FAMILIES[name].inputs(2)
-        reference = tower(**inputs)
+        reference = of_real_tokens(inputs, tower(**inputs))
         exported = torch.export.export(tower, (), inputs).module()
-        torch.testing.assert_close(exported(**inputs), reference, rtol=0, atol=1e-5)
+        torch.testing.assert_close(of_real_tokens(inputs, exported(**inputs)), reference, rtol=0, atol=1e-5)
 
 
 @EACH
@@ -226,7 +232,8 @@ def test_half_precision_and_autocast(tower, name, dtype, monkeypatch):
     # some CPUs multiply bfloat16 fast, and there attention goes another way, which rounds otherwise: see test_routes
     monkeypatch.setattr(plain, "FAST_BFLOAT16_PRODUCTS", False)
     inputs = FAMILIES[name].inputs(2)
-    rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    exact_ones = ("noise",)  # by which MAE's patches are ordered, and equals in another order
+    rounded = {k: v.to(dtype) if v.is_floating_point() and k not in exact_ones else v for k, v in inputs.items()}
     half = copy.deepcopy(tower).to(dtype)
 
     def run(autocast: bool) -> torch.Tensor:
@@ -311,7 +318,7 @@ def test_more_merging_than_tokens(tower, name):
     with turbovlm.apply(tower, r=10_000, trace=True) as handle:
         out = tower(**inputs)
         trace = handle.trace
-        assert "r=10000 is more than 4 of 4 blocks have to give (from block 0 on)" in repr(handle)
+        assert "r=10000 is more than 4 of 4 merging blocks have to give (from block 0 on)" in repr(handle)
     tokens, prefix = trace[0].source.shape[1], trace[0].prefix
     for entry in trace:
         tokens -= (tokens - prefix) // 2

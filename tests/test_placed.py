@@ -59,6 +59,16 @@ def tokens(model):
     return model(PIXELS.to(model.dtype)).last_hidden_state
 
 
+@pytest.mark.parametrize("place", [compiled_blocks, wrapped_blocks])
+@pytest.mark.parametrize("amounts", [({"keep": 0.5}, {"keep": 0.7}), ({"r": 4}, {"r": 2}), ({"r": 2}, {"r": 0})])
+def test_compiled_blocks_merge_by_the_settings_at_hand(place, amounts, tmp_path):
+    """The graph of a block that was compiled under one amount does not serve another."""
+    plain, model = vit(), place(vit(), str(tmp_path))
+    for settings in amounts:
+        with turbovlm.apply(model, **settings), turbovlm.apply(plain, **settings):
+            torch.testing.assert_close(tokens(model), tokens(plain))
+
+
 @pytest.mark.parametrize("place", PLACED)
 def test_placed_models_merge_and_come_back(place, tmp_path):
     plain, model = vit(), place(vit(), str(tmp_path))

@@ -213,7 +213,7 @@ def test_one_hidden_state_alone_is_restored():
 @torch.no_grad()
 def test_restore_takes_the_output_of_any_block():
     model = timm_vit()
-    with turbovlm.apply(model, r=4, trace=True) as handle:
+    with turbovlm.apply(model, r=4, blocks="every", trace=True) as handle:
         states = collected(model, model.blocks, lambda: model(IMAGES))
         trace = handle.trace
         for k, (state, block) in enumerate(zip(states, trace), 1):

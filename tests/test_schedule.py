@@ -35,7 +35,7 @@ def schedule(config, tokens=577, shape=None):
     return make_schedule(config, shape, tokens, "", tuple(f"blocks.{i}" for i in range(shape.depth)))
 
 
-def test_r_is_the_same_in_every_block_and_clamped_to_half():
+def test_r_is_the_same_in_every_block_that_may_merge_and_clamped_to_half():
     assert schedule(TurboConfig(r=35)).tokens == tuple(range(577, 577 - 12 * 35 - 1, -35))
     assert token_counts([80] * 6, 145, 1, 0) == (145, 73, 37, 19, 10, 6, 4)
     assert schedule(TurboConfig(r=35)).note == ""
@@ -99,8 +99,52 @@ def test_keep_and_flops_are_spread_over_the_blocks_asked_for():
         ):
             found = make_schedule(config, vit(), 577, "", ("",) * 12, own)
             assert {block for block, r in enumerate(found.merged) if r} == {*blocks} and not found.note
-    assert schedule(TurboConfig(r=20, blocks=[3, 9])).merged == (0, 0, 0, 20, 0, 0, 0, 0, 0, 20, 0, 0)
-    assert schedule(TurboConfig(r=20)).merged == schedule(TurboConfig(r=20, blocks="every")).merged == (20,) * 12
+
+
+def placed(config, own=(), tokens=577, depth=12):
+    return make_schedule(config, vit(depth), tokens, "", ("",) * depth, own)
+
+
+def test_r_is_a_mean_over_all_blocks_in_whatever_blocks_merge():
+    """As many tokens go as with r in every block, which stays when it is said."""
+    for config, own, merged in (
+        (TurboConfig(r=20), (), (20,) * 12),
+        (TurboConfig(r=20, blocks="every"), (FOUR,), (20,) * 12),
+        (TurboConfig(r=20), (FOUR,), (0, 0, 0, 0, 60, 60, 60, 60, 0, 0, 0, 0)),
+        (TurboConfig(r=20, blocks=[3, 9]), (FOUR,), (0, 0, 0, 120, 0, 0, 0, 0, 0, 120, 0, 0)),
+        (TurboConfig(r=1, blocks=[3, 4, 5, 6, 9]), (), (0, 0, 0, 2, 2, 3, 2, 0, 0, 3, 0, 0)),
+        (TurboConfig(r=[120, 7], blocks=[3, 9]), (), (0, 0, 0, 120, 0, 0, 0, 0, 0, 7, 0, 0)),
+    ):
+        found = placed(config, own)
+        assert found.merged == merged and not found.note
+    assert placed(TurboConfig(r=20), (FOUR,)).asked == "r=20 per block on average"
+    assert placed(TurboConfig(r=[20] * 12)).asked == f"r={[20] * 12}"
+
+
+@settings(deadline=None, max_examples=60)
+@given(r=st.integers(0, 60), tokens=st.integers(20, 700), depth=st.integers(2, 30), data=st.data())
+def test_the_blocks_that_merge_end_with_as_many_tokens_as_every_block(r, tokens, depth, data):
+    """Unless one of them has not its share to give: then every block merges, as far as it can."""
+    blocks = tuple(sorted(data.draw(st.sets(st.integers(0, depth - 1), min_size=1))))
+    found, every = placed(TurboConfig(r=r), (blocks,), tokens, depth), placed(TurboConfig(r=r), (), tokens, depth)
+    shares, left = spread(r * depth, len(blocks)), tokens - 1
+    enough = True
+    for share in shares:
+        enough, left = enough and 2 * share <= left, left - share
+    if enough:
+        assert found.tokens[-1] == tokens - r * depth and not found.note
+        assert found.merged == tuple(dict(zip(blocks, shares)).get(block, 0) for block in range(depth))
+    else:
+        assert found.merged == every.merged
+
+
+def test_another_set_of_blocks_merges_where_the_first_has_less_than_r_asks_for():
+    for r, merging in ((12, FOUR), (13, FOUR), (14, range(12))):  # 197 tokens: 168 are too many for four or five blocks
+        found = placed(TurboConfig(r=r), (FOUR, FIVE), 197)
+        assert [i for i, n in enumerate(found.merged) if n] == [*merging] and not found.note
+        assert found.tokens[-1] == 197 - 12 * r
+    short = placed(TurboConfig(r=30, blocks=FOUR), tokens=197)
+    assert "r=30 is more than 3 of 4 merging blocks have to give (from block 5 on)" in short.note
 
 
 def test_another_block_merges_where_the_first_few_have_not_enough():

@@ -52,7 +52,7 @@ def relaid():
 @pytest.mark.parametrize("settings", [{}, {"partition": "alternate", "order": "partition"}, {"partition": "grid"}])
 def test_detection_tokens_are_never_merged(settings):
     model = yolos()
-    with turbovlm.apply(model, r=6, trace=True, **settings) as handle, torch.no_grad():
+    with turbovlm.apply(model, r=6, blocks="every", trace=True, **settings) as handle, torch.no_grad():
         out = model(pixel_values=pixels())
         tokens = 1 + 36 + DETECTIONS - 3 * 6
         for block, trace in enumerate(handle.trace):

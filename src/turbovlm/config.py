@@ -59,17 +59,18 @@ class TurboConfig(Settings):
     setting.
 
     Args:
-        r: tokens merged in each of `blocks`, an integer ≥ 0; or a sequence of them, one per block of the encoder.
+        r: tokens merged per block of the encoder on average, an integer ≥ 0: r times its depth in all, spread evenly
+            over `blocks`. Or a sequence of them: how many each block merges, or each of `blocks` where these are given.
         keep: share of the tokens left after the last block, in (0, 1].
         flops: share of the encoder's multiply-accumulates left, in (0, 1].
         blocks: which blocks merge, counted from 0: a sequence, such as `(3, 5, 7, 9)`; `"every"`; or `"auto"`: every
-            block with `r`, for text, for sound, or where `partition` or `order` make halves, as published; else every
-            second block, or, in CLIP's towers, four or five in the middle, which lost least there (docs/defaults.md).
-            Where these have not enough to give, every block.
+            block for text, for sound, or where `partition` or `order` make halves, as published; else every second
+            block, or six of an encoder of more than 12, or, in CLIP's towers, four or five in the middle, which lost
+            least there (docs/defaults.md). Where these have not enough to give, every block.
         min_tokens: a block that starts with fewer tokens does not merge (Turbo, §7.2).
-        thresholds: one number per block: beside a list of `r`, a block merges every token whose E is above its own, so
-            that images with more redundancy lose more; `r` then says how many on average. In a batch, all lose as
-            many as the image that can spare fewest. Not for `torch.compile`.
+        thresholds: one number per block of the encoder, beside a list of `r` of as many: a block merges every token
+            whose E is above its own, so that images with more redundancy lose more; `r` then says how many on average.
+            In a batch, all lose as many as the image that can spare fewest. Not for `torch.compile`.
         degree: the information degree E; the tokens of highest E are merged.
             `"weighted_distance"` E = −(1 − R)(1 + α√(A/Ā)), Ā the mean A of the candidates,
             `"weighted_difference"` E = R − αA (S1), `"coupled_division"` E = R / (A + 1e-3) (S2),
@@ -166,7 +167,7 @@ class TurboConfig(Settings):
         degree = values["degree"]
         if not needs_semantic(degree) and not values["trace"]:
             found["guidance"] = f"degree={brief(degree)} needs no attention, and there is no trace=True that records it"
-        if is_list(values["r"]):
+        if is_list(values["r"]) and not is_list(values["blocks"]):
             found["blocks"] = "a list of r has a number for every block, 0 for those that do not merge"
         return found
 
@@ -183,6 +184,8 @@ class TurboConfig(Settings):
         trace: bool = False,
     ) -> TurboConfig:
         """The authors' implementation to the letter: keys, alternate halves, and α multiplied by 30.
+
+        `r` tokens are merged in every block, or `r[l]` in block l.
 
         `degree="layered"` is the layered fusion S4, a `LayeredDegree`; so is `"weighted_difference"` with a `beta`
         other than 1, as in their code. Other degrees know neither `beta` nor `gamma`, nor all of them `alpha`.
@@ -203,6 +206,7 @@ class TurboConfig(Settings):
             raise ConfigError(f"alpha={brief(alpha)}: it would have no effect: degree={brief(degree)} has no alpha")
         return cls(
             r=r,
+            blocks="auto" if is_list(r) else "every",
             min_tokens=min_tokens,
             degree=LayeredDegree(multiplier, beta, gamma) if layered else degree,
             alpha=None if layered or without else multiplier,
@@ -235,6 +239,8 @@ class TurboConfig(Settings):
         numbers = tuple(check_integer("blocks", value, shown=self.blocks) for value in self.blocks)
         if not numbers or list(numbers) != sorted({*numbers}):
             raise ConfigError(f"blocks={brief(self.blocks)}: must be numbers of blocks, ascending, each once")
+        if isinstance(self.r, tuple) and len(self.r) != len(numbers):
+            raise ConfigError(f"r={brief(list(self.r))}: needs one number for each of blocks={brief(list(numbers))}")
         self._set(blocks=numbers)
 
     def _check_thresholds(self) -> None:
@@ -244,6 +250,10 @@ class TurboConfig(Settings):
             raise ConfigError(f"thresholds={brief(self.thresholds)}: must be a number per block")
         if not isinstance(self.r, tuple) or len(self.r) != len(self.thresholds):
             raise ConfigError(f"thresholds={list(self.thresholds)}: need a list of r beside them, of as many blocks")
+        if is_list(self.blocks):
+            raise ConfigError(
+                "blocks: beside thresholds, give r a number for every block, 0 for those that do not merge"
+            )
         if self.degree == "random":
             raise ConfigError("thresholds: degree='random' says nothing about an image")
         self._set(thresholds=tuple(check_number("thresholds", value) for value in self.thresholds))

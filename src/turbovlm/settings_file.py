@@ -10,8 +10,9 @@ from typing import Any
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import LayeredDegree
 
-FORMAT = 2
-"""Number of the format that is written; 1 had the fields of all workflows in one class."""
+FORMAT = 3
+"""Number of the format that is written. In 1 and 2, an integer `r` was the number of every block that merges, not the
+mean over all blocks; 1 had the fields of all workflows in one class."""
 
 KINDS = ("TurboConfig", "ReadConfig", "DenoiseConfig")
 
@@ -78,19 +79,21 @@ def read_content(path: str | Path, wanted: str | None = None) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: holds no settings of turbovlm ({error!r})") from error
+    if version not in (1, 2, FORMAT):
+        raise ConfigError(f"{path}: is of format {version!r}; this release reads 1 to {FORMAT}")
     if version == 1:
-        return _from_first_format(path, content, wanted)
-    if version != FORMAT:
-        raise ConfigError(f"{path}: is of format {version!r}; this release reads 1 and {FORMAT}")
+        content = _from_first_format(path, content, wanted)
     if content.get("kind") not in KINDS or not isinstance(content.get("settings"), dict):
         raise ConfigError(f"{path}: holds no settings of turbovlm (kind {content.get('kind')!r})")
+    if version < FORMAT and content["kind"] == "TurboConfig":
+        content["settings"] = _from_second_format(content["settings"])
     return dict(content)
 
 
 def make_config(path: str | Path, kind: type, settings: dict[str, Any]) -> Any:
     """A config of plain settings that were read from `path`; without those that have no effect beside the others.
 
-    Earlier releases took and saved such settings, and had no `blocks`: every block merged, one half into the other.
+    Earlier releases took and saved such settings.
 
     Raises:
         ConfigError: a setting is unknown or wrong.
@@ -102,13 +105,24 @@ def make_config(path: str | Path, kind: type, settings: dict[str, Any]) -> Any:
         degree = settings.get("degree")
         if isinstance(degree, dict):
             settings = {**settings, "degree": LayeredDegree(**degree["layered"])}
-        if kind.__name__ == "TurboConfig" and "blocks" not in settings:
-            solved = settings.get("r") is None
-            settings = {"partition": "random", **settings, **({"blocks": "every"} if solved else {})}
         unread: dict[str, str] = kind.unread(settings)  # type: ignore[attr-defined]
         return kind(**{name: value for name, value in settings.items() if name not in unread})
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _from_second_format(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an encoder in which an integer `r` is what every block that merges was asked for.
+
+    Where there are no `blocks`, every block merged, one half into the other.
+    """
+    r, blocks = settings.get("r"), settings.get("blocks")
+    if blocks is None:
+        settings = {"partition": "random", **settings}
+    if isinstance(blocks, list) and isinstance(r, int):
+        return {**settings, "r": [r] * len(blocks)}
+    every = isinstance(r, int) or (r is None and blocks is None)
+    return {**settings, "blocks": "every"} if every else settings
 
 
 def _from_first_format(path: str | Path, content: dict[str, Any], wanted: str | None) -> dict[str, Any]:

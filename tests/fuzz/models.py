@@ -235,7 +235,11 @@ def turbo_settings(draw, drawn: Drawn) -> dict[str, Any]:
         chosen["order"] = "spatial"  # there are no halves to order by
     if draw(st.booleans()):
         some = st.sets(st.integers(0, drawn.depth - 1), min_size=1).map(sorted)
-        chosen["blocks"] = draw(st.one_of(st.just("every"), some))
+        blocks = draw(st.one_of(st.just("every"), some))
+        if "thresholds" not in chosen:
+            chosen["blocks"] = blocks
+            if isinstance(blocks, list) and isinstance(chosen.get("r"), list):
+                chosen["r"] = [chosen["r"][block] for block in blocks]
     return of_effect(turbovlm.TurboConfig, chosen)
 
 

@@ -29,6 +29,7 @@ from fuzz.models import (
 )
 from reference_encoders import PARTITIONS, Chosen
 from turbovlm.encoder.layout import Layout
+from turbovlm.encoder.schedule import spread
 
 WITH_SUFFIX = ("yolos",)
 UNKNOWN_TO_THE_REFERENCE = (*MASKED, *WITH_SUFFIX, "vit_mae", "wav2vec2_stable")
@@ -247,20 +248,30 @@ def check_thresholds(chosen, entries, counts, protected):
 
 def check_amount(chosen, counts, protected):
     """What was asked for is what came, as far as the paper's clamp lets it."""
-    r, keep = chosen.get("r"), chosen.get("keep")
-    for index, (before, after) in enumerate(pairwise(counts)):
-        assert before >= after
-        if r is None or "thresholds" in chosen or chosen["partition"] == "grid":
-            continue
+    r, keep, depth = chosen.get("r"), chosen.get("keep"), len(counts) - 1
+    assert all(before >= after for before, after in pairwise(counts))
+    if r is not None and "thresholds" not in chosen and chosen["partition"] != "grid":
         blocks = chosen.get("blocks")
-        asked = r[index] if isinstance(r, list) else r if not isinstance(blocks, list) or index in blocks else 0
-        most = 0 if before < chosen["min_tokens"] else (before - protected) // 2
-        assert before - after == min(asked, most)
+        in_every = clamped(chosen, counts[0], protected, [r] * depth if isinstance(r, int) else r)
+        if isinstance(blocks, list):
+            shares = dict(zip(blocks, r if isinstance(r, list) else spread(r * depth, len(blocks))))
+            assert counts == clamped(chosen, counts[0], protected, [shares.get(i, 0) for i in range(depth)])
+        elif counts != in_every:  # fewer blocks merge by themselves where they have all of it to give
+            assert isinstance(r, int) and blocks is None and counts[0] - counts[-1] == r * depth
     if keep is not None and chosen["min_tokens"] == 0 and chosen["partition"] != "grid":
         least, blocks = counts[0], chosen.get("blocks")
         for _ in blocks if isinstance(blocks, list) else counts[1:]:
             least -= (least - protected) // 2
         assert abs(counts[-1] - max(keep * counts[0], least)) <= 1, "not the share asked for"
+
+
+def clamped(chosen, tokens, protected, amounts):
+    """Tokens before each block and behind the last, by the paper's clamp."""
+    counts = [tokens]
+    for r in amounts:
+        most = 0 if counts[-1] < chosen["min_tokens"] else (counts[-1] - protected) // 2
+        counts.append(counts[-1] - min(r, most))
+    return counts
 
 
 @fuzz(

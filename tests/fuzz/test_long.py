@@ -132,8 +132,8 @@ def test_caches_are_bounded():
         partition_tokens(6, kind="random", seed=seed)
     with turbovlm.apply(encoder("timm_vit", 1, "float32"), keep=0.9) as handle:
         for tokens in range(2, 1200):
-            handle.features[0].solved_amounts(2 + tokens % 40, 1)
-            handle.features[0].solved_amounts(2 + tokens % 40, tokens % 2)
+            handle.features[0].solved_amounts(2 + tokens % 40, 1, "")
+            handle.features[0].solved_amounts(2 + tokens % 40, tokens % 2, "")
     sizes = caches()
     assert sizes["turbovlm.ops.partition._CACHED"][0] > 0
     assert all(size <= most for size, most in sizes.values()), sizes

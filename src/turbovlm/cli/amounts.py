@@ -11,7 +11,7 @@ from turbovlm.errors import ConfigError
 def add_amount_options(parser: argparse.ArgumentParser, required: bool) -> None:
     """Add `--r`, `--keep`, `--flops`, `--min-tokens`, `--image-size` and `--json`."""
     group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument("--r", type=int, metavar="N", help="tokens merged in every block")
+    group.add_argument("--r", type=int, metavar="N", help="tokens merged per block on average")
     group.add_argument("--keep", type=float, metavar="SHARE", help="share of the tokens left after the last block")
     group.add_argument("--flops", type=float, metavar="SHARE", help="share of the encoder's multiply-accumulates left")
     parser.add_argument("--min-tokens", type=int, default=0, metavar="N", help="blocks with fewer tokens do not merge")

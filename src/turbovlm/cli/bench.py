@@ -71,7 +71,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group = parser.add_mutually_exclusive_group()
     default = " ".join(map(str, DEFAULT_R))
     group.add_argument(
-        "--r", type=int, nargs="+", metavar="N", help=f"encoders: tokens merged in every block (default {default})"
+        "--r",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"encoders: tokens merged per block on average (default {default})",
     )
     group.add_argument(
         "--keep",

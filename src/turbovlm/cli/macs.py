@@ -9,7 +9,7 @@ from turbovlm.errors import TurboError
 _EPILOG = """\
 examples:
   turbovlm macs timm:vit_base_patch16_384                 the encoder as it is
-  turbovlm macs timm:vit_base_patch16_384 --r 35          and with 35 tokens merged in every block
+  turbovlm macs timm:vit_base_patch16_384 --r 35          and with 35 tokens merged per block on average
   turbovlm macs torchvision:vit_h_14 --image-size 518 --flops 0.5
   turbovlm macs --paper                                   the Turbo paper's costs beside ours (turbovlm-lab)
 

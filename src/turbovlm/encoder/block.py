@@ -87,7 +87,8 @@ def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
     amounts, asked = feature.amounts, asked_of(feature)
     blocks, maps = (frozenset(), False) if asked is None else (asked.blocks, asked.maps)
     if amounts is None:
-        amounts = feature.solved_amounts(operator.index(hidden.shape[1]), operator.index(prefix))
+        tokens = operator.index(hidden.shape[1])
+        amounts = feature.solved_amounts(tokens, operator.index(prefix), feature.solved_by)
     else:
         amounts = tuple(operator.index(each) for each in amounts)
     return State(0, amounts, prefix, suffix, whole=blocks, maps=maps, lengths=(hidden.shape[1],))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch.nn as nn
@@ -34,6 +35,9 @@ from turbovlm.ops.tracing import constant_in_graphs
 from turbovlm.patching import Patch, check_forwards
 from turbovlm.threads import Remembering
 
+MOST_MERGES = 6
+"""Blocks that merge by default at most, however deep an encoder is, as a merge costs the same launches and host time
+whatever it merges: every second block of 12, which is what was judged (docs/defaults.md), and every fourth of 24."""
 PARTITION_WORDS = {
     "all": "any patch into any other",
     "random": "random halves",
@@ -52,8 +56,9 @@ class EncoderFeature(Remembering[State]):
         shape: what its cost depends on.
         tower: its path in the model; `names`: those of its blocks.
         native_tokens: tokens of an image of its native size, prefix and suffix included.
-        own_blocks: those over which `blocks="auto"` spreads `keep` and `flops` here, see `requested_amounts`.
-        amounts: tokens asked of each block where `r` says it; None where they are solved for each size of input.
+        own_blocks: those over which `blocks="auto"` spreads what is merged here, see `requested_amounts`.
+        amounts: tokens asked of each block, where they are the same for every size of input; None where they are not.
+        solved_by: all that they are solved by beside the input, as text: one for each answer of `solved_amounts`.
         guidance, similarity, partition: as in `TurboConfig`, settled.
         semantic: whether A is computed, for the degree or for the trace.
         how: how a position gets its token back, `"copy"` or `"residual"`.
@@ -80,6 +85,7 @@ class EncoderFeature(Remembering[State]):
     native_tokens: int
     own_blocks: BlockSets
     amounts: tuple[int, ...] | None
+    solved_by: str
     guidance: str
     similarity: str
     partition: str
@@ -97,10 +103,12 @@ class EncoderFeature(Remembering[State]):
     removed: bool = False
 
     @constant_in_graphs
-    def solved_amounts(self, tokens: int, prefix: int) -> tuple[int, ...]:
+    def solved_amounts(self, tokens: int, prefix: int, solved_by: str) -> tuple[int, ...]:
         """How many tokens each block is asked to merge, of an input of `tokens` tokens.
 
-        A method, as Dynamo of torch 2.11 wants constants for all arguments of such a function, but not for `self`.
+        A method, as Dynamo of torch 2.11 wants constants for all arguments of such a function, but not for `self`. Its
+        guards know these arguments alone: without `solved_by`, the feature's own, a graph of a block that was compiled
+        by itself would serve other settings as well.
         """
         return requested_amounts(self.config, replace(self.shape, prefix=prefix), tokens, self.own_blocks)
 
@@ -167,6 +175,7 @@ class EncoderFeature(Remembering[State]):
         tokens, before, after = schedule.tokens, sum(schedule.macs_before), sum(schedule.macs_after)
         lines = [
             f"  {schedule.tower or 'model'}: {len(schedule.blocks)} blocks, {tokens[0]} → {tokens[-1]} tokens, "
+            f"merged in {sum(r > 0 for r in schedule.merged)} of them, "
             f"{before / 1e9:.2f} → {after / 1e9:.2f} GMACs in the blocks, {schedule.ratio:.1%} of the encoder's left, "
             f"guided by {self.guidance}, similarity of {self.similarity}, {PARTITION_WORDS[self.partition]}"
         ]
@@ -262,15 +271,17 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         is_few = bool(own_blocks) or is_sparse(config, len(tower.blocks))
         partition = "all" if is_image and is_few and config.order == "spatial" else "random"
     restore = ("copy" if tower.layout.norm_after_mlp else "residual") if config.restore == "auto" else config.restore
+    shape = _shape(tower, similarity, partition)
     return EncoderFeature(
         config=config,
         layout=tower.layout,
-        shape=_shape(tower, similarity, partition),
+        shape=shape,
         tower=tower.name,
         names=tuple(name for name, _ in tower.blocks),
         native_tokens=tower.tokens,
         own_blocks=own_blocks,
-        amounts=literal_amounts(config, len(tower.blocks)),
+        amounts=literal_amounts(config, len(tower.blocks), own_blocks),
+        solved_by=f"{config.amount}, {config.blocks}, {config.min_tokens}, {config.grid}, {own_blocks}, {shape}",
         guidance=("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance,
         similarity=similarity,
         partition=partition,
@@ -288,17 +299,17 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
 
 
 def own_blocks_of(tower: Tower, config: TurboConfig) -> BlockSets:
-    """The sets of blocks in which this tower merges for `keep` and `flops`; none where every block does.
+    """The sets of blocks in which this tower merges by itself; none where every block does, or the settings say which.
 
     Few blocks are better where any two patches may merge, and only there: neither in halves nor along a line.
     """
     layout, depth = tower.layout, len(tower.blocks)
-    asked = literal_amounts(config, depth) is None and config.blocks == "auto"
+    asked = config.blocks == "auto" and not isinstance(config.r, tuple)
     if not asked or layout.text or layout.line or config.partition not in ("auto", "all") or config.order != "spatial":
         return ()
     shares = layout.blocks_at(tower.module) if callable(layout.blocks_at) else layout.blocks_at
     if not shares:
-        return (tuple(range(0, depth, 2)),)
+        return (tuple(range(0, depth, max(2, math.ceil(depth / MOST_MERGES)))),)
     return tuple(tuple(sorted({min(round(share * depth), depth - 1) for share in each})) for each in shares)
 
 

@@ -86,9 +86,9 @@ class Layout:
         suffix: number of tokens behind the patches that never merge, such as detection tokens, or a function of the
             tower.
         cls: whether token 0 is a CLS token, or a function of the tower.
-        blocks_at: shares of the depth at which blocks merge for `keep` and `flops`, the first of these sets that has
-            enough to give, or a function of the tower; every second block where it is empty. For families whose real
-            weights lost less so.
+        blocks_at: shares of the depth at which blocks merge by default, the first of these sets that has enough to
+            give, or a function of the tower; where it is empty, every second block, or six of a deeper encoder. For
+            families whose real weights lost less so.
         norm_after_attention, norm_after_mlp: what normalises each half's sum with the residual.
         joint: path, from the tower, of the module that puts text tokens in front of an image's; they are never merged,
             and `prefix` counts the longest text.

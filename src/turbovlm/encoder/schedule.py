@@ -1,8 +1,8 @@
 """How many tokens each block gives up.
 
-`r` is taken as it is; `keep` and `flops` are solved over the schedules that spread one total evenly over some blocks.
-Every amount is then clamped as in the paper: at most half of the tokens that may merge, and nothing in a block that
-starts with fewer than `min_tokens`.
+A list of `r` is taken as it is. An integer is a mean over the encoder's blocks, so it says a total; `keep` and `flops`
+are solved for one. A total is spread evenly over the blocks that merge. Every amount is then clamped as in the paper:
+at most half of the tokens that may merge, and nothing in a block that starts with fewer than `min_tokens`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Schedule:
         macs_before: multiply-accumulates of each block without merging.
         macs_after: the same with merging.
         ratio: share of the encoder's multiply-accumulates left, patch embedding and final norm included.
-        asked: the amount asked for, such as `"keep=0.25"`.
+        asked: the amount asked for, such as `"keep=0.25"` or `"r=16 per block on average"`.
         note: empty, or which part of what was asked for was not possible.
     """
 
@@ -147,6 +147,17 @@ def spread(total: int, depth: int) -> tuple[int, ...]:
     return tuple((i + 1) * total // depth - i * total // depth for i in range(depth))
 
 
+def spread_over(total: int, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """`total` tokens over some of `depth` blocks, as evenly as integers allow; nothing in the others."""
+    return _placed(spread(total, len(blocks)), blocks, depth)
+
+
+def _placed(amounts: Sequence[int], blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Amounts of some blocks as amounts of all `depth` blocks."""
+    shares = dict(zip(blocks, amounts))
+    return tuple(shares.get(block, 0) for block in range(depth))
+
+
 def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
     """See that a list of `r` has a number for every block, and that there are all of `blocks`.
 
@@ -154,7 +165,7 @@ def check_depth(config: TurboConfig, depth: int, tower: str) -> None:
         ConfigError: saying how many blocks there are.
     """
     where = f" in {tower!r}" if tower else ""
-    if isinstance(config.r, tuple) and len(config.r) != depth:
+    if isinstance(config.r, tuple) and not isinstance(config.blocks, tuple) and len(config.r) != depth:
         raise ConfigError(f"r has {len(config.r)} entries, but the encoder{where} has {depth} blocks")
     if isinstance(config.blocks, tuple) and config.blocks[-1] >= depth:
         raise ConfigError(
@@ -170,12 +181,18 @@ def is_sparse(config: TurboConfig, depth: int) -> bool:
     return isinstance(config.blocks, tuple) and len(config.blocks) <= depth / 2
 
 
-def literal_amounts(config: TurboConfig, depth: int) -> tuple[int, ...] | None:
-    """Tokens asked of each block where `r` says it; None where they are solved for an input."""
-    if config.r is None or isinstance(config.r, tuple):
-        return config.r
+def literal_amounts(config: TurboConfig, depth: int, own: BlockSets = ()) -> tuple[int, ...] | None:
+    """Tokens asked of each block where an input of any size is asked for the same; None where they hang on its size.
+
+    Args:
+        own: as in `requested_amounts`.
+    """
+    if config.r is None or (own and config.blocks == "auto" and not isinstance(config.r, tuple)):
+        return None
     blocks = config.blocks if isinstance(config.blocks, tuple) else range(depth)
-    return tuple(cast(int, config.r) if block in blocks else 0 for block in range(depth))
+    if isinstance(config.r, tuple):
+        return _placed(config.r, blocks, depth)
+    return spread_over(cast(int, config.r) * depth, blocks, depth)
 
 
 @lru_cache(maxsize=1024)
@@ -183,19 +200,25 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int, own
     """Tokens asked of each block, before clamping, for an input of `tokens` tokens.
 
     Args:
-        own: the blocks over which `blocks="auto"` spreads `keep` and `flops` in this family: the first of these sets
-            whose blocks all have their share to give, or else the last, or, where that has not enough, every block.
+        own: the blocks over which `blocks="auto"` spreads a total in this family: the first of these sets whose blocks
+            all have their share to give; for `keep` and `flops` else the last, if it comes near; or else every block.
     """
-    literal = literal_amounts(config, shape.depth)
+    depth = shape.depth
+    literal = literal_amounts(config, depth, own)
     if literal is not None:
         return literal
     if isinstance(config.blocks, tuple):
         return _closest(config, shape, tokens, config.blocks)[0]
     for blocks in own if config.blocks == "auto" else ():
-        found, is_near = _closest(config, shape, tokens, blocks)
-        if is_near and (blocks == own[-1] or _has_enough(config, shape, tokens, found)):
+        if config.r is not None:
+            found, is_near, is_last = spread_over(cast(int, config.r) * depth, blocks, depth), True, False
+        else:
+            (found, is_near), is_last = _closest(config, shape, tokens, blocks), blocks == own[-1]
+        if is_near and (is_last or _has_enough(config, shape, tokens, found)):
             return found
-    return _closest(config, shape, tokens, range(shape.depth))[0]
+    if config.r is not None:
+        return (cast(int, config.r),) * depth
+    return _closest(config, shape, tokens, range(depth))[0]
 
 
 def _has_enough(config: TurboConfig, shape: EncoderShape, tokens: int, amounts: Sequence[int]) -> bool:
@@ -217,8 +240,7 @@ def _closest(
     previous: tuple[int, ...] = ()
     fixed = fixed_destinations(config, tokens - shape.protected)
     for total in range(1, len(blocks) * (tokens // 2) + 1):
-        shares = dict(zip(blocks, spread(total, len(blocks))))
-        amounts = tuple(shares.get(block, 0) for block in range(shape.depth))
+        amounts = spread_over(total, blocks, shape.depth)
         counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
         if counts == previous:
             continue
@@ -261,7 +283,7 @@ def make_schedule(
         macs_before=tuple(shape.block_macs(i, tokens, tokens) for i in range(shape.depth)),
         macs_after=tuple(shape.block_macs(i, counts[i], counts[i + 1]) for i in range(shape.depth)),
         ratio=ratio,
-        asked=config.amount,
+        asked=f"{config.amount} per block on average" if isinstance(config.r, int) else config.amount,
         note=_shortfall(config, amounts, counts, ratio),
     )
 
@@ -271,8 +293,9 @@ def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int
         short = [i for i, r in enumerate(amounts) if counts[i] - counts[i + 1] < r]
         if not short:
             return ""
+        merging = sum(r > 0 for r in amounts)
         return (
-            f"{config.amount} is more than {len(short)} of {len(amounts)} blocks have to give "
+            f"{config.amount} is more than {len(short)} of {merging} merging blocks have to give "
             f"(from block {short[0]} on): half of a block's tokens at most, none below min_tokens={config.min_tokens}"
         )
     if config.keep is not None:

@@ -46,7 +46,7 @@ def paired(degree: Tensor, nearest: Tensor, r: int) -> tuple[Tensor, Tensor]:
     stays = torch.zeros_like(nearest).scatter_add(1, parent, goes.to(nearest.dtype)) > 0
     follows = ~odd & ~root & ~stays & goes.gather(1, parent)
     # ranked: those that go, and padding; those that follow; whoever has no place in a tree (cycles of equals, depth)
-    kind = torch.where(goes | (follows & degree.isposinf()), 3, torch.where(follows, 2, torch.where(stays, 0, 1)))
+    kind = torch.where(goes | (follows & (degree == torch.inf)), 3, torch.where(follows, 2, torch.where(stays, 0, 1)))
     order = degree.argsort(dim=1).argsort(dim=1) + count * kind  # not `stable`, which ONNX lacks: equals in any order
     into = torch.where(follows, parent.gather(1, parent), parent)
     ranked = order.argsort(dim=1, descending=True)

@@ -196,7 +196,7 @@ def _nearest_allowed(
     for window, allowed in window_slices(partition.windows, rows.shape[1], columns.shape[1]):
         cosine = torch.bmm(rows[:, window], columns[:, allowed].transpose(1, 2)) * column_scale[:, None, allowed]
         if partition.all_pairs:
-            itself = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
+            itself = torch.eye(cosine.shape[1], device=cosine.device).bool()  # at once: onnxruntime has no such EyeLike
             cosine = cosine.masked_fill(itself, -torch.inf)
         if never is not None:
             cosine = cosine.masked_fill(never[:, None, allowed], -torch.inf)

@@ -64,7 +64,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     given.add_argument("--skip-bad", action="store_true", help="go on without what is wrong")
     amount = parser.add_argument_group("how much is merged")
     exclusive = amount.add_mutually_exclusive_group()
-    exclusive.add_argument("--r", type=int, metavar="N", help="tokens merged in every block")
+    exclusive.add_argument("--r", type=int, metavar="N", help="tokens merged per block on average")
     exclusive.add_argument("--keep", type=float, metavar="SHARE", help="share of the tokens left")
     exclusive.add_argument(
         "--flops", type=float, metavar="SHARE", help=f"share of the encoder's MACs left (default {DEFAULT_FLOPS})"

@@ -44,7 +44,7 @@ def by_block(source: Source, images: int, on_progress: Progress) -> Blocks:
     """R and A before every block, nothing merged."""
     found: list[list[BlockTrace]] = []
     samples = source.data.samples[:images]
-    with turbovlm.apply(source.predictor.model, r=0, trace=True) as handle:
+    with turbovlm.apply(source.predictor.model, r=0, blocks="every", trace=True) as handle:
         for prepared in batches(source.predictor, samples, None, source.batch, 0):
             source.predictor.predict(prepared)
             found.append(_first_tower(handle.trace))
