@@ -139,6 +139,8 @@ def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor)
     depth, ran = len(feature.names), state.block + 1
     hooked = has_hooks(block, "_forward_hooks")
     state = state.changed(block=ran, tokens=None, version=None, hooked=hooked, lengths=(*state.lengths, x.shape[1]))
+    if not torch.compiler.is_compiling() and feature.config.thresholds is None:  # these wait for the GPU themselves
+        feature.launches.behind(ran, depth, x)
     if not is_exporting():
         feature.last = state.changed(lost=()) if state.lost and ran == depth else state
     if state.merges and ran == depth and feature.restore:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch.nn as nn
 from torch import Tensor
@@ -13,6 +13,7 @@ from turbovlm.encoder.attention import attention_forward
 from turbovlm.encoder.block import block_forward
 from turbovlm.encoder.decoder import check_decoder, decoder_patches
 from turbovlm.encoder.joint import joint_forward
+from turbovlm.encoder.launches import LaunchWatch
 from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.encoder.passed import Passed, check_adapters, of_effect, passed_by, through_module
 from turbovlm.encoder.reading import reads_all, tower_forward
@@ -73,6 +74,7 @@ class EncoderFeature(Remembering[State]):
         unknown_owner: the class of the module that reads the tower, where nothing is known of how.
         pair: whether attention returns its tokens and its map, rather than its tokens alone.
         plain_stem: whether the patch embedding is one projection, so that the cost of the whole encoder is known.
+        launches: whether a GPU waits for Python in its forwards.
         removed, last: as in `turbovlm.patching.Feature`; `last` is the state that the last forward of this thread has
             come to.
     """
@@ -101,6 +103,7 @@ class EncoderFeature(Remembering[State]):
     plain_stem: bool
     pair: bool = True
     removed: bool = False
+    launches: LaunchWatch = field(default_factory=LaunchWatch, repr=False)
 
     @constant_in_graphs
     def solved_amounts(self, tokens: int, prefix: int, solved_by: str) -> tuple[int, ...]:

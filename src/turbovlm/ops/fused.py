@@ -75,8 +75,6 @@ def most_similar(
     counts = [index_count(candidates), index_count(destinations), partition.windows]
     if counts[1] == 0:
         return plain.most_similar(features, partition, hidden)
-    if squares is None:
-        squares = _squares(features)
     redundancy, nearest = kernels.most_similar(features, squares, hidden, *_placed(partition), counts)
     return redundancy, nearest
 
@@ -104,8 +102,6 @@ def at_once(
             return None
         rows, squares = kernels.attention_rows.eager(q, keys, content, bias, shares, guides, scale)
         squares = squares if of_features else None
-    if squares is None:
-        squares = _squares(features)
     placed = _placed(partition)
     found = kernels.most_similar.eager(features, squares, None, *placed, counts)
     alpha = default_alpha(degree) if rules.alpha is None else rules.alpha
@@ -113,12 +109,6 @@ def at_once(
     slots = None if rules.order == "spatial" else published_order(partition, x.shape[1], x.device)
     merged, where, weights, left, logs = kernels.merge_tokens.eager(x, sizes, src, dst, slots, rules.reduce)
     return merged, where, src, weights, left, logs
-
-
-def _squares(features: Tensor) -> Tensor:
-    """Squared lengths, `[batch, 1, tokens]`."""
-    lengths: Tensor = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
-    return lengths.square().unsqueeze(1)
 
 
 def rank(

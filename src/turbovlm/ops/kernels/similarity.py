@@ -17,7 +17,7 @@ if HAS_TRITON:
 @operator
 def most_similar(
     features: Tensor,
-    squares: Tensor,
+    squares: Tensor | None,
     hidden: Tensor | None,
     candidates: Tensor | None,
     destinations: Tensor | None,
@@ -28,7 +28,8 @@ def most_similar(
 
     Args:
         features: `[batch, tokens, width]`, float32, float16 or bfloat16, with any strides; not differentiated.
-        squares: parts of each token's squared length, `[batch, parts, tokens]`, float32.
+        squares: parts of each token's squared length, `[batch, parts, tokens]`, float32; measured here if None, again
+            for every block of pairs.
         hidden: tokens that are nobody's destination, `[batch, tokens]`, bool; none if None.
         candidates, destinations: token positions, `[k]` or `[batch, k]`, int64; None for those of `strided`.
         strided: the first candidate, the first destination, and the step from one to the next.
@@ -44,7 +45,8 @@ def most_similar(
     block = 64
     with torch.cuda.device(features.get_device()):
         _most_similar[(batch * windows * triton.cdiv(triton.cdiv(count, windows), block),)](
-            *(features, *features.stride(), squares.contiguous(), squares.shape[1]),
+            *(features, *features.stride()),
+            *((None, 0) if squares is None else (squares.contiguous(), squares.shape[1])),
             *(None if hidden is None else hidden.contiguous(),),
             *places(candidates, strided[0], batch),
             *places(destinations, strided[1], batch),
@@ -92,11 +94,11 @@ def _most_similar(
     else:
         candidate = tl.load(candidates + image * candidates_stride + row, mask=in_rows, other=0)
     features += image * image_stride
-    squares += image * parts * tokens
     square = tl.zeros([BLOCK_C], tl.float32)
-    for part in range(parts):
-        square += tl.load(squares + part * tokens + candidate, mask=in_rows, other=0.0)
-    length = tl.maximum(tl.sqrt(square), 1e-12)
+    if squares is not None:
+        squares += image * parts * tokens
+        for part in range(parts):
+            square += tl.load(squares + part * tokens + candidate, mask=in_rows, other=0.0)
 
     best = tl.full([BLOCK_C], float("-inf"), tl.float32)
     best_column = tl.zeros([BLOCK_C], tl.int32)
@@ -109,8 +111,11 @@ def _most_similar(
         else:
             other = tl.load(destinations + image * destinations_stride + column, mask=in_columns, other=0)
         square_of_other = tl.zeros([BLOCK_P], tl.float32)
-        for part in range(parts):
-            square_of_other += tl.load(squares + part * tokens + other, mask=in_columns, other=0.0)
+        if squares is not None:
+            for part in range(parts):
+                square_of_other += tl.load(squares + part * tokens + other, mask=in_columns, other=0.0)
+        else:
+            square = tl.zeros([BLOCK_C], tl.float32)
         dots = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
         for start in range(0, width, BLOCK_W):
             channel = start + tl.arange(0, BLOCK_W)
@@ -121,6 +126,11 @@ def _most_similar(
             if WIDENED:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+            if squares is None:
+                wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+                square += tl.sum(wide_a * wide_a, axis=1)
+                square_of_other += tl.sum(wide_b * wide_b, axis=1)
+        length = tl.maximum(tl.sqrt(square), 1e-12)
         cosines = dots / length[:, None] / tl.maximum(tl.sqrt(square_of_other), 1e-12)[None, :]
         allowed = in_columns[None, :] & (other[None, :] != candidate[:, None])
         if hidden is not None:
