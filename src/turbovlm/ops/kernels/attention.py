@@ -225,7 +225,7 @@ def _biased_attention(
                 mixed_rest = tl.dot(shares, values, mixed_rest * fade[:, None])
             highest = now
     per_share = (1.0 / tl.maximum(total, 1e-30))[:, None]
-    out += tl.multiple_of((query * out_token)[:, None], [ALIGNED, 1])
+    out += tl.multiple_of(query * out_token, ALIGNED)[:, None]
     inside = (query < queries)[:, None]
     mixed = (mixed * per_share).to(out.dtype.element_ty)
     tl.store(out + main[None, :] * out_channel, mixed, mask=inside & (main < HEAD_DIM)[None, :])
@@ -244,7 +244,9 @@ def _loaded(
 
     Rows begin at multiples of `ALIGNED` elements, so that one instruction loads as many. `WIDENED`: as float32.
     """
-    pointers = x + tl.multiple_of((token * token_stride)[:, None], [ALIGNED, 1]) + channel[None, :] * channel_stride
+    # as [tokens, 1] the hint would hold for channels too in Triton 3.6, which then loads them one by one
+    row = tl.multiple_of(token * token_stride, ALIGNED)
+    pointers = x + row[:, None] + channel[None, :] * channel_stride
     mask = (channel < HEAD_DIM)[None, :]
     if tokens is not None:
         mask = mask & (token < tokens)[:, None]
