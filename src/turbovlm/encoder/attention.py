@@ -194,7 +194,9 @@ def project_heads(block: nn.Module, parts: Parts, normed: Tensor) -> tuple[Tenso
     if callable(parts.project):
         flat = parts.project(block, normed)
     elif len(parts.project) == 1:
-        flat = parts.project[0](normed).chunk(3, dim=-1)
+        packed = parts.project[0](normed)
+        q, k, v = packed.view(*packed.shape[:2], 3, parts.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
     else:
         flat = tuple(project(normed) for project in parts.project)
     return tuple(each.view(*each.shape[:2], parts.heads, -1).transpose(1, 2) for each in flat)

@@ -17,7 +17,7 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_of, normalised, sizes_from_mask
 from turbovlm.encoder.layout import Layout, Parts
-from turbovlm.encoder.passed import has_hooks, through_module
+from turbovlm.encoder.passed import has_hooks
 from turbovlm.encoder.reading import asked_of
 from turbovlm.encoder.schedule import clamp
 from turbovlm.encoder.state import PREFIX, STATE, State, traced
@@ -57,11 +57,11 @@ def block_forward(
         out = original(hidden, *args, **kwargs)
         return _hand_on(feature, block, state, out[0] if layout.returns_tuple else out)
     _check_arguments(feature, index, state, arguments)
-    through = through_module(layout, feature.names[index], block, feature.passed)
+    parts, through = feature.lookups.of(layout, feature.names[index], index, block, feature.passed)
     if state.sizes is None and layout.mask is not None:
         sizes = sizes_from_mask(arguments.get(layout.mask), hidden)
         state = state.changed(sizes=sizes, padded=sizes is not None)
-    parts, path = layout.parts(block), path_for(hidden)
+    path = path_for(hidden)
     x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments, through)
     return _hand_on(feature, block, state, _second_half(block, layout, parts, x))
 

@@ -15,6 +15,7 @@ from turbovlm.encoder.decoder import check_decoder, decoder_patches
 from turbovlm.encoder.joint import joint_forward
 from turbovlm.encoder.launches import LaunchWatch
 from turbovlm.encoder.layout import Layout, fetch, path_of
+from turbovlm.encoder.lookups import Lookups
 from turbovlm.encoder.passed import Passed, check_adapters, of_effect, passed_by, through_module
 from turbovlm.encoder.reading import reads_all, tower_forward
 from turbovlm.encoder.schedule import (
@@ -74,7 +75,7 @@ class EncoderFeature(Remembering[State]):
         unknown_owner: the class of the module that reads the tower, where nothing is known of how.
         pair: whether attention returns its tokens and its map, rather than its tokens alone.
         plain_stem: whether the patch embedding is one projection, so that the cost of the whole encoder is known.
-        launches: whether a GPU waits for Python in its forwards.
+        launches: whether a GPU waits for Python in its forwards; `lookups`: what these know of their blocks.
         removed, last: as in `turbovlm.patching.Feature`; `last` is the state that the last forward of this thread has
             come to.
     """
@@ -104,6 +105,7 @@ class EncoderFeature(Remembering[State]):
     pair: bool = True
     removed: bool = False
     launches: LaunchWatch = field(default_factory=LaunchWatch, repr=False)
+    lookups: Lookups = field(default_factory=Lookups, repr=False)
 
     @constant_in_graphs
     def solved_amounts(self, tokens: int, prefix: int, solved_by: str) -> tuple[int, ...]:

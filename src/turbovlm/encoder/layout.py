@@ -227,6 +227,13 @@ class Layout:
             found.append(step)
         return tuple(found)
 
+    @functools.cached_property
+    def fetched_paths(self) -> tuple[str, ...]:
+        """Paths of all that `parts` fetches, of a resolved layout."""
+        single = [getattr(self, name) for name in _PATHS]
+        project = () if callable(self.project) else self.project
+        return tuple(path for path in (*single, *project, *self.after_attention, *self.mlp) if path is not None)
+
     @property
     def called_paths(self) -> tuple[str, ...]:
         """Paths of all that the two halves of a block call, of a resolved layout."""
