@@ -74,9 +74,11 @@ def tile_of(batch: int, heads: int, queries: int, head_dim: int) -> Tile:
     """The tile for attention of this shape.
 
     Not timed yet (`benchmarks/attention_sweep.py` will): chosen by what `tests/compiled_kernels.py` prints for compute
-    capability 9.0. Of the tiles that use no stack in the loop and leave room for 8 warps on a multiprocessor, these
-    take the fewest instructions for a score. Programs of 128 queries read keys and values half as often as those of 64,
-    but must be enough to occupy the GPU. What is in shared memory fits into the 99 KiB of small GPUs.
+    capability 9.0. Registers allow two programs on a multiprocessor, so that one multiplies while the other takes
+    exponentials, or one of 8 warps at 128 channels; no loop uses the stack. 64 keys at a time take a quarter fewer
+    instructions for a score than 32; 128 would spill, or waste more in the last block. Programs of 128 queries read
+    keys and values half as often as those of 64, but must be enough to occupy the GPU. Shared memory stays within the
+    99 KiB of small GPUs.
     """
     if triton.cdiv(queries, 128) * batch * heads < BUSY:
         return Tile(queries=64, keys=64, warps=4, stages=2)
