@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.ops.kernels.common import HAS_TRITON, LEAST_CAPABILITY, alignment, interpreted, jit, operator, usable
+from turbovlm.ops.kernels.replay import empty
 from turbovlm.ops.tracing import constant_in_graphs
 
 if HAS_TRITON:
@@ -30,6 +32,11 @@ class Tile:
     keys: int
     warps: int
     stages: int
+
+
+SMALL = Tile(queries=64, keys=64, warps=4, stages=2)
+LARGE = Tile(queries=128, keys=64, warps=4, stages=2)
+WIDE = Tile(queries=128, keys=64, warps=8, stages=2)
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -61,6 +68,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     return out
 
 
+@functools.cache
 def head_parts(head_dim: int) -> tuple[int, int]:
     """Channels of the two parts that a head is computed in, powers of 2 from 16 on; the second is 0 where two parts are
     no fewer channels than one: 72 is 64 and 16, 112 is 128."""
@@ -76,13 +84,13 @@ def tile_of(batch: int, heads: int, queries: int, head_dim: int) -> Tile:
     Not timed yet (`benchmarks/attention_sweep.py` will): chosen by what `tests/compiled_kernels.py` prints for compute
     capability 9.0. Registers allow two programs on a multiprocessor, so that one multiplies while the other takes
     exponentials, or one of 8 warps at 128 channels; no loop uses the stack. 64 keys at a time take a quarter fewer
-    instructions for a score than 32; 128 would spill, or waste more in the last block. Programs of 128 queries read keys
-    and values half as often as those of 64, but must be enough to occupy the GPU. Shared memory stays within the 99 KiB
-    of small GPUs.
+    instructions for a score than 32; 128 would spill, or waste more in the last block. Programs of 128 queries read
+    keys and values half as often as those of 64, but must be enough to occupy the GPU. Shared memory stays within the
+    99 KiB of small GPUs.
     """
-    if triton.cdiv(queries, 128) * batch * heads < BUSY:
-        return Tile(queries=64, keys=64, warps=4, stages=2)
-    return Tile(queries=128, keys=64, warps=4 if sum(head_parts(head_dim)) < 128 else 8, stages=2)
+    if -(-queries // LARGE.queries) * batch * heads < BUSY:
+        return SMALL
+    return WIDE if head_dim > 96 else LARGE
 
 
 def launch(out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, tile: Tile) -> None:
@@ -90,8 +98,9 @@ def launch(out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: fl
     batch, heads, queries, head_dim = q.shape
     bias = bias.expand(batch, heads, 1, k.shape[2])
     main, rest = head_parts(head_dim)
+    programs = -(-queries // tile.queries) * batch * heads
     with torch.cuda.device(q.get_device()):
-        _biased_attention[(triton.cdiv(queries, tile.queries) * batch * heads,)](
+        _biased_attention[(programs,)](
             *(q, *q.stride(), k, *k.stride(), v, *v.stride()),
             *(bias, bias.stride(0), bias.stride(1), bias.stride(3), out, *out.stride()),
             *(scale, heads, queries, k.shape[2]),
@@ -157,7 +166,7 @@ biased_attention.operator.register_fake(_attended)
 
 
 def _rows(q: Tensor, keys: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    rows, squares = (keys.new_empty(keys.shape[:3], dtype=torch.float32) for _ in range(2))
+    rows, squares = (empty(keys, *keys.shape[:3], dtype=torch.float32) for _ in range(2))
     return rows, squares
 
 
