@@ -95,19 +95,28 @@ def at_once(
     takes = all(each.dtype in kernels.DTYPES for each in (x, features)) and 0 < counts[0] <= kernels.MOST_RANKED
     if padded or counts[1] == 0 or degree not in kernels.RANKED or not takes:
         return None
-    rows = squares = None
-    if guide is not None:
-        q, keys, content, bias, shares, guides, scale, of_features = guide
-        if keys.dtype not in kernels.DTYPES:
-            return None
-        rows, squares = kernels.attention_rows.eager(q, keys, content, bias, shares, guides, scale)
-        squares = squares if of_features else None
-    placed = _placed(partition)
-    found = kernels.most_similar.eager(features, squares, None, *placed, counts)
-    alpha = default_alpha(degree) if rules.alpha is None else rules.alpha
-    _, _, src, dst = kernels.choose.eager(*found, rows, *placed, degree, alpha, partition.all_pairs, r)
+    own = (None,) * 5 if guide is None else guide[:5]
+    if guide is not None and guide.keys.dtype not in kernels.DTYPES:
+        return None
+    tables = [each if isinstance(each, Tensor) else None for each in (partition.candidates, partition.destinations)]
+    inputs = (x, features, sizes, *own, *tables)
     slots = None if rules.order == "spatial" else published_order(partition, x.shape[1], x.device)
-    merged, where, weights, left, logs = kernels.merge_tokens.eager(x, sizes, src, dst, slots, rules.reduce)
+
+    def launch() -> Merged:
+        rows = squares = None
+        if guide is not None:
+            q, keys, content, bias, shares, guides, scale, of_features = guide
+            rows, squares = kernels.attention_rows.eager(q, keys, content, bias, shares, guides, scale)
+            squares = squares if of_features else None
+        placed = _placed(partition)
+        found = kernels.most_similar.eager(features, squares, None, *placed, counts)
+        alpha = default_alpha(degree) if rules.alpha is None else rules.alpha
+        _, _, src, dst = kernels.choose.eager(*found, rows, *placed, degree, alpha, partition.all_pairs, r)
+        merged, where, weights, left, logs = kernels.merge_tokens.eager(x, sizes, src, dst, slots, rules.reduce)
+        return merged, where, src, weights, left, logs
+
+    how = (rules, r, *(() if guide is None else guide[5:]), *_placed(partition)[2], *counts, partition.all_pairs)
+    merged, where, src, weights, left, logs = kernels.replayed(launch, (*inputs, slots), x, how)
     return merged, where, src, weights, left, logs
 
 

@@ -7,6 +7,7 @@ from turbovlm.ops.kernels.attention import attends, attention_rows, biased_atten
 from turbovlm.ops.kernels.choosing import MOST_RANKED, RANKED, choose
 from turbovlm.ops.kernels.common import DTYPES, HAS_TRITON, LEAST_CAPABILITY, usable
 from turbovlm.ops.kernels.merging import mean_of_bags, merge_tokens
+from turbovlm.ops.kernels.replay import replayed
 from turbovlm.ops.kernels.similarity import most_similar
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "mean_of_bags",
     "merge_tokens",
     "most_similar",
+    "replayed",
     "usable",
 ]

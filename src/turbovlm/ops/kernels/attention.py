@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.ops.kernels.common import HAS_TRITON, LEAST_CAPABILITY, alignment, interpreted, jit, operator, usable
+from turbovlm.ops.kernels.common import (
+    HAS_TRITON,
+    LEAST_CAPABILITY,
+    alignment,
+    called,
+    interpreted,
+    jit,
+    operator,
+    usable,
+)
 from turbovlm.ops.kernels.replay import empty
 from turbovlm.ops.tracing import constant_in_graphs
 
@@ -245,7 +254,7 @@ def _biased_attention(
         tl.store(out + rest[None, :] * out_channel, mixed_rest, mask=inside & (rest < HEAD_DIM)[None, :])
 
 
-@jit
+@called
 def _loaded(
     x: tl.tensor, token: tl.tensor, token_stride: tl.tensor, tokens: tl.tensor,
     channel: tl.tensor, channel_stride: tl.tensor,

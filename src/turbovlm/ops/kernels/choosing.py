@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.ops.kernels.common import HAS_TRITON, jit, operator, places
+from turbovlm.ops.kernels.replay import empty
 from turbovlm.ops.pairs import STEPS_DOUBLED
 
 if HAS_TRITON:
@@ -58,7 +59,7 @@ def choose(
     batch, count = redundancy.shape
     block = max(triton.next_power_of_2(count), 64)
     heads, tokens = (0, 0) if rows is None else rows.shape[1:]
-    marks = nearest.new_empty((batch, count), dtype=torch.int32) if all_pairs else None
+    marks = empty(nearest, batch, count, dtype=torch.int32) if all_pairs else None
     with torch.cuda.device(redundancy.get_device()):
         _choose[(batch,)](
             *(redundancy, *redundancy.stride(), nearest, *nearest.stride()),
@@ -77,8 +78,8 @@ def choose(
 
 def _chosen(redundancy: Tensor, nearest: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r = others[-1]
-    of_each = [redundancy.new_empty(redundancy.shape, dtype=torch.float32) for _ in range(2)]
-    of_chosen = [nearest.new_empty(nearest.shape[0], r) for _ in range(2)]
+    of_each = [empty(redundancy, *redundancy.shape, dtype=torch.float32) for _ in range(2)]
+    of_chosen = [empty(nearest, nearest.shape[0], r) for _ in range(2)]
     return of_each[0], of_each[1], of_chosen[0], of_chosen[1]
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from turbovlm.ops.kernels.replay import recording
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     import triton
@@ -76,9 +78,26 @@ def _is_plain(value: Any) -> bool:
     return type(value) is Tensor or not isinstance(value, Tensor)
 
 
+class Kernel:
+    """A kernel of Triton's, launched as `kernel[grid](…)`; where launches are recorded, it is, too."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        record = recording()
+        launch: Callable[..., Any] = self.kernel[grid]
+        return launch if record is None else functools.partial(record.launch, self.kernel, grid)
+
+
+def called(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, of what kernels call; the function itself where there is no Triton."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
 def jit(kernel: Callable[..., None]) -> Any:
-    """`triton.jit`; the function itself where there is no Triton."""
-    return triton.jit(kernel, do_not_specialize=COUNTS) if HAS_TRITON else kernel
+    """`triton.jit`, of what is launched; the function itself where there is no Triton."""
+    return Kernel(triton.jit(kernel, do_not_specialize=COUNTS)) if HAS_TRITON else kernel
 
 
 def by_image(table: Tensor | None, batch: int) -> tuple[Tensor | None, int]:

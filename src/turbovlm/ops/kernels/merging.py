@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.ops.kernels.common import HAS_TRITON, by_image, jit, operator
+from turbovlm.ops.kernels.replay import empty
 from turbovlm.ops.plain import LOG_0
 
 if HAS_TRITON:
@@ -80,7 +81,7 @@ def mean_of_bags(x: Tensor, bag: Tensor, starts: Tensor, weights: Tensor) -> Ten
 
 
 def _bags_output(x: Tensor, bag: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], len(starts) // x.shape[0], x.shape[2])
+    return empty(x, x.shape[0], len(starts) // x.shape[0], x.shape[2])
 
 
 mean_of_bags.operator.register_fake(_bags_output)
@@ -91,8 +92,8 @@ def _merge_tokens_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, width = x.shape
     left = tokens - src.shape[1]
-    weights, merged_sizes, logs = (x.new_empty(batch, each, dtype=torch.float32) for each in (tokens, left, left))
-    return x.new_empty(batch, left, width), src.new_empty(batch * tokens), weights, merged_sizes, logs
+    weights, merged_sizes, logs = (empty(x, batch, each, dtype=torch.float32) for each in (tokens, left, left))
+    return empty(x, batch, left, width), empty(src, batch * tokens), weights, merged_sizes, logs
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.ops.kernels.common import HAS_TRITON, interpreted, jit, operator, places
+from turbovlm.ops.kernels.replay import empty
 
 if HAS_TRITON:
     import triton
@@ -64,7 +65,7 @@ def most_similar(
 
 def _most_similar_outputs(features: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     shape = features.shape[0], others[-1][0]
-    return features.new_empty(shape, dtype=torch.float32), features.new_empty(shape, dtype=torch.int64)
+    return empty(features, *shape, dtype=torch.float32), empty(features, *shape, dtype=torch.int64)
 
 
 most_similar.operator.register_fake(_most_similar_outputs)
