@@ -18,6 +18,8 @@ from turbovlm.ops.kernels import replay  # noqa: E402
 from turbovlm.ops.partition import Split  # noqa: E402
 from turbovlm.ops.whole import Guide, Rules, merge_whole  # noqa: E402
 
+ANY_TWO = Split("all", 1)
+
 
 class Interpreted:
     """Stands for what Triton compiles, where it interprets: launched with all arguments, `constexpr` ones included."""
@@ -73,7 +75,7 @@ def inputs(seed, *, tokens=33, dtype=torch.float32, sized=True, guidance="cls", 
     return randn(2, tokens, 48), features.clone() if apart else features, guide, sizes
 
 
-def merged(parts, split=Split("all", 1), r=5, degree="weighted_distance", order="spatial", reduce="keep_norm"):
+def merged(parts, split=ANY_TWO, r=5, degree="weighted_distance", order="spatial", reduce="keep_norm"):
     x, features, guide, sizes = parts
     rules = Rules(degree, None, 0, order, reduce)
     merge, y = merge_whole(
@@ -118,8 +120,8 @@ def test_other_tensors_of_the_kind_give_what_the_function_gives(kind, how, repla
 
 @torch.inference_mode()
 def test_what_could_be_told_apart_is_recorded_anew(replays):
-    parts, kinds = inputs(0), 0
-    for other, how in (
+    parts = inputs(0)
+    kinds = (
         (parts, {}),
         (parts, {"r": 6}),
         (parts, {"reduce": "merge"}),
@@ -132,10 +134,10 @@ def test_what_could_be_told_apart_is_recorded_anew(replays):
         (inputs(0, apart=True), {}),  # the features are not where the keys are
         ((parts[0].transpose(1, 2).contiguous().transpose(1, 2), *parts[1:]), {}),
         ((torch.cat([parts[0].flatten()[:1], parts[0].flatten()])[1:].view_as(parts[0]), *parts[1:]), {}),  # address
-    ):
+    )
+    for count, (other, how) in enumerate(kinds, 1):
         merged(other, **how)
-        kinds += 1
-        assert len(replay._REPLAYS) == kinds and not replays
+        assert len(replay._REPLAYS) == count and not replays
 
 
 @torch.inference_mode()
