@@ -117,7 +117,8 @@ class DenoiserSubject(Subject):
     @property
     def timed_on(self) -> str:
         denoiser: Any = denoiser_of(self.model)
-        return f"a call of {self.batch} images in {self.steps} steps on {device_in_words(denoiser)}"
+        images = f"{self.batch} image{'' if self.batch == 1 else 's'}"
+        return f"a call for {images} in {self.steps} steps on {device_in_words(denoiser)}"
 
     def trials(self, amount: float) -> list[Trial]:
         """Each of `SLOPES`, where there are several resolutions, then each of `SETTINGS`."""

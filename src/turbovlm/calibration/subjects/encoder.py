@@ -149,7 +149,8 @@ class EncoderSubject(Subject):
 
     @property
     def timed_on(self) -> str:
-        return f"a batch of {len(self._timed)} images on {device_in_words(self.model)}"
+        count = len(self._timed)
+        return f"a batch of {count} image{'' if count == 1 else 's'} on {device_in_words(self.model)}"
 
     @property
     def _timed(self) -> Sequence[int]:
