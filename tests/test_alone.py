@@ -121,7 +121,7 @@ def test_a_model_of_ones_own(tmp_path):
     assert done.returncode == 0, done.stderr
     refused, shapes, sizes, restored = done.stdout.splitlines()
     assert refused.startswith("ViT has no block that turbovlm can accelerate: its blocks (Block) look like a ViT's")
-    assert shapes == "(65, 57, 49, 41) (2, 32) False"
+    assert shapes == "(65, 53, 53, 41) (2, 32) False"
     assert sizes == str([(65.0, 65.0)] * 3)
     assert restored == "True"
 

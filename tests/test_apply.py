@@ -501,6 +501,26 @@ def test_every_second_block_merges_any_patches_and_every_block_halves():
             assert merging_blocks(handle) == blocks and handle.features[0].partition == partition
 
 
+@pytest.mark.parametrize(
+    ("depth", "blocks"),
+    [
+        (6, [0, 2, 4]),
+        (12, [0, 2, 4, 6, 8, 10]),
+        (13, [0, 3, 6, 9, 12]),
+        (24, [0, 4, 8, 12, 16, 20]),
+        (27, [0, 5, 10, 15, 20, 25]),
+        (40, [0, 7, 14, 21, 28, 35]),
+    ],
+)
+def test_six_blocks_merge_at_most(depth, blocks):
+    with torch.device("meta"):
+        model = timm.models.VisionTransformer(img_size=128, patch_size=8, embed_dim=32, depth=depth, num_heads=2)
+    for amount in ({"r": 2}, {"keep": 0.7}):
+        with turbovlm.apply(model, **amount) as handle:
+            assert merging_blocks(handle) == blocks
+            assert handle.schedules[0].tokens[-1] == (257 - 2 * depth if "r" in amount else 180)
+
+
 def test_blocks_that_are_not_there_are_refused():
     with pytest.raises(ConfigError, match=r"blocks=\[3, 12\]: the encoder .*has 12 blocks, counted from 0 to 11"):
         turbovlm.apply(small_clip(), flops=0.6, blocks=[3, 12])

@@ -7,6 +7,7 @@ import torch
 
 import turbovlm
 from turbovlm import Calibration, ConfigError, DenoiseConfig, TurboError
+from turbovlm.calibration.subjects.denoiser import DenoiserSubject
 from turbovlm.profile import compare_images
 
 pytest.importorskip("diffusers")
@@ -84,3 +85,10 @@ def test_what_is_no_pipeline_or_too_little(pipe, prompts):
         turbovlm.calibrate(torch.nn.Linear(2, 2), prompts, flops=0.9)
     with turbovlm.apply(pipe, keep=0.5), pytest.raises(TurboError, match="accelerated already"):
         turbovlm.calibrate(pipe, prompts, flops=0.9)
+
+
+def test_whole_calls_are_timed(pipe, prompts):
+    subject = DenoiserSubject(pipe, prompts[:2], DenoiseConfig(1.0), frozenset(), 0, lambda _: None, steps=2)
+    found = subject.speedups([DenoiseConfig(1.0), DenoiseConfig(0.5)], 1)
+    assert len(found) == 2 and all(0.1 < faster < 10 for faster in found)
+    assert subject.timed_on.startswith("a call for 1 image in 2 steps on ") and subject.timed_on.endswith(", float32")

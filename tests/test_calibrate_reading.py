@@ -11,6 +11,7 @@ import torch.nn as nn
 
 import turbovlm
 from turbovlm import Calibration, ConfigError, ReadConfig, TurboConfig, TurboError, UnsupportedModelError
+from turbovlm.calibration.subjects.reading import ReadingSubject
 from turbovlm.profile import macs
 from vlms import VLMS, blip, seeded
 
@@ -137,3 +138,11 @@ def test_what_cannot_be_done_says_why(case):
     model.eval()
     with turbovlm.apply(model, visual_keep=0.5), pytest.raises(TurboError, match="accelerated already"):
         turbovlm.calibrate(model, prompts, visual_keep=0.5)
+
+
+def test_a_prompt_is_timed(case):
+    model, prompts = case
+    subject = ReadingSubject(model, prompts[:2], ReadConfig(1.0), frozenset(), 0, lambda _: None)
+    found = subject.speedups([ReadConfig(1.0), ReadConfig(0.5)], 2)
+    assert len(found) == 2 and all(0.1 < faster < 10 for faster in found)
+    assert subject.timed_on.startswith("one prompt on ") and subject.timed_on.endswith(", float32")

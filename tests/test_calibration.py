@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from turbovlm.calibration import search
 from turbovlm.calibration.bound import upper_bound
 from turbovlm.calibration.drift import Reference, clearly_less
 from turbovlm.calibration.outputs import check_different
-from turbovlm.calibration.schedule_search import EncoderCost
-from turbovlm.calibration.subject import Subject, Trial, solve_amount
+from turbovlm.calibration.schedule_search import EncoderCost, schedule_search
+from turbovlm.calibration.subject import Found, Subject, Trial, solve_amount
 from turbovlm.calibration.subjects import thresholds
 from turbovlm.calibration.subjects.encoder import EncoderSubject
 from turbovlm.encoder.schedule import EncoderShape, token_counts
@@ -137,8 +139,10 @@ class Line(Subject):
     def cost(self, config):
         return config.keep
 
-    def speedup(self, config):
-        return 1 / (0.1 + 0.9 * config.keep)
+    def speedups(self, configs, rounds):
+        return [1 / (0.1 + 0.9 * config.keep) for config in configs]
+
+    timed_on = "paper"
 
     def trials(self, amount):
         return [Trial(), Trial({"dense": True}), Trial({"reduce": "merge"})]
@@ -190,6 +194,45 @@ def test_a_speedup_is_solved_for():
         search.at_speedup(Line(0.9, 1), 2, SAMPLES)
 
 
+class Spreads(Line):
+    """Two spreads of one config: at one amount the first drifts least, and takes a tenth of the model's time more."""
+
+    MANY, FEW = (1.0, 1.0), (0.0, 1.0)
+
+    def trials(self, amount):
+        return [Trial({}, self.MANY), Trial({}, self.FEW), Trial({"dense": True})]
+
+    def configured(self, config, spread, amount):
+        degree = "redundancy" if spread == self.MANY else "weighted_distance"
+        return None if amount < 0.5 else TurboConfig(keep=amount, dense=config.dense, degree=degree)
+
+    def drift(self, config, samples):
+        own = torch.tensor([float(sample) for sample in samples])
+        many, halved = config.degree == "redundancy", 0.5 if config.dense else 1
+        return own + (1 - config.keep) * (1.0 if many else 1.2) * halved
+
+    def speedups(self, configs, rounds):
+        self.asked.append((len(configs), rounds))
+        return [1 / (config.keep + (0.1 if config.degree == "redundancy" else 0)) for config in configs]
+
+
+def test_spreads_are_compared_at_one_time():
+    """At 70 % of the time the first may leave 60 %, and the second 70 %; at one amount the first is better."""
+    subject = Spreads(0.9, 1)
+    assert search.least_drift(subject, 0.7, SAMPLES).spread == Spreads.MANY
+    found, measured = search.at_speedup(subject, 1 / 0.7, SAMPLES)
+    assert found.spread == Spreads.FEW and found.config.dense and found.amount == pytest.approx(0.7, abs=0.015)
+    assert measured == pytest.approx(1 / 0.7, rel=0.02)
+    assert subject.asked == [(2, search.FEW_ROUNDS), (1, search.FEW_ROUNDS), (1, search.ROUNDS)]
+
+
+def test_a_spread_that_cannot_be_so_fast_is_left_out():
+    """Half of the multiply-accumulates and a tenth beside are the least time of the first."""
+    assert search.at_speedup(Spreads(0.9, 1), 1.9, SAMPLES)[0].spread == Spreads.FEW
+    with pytest.raises(ConfigError, match=r"speedup=2\.2 is out of reach: 2\.00 is the most that was measured"):
+        search.at_speedup(Spreads(0.9, 1), 2.2, SAMPLES)
+
+
 def test_a_schedule_for_one_cost(vit, images):
     before = vit(images[:2])[0]
     went = []
@@ -238,14 +281,59 @@ def test_the_cheapest_within_a_tolerance(vit, images):
 
 def test_a_speed_is_measured(vit, images, monkeypatch):
     """As fast as the arithmetic allows, by a clock of our own."""
-    monkeypatch.setattr(EncoderSubject, "speedup", lambda self, config: 0.9 / self.cost(config))
+    rounds = []
+
+    def speedups(self, configs, count):
+        rounds.append((len(configs), count))
+        return [0.9 / self.cost(config) for config in configs]
+
+    monkeypatch.setattr(EncoderSubject, "speedups", speedups)
     found = turbovlm.calibrate(vit, images, speedup=1.3, effort=1)
     assert found.speedup == pytest.approx(1.3, rel=0.02)
     assert found.flops == pytest.approx(0.9 / 1.3, abs=0.02)
+    threads = f"{torch.get_num_threads()} threads"
+    assert found.measured_on.startswith("a batch of 16 images on ") and f" CPU, {threads}, float32" in found.measured_on
+    assert f"{found.speedup:.2f} times faster as measured with {found.measured_on}. On" in str(found)
+    spreads = len([trial for trial in subject_of(vit, images).trials(1 / 1.3) if trial.spread is not None])
+    assert rounds[0] == (spreads, search.FEW_ROUNDS) and rounds[-1] == (1, search.ROUNDS) and len(rounds) <= 4
+
+
+def test_few_merges_are_found_where_a_merge_takes_time(vit, images, monkeypatch):
+    """One of the four blocks merges where each merge takes a twentieth of the model's time, all of them where none."""
+    merges = {}
+    for each in (0.0, 0.05):
+
+        def speedups(self, configs, count, each=each):
+            return [1 / (self.cost(config) + each * sum(r > 0 for r in config.r)) for config in configs]
+
+        monkeypatch.setattr(EncoderSubject, "speedups", speedups)
+        found = turbovlm.calibrate(vit, images, speedup=1.2, effort=1)
+        merges[each] = [r > 0 for r in found.config.r]
+        assert found.speedup == pytest.approx(1.2, rel=0.02)
+        assert found.flops == pytest.approx(1 / 1.2 - each * sum(merges[each]), abs=0.02)
+    assert sum(merges[0.05]) < sum(merges[0.0])
+
+
+class Flattest(Line):
+    """Drifts by the most that a block merges, so that more blocks are better."""
+
+    def drift(self, config, samples):
+        return torch.tensor([float(sample) for sample in samples]) + max(config.r)
+
+
+def test_a_search_that_stays_as_fast_merges_in_no_other_block():
+    subject, cost, spread = Flattest(0.9, 1), EncoderCost(SHAPE, 67), (0.0, 1.0, 0.2, 0.0)
+    config = TurboConfig(cost.amounts(spread, 0.8))
+    start = Found(config, spread, 0.8, subject.drift(config, SAMPLES))
+    for as_fast, merging in ((False, {0, 1, 2}), (True, {1, 2})):
+        found = schedule_search(subject, cost, start, SAMPLES, 2000, 0, as_fast)
+        assert {block for block, r in enumerate(found.config.r) if r} == merging
+        assert max(found.config.r) < max(config.r) and cost.share(found.config.r) == pytest.approx(0.8, abs=0.01)
 
 
 def test_the_clock_of_a_device(vit, images):
-    assert 0.2 < subject_of(vit, images).speedup(TurboConfig(r=(16, 16, 8, 4))) < 5
+    fast, slow = subject_of(vit, images).speedups([TurboConfig(r=(16, 16, 8, 4)), TurboConfig(r=(1, 0, 0, 0))], 3)
+    assert 0.2 < fast < 5 and 0.2 < slow < 5
 
 
 def test_what_each_family_is_measured_by(images):
@@ -436,15 +524,21 @@ def test_the_bound_holds():
 
 
 def test_saved_and_loaded(vit, images, tmp_path):
-    found = Calibration(TurboConfig((3, 2)), 0.71, 0.01, 0.02, 0.9, 31, 1.25, ((0.71, 0.01), (0.8, 0.005)))
+    curve, measured_on = ((0.71, 0.01), (0.8, 0.005)), "a batch of 16 images on NVIDIA H200, bfloat16"
+    found = Calibration(TurboConfig((3, 2)), 0.71, 0.01, 0.02, 0.9, 31, 1.25, curve, measured_on)
     found.save(tmp_path / "turbo.json")
     assert Calibration.load(tmp_path / "turbo.json") == found
     assert TurboConfig.load(tmp_path / "turbo.json") == found.config
     assert str(found) == (
-        "r=[3, 2]: 71.0% of the multiply-accumulates are left, 1.25 times faster as measured. On 31 images that took "
-        "no part in the search the mean drift is 0.0100. At least 90% of as many other images like these drift no "
-        "further than 0.0200, with a probability of 95 %."
+        "r=[3, 2]: 71.0% of the multiply-accumulates are left, 1.25 times faster as measured with a batch of 16 images "
+        "on NVIDIA H200, bfloat16. On 31 images that took no part in the search the mean drift is 0.0100. At least 90% "
+        "of as many other images like these drift no further than 0.0200, with a probability of 95 %."
     )
+    saved = json.loads((tmp_path / "turbo.json").read_text())
+    assert saved["promise"].pop("measured_on") == measured_on  # as before it was told
+    (tmp_path / "turbo.json").write_text(json.dumps(saved))
+    earlier = Calibration.load(tmp_path / "turbo.json")
+    assert earlier == replace(found, measured_on=None) and "1.25 times faster as measured. On" in str(earlier)
     with pytest.raises(ConfigError, match=r"these settings were not calibrated: read them with TurboConfig.load"):
         TurboConfig(r=1).save(tmp_path / "plain.json")
         Calibration.load(tmp_path / "plain.json")

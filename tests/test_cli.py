@@ -39,7 +39,7 @@ def test_inspect_a_folder(folder, tmp_path, capsys):
     assert main(["inspect", folder, "--r", "2", "--json", str(out)]) == 0
     assert "encoder.layer.2" in capsys.readouterr().out.replace("\n", "")
     encoder = json.loads(out.read_text())["encoders"][0]
-    assert encoder["tokens"] == [17, 15, 13, 11] and len(encoder["blocks"]) == 3
+    assert encoder["tokens"] == [17, 14, 14, 11] and len(encoder["blocks"]) == 3
 
 
 ACROSS = {

@@ -49,7 +49,7 @@ def test_nothing_merged_changes_nothing():
 @pytest.mark.parametrize("words", (3, 7, 12))
 def test_words_are_never_merged(words):
     model, given = make(), inputs(words)
-    with turbovlm.apply(model, r=4, trace=True) as handle:
+    with turbovlm.apply(model, r=4, blocks="every", trace=True) as handle:
         hidden = run(model, given, output_hidden_states=True).hidden_states
         assert {h.shape[1] for h in hidden[:-1]} == {words + 1 + PATCHES}  # restored, but for what is handed on
         run(model, given)

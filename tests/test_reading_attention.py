@@ -266,9 +266,10 @@ def test_another_layer_of_a_tower_that_merges():
     model = llava_with(TOWERS["CLIP"](), "default")
     ids = torch.tensor([[3] + [IMAGE] * 36 + [4, 5]] * 2)
     cases = [
-        ({"r": 4}, (1, -3, 2, -4), (3, 4, -1, -2)),
+        ({"r": 4, "blocks": "every"}, (1, -3, 2, -4), (3, 4, -1, -2)),
+        ({"r": 4}, (2, -3), (1, 3, 4, -4)),
         ({"r": [0, 4, 4]}, (2, -3), (1, 3, 4, -4)),
-        ({"r": 4, "visual_keep": 0.5, "visual_select": "uniform"}, (1, 2), (3, 4)),
+        ({"r": 4, "blocks": "every", "visual_keep": 0.5, "visual_select": "uniform"}, (1, 2), (3, 4)),
     ]
     for settings, merged, whole in cases:
         with turbovlm.apply(model, **settings):

@@ -143,6 +143,9 @@ def test_another_set_of_blocks_merges_where_the_first_has_less_than_r_asks_for()
         found = placed(TurboConfig(r=r), (FOUR, FIVE), 197)
         assert [i for i, n in enumerate(found.merged) if n] == [*merging] and not found.note
         assert found.tokens[-1] == 197 - 12 * r
+    second = (tuple(range(0, 12, 2)),)
+    for r, merging in ((14, second[0]), (15, range(12))):
+        assert [i for i, n in enumerate(placed(TurboConfig(r=r), second, 197).merged) if n] == [*merging]
     short = placed(TurboConfig(r=30, blocks=FOUR), tokens=197)
     assert "r=30 is more than 3 of 4 merging blocks have to give (from block 5 on)" in short.note
 

@@ -355,7 +355,7 @@ def test_visual_keep_is_counted_in_the_whole_model(tmp_path):
     settings = [
         Setting("own"),
         Setting("half", (ReadConfig(0.5),)),
-        Setting("both", (TurboConfig(r=2), ReadConfig(0.5))),
+        Setting("both", (TurboConfig(r=4), ReadConfig(0.5))),
     ]
     study = run_study(
         "captioning", "llava", predictor, data, settings, tmp_path / "out", scoring=lambda *_: [Score("s", 1.0)]

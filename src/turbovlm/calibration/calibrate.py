@@ -76,7 +76,8 @@ def calibrate(
             whole language model, or of the denoiser: the least drift at that cost.
         max_drift: the cheapest settings whose mean drift is not above it, in (0, 1).
         speedup: the least drift at that speed-up, > 1, measured on this device: of a batch of images, of a prompt up to
-            its first new token, or of a whole call of the pipeline.
+            its first new token, or of a whole call of the pipeline. Schedules are compared at the amounts that make
+            each of them that much faster, as merges take time beside the multiply-accumulates.
         visual_keep: language models: the least drift with that share or count of an image's tokens read.
         measure: encoders: `(model, images) -> features` by which drift is measured, a tensor `[batch, width]` or
             `[batch, tokens, width]`, or several that count alike; what the family is read by if None.

@@ -25,6 +25,8 @@ class Calibration:
         bound: with a probability of 95 %, at least `coverage` of as many other samples like these drift no further.
         images: number of samples that it was measured on.
         speedup: times faster, measured; None where that was not asked for.
+        measured_on: what the speed-up was measured on, in words: how many samples at once, device and dtype. None where
+            there is no speed-up, or in files of earlier releases.
         curve: shares of multiply-accumulates, each with its mean drift, of the same settings at other costs, by numbers
             and not by thresholds.
     """
@@ -37,10 +39,12 @@ class Calibration:
     images: int
     speedup: float | None
     curve: tuple[tuple[float, float], ...]
+    measured_on: str | None = None
 
     def __str__(self) -> str:
         samples = "images" if isinstance(self.config, TurboConfig) else "prompts"
         faster = "" if self.speedup is None else f", {self.speedup:.2f} times faster as measured"
+        faster += "" if self.measured_on is None else f" with {self.measured_on}"
         return (
             f"{self.config.amount}: {self.flops:.1%} of the multiply-accumulates are left{faster}. On {self.images} "
             f"{samples} that took no part in the search the mean drift is {self.drift:.4f}. At least "

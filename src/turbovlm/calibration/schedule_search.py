@@ -76,7 +76,13 @@ class EncoderCost:
 
 
 def schedule_search(
-    subject: Subject, cost: EncoderCost, best: Found, samples: Sequence[int], budget: int, seed: int
+    subject: Subject,
+    cost: EncoderCost,
+    best: Found,
+    samples: Sequence[int],
+    budget: int,
+    seed: int,
+    as_fast: bool = False,
 ) -> Found:
     """Move tokens between blocks at the same cost, as long as it helps.
 
@@ -85,13 +91,15 @@ def schedule_search(
 
     Args:
         budget: samples that may go through the model.
+        as_fast: move tokens only between blocks that merge, so that there are no more merges than before.
     """
     chance = random.Random(seed)
     count = len(samples)
     few = max(1, round(count * SUBSET))
     spent = 0
     while spent < budget:
-        spread = _moved_spread(best.spread, chance)
+        merging = [block for block, share in enumerate(best.spread) if share > 0 or not as_fast]
+        spread = _moved_spread(best.spread, merging, chance)
         some = sorted(chance.sample(range(count), few))
         amounts = cost.amounts(spread, best.amount)
         spent += few
@@ -107,10 +115,14 @@ def schedule_search(
     return best
 
 
-def _moved_spread(spread: Spread, chance: random.Random) -> Spread:
-    """Another spread near this one: some of one block's goes to another, or one block's grows, shrinks or ends."""
+def _moved_spread(spread: Spread, blocks: Sequence[int], chance: random.Random) -> Spread:
+    """Another spread near this one: some of one block's goes to another, or one block's grows, shrinks or ends.
+
+    Args:
+        blocks: those whose share may change.
+    """
     new = list(spread)
-    here, there = chance.sample(range(len(new)), 2) if len(new) > 1 else (0, 0)
+    here, there = chance.sample(blocks, 2) if len(blocks) > 1 else (blocks[0], blocks[0])
     kind = chance.random()
     if kind < 0.5:
         part = new[here] * chance.uniform(0.1, 0.9)

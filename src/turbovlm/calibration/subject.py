@@ -136,8 +136,13 @@ class Subject(ABC):
         """Share of the multiply-accumulates left."""
 
     @abstractmethod
-    def speedup(self, config: Any) -> float:
-        """Times faster than the model itself, measured on its device."""
+    def speedups(self, configs: Sequence[Any], rounds: int) -> list[float]:
+        """Times faster than the model itself, the median of that many rounds on its device, all settings in turn."""
+
+    @property
+    @abstractmethod
+    def timed_on(self) -> str:
+        """What `speedups` runs, on which device: `"a batch of 16 images on NVIDIA H200, bfloat16"`."""
 
     @abstractmethod
     def trials(self, amount: float) -> list[Trial]:
@@ -162,8 +167,12 @@ class Subject(ABC):
             raise ConfigError(f"flops={flops} is out of reach: {least:.3f} is the least that can be left")
         return flops
 
-    def refined(self, found: Found, samples: Sequence[int], parts: int = 1) -> Found:
-        """Something at least as good at the same amount, by one of so many equal parts of the effort."""
+    def refined(self, found: Found, samples: Sequence[int], parts: int = 1, *, as_fast: bool = False) -> Found:
+        """Something at least as good at the same amount, by one of so many equal parts of the effort.
+
+        Args:
+            as_fast: merge nowhere where `found` does not, as every merge takes time beside the multiply-accumulates.
+        """
         return found
 
     def finished(self, config: Any) -> Any:

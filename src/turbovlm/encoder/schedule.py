@@ -207,17 +207,15 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int, own
     literal = literal_amounts(config, depth, own)
     if literal is not None:
         return literal
+    if config.r is not None:
+        shared = [spread_over(cast(int, config.r) * depth, blocks, depth) for blocks in (*own, range(depth))]
+        return next((each for each in shared if _has_enough(config, shape, tokens, each)), shared[-1])
     if isinstance(config.blocks, tuple):
         return _closest(config, shape, tokens, config.blocks)[0]
     for blocks in own if config.blocks == "auto" else ():
-        if config.r is not None:
-            found, is_near, is_last = spread_over(cast(int, config.r) * depth, blocks, depth), True, False
-        else:
-            (found, is_near), is_last = _closest(config, shape, tokens, blocks), blocks == own[-1]
-        if is_near and (is_last or _has_enough(config, shape, tokens, found)):
+        found, is_near = _closest(config, shape, tokens, blocks)
+        if is_near and (blocks == own[-1] or _has_enough(config, shape, tokens, found)):
             return found
-    if config.r is not None:
-        return (cast(int, config.r),) * depth
     return _closest(config, shape, tokens, range(depth))[0]
 
 

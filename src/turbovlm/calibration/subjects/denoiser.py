@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turbovlm.apply import denoiser_of
+from turbovlm.calibration.speed import device_in_words
 from turbovlm.calibration.subject import NEAR, Spread, Subject, Trial, solve_amount
 from turbovlm.config import LEAST_KEPT, DenoiseConfig
 from turbovlm.errors import ConfigError
@@ -28,6 +30,8 @@ SETTINGS: tuple[Mapping[str, Any], ...] = (
 """Changes of the best settings so far that are tried: those that benchmarks/diffusion_quality.py compares."""
 SLOPES = (1.0, 0.5, 0.0, 1.5)
 """Spreads that are tried: how much of what a resolution loses the next smaller one does, the same first."""
+ROUNDS = 3
+"""Calls of each version that are timed at most."""
 RESOLUTIONS = 4
 """Resolutions that have a `keep` of their own: as many as the largest UNets have."""
 START, STEP = 0.9, 0.025
@@ -95,18 +99,26 @@ class DenoiserSubject(Subject):
                 self._macs[each] = self._watched(each, [0]).count(steps)
         return self._macs[config] / self._macs[None]
 
-    def speedup(self, config: DenoiseConfig) -> float:
-        """Measured on whole calls of the pipeline."""
+    def speedups(self, configs: Sequence[DenoiseConfig], rounds: int) -> list[float]:
+        """Measured on whole calls of the pipeline, in a few rounds at most: each call runs many steps."""
+        versions = {str(place): config for place, config in enumerate(configs)}
         compared = compare_images(
             self.model,
-            {"merged": config},
+            versions,
             size=self.size,
             batch=self.batch,
             steps=self.steps,
             prompt=self.samples[: self.batch],
             inputs=self.inputs,
+            rounds=min(rounds, ROUNDS),
         )
-        return compared.speedup("merged").median
+        return [compared.speedup(name).median for name in versions]
+
+    @property
+    def timed_on(self) -> str:
+        denoiser: Any = denoiser_of(self.model)
+        images = f"{self.batch} image{'' if self.batch == 1 else 's'}"
+        return f"a call for {images} in {self.steps} steps on {device_in_words(denoiser)}"
 
     def trials(self, amount: float) -> list[Trial]:
         """Each of `SLOPES`, where there are several resolutions, then each of `SETTINGS`."""

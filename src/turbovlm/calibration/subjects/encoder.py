@@ -14,7 +14,7 @@ from turbovlm.apply import apply
 from turbovlm.calibration.drift import Part
 from turbovlm.calibration.outputs import Measure, count_images, default_measure, measured_parts, select_images, sizes_of
 from turbovlm.calibration.schedule_search import EncoderCost, schedule_search
-from turbovlm.calibration.speed import measure_speedup
+from turbovlm.calibration.speed import device_in_words, measure_speedups
 from turbovlm.calibration.subject import Found, Spread, Subject, Trial
 from turbovlm.config import AMOUNTS, TurboConfig
 from turbovlm.encoder.schedule import requested_amounts, token_counts
@@ -141,10 +141,20 @@ class EncoderSubject(Subject):
         """The encoder's cost, with what it takes to compare whom these settings compare."""
         return replace(self.encoder, shape=replace(self.encoder.shape, partition=config.partition))
 
-    def speedup(self, config: TurboConfig) -> float:
+    def speedups(self, configs: Sequence[TurboConfig], rounds: int) -> list[float]:
         """Measured on one batch of images, of the size of most of them."""
-        images = select_images(self.samples, next(iter(self._sizes.values()))[: self.batch])
-        return measure_speedup(self.model, (config,), lambda model: self._measured(model, images))
+        images = select_images(self.samples, self._timed)
+        versions = [(config,) for config in configs]
+        return measure_speedups(self.model, versions, lambda model: self._measured(model, images), rounds)
+
+    @property
+    def timed_on(self) -> str:
+        count = len(self._timed)
+        return f"a batch of {count} image{'' if count == 1 else 's'} on {device_in_words(self.model)}"
+
+    @property
+    def _timed(self) -> Sequence[int]:
+        return next(iter(self._sizes.values()))[: self.batch]
 
     def trials(self, amount: float) -> list[Trial]:
         """The default's blocks, every block, each of `SCHEDULES`; then each of `SETTINGS` with the best of these."""
@@ -179,10 +189,10 @@ class EncoderSubject(Subject):
     def least(self, config: TurboConfig, spread: Spread) -> float:
         return self._cost_with(config).least(spread)
 
-    def refined(self, found: Found, samples: Sequence[int], parts: int = 1) -> Found:
-        """A schedule at the same cost, found by moving tokens between blocks."""
+    def refined(self, found: Found, samples: Sequence[int], parts: int = 1, *, as_fast: bool = False) -> Found:
+        """A schedule at the same cost, found by moving tokens between blocks; as fast, between those that merge."""
         budget = self.effort * len(samples) // parts
-        return schedule_search(self, self._cost_with(found.config), found, samples, budget, self.seed)
+        return schedule_search(self, self._cost_with(found.config), found, samples, budget, self.seed, as_fast)
 
     def finished(self, config: TurboConfig) -> TurboConfig:
         """With what every `"auto"` and an alpha of None came to, so that a later release does the same."""

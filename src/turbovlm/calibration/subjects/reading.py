@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turbovlm.apply import apply
 from turbovlm.calibration.result import Calibration
-from turbovlm.calibration.speed import measure_speedup
+from turbovlm.calibration.speed import device_in_words, measure_speedups
 from turbovlm.calibration.subject import NEAR, Spread, Subject, Trial, solve_amount
 from turbovlm.config import READINGS, ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError
@@ -71,9 +71,14 @@ class ReadingSubject(Subject):
         with apply(self.model, *self._configs(config)):
             return macs(self.model, **self.samples[0]) / self._own_macs
 
-    def speedup(self, config: ReadConfig) -> float:
+    def speedups(self, configs: Sequence[ReadConfig], rounds: int) -> list[float]:
         """Measured on the first prompt, up to its first new token."""
-        return measure_speedup(self.model, self._configs(config), lambda model: model(**self.samples[0]))
+        versions = [self._configs(config) for config in configs]
+        return measure_speedups(self.model, versions, lambda model: model(**self.samples[0]), rounds)
+
+    @property
+    def timed_on(self) -> str:
+        return f"one prompt on {device_in_words(self.model)}"
 
     def trials(self, amount: float) -> list[Trial]:
         return [Trial(change) for change in SETTINGS if not self.fixed & set(change)]
