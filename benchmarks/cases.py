@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+import turbovlm
+from turbovlm import TurboConfig
 from turbovlm_lab.demo.result import describe_machine
 
 if TYPE_CHECKING:
@@ -90,8 +92,14 @@ CASES = {
     "eva-g-364": Case("EVA-g/14-364", 364, 677, 16, lambda: _eva(364)),
     "eva-g-448": Case("EVA-g/14-448", 448, 1025, 16, lambda: _eva(448)),
 }
-CPU_CASES = ("vit-b-384", "dinov2-s-224", "dinov2-s-518", "vit-l-384", "clip-l-336", "eva-g-364")
+CPU_CASES = ("vit-b-384", "dinov2-s-224", "dinov2-s-518", "clip-b-224", "vit-l-384", "clip-l-336", "eva-g-364")
 GPU_CASES = ("vit-l-384", "clip-l-336", "siglip-so400m-384", "dinov2-l-518", "clip-b-224", "eva-g-448")
+
+
+def default_at_cost(model: nn.Module, case: Case) -> TurboConfig:
+    """The default setting, at as many multiply-accumulates as the paper's with the case's r in every block."""
+    with turbovlm.apply(model, TurboConfig.paper(case.r)) as handle:
+        return TurboConfig(flops=handle.schedules[0].ratio)
 
 
 def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> nn.Module:

@@ -20,7 +20,7 @@ AMOUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--r", type=int, nargs="+", default=AMOUNTS, help="tokens merged in every block")
+    parser.add_argument("--r", type=int, nargs="+", default=AMOUNTS, help="tokens merged per block, on average")
     parser.add_argument("--rounds", type=int, default=6, help="in each of three fresh processes")
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
     args = parser.parse_args()
@@ -37,7 +37,7 @@ def measure(dtype: str, amounts: tuple[int, ...], rounds: int) -> Comparison:
     """One process's rounds."""
     pixels = preprocess([load_photos()[0].image], size=518)
     model = load_saliency_vit().backbone.to(DTYPES[dtype])
-    configs = [TurboConfig(r, blocks="every") for r in amounts]
+    configs = [TurboConfig(r) for r in amounts]
     return compare_shown(model, {"pixel_values": pixels.to(DTYPES[dtype])}, configs, dtype, rounds)
 
 

@@ -131,7 +131,7 @@ def everything(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> No
     for kind in ("all", "random", "alternate"):
         partition = partition_tokens(tokens, 1, kind)
         hidden = weights == 0 if kind == "all" else None
-        redundancy, nearest = fused.most_similar(features, partition, hidden, squares)
+        redundancy, nearest = fused.most_similar(features, partition, hidden, squares if kind == "all" else None)
         for degree in ("weighted_distance", "weighted_difference", "redundancy"):
             how = {"degree": degree, "alpha": 0.3, "seed": 0, "padding": None, "r": 17}
             _, e, _ = fused.rank(redundancy, nearest, rows, partition, 0, **how)
