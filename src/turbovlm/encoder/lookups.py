@@ -58,11 +58,12 @@ class Lookups:
             StateError: see `through_module`.
         """
         if torch.compiler.is_compiling():
-            return layout.parts(block), through_module(layout, name, block, passed)
+            through = through_module(layout, name, block, passed)
+            return layout.parts(block), through
         known = self._known.get(index)
         if known is not None and known.holds(block):
             return known.parts, known.through
-        parts, through = layout.parts(block), through_module(layout, name, block, passed)
+        through, parts = through_module(layout, name, block, passed), layout.parts(block)
         known = _remembered(layout, block, passed, parts, through)
         if known is not None:
             self._known[index] = known

@@ -1,12 +1,12 @@
 """The steps of `plain`, by the same names, for CPUs in eager mode: what is done with indices runs in NumPy.
 
 A merge of any two tokens has many such steps, on a few hundred numbers each, and an operator of PyTorch on so few takes
-the time of its call (`benchmarks/host_time.py`). What is done with tokens stays in PyTorch. `attend`, `attention_rows`
-and `average` are those of `plain`, and so is what these lack:
+the time of its call (`benchmarks/host_time.py`). What is done with tokens stays in PyTorch. `attend` and
+`attention_rows` are those of `plain`, and so is what these lack:
 
 - `most_similar`: but for all pairs in one window, none of them hidden, without gradients;
 - `rank` and `choose`: but among all pairs; `rank`: with gradients wanted;
-- `merge_tokens`: in another order than the tokens are in, or with gradients wanted.
+- `merge_tokens`: in another order than the tokens are in; `merge_tokens` and `average`: with gradients wanted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turbovlm.ops import averaging, plain
-from turbovlm.ops.averaging import average
+from turbovlm.ops.averaging import Bags
 from turbovlm.ops.degree import FUSIONS, DegreeFunction, default_alpha
 from turbovlm.ops.pairs import STEPS_DOUBLED
 from turbovlm.ops.partition import Index, Partition
@@ -166,12 +166,12 @@ def at_once(
         return None
     best, indices = most_similar(features, partition)
     nearest: Indices = indices.numpy()
-    e: Numbers = best.numpy()
+    e = _numbers(best)
     trees = _Trees(nearest) if partition.all_pairs else None
     if trees is not None:
         e = trees.same_for_both(e)
     if guide is not None:
-        semantic: Numbers = guide.rows(plain)[0].numpy().mean(axis=1)
+        semantic: Numbers = _numbers(guide.rows(plain)[0]).mean(axis=1)
         alpha = default_alpha(rules.degree) if rules.alpha is None else rules.alpha
         e = FUSIONS[rules.degree](e, _values_at(semantic, partition.candidates), alpha)
     go, into = _halves_chosen(e, nearest, r) if trees is None else trees.chosen(e, r)
@@ -209,22 +209,15 @@ def _merge(
     rows = stays.cumsum() - 1  # a token that stays comes behind those before it that stay
     into = rows[dst_rows]
     rows[src_rows] = into
-    kept = stays.nonzero()[0]
     dtype = np.dtype(np.float64 if x.dtype == torch.float64 else np.float32)
     own = np.ones(batch * tokens, dtype) if sizes is None else sizes.ravel()
-    left = own[kept]
+    left = own[stays]
     if reduce == "prune":
         weights = stays.astype(own.dtype)
     else:
-        left += np.bincount(into, own[src_rows], minlength=len(kept)).astype(own.dtype)
+        left += np.bincount(into, own[src_rows], minlength=len(left)).astype(own.dtype)
         weights = own / np.maximum(left[rows], own.dtype.type(1e-6))  # padding has size 0
-    tokens_in_rows = x.flatten(0, 1)
-    merged = tokens_in_rows.index_select(0, torch.from_numpy(kept))
-    changed = left == 0  # padding that weighs nothing
-    if reduce != "prune":
-        changed[into] = True
-    if changed.any():
-        _write_means(merged, tokens_in_rows, rows, weights, changed, reduce == "keep_norm")
+    merged = _averaged(x, rows, weights, len(left), reduce == "keep_norm")
     with np.errstate(divide="ignore"):
         logs = np.maximum(np.log(left), left.dtype.type(plain.LOG_0))
     shape = batch, tokens - r
@@ -233,18 +226,34 @@ def _merge(
     return merged.view(*shape, width), of_rows, of_weights, of_left, of_logs
 
 
-def _write_means(
-    merged: Tensor, x: Tensor, rows: Indices, weights: Numbers, changed: NDArray[np.bool_], keep_norm: bool
-) -> None:
-    """Write the weighted sums of tokens over the rows of `merged` that are `changed`."""
+def average(
+    x: Tensor, rows: Tensor, weights: Tensor, left: torch.Size, keep_norm: bool, bags: Bags | None = None
+) -> Tensor:
+    """See `plain.average`."""
+    if wants_gradient(x):
+        return averaging.average(x, rows, weights, left, keep_norm, bags)
+    return _averaged(x, rows.numpy(), _numbers(weights).ravel(), left.numel(), keep_norm).view(*left, x.shape[-1])
+
+
+def _averaged(x: Tensor, rows: Indices, weights: Numbers, count: int, keep_norm: bool) -> Tensor:
+    """The weighted sums of `averaging.average`, `[count, width]`: tokens that weigh 1 are copied, and the others added."""
+    whole = (weights == 1).nonzero()[0]
+    kept, changed = np.zeros(count, dtype=np.int64), np.ones(count, dtype=bool)
+    kept[rows[whole]], changed[rows[whole]] = whole, False
+    tokens = x.flatten(0, 1)
+    sums = tokens.index_select(0, torch.from_numpy(kept))
+    targets = changed.nonzero()[0]
+    if len(targets) == 0:
+        return sums
     members = changed[rows].nonzero()[0]
     members = members[rows[members].argsort(kind="stable")]
-    targets = changed.nonzero()[0]
     starts, shares = rows[members].searchsorted(targets), weights[members]
-    parts = _numbers(x.index_select(0, torch.from_numpy(members)))
-    mean = np.add.reduceat(parts * shares[:, None], starts, axis=0)
+    bags = tuple(map(torch.from_numpy, (members, starts, shares)))
+    mean = averaging.mean_of_bags(x, *bags)
     if keep_norm:
-        lengths, found = (np.sqrt(np.einsum("ij,ij->i", each, each)) for each in (parts, mean))
+        parts = tokens.index_select(0, bags[0])
+        lengths, found = (np.sqrt(np.einsum("ij,ij->i", each, each)) for each in map(_numbers, (parts, mean)))
         wanted = np.add.reduceat(lengths * shares, starts)
-        mean *= np.where(found > averaging.SHORTEST, wanted / np.maximum(found, averaging.SHORTEST), 1)[:, None]
-    merged.index_copy_(0, torch.from_numpy(targets), torch.from_numpy(mean).to(merged.dtype))
+        scale = np.where(found > averaging.SHORTEST, wanted / np.maximum(found, averaging.SHORTEST), 1)
+        mean *= torch.from_numpy(scale.astype(found.dtype)).to(mean.dtype).unsqueeze(1)
+    return sums.index_copy_(0, torch.from_numpy(targets), mean)
