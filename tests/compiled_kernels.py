@@ -127,15 +127,16 @@ def everything(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> No
         kernels.biased_attention(q, k, v, bias, 0.1)
     for added, content, guides, shares in ((None, None, (0, 1), None), (bias, v, (1, tokens), weights)):
         rows, squares = fused.attention_rows(q, k, added, guides=guides, weights=shares, content=content, scale=0.1)
-    features = k.transpose(1, 2).flatten(2)
-    for kind in ("all", "random", "alternate"):
-        partition = partition_tokens(tokens, 1, kind)
+    features, own = k.transpose(1, 2).flatten(2), similarity.BUSY
+    for kind, busy in (("all", 1), ("random", own), ("alternate", 1 << 30)):  # 64 candidates, some, 16
+        partition, similarity.BUSY = partition_tokens(tokens, 1, kind), busy
         hidden = weights == 0 if kind == "all" else None
         redundancy, nearest = fused.most_similar(features, partition, hidden, squares if kind == "all" else None)
         for degree in ("weighted_distance", "weighted_difference", "redundancy"):
             how = {"degree": degree, "alpha": 0.3, "seed": 0, "padding": None, "r": 17}
             _, e, _ = fused.rank(redundancy, nearest, rows, partition, 0, **how)
         src, dst = fused.choose(e, nearest, partition, 17)
+    similarity.BUSY = own
     for reduce, known in (("merge", None), ("keep_norm", weights), ("prune", weights)):
         kernels.merge_tokens(x, known, src, dst, None, reduce)
     bag = torch.zeros(2 * tokens, dtype=torch.int64)

@@ -111,6 +111,24 @@ def test_short_features_are_normalised_as_by_torch():
     torch.testing.assert_close(redundancy, mutual_redundancy(features, partition)[0], rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize(("busy", "block"), [(1, 64), (4, 32), (1000, 16)])
+@pytest.mark.parametrize("measured", [True, False], ids=["squares", "measured here"])
+def test_programs_of_fewer_candidates_find_the_same(measured, busy, block, monkeypatch):
+    similarity = sys.modules["turbovlm.ops.kernels.similarity"]
+    monkeypatch.setattr(similarity, "BUSY", busy)
+    assert similarity.candidates_at_a_time(2, 60) == block
+    features = randn(2, 61, 48)
+    squares = features.square().unflatten(2, (3, 16)).sum(dim=3).transpose(1, 2) if measured else None
+    for kind in ("all", "random"):
+        partition = partition_tokens(61, 1, kind, device=torch.device(DEVICE))
+        found, expected = (
+            fused.most_similar(features, partition, None, squares),
+            plain.most_similar(features, partition),
+        )
+        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=5e-6)
+        assert torch.equal(found[1], expected[1])
+
+
 def test_of_equally_similar_destinations_the_first_is_chosen():
     features = randn(1, 200, 64).sign()
     destinations = torch.arange(100, 200, device=DEVICE)

@@ -75,8 +75,21 @@ def most_similar(
     counts = [index_count(candidates), index_count(destinations), partition.windows]
     if counts[1] == 0:
         return plain.most_similar(features, partition, hidden)
+    squares = _squares(features, partition) if squares is None else squares
     redundancy, nearest = kernels.most_similar(features, squares, hidden, *_placed(partition), counts)
     return redundancy, nearest
+
+
+def _squares(features: Tensor, partition: Partition) -> Tensor | None:
+    """Squared lengths, `[batch, 1, tokens]`; None where so few programs compare them that they can measure, too.
+
+    It makes the loop of one three times as long, which is less than a launch only where each takes few candidates.
+    """
+    windows = partition.windows
+    if kernels.candidates_at_a_time(len(features) * windows, -(-partition.count() // windows)) < 64:
+        return None
+    lengths: Tensor = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
+    return lengths.square().unsqueeze(1)
 
 
 def at_once(
@@ -99,15 +112,15 @@ def at_once(
     if guide is not None and guide.keys.dtype not in kernels.DTYPES:
         return None
     tables = [each if isinstance(each, Tensor) else None for each in (partition.candidates, partition.destinations)]
-    inputs = (x, features, sizes, *own, *tables)
+    known = None if guide is not None and guide.of_features else _squares(features, partition)
     slots = None if rules.order == "spatial" else published_order(partition, x.shape[1], x.device)
 
     def launch() -> Merged:
-        rows = squares = None
+        rows, squares = None, known
         if guide is not None:
             q, keys, content, bias, shares, guides, scale, of_features = guide
-            rows, squares = kernels.attention_rows.eager(q, keys, content, bias, shares, guides, scale)
-            squares = squares if of_features else None
+            rows, lengths = kernels.attention_rows.eager(q, keys, content, bias, shares, guides, scale)
+            squares = lengths if of_features else known
         placed = _placed(partition)
         found = kernels.most_similar.eager(features, squares, None, *placed, counts)
         alpha = default_alpha(degree) if rules.alpha is None else rules.alpha
@@ -116,7 +129,9 @@ def at_once(
         return merged, where, src, weights, left, logs
 
     how = (rules, r, *(() if guide is None else guide[5:]), *_placed(partition)[2], *counts, partition.all_pairs)
-    merged, where, src, weights, left, logs = kernels.replayed(launch, (*inputs, slots), x, how)
+    merged, where, src, weights, left, logs = kernels.replayed(
+        launch, (x, features, sizes, *own, *tables, known, slots), x, how
+    )
     return merged, where, src, weights, left, logs
 
 

@@ -236,7 +236,7 @@ def average(
 
 
 def _averaged(x: Tensor, rows: Indices, weights: Numbers, count: int, keep_norm: bool) -> Tensor:
-    """The weighted sums of `averaging.average`, `[count, width]`: tokens that weigh 1 are copied, and the others added."""
+    """The weighted sums of `averaging.average`, `[count, width]`: tokens that weigh 1 are copied, others are added."""
     whole = (weights == 1).nonzero()[0]
     kept, changed = np.zeros(count, dtype=np.int64), np.ones(count, dtype=bool)
     kept[rows[whole]], changed[rows[whole]] = whole, False

@@ -8,7 +8,7 @@ from turbovlm.ops.kernels.choosing import MOST_RANKED, RANKED, choose
 from turbovlm.ops.kernels.common import DTYPES, HAS_TRITON, LEAST_CAPABILITY, usable
 from turbovlm.ops.kernels.merging import mean_of_bags, merge_tokens
 from turbovlm.ops.kernels.replay import replayed
-from turbovlm.ops.kernels.similarity import most_similar
+from turbovlm.ops.kernels.similarity import candidates_at_a_time, most_similar
 
 __all__ = [
     "DTYPES",
@@ -19,6 +19,7 @@ __all__ = [
     "attends",
     "attention_rows",
     "biased_attention",
+    "candidates_at_a_time",
     "choose",
     "mean_of_bags",
     "merge_tokens",

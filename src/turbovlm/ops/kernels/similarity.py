@@ -15,6 +15,18 @@ if HAS_TRITON:
     import triton.language as tl
 
 
+BUSY = 128
+"""Programs that occupy a large GPU, one for each of 108 to 132 multiprocessors: a count, not timed."""
+
+
+def candidates_at_a_time(windows: int, count: int) -> int:
+    """How many candidates a program takes of `windows` windows of `count` each: fewer where 64 would leave GPUs idle.
+
+    Each program reads all destinations of its window, so more programs read more.
+    """
+    return next((block for block in (64, 32) if windows * -(-count // block) >= BUSY), 16)
+
+
 @operator
 def most_similar(
     features: Tensor,
@@ -43,7 +55,7 @@ def most_similar(
     outputs = _most_similar_outputs(features, squares, hidden, candidates, destinations, strided, counts)
     batch, tokens, width = features.shape
     count, destination_count, windows = counts
-    block = 64
+    block = candidates_at_a_time(batch * windows, -(-count // windows))
     with torch.cuda.device(features.get_device()):
         _most_similar[(batch * windows * triton.cdiv(triton.cdiv(count, windows), block),)](
             *(features, *features.stride()),
