@@ -42,5 +42,6 @@ def measure_speedups(
 def device_in_words(model: nn.Module) -> str:
     """What a model runs on: `"NVIDIA H200, bfloat16"`, or `"x86_64 CPU, 2 threads, float32"`."""
     weights = next(model.parameters())
-    threads = f", {torch.get_num_threads()} threads" if weights.device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'' if count == 1 else 's'}" if weights.device.type == "cpu" else ""
     return f"{describe_device(weights.device)}{threads}, {str(weights.dtype).removeprefix('torch.')}"

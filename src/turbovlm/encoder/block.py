@@ -27,7 +27,7 @@ from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
 from turbovlm.ops.partition import Split, positions
 from turbovlm.ops.plain import over_heads
-from turbovlm.ops.tracing import is_exporting, is_transformed
+from turbovlm.ops.tracing import is_exporting, is_exporting_to_onnx, is_transformed
 from turbovlm.ops.whole import Guide, Rules, merge_whole
 from turbovlm.patching import Patch
 
@@ -43,7 +43,7 @@ def block_forward(
 ) -> Tensor | tuple[Tensor]:
     """Run one block of an encoder, with a merge between its halves.
 
-    A block that has nothing to merge, on tokens that were never merged, runs its own forward.
+    A block that has nothing to merge, on tokens that were never merged, runs its own forward where it can.
     """
     feature: EncoderFeature = patch.feature  # type: ignore[assignment]
     index, config, layout = patch.detail, feature.config, feature.layout
@@ -53,7 +53,8 @@ def block_forward(
         hidden = state.tokens
     asked = state.amounts[index] if config.thresholds is None else hidden.shape[1]
     r = clamp(asked, hidden.shape[1], state.prefix + state.suffix, config.min_tokens)
-    if r == 0 and not state.merges and not config.trace:
+    untouched = r == 0 and not state.merges and not config.trace
+    if untouched and not is_exporting_to_onnx():  # to which torch's fused attention, open_clip's own, cannot go
         out = original(hidden, *args, **kwargs)
         return _hand_on(feature, block, state, out[0] if layout.returns_tuple else out)
     _check_arguments(feature, index, state, arguments)
