@@ -97,6 +97,7 @@ def measured(forward: Callable[[random.Random], Any]) -> dict[str, Any]:
 FIXED = {
     "turbovlm.registry._LOADED": 4,  # three kinds of families, and those of other packages
     "turbovlm.vlm.cache._CLASSES": 20,  # one for each class of cache
+    "turbovlm.ops.kernels.replay._REPLAYS": 1024,
 }
 """Most entries of what grows with what was seen, beside the cache of partitions."""
 

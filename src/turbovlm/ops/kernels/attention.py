@@ -77,7 +77,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     return out
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def head_parts(head_dim: int) -> tuple[int, int]:
     """Channels of the two parts that a head is computed in, powers of 2 from 16 on; the second is 0 where two parts are
     no fewer channels than one: 72 is 64 and 16, 112 is 128."""
