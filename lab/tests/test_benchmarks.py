@@ -73,7 +73,7 @@ def test_everything_but_the_encoders(dtype, small, tmp_path):
     assert {"attention, flex", "similarity, any two patches", "degree and choice, random halves"} <= checks.keys()
     assert all(cell["difference"] <= cell["limit"] < 0.05 for cell in checks.values())
     assert {key.rpartition("/")[2] for key in here if "routes" in key} == {"no bias", "SDPA", "flex", "channel"}
-    assert sum("kernels" in key for key in here) == 3 * 4
+    assert sum("kernels" in key for key in here) == 3 * 5
     assert cells[f"routes/{dtype}/16/65/cuDNN"] == cells[f"checks/{dtype}/CUDA graph"] == {"not_here": "not on cpu"}
     table = (tmp_path / "gpu_small.md").read_text()
     assert all(section in table for section in ("## Attention", "## Steps", "## Largest")) and "failed" not in table

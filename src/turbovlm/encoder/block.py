@@ -53,7 +53,7 @@ def block_forward(
         hidden = state.tokens
     asked = state.amounts[index] if config.thresholds is None else hidden.shape[1]
     r = clamp(asked, hidden.shape[1], state.prefix + state.suffix, config.min_tokens)
-    untouched = r == 0 and not state.merges and not config.trace
+    untouched = r == 0 and len(state.merges) == 0 and not config.trace  # Dynamo knows no `not` of a tuple
     if untouched and not is_exporting_to_onnx():  # to which torch's fused attention, open_clip's own, cannot go
         out = original(hidden, *args, **kwargs)
         return _hand_on(feature, block, state, out[0] if layout.returns_tuple else out)
