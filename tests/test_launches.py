@@ -73,12 +73,13 @@ def test_a_copy_looks_anew(gpu):
         assert watch.is_over and not other.is_over and other.forwards == 0
 
 
-def test_every_block_of_a_forward_is_seen(monkeypatch):
+def test_blocks_behind_a_merge_are_seen(monkeypatch):
     seen = []
     monkeypatch.setattr(LaunchWatch, "behind", lambda self, block, depth, x: seen.append((block, depth)))
     family = FAMILIES["timm_vit"]
     model, inputs = family.make().eval(), family.inputs(2)
-    with turbovlm.apply(model, r=2) as handle, torch.no_grad():
-        model(**inputs)
-        depth = len(handle.schedules[0].blocks)
-    assert seen == [(block, depth) for block in range(1, depth + 1)]
+    for r, first in (((0, 2, 0, 0), 2), ((0, 0, 0, 0), 5)):
+        seen.clear()
+        with turbovlm.apply(model, r=r), torch.no_grad():
+            model(**inputs)
+        assert seen == [(block, 4) for block in range(first, 5)]

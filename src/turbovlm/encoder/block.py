@@ -140,7 +140,8 @@ def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor)
     depth, ran = len(feature.names), state.block + 1
     hooked = has_hooks(block, "_forward_hooks")
     state = state.changed(block=ran, tokens=None, version=None, hooked=hooked, lengths=(*state.lengths, x.shape[1]))
-    if not torch.compiler.is_compiling() and feature.config.thresholds is None:  # these wait for the GPU themselves
+    by_number = feature.config.thresholds is None  # thresholds wait for the GPU themselves
+    if not torch.compiler.is_compiling() and by_number and state.merges:
         feature.launches.behind(ran, depth, x)
     if not is_exporting():
         feature.last = state.changed(lost=()) if state.lost and ran == depth else state

@@ -17,30 +17,29 @@ IN_A_ROW = 3
 class LaunchWatch:
     """Looks at a few eager forwards of an encoder on a GPU, and warns once if Python was behind in all of them.
 
-    An event is recorded behind the middle block, and asked at the end: a GPU that has long passed it when the last
-    block was only just launched had nothing to do in between. Neither copied nor pickled: a copy looks anew.
+    An event is recorded behind the last block but one, and asked behind the last: a GPU that has passed it when the
+    last block was only just launched keeps up with Python, so it waits. Neither copied nor pickled: a copy looks anew.
     """
 
     def __init__(self) -> None:
         self.forwards, self.waits, self.is_over = 0, 0, False
-        self._middle: torch.cuda.Event | None = None
+        self._event: torch.cuda.Event | None = None
 
     def behind(self, block: int, depth: int, x: Tensor) -> None:
         """Called when the `block`-th of `depth` blocks, counted from 1, was launched and has given `x`."""
         if self.is_over or not x.is_cuda or torch.cuda.is_current_stream_capturing():
             return
-        self.forwards += block == 1
-        if self.forwards < FIRST:
-            return
-        if block == depth // 2:
-            self._middle = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._middle.record(torch.cuda.current_stream(x.device))
-        elif block == depth and self._middle is not None:
-            self._look(self._middle, x)
+        if block == depth - 1:
+            self.forwards += 1
+            if self.forwards >= FIRST:
+                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._event.record(torch.cuda.current_stream(x.device))
+        elif block == depth and self._event is not None:
+            self._look(self._event, x)
 
-    def _look(self, middle: torch.cuda.Event, x: Tensor) -> None:
-        self._middle = None
-        if not middle.query():  # type: ignore[no-untyped-call]
+    def _look(self, event: torch.cuda.Event, x: Tensor) -> None:
+        self._event = None
+        if not event.query():  # type: ignore[no-untyped-call]
             self.is_over = True
             return
         self.waits += 1

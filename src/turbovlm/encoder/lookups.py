@@ -77,14 +77,17 @@ class Lookups:
 
 
 def _remembered(layout: Layout, block: nn.Module, passed: Passed, parts: Parts, through: bool) -> _Known | None:
-    """None where a value is computed anew whenever it is asked for, as by a property."""
+    """None where a value is computed anew whenever it is asked for, as by a property, and while there are hooks."""
+    modules = [fetch(block, path) for path in passed]
+    hooks = tuple(module.__dict__[kind] for module in modules for kind in HOOKS)
+    if any(hooks):
+        return None
     places: list[Place] = [(block.__dict__, "training", block.training)]
     for path in (*layout.fetched_paths, *passed):
         found = _places(block, path)
         if found is None:
             return None
         places += found
-    modules = [fetch(block, path) for path in passed]
     for module in modules:
         places += [(module.__dict__, name, module.__dict__.get(name)) for name in (*HOOKS, "forward", BELOW_HOOK)]
     return _Known(
@@ -93,7 +96,7 @@ def _remembered(layout: Layout, block: nn.Module, passed: Passed, parts: Parts, 
         through=through,
         places=tuple(places),
         classes=tuple((module, type(module)) for module in modules),
-        hooks=tuple(module.__dict__[kind] for module in modules for kind in HOOKS),
+        hooks=hooks,
     )
 
 

@@ -100,7 +100,6 @@ def at_once(
     partition: Partition,
     rules: Rules,
     r: int,
-    index: int,
     padded: bool,
 ) -> Merged | None:
     """See `plain.at_once`: four launches, and those of a published order; None where a step is not a kernel's."""
@@ -111,7 +110,7 @@ def at_once(
     own = (None,) * 5 if guide is None else guide[:5]
     if guide is not None and guide.keys.dtype not in kernels.DTYPES:
         return None
-    tables = [each if isinstance(each, Tensor) else None for each in (partition.candidates, partition.destinations)]
+    placed = _placed(partition)
     known = None if guide is not None and guide.of_features else _squares(features, partition)
     slots = None if rules.order == "spatial" else published_order(partition, x.shape[1], x.device)
 
@@ -121,16 +120,15 @@ def at_once(
             q, keys, content, bias, shares, guides, scale, of_features = guide
             rows, lengths = kernels.attention_rows.eager(q, keys, content, bias, shares, guides, scale)
             squares = lengths if of_features else known
-        placed = _placed(partition)
         found = kernels.most_similar.eager(features, squares, None, *placed, counts)
         alpha = default_alpha(degree) if rules.alpha is None else rules.alpha
         _, _, src, dst = kernels.choose.eager(*found, rows, *placed, degree, alpha, partition.all_pairs, r)
         merged, where, weights, left, logs = kernels.merge_tokens.eager(x, sizes, src, dst, slots, rules.reduce)
         return merged, where, src, weights, left, logs
 
-    how = (rules, r, *(() if guide is None else guide[5:]), *_placed(partition)[2], *counts, partition.all_pairs)
+    how = (rules, r, *(() if guide is None else guide[5:]), *placed[2], *counts, partition.all_pairs)
     merged, where, src, weights, left, logs = kernels.replayed(
-        launch, (x, features, sizes, *own, *tables, known, slots), x, how
+        launch, (x, features, sizes, *own, *placed[:2], known, slots), x, how
     )
     return merged, where, src, weights, left, logs
 

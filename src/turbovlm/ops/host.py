@@ -1,12 +1,13 @@
 """The steps of `plain`, by the same names, for CPUs in eager mode: what is done with indices runs in NumPy.
 
 A merge of any two tokens has many such steps, on a few hundred numbers each, and an operator of PyTorch on so few takes
-the time of its call (`benchmarks/host_time.py`). What is done with tokens stays in PyTorch. `attend` and
-`attention_rows` are those of `plain`, and so is what these lack:
+the time of its call (`benchmarks/host_time.py`). What is done with tokens stays in PyTorch. `attend`, `attention_rows`
+and `average` are those of `plain`, and so is what these lack:
 
 - `most_similar`: but for all pairs in one window, none of them hidden, without gradients;
 - `rank` and `choose`: but among all pairs; `rank`: with gradients wanted;
-- `merge_tokens`: in another order than the tokens are in; `merge_tokens` and `average`: with gradients wanted.
+- `merge_tokens`: in another order than the tokens are in, or with gradients wanted;
+- `at_once`: with padding, in another order, or by a random degree.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turbovlm.ops import averaging, plain
-from turbovlm.ops.averaging import Bags
+from turbovlm.ops.averaging import average
 from turbovlm.ops.degree import FUSIONS, DegreeFunction, default_alpha
 from turbovlm.ops.pairs import STEPS_DOUBLED
 from turbovlm.ops.partition import Index, Partition
@@ -158,10 +159,9 @@ def at_once(
     partition: Partition,
     rules: Rules,
     r: int,
-    index: int,
     padded: bool,
 ) -> Merged | None:
-    """See `plain.at_once`; None with padding, in another order than the tokens are in, or by a random degree."""
+    """See `plain.at_once`."""
     if padded or rules.order != "spatial" or (rules.degree != "redundancy" and rules.degree not in FUSIONS):
         return None
     best, indices = most_similar(features, partition)
@@ -200,60 +200,41 @@ def merge_tokens(
 def _merge(
     x: Tensor, sizes: Numbers | None, src: Indices, dst: Indices, reduce: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`merge_tokens`: tokens that stay are copied, and of those that others join, means are written over the copies."""
+    """`merge_tokens`, with arrays for all but the tokens."""
     (batch, tokens, width), r = x.shape, src.shape[1]
-    first = np.arange(0, batch * tokens, tokens)[:, None]
+    left, first = tokens - r, np.arange(0, batch * tokens, tokens)[:, None]
     src_rows, dst_rows = (src + first).ravel(), (dst + first).ravel()
     stays = np.ones(batch * tokens, dtype=bool)
     stays[src_rows] = False
     rows = stays.cumsum() - 1  # a token that stays comes behind those before it that stay
-    into = rows[dst_rows]
-    rows[src_rows] = into
+    rows[src_rows] = rows[dst_rows]
+    members = np.bincount(rows, minlength=batch * left)
+    bag, starts = rows.argsort(kind="stable"), members.cumsum() - members
     dtype = np.dtype(np.float64 if x.dtype == torch.float64 else np.float32)
-    own = np.ones(batch * tokens, dtype) if sizes is None else sizes.ravel()
-    left = own[stays]
-    if reduce == "prune":
-        weights = stays.astype(own.dtype)
+    if sizes is None and reduce != "prune":
+        merged_sizes = members.astype(dtype)
+        weights = (1 / merged_sizes)[rows]
     else:
-        left += np.bincount(into, own[src_rows], minlength=len(left)).astype(own.dtype)
-        weights = own / np.maximum(left[rows], own.dtype.type(1e-6))  # padding has size 0
-    merged = _averaged(x, rows, weights, len(left), reduce == "keep_norm")
+        own = np.ones(batch * tokens, dtype) if sizes is None else sizes.ravel()
+        counted = own * stays if reduce == "prune" else own
+        merged_sizes = np.bincount(rows, counted, minlength=batch * left).astype(own.dtype)
+        shares = counted / np.maximum(merged_sizes[rows], own.dtype.type(1e-6))  # padding has size 0
+        weights = stays.astype(own.dtype) if reduce == "prune" else shares
+    bags = tuple(map(torch.from_numpy, (bag, starts, weights[bag])))
     with np.errstate(divide="ignore"):
-        logs = np.maximum(np.log(left), left.dtype.type(plain.LOG_0))
-    shape = batch, tokens - r
+        logs = np.maximum(np.log(merged_sizes), merged_sizes.dtype.type(plain.LOG_0))
+    merged = averaging.mean_of_bags(x, *bags).view(batch, left, width)
+    if reduce == "keep_norm":
+        merged = _keep_norms(x, merged, rows, weights)
     of_rows, of_weights = torch.from_numpy(rows), torch.from_numpy(weights.reshape(batch, tokens))
-    of_left, of_logs = torch.from_numpy(left.reshape(shape)), torch.from_numpy(logs.reshape(shape))
-    return merged.view(*shape, width), of_rows, of_weights, of_left, of_logs
+    of_left, of_logs = (torch.from_numpy(each.reshape(batch, left)) for each in (merged_sizes, logs))
+    return merged, of_rows, of_weights, of_left, of_logs
 
 
-def average(
-    x: Tensor, rows: Tensor, weights: Tensor, left: torch.Size, keep_norm: bool, bags: Bags | None = None
-) -> Tensor:
-    """See `plain.average`."""
-    if wants_gradient(x):
-        return averaging.average(x, rows, weights, left, keep_norm, bags)
-    return _averaged(x, rows.numpy(), _numbers(weights).ravel(), left.numel(), keep_norm).view(*left, x.shape[-1])
-
-
-def _averaged(x: Tensor, rows: Indices, weights: Numbers, count: int, keep_norm: bool) -> Tensor:
-    """The weighted sums of `averaging.average`, `[count, width]`: tokens that weigh 1 are copied, others are added."""
-    whole = (weights == 1).nonzero()[0]
-    kept, changed = np.zeros(count, dtype=np.int64), np.ones(count, dtype=bool)
-    kept[rows[whole]], changed[rows[whole]] = whole, False
-    tokens = x.flatten(0, 1)
-    sums = tokens.index_select(0, torch.from_numpy(kept))
-    targets = changed.nonzero()[0]
-    if len(targets) == 0:
-        return sums
-    members = changed[rows].nonzero()[0]
-    members = members[rows[members].argsort(kind="stable")]
-    starts, shares = rows[members].searchsorted(targets), weights[members]
-    bags = tuple(map(torch.from_numpy, (members, starts, shares)))
-    mean = averaging.mean_of_bags(x, *bags)
-    if keep_norm:
-        parts = tokens.index_select(0, bags[0])
-        lengths, found = (np.sqrt(np.einsum("ij,ij->i", each, each)) for each in map(_numbers, (parts, mean)))
-        wanted = np.add.reduceat(lengths * shares, starts)
-        scale = np.where(found > averaging.SHORTEST, wanted / np.maximum(found, averaging.SHORTEST), 1)
-        mean *= torch.from_numpy(scale.astype(found.dtype)).to(mean.dtype).unsqueeze(1)
-    return sums.index_copy_(0, torch.from_numpy(targets), mean)
+def _keep_norms(x: Tensor, mean: Tensor, rows: Indices, weights: Numbers) -> Tensor:
+    """See `averaging.keep_norms`."""
+    precise = averaging.precise_dtype(x)
+    lengths, found = (torch.linalg.vector_norm(each, dim=-1, dtype=precise).numpy().ravel() for each in (x, mean))
+    wanted = np.bincount(rows, lengths * weights, minlength=len(found)).astype(found.dtype)
+    scale = np.where(found > averaging.SHORTEST, wanted / np.maximum(found, averaging.SHORTEST), 1).astype(found.dtype)
+    return mean * torch.from_numpy(scale).view(*mean.shape[:2], 1).to(mean.dtype)

@@ -94,7 +94,7 @@ def merge_whole(
     partition = split.partition(x.shape[1], x.device, destinations)
     # autograd, modes that count or fake, and subclasses of tensors see the steps
     if not wants_gradient(x, features) and type(x) is Tensor and _get_current_dispatch_mode() is None:
-        found: Merged | None = path.at_once(x, features, guide, sizes, partition, rules, r, index, padded)
+        found: Merged | None = path.at_once(x, features, guide, sizes, partition, rules, r, padded)
         if found is not None:
             merged, rows, src, weights, left, logs = found
             return Merge(rows, src, weights, left, rules.reduce == "keep_norm", logs=logs), merged
