@@ -15,6 +15,13 @@ from turbovlm.encoder import lookups
 INPUTS = FAMILIES["timm_layerscale"].inputs(2)
 
 
+@torch.no_grad()
+def doubled(layer):
+    other = copy.deepcopy(layer)
+    other.weight.mul_(2)
+    return other
+
+
 @pytest.fixture
 def looks(monkeypatch):
     """Names of the blocks that are looked at, in order."""
@@ -30,7 +37,7 @@ def looks(monkeypatch):
     "change",
     [
         lambda block: setattr(block, "mlp", nn.Identity()),
-        lambda block: setattr(block.attn, "proj", nn.Identity()),
+        lambda block: setattr(block.attn, "proj", doubled(block.attn.proj)),
         lambda block: setattr(block.ls1, "gamma", nn.Parameter(torch.full((32,), 3.0))),
         lambda block: block.attn.register_forward_hook(lambda module, args, out: out * 2),
     ],
