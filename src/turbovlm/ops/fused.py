@@ -81,9 +81,9 @@ def most_similar(
 
 
 def _squares(features: Tensor, partition: Partition) -> Tensor | None:
-    """Squared lengths, `[batch, 1, tokens]`; None where so few programs compare them that they can measure, too.
+    """Squared lengths, `[batch, 1, tokens]`; None where the programs that compare them measure them in passing.
 
-    It makes the loop of one three times as long, which is less than a launch only where each takes few candidates.
+    Programs of 64 candidates do not: these hold products in all of their registers (`tests/compiled_kernels.py`).
     """
     windows = partition.windows
     if kernels.candidates_at_a_time(len(features) * windows, -(-partition.count() // windows)) < 64:

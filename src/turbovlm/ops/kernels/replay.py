@@ -1,8 +1,8 @@
 """Launches that are recorded once for each kind of input, and then repeated.
 
-Triton looks at every argument of every launch, to find the variant that was compiled for such arguments: on the host, a
-merge takes longer to launch than a GPU takes to run it. So a function's launches are recorded, with what was compiled,
-and repeated on other tensors that no variant could tell apart.
+Triton looks at every argument of every launch, to find the variant that was compiled for such arguments, some
+thirty for each kernel of a merge. So a function's launches are recorded, with what was compiled, and
+repeated on other tensors that no variant could tell apart.
 """
 
 from __future__ import annotations
