@@ -1,4 +1,4 @@
-"""Attention of merged tokens: known processors attend through turbovlm's operators, others take a bias."""
+"""Attention of merged tokens: sizes count in whatever processor attends, and positions are those that are left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
 from test_diffusion import run
-from turbovlm.diffusion import attend
 from turbovlm.errors import StateError
 from turbovlm.ops import host
 
@@ -28,17 +27,42 @@ def attended(monkeypatch):
     return biases
 
 
-@pytest.mark.parametrize(("name", "calls"), [("sd15", 6), ("sdxl", 30), ("pixart", 3), ("dit", 3), ("flux", 5)])
-def test_known_processors_attend_through_our_operators(name, calls, attended, monkeypatch):
-    """And as their own processors do with the bias as a mask."""
+CALLS = {"sd15": 6, "sdxl": 30, "pixart": 3, "dit": 3, "sd3": 3, "sd35": 5, "flux": 5}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_sizes_count_in_every_self_attention(name, attended):
+    """By turbovlm's operators, which add a bias; and nothing is added where it is switched off."""
     model, inputs = DENOISERS[name](), DENOISERS[name].inputs(2, 32, 32)
     with turbovlm.apply(model, keep=0.5):
-        ours = run(model, inputs)
-        assert len(attended) == calls and all(bias.shape[:3] == (2, 1, 1) for bias in attended)
-        monkeypatch.setattr(attend, "_is_known", lambda *of_a_call: False)
+        run(model, inputs)
+    assert len(attended) == CALLS[name] and all(bias.shape[:3] == (2, 1, 1) for bias in attended)
+    with turbovlm.apply(model, keep=0.5, proportional=False):
+        run(model, inputs)
+    assert len(attended) == CALLS[name]
+
+
+@pytest.mark.parametrize("scope", ["part", "block"])
+def test_processors_that_attend_otherwise_take_the_sizes_as_a_mask(scope, attended):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model, inputs = DENOISERS["sd15"](), unet_inputs(2, 32, 32)
+    with turbovlm.apply(model, keep=0.5, scope=scope):
+        ours, calls = run(model, inputs), len(attended)
+        model.set_attn_processor(AttnProcessor())
         theirs = run(model, inputs)
-        assert len(attended) == calls
+    assert len(attended) == calls > 0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_a_processor_that_attends_by_something_else_is_refused(monkeypatch):
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    model, inputs = DENOISERS["sd15"](), unet_inputs(2, 32, 32)
+    monkeypatch.setattr(AttnProcessor2_0, "__call__", lambda self, attn, x, *rest, **more: x)
+    monkeypatch.setattr("turbovlm.diffusion.whole._is_of", lambda *of_a_class: True)
+    with turbovlm.apply(model, keep=0.5), pytest.raises(StateError, match="AttnProcessor2_0 does not attend by"):
+        run(model, inputs)
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux"])
@@ -69,7 +93,7 @@ def test_an_argument_that_is_not_known_reaches_the_processor(attended):
         calls = len(attended)
         other = run(model, {**inputs, "cross_attention_kwargs": {"temb": noise(1, 1, 8)}})
     torch.testing.assert_close(other, merged, rtol=0, atol=1e-5)
-    assert len(attended) == calls > 0
+    assert len(attended) == 2 * calls > 0
 
 
 def test_backends_of_attention():
@@ -90,7 +114,7 @@ def test_backends_of_attention():
 
 @torch.no_grad()
 def test_rotary_positions_are_those_of_the_tokens_that_merged_ones_went_into(monkeypatch):
-    """One image after another, each with its own angles, by the library's own processor."""
+    """Each image of a batch with its own angles, by the library's own processor."""
     from diffusers.models.transformers import transformer_flux
 
     angles, turn = [], transformer_flux.apply_rotary_emb
@@ -99,11 +123,10 @@ def test_rotary_positions_are_those_of_the_tokens_that_merged_ones_went_into(mon
     with turbovlm.apply(model, keep=0.5) as handle:
         run(model, inputs)
         monkeypatch.setattr(transformer_flux, "apply_rotary_emb", seen)
-        known, ours = attend._is_known, lambda patch: patch.detail.name != "single_transformer_blocks.0.attn"
-        monkeypatch.setattr(attend, "_is_known", lambda patch, *call: ours(patch) and known(patch, *call))
         run(model, inputs)
         merge = handle.features[0].last["single_transformer_blocks:0"].merge
     every = model.pos_embed(torch.cat([inputs["txt_ids"], inputs["img_ids"]]))[0]
-    assert [batch for batch, _ in angles] == [1, 1, 1, 1]  # queries and keys of either image
-    for kept, (_, cos) in zip(merge.kept.repeat_interleave(2, dim=0), angles):
-        assert torch.equal(cos[:7], every[:7]) and torch.equal(cos[7:], every[7:][kept])
+    assert [batch for batch, _ in angles] == [2] * 10  # queries and keys of five blocks
+    for cos in [cos for _, cos in angles[-6:]]:
+        for kept, own in zip(merge.kept, cos.angles[:, :, 0]):
+            assert torch.equal(own[:7], every[:7]) and torch.equal(own[7:], every[7:][kept])

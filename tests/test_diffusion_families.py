@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import turbovlm
-from denoisers import DENOISERS, noise
+from denoisers import DENOISERS
 from families import _livelier as livelier
 from test_diffusion import run
-from turbovlm.diffusion import attend, families
+from turbovlm.diffusion import families
 from turbovlm.errors import ConfigError, UnsupportedModelError
 from turbovlm.ops import host
 from turbovlm.registry import unregister
@@ -28,19 +28,14 @@ def ovis():
 
 
 def entry():
-    """A copy of FLUX's, whose blocks and processor are spelled alike."""
-    rotary = replace(families.ROTARY, processors=(f"{OVIS}AttnProcessor",))
-    parts = [
-        tuple(replace(part, attending=part.attending and rotary) for part in block.parts)
-        for block in families.FLUX.blocks
-    ]
+    """A copy of FLUX's, whose blocks are spelled alike."""
     return replace(
         families.FLUX,
         family="Ovis",
         holders=(f"{OVIS}Transformer2DModel",),
         blocks=(
-            replace(families.FLUX_DOUBLE, path=f"{OVIS}TransformerBlock", parts=parts[0]),
-            replace(families.FLUX_SINGLE, path=f"{OVIS}SingleTransformerBlock", parts=parts[1]),
+            replace(families.FLUX_DOUBLE, path=f"{OVIS}TransformerBlock"),
+            replace(families.FLUX_SINGLE, path=f"{OVIS}SingleTransformerBlock"),
         ),
     )
 
@@ -81,13 +76,3 @@ def test_without_an_entry_it_is_refused():
 def test_an_entry_is_registered_once(registered):
     with pytest.raises(ConfigError, match="OvisImageTransformerBlock is registered already, as Ovis"):
         turbovlm.register(entry())
-
-
-@torch.no_grad()
-def test_angles_are_the_library_s():
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    x, angles = noise(0, 2, 5, 3, 8), noise(1, 5, 8)
-    rotary = angles.cos(), angles.sin()
-    ours = attend._rotate(x, (rotary[0].expand(2, -1, -1), rotary[1].expand(2, -1, -1)))
-    assert torch.equal(ours, apply_rotary_emb(x, rotary, sequence_dim=1))

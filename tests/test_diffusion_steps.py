@@ -306,7 +306,7 @@ def test_attention_rows_are_those_of_the_definition(lora):
 
 def test_cross_attention_is_guided_by_the_text():
     model, inputs = DENOISERS["sd15"](), unet_inputs(1, 32, 32)
-    with turbovlm.apply(model, keep=0.5, alpha=1000):
+    with turbovlm.apply(model, keep=0.5, degree="weighted_difference", alpha=1000):
         run(model, inputs)
         first = {key: merge.rows for key, merge in merges_of(model).items()}
         run(model, {**inputs, "encoder_hidden_states": noise(8, 1, 7, 32)})

@@ -81,7 +81,7 @@ def _find(module: nn.Module, owner: Any, configs: tuple[Config, ...]) -> list[Fe
 
             features += find_readings(module, config, any(isinstance(other, TurboConfig) for other in configs))
         elif isinstance(config, DenoiseConfig):
-            from turbovlm.diffusion.feature import find_denoiser
+            from turbovlm.diffusion.find import find_denoiser
 
             features.append(find_denoiser(module, config, owner))
     return features

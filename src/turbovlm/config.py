@@ -38,6 +38,7 @@ VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "unifor
 COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a denoiser's block that can read merged tokens."""
 DENOISER_RESTORES = ("auto", "copy", "linear")
+SCOPES = ("part", "block", "stack")
 
 AMOUNTS = ("r", "keep", "flops")
 """Fields of `TurboConfig` that say how much is merged; one of them is set."""
@@ -342,11 +343,18 @@ class DenoiseConfig(Settings):
     Args:
         keep: share of its tokens that a block reads, in [0.25, 1]; or a sequence: of the largest resolution that the
             denoiser has blocks in, of half as many rows, of a quarter, …; smaller ones have the last.
-        components: which parts of a block read merged tokens: some of `"attention"`, `"cross_attention"`, `"ffn"`.
+        scope: where tokens stay merged: `"part"`, before each part of a block and restored behind it (Turbo, §6.2);
+            `"block"`, over a block (§3.3); `"stack"`, over a run of blocks, merged once before it and restored once
+            behind it. Restored is what a part, block or stack has added to its token.
+        span: blocks in a stack, at most, ≥ 1; of `scope="stack"`.
+        components: which parts of a block read merged tokens: some of `"attention"`, `"cross_attention"`, `"ffn"`; of
+            `scope="part"`.
+        queries_only: in self-attention merge what asks and leave keys and values whole, so that no sizes have to
+            count; of `scope="part"`.
         refresh: how many denoising steps share what was decided in the first of them, ≥ 1.
-        restore: what a position gets back: `"copy"`, what its token came to; `"linear"`, from a feed-forward also what
-            linear regression over the tokens says of the difference; or `"auto"`: `"linear"` on the CPU and `"copy"`
-            elsewhere.
+        restore: what a position gets back: `"copy"`, what its token came to; `"linear"`, also what linear regression
+            over the tokens says of the difference between the two; or `"auto"`: `"linear"`, but `"copy"` behind parts
+            that run elsewhere than on a CPU.
         min_tokens: a block that reads fewer tokens does not merge; it never does below 64.
         degree, alpha: as in `TurboConfig`.
         grid: rows and columns of FLUX's tokens, where they cannot be read off `img_ids`.
@@ -362,11 +370,14 @@ class DenoiseConfig(Settings):
 
     keep: float | Sequence[float]
     _: dataclasses.KW_ONLY
+    scope: str = "part"
+    span: int = 4
     components: Sequence[str] = COMPONENTS
+    queries_only: bool = False
     refresh: int = 1
     restore: str = "auto"
     min_tokens: int = 0
-    degree: str | DegreeFunction = "weighted_difference"
+    degree: str | DegreeFunction = "redundancy"
     alpha: float | None = None
     grid: tuple[int, int] | None = None
     proportional: bool = True
@@ -386,6 +397,9 @@ class DenoiseConfig(Settings):
             raise ConfigError(f"components={brief(parts)}: must be some of {', '.join(COMPONENTS)}, in a list")
         self._set(components=tuple(name for name in COMPONENTS if name in parts))
         self._set(refresh=check_integer("refresh", self.refresh, minimum=1))
+        check_choice("scope", self.scope, SCOPES)
+        self._set(span=check_integer("span", self.span, minimum=1))
+        check_flag("queries_only", self.queries_only)
         check_choice("restore", self.restore, DENOISER_RESTORES)
         check_flag("proportional", self.proportional)
         self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_seed(self.seed))
@@ -398,8 +412,13 @@ class DenoiseConfig(Settings):
     @classmethod
     def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
         found = super()._unread(values)
-        if values["restore"] == "linear" and "ffn" not in values["components"]:
-            found["restore"] = "regression is of what feed-forwards add, and components has no 'ffn'"
+        scope = values["scope"]
+        if scope != "part":
+            found |= dict.fromkeys(("components", "queries_only"), f"scope={scope!r} merges whole blocks")
+        elif values["queries_only"] and "attention" not in values["components"]:
+            found["queries_only"] = "it is of self-attention, and components has no 'attention'"
+        if scope != "stack":
+            found["span"] = f"scope={scope!r} has no stacks"
         return found
 
     @property

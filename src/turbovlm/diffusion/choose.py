@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.families import Part
+from turbovlm.diffusion.positions import split_text
 from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.diffusion.whole import own_call
 from turbovlm.errors import ConfigError, StateError
@@ -29,13 +31,17 @@ BAND = 4096
 tokens with all would cost their square."""
 
 
+WHOLE_BLOCK = "block"
+"""The component of what is no part, but a block."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One part of one block, and the group of blocks whose tokens are merged alike.
 
     Attributes:
         name: path of the part in the denoiser.
-        part: what it is.
+        part: what it is; of a stack of blocks, `WHOLE_BLOCK`.
         group: names the blocks that compare their tokens once.
         index: of the group in the denoiser, from 0.
         guide: path, from the denoiser, of the self-attention whose queries and keys say what matters.
@@ -57,11 +63,11 @@ def least_tokens(config: DenoiseConfig) -> int:
     return max(config.min_tokens, LEAST_TOKENS)
 
 
-def choice_of(run: Run, site: Site, module: nn.Module, x: Tensor, text: Any, kwargs: dict[str, Any]) -> Choice:
+def choice_of(run: Run, site: Site, module: nn.Module | None, x: Tensor, text: Any, kwargs: dict[str, Any]) -> Choice:
     """What the group of a part reads, chosen by the first of its parts that is called.
 
     Args:
-        module: the part's.
+        module: the part's; None of a block.
         x: what it is given, `[batch, tokens, width]`, text in front left out.
         text: what it attends to, `[batch, words, width]`, where it does; the first, where there are several.
         kwargs: what else it is given by name; an `attention_mask` is added to the attention's logits,
@@ -74,7 +80,7 @@ def choice_of(run: Run, site: Site, module: nn.Module, x: Tensor, text: Any, kwa
     if x.shape[0] != run.latents:
         raise StateError(
             f"{site.name} was given {x.shape[0]} of {run.latents} latents: something cuts the batch into chunks, which "
-            f"cannot be merged; stop that, or leave {site.part.component!r} out of components"
+            f"cannot be merged; stop that, or {_without(site)}"
         )
     choice = run.choices.get(site.key)
     if choice is None or (choice.merge is not None and not _fits(choice, site, x)):
@@ -82,30 +88,35 @@ def choice_of(run: Run, site: Site, module: nn.Module, x: Tensor, text: Any, kwa
     return choice
 
 
+def _without(site: Site) -> str:
+    return (
+        "remove turbovlm" if site.part.component == WHOLE_BLOCK else f"leave {site.part.component!r} out of components"
+    )
+
+
 def _fits(choice: Choice, site: Site, x: Tensor) -> bool:
     """Whether what an earlier step chose is of as many latents and tokens as `x`."""
     assert choice.merge is not None
-    enough = choice.tokens <= x.shape[1] if site.part.text_in_front else choice.tokens == x.shape[1]
+    enough = choice.tokens == x.shape[1] if site.part.text is None else choice.tokens <= x.shape[1]
     return enough and choice.merge.weights.shape[0] == x.shape[0]
 
 
 @torch.no_grad()
-def _choose(run: Run, site: Site, part: nn.Module, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
+def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
     config: DenoiseConfig = run.feature.config
     rows, columns = run.grid or square(x)
     tokens = rows * columns
-    if x.shape[1] != tokens and not site.part.text_in_front:
+    if x.shape[1] != tokens and (site.part.text is None or x.shape[1] < tokens):
         kind = type(run.denoiser.get_submodule(site.guide.rpartition(".")[0]))
         raise StateError(
             f"{site.name}, in a {kind.__qualname__} of {kind.__module__}, was given {x.shape[1]} of {tokens} tokens: "
-            "something cuts them into chunks, or merges them too; stop that, or leave "
-            f"{site.part.component!r} out of components"
+            f"something cuts them into chunks, or merges them too; stop that, or {_without(site)}"
         )
     # rounded half up, as round() would not; and every 2×2 cell, also one that is cut off, keeps a token
     kept = max(math.floor(_share(run, tokens) * tokens + 0.5), -(-rows // 2) * -(-columns // 2))
     if tokens < least_tokens(config) or kept == tokens:
         return Choice(tokens, None)
-    features = x[:, x.shape[1] - tokens :]
+    features, _ = split_text(x, tokens, site.part.text)
     semantic = None
     if run.feature.semantic:
         semantic = _averaged(run, _semantic(run.denoiser.get_submodule(site.guide), part, features, text, bias))
@@ -148,6 +159,8 @@ def _averaged(run: Run, x: Tensor) -> Tensor:
 
 def _semantic(guide: Any, part: Any, x: Tensor, text: Any, bias: Tensor | None) -> Tensor:
     """A of every token of `x`, `[batch, tokens]`: by the text in cross-attention, elsewhere by the guide."""
+    if part is None:  # a block, which is given its tokens before it norms them
+        return mean_attention(guide, F.layer_norm(x, x.shape[-1:]))
     if text is not None and getattr(part, "is_cross_attention", False):
         return text_attention(part, x, text, bias)
     if getattr(guide, "is_cross_attention", False):  # a block without self-attention: nothing says what matters

@@ -1,39 +1,41 @@
-"""The feature that merges tokens in a denoiser: finding its blocks, checking them, saying what they do."""
+"""The feature that merges tokens in a denoiser: what it puts on modules, and what it says of itself."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch.nn as nn
 
-from turbovlm.config import COMPONENTS, DenoiseConfig
-from turbovlm.diffusion.choose import Site, least_tokens
-from turbovlm.diffusion.families import Block, Denoiser, Part
-from turbovlm.diffusion.merge_part import (
-    COMPILED,
-    Holder,
-    block_forward,
-    denoiser_forward,
-    is_compiled,
-    part_forward,
-)
+from turbovlm.config import DenoiseConfig
+from turbovlm.diffusion.choose import WHOLE_BLOCK, Site, least_tokens
+from turbovlm.diffusion.denoiser import Holder, denoiser_forward
+from turbovlm.diffusion.merge_part import part_forward, parts_forward
+from turbovlm.diffusion.merge_stack import Place, attention_forward, block_forward
 from turbovlm.diffusion.refresh import Steps
 from turbovlm.diffusion.run import Choice
-from turbovlm.diffusion.whole import what_stood_inside
-from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
-from turbovlm.ops.degree import needs_semantic
 from turbovlm.patching import Patch
-from turbovlm.registry import class_paths, families, family_of
 from turbovlm.threads import Remembering
 
-SHARED_BY = 4
-"""How many blocks in a row merge alike."""
 
-MODEL = {"diffusers.models.modeling_utils.ModelMixin", "diffusers.configuration_utils.ConfigMixin"}
-"""Bases of every denoiser; a list of ControlNets has no config."""
+@dataclass(frozen=True)
+class Unit:
+    """What merges, or is left whole, at once: a part of a block, or a block.
+
+    Attributes:
+        name: its path; `block` of the block that it is, or is in.
+        component: what it is; `kind`, for people.
+        group: names those that are said in one line; `key`, those that share a merge.
+    """
+
+    name: str
+    block: str
+    component: str
+    kind: str
+    group: str
+    key: str
 
 
 @dataclass(eq=False)
@@ -43,12 +45,14 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
     Attributes:
         config: the settings.
         family: the families of its blocks, for people.
-        sites: the parts that merge, in the order of the denoiser.
+        sites: the parts that are patched, in the order of the denoiser: those that merge, or the attentions of blocks
+            that do.
         blocks: paths of the blocks that have them.
+        places: of those blocks, where these merge; else none.
         holders: paths of the denoisers and of the modules that have the blocks.
         semantic: whether A is computed, for the degree.
         steps: the pipeline's steps, whose forwards share what was chosen.
-        whole: parts that read all tokens, by `Site.name`, and why: at `apply`, then in the last forward.
+        whole: units that read all tokens, by their paths, and why: at `apply`, then in the last forward.
         removed, last: as in `turbovlm.patching.Feature`; `last` is what each group read in the last forward, by
             `Site.key`, where that was not compiled.
     """
@@ -57,6 +61,7 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
     family: str
     sites: tuple[Site, ...]
     blocks: tuple[str, ...]
+    places: tuple[Place, ...]
     holders: tuple[tuple[str, Holder], ...]
     semantic: bool
     steps: Steps = field(default_factory=lambda: Steps(1))
@@ -74,30 +79,72 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         found = [
             Patch(model.get_submodule(name), "forward", denoiser_forward, self, what) for name, what in self.holders
         ]
-        found += [Patch(model.get_submodule(name), "forward", block_forward, self) for name in self.blocks]
-        found += [Patch(model.get_submodule(site.name), "forward", part_forward, self, site) for site in self.sites]
+        places = {place.name: place for place in self.places}
+        function = block_forward if places else parts_forward
+        found += [Patch(model.get_submodule(n), "forward", function, self, places.get(n)) for n in self.blocks]
+        found += [
+            Patch(model.get_submodule(site.name), "forward", self.part_function, self, site) for site in self.sites
+        ]
         return [*found, *self.steps.patches(self)]
+
+    @property
+    def part_function(self) -> Callable[..., Any]:
+        """What runs in place of the forward of a part."""
+        return attention_forward if self.places else part_forward
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """What merges, in the order of the denoiser."""
+        if not self.places:
+            return tuple(
+                Unit(
+                    site.name,
+                    site.name.removesuffix(f".{site.part.path}"),
+                    site.part.component,
+                    site.part.path,
+                    site.group,
+                    site.key,
+                )
+                for site in self.sites
+            )
+        return tuple(
+            Unit(
+                place.name,
+                place.name,
+                WHOLE_BLOCK,
+                "blocks",
+                place.stack.site.key if self.config.scope == "block" else place.stack.site.name,
+                place.stack.site.key,
+            )
+            for place in self.places
+        )
 
     def describe(self) -> list[str]:
         """The blocks that merge, by the groups that merge alike, and how many tokens they read in the last forward."""
         config, groups = self.config, dict[str, list[str]]()
-        for site in self.sites:
-            groups.setdefault(site.group, []).append(site.name.removesuffix(f".{site.part.path}"))
+        for unit in self.units:
+            groups.setdefault(unit.group, []).append(unit.block)
         often = "" if config.refresh == 1 else f", chosen in every {_nth(config.refresh)} step"
-        there = {site.part.component for site in self.sites}
-        parts = ", ".join(name for name in config.components if name in there)
         keep: Any = config.keep
         shares = ", ".join(f"{share:.0%}" for share in (keep if isinstance(keep, tuple) else (keep,)))
-        lines = [f"  {self.family}: {shares} of the tokens in {parts}{often}"]
+        lines = [f"  {self.family}: {shares} of the tokens in {self._where()}{often}"]
         for group, blocks in groups.items():
             named = list(dict.fromkeys(blocks))
-            alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks merge alike"
+            together = "in a stack" if config.scope == "stack" else "merge alike"
+            alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks {together}"
             lines.append(f"    {named[0]}{alike}{self._tokens_of(group)}")
         return lines + self._whole()
 
+    def _where(self) -> str:
+        if self.places:
+            return "blocks" if self.config.scope == "block" else f"stacks of up to {self.config.span} blocks"
+        there = {site.part.component for site in self.sites}
+        parts = ", ".join(name for name in self.config.components if name in there)
+        return f"the queries of {parts}" if self.config.queries_only else parts
+
     def _whole(self) -> list[str]:
-        """The parts that read all tokens, those of one kind and reason in one line."""
-        kinds = {site.name: site.part.path for site in self.sites}
+        """What reads all tokens, that of one kind and reason in one line."""
+        kinds = {unit.name: unit.kind for unit in self.units}
         alike: dict[tuple[str, str], list[str]] = {}
         for name, reason in self.whole.items():
             alike.setdefault((kinds[name], reason), []).append(name)
@@ -107,10 +154,10 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         ]
 
     def _tokens_of(self, group: str) -> str:
-        sites = [site for site in self.sites if site.group == group]
-        if all(site.name in self.whole for site in sites):
+        units = [unit for unit in self.units if unit.group == group]
+        if all(unit.name in self.whole for unit in units):
             return ""
-        keys = {site.key for site in sites}
+        keys = {unit.key for unit in units}
         choice = next((choice for key, choice in (self.last or {}).items() if key in keys), None)
         if choice is None:
             return ""
@@ -122,182 +169,3 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
 
 def _nth(number: int) -> str:
     return {2: "second", 3: "third"}.get(number, f"{number}th")
-
-
-def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> DenoiseFeature:
-    """The feature of a denoiser, or of several in one module, checked.
-
-    Args:
-        owner: the pipeline that the denoiser is from, or the model itself.
-
-    Raises:
-        ConfigError: components that its blocks do not have, a `grid` of images whose grid is known, or `refresh`
-            without a pipeline.
-        UnsupportedModelError: blocks in a model that is not known, such as a video's.
-        TurboError: a part has a cache already, or the scheduler has methods of its own.
-    """
-    if config.refresh > 1 and getattr(owner, "scheduler", None) is None:
-        raise ConfigError(
-            f"refresh={config.refresh}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to "
-            "its denoiser"
-        )
-    modules = dict(model.named_modules())
-    found = {name: family for name, module in modules.items() if (family := family_of("denoiser", module)) is not None}
-    for name, family in found.items():
-        _check_holder(name, family, modules)
-        if set(class_paths(owner)) & set(family.refused):
-            raise UnsupportedModelError(
-                f"{type(owner).__name__} gives its denoiser the tokens of two images in one sequence, and turbovlm "
-                "does not know how these lie; for runs without an image apply to pipe.transformer"
-            )
-    if config.grid is not None and not any(family.positions for family in found.values()):
-        raise ConfigError(
-            f"grid={config.grid}: {type(model).__name__} is given images, of which rows and columns are known; only "
-            "denoisers that are given tokens take it"
-        )
-    roots = _find_roots(modules, found)
-    sites = _find_sites(modules, found, roots, config)
-    if not sites:
-        there = {part.component for name, family in found.items() for part in _parts_of(modules[name], family)[1]}
-        raise ConfigError(
-            f"components={list(config.components)}: the blocks of this {type(model).__name__} have no such part; they "
-            f"have {', '.join(name for name in COMPONENTS if name in there)}"
-        )
-    for name in found:
-        _check_block(name, modules[name], found[name])
-    for site in sites:
-        _check_cache(site.name, modules[site.name])
-    names = ", ".join(dict.fromkeys(family.family for family in found.values()))
-    holders = tuple(_find_holders(modules, found, roots))
-    scheduler = getattr(owner, "scheduler", None)
-    steps = Steps(config.refresh, None if scheduler is None else owner)
-    if scheduler is not None:
-        steps.count_with(scheduler)
-    reasons = {site.name: what_stood_inside(modules[site.name], site.part, site.library) for site in sites}
-    whole = {name: reason for name, reason in reasons.items() if reason is not None}
-    return DenoiseFeature(config, names, sites, tuple(found), holders, needs_semantic(config.degree), steps, whole)
-
-
-def _find_roots(modules: dict[str, nn.Module], found: dict[str, Denoiser]) -> list[str]:
-    """Paths of the outermost denoisers."""
-    roots: list[str] = []
-    for name, module in modules.items():
-        inside = any(root == "" or name.startswith(f"{root}.") for root in roots)
-        begins = any(name == "" or block.startswith(f"{name}.") for block in found)
-        if not inside and begins and set(class_paths(module)) >= MODEL:
-            roots.append(name)
-    return roots
-
-
-def _find_sites(
-    modules: dict[str, nn.Module], found: dict[str, Denoiser], roots: list[str], config: DenoiseConfig
-) -> tuple[Site, ...]:
-    """The parts that merge, in groups of up to `SHARED_BY` blocks of one stage."""
-    stages: dict[str, list[str]] = {}
-    root_of = {name: next((f"{r}." for r in roots if r and name.startswith(f"{r}.")), "") for name in found}
-    for name, root in root_of.items():
-        stages.setdefault(root + _stage_of(name.removeprefix(root)), []).append(name)
-    sites: list[Site] = []
-    groups: list[str] = []
-    for stage, blocks in stages.items():
-        for place, name in enumerate(blocks):
-            if place % SHARED_BY == 0:
-                groups.append(f"{stage}:{place // SHARED_BY}")
-            block, parts = _parts_of(modules[name], found[name])
-            for part in parts:
-                if part.component in config.components:
-                    key = f"{groups[-1]}, by the text" if part.component == "cross_attention" else groups[-1]
-                    guide = f"{name.removeprefix(root_of[name])}.{block.guide}"
-                    path, number = f"{name}.{part.path}", len(groups) - 1
-                    sites.append(Site(path, part, groups[-1], number, guide, key, block.library))
-    return tuple(sites)
-
-
-def _parts_of(module: nn.Module, family: Denoiser) -> tuple[Block, list[Part]]:
-    """What kind of block a module is, and the parts that it has."""
-    block = next(block for path in class_paths(module) for block in family.blocks if block.path == path)
-    return block, [part for part in block.parts if getattr(module, part.path, None) is not None]
-
-
-def _stage_of(name: str) -> str:
-    """Path of the part of a denoiser in which all blocks have equally many tokens."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0].endswith("_blocks") and len(parts) > 3 else parts[0]
-
-
-def _halved_before(denoiser: Any, name: str, blocks: Iterable[str]) -> int:
-    """How often a denoiser halves rows and columns before the largest resolution that has blocks."""
-    downs, ups = getattr(denoiser, "down_blocks", None) or (), getattr(denoiser, "up_blocks", None) or ()
-    level, levels = 0, dict[str, int]()
-    for i, stage in enumerate(downs):
-        levels[f"down_blocks.{i}."] = level
-        level += getattr(stage, "downsamplers", None) is not None
-    levels["mid_block."] = level
-    for i, stage in enumerate(ups):
-        levels[f"up_blocks.{i}."] = level
-        level -= getattr(stage, "upsamplers", None) is not None
-    inside = f"{name}." if name else ""
-    stages = {f"{inside}{stage}": halved for stage, halved in levels.items()}
-    return min((halved for stage, halved in stages.items() for block in blocks if block.startswith(stage)), default=0)
-
-
-def _find_holders(
-    modules: dict[str, nn.Module], found: dict[str, Denoiser], roots: list[str]
-) -> list[tuple[str, Holder]]:
-    """The denoisers and the modules that have blocks, with what is known of their arguments."""
-    holders = []
-    for name, module in modules.items():
-        paths = set(class_paths(module))
-        family = next((family for family in found.values() if paths & set(family.holders)), None)
-        if family is None and name not in roots:
-            continue
-        image = family is not None and family.positions is None
-        pixels = int(module.config.get("patch_size") or 1) if image else 0  # type: ignore[operator, union-attr]
-        arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        positions = None if family is None else family.positions
-        halved = _halved_before(module, name, found) if name in roots else 0
-        holders.append((name, Holder(name, name in roots, arguments, pixels, positions, halved)))
-    return holders
-
-
-def _check_holder(block: str, family: Denoiser, modules: dict[str, nn.Module]) -> None:
-    """Refuse blocks in models of videos or embeddings: only of images is it known how their tokens lie."""
-    parts = block.split(".")
-    around = [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)]
-    holder = next((module for module in around if not isinstance(module, nn.ModuleList)), None)
-    if holder is None or not set(class_paths(holder)) & set(family.holders):
-        found = type(modules[""] if holder is None else holder).__name__
-        known = sorted(path.rpartition(".")[2] for each in families("denoiser") for path in each.holders)
-        raise UnsupportedModelError(
-            f"{block} is in a {found}, of which turbovlm does not know how its tokens lie; known are {', '.join(known)}"
-        )
-
-
-def _check_block(name: str, block: Any, family: Denoiser) -> None:
-    """Refuse a block that is compiled by itself, or of a class whose forward is not the known one.
-
-    Raises:
-        TurboError: it is.
-    """
-    if is_compiled(block):
-        raise TurboError(f"{name} {COMPILED}")
-    path = _parts_of(block, family)[0].path
-    known: Any = next(kind for kind in type(block).__mro__ if f"{kind.__module__}.{kind.__qualname__}" == path)
-    if type(block).forward is not known.forward:
-        kind = next(kind for kind in type(block).__mro__ if "forward" in kind.__dict__)
-        undo = "call tomesd.remove_patch first" if kind.__module__.startswith("tomesd") else "take that off first"
-        raise TurboError(
-            f"{name} is a {kind.__qualname__} of {kind.__module__}, with a forward of its own that turbovlm does not "
-            f"know: {undo}, or register the class as a family"
-        )
-
-
-def _check_cache(name: str, module: nn.Module) -> None:
-    """Refuse a cache below the merge: it would give back what it was given in another step, of other tokens."""
-    registry: Any = getattr(module, "_diffusers_hook", None)
-    caches = [hook for hook in registry.hooks.values() if hook._is_stateful] if registry is not None else []
-    if caches:
-        raise TurboError(
-            f"{name} has a {type(caches[0]).__name__}, which keeps what it gave in earlier steps: enable the cache "
-            "after turbovlm.apply"
-        )

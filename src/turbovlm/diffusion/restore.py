@@ -1,8 +1,8 @@
-"""What every position gets back behind a feed-forward beside its token's result: what linear regression says of the
-difference.
+"""What every position gets back: what its token came to, and what linear regression says of the difference.
 
-A feed-forward is smooth: tokens that are close come to results that are close, and how these differ is nearly linear in
-how the tokens do. The merged tokens and their results, which are there anyway, tell that linear map.
+Parts of a block, blocks, and stacks of blocks are smooth: tokens that are close come to results that are close, and how
+these differ is nearly linear in how the tokens do. The merged tokens and their results, which are there anyway, tell
+that linear map.
 """
 
 from __future__ import annotations
@@ -10,13 +10,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from turbovlm.config import DenoiseConfig
+from turbovlm.errors import StateError
 from turbovlm.ops.merging import Merge
+from turbovlm.ops.tracing import is_exporting_to_onnx
 
 RIDGE = 0.3
 """Added to the variance of every direction, as a share of the mean one."""
 
-SAMPLES = 0.5
-"""Most tokens that the regression sees, per direction; and it never sees more than positions are gone."""
+SAMPLES = 64
+"""Most tokens that the regression sees; and it never sees more than half as many as there are directions, or as
+positions are gone, or it would cost more than merging saves."""
+
+
+def is_linear(config: DenoiseConfig, x: Tensor) -> bool:
+    """Whether `restore_linear` restores; a small system of equations outlasts most parts of a block on a GPU."""
+    return config.restore == "linear" or (
+        config.restore == "auto" and (config.scope != "part" or x.device.type == "cpu")
+    )
+
+
+def check_has_operator(config: DenoiseConfig, name: str) -> None:
+    """See that what runs has an operator for `restore_linear`.
+
+    Raises:
+        StateError: ONNX has none.
+    """
+    if is_exporting_to_onnx():
+        raise StateError(
+            f'restore={config.restore!r}: the regression behind {name} has no operator in ONNX: restore="copy" has'
+        )
+
+
+def restore_update(merge: Merge, x: Tensor, merged: Tensor, out: Tensor, linear: bool) -> Tensor:
+    """`x_i + (out_j − merged_j)` for each position i of token j: its own input, and what its token has gained.
+
+    Args:
+        merge: what was done.
+        x: what all positions would have read, `[batch, N, width]`.
+        merged: what was read, `[batch, M, width]`.
+        out: what it came to, `[batch, M, width]`.
+        linear: whether the gain is restored by `restore_linear` instead of copied.
+
+    Returns:
+        `[batch, N, width]`, in the dtype of `out`.
+    """
+    update = out - merged
+    return x + (restore_linear(merge, x, merged, update) if linear else merge.unmerge(update))
 
 
 def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tensor:
@@ -31,7 +71,7 @@ def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tens
     Returns:
         `[batch, N, out_width]`, in the dtype of `out`.
     """
-    samples = min(out.shape[1], int(SAMPLES * x.shape[2]), merge.src.shape[1])
+    samples = min(out.shape[1], SAMPLES, x.shape[2] // 2, merge.src.shape[1])
     across, weights = (factor.to(out.dtype) for factor in linear_map(merged, out, max(1, samples)))
     places = _moved(merge) + torch.arange(len(x), device=x.device).unsqueeze(1) * x.shape[1]
     flat = places.flatten()
@@ -49,7 +89,7 @@ def _moved(merge: Merge) -> Tensor:
 def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """W of the ridge regression of `out`, `[batch, M, out_width]`, on `merged`, `[batch, M, width]`, both centred.
 
-    Of `samples` evenly spaced tokens, fewer than `width`: by the system of their products, which is the smaller one.
+    Of `samples` evenly spaced tokens, by the system of their products, which is small.
 
     Returns:
         Two factors of W, `[batch, width, samples]` and `[batch, samples, out_width]`, in fp32 at least.

@@ -16,14 +16,18 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.errors import StateError
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.partition import Partition
+from turbovlm.patching import Patch
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
+    from turbovlm.diffusion.merge_stack import Stacked
 
 RUN = "_turbovlm_run"
-"""Name of the attribute of a block's hidden states that holds the run, for gradient checkpointing."""
+"""Name of the attribute of a block's hidden states that holds the run, and what was merged at the time, for gradient
+checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,11 @@ class Run:
         grid: rows and columns of the tokens at hand; None where nothing says.
         finest: tokens of the largest resolution that has blocks.
         compared: what each group's tokens were found to be most similar to, by `Site.group`.
-        whole: why each part that was called read all tokens, by `Site.name`; None where merging was up to its group.
+        whole: why each part or block that was called read all tokens, by its path; None where merging was up to its
+            group.
+        inside: what paths of the denoiser's modules begin with in the model that was accelerated.
+        apart: whether something is added to tokens between blocks in this forward, so that each is a stack.
+        stacked: what is merged at present, in a stack of blocks.
     """
 
     feature: DenoiseFeature
@@ -71,6 +79,9 @@ class Run:
     finest: int = 1
     compared: dict[str, Compared] = field(default_factory=dict)
     whole: dict[str, str | None] = field(default_factory=dict)
+    inside: str = ""
+    apart: bool = False
+    stacked: Stacked | None = None
 
 
 class _Thread(threading.local):
@@ -90,6 +101,35 @@ def run_within(run: Run, function: Callable[..., Any], *args: Any, **kwargs: Any
         return function(*args, **kwargs)
     finally:
         THREAD.run = around
+
+
+def check_class(patch: Patch, module: Any) -> None:
+    """See that the forward which a patch stands in for is still that of the module's class.
+
+    Raises:
+        StateError: another library, such as tomesd, has given the module another class, or the class another forward.
+    """
+    own: Any = type(module)
+    if own.forward is not patch.method:
+        raise StateError(
+            f"a {own.__qualname__} of {own.__module__} has had another forward since turbovlm.apply, which would not "
+            "be called: take that off, or remove turbovlm's and apply again"
+        )
+
+
+def current_run(patch: Patch, name: str) -> Run:
+    """The run that a patch's module is called in.
+
+    Raises:
+        StateError: it is called outside of its denoiser's forward.
+    """
+    run = THREAD.run
+    if run is None or run.feature is not patch.feature:
+        raise StateError(
+            f"{name} runs outside of its denoiser's forward, or that was replaced since turbovlm.apply: remove and "
+            "apply again"
+        )
+    return run
 
 
 def find_same_latents(latents: Tensor) -> Tensor:

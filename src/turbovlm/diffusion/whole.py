@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.nn.modules.module as torch_module
 
-from turbovlm.diffusion.families import Part
+from turbovlm.diffusion.families import Block, Part
 from turbovlm.ops.tracing import constant_in_graphs
 from turbovlm.patching import ACCELERATE_HOOK, Patch, slot_of
 
@@ -58,6 +58,48 @@ def reason_to_leave_whole(patch: Patch, module: Any, text: Any, mask: Any, kwarg
     return what_stands_inside(patch, module)
 
 
+def reason_to_leave_block_whole(block: Any, kind: Block, given: dict[str, Any]) -> str | None:
+    """Why a block has to read all tokens; None where it can read merged ones.
+
+    Args:
+        given: its arguments, by name.
+    """
+    for name in kind.whole_if:
+        if given.get(name, getattr(block, name, None)) is not None:
+            return f"it has {name}, which is of the image's positions"
+    for value in given.values():
+        if isinstance(value, dict):
+            for name in POSITIONAL:
+                if value.get(name) is not None:
+                    return f"it is given {name}, which are of the image's positions"
+    return what_stands_in_block(block, kind)
+
+
+POSITIONAL = ("ip_adapter_masks", "gligen")
+"""Entries of arguments such as `cross_attention_kwargs` that are of the image's positions."""
+
+
+@constant_in_graphs
+def what_stands_in_block(block: Any, kind: Block) -> str | None:
+    """What would be given merged tokens in a block and may look at positions; None where nothing does."""
+    for part in kind.parts:
+        module = getattr(block, part.path, None)
+        if module is None:
+            continue
+        found = _code_inside(module, part, kind.library)
+        if found is None:
+            found = _forward_below(module, module.__dict__.get(slot_of(module, "forward")))
+        if found is not None:
+            return f"{part.path}: {found}"
+    return _hooks_inside(block)
+
+
+@constant_in_graphs
+def what_stands_on(block: Any) -> str | None:
+    """What others have put on a block and would be called with what it is given or gives; None where nothing is."""
+    return _stands_on(block)
+
+
 @constant_in_graphs
 def what_stands_inside(patch: Patch, module: Any) -> str | None:
     """What would be given merged tokens in a part and may look at positions; None where nothing does."""
@@ -80,8 +122,8 @@ def own_call(layer: Any) -> Any:
 
 def _code_inside(module: Any, part: Part, library: str) -> str | None:
     """Other code than the library's that a call of the module runs: a class, a processor, PyTorch's attention."""
-    if part.component == "ffn" and not part.smooth:
-        return None  # one layer, which quantisers and adapters replace
+    if part.one_layer:
+        return None
     kind: Any = _own_class(module)
     if not _is_of(kind, library) or not _is_of(kind.forward, library):
         return f"it is a {_named(kind if not _is_of(kind, library) else kind.forward)}"

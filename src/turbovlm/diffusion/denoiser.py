@@ -1,0 +1,238 @@
+"""The forwards of a denoiser and of the modules in it that have blocks: a run begins, tokens lie in rows and columns.
+
+What follows in a run is decided by its parts, `merge_part`, or its blocks, `merge_stack`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from turbovlm.diffusion.choose import Site, least_tokens, square
+from turbovlm.diffusion.run import Run, check_class, current_run, find_same_latents, run_within
+from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
+from turbovlm.ops.dispatch import path_for
+from turbovlm.ops.tracing import is_readable
+from turbovlm.patching import Patch, install, patches_of, slot_of, take_off
+
+if TYPE_CHECKING:
+    from turbovlm.diffusion.feature import DenoiseFeature, Unit
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A denoiser, or a module in it that has the blocks.
+
+    Attributes:
+        name: its path in the module that was accelerated.
+        begins: whether it is the denoiser, with which a run begins.
+        arguments: names of what its forward takes; the first is the latent, or the tokens.
+        pixels: latent pixels a side of a token, where it is given an image; 0 where not.
+        positions: name of the argument that says where each token stands, where it has one.
+        halved: how often rows and columns were halved before the first block, in a denoiser.
+        between: `Denoiser.between`.
+        collects: whether it keeps what each block gives, as ControlNets do.
+    """
+
+    name: str
+    begins: bool
+    arguments: tuple[str, ...]
+    pixels: int
+    positions: str | None
+    halved: int = 0
+    between: tuple[str, ...] = ()
+    collects: bool = False
+
+
+def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Run a denoiser, or a holder in it, whose tokens lie in rows and columns that are known from now on."""
+    check_class(patch, model)
+    feature: DenoiseFeature = patch.feature  # type: ignore[assignment]
+    holder: Holder = patch.detail
+    given: dict[str, Any] = {**dict(zip(holder.arguments, args)), **kwargs}
+    latent = given[holder.arguments[0]]
+    apart = holder.collects or any(given.get(name) is not None for name in holder.between)
+    if not holder.begins:
+        run = current_run(patch, "a module that has blocks")
+        run.grid, run.apart = _grid_of(holder, latent, given, feature.config.grid), apart
+        return original(*args, **kwargs)
+    steps, compiling = feature.steps, torch.compiler.is_compiling()
+    if not compiling:
+        steps.follow_pipeline(feature)
+        _check_not_compiled(holder, model, feature)
+        _follow_parts(holder, model, feature)
+    seen = latent if is_readable(latent) else None
+    # without `refresh` a graph that cannot look at latents shares nothing
+    shares = seen is not None or steps.every > 1
+    choices = steps.begin_forward(seen) if shares else {}
+    grid = _grid_of(holder, latent, given, feature.config.grid)
+    guided = latent.ndim == 4 and len(latent) > 1  # FLUX is guided in forwards of their own
+    run = Run(
+        feature,
+        model,
+        path_for(latent),
+        len(latent),
+        find_same_latents(latent) if guided else None,
+        choices,
+        grid,
+        math.prod(grid or latent.shape[-2:]) >> 2 * holder.halved,
+        inside=f"{holder.name}." if holder.name else "",
+        apart=apart,
+    )
+    out = run_within(run, original, *args, **kwargs)
+    if shares:
+        steps.end_forward(seen, choices)
+    if not compiling:
+        own = {unit.key for unit in _units_of(holder, feature)}
+        others = {key: choice for key, choice in (feature.last_here or {}).items() if key not in own}
+        feature.last = {**others, **run.choices}  # a list of ControlNets has a forward of each
+        reasons: dict[str, str | None] = {**feature.whole, **_reasons(holder, run)}
+        feature.whole = {name: reason for name, reason in reasons.items() if reason is not None}
+        _warn_of_nothing(feature)
+    return out
+
+
+def _grid_of(
+    holder: Holder, latent: Tensor, given: dict[str, Any], otherwise: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Rows and columns of the tokens of a holder; None where it does not know."""
+    if holder.pixels:
+        return latent.shape[-2] // holder.pixels, latent.shape[-1] // holder.pixels
+    positions = None if holder.positions is None else given.get(holder.positions)
+    return None if positions is None else _grid_of_positions(holder, positions, latent, otherwise)
+
+
+def _grid_of_positions(
+    holder: Holder, positions: Tensor, tokens: Tensor, otherwise: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Rows and columns of tokens that come with the positions where they stand, `[tokens, 3]`.
+
+    Where Python may not look at these, `otherwise`, or a square.
+
+    Raises:
+        UnsupportedModelError: they are not those of one image.
+        ConfigError: there are not as many as `otherwise` says.
+    """
+    if not is_readable(positions):
+        rows, columns = otherwise or square(tokens)
+        if rows * columns != tokens.shape[1]:
+            raise ConfigError(f"grid={otherwise}: the image has {tokens.shape[1]} tokens; give its rows and columns")
+        return rows, columns
+    flat = positions.reshape(-1, positions.shape[-1])
+    rows, columns = (flat.amax(dim=0) - flat.amin(dim=0) + 1).long().tolist()[1:]
+    if rows * columns != tokens.shape[1] or bool((flat[:, 0] != flat[0, 0]).any()):
+        raise UnsupportedModelError(
+            f"{holder.positions} place {tokens.shape[1]} tokens on {rows}×{columns} positions: not one image, row by "
+            "row, so turbovlm does not know how they lie"
+        )
+    return rows, columns
+
+
+def _follow_parts(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
+    """Patch the parts that stand where others stood, as an adapter around a layer does, and the layer after it."""
+    for site in _sites_of(holder, feature):
+        part = _module_at(model, holder, site.name)
+        if part is None or _is_patched(part, feature):
+            continue
+        with FOLLOWING:
+            if not _is_patched(part, feature):  # another thread may have been here in the meantime
+                below = [patch for module in part.modules() for patch in patches_of(module)]
+                take_off(patch for patch in below if patch.feature is feature)
+                install([Patch(part, "forward", feature.part_function, feature, site)])
+
+
+FOLLOWING = threading.Lock()
+
+
+def _is_patched(part: Any, feature: DenoiseFeature) -> bool:
+    patch = part.__dict__.get(slot_of(part, "forward"))
+    if type(patch) is Patch and patch.feature is feature:  # as nearly always
+        return True
+    return any(patch.feature is feature for patch in patches_of(part))
+
+
+def _sites_of(holder: Holder, feature: DenoiseFeature) -> list[Site]:
+    """The parts in a denoiser."""
+    inside = f"{holder.name}." if holder.name else ""
+    return [site for site in feature.sites if site.name.startswith(inside)]
+
+
+def _units_of(holder: Holder, feature: DenoiseFeature) -> list[Unit]:
+    """What merges in a denoiser."""
+    inside = f"{holder.name}." if holder.name else ""
+    return [unit for unit in feature.units if unit.name.startswith(inside)]
+
+
+def _module_at(model: Any, holder: Holder, name: str) -> Any:
+    """The module of that path in a denoiser; None where it is gone. Much faster than `get_submodule`."""
+    module = model
+    for step in (name.removeprefix(f"{holder.name}.") if holder.name else name).split("."):
+        module = None if module is None else module._modules.get(step)
+    return module
+
+
+def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
+    """Refuse blocks that are compiled one by one.
+
+    Raises:
+        StateError: one is.
+    """
+    inside = f"{holder.name}." if holder.name else ""
+    for name in feature.blocks:
+        if name.startswith(inside) and is_compiled(_module_at(model, holder, name)):
+            raise StateError(f"{name} {COMPILED}")
+
+
+def is_compiled(block: Any) -> bool:
+    """Whether a block was compiled by itself, in place."""
+    return getattr(block, "_compiled_call_impl", None) is not None
+
+
+COMPILED = (
+    "is compiled by itself, as compile_repeated_blocks does: every block that merges would be a graph of its own, and "
+    "from the ninth on PyTorch compiles none; compile the whole denoiser, with its compile()"
+)
+
+
+def _reasons(holder: Holder, run: Run) -> dict[str, str | None]:
+    """Why each part or block of a denoiser whose forward has ended read all tokens; None where it did not."""
+    return {unit.name: run.whole.get(unit.name, NOT_CALLED) for unit in _units_of(holder, run.feature)}
+
+
+NOT_CALLED = "the last forward skipped it, or called another forward that was put in its place"
+
+
+def _warn_of_nothing(feature: DenoiseFeature) -> None:
+    """Say where a forward has merged nothing at all, or in no part of one kind, though it should have."""
+    keep: Any = feature.config.keep
+    if all(share == 1 for share in (keep if isinstance(keep, tuple) else (keep,))):
+        return
+    parts: dict[str, list[str | None]] = {}
+    for unit in feature.units:
+        parts.setdefault(unit.component, []).append(feature.whole.get(unit.name))
+    idle = {name: set(reasons) - {NOT_CALLED} for name, reasons in parts.items() if all(reasons)}
+    if any(idle.values()):
+        why = "; ".join(f"{name}: {', '.join(sorted(map(str, each)))}" for name, each in idle.items() if each)
+        others = [name for name in feature.config.components if name not in idle]
+        what = "blocks" if feature.places else "parts of these components"
+        by_parts = others and not feature.places
+        instead = f"components={others} leaves them whole without this warning" if by_parts else "else handle.remove()"
+        warnings.warn(
+            f"turbovlm leaves all {what} whole: {why}. To have them merged take that off, or put "
+            f"the library's own back; {instead}",
+            stacklevel=2,
+        )
+    fewest = least_tokens(feature.config)
+    tokens = max((choice.tokens for choice in (feature.last or {}).values()), default=fewest)
+    if tokens < fewest:
+        warnings.warn(
+            f"turbovlm merges nothing in this denoiser: its blocks read at most {tokens} tokens, and those of fewer "
+            f"than {fewest} are left as they are",
+            stacklevel=2,
+        )

@@ -1,0 +1,287 @@
+"""Finding the blocks of a denoiser, checking them, and planning what merges."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch.nn as nn
+
+from turbovlm.config import COMPONENTS, DenoiseConfig
+from turbovlm.diffusion.choose import WHOLE_BLOCK, Site
+from turbovlm.diffusion.denoiser import COMPILED, Holder, is_compiled
+from turbovlm.diffusion.families import Block, Denoiser, Part
+from turbovlm.diffusion.feature import DenoiseFeature
+from turbovlm.diffusion.merge_stack import Place, Stack
+from turbovlm.diffusion.refresh import Steps
+from turbovlm.diffusion.whole import what_stands_in_block, what_stood_inside
+from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
+from turbovlm.ops.degree import needs_semantic
+from turbovlm.registry import class_paths, families, family_of
+
+SHARED_BY = 4
+"""How many blocks in a row merge alike."""
+
+MODEL = {"diffusers.models.modeling_utils.ModelMixin", "diffusers.configuration_utils.ConfigMixin"}
+"""Bases of every denoiser; a list of ControlNets has no config."""
+
+
+def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> DenoiseFeature:
+    """The feature of a denoiser, or of several in one module, checked.
+
+    Args:
+        owner: the pipeline that the denoiser is from, or the model itself.
+
+    Raises:
+        ConfigError: components that its blocks do not have, a `grid` of images whose grid is known, or `refresh`
+            without a pipeline.
+        UnsupportedModelError: blocks in a model that is not known, such as a video's.
+        TurboError: a part has a cache already, or the scheduler has methods of its own.
+    """
+    if config.refresh > 1 and getattr(owner, "scheduler", None) is None:
+        raise ConfigError(
+            f"refresh={config.refresh}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to "
+            "its denoiser"
+        )
+    modules = dict(model.named_modules())
+    found = {name: family for name, module in modules.items() if (family := family_of("denoiser", module)) is not None}
+    for name, family in found.items():
+        _check_holder(name, family, modules)
+        if set(class_paths(owner)) & set(family.refused):
+            raise UnsupportedModelError(
+                f"{type(owner).__name__} gives its denoiser the tokens of two images in one sequence, and turbovlm "
+                "does not know how these lie; for runs without an image apply to pipe.transformer"
+            )
+    if config.grid is not None and not any(family.positions for family in found.values()):
+        raise ConfigError(
+            f"grid={config.grid}: {type(model).__name__} is given images, of which rows and columns are known; only "
+            "denoisers that are given tokens take it"
+        )
+    roots = _find_roots(modules, found)
+    if config.scope == "part":
+        places: tuple[Place, ...] = ()
+        sites = _find_sites(modules, found, roots, config)
+    else:
+        places = _find_places(modules, found, roots, config)
+        sites = _find_attentions(modules, found, places)
+    if not sites and not places:
+        there = {part.component for name, family in found.items() for part in _parts_of(modules[name], family)[1]}
+        raise ConfigError(
+            f"components={list(config.components)}: the blocks of this {type(model).__name__} have no such part; they "
+            f"have {', '.join(name for name in COMPONENTS if name in there)}"
+        )
+    if config.queries_only and not any(site.part.attending and site.part.attending.keys_apart for site in sites):
+        raise ConfigError(
+            f"queries_only=True: the attention of this {type(model).__name__} makes queries and keys of one sequence; "
+            "leave it out"
+        )
+    for name in found:
+        _check_block(name, modules[name], found[name])
+    for site in sites:
+        _check_cache(site.name, modules[site.name])
+    names = ", ".join(dict.fromkeys(family.family for family in found.values()))
+    holders = tuple(_find_holders(modules, found, roots))
+    scheduler = getattr(owner, "scheduler", None)
+    steps = Steps(config.refresh, None if scheduler is None else owner)
+    if scheduler is not None:
+        steps.count_with(scheduler)
+    if places:
+        reasons = {place.name: what_stands_in_block(modules[place.name], place.kind) for place in places}
+    else:
+        reasons = {site.name: what_stood_inside(modules[site.name], site.part, site.library) for site in sites}
+    whole = {name: reason for name, reason in reasons.items() if reason is not None}
+    semantic = needs_semantic(config.degree)
+    return DenoiseFeature(config, names, sites, tuple(found), places, holders, semantic, steps, whole)
+
+
+def _find_roots(modules: dict[str, nn.Module], found: dict[str, Denoiser]) -> list[str]:
+    """Paths of the outermost denoisers."""
+    roots: list[str] = []
+    for name, module in modules.items():
+        inside = any(root == "" or name.startswith(f"{root}.") for root in roots)
+        begins = any(name == "" or block.startswith(f"{name}.") for block in found)
+        if not inside and begins and set(class_paths(module)) >= MODEL:
+            roots.append(name)
+    return roots
+
+
+def _find_sites(
+    modules: dict[str, nn.Module], found: dict[str, Denoiser], roots: list[str], config: DenoiseConfig
+) -> tuple[Site, ...]:
+    """The parts that merge, in groups of up to `SHARED_BY` blocks of one stage."""
+    sites: list[Site] = []
+    groups: list[str] = []
+    for stage, blocks in _stages(found, roots).items():
+        for place, name in enumerate(blocks):
+            if place % SHARED_BY == 0:
+                groups.append(f"{stage}:{place // SHARED_BY}")
+            block, parts = _parts_of(modules[name], found[name])
+            for part in parts:
+                if part.component in config.components:
+                    key = f"{groups[-1]}, by the text" if part.component == "cross_attention" else groups[-1]
+                    guide = f"{name.removeprefix(_root_of(name, roots))}.{block.guide}"
+                    path, number = f"{name}.{part.path}", len(groups) - 1
+                    sites.append(Site(path, part, groups[-1], number, guide, key, block.library))
+    return tuple(sites)
+
+
+def _root_of(name: str, roots: list[str]) -> str:
+    """What the path of a block begins with, before that in its denoiser."""
+    return next((f"{root}." for root in roots if root and name.startswith(f"{root}.")), "")
+
+
+def _stages(found: dict[str, Denoiser], roots: list[str]) -> dict[str, list[str]]:
+    """The paths of blocks by the parts of the denoiser in which they have equally many tokens."""
+    stages: dict[str, list[str]] = {}
+    for name in found:
+        root = _root_of(name, roots)
+        stages.setdefault(root + _stage_of(name.removeprefix(root)), []).append(name)
+    return stages
+
+
+def _find_places(
+    modules: dict[str, nn.Module], found: dict[str, Denoiser], roots: list[str], config: DenoiseConfig
+) -> tuple[Place, ...]:
+    """Where each block is: in a stack of up to `span` blocks of one list, and one kind of them.
+
+    Stacks of a stage share a merge until they have `SHARED_BY` blocks.
+    """
+    span = config.span if config.scope == "stack" else 1
+    places: list[Place] = []
+    number = 0
+    for stage, blocks in _stages(found, roots).items():
+        sharing = SHARED_BY
+        for names in _runs_of(blocks, modules, span):
+            if sharing >= SHARED_BY:
+                sharing, number = 0, number + 1
+            sharing += len(names)
+            block, _ = _parts_of(modules[names[0]], found[names[0]])
+            guide = f"{names[0].removeprefix(_root_of(names[0], roots))}.{block.guide}"
+            group = f"{stage}:{number - 1}"
+            part = Part("", WHOLE_BLOCK, text=block.text)
+            stack = Stack(Site(names[0], part, group, number - 1, guide, group, block.library), tuple(names))
+            for name, behind in zip(names, [*names[1:], None]):
+                arguments = tuple(inspect.signature(type(modules[name]).forward).parameters)[1:]
+                places.append(Place(name, block, arguments, stack, behind))
+    return tuple(places)
+
+
+def _runs_of(blocks: list[str], modules: dict[str, nn.Module], span: int) -> list[list[str]]:
+    """Runs of up to `span` blocks of one class in one list, about equally long."""
+    lists: dict[tuple[str, type], list[str]] = {}
+    for name in blocks:
+        lists.setdefault((name.rpartition(".")[0], type(modules[name])), []).append(name)
+    runs = []
+    for names in lists.values():
+        count = -(-len(names) // span)
+        ends = [len(names) * i // count for i in range(count + 1)]
+        runs += [names[a:b] for a, b in itertools.pairwise(ends)]
+    return runs
+
+
+def _find_attentions(
+    modules: dict[str, nn.Module], found: dict[str, Denoiser], places: tuple[Place, ...]
+) -> tuple[Site, ...]:
+    """The self-attentions of blocks that merge, in which sizes count."""
+    sites = []
+    for place in places:
+        stack = place.stack.site
+        for part in _parts_of(modules[place.name], found[place.name])[1]:
+            if part.attending is not None:
+                path = f"{place.name}.{part.path}"
+                sites.append(Site(path, part, stack.group, stack.index, stack.guide, stack.key, stack.library))
+    return tuple(sites)
+
+
+def _parts_of(module: nn.Module, family: Denoiser) -> tuple[Block, list[Part]]:
+    """What kind of block a module is, and the parts that it has."""
+    block = next(block for path in class_paths(module) for block in family.blocks if block.path == path)
+    return block, [part for part in block.parts if getattr(module, part.path, None) is not None]
+
+
+def _stage_of(name: str) -> str:
+    """Path of the part of a denoiser in which all blocks have equally many tokens."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0].endswith("_blocks") and len(parts) > 3 else parts[0]
+
+
+def _halved_before(denoiser: Any, name: str, blocks: Iterable[str]) -> int:
+    """How often a denoiser halves rows and columns before the largest resolution that has blocks."""
+    downs, ups = getattr(denoiser, "down_blocks", None) or (), getattr(denoiser, "up_blocks", None) or ()
+    level, levels = 0, dict[str, int]()
+    for i, stage in enumerate(downs):
+        levels[f"down_blocks.{i}."] = level
+        level += getattr(stage, "downsamplers", None) is not None
+    levels["mid_block."] = level
+    for i, stage in enumerate(ups):
+        levels[f"up_blocks.{i}."] = level
+        level -= getattr(stage, "upsamplers", None) is not None
+    inside = f"{name}." if name else ""
+    stages = {f"{inside}{stage}": halved for stage, halved in levels.items()}
+    return min((halved for stage, halved in stages.items() for block in blocks if block.startswith(stage)), default=0)
+
+
+def _find_holders(
+    modules: dict[str, nn.Module], found: dict[str, Denoiser], roots: list[str]
+) -> list[tuple[str, Holder]]:
+    """The denoisers and the modules that have blocks, with what is known of their arguments."""
+    holders = []
+    for name, module in modules.items():
+        paths = set(class_paths(module))
+        family = next((family for family in found.values() if paths & set(family.holders)), None)
+        if family is None and name not in roots:
+            continue
+        image = family is not None and family.positions is None
+        pixels = int(module.config.get("patch_size") or 1) if image else 0  # type: ignore[operator, union-attr]
+        arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        positions = None if family is None else family.positions
+        halved = _halved_before(module, name, found) if name in roots else 0
+        between = () if family is None else family.between
+        collects = "ControlNet" in type(module).__name__
+        holders.append((name, Holder(name, name in roots, arguments, pixels, positions, halved, between, collects)))
+    return holders
+
+
+def _check_holder(block: str, family: Denoiser, modules: dict[str, nn.Module]) -> None:
+    """Refuse blocks in models of videos or embeddings: only of images is it known how their tokens lie."""
+    parts = block.split(".")
+    around = [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)]
+    holder = next((module for module in around if not isinstance(module, nn.ModuleList)), None)
+    if holder is None or not set(class_paths(holder)) & set(family.holders):
+        found = type(modules[""] if holder is None else holder).__name__
+        known = sorted(path.rpartition(".")[2] for each in families("denoiser") for path in each.holders)
+        raise UnsupportedModelError(
+            f"{block} is in a {found}, of which turbovlm does not know how its tokens lie; known are {', '.join(known)}"
+        )
+
+
+def _check_block(name: str, block: Any, family: Denoiser) -> None:
+    """Refuse a block that is compiled by itself, or of a class whose forward is not the known one.
+
+    Raises:
+        TurboError: it is.
+    """
+    if is_compiled(block):
+        raise TurboError(f"{name} {COMPILED}")
+    path = _parts_of(block, family)[0].path
+    known: Any = next(kind for kind in type(block).__mro__ if f"{kind.__module__}.{kind.__qualname__}" == path)
+    if type(block).forward is not known.forward:
+        kind = next(kind for kind in type(block).__mro__ if "forward" in kind.__dict__)
+        undo = "call tomesd.remove_patch first" if kind.__module__.startswith("tomesd") else "take that off first"
+        raise TurboError(
+            f"{name} is a {kind.__qualname__} of {kind.__module__}, with a forward of its own that turbovlm does not "
+            f"know: {undo}, or register the class as a family"
+        )
+
+
+def _check_cache(name: str, module: nn.Module) -> None:
+    """Refuse a cache below the merge: it would give back what it was given in another step, of other tokens."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    caches = [hook for hook in registry.hooks.values() if hook._is_stateful] if registry is not None else []
+    if caches:
+        raise TurboError(
+            f"{name} has a {type(caches[0]).__name__}, which keeps what it gave in earlier steps: enable the cache "
+            "after turbovlm.apply"
+        )

@@ -1,0 +1,179 @@
+"""The forwards of blocks that merge whole: tokens are merged before a stack of blocks, and restored behind it.
+
+In between run the model's own blocks, on fewer tokens. Only their self-attention is told of it, in which merged tokens
+count by their sizes, and what they are given of every token, such as rotary angles, is gathered. Behind the stack each
+position keeps its own input and receives what its token has gained (Turbo, §3.3, and `restore_update`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from turbovlm.diffusion.attend import attend_merged
+from turbovlm.diffusion.choose import Site, choice_of
+from turbovlm.diffusion.families import Block
+from turbovlm.diffusion.positions import Cut, beside_text, split_text
+from turbovlm.diffusion.restore import check_has_operator, is_linear, restore_update
+from turbovlm.diffusion.run import RUN, THREAD, Run, check_class, current_run, run_within
+from turbovlm.diffusion.whole import reason_to_leave_block_whole, what_stands_on
+from turbovlm.ops.merging import Merge
+from turbovlm.patching import Patch
+
+if TYPE_CHECKING:
+    from turbovlm.diffusion.feature import DenoiseFeature
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of blocks that follow each other.
+
+    Attributes:
+        site: of its first block, as a part.
+        blocks: their paths in the model that was accelerated.
+    """
+
+    site: Site
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block is.
+
+    Attributes:
+        name: its path.
+        kind: what it is.
+        arguments: names of what its forward takes.
+        stack: what it is part of.
+        next: the path of the block behind it in the stack; None for the last.
+    """
+
+    name: str
+    kind: Block
+    arguments: tuple[str, ...]
+    stack: Stack
+    next: str | None
+
+
+@dataclass(eq=False)
+class Stacked:
+    """Tokens that are merged at present.
+
+    Attributes:
+        merge: what was done.
+        x: the image's tokens before, `[batch, N, width]`.
+        merged: behind it, `[batch, M, width]`.
+        cuts: what was cut of the blocks' arguments, by name, with what it was cut from.
+    """
+
+    merge: Merge
+    x: Tensor
+    merged: Tensor
+    cuts: dict[str, tuple[Any, Any]]
+
+
+def block_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Run a block of a stack: the first one on tokens merged before it, the last one's restored behind it."""
+    check_class(patch, block)
+    place: Place = patch.detail
+    given: dict[str, Any] = {**dict(zip(place.arguments, args)), **kwargs}
+    hidden = given[place.arguments[0]]
+    run = THREAD.run
+    if (run is None or run.feature is not patch.feature) and (first := getattr(hidden, RUN, None)) is not None:
+        # gradient checkpointing runs it once more, in the backward pass
+        run, stacked = first
+        return run_within(run, _again, run, stacked, place, block, original, given)
+    run = current_run(patch, place.name)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        setattr(hidden, RUN, (run, run.stacked))
+    return _run(run, place, block, original, given)
+
+
+def _again(run: Run, stacked: Stacked | None, place: Place, block: Any, original: Any, given: dict[str, Any]) -> Any:
+    run.stacked = stacked
+    return _run(run, place, block, original, given)
+
+
+def _run(run: Run, place: Place, block: Any, original: Any, given: dict[str, Any]) -> Any:
+    kind = place.kind
+    if run.stacked is None:
+        if _why_whole(run, place.name, block, kind, given) is None:
+            _enter(run, place, given)
+        if run.stacked is None:
+            return original(**given)
+    stacked: Stacked = run.stacked
+    for cut in kind.cuts:
+        if cut.name in given:
+            given[cut.name] = _cut(stacked, cut, given[cut.name])
+    out = original(**given)
+    if not _goes_on(run, place, block, kind, given):
+        run.stacked = None
+        out = _left(run, place.name, stacked, kind, out)
+    return out
+
+
+def _enter(run: Run, place: Place, given: dict[str, Any]) -> None:
+    """Merge what a block is given, where its stack merges."""
+    hidden = given[place.arguments[0]]
+    merge = choice_of(run, place.stack.site, None, hidden, None, {}).merge
+    if merge is None:
+        return
+    x, words = split_text(hidden, merge.weights.shape[1], place.kind.text)
+    merged = merge.merge(x, path=run.path)
+    run.stacked = Stacked(merge, x, merged, {})
+    given[place.arguments[0]] = beside_text(hidden, words, merged, place.kind.text)
+
+
+def _left(run: Run, name: str, stacked: Stacked, kind: Block, out: Any) -> Any:
+    """What the last block gives, of all positions."""
+    hidden = out if kind.output is None else out[kind.output]
+    image, words = split_text(hidden, stacked.merged.shape[1], kind.text)
+    linear = is_linear(run.feature.config, image)
+    if linear:
+        check_has_operator(run.feature.config, name)
+    restored = restore_update(stacked.merge, stacked.x, stacked.merged, image, linear)
+    hidden = beside_text(hidden, words, restored, kind.text)
+    if kind.output is None:
+        return hidden
+    return tuple(hidden if i == kind.output else each for i, each in enumerate(out))
+
+
+def _cut(stacked: Stacked, cut: Cut, value: Any) -> Any:
+    """An argument of the tokens that are left; blocks of a stack are given one object, which is cut once."""
+    before = stacked.cuts.get(cut.name)
+    if before is None or before[0] is not value:
+        before = stacked.cuts[cut.name] = value, cut.of_merged(value, stacked.merge)
+    return before[1]
+
+
+def _why_whole(run: Run, name: str, block: Any, kind: Block, given: dict[str, Any]) -> str | None:
+    """Why a block reads all tokens; asked once in a forward."""
+    if name not in run.whole:
+        run.whole[name] = reason_to_leave_block_whole(block, kind, given)
+    return run.whole[name]
+
+
+def _goes_on(run: Run, place: Place, block: Any, kind: Block, given: dict[str, Any]) -> bool:
+    """Whether the block behind one reads its merged tokens, and nothing between them does."""
+    if place.next is None or run.apart:
+        return False
+    behind = run.denoiser.get_submodule(place.next.removeprefix(run.inside))
+    if what_stands_on(block) is not None or what_stands_on(behind) is not None:
+        return False
+    return _why_whole(run, place.next, behind, kind, given) is None
+
+
+def attention_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Run a self-attention, in which merged tokens count by their sizes."""
+    check_class(patch, module)
+    site: Site = patch.detail
+    run = current_run(patch, site.name)
+    feature: DenoiseFeature = patch.feature  # type: ignore[assignment]
+    if run.stacked is None or not feature.config.proportional or site.part.attending is None:
+        return original(*args, **kwargs)
+    x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+    return attend_merged(site.part.attending, module, original, run.path, run.stacked.merge, x, rest, kwargs)

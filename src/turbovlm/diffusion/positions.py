@@ -1,0 +1,101 @@
+"""What a block is given of every token beside the token, such as rotary angles, for the tokens that are left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbovlm.ops.merging import Merge
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An argument that has something of every token.
+
+    Args:
+        name: of the argument: a tensor, or a tuple of them.
+        axis: of the tokens in it.
+        text: where the text's entries stand: `"front"` or `"behind"` those of the image; None where it has none.
+        heads: axis that the library's code gives it for the heads, where it has none for the images of the batch.
+        item: index of the tensor in the tuple; None where all of them are of tokens.
+    """
+
+    name: str
+    axis: int = 0
+    text: str | None = None
+    heads: int | None = None
+    item: int | None = None
+
+    def of_merged(self, value: Any, merge: Merge) -> Any:
+        """The same of the tokens that are left, `Merge.kept`, of each image by itself."""
+        if value is None:
+            return None
+        if isinstance(value, tuple | list):
+            some = (self.item,) if self.item is not None else range(len(value))
+            return tuple(self._gathered(each, merge) if i in some else each for i, each in enumerate(value))
+        return self._gathered(value, merge)
+
+    def _gathered(self, value: Tensor, merge: Merge) -> Any:
+        images = len(merge.sizes)
+        tokens, words = merge.weights.shape[1], value.shape[self.axis] - merge.weights.shape[1]
+        before = words if self.text == "front" else 0
+        index = merge.kept + before
+        if words:
+            text = torch.arange(words, device=index.device) + (0 if before else tokens)
+            both = text.expand(images, -1), index
+            index = torch.cat(both if before else both[::-1], dim=1)
+        shared = self.axis == 0 or value.shape[0] != images
+        if self.axis == 0:
+            found = value[index]
+        else:
+            rows = torch.arange(images, device=index.device).unsqueeze(1)
+            moved = value.movedim(self.axis, 1)
+            found = moved[0][index] if shared else moved[rows, index]
+            found = found.movedim(1, self.axis)
+        return found if self.heads is None else OfEach(found.unsqueeze(self.heads))
+
+
+class OfEach:
+    """Angles of the tokens of every image, where the library's code expects those that all images share.
+
+    It gives the angles of one sequence axes for images and heads, by an index or a view. These have them already.
+
+    Args:
+        angles: `[batch, tokens, 1, …]`, or with the axes of tokens and heads changed places.
+    """
+
+    def __init__(self, angles: Tensor) -> None:
+        self.angles = angles
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.angles
+
+    def unsqueeze(self, axis: int) -> Tensor:
+        return self.angles
+
+    def view(self, *shape: int) -> Tensor:
+        return self.angles
+
+    def to(self, *args: Any, **kwargs: Any) -> OfEach:
+        return OfEach(self.angles.to(*args, **kwargs))
+
+
+def split_text(x: Tensor, tokens: int, text: str | None) -> tuple[Tensor, int]:
+    """The image's `tokens` tokens of a sequence, `[batch, words + tokens, width]`, and how many words there are.
+
+    Args:
+        text: where they stand: `"front"` or `"behind"`; None where there are none.
+    """
+    words = x.shape[1] - tokens
+    return (x[:, :tokens] if text == "behind" else x[:, words:]), words
+
+
+def beside_text(x: Tensor, words: int, image: Tensor, text: str | None) -> Tensor:
+    """Other tokens of the image, `[batch, any, width]`, with the words of `x`, where these stood."""
+    if not words:
+        return image
+    both = (image, x[:, -words:]) if text == "behind" else (x[:, :words], image)
+    return torch.cat(both, dim=1)
