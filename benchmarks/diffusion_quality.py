@@ -8,7 +8,8 @@ Drift is the relative error of the last latent, per image; its mean and standard
 calls for 16 images without the text encoder, settings in turn, as a ratio to the pipeline's own; medians. The Fréchet
 distance is between features of a ViT-S/14 (CLS after block 9, of images scaled to 112 pixels) of the images made
 and of as many drawn ones, which studies/emoji/prepare.py fetches; smaller is better.
-tomesd (pip install --no-deps tomesd) merges in all components, by its deterministic partition.
+tomesd (pip install --no-deps tomesd) merges by its own defaults, which are self-attention in the largest resolution and
+partitions drawn at random, and in all parts of two resolutions.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import turbovlm
-from turbovlm.config import COMPONENTS
 from turbovlm_lab.evaluate.metrics import frechet_distance
 from turbovlm_lab.zoo import load_saliency_vit
 from turbovlm_lab.zoo.emoji import emoji_prompts, load_emoji_pipeline
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--images", "--pictures", type=int, default=96, metavar="N", help="for drift (default 96)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of timing (default 5); 0 for none")
     parser.add_argument("--frechet", type=int, metavar="N", help="images per setting, instead of drift and time")
-    parser.add_argument("--only", metavar="TEXT", help="settings whose name contains it")
+    parser.add_argument("--only", metavar="TEXT", nargs="+", help="settings whose name contains one of them")
     parser.add_argument("--out", default="diffusion_quality", metavar="NAME", help="of the files under results")
     args = parser.parse_args()
     if importlib.util.find_spec("tomesd") is None:
@@ -66,8 +66,8 @@ def main() -> None:
     print(report(results))
 
 
-def measure_drift(pipe: Any, images: int, rounds: int, only: str | None, results: dict[str, Any]) -> None:
-    chosen = {name: within for name, within in settings().items() if not only or only in name}
+def measure_drift(pipe: Any, images: int, rounds: int, only: list[str] | None, results: dict[str, Any]) -> None:
+    chosen = {name: within for name, within in settings().items() if not only or any(text in name for text in only)}
     results |= {"machine": machine(), "pictures": images, "settings": {}}
     texts = embedded(pipe, prompts(images))
     plain = latents(pipe, texts)
@@ -81,7 +81,7 @@ def measure_drift(pipe: Any, images: int, rounds: int, only: str | None, results
         results["settings"][name]["speedup"] = ratio
 
 
-def measure_frechet(pipe: Any, count: int, only: str | None, results: dict[str, Any], file: Path) -> None:
+def measure_frechet(pipe: Any, count: int, only: list[str] | None, results: dict[str, Any], file: Path) -> None:
     """Of the model's own images, and of each share kept."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "emoji"))
     from prepare import DATA
@@ -93,11 +93,11 @@ def measure_frechet(pipe: Any, count: int, only: str | None, results: dict[str, 
     drawn = features(vit, scenes(emoji, index, torch.Generator().manual_seed(1)))
     versions: dict[str, Within] = {"the model itself": lambda pipe: contextlib.nullcontext()}
     for keep in KEEPS[:-1]:
-        versions |= {f"turbovlm, keep={keep:g}": merged(keep=keep), f"tomesd, keep={keep:g}": by_tomesd(keep, 1)}
+        versions |= {f"turbovlm, keep={keep:g}": merged(keep=keep), f"tomesd, keep={keep:g}": by_tomesd(keep)}
     done = results.setdefault("frechet", {}).setdefault(str(count), {})
     texts = embedded(pipe, [emoji.prompts[i] for i in index])
     for name, within in tqdm(versions.items(), unit=" settings"):
-        if name in done or (only and only not in name):
+        if name in done or (only and not any(text in name for text in only)):
             continue
         with within(pipe):
             made = latents(pipe, texts)
@@ -122,39 +122,55 @@ def settings() -> dict[str, Within]:
     """All that is compared, by name."""
     found: dict[str, Within] = {}
     for keep in KEEPS:
-        found[f"turbovlm, keep={keep:g}"] = merged(keep=keep)
-        found[f"turbovlm, largest resolution, keep={keep:g}"] = merged(keep=keep, min_tokens=LARGEST)
-        found[f"turbovlm, restore=copy, keep={keep:g}"] = merged(keep=keep, restore="copy")
-        found[f"tomesd, keep={keep:g}"] = by_tomesd(keep, 1)
-        found[f"tomesd, two resolutions, keep={keep:g}"] = by_tomesd(keep, 2)
-    for refresh in (2, 3, 4, 6):
-        found[f"turbovlm, refresh={refresh}, keep=0.5"] = merged(keep=0.5, refresh=refresh)
-    one_off: dict[str, dict[str, Any]] = {
-        "proportional=False": {"proportional": False},
-        "as tomesd restores and attends": {"proportional": False, "restore": "copy", "min_tokens": LARGEST},
-        "reduce=prune": {"reduce": "prune"},
-        **{f"degree={degree}": {"degree": degree} for degree in ("redundancy", "semantics", "random")},
-        **{f"alpha={alpha}": {"alpha": alpha} for alpha in (20, 200, 2000)},
-        **{f"{component} only": {"components": [component]} for component in COMPONENTS},
-    }
-    for name, given in one_off.items():
+        found |= {f"{method}, keep={keep:g}": merged(keep=keep, **given) for method, given in METHODS.items()}
+        found |= {f"{method}, keep={keep:g}": by_tomesd(keep, **given) for method, given in TOMESD.items()}
+    for name, given in ONE_OFF.items():
         found[f"turbovlm, {name}, keep=0.5"] = merged(keep=0.5, **given)
     return found
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "parts": {"scope": "part"},
+    "parts, copies": {"scope": "part", "restore": "copy"},
+    "attention": {"scope": "part", "components": ["attention"]},
+    "queries": {"scope": "part", "components": ["attention"], "queries_only": True},
+    "queries and other parts": {"scope": "part", "queries_only": True},
+    "blocks": {"scope": "block"},
+    "blocks, copies": {"scope": "block", "restore": "copy"},
+    "blocks, largest resolution": {"scope": "block", "min_tokens": LARGEST},
+}
+"""turbovlm's, each at all shares kept."""
+
+TOMESD: dict[str, dict[str, Any]] = {
+    "tomesd": {},
+    "tomesd, all parts, two resolutions": {"max_downsample": 2, "merge_crossattn": True, "merge_mlp": True},
+}
+"""By its own defaults, and in as many places as parts of turbovlm's."""
+
+ONE_OFF: dict[str, dict[str, Any]] = {
+    **{f"refresh={refresh}": {"refresh": refresh} for refresh in (2, 3, 4, 6)},
+    "proportional=False": {"proportional": False},
+    "reduce=prune": {"reduce": "prune"},
+    "reduce=keep_norm": {"reduce": "keep_norm"},
+    **{f"degree={degree}": {"degree": degree} for degree in ("weighted_difference", "semantics", "random")},
+    **{f"alpha={alpha}": {"degree": "weighted_difference", "alpha": alpha} for alpha in (20, 200)},
+}
+"""Changes of the default."""
 
 
 def merged(**given: Any) -> Within:
     return lambda pipe: turbovlm.apply(pipe, **given)
 
 
-def by_tomesd(keep: float, downsampling: int) -> Within:
-    """tomesd, deterministic, in resolutions down to that one."""
+def by_tomesd(keep: float, **given: Any) -> Within:
+    """tomesd, of which every run draws the same partitions."""
 
     @contextlib.contextmanager
     def within(pipe: Any) -> Iterator[None]:
         import tomesd
 
-        where = {"max_downsample": downsampling, "merge_attn": True, "merge_crossattn": True, "merge_mlp": True}
-        tomesd.apply_patch(pipe, ratio=1 - keep, use_rand=False, **where)
+        torch.manual_seed(0)
+        tomesd.apply_patch(pipe, ratio=1 - keep, **given)
         try:
             yield
         finally:
@@ -223,7 +239,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    curves = ("turbovlm", "turbovlm, largest resolution", "turbovlm, restore=copy", "tomesd", "tomesd, two resolutions")
+    curves = (*METHODS, *TOMESD)
     for method in curves:
         points = [found[name] for keep in KEEPS if (name := f"{method}, keep={keep:g}") in found]
         if points and all("speedup" in point for point in points):
