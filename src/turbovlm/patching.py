@@ -65,7 +65,8 @@ class Patch:
         detail: what `function` needs to know beside the feature, such as the index of a block.
         by_name: whether `function` gets the method's arguments by name, however they came, without those left out.
         before: what stood in the module's own `__dict__` under that name; None where the class's method was used.
-        method: the class's own method, unbound; `is_static`: whether it is a static one.
+        method: the class's own method, unbound; None where it has none, as of `_compiled_call_impl`.
+        is_static: whether that is a static one.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Patch:
         module = self._module()
         if args and args[0] is module:  # accelerate's unwrap_model binds what it finds below its wrappers to the model
             args = args[1:]
-        own = self.method if self.is_static else functools.partial(self.method, module)
-        original = own if self.before is None else self.before
+        if self.before is None:
+            original = self.method if self.is_static else functools.partial(self.method, module)
+        else:
+            original = self.before
         if self.feature.removed:
             return original(*args, **kwargs)
         if self.by_name:

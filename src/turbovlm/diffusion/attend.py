@@ -66,11 +66,10 @@ def attend_merged(
     """
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
     words = x.shape[1] - merge.sizes.shape[1] if text is None else text.shape[1]
-    bias = F.pad(size_bias(merge.sizes, x.dtype), (words, 0) if attending.text == "front" else (0, words))
+    bias = size_bias(merge.sizes, x.dtype)
     processor = getattr(attention, "processor", None)
-    backend = _backend_of(processor)
-    if backend in (None, "native") and type(processor).__name__ not in MASKED:
-        counting = CountSizes(path, bias)
+    if ends_in_sdpa(processor):
+        counting = CountSizes(path, bias, attending.text, words)
         with counting:
             out = original(x, *rest, **kwargs)
         if not counting.counted:
@@ -79,42 +78,71 @@ def attend_merged(
                 "merged tokens would count: give proportional=False, or another processor"
             )
         return out
+    backend = _backend_of(processor)
     if not attending.mask_axes or not (backend is None or backend in BIASED_BACKENDS):
         raise StateError(
             f"the attention backend {backend!r} takes no mask that is added to the scores, in which the sizes of "
             "merged tokens would be: give proportional=False, or use another backend"
         )
+    bias = _beside_words(bias, attending.text, words)
     kwargs["attention_mask"] = bias if attending.mask_axes == bias.ndim else bias.squeeze(1)
     return original(x, *rest, **kwargs)
 
 
+def ends_in_sdpa(processor: Any) -> bool:
+    """Whether what a processor does ends in `scaled_dot_product_attention`, as far as its kind and backend tell."""
+    return _backend_of(processor) in (None, "native") and type(processor).__name__ not in MASKED
+
+
+def _beside_words(bias: Tensor, text: str | None, words: int) -> Tensor:
+    """A bias on the image's keys, `[batch, 1, 1, tokens]`, with that of the words, 0, on their side."""
+    return F.pad(bias, (words, 0) if text == "front" else (0, words)) if words else bias
+
+
 class CountSizes(TorchFunctionMode):
-    """Adds a bias to the scores of every self-attention of as many tokens, while it lasts.
+    """Adds a bias to the scores of self-attentions, while it lasts.
 
     Args:
         path: from `path_for`; it attends.
-        bias: `[batch, 1, 1, tokens]`.
+        bias: of the image's keys, `[batch, 1, 1, tokens]`.
+        text: where the words stand beside them.
+        words: how many there are in attention that has them.
+        most: self-attentions that there are at most; they come before attention of any other kind. None for any number.
+        traced: whether it acts only while PyTorch compiles what runs, and not once more when that runs.
     """
 
-    def __init__(self, path: ModuleType, bias: Tensor) -> None:
+    def __init__(
+        self,
+        path: ModuleType,
+        bias: Tensor,
+        text: str | None,
+        words: int,
+        most: int | None = None,
+        traced: bool = False,
+    ) -> None:
         super().__init__()
-        self.path, self.bias, self.counted = path, bias, False
+        self.path, self.bias, self.text, self.words = path, bias, text, words
+        self.most, self.traced, self.counted = most, traced, 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        q, k, v, mask = (*args[:4], *(kwargs.get(name) for name in ARGUMENTS[len(args) :]))
+        idle = self.counted == self.most or (self.traced and not torch.compiler.is_compiling())
+        if function is not F.scaled_dot_product_attention or idle:
+            # Dynamo cannot look into the method
+            return (torch.unflatten if function is Tensor.unflatten else function)(*args, **kwargs)
+        named: dict[str, Any] = dict(zip(ARGUMENTS, args)) | kwargs
+        q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
+        words = k.shape[-2] - self.bias.shape[-1]
         # keys of other tokens, such as an image prompt's, are as many as they are
-        if not q.shape[-2] == k.shape[-2] == self.bias.shape[-1]:
+        if q.shape[-2] != k.shape[-2] or words not in (0, self.words):
             return function(*args, **kwargs)
-        self.counted = True
-        scale = kwargs.get("scale")
+        self.counted += 1
+        scale, bias = kwargs.get("scale"), _beside_words(self.bias, self.text, words)
         if mask is None:
-            return self.path.attend(q, k, v, self.bias, q.shape[-1] ** -0.5 if scale is None else scale)
+            return self.path.attend(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-        return function(q, k, v, attn_mask=mask + self.bias, scale=scale)
+        return function(q, k, v, attn_mask=mask + bias, scale=scale)
 
 
 ARGUMENTS = "query", "key", "value", "attn_mask"

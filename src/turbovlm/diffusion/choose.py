@@ -57,6 +57,11 @@ class Site:
     key: str
     library: str
 
+    @property
+    def block(self) -> str:
+        """Path of the block."""
+        return self.name.removesuffix(f".{self.part.path}")
+
 
 def least_tokens(config: DenoiseConfig) -> int:
     """Tokens below which nothing is merged."""

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from turbovlm.diffusion.choose import Site, least_tokens, square
+from turbovlm.diffusion.merge_stack import block_forward, block_slot
 from turbovlm.diffusion.run import Run, check_class, current_run, find_same_latents, run_within
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch, install, patches_of, slot_of, take_off
+from turbovlm.registry import class_paths
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature, Unit
@@ -59,13 +61,16 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     latent = given[holder.arguments[0]]
     apart = holder.collects or any(given.get(name) is not None for name in holder.between)
     if not holder.begins:
-        run = current_run(patch, "a module that has blocks")
+        run = current_run(patch)
         run.grid, run.apart = _grid_of(holder, latent, given, feature.config.grid), apart
         return original(*args, **kwargs)
     steps, compiling = feature.steps, torch.compiler.is_compiling()
     if not compiling:
         steps.follow_pipeline(feature)
-        _check_not_compiled(holder, model, feature)
+        if feature.places:
+            _follow_blocks(holder, model, feature)
+        else:
+            _check_not_compiled(holder, model, feature)
         _follow_parts(holder, model, feature)
     seen = latent if is_readable(latent) else None
     # without `refresh` a graph that cannot look at latents shares nothing
@@ -140,11 +145,34 @@ def _follow_parts(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
         part = _module_at(model, holder, site.name)
         if part is None or _is_patched(part, feature):
             continue
+        if feature.places and block_slot(_module_at(model, holder, site.block)) != "forward":
+            continue  # compiled by itself: see `merge_stack`
         with FOLLOWING:
             if not _is_patched(part, feature):  # another thread may have been here in the meantime
                 below = [patch for module in part.modules() for patch in patches_of(module)]
                 take_off(patch for patch in below if patch.feature is feature)
                 install([Patch(part, "forward", feature.part_function, feature, site)])
+
+
+def _follow_blocks(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
+    """Patch blocks outside of what they were compiled to by themselves, now or meanwhile, and copies of them."""
+    inside = f"{holder.name}." if holder.name else ""
+    for place in feature.places:
+        if not place.name.startswith(inside):
+            continue
+        block = _module_at(model, holder, place.name)
+        if block is None or type(block.__dict__.get(slot := block_slot(block))) is Patch:
+            continue
+        if place.kind.path not in class_paths(block):
+            continue  # another module was put in its place
+        with FOLLOWING:
+            inner = [patch for module in block.modules() for patch in patches_of(module)]
+            own = [patch for patch in inner if patch.feature is feature]
+            moved = [patch for patch in own if isinstance(patch.detail, type(place))]
+            if moved and slot_of(block, moved[0].name) == slot:
+                continue  # below another library's
+            take_off(moved if slot == "forward" else own)
+            install([Patch(block, slot, block_forward, feature, place)])
 
 
 FOLLOWING = threading.Lock()

@@ -51,6 +51,7 @@ class Block:
         cuts: what it is given of every token.
         text: where the text's tokens stand in the sequence of the image's: `"front"` or `"behind"`; None where it is
             apart, or there is none.
+        words: the argument that has the text's tokens, where they are apart.
         whole_if: its attributes and arguments that make it treat positions differently, where they are not None.
     """
 
@@ -60,6 +61,7 @@ class Block:
     output: int | None = None
     cuts: tuple[Cut, ...] = ()
     text: str | None = None
+    words: str = "encoder_hidden_states"
     whole_if: tuple[str, ...] = ()
 
     @property
@@ -117,7 +119,7 @@ BASIC = Denoiser(
             f"{MODELS}.attention.BasicTransformerBlock",
             guide="attn1",
             parts=(Part("attn1", "attention", attending=ALONE), Part("attn2", "cross_attention"), FEED_FORWARD),
-            whole_if=("pos_embed", "fuser", "attention_mask"),
+            whole_if=("pos_embed", "fuser", "attention_mask", "_chunk_size"),
         ),
     ),
 )
@@ -134,6 +136,7 @@ SD3 = Denoiser(
                 FEED_FORWARD,
             ),
             output=1,
+            whole_if=("_chunk_size",),
         ),
     ),
     between=("block_controlnet_hidden_states", "skip_layers"),

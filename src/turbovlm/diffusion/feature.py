@@ -13,7 +13,7 @@ from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.choose import WHOLE_BLOCK, Site, least_tokens
 from turbovlm.diffusion.denoiser import Holder, denoiser_forward
 from turbovlm.diffusion.merge_part import part_forward, parts_forward
-from turbovlm.diffusion.merge_stack import Place, attention_forward, block_forward
+from turbovlm.diffusion.merge_stack import Place, attention_forward, block_forward, block_slot
 from turbovlm.diffusion.refresh import Steps
 from turbovlm.diffusion.run import Choice
 from turbovlm.patching import Patch
@@ -79,12 +79,14 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         found = [
             Patch(model.get_submodule(name), "forward", denoiser_forward, self, what) for name, what in self.holders
         ]
-        places = {place.name: place for place in self.places}
-        function = block_forward if places else parts_forward
-        found += [Patch(model.get_submodule(n), "forward", function, self, places.get(n)) for n in self.blocks]
-        found += [
-            Patch(model.get_submodule(site.name), "forward", self.part_function, self, site) for site in self.sites
-        ]
+        if self.places:
+            blocks = [(model.get_submodule(place.name), place) for place in self.places]
+            found += [Patch(block, block_slot(block), block_forward, self, place) for block, place in blocks]
+        else:
+            found += [Patch(model.get_submodule(name), "forward", parts_forward, self) for name in self.blocks]
+        for site in self.sites:
+            if not self.places or block_slot(model.get_submodule(site.block)) == "forward":
+                found.append(Patch(model.get_submodule(site.name), "forward", self.part_function, self, site))
         return [*found, *self.steps.patches(self)]
 
     @property
@@ -99,7 +101,7 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
             return tuple(
                 Unit(
                     site.name,
-                    site.name.removesuffix(f".{site.part.path}"),
+                    site.block,
                     site.part.component,
                     site.part.path,
                     site.group,

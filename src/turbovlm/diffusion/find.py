@@ -78,7 +78,7 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
             "leave it out"
         )
     for name in found:
-        _check_block(name, modules[name], found[name])
+        _check_block(name, modules[name], found[name], config)
     for site in sites:
         _check_cache(site.name, modules[site.name])
     names = ", ".join(dict.fromkeys(family.family for family in found.values()))
@@ -257,13 +257,13 @@ def _check_holder(block: str, family: Denoiser, modules: dict[str, nn.Module]) -
         )
 
 
-def _check_block(name: str, block: Any, family: Denoiser) -> None:
-    """Refuse a block that is compiled by itself, or of a class whose forward is not the known one.
+def _check_block(name: str, block: Any, family: Denoiser, config: DenoiseConfig) -> None:
+    """Refuse a block whose parts merge and that is compiled by itself, or of a class whose forward is not known.
 
     Raises:
         TurboError: it is.
     """
-    if is_compiled(block):
+    if config.scope == "part" and is_compiled(block):
         raise TurboError(f"{name} {COMPILED}")
     path = _parts_of(block, family)[0].path
     known: Any = next(kind for kind in type(block).__mro__ if f"{kind.__module__}.{kind.__qualname__}" == path)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.attend import attend_merged
 from turbovlm.diffusion.choose import Site, choice_of
+from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.positions import beside_text, split_text
 from turbovlm.diffusion.restore import check_has_operator, is_linear, restore_linear
 from turbovlm.diffusion.run import RUN, THREAD, Run, check_class, current_run, run_within
@@ -44,7 +46,7 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
     site: Site = patch.detail
     part = site.part
     x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-    run = current_run(patch, site.name)
+    run = current_run(patch)
     text, mask, *_ = (*rest, None, None)
     text, mask = kwargs.get("encoder_hidden_states", text), kwargs.get("attention_mask", mask)
     run.whole[site.name] = reason_to_leave_whole(patch, module, text, mask, kwargs)
@@ -71,10 +73,20 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
     )
 
 
+def _is_smooth(part: Part, config: DenoiseConfig) -> bool:
+    """Whether restoring linearly is worth what it costs.
+
+    It is behind feed-forwards, and behind attention of which queries alone merge. Behind other attention it takes a
+    tenth off the drift and as much off the speed (benchmarks/diffusion_quality.py); behind one layer it costs what the
+    layer does.
+    """
+    return not part.one_layer and (part.component == "ffn" or (part.component == "attention" and config.queries_only))
+
+
 def _restored(run: Run, site: Site, merge: Merge, image: Tensor, merged: Tensor, out: Tensor) -> Tensor:
     """Every position with its token's result; the text's tokens as they are."""
     found, words = split_text(out, merge.sizes.shape[1], site.part.text)
-    if not site.part.one_layer and is_linear(run.feature.config, image):  # it would cost what the layer does
+    if _is_smooth(site.part, run.feature.config) and is_linear(run.feature.config, image):
         check_has_operator(run.feature.config, site.name)
         restored = restore_linear(merge, image, merged, found)
     else:

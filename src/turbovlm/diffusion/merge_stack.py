@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from turbovlm.diffusion.attend import attend_merged
+from turbovlm.diffusion.attend import CountSizes, attend_merged, ends_in_sdpa
 from turbovlm.diffusion.choose import Site, choice_of
 from turbovlm.diffusion.families import Block
 from turbovlm.diffusion.positions import Cut, beside_text, split_text
 from turbovlm.diffusion.restore import check_has_operator, is_linear, restore_update
 from turbovlm.diffusion.run import RUN, THREAD, Run, check_class, current_run, run_within
 from turbovlm.diffusion.whole import reason_to_leave_block_whole, what_stands_on
+from turbovlm.ops.attention import size_bias
 from turbovlm.ops.merging import Merge
-from turbovlm.patching import Patch
+from turbovlm.patching import Patch, slot_of
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
@@ -76,21 +77,44 @@ class Stacked:
     cuts: dict[str, tuple[Any, Any]]
 
 
+COMPILED = "_compiled_call_impl"
+"""What a module calls instead of its forward, with its hooks, once it was compiled by itself, in place."""
+
+
+def block_slot(block: Any) -> str:
+    """The method of a block that is patched: tokens are merged outside of what it was compiled to by itself.
+
+    So blocks of a stack are compiled once for all, on fewer tokens.
+    """
+    return "forward" if getattr(block, COMPILED, None) is None else COMPILED
+
+
 def block_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a block of a stack: the first one on tokens merged before it, the last one's restored behind it."""
     check_class(patch, block)
     place: Place = patch.detail
     given: dict[str, Any] = {**dict(zip(place.arguments, args)), **kwargs}
-    hidden = given[place.arguments[0]]
+    hidden, original = given[place.arguments[0]], _As(original, place.arguments[: len(args)])
     run = THREAD.run
     if (run is None or run.feature is not patch.feature) and (first := getattr(hidden, RUN, None)) is not None:
         # gradient checkpointing runs it once more, in the backward pass
         run, stacked = first
         return run_within(run, _again, run, stacked, place, block, original, given)
-    run = current_run(patch, place.name)
+    run = current_run(patch)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         setattr(hidden, RUN, (run, run.stacked))
     return _run(run, place, block, original, given)
+
+
+class _As:
+    """A function that is called with arguments by name, and gets the first of them as it was given them: by place."""
+
+    def __init__(self, function: Any, by_place: tuple[str, ...]) -> None:
+        self.function, self.by_place = function, by_place
+
+    def __call__(self, **given: Any) -> Any:
+        named = {name: value for name, value in given.items() if name not in self.by_place}
+        return self.function(*(given[name] for name in self.by_place), **named)
 
 
 def _again(run: Run, stacked: Stacked | None, place: Place, block: Any, original: Any, given: dict[str, Any]) -> Any:
@@ -109,7 +133,10 @@ def _run(run: Run, place: Place, block: Any, original: Any, given: dict[str, Any
     for cut in kind.cuts:
         if cut.name in given:
             given[cut.name] = _cut(stacked, cut, given[cut.name])
-    out = original(**given)
+    if run.feature.config.proportional and block_slot(block) == COMPILED:
+        out = _run_compiled(run, stacked, kind, block, original, given)
+    else:
+        out = original(**given)
     if not _goes_on(run, place, block, kind, given):
         run.stacked = None
         out = _left(run, place.name, stacked, kind, out)
@@ -154,24 +181,76 @@ def _why_whole(run: Run, name: str, block: Any, kind: Block, given: dict[str, An
     """Why a block reads all tokens; asked once in a forward."""
     if name not in run.whole:
         run.whole[name] = reason_to_leave_block_whole(block, kind, given)
+        if run.whole[name] is None and block_slot(block) == COMPILED:
+            run.whole[name] = _why_compiled_whole(run, block, kind)
     return run.whole[name]
+
+
+def _why_compiled_whole(run: Run, block: Any, kind: Block) -> str | None:
+    """Why a block that is compiled by itself reads all tokens; its hooks are compiled with it."""
+    if (hook := what_stands_on(block)) is not None:
+        return f"it is compiled by itself, with {hook}"
+    if run.feature.config.proportional:
+        for attention in _attentions(block, kind):
+            if not ends_in_sdpa(getattr(attention, "processor", None)):
+                return "it is compiled by itself, and does not attend by scaled_dot_product_attention"
+    return None
+
+
+def _attentions(block: Any, kind: Block) -> list[Any]:
+    """The self-attentions of a block."""
+    found = [getattr(block, part.path, None) for part in kind.parts if part.attending is not None]
+    return [attention for attention in found if attention is not None]
+
+
+def _run_compiled(run: Run, stacked: Stacked, kind: Block, block: Any, original: Any, given: dict[str, Any]) -> Any:
+    """Run a block that is compiled by itself, in which sizes count.
+
+    A patch on its attention would be another object in each block, for each of which PyTorch would compile anew.
+    """
+    hidden = next(iter(given.values()))
+    left = stacked.merged.shape[1]
+    text = next((part.attending.text for part in kind.parts if part.attending is not None), None)
+    words = 0
+    if text is not None:
+        words = given[kind.words].shape[1] if kind.text is None else hidden.shape[1] - left
+    bias = size_bias(stacked.merge.sizes, hidden.dtype)
+    most = len(_attentions(block, kind))
+    for traced in (True, False):  # where PyTorch has given up compiling, they count in eager mode
+        with CountSizes(run.path, bias, text, words, most, traced) as counting:
+            out = original(**given)
+        if counting.counted:
+            break
+    return out
 
 
 def _goes_on(run: Run, place: Place, block: Any, kind: Block, given: dict[str, Any]) -> bool:
     """Whether the block behind one reads its merged tokens, and nothing between them does."""
     if place.next is None or run.apart:
         return False
-    behind = run.denoiser.get_submodule(place.next.removeprefix(run.inside))
+    behind = run.module_at(place.next)
+    if behind is None or not _is_in(behind, place.stack):  # taken out, or replaced
+        return False
     if what_stands_on(block) is not None or what_stands_on(behind) is not None:
         return False
     return _why_whole(run, place.next, behind, kind, given) is None
+
+
+def _is_in(module: Any, stack: Stack) -> bool:
+    """Whether a module is a block of that stack, as far as what turbovlm has put on it tells."""
+    patch = module.__dict__.get(slot_of(module, block_slot(module)))
+    while isinstance(patch, Patch):
+        if isinstance(patch.detail, Place) and patch.detail.stack is stack:
+            return True
+        patch = patch.before
+    return what_stands_on(module) is not None  # which is asked for next
 
 
 def attention_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a self-attention, in which merged tokens count by their sizes."""
     check_class(patch, module)
     site: Site = patch.detail
-    run = current_run(patch, site.name)
+    run = current_run(patch)
     feature: DenoiseFeature = patch.feature  # type: ignore[assignment]
     if run.stacked is None or not feature.config.proportional or site.part.attending is None:
         return original(*args, **kwargs)

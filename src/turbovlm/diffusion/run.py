@@ -83,6 +83,16 @@ class Run:
     apart: bool = False
     stacked: Stacked | None = None
 
+    def module_at(self, path: str) -> Any:
+        """The denoiser's module of that path, which is from the model that was accelerated; None where it is gone.
+
+        Much faster than `get_submodule`.
+        """
+        module: Any = self.denoiser
+        for step in path.removeprefix(self.inside).split("."):
+            module = None if module is None else module._modules.get(step)
+        return module
+
 
 class _Thread(threading.local):
     def __init__(self) -> None:  # called in every thread; a default of the class would be a guard that fails once
@@ -110,14 +120,14 @@ def check_class(patch: Patch, module: Any) -> None:
         StateError: another library, such as tomesd, has given the module another class, or the class another forward.
     """
     own: Any = type(module)
-    if own.forward is not patch.method:
+    if patch.name == "forward" and own.forward is not patch.method:
         raise StateError(
             f"a {own.__qualname__} of {own.__module__} has had another forward since turbovlm.apply, which would not "
             "be called: take that off, or remove turbovlm's and apply again"
         )
 
 
-def current_run(patch: Patch, name: str) -> Run:
+def current_run(patch: Patch) -> Run:
     """The run that a patch's module is called in.
 
     Raises:
@@ -126,8 +136,8 @@ def current_run(patch: Patch, name: str) -> Run:
     run = THREAD.run
     if run is None or run.feature is not patch.feature:
         raise StateError(
-            f"{name} runs outside of its denoiser's forward, or that was replaced since turbovlm.apply: remove and "
-            "apply again"
+            f"{patch.detail.name or 'the denoiser'} runs outside of its denoiser's forward, or that was replaced since "
+            "turbovlm.apply: remove and apply again"
         )
     return run
 

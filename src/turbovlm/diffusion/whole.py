@@ -66,7 +66,7 @@ def reason_to_leave_block_whole(block: Any, kind: Block, given: dict[str, Any]) 
     """
     for name in kind.whole_if:
         if given.get(name, getattr(block, name, None)) is not None:
-            return f"it has {name}, which is of the image's positions"
+            return f"its {name} is set, by which positions are not alike"
     for value in given.values():
         if isinstance(value, dict):
             for name in POSITIONAL:
