@@ -16,10 +16,11 @@ from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.families import Part
+from turbovlm.diffusion.grids import square
 from turbovlm.diffusion.positions import split_text
 from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.diffusion.whole import own_call
-from turbovlm.errors import ConfigError, StateError
+from turbovlm.errors import StateError
 from turbovlm.ops.merging import Ranking, merge_ranked, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
 
@@ -28,7 +29,8 @@ LEAST_TOKENS = 64
 
 BAND = 4096
 """Larger images are cut into bands of about as many tokens, from top to bottom, and merged within them: to compare all
-tokens with all would cost their square."""
+tokens with all would cost their square. A video's bands have two frames at least, so that what stands still can
+merge."""
 
 
 WHOLE_BLOCK = "block"
@@ -109,8 +111,8 @@ def _fits(choice: Choice, site: Site, x: Tensor) -> bool:
 @torch.no_grad()
 def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
     config: DenoiseConfig = run.feature.config
-    rows, columns = run.grid or square(x)
-    tokens = rows * columns
+    frames, rows, columns = run.grid or (1, *square(x.shape[1]))
+    tokens = frames * rows * columns
     if x.shape[1] != tokens and (site.part.text is None or x.shape[1] < tokens):
         kind = type(run.denoiser.get_submodule(site.guide.rpartition(".")[0]))
         raise StateError(
@@ -118,7 +120,7 @@ def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, 
             f"something cuts them into chunks, or merges them too; stop that, or {_without(site)}"
         )
     # rounded half up, as round() would not; and every 2×2 cell, also one that is cut off, keeps a token
-    kept = max(math.floor(_share(run, tokens) * tokens + 0.5), -(-rows // 2) * -(-columns // 2))
+    kept = max(math.floor(_share(run, tokens) * tokens + 0.5), frames * -(-rows // 2) * -(-columns // 2))
     if tokens < least_tokens(config) or kept == tokens:
         return Choice(tokens, None)
     features, _ = split_text(x, tokens, site.part.text)
@@ -128,8 +130,9 @@ def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, 
     compared = run.compared.get(site.group)
     if compared is None:
         averaged = _averaged(run, features)
-        partition = partition_tokens(tokens, kind="grid", grid=(rows, columns), device=x.device)
-        partition = replace(partition, windows=max(1, tokens // BAND))
+        partition = partition_tokens(tokens, kind="grid", grid=(frames, rows, columns), device=x.device)
+        band = BAND if frames == 1 else max(BAND, 2 * rows * columns)
+        partition = replace(partition, windows=max(1, tokens // band))
         compared = Compared(partition, *mutual_redundancy(averaged, partition, path=run.path))
         run.compared[site.group] = compared
     redundancy, e, chosen = run.path.rank(
@@ -217,15 +220,3 @@ def _attention_row(project: Any, norm: Any, guide: Tensor, x: Tensor) -> Tensor:
 def _is_plain(weight: Tensor) -> bool:
     """Whether it is a tensor of PyTorch's own, not one that a quantiser or FSDP has put there."""
     return type(weight) is nn.Parameter
-
-
-def square(x: Tensor) -> tuple[int, int]:
-    """Rows and columns of as many tokens as `x` has, `[batch, tokens, width]`, where nothing else tells.
-
-    Raises:
-        ConfigError: they are no square.
-    """
-    side = math.isqrt(x.shape[1])
-    if side * side != x.shape[1]:
-        raise ConfigError(f"{x.shape[1]} tokens are no square: give grid=(rows, columns)")
-    return side, side

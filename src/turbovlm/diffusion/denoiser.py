@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from turbovlm.diffusion.choose import Site, least_tokens, square
+from turbovlm.diffusion.choose import Site, least_tokens
+from turbovlm.diffusion.grids import Grid, GridReader
 from turbovlm.diffusion.merge_stack import block_forward, block_slot
 from turbovlm.diffusion.run import Run, check_class, current_run, find_same_latents, run_within
-from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
+from turbovlm.errors import StateError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch, install, patches_of, slot_of, take_off
@@ -35,8 +35,7 @@ class Holder:
         name: its path in the module that was accelerated.
         begins: whether it is the denoiser, with which a run begins.
         arguments: names of what its forward takes; the first is the latent, or the tokens.
-        pixels: latent pixels a side of a token, where it is given an image; 0 where not.
-        positions: name of the argument that says where each token stands, where it has one.
+        grid: `Denoiser.grid`; None of a denoiser that is no holder of blocks.
         halved: how often rows and columns were halved before the first block, in a denoiser.
         between: `Denoiser.between`.
         collects: whether it keeps what each block gives, as ControlNets do.
@@ -45,8 +44,7 @@ class Holder:
     name: str
     begins: bool
     arguments: tuple[str, ...]
-    pixels: int
-    positions: str | None
+    grid: GridReader | None
     halved: int = 0
     between: tuple[str, ...] = ()
     collects: bool = False
@@ -62,7 +60,7 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     apart = holder.collects or any(given.get(name) is not None for name in holder.between)
     if not holder.begins:
         run = current_run(patch)
-        run.grid, run.apart = _grid_of(holder, latent, given, feature.config.grid), apart
+        run.grid, run.apart = _grid_of(holder, model, given, feature), apart
         return original(*args, **kwargs)
     steps, compiling = feature.steps, torch.compiler.is_compiling()
     if not compiling:
@@ -76,8 +74,8 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     # without `refresh` a graph that cannot look at latents shares nothing
     shares = seen is not None or steps.every > 1
     choices = steps.begin_forward(seen) if shares else {}
-    grid = _grid_of(holder, latent, given, feature.config.grid)
-    guided = latent.ndim == 4 and len(latent) > 1  # FLUX is guided in forwards of their own
+    grid = _grid_of(holder, model, given, feature)
+    guided = latent.ndim >= 4 and len(latent) > 1  # those that are given tokens are guided in forwards of their own
     run = Run(
         feature,
         model,
@@ -103,40 +101,9 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     return out
 
 
-def _grid_of(
-    holder: Holder, latent: Tensor, given: dict[str, Any], otherwise: tuple[int, int] | None
-) -> tuple[int, int] | None:
-    """Rows and columns of the tokens of a holder; None where it does not know."""
-    if holder.pixels:
-        return latent.shape[-2] // holder.pixels, latent.shape[-1] // holder.pixels
-    positions = None if holder.positions is None else given.get(holder.positions)
-    return None if positions is None else _grid_of_positions(holder, positions, latent, otherwise)
-
-
-def _grid_of_positions(
-    holder: Holder, positions: Tensor, tokens: Tensor, otherwise: tuple[int, int] | None
-) -> tuple[int, int]:
-    """Rows and columns of tokens that come with the positions where they stand, `[tokens, 3]`.
-
-    Where Python may not look at these, `otherwise`, or a square.
-
-    Raises:
-        UnsupportedModelError: they are not those of one image.
-        ConfigError: there are not as many as `otherwise` says.
-    """
-    if not is_readable(positions):
-        rows, columns = otherwise or square(tokens)
-        if rows * columns != tokens.shape[1]:
-            raise ConfigError(f"grid={otherwise}: the image has {tokens.shape[1]} tokens; give its rows and columns")
-        return rows, columns
-    flat = positions.reshape(-1, positions.shape[-1])
-    rows, columns = (flat.amax(dim=0) - flat.amin(dim=0) + 1).long().tolist()[1:]
-    if rows * columns != tokens.shape[1] or bool((flat[:, 0] != flat[0, 0]).any()):
-        raise UnsupportedModelError(
-            f"{holder.positions} place {tokens.shape[1]} tokens on {rows}×{columns} positions: not one image, row by "
-            "row, so turbovlm does not know how they lie"
-        )
-    return rows, columns
+def _grid_of(holder: Holder, model: Any, given: dict[str, Any], feature: DenoiseFeature) -> Grid | None:
+    """How the tokens of a holder lie; None where it does not know."""
+    return None if holder.grid is None else holder.grid(model, given, feature.config.grid)
 
 
 def _follow_parts(holder: Holder, model: Any, feature: DenoiseFeature) -> None:

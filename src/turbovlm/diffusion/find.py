@@ -14,6 +14,7 @@ from turbovlm.diffusion.choose import WHOLE_BLOCK, Site
 from turbovlm.diffusion.denoiser import COMPILED, Holder, is_compiled
 from turbovlm.diffusion.families import Block, Denoiser, Part
 from turbovlm.diffusion.feature import DenoiseFeature
+from turbovlm.diffusion.grids import OfPositions
 from turbovlm.diffusion.merge_stack import Place, Stack
 from turbovlm.diffusion.refresh import Steps
 from turbovlm.diffusion.whole import what_stands_in_block, what_stood_inside
@@ -54,12 +55,13 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
                 f"{type(owner).__name__} gives its denoiser the tokens of two images in one sequence, and turbovlm "
                 "does not know how these lie; for runs without an image apply to pipe.transformer"
             )
-    if config.grid is not None and not any(family.positions for family in found.values()):
+    if config.grid is not None and not any(isinstance(family.grid, OfPositions) for family in found.values()):
         raise ConfigError(
             f"grid={config.grid}: {type(model).__name__} is given images, of which rows and columns are known; only "
             "denoisers that are given tokens take it"
         )
     roots = _find_roots(modules, found)
+    _check_wanted(modules, found, config)
     if config.scope == "part":
         places: tuple[Place, ...] = ()
         sites = _find_sites(modules, found, roots, config)
@@ -94,6 +96,25 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     whole = {name: reason for name, reason in reasons.items() if reason is not None}
     semantic = needs_semantic(config.degree)
     return DenoiseFeature(config, names, sites, tuple(found), places, holders, semantic, steps, whole)
+
+
+def _check_wanted(modules: dict[str, nn.Module], found: dict[str, Denoiser], config: DenoiseConfig) -> None:
+    """Refuse settings that a family has nothing for.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for name, family in found.items():
+        block, _ = _parts_of(modules[name], family)
+        if config.scope == "part" and not block.by_parts:
+            raise ConfigError(
+                f"scope='part': blocks of {family.family} merge whole; give scope='block' or scope='stack'"
+            )
+        if not block.guide and needs_semantic(config.degree):
+            raise ConfigError(
+                f"degree={config.degree!r}: it needs to know what attention the image's tokens are paid, which turbovlm "
+                f"does not know of {family.family}; give degree='redundancy'"
+            )
 
 
 def _find_roots(modules: dict[str, nn.Module], found: dict[str, Denoiser]) -> list[str]:
@@ -233,14 +254,12 @@ def _find_holders(
         family = next((family for family in found.values() if paths & set(family.holders)), None)
         if family is None and name not in roots:
             continue
-        image = family is not None and family.positions is None
-        pixels = int(module.config.get("patch_size") or 1) if image else 0  # type: ignore[operator, union-attr]
         arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        positions = None if family is None else family.positions
+        grid = None if family is None else family.grid
         halved = _halved_before(module, name, found) if name in roots else 0
         between = () if family is None else family.between
         collects = "ControlNet" in type(module).__name__
-        holders.append((name, Holder(name, name in roots, arguments, pixels, positions, halved, between, collects)))
+        holders.append((name, Holder(name, name in roots, arguments, grid, halved, between, collects)))
     return holders
 
 

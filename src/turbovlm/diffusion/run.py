@@ -59,7 +59,7 @@ class Run:
         same_latent: for each latent, the share of each that is the same, `[latents, latents]`; None where each merges
             by itself.
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
-        grid: rows and columns of the tokens at hand; None where nothing says.
+        grid: frames, rows and columns of the tokens at hand; None where nothing says.
         finest: tokens of the largest resolution that has blocks.
         compared: what each group's tokens were found to be most similar to, by `Site.group`.
         whole: why each part or block that was called read all tokens, by its path; None where merging was up to its
@@ -75,7 +75,7 @@ class Run:
     latents: int
     same_latent: Tensor | None
     choices: dict[str, Choice]
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, int, int] | None = None
     finest: int = 1
     compared: dict[str, Compared] = field(default_factory=dict)
     whole: dict[str, str | None] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def partition_tokens(
     suffix: int = 0,
     block: int = 0,
     seed: int = 0,
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, int] | tuple[int, int, int] | None = None,
     device: torch.device | None = None,
 ) -> Partition:
     """Split `tokens` tokens, of which the first `prefix` (CLS, distillation, registers) and the last `suffix` stay.
@@ -71,7 +72,8 @@ def partition_tokens(
             from `seed` and `block`; from 1,025 patches on, merged within windows of about 512 patches, which costs N
             instead of N². `"grid"`: the top left patch of every 2×2 cell is a destination. `"all"`: every patch is a
             candidate and a destination; windows as for `"random"`.
-        grid: patch rows and columns for `"grid"`; a square if None.
+        grid: patch rows and columns for `"grid"`, behind the number of images where there are several, as in a video;
+            a square if None.
 
     Raises:
         ConfigError: the patches do not fill the grid.
@@ -89,14 +91,18 @@ def partition_tokens(
     if not (in_graph and is_exporting()):
         patches, prefix = operator.index(patches), operator.index(prefix)
     if kind == "random":
-        fixed, windows, detail = patches // 2, window_count(patches), block
+        detail: Any = block
+        fixed, windows = patches // 2, window_count(patches)
     else:
-        rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
-        if rows * columns != patches:
+        *frames, rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
+        images = math.prod(frames)
+        if images * rows * columns != patches:
             raise ConfigError(
-                f"grid={grid}: {rows}x{columns} patches expected, {patches} found; give grid=(rows, columns)"
+                f"grid={grid}: {'x'.join(map(str, (*frames, rows, columns)))} patches expected, {patches} found; give "
+                "grid=(rows, columns)"
             )
-        fixed, windows, detail, seed = (rows + 1) // 2 * ((columns + 1) // 2), 1, columns, 0
+        fixed, windows, seed = images * ((rows + 1) // 2) * ((columns + 1) // 2), 1, 0
+        detail = rows, columns
     if not in_graph:
         return _cached_partition(kind, patches, prefix, detail, seed, device, fixed, windows, suffix)
     # Computed by the graph: AOTAutograd takes the constants of two blocks for one source.
@@ -172,21 +178,21 @@ def _random_halves(patches: int, prefix: int, block: int, seed: int, device: tor
     return torch.cat([order[: patches // 2].sort().values, order[patches // 2 :].sort().values])
 
 
-def _corners_first(patches: int, prefix: int, columns: int, seed: int, device: torch.device | None) -> Tensor:
-    """The top left patches of all 2×2 cells, then the others, each in ascending order, `[patches]`."""
-    index = torch.arange(patches, device=device)
-    corner = (index // columns % 2 == 0) & (index % columns % 2 == 0)
+def _corners_first(patches: int, prefix: int, image: tuple[int, int], seed: int, device: torch.device | None) -> Tensor:
+    """The top left patches of all 2×2 cells of all images, then the others, each in ascending order, `[patches]`."""
+    index, (rows, columns) = torch.arange(patches, device=device), image
+    corner = (index // columns % rows % 2 == 0) & (index % columns % 2 == 0)
     return (index + patches * ~corner).argsort() + prefix
 
 
-_ORDER_MAKERS = {"random": _random_halves, "grid": _corners_first}
+_ORDER_MAKERS: dict[str, Callable[..., Tensor]] = {"random": _random_halves, "grid": _corners_first}
 
 
 def _cached_partition(
     kind: str,
     patches: int,
     prefix: int,
-    detail: int,
+    detail: Any,
     seed: int,
     device: torch.device | None,
     fixed: int,

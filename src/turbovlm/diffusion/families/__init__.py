@@ -1,0 +1,9 @@
+"""The families of denoisers that turbovlm knows, as data. A new one is an entry, often a copy of another with other
+paths (`dataclasses.replace`)."""
+
+from turbovlm.diffusion.families.entry import Block, Denoiser, Part
+from turbovlm.diffusion.families.images import BASIC, FLUX, FLUX_DOUBLE, FLUX_SINGLE, IMAGES, SD3
+
+FAMILIES = IMAGES
+
+__all__ = ["BASIC", "FAMILIES", "FLUX", "FLUX_DOUBLE", "FLUX_SINGLE", "SD3", "Block", "Denoiser", "Part"]
