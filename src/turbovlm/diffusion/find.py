@@ -112,7 +112,7 @@ def _check_wanted(modules: dict[str, nn.Module], found: dict[str, Denoiser], con
             )
         if not block.guide and needs_semantic(config.degree):
             raise ConfigError(
-                f"degree={config.degree!r}: it needs to know what attention the image's tokens are paid, which turbovlm "
+                f"degree={config.degree!r}: it needs the attention that the image's tokens are paid, which turbovlm "
                 f"does not know of {family.family}; give degree='redundancy'"
             )
 
