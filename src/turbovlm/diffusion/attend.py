@@ -35,11 +35,13 @@ class Attending:
         text: where the text's keys stand: `"front"` or `"behind"` those of the image; None where there are none.
         mask_axes: axes of the bias, `[batch, …, keys]`, that processors take as `attention_mask`; 0 where none does.
         keys_apart: whether keys and values are made of `encoder_hidden_states`, where it is given.
+        each: whether every image attends by itself, to those words that are no padding.
     """
 
     text: str | None = None
     mask_axes: int = 0
     keys_apart: bool = False
+    each: bool = False
 
 
 def attend_merged(
@@ -69,7 +71,7 @@ def attend_merged(
     bias = size_bias(merge.sizes, x.dtype)
     processor = getattr(attention, "processor", None)
     if ends_in_sdpa(processor):
-        counting = CountSizes(path, bias, attending.text, words)
+        counting = CountSizes(path, bias, attending.text, words, each=attending.each)
         with counting:
             out = original(x, *rest, **kwargs)
         if not counting.counted:
@@ -109,6 +111,7 @@ class CountSizes(TorchFunctionMode):
         words: how many there are in attention that has them.
         most: self-attentions that there are at most; they come before attention of any other kind. None for any number.
         traced: whether it acts only while PyTorch compiles what runs, and not once more when that runs.
+        each: `Attending.each`.
     """
 
     def __init__(
@@ -119,10 +122,11 @@ class CountSizes(TorchFunctionMode):
         words: int,
         most: int | None = None,
         traced: bool = False,
+        each: bool = False,
     ) -> None:
         super().__init__()
         self.path, self.bias, self.text, self.words = path, bias, text, words
-        self.most, self.traced, self.counted = most, traced, 0
+        self.most, self.traced, self.each, self.counted = most, traced, each, 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -134,10 +138,12 @@ class CountSizes(TorchFunctionMode):
         q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
         words = k.shape[-2] - self.bias.shape[-1]
         # keys of other tokens, such as an image prompt's, are as many as they are
-        if q.shape[-2] != k.shape[-2] or words not in (0, self.words):
+        known = range(self.words + 1) if self.each else (0, self.words)
+        if q.shape[-2] != k.shape[-2] or words not in known:
             return function(*args, **kwargs)
+        bias = self.bias[self.counted % len(self.bias)].unsqueeze(0) if self.each else self.bias
         self.counted += 1
-        scale, bias = kwargs.get("scale"), _beside_words(self.bias, self.text, words)
+        scale, bias = kwargs.get("scale"), _beside_words(bias, self.text, words)
         if mask is None:
             return self.path.attend(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
         if mask.dtype == torch.bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from turbovlm.diffusion.attend import CountSizes, attend_merged, ends_in_sdpa
+from turbovlm.diffusion.attend import Attending, CountSizes, attend_merged, ends_in_sdpa
 from turbovlm.diffusion.choose import Site, choice_of
 from turbovlm.diffusion.families import Block
 from turbovlm.diffusion.positions import Cut, beside_text, split_text
@@ -210,14 +210,15 @@ def _run_compiled(run: Run, stacked: Stacked, kind: Block, block: Any, original:
     """
     hidden = next(iter(given.values()))
     left = stacked.merged.shape[1]
-    text = next((part.attending.text for part in kind.parts if part.attending is not None), None)
+    attending = next((part.attending for part in kind.parts if part.attending is not None), Attending())
+    text, each = attending.text, attending.each
     words = 0
     if text is not None:
         words = given[kind.words].shape[1] if kind.text is None else hidden.shape[1] - left
     bias = size_bias(stacked.merge.sizes, hidden.dtype)
-    most = len(_attentions(block, kind))
+    most = len(_attentions(block, kind)) * (len(bias) if each else 1)
     for traced in (True, False):  # where PyTorch has given up compiling, they count in eager mode
-        with CountSizes(run.path, bias, text, words, most, traced) as counting:
+        with CountSizes(run.path, bias, text, words, most, traced, each) as counting:
             out = original(**given)
         if counting.counted:
             break

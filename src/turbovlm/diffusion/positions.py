@@ -20,7 +20,9 @@ class Cut:
         axis: of the tokens in it.
         text: where the text's entries stand: `"front"` or `"behind"` those of the image; None where it has none.
         heads: axis that the library's code gives it for the heads, where it has none for the images of the batch.
-        item: index of the tensor in the tuple; None where all of them are of tokens.
+        item: index of the tensor in the tuple, or of a tuple of them; None where all of them are of tokens.
+        axes: how many axes it has where one of them is of the tokens; None where it always is, or is shorter where all
+            tokens have the same.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Cut:
     text: str | None = None
     heads: int | None = None
     item: int | None = None
+    axes: int | None = None
 
     def of_merged(self, value: Any, merge: Merge) -> Any:
         """The same of the tokens that are left, `Merge.kept`, of each image by itself."""
@@ -38,9 +41,13 @@ class Cut:
             return tuple(self._gathered(each, merge) if i in some else each for i, each in enumerate(value))
         return self._gathered(value, merge)
 
-    def _gathered(self, value: Tensor, merge: Merge) -> Any:
-        images = len(merge.sizes)
-        tokens, words = merge.weights.shape[1], value.shape[self.axis] - merge.weights.shape[1]
+    def _gathered(self, value: Any, merge: Merge) -> Any:
+        if isinstance(value, tuple | list):
+            return tuple(self._gathered(each, merge) for each in value)
+        images, tokens = len(merge.sizes), merge.weights.shape[1]
+        if self.axes not in (None, value.ndim) or value.shape[self.axis] < tokens:
+            return value
+        words = value.shape[self.axis] - tokens
         before = words if self.text == "front" else 0
         index = merge.kept + before
         if words:
