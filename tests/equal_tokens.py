@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,7 +28,7 @@ class Equal:
     told by their shapes alone: no text has as many words, and no layer as many features, as there are tokens.
     """
 
-    before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    before: ClassVar[dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def __init__(self, block: Any, place: Any, stack: tuple[str, ...], merge: Merge) -> None:
         self.own, self.place, self.stack, self.merge = block.forward, place, stack, merge

@@ -236,9 +236,74 @@ def cosmos_inputs(batch: int) -> dict[str, Any]:
     return {**wan_inputs(batch), "fps": 16, "padding_mask": torch.zeros(1, 1, 2 * ROWS, 2 * COLUMNS)}
 
 
+def cosmos_control_inputs(batch: int) -> dict[str, Any]:
+    return {**cosmos_inputs(batch), "block_controlnet_hidden_states": [noise(7, batch, TOKENS, 32)] * 2}
+
+
 def cosmos_times_inputs(batch: int) -> dict[str, Any]:
     time = torch.tensor([0.0, 400.0, 700.0]).view(1, 1, FRAMES, 1, 1).expand(batch, -1, -1, -1, -1)
     return {**cosmos_inputs(batch), "timestep": time}
+
+
+def animate() -> Any:
+    from diffusers import WanAnimateTransformer3DModel
+
+    return WanAnimateTransformer3DModel(
+        **{**WAN, "in_channels": 12, "num_layers": 4},
+        latent_channels=4,
+        image_dim=None,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=8,
+        face_encoder_hidden_dim=8,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+
+
+def animate_inputs(batch: int) -> dict[str, Any]:
+    return {
+        **wan_inputs(batch),
+        "hidden_states": latent(batch, 12),
+        "pose_hidden_states": latent(batch)[:, :, 1:],
+        "face_pixel_values": noise(8, batch, 3, 5, 16, 16),
+    }
+
+
+def ltx2(**settings: Any) -> Any:
+    from diffusers import LTX2VideoTransformer3DModel
+
+    return LTX2VideoTransformer3DModel(
+        **small(num_layers=3, cross_attention_dim=32, caption_channels=32),
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        **settings,
+    )
+
+
+def ltx2_inputs(batch: int) -> dict[str, Any]:
+    own = {name: x for name, x in ltx_inputs(batch).items() if name != "rope_interpolation_scale"}
+    return {
+        **own,
+        "timestep": wan_times_inputs(batch)["timestep"],
+        "audio_hidden_states": noise(9, batch, 11, 4),
+        "audio_encoder_hidden_states": words(batch),
+        "audio_timestep": torch.full((batch,), 500),
+        "audio_num_frames": 11,
+    }
+
+
+def easyanimate() -> Any:
+    from diffusers import EasyAnimateTransformer3DModel
+
+    return EasyAnimateTransformer3DModel(
+        **small(patch_size=2, num_layers=3, mmdit_layers=2, time_embed_dim=8, text_embed_dim=32)
+    )
 
 
 VIDEOS = {
@@ -262,4 +327,8 @@ VIDEOS = {
     "cosmos": Video(cosmos, cosmos_inputs),
     "cosmos-times": Video(cosmos, cosmos_times_inputs),
     "vace": Video(vace, vace_inputs),
+    "animate": Video(animate, animate_inputs, (4,)),
+    "ltx2": Video(ltx2, ltx2_inputs),
+    "ltx2-split": Video(lambda: ltx2(rope_type="split", gated_attn=True), ltx2_inputs),
+    "easyanimate": Video(easyanimate, wan_inputs),
 }

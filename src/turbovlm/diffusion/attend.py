@@ -36,12 +36,14 @@ class Attending:
         mask_axes: axes of the bias, `[batch, …, keys]`, that processors take as `attention_mask`; 0 where none does.
         keys_apart: whether keys and values are made of `encoder_hidden_states`, where it is given.
         each: whether every image attends by itself, to those words that are no padding.
+        asked: whether other tokens ask, as a sound's do; the image's give keys and values only.
     """
 
     text: str | None = None
     mask_axes: int = 0
     keys_apart: bool = False
     each: bool = False
+    asked: bool = False
 
 
 def attend_merged(
@@ -68,10 +70,11 @@ def attend_merged(
     """
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
     words = x.shape[1] - merge.sizes.shape[1] if text is None else text.shape[1]
+    words = 0 if attending.asked else words
     bias = size_bias(merge.sizes, x.dtype)
     processor = getattr(attention, "processor", None)
     if ends_in_sdpa(processor):
-        counting = CountSizes(path, bias, attending.text, words, each=attending.each)
+        counting = CountSizes(path, bias, attending.text, words, each=attending.each, asked=attending.asked)
         with counting:
             out = original(x, *rest, **kwargs)
         if not counting.counted:
@@ -111,7 +114,7 @@ class CountSizes(TorchFunctionMode):
         words: how many there are in attention that has them.
         most: self-attentions that there are at most; they come before attention of any other kind. None for any number.
         traced: whether it acts only while PyTorch compiles what runs, and not once more when that runs.
-        each: `Attending.each`.
+        each, asked: as in `Attending`.
     """
 
     def __init__(
@@ -123,10 +126,11 @@ class CountSizes(TorchFunctionMode):
         most: int | None = None,
         traced: bool = False,
         each: bool = False,
+        asked: bool = False,
     ) -> None:
         super().__init__()
         self.path, self.bias, self.text, self.words = path, bias, text, words
-        self.most, self.traced, self.each, self.counted = most, traced, each, 0
+        self.most, self.traced, self.each, self.asked, self.counted = most, traced, each, asked, 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -139,7 +143,7 @@ class CountSizes(TorchFunctionMode):
         words = k.shape[-2] - self.bias.shape[-1]
         # keys of other tokens, such as an image prompt's, are as many as they are
         known = range(self.words + 1) if self.each else (0, self.words)
-        if q.shape[-2] != k.shape[-2] or words not in known:
+        if words not in known or not (self.asked or q.shape[-2] == k.shape[-2]):
             return function(*args, **kwargs)
         bias = self.bias[self.counted % len(self.bias)].unsqueeze(0) if self.each else self.bias
         self.counted += 1

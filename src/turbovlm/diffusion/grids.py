@@ -124,10 +124,11 @@ class OfNumbers:
         """Raises `UnsupportedModelError` where there are other tokens beside them, or a number is missing."""
         found = [given.get(name) for name in (self.frames, self.rows, self.columns)]
         frames, rows, columns = (0 if number is None else int(number) for number in found)
-        if (tokens := next(iter(given.values())).shape[1]) != frames * rows * columns:
+        tokens, known = next(iter(given.values())).shape[1], frames * rows * columns
+        if tokens != known:
             raise UnsupportedModelError(
-                f"{self.frames}, {self.rows} and {self.columns} are {found}, of which there are {frames * rows * columns} "
-                f"tokens, and {tokens} are given: turbovlm does not know how the others lie"
+                f"{self.frames}, {self.rows} and {self.columns} are {found}, which makes {known} tokens, and {tokens} "
+                "are given: turbovlm does not know how the others lie"
             )
         return frames, rows, columns
 

@@ -191,6 +191,8 @@ def _why_compiled_whole(run: Run, block: Any, kind: Block) -> str | None:
     if (hook := what_stands_on(block)) is not None:
         return f"it is compiled by itself, with {hook}"
     if run.feature.config.proportional:
+        if any(part.attending is not None and part.attending.asked for part in kind.parts):
+            return "it is compiled by itself, and other tokens attend to those that would be merged"
         for attention in _attentions(block, kind):
             if not ends_in_sdpa(getattr(attention, "processor", None)):
                 return "it is compiled by itself, and does not attend by scaled_dot_product_attention"

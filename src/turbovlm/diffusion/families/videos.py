@@ -29,11 +29,17 @@ WAN = Denoiser(
     holders=(
         f"{TRANSFORMERS}.transformer_wan.WanTransformer3DModel",
         f"{TRANSFORMERS}.transformer_wan_vace.WanVACETransformer3DModel",
-        f"{TRANSFORMERS}.transformer_wan_animate.WanAnimateTransformer3DModel",
     ),
     blocks=(WAN_BLOCK,),
     grid=FRAMES,
-    between=("control_hidden_states", "pose_hidden_states", "face_pixel_values"),
+    between=("control_hidden_states",),
+)
+ANIMATE = Denoiser(
+    "Wan Animate",
+    holders=(f"{TRANSFORMERS}.transformer_wan_animate.WanAnimateTransformer3DModel",),
+    blocks=(replace(WAN_BLOCK, path=f"{TRANSFORMERS}.transformer_wan_animate.WanTransformerBlock"),),
+    grid=FRAMES,
+    between=("face_pixel_values",),
 )
 CHRONOEDIT = Denoiser(
     "ChronoEdit",
@@ -102,6 +108,34 @@ LTX = Denoiser(
     ),
     grid=OfNumbers("num_frames", "height", "width"),
 )
+LTX2 = Denoiser(
+    "LTX-2",
+    holders=(f"{TRANSFORMERS}.transformer_ltx2.LTX2VideoTransformer3DModel",),
+    blocks=(
+        Block(
+            f"{TRANSFORMERS}.transformer_ltx2.LTX2VideoTransformerBlock",
+            guide="",
+            parts=(
+                SELF,
+                CROSS,
+                Part("audio_to_video_attn", "cross_attention"),
+                Part("video_to_audio_attn", "cross_attention", attending=Attending(asked=True)),
+            ),
+            output=0,
+            cuts=(
+                Cut("video_rotary_emb", axis=-2),
+                Cut("ca_video_rotary_emb", axis=-2),
+                Cut("temb", axis=1),
+                Cut("temb_ca_scale_shift", axis=1),
+                Cut("temb_ca_gate", axis=1),
+            ),
+            by_parts=False,
+            whole_if=("self_attention_mask", "perturbation_mask"),
+        ),
+    ),
+    grid=OfNumbers("num_frames", "height", "width"),
+    between=("spatio_temporal_guidance_blocks", "perturbation_mask"),
+)
 COGVIDEOX = Denoiser(
     "CogVideoX",
     holders=(f"{TRANSFORMERS}.cogvideox_transformer_3d.CogVideoXTransformer3DModel",),
@@ -116,6 +150,12 @@ COGVIDEOX = Denoiser(
         ),
     ),
     grid=OfLatent("bfchw", frames="patch_size_t"),
+)
+EASYANIMATE = Denoiser(
+    "EasyAnimate",
+    holders=(f"{TRANSFORMERS}.transformer_easyanimate.EasyAnimateTransformer3DModel",),
+    blocks=(replace(COGVIDEOX.blocks[0], path=f"{TRANSFORMERS}.transformer_easyanimate.EasyAnimateTransformerBlock"),),
+    grid=PATCHES,
 )
 ALLEGRO = Denoiser(
     "Allegro",
@@ -166,6 +206,21 @@ COSMOS = Denoiser(
         ),
     ),
     grid=FRAMES,
+    between=("block_controlnet_hidden_states",),
 )
 
-VIDEOS = (WAN, HUNYUAN, LTX, COGVIDEOX, HUNYUAN15, MOCHI, SKYREELS, CHRONOEDIT, ALLEGRO, COSMOS)
+VIDEOS = (
+    WAN,
+    HUNYUAN,
+    LTX,
+    COGVIDEOX,
+    HUNYUAN15,
+    MOCHI,
+    SKYREELS,
+    CHRONOEDIT,
+    ALLEGRO,
+    COSMOS,
+    ANIMATE,
+    LTX2,
+    EASYANIMATE,
+)
