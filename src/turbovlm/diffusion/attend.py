@@ -101,7 +101,9 @@ def ends_in_sdpa(processor: Any) -> bool:
 
 def _beside_words(bias: Tensor, text: str | None, words: int) -> Tensor:
     """A bias on the image's keys, `[batch, 1, 1, tokens]`, with that of the words, 0, on their side."""
-    return F.pad(bias, (words, 0) if text == "front" else (0, words)) if words else bias
+    if text is None and not words:
+        return bias
+    return F.pad(bias, (words, 0) if text == "front" else (0, words))
 
 
 class CountSizes(TorchFunctionMode):
@@ -142,8 +144,9 @@ class CountSizes(TorchFunctionMode):
         q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
         words = k.shape[-2] - self.bias.shape[-1]
         # keys of other tokens, such as an image prompt's, are as many as they are
-        known = range(self.words + 1) if self.each else (0, self.words)
-        if words not in known or not (self.asked or q.shape[-2] == k.shape[-2]):
+        # how many words are no padding is not known while PyTorch compiles
+        fits = self.each or (words in (0, self.words) and (self.asked or q.shape[-2] == k.shape[-2]))
+        if not fits:
             return function(*args, **kwargs)
         bias = self.bias[self.counted % len(self.bias)].unsqueeze(0) if self.each else self.bias
         self.counted += 1
