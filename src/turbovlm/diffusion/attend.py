@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from turbovlm.errors import StateError
-from turbovlm.ops.attention import size_bias
-from turbovlm.ops.merging import Merge
 
 MASKED = "AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor", "IPAdapterXFormersAttnProcessor"
 """Processors of `diffusers` that do not attend by `scaled_dot_product_attention`, and add their mask to the scores."""
@@ -47,7 +45,7 @@ def attend_merged(
     attention: Any,
     original: Any,
     path: ModuleType,
-    merge: Merge,
+    biases: Biases,
     x: Tensor,
     rest: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -57,7 +55,7 @@ def attend_merged(
     Args:
         attention: the module; `original`: what ran before.
         path: from `path_for`.
-        merge: what was done to the image's tokens.
+        biases: of the sizes.
         x: what it reads, `[batch, tokens, width]`.
         rest, kwargs: its other arguments.
 
@@ -65,11 +63,11 @@ def attend_merged(
         StateError: its attention backend takes no bias, or its processor attends by something else.
     """
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
-    words = x.shape[1] - merge.sizes.shape[1] if text is None else text.shape[1]
-    bias = size_bias(merge.sizes, x.dtype)
+    words = x.shape[1] - biases.bias.shape[-1] if text is None else text.shape[1]
+    bias = biases.beside(attending.text, words)
     processor = getattr(attention, "processor", None)
     if ends_in_sdpa(processor):
-        counting = CountSizes(path, bias, attending.text, words)
+        counting = CountSizes(path, biases.bias, bias)
         with counting:
             out = original(x, *rest, **kwargs)
         if not counting.counted:
@@ -84,7 +82,6 @@ def attend_merged(
             f"the attention backend {backend!r} takes no mask that is added to the scores, in which the sizes of "
             "merged tokens would be: give proportional=False, or use another backend"
         )
-    bias = _beside_words(bias, attending.text, words)
     kwargs["attention_mask"] = bias if attending.mask_axes == bias.ndim else bias.squeeze(1)
     return original(x, *rest, **kwargs)
 
@@ -94,9 +91,26 @@ def ends_in_sdpa(processor: Any) -> bool:
     return _backend_of(processor) in (None, "native") and type(processor).__name__ not in MASKED
 
 
-def _beside_words(bias: Tensor, text: str | None, words: int) -> Tensor:
-    """A bias on the image's keys, `[batch, 1, 1, tokens]`, with that of the words, 0, on their side."""
-    return F.pad(bias, (words, 0) if text == "front" else (0, words)) if words else bias
+class Biases:
+    """The bias that lets sizes count, with as many words beside the image's keys as there are.
+
+    Args:
+        bias: `size_bias` of the image's tokens, `[batch, 1, 1, tokens]`.
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
+        self._beside: dict[tuple[str | None, int], Tensor] = {}
+
+    def beside(self, text: str | None, words: int) -> Tensor:
+        """With that of the words, 0, on their side, `[batch, 1, 1, keys]`; made once."""
+        if not words:
+            return self.bias
+        found = self._beside.get((text, words))
+        if found is None:
+            found = F.pad(self.bias, (words, 0) if text == "front" else (0, words))
+            self._beside[text, words] = found
+        return found
 
 
 class CountSizes(TorchFunctionMode):
@@ -104,9 +118,8 @@ class CountSizes(TorchFunctionMode):
 
     Args:
         path: from `path_for`; it attends.
-        bias: of the image's keys, `[batch, 1, 1, tokens]`.
-        text: where the words stand beside them.
-        words: how many there are in attention that has them.
+        alone: bias of the image's keys, `[batch, 1, 1, tokens]`.
+        beside: the same beside the words', in attention that has them, `[batch, 1, 1, keys]`.
         most: self-attentions that there are at most; they come before attention of any other kind. None for any number.
         traced: whether it acts only while PyTorch compiles what runs, and not once more when that runs.
     """
@@ -114,14 +127,13 @@ class CountSizes(TorchFunctionMode):
     def __init__(
         self,
         path: ModuleType,
-        bias: Tensor,
-        text: str | None,
-        words: int,
+        alone: Tensor,
+        beside: Tensor,
         most: int | None = None,
         traced: bool = False,
     ) -> None:
         super().__init__()
-        self.path, self.bias, self.text, self.words = path, bias, text, words
+        self.path, self.alone, self.beside = path, alone, beside
         self.most, self.traced, self.counted = most, traced, 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,12 +144,12 @@ class CountSizes(TorchFunctionMode):
             return (torch.unflatten if function is Tensor.unflatten else function)(*args, **kwargs)
         named: dict[str, Any] = dict(zip(ARGUMENTS, args)) | kwargs
         q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
-        words = k.shape[-2] - self.bias.shape[-1]
+        keys = k.shape[-2]
         # keys of other tokens, such as an image prompt's, are as many as they are
-        if q.shape[-2] != k.shape[-2] or words not in (0, self.words):
+        if q.shape[-2] != keys or keys not in (self.alone.shape[-1], self.beside.shape[-1]):
             return function(*args, **kwargs)
         self.counted += 1
-        scale, bias = kwargs.get("scale"), _beside_words(self.bias, self.text, words)
+        scale, bias = kwargs.get("scale"), self.beside if keys == self.beside.shape[-1] else self.alone
         if mask is None:
             return self.path.attend(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
         if mask.dtype == torch.bool:

@@ -33,28 +33,29 @@ class Cut:
         """The same of the tokens that are left, `Merge.kept`, of each image by itself."""
         if value is None:
             return None
-        if isinstance(value, tuple | list):
-            some = (self.item,) if self.item is not None else range(len(value))
-            return tuple(self._gathered(each, merge) if i in some else each for i, each in enumerate(value))
-        return self._gathered(value, merge)
+        if not isinstance(value, tuple | list):
+            return self._gathered(value, self._index(value, merge))
+        some = (self.item,) if self.item is not None else range(len(value))
+        index = self._index(value[some[0]], merge)
+        return tuple(self._gathered(each, index) if i in some else each for i, each in enumerate(value))
 
-    def _gathered(self, value: Tensor, merge: Merge) -> Any:
-        images = len(merge.sizes)
-        tokens, words = merge.weights.shape[1], value.shape[self.axis] - merge.weights.shape[1]
-        before = words if self.text == "front" else 0
-        index = merge.kept + before
-        if words:
-            text = torch.arange(words, device=index.device) + (0 if before else tokens)
-            both = text.expand(images, -1), index
-            index = torch.cat(both if before else both[::-1], dim=1)
-        shared = self.axis == 0 or value.shape[0] != images
+    def _index(self, value: Tensor, merge: Merge) -> Tensor:
+        """The entries that are left, `[batch, words + M]`."""
+        index, tokens = merge.kept, merge.weights.shape[1]
+        words = value.shape[self.axis] - tokens
+        if not words:
+            return index
+        text = torch.arange(words, device=index.device).expand(len(index), -1)
+        both = (text, index + words) if self.text == "front" else (index, text + tokens)
+        return torch.cat(both, dim=1)
+
+    def _gathered(self, value: Tensor, index: Tensor) -> Any:
         if self.axis == 0:
             found = value[index]
         else:
+            moved, images = value.movedim(self.axis, 1), len(index)
             rows = torch.arange(images, device=index.device).unsqueeze(1)
-            moved = value.movedim(self.axis, 1)
-            found = moved[0][index] if shared else moved[rows, index]
-            found = found.movedim(1, self.axis)
+            found = (moved[0][index] if len(value) != images else moved[rows, index]).movedim(1, self.axis)
         return found if self.heads is None else OfEach(found.unsqueeze(self.heads))
 
 
