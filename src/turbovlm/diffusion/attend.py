@@ -65,7 +65,8 @@ def attend_merged(
         StateError: its attention backend takes no bias, or its processor attends by something else.
     """
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
-    words = x.shape[1] - merge.sizes.shape[1] if text is None else text.shape[1]
+    # some are given what they read as both
+    words = x.shape[1] - merge.sizes.shape[1] if text is None or text is x else text.shape[1]
     bias = size_bias(merge.sizes, x.dtype)
     processor = getattr(attention, "processor", None)
     if ends_in_sdpa(processor):
@@ -133,8 +134,8 @@ class CountSizes(TorchFunctionMode):
         named: dict[str, Any] = dict(zip(ARGUMENTS, args)) | kwargs
         q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
         words = k.shape[-2] - self.bias.shape[-1]
-        # keys of other tokens, such as an image prompt's, are as many as they are
-        if q.shape[-2] != k.shape[-2] or words not in (0, self.words):
+        # keys of other tokens, such as an image prompt's, are as many as they are; of words there may be keys only
+        if q.shape[-2] not in (k.shape[-2], self.bias.shape[-1]) or words not in (0, self.words):
             return function(*args, **kwargs)
         self.counted += 1
         scale, bias = kwargs.get("scale"), _beside_words(self.bias, self.text, words)

@@ -28,8 +28,8 @@ class OfLatent:
 
     Args:
         axes: what its axes are: `b`atch, `c`hannels, `f`rames, `h`eight and `w`idth.
-        patch: the field of the config that says how large a patch is: a number, for rows and columns, or three, or two
-            for frames and rows; None for patches of one.
+        patch: the field of the config that says how large a patch is: a number or two, for rows and columns, or three;
+            None for patches of one.
         frames: the field of the config for the frames of a patch, where that is another.
     """
 
@@ -41,7 +41,8 @@ class OfLatent:
         latent: Tensor = next(iter(given.values()))
         sizes = dict(zip(self.axes, latent.shape))
         size: Any = None if self.patch is None else holder.config.get(self.patch)
-        patch = tuple(size) if isinstance(size, tuple | list) else (1, int(size or 1), int(size or 1))
+        patch = tuple(size) if isinstance(size, tuple | list) else (int(size or 1), int(size or 1))
+        patch = (1, *patch) if len(patch) == 2 else patch
         if self.frames is not None:
             patch = (int(holder.config.get(self.frames) or 1), *patch[1:])
         return sizes.get("f", 1) // patch[0], sizes["h"] // patch[1], sizes["w"] // patch[2]
@@ -50,6 +51,8 @@ class OfLatent:
 @dataclass(frozen=True)
 class OfPositions:
     """By an argument that says where each token stands, `[tokens, axes]`, or the same for every image of a batch.
+
+    The text's may be in front of the image's.
 
     Args:
         name: of the argument.
@@ -75,7 +78,7 @@ class OfPositions:
             if rows * columns != tokens:
                 raise ConfigError(f"grid={otherwise}: the image has {tokens} tokens; give its rows and columns")
             return 1, rows, columns
-        flat = positions[0] if positions.ndim == 3 else positions
+        flat = (positions[0] if positions.ndim == 3 else positions)[-tokens:]
         spans = (flat.amax(dim=0) - flat.amin(dim=0) + 1).long().tolist()
         rows, columns = spans.pop(self.row), spans.pop(self.column - 1)
         if rows * columns != tokens or any(span != 1 for span in spans):
