@@ -176,6 +176,18 @@ def krea2_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
     return {**given, **texts, "position_ids": places}
 
 
+def z_image() -> Any:
+    size = {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    return made("ZImageTransformer2DModel", **size, cap_feat_dim=32, axes_dims=[4, 4, 8], axes_lens=[128, 32, 32])
+
+
+def z_image_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
+    """One image more row than the others have, so that there are tokens of padding behind its own; words differ."""
+    captions = [noise(1 + i, 7 + 30 * i, 32) for i in range(batch)]
+    latents = list(noise(0, batch, 4, 1, rows + 2, columns))
+    return {"x": latents, "t": torch.full((batch,), 0.5), "cap_feats": captions}
+
+
 IMAGE_DENOISERS = {
     "qwen": Denoiser(qwen, qwen_inputs),
     "flux2": Denoiser(flux2, flux2_inputs),
@@ -195,4 +207,5 @@ IMAGE_DENOISERS = {
     "kandinsky5 video": Denoiser(kandinsky5, kandinsky5_video_inputs),
     "prx": Denoiser(prx, prx_inputs),
     "krea2": Denoiser(krea2, krea2_inputs),
+    "z-image": Denoiser(z_image, z_image_inputs),
 }

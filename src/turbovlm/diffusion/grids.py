@@ -49,6 +49,32 @@ class OfLatent:
 
 
 @dataclass(frozen=True)
+class OfList:
+    """By the shape of latents `[channels, frames, height, width]`, the first argument, a list of one for each image.
+
+    Args:
+        patch, frames: arguments that say how many rows and columns, and frames, a patch has.
+        sizes: what these are where they are not given.
+    """
+
+    patch: str
+    frames: str
+    sizes: tuple[int, int]
+
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid:
+        """Raises `UnsupportedModelError` where they are not of one size, or there are several for one image."""
+        latents: Any = next(iter(given.values()))
+        shapes = [each.shape if isinstance(each, Tensor) else None for each in latents]
+        if None in shapes or len(set(shapes)) > 1:
+            raise UnsupportedModelError(
+                f"a {type(holder).__name__} was given images of several sizes, or several in one sequence: turbovlm "
+                "knows how the tokens of one image lie, and of others as large"
+            )
+        patch, frames = int(given.get(self.patch, self.sizes[0])), int(given.get(self.frames, self.sizes[1]))
+        return shapes[0][1] // frames, shapes[0][2] // patch, shapes[0][3] // patch
+
+
+@dataclass(frozen=True)
 class OfPositions:
     """By an argument that says where each token stands, `[tokens, axes]`, or the same for every image of a batch.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from turbovlm.diffusion.attend import Attending
 from turbovlm.diffusion.families.entry import Block, Denoiser, Part
-from turbovlm.diffusion.grids import OfLatent, OfPositions, OfShapes
+from turbovlm.diffusion.grids import OfLatent, OfList, OfPositions, OfShapes
 from turbovlm.diffusion.positions import Cut
 
 MODELS = "diffusers.models"
@@ -301,8 +301,26 @@ KREA2 = Denoiser(
     ),
     grid=OfPositions("position_ids"),
 )
+Z_IMAGE = Denoiser(
+    "Z-Image",
+    holders=(f"{TRANSFORMERS}.transformer_z_image.ZImageTransformer2DModel",),
+    blocks=(
+        Block(
+            f"{TRANSFORMERS}.transformer_z_image.ZImageTransformerBlock",
+            guide="attention",
+            parts=(Part("attention", "attention", attending=TEXT_LAST),),
+            cuts=(Cut("freqs_cis", axis=1, text="behind"), Cut("attn_mask", axis=1, text="behind")),
+            text="behind",
+            by_parts=False,
+            whole_if=("noise_mask",),
+        ),
+    ),
+    grid=OfList("patch_size", "f_patch_size", (2, 1)),
+    between=("controlnet_block_samples",),
+    lists=("noise_refiner", "layers"),
+)
 
 IMAGES = (
     *(BASIC, SD3, FLUX, QWEN, FLUX2, CHROMA, LONGCAT, OVIS, HUNYUAN),
-    *(COGVIEW4, COGVIEW3, GLM, AURAFLOW, LUMINA2, KANDINSKY5, PRX, KREA2),
+    *(COGVIEW4, COGVIEW3, GLM, AURAFLOW, LUMINA2, KANDINSKY5, PRX, KREA2, Z_IMAGE),
 )
