@@ -33,11 +33,15 @@ class Attending:
         text: where the text's keys stand: `"front"` or `"behind"` those of the image; None where there are none.
         mask_axes: axes of the bias, `[batch, …, keys]`, that processors take as `attention_mask`; 0 where none does.
         keys_apart: whether keys and values are made of `encoder_hidden_states`, where it is given.
+        each: whether every image attends by itself, to those words that are no padding.
+        asked: whether other tokens ask, as a sound's do; the image's give keys and values only.
     """
 
     text: str | None = None
     mask_axes: int = 0
     keys_apart: bool = False
+    each: bool = False
+    asked: bool = False
 
 
 def attend_merged(
@@ -63,11 +67,14 @@ def attend_merged(
         StateError: its attention backend takes no bias, or its processor attends by something else.
     """
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
-    words = x.shape[1] - biases.bias.shape[-1] if text is None else text.shape[1]
-    bias = biases.beside(attending.text, words)
+    if text is None or text is x:  # some are given what they read as both
+        words = x.shape[1] - biases.bias.shape[-1]
+    else:
+        words = text.shape[1]
+    bias = biases.beside(attending.text, 0 if attending.asked else words)
     processor = getattr(attention, "processor", None)
     if ends_in_sdpa(processor):
-        counting = CountSizes(path, biases.bias, bias)
+        counting = CountSizes(path, attending, biases.bias, bias)
         with counting:
             out = original(x, *rest, **kwargs)
         if not counting.counted:
@@ -91,6 +98,11 @@ def ends_in_sdpa(processor: Any) -> bool:
     return _backend_of(processor) in (None, "native") and type(processor).__name__ not in MASKED
 
 
+def beside_words(bias: Tensor, text: str | None, words: int) -> Tensor:
+    """A bias on the image's keys with that of the words, 0, on their side, `[batch, 1, 1, keys]`."""
+    return F.pad(bias, (words, 0) if text == "front" else (0, words)) if words else bias
+
+
 class Biases:
     """The bias that lets sizes count, with as many words beside the image's keys as there are.
 
@@ -108,7 +120,7 @@ class Biases:
             return self.bias
         found = self._beside.get((text, words))
         if found is None:
-            found = F.pad(self.bias, (words, 0) if text == "front" else (0, words))
+            found = beside_words(self.bias, text, words)
             self._beside[text, words] = found
         return found
 
@@ -118,6 +130,7 @@ class CountSizes(TorchFunctionMode):
 
     Args:
         path: from `path_for`; it attends.
+        attending: how the module attends.
         alone: bias of the image's keys, `[batch, 1, 1, tokens]`.
         beside: the same beside the words', in attention that has them, `[batch, 1, 1, keys]`.
         most: self-attentions that there are at most; they come before attention of any other kind. None for any number.
@@ -127,13 +140,14 @@ class CountSizes(TorchFunctionMode):
     def __init__(
         self,
         path: ModuleType,
+        attending: Attending,
         alone: Tensor,
         beside: Tensor,
         most: int | None = None,
         traced: bool = False,
     ) -> None:
         super().__init__()
-        self.path, self.alone, self.beside = path, alone, beside
+        self.path, self.attending, self.alone, self.beside = path, attending, alone, beside
         self.most, self.traced, self.counted = most, traced, 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,11 +159,18 @@ class CountSizes(TorchFunctionMode):
         named: dict[str, Any] = dict(zip(ARGUMENTS, args)) | kwargs
         q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
         keys = k.shape[-2]
-        # keys of other tokens, such as an image prompt's, are as many as they are
-        if q.shape[-2] != keys or keys not in (self.alone.shape[-1], self.beside.shape[-1]):
+        words = keys - self.alone.shape[-1]
+        most = self.beside.shape[-1] - self.alone.shape[-1]
+        known = 0 <= words <= most if self.attending.each else words in (0, most)
+        # keys of other tokens, such as an image prompt's, are as many as they are; of words there may be keys only
+        if not known or not (self.attending.asked or q.shape[-2] in (keys, self.alone.shape[-1])):
             return function(*args, **kwargs)
-        self.counted += 1
-        scale, bias = kwargs.get("scale"), self.beside if keys == self.beside.shape[-1] else self.alone
+            return function(*args, **kwargs)
+        if self.attending.each:
+            bias = beside_words(self.alone[self.counted % len(self.alone)].unsqueeze(0), self.attending.text, words)
+        else:
+            bias = self.beside if words == most else self.alone
+        self.counted, scale = self.counted + 1, kwargs.get("scale")
         if mask is None:
             return self.path.attend(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
         if mask.dtype == torch.bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from turbovlm.diffusion.attend import Biases, CountSizes, attend_merged, ends_in_sdpa
+from turbovlm.diffusion.attend import Attending, Biases, CountSizes, attend_merged, ends_in_sdpa
 from turbovlm.diffusion.choose import Site, choice_of
 from turbovlm.diffusion.families import Block
 from turbovlm.diffusion.positions import Cut, beside_text, split_text
@@ -199,6 +199,8 @@ def _why_compiled_whole(run: Run, block: Any, kind: Block) -> str | None:
     if (hook := what_stands_on(block)) is not None:
         return f"it is compiled by itself, with {hook}"
     if run.feature.config.proportional:
+        if any(part.attending is not None and part.attending.asked for part in kind.parts):
+            return "it is compiled by itself, and other tokens attend to those that would be merged"
         for attention in _attentions(block, kind):
             if not ends_in_sdpa(getattr(attention, "processor", None)):
                 return "it is compiled by itself, and does not attend by scaled_dot_product_attention"
@@ -218,14 +220,16 @@ def _run_compiled(run: Run, stacked: Stacked, kind: Block, block: Any, original:
     """
     hidden = next(iter(given.values()))
     left = stacked.merged.shape[1]
-    text = next((part.attending.text for part in kind.parts if part.attending is not None), None)
+    attending = next((part.attending for part in kind.parts if part.attending is not None), Attending())
     words = 0
-    if text is not None:
+    if attending.text is not None:
         words = given[kind.words].shape[1] if kind.text is None else hidden.shape[1] - left
     biases = stacked.biases_in(hidden.dtype)
-    most = len(_attentions(block, kind))
+    beside, most = biases.beside(attending.text, words), len(_attentions(block, kind))
+    if attending.each:
+        most *= len(beside)
     for traced in (True, False):  # where PyTorch has given up compiling, they count in eager mode
-        with CountSizes(run.path, biases.bias, biases.beside(text, words), most, traced) as counting:
+        with CountSizes(run.path, attending, biases.bias, beside, most, traced) as counting:
             out = original(**given)
         if counting.counted:
             break
