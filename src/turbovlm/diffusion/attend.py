@@ -67,10 +67,8 @@ def attend_merged(
         StateError: its attention backend takes no bias, or its processor attends by something else.
     """
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
-    if text is None or text is x:  # some are given what they read as both
-        words = x.shape[1] - biases.bias.shape[-1]
-    else:
-        words = text.shape[1]
+    # some are given what they read as both
+    words = x.shape[1] - biases.bias.shape[-1] if text is None or text is x else text.shape[1]
     bias = biases.beside(attending.text, 0 if attending.asked else words)
     processor = getattr(attention, "processor", None)
     if ends_in_sdpa(processor):

@@ -20,7 +20,9 @@ class Cut:
         axis: of the tokens in it.
         text: where the text's entries stand: `"front"` or `"behind"` those of the image; None where it has none.
         heads: axis that the library's code gives it for the heads, where it has none for the images of the batch.
-        item: index of the tensor in the tuple; None where all of them are of tokens.
+        item: index of the tensor in the tuple, or of a tuple of them; None where all of them are of tokens.
+        axes: how many axes it has where one of them is of the tokens; None where it always is, or is shorter where all
+            tokens have the same.
     """
 
     name: str
@@ -28,21 +30,29 @@ class Cut:
     text: str | None = None
     heads: int | None = None
     item: int | None = None
+    axes: int | None = None
 
     def of_merged(self, value: Any, merge: Merge) -> Any:
         """The same of the tokens that are left, `Merge.kept`, of each image by itself."""
-        if value is None:
-            return None
-        if not isinstance(value, tuple | list):
-            return self._gathered(value, self._index(value, merge))
-        some = (self.item,) if self.item is not None else range(len(value))
-        index = self._index(value[some[0]], merge)
-        return tuple(self._gathered(each, index) if i in some else each for i, each in enumerate(value))
+        if self.item is not None and isinstance(value, tuple | list):
+            return tuple(self._of(each, merge, {}) if i == self.item else each for i, each in enumerate(value))
+        return self._of(value, merge, {})
 
-    def _index(self, value: Tensor, merge: Merge) -> Tensor:
+    def _of(self, value: Any, merge: Merge, made: dict[int, Tensor]) -> Any:
+        """Of a tensor, or of each in a tuple; `made` has the entries that are left, by how many words there are."""
+        if isinstance(value, tuple | list):
+            return tuple(self._of(each, merge, made) for each in value)
+        tokens = merge.weights.shape[1]
+        if value is None or self.axes not in (None, value.ndim) or value.shape[self.axis] < tokens:
+            return value
+        words = value.shape[self.axis] - tokens
+        if words not in made:
+            made[words] = self._index(words, merge)
+        return self._gathered(value, made[words])
+
+    def _index(self, words: int, merge: Merge) -> Tensor:
         """The entries that are left, `[batch, words + M]`."""
         index, tokens = merge.kept, merge.weights.shape[1]
-        words = value.shape[self.axis] - tokens
         if not words:
             return index
         text = torch.arange(words, device=index.device).expand(len(index), -1)
