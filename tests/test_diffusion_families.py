@@ -17,25 +17,25 @@ from turbovlm.ops import host
 from turbovlm.registry import unregister
 
 diffusers = pytest.importorskip("diffusers")
-OVIS = "diffusers.models.transformers.transformer_ovis_image.OvisImage"
+BRIA = "diffusers.models.transformers.transformer_bria.Bria"
 
 
-def ovis():
+def bria():
     size = {"patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16}
     size |= {"num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8)}
     torch.manual_seed(0)
-    return livelier(diffusers.OvisImageTransformer2DModel(**size))
+    return livelier(diffusers.BriaTransformer2DModel(**size))
 
 
 def entry():
     """A copy of FLUX's, whose blocks are spelled alike."""
     return replace(
         families.FLUX,
-        family="Ovis",
-        holders=(f"{OVIS}Transformer2DModel",),
+        family="Bria",
+        holders=(f"{BRIA}Transformer2DModel",),
         blocks=(
-            replace(families.FLUX_DOUBLE, path=f"{OVIS}TransformerBlock"),
-            replace(families.FLUX_SINGLE, path=f"{OVIS}SingleTransformerBlock"),
+            replace(families.FLUX_DOUBLE, path=f"{BRIA}TransformerBlock"),
+            replace(families.FLUX_SINGLE, path=f"{BRIA}SingleTransformerBlock"),
         ),
     )
 
@@ -49,30 +49,30 @@ def registered():
 
 
 def test_an_entry_is_enough(registered, monkeypatch):
-    if not hasattr(diffusers, "OvisImageTransformer2DModel"):
-        pytest.skip("this release of diffusers has no Ovis-Image")
+    if not hasattr(diffusers, "BriaTransformer2DModel"):
+        pytest.skip("this release of diffusers has no Bria")
     calls, own = [], host.attend
     monkeypatch.setattr(host, "attend", lambda *args: (calls.append(1), own(*args))[1])
-    model, inputs = ovis(), DENOISERS["flux"].inputs(2, 32, 32)
+    model, inputs = bria(), DENOISERS["flux"].inputs(2, 32, 32)
     inputs = {name: value for name, value in inputs.items() if name != "pooled_projections"}
     original = run(model, inputs)
     with turbovlm.apply(model, keep=1.0):
         assert torch.equal(run(model, inputs), original)
     with turbovlm.apply(model, keep=0.5) as handle:
         merged = run(model, inputs)
-        assert "Ovis: 50% of the tokens in attention, ffn" in repr(handle) and "256 → 128 tokens" in repr(handle)
+        assert "Bria: 50% of the tokens in attention, ffn" in repr(handle) and "256 → 128 tokens" in repr(handle)
     assert len(calls) == 4
     assert 1e-4 * original.std() < (merged - original).abs().mean() < original.std()
     assert torch.equal(run(model, inputs), original)
 
 
 def test_without_an_entry_it_is_refused():
-    if not hasattr(diffusers, "OvisImageTransformer2DModel"):
-        pytest.skip("this release of diffusers has no Ovis-Image")
+    if not hasattr(diffusers, "BriaTransformer2DModel"):
+        pytest.skip("this release of diffusers has no Bria")
     with pytest.raises((ConfigError, UnsupportedModelError)):
-        turbovlm.apply(ovis(), keep=0.5)
+        turbovlm.apply(bria(), keep=0.5)
 
 
 def test_an_entry_is_registered_once(registered):
-    with pytest.raises(ConfigError, match="OvisImageTransformerBlock is registered already, as Ovis"):
+    with pytest.raises(ConfigError, match="BriaTransformerBlock is registered already, as Bria"):
         turbovlm.register(entry())

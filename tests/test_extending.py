@@ -105,7 +105,7 @@ def test_a_denoiser(registered):
     torch.manual_seed(0)
     size = {"patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "axes_dims_rope": (4, 4, 8)}
     width = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32}
-    model = diffusers.LongCatImageTransformer2DModel(**size, **width).eval()
+    model = diffusers.BriaTransformer2DModel(**size, **width).eval()
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(16.0), torch.arange(16.0))
     generator = torch.Generator().manual_seed(0)
     inputs = {
@@ -120,7 +120,7 @@ def test_a_denoiser(registered):
         turbovlm.apply(model, keep=0.5)
     with torch.no_grad():
         own, cost = model(**inputs)[0], macs(model, **inputs)
-        handle = registered("LONGCAT", model)
+        handle = registered("BRIA", model)
         half = model(**inputs)[0]
         assert half.shape == own.shape and half.isfinite().all() and not torch.equal(half, own)
         assert macs(model, **inputs) < 0.75 * cost

@@ -58,10 +58,12 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     given: dict[str, Any] = {**dict(zip(holder.arguments, args)), **kwargs}
     latent = given[holder.arguments[0]]
     apart = holder.collects or any(given.get(name) is not None for name in holder.between)
+    grid = _grid_of(holder, model, given, feature)
     if not holder.begins:
         run = current_run(patch)
-        run.grid, run.apart = _grid_of(holder, model, given, feature), apart
+        run.grid, run.apart = grid, apart
         return original(*args, **kwargs)
+    latent = torch.stack(latent) if isinstance(latent, list) else latent  # some take one for each image
     steps, compiling = feature.steps, torch.compiler.is_compiling()
     if not compiling:
         steps.follow_pipeline(feature)
@@ -74,7 +76,6 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     # without `refresh` a graph that cannot look at latents shares nothing
     shares = seen is not None or steps.every > 1
     choices = steps.begin_forward(seen) if shares else {}
-    grid = _grid_of(holder, model, given, feature)
     run = Run(
         feature,
         model,

@@ -47,7 +47,11 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
             "its denoiser"
         )
     modules = dict(model.named_modules())
-    found = {name: family for name, module in modules.items() if (family := family_of("denoiser", module)) is not None}
+    found = {
+        name: family
+        for name, module in modules.items()
+        if (family := family_of("denoiser", module)) is not None and _has_images(name, family)
+    }
     for name, family in found.items():
         _check_holder(name, family, modules)
         if set(class_paths(owner)) & set(family.refused):
@@ -96,6 +100,11 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     whole = {name: reason for name, reason in reasons.items() if reason is not None}
     semantic = needs_semantic(config.degree)
     return DenoiseFeature(config, names, sites, tuple(found), places, holders, semantic, steps, whole)
+
+
+def _has_images(block: str, family: Denoiser) -> bool:
+    """Whether the image's tokens go through a block, as the name of its list tells."""
+    return not family.lists or block.rpartition(".")[0].rpartition(".")[2] in family.lists
 
 
 def _check_wanted(modules: dict[str, nn.Module], found: dict[str, Denoiser], config: DenoiseConfig) -> None:

@@ -28,8 +28,8 @@ class OfLatent:
 
     Args:
         axes: what its axes are: `b`atch, `c`hannels, `f`rames, `h`eight and `w`idth.
-        patch: the field of the config that says how large a patch is: a number, for rows and columns, or three, or two
-            for frames and rows; None for patches of one.
+        patch: the field of the config that says how large a patch is: a number or two, for rows and columns, or three;
+            None for patches of one.
         frames: the field of the config for the frames of a patch, where that is another.
     """
 
@@ -41,15 +41,44 @@ class OfLatent:
         latent: Tensor = next(iter(given.values()))
         sizes = dict(zip(self.axes, latent.shape))
         size: Any = None if self.patch is None else holder.config.get(self.patch)
-        patch = tuple(size) if isinstance(size, tuple | list) else (1, int(size or 1), int(size or 1))
+        patch = tuple(size) if isinstance(size, tuple | list) else (int(size or 1), int(size or 1))
+        patch = (1, *patch) if len(patch) == 2 else patch
         if self.frames is not None:
             patch = (int(holder.config.get(self.frames) or 1), *patch[1:])
         return sizes.get("f", 1) // patch[0], sizes["h"] // patch[1], sizes["w"] // patch[2]
 
 
 @dataclass(frozen=True)
+class OfList:
+    """By the shape of latents `[channels, frames, height, width]`, the first argument, a list of one for each image.
+
+    Args:
+        patch, frames: arguments that say how many rows and columns, and frames, a patch has.
+        sizes: what these are where they are not given.
+    """
+
+    patch: str
+    frames: str
+    sizes: tuple[int, int]
+
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid:
+        """Raises `UnsupportedModelError` where they are not of one size, or there are several for one image."""
+        latents: Any = next(iter(given.values()))
+        shapes = [each.shape if isinstance(each, Tensor) else None for each in latents]
+        if None in shapes or len(set(shapes)) > 1:
+            raise UnsupportedModelError(
+                f"a {type(holder).__name__} was given images of several sizes, or several in one sequence: turbovlm "
+                "knows how the tokens of one image lie, and of others as large"
+            )
+        patch, frames = int(given.get(self.patch, self.sizes[0])), int(given.get(self.frames, self.sizes[1]))
+        return shapes[0][1] // frames, shapes[0][2] // patch, shapes[0][3] // patch
+
+
+@dataclass(frozen=True)
 class OfPositions:
     """By an argument that says where each token stands, `[tokens, axes]`, or the same for every image of a batch.
+
+    The text's may be in front of the image's.
 
     Args:
         name: of the argument.
@@ -75,7 +104,7 @@ class OfPositions:
             if rows * columns != tokens:
                 raise ConfigError(f"grid={otherwise}: the image has {tokens} tokens; give its rows and columns")
             return 1, rows, columns
-        flat = positions[0] if positions.ndim == 3 else positions
+        flat = (positions[0] if positions.ndim == 3 else positions)[-tokens:]
         spans = (flat.amax(dim=0) - flat.amin(dim=0) + 1).long().tolist()
         rows, columns = spans.pop(self.row), spans.pop(self.column - 1)
         if rows * columns != tokens or any(span != 1 for span in spans):

@@ -85,6 +85,8 @@ class Denoiser:
         grid: how the holders' tokens lie, one of `turbovlm.diffusion.grids`.
         refused: dotted paths of pipelines that give it the tokens of several images in one sequence.
         between: arguments of the holder's that add something to tokens between blocks, or skip blocks.
+        lists: names of the lists of blocks that the image's tokens go through, where others of the same class have the
+            text's; empty for all.
     """
 
     kind: ClassVar[str] = "denoiser"
@@ -95,6 +97,7 @@ class Denoiser:
     grid: GridReader = field(default_factory=OfLatent)
     refused: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:

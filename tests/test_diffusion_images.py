@@ -1,0 +1,155 @@
+"""Families of denoisers of images whose blocks merge whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import turbovlm
+from denoisers import Watch
+from doubled import double
+from image_denoisers import IMAGE_DENOISERS
+from turbovlm.errors import ConfigError, UnsupportedModelError
+
+diffusers = pytest.importorskip("diffusers")
+SCOPES = ({"scope": "block"}, {"scope": "stack", "span": 2}, {"scope": "stack", "span": 8})
+UNGUIDED = ("flux2", "lumina2", "kandinsky5", "kandinsky5 video", "prx", "krea2")
+"""Those whose self-attention is not known to turbovlm by its projections."""
+ROUGH = ("kandinsky5", "kandinsky5 video")
+"""Those that run in float32 only, and round queries and keys to bfloat16."""
+ROWS, COLUMNS = 16, 24
+
+
+@pytest.fixture(params=IMAGE_DENOISERS)
+def name(request):
+    return request.param
+
+
+@torch.no_grad()
+def run(model: Any, inputs: dict[str, Any]) -> Tensor:
+    out = model(**inputs, return_dict=False)
+    out = out[0] if isinstance(out, tuple) else out
+    return torch.stack(out) if isinstance(out, list) else out
+
+
+def in_float64(value: Any) -> Any:
+    if isinstance(value, list):
+        return [in_float64(each) for each in value]
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+def alone(inputs: dict[str, Any], image: int) -> dict[str, Any]:
+    """What a batch of two is given, for one of its images."""
+    return {
+        name: value[image : image + 1] if getattr(value, "ndim", 1) and len(value) == 2 else value
+        for name, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("given", SCOPES, ids=str)
+def test_a_stack_is_its_blocks_on_equal_tokens(name, given):
+    """Sizes, positions, masks, text and update, against the model's own blocks on all tokens."""
+    family = IMAGE_DENOISERS[name]
+    model, inputs, tolerance = family(), family.inputs(1, ROWS, COLUMNS), 1e-3
+    if name not in ROUGH:
+        model, tolerance = model.double(), 1e-9
+        inputs = {key: in_float64(value) for key, value in inputs.items()}
+    plain = run(model, inputs)
+    with turbovlm.apply(model, keep=0.5, restore="copy", **given) as handle:
+        merged = run(model, inputs)
+        double(model, handle.features[0])
+    again = run(model, inputs)
+    assert (merged - plain).abs().max() > 10 * tolerance * plain.abs().max()
+    torch.testing.assert_close(again, merged, rtol=0, atol=tolerance * float(merged.abs().max()))
+
+
+@pytest.mark.parametrize("given", SCOPES[::2], ids=str)
+def test_merges_and_comes_back(name, given):
+    family = IMAGE_DENOISERS[name]
+    model, inputs = family(), family.inputs(2, ROWS, COLUMNS)
+    plain = run(model, inputs)
+    before = {path: dict(module.__dict__) for path, module in model.named_modules()}
+    with turbovlm.apply(model, keep=1.0, **given):
+        assert torch.equal(run(model, inputs), plain)
+    with turbovlm.apply(model, keep=0.5, **given) as handle:
+        merged = run(model, inputs)
+        assert torch.equal(run(model, inputs), merged) and merged.isfinite().all() and merged.shape == plain.shape
+        assert "left whole" not in repr(handle) and "→" in repr(handle)
+    assert 1e-4 * plain.std() < (merged - plain).abs().mean() < 2 * plain.std()
+    assert torch.equal(run(model, inputs), plain)
+    assert {path: dict(module.__dict__) for path, module in model.named_modules()} == before
+
+
+def test_a_batch_is_as_single_images(name):
+    family = IMAGE_DENOISERS[name]
+    model, inputs = family(), family.inputs(2, ROWS, COLUMNS)
+    with turbovlm.apply(model, keep=0.5, scope="stack"):
+        together = run(model, inputs)
+        for i in (0, 1):
+            close = {"rtol": 1e-3, "atol": (2e-2 if name in ROUGH else 1e-4) * float(together.std())}
+            torch.testing.assert_close(run(model, alone(inputs, i))[0], together[i], **close)
+
+
+@pytest.mark.parametrize("scope", ["block", "stack"])
+def test_text_is_never_merged(name, scope):
+    """Layers of the image's tokens get half of them, and as many words as ever."""
+    family = IMAGE_DENOISERS[name]
+    model, inputs = family(), family.inputs(1, ROWS, COLUMNS)
+    lengths: dict[str, int] = {}
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and not path.endswith((".proj_mlp", ".proj_out")):  # which merge as parts, too
+            Watch(layer, lambda x, out, path=path: lengths.update({path: x.shape[1] if x.ndim == 3 else 0}))
+    run(model, inputs)
+    plain = dict(lengths)
+    with turbovlm.apply(model, keep=0.5, scope=scope) as handle:
+        run(model, inputs)
+        places = [f"{place.name}." for place in handle.features[0].places]
+        (tokens,) = {choice.tokens for choice in handle.features[0].last.values()}
+    for path, length in plain.items():
+        merged = length >= tokens and path.startswith(tuple(places))
+        assert lengths[path] == length - (tokens // 2 if merged else 0), path
+    for place in places:
+        assert any(lengths[path] < length for path, length in plain.items() if path.startswith(place))
+
+
+def test_several_images_in_one_sequence_are_refused():
+    model, inputs = IMAGE_DENOISERS["qwen"](), IMAGE_DENOISERS["qwen"].inputs(1, ROWS, COLUMNS)
+    inputs["img_shapes"] = [[(1, 8, 8), (1, 4, 8)]]
+    with turbovlm.apply(model, keep=0.5, scope="stack"), pytest.raises(UnsupportedModelError, match="2 images"):
+        run(model, inputs)
+    model, inputs = IMAGE_DENOISERS["flux2"](), IMAGE_DENOISERS["flux2"].inputs(1, ROWS, COLUMNS)
+    inputs["img_ids"][:, 48:, 0] = 10
+    with turbovlm.apply(model, keep=0.5, scope="stack"), pytest.raises(UnsupportedModelError, match="not one image"):
+        run(model, inputs)
+    model, inputs = IMAGE_DENOISERS["z-image"](), IMAGE_DENOISERS["z-image"].inputs(2, ROWS, COLUMNS)
+    inputs["x"][1] = inputs["x"][1][:, :, 2:]
+    with turbovlm.apply(model, keep=0.5, scope="stack"), pytest.raises(UnsupportedModelError, match="several sizes"):
+        run(model, inputs)
+
+
+def test_captions_of_several_lengths_leave_blocks_whole():
+    """Words are in front of the image, and each image's begins elsewhere."""
+    model, inputs = IMAGE_DENOISERS["lumina2"](), IMAGE_DENOISERS["lumina2"].inputs(2, ROWS, COLUMNS)
+    inputs["encoder_attention_mask"][1, 4:] = 0
+    with turbovlm.apply(model, keep=0.5, scope="stack") as handle:
+        assert run(model, inputs).isfinite().all()
+        assert "its attention_mask is set" in repr(handle) and "noise_refiner" in repr(handle)
+
+
+def test_what_matters(name):
+    """It needs the self-attention's projections, which turbovlm does not know of all."""
+    family = IMAGE_DENOISERS[name]
+    model, inputs = family(), family.inputs(2, ROWS, COLUMNS)
+    given = {"keep": 0.5, "scope": "stack", "degree": "weighted_difference"}
+    if name in UNGUIDED:
+        with pytest.raises(ConfigError, match="give degree='redundancy'"):
+            turbovlm.apply(model, **given)
+        return
+    with turbovlm.apply(model, **given):
+        merged = run(model, inputs)
+    with turbovlm.apply(model, keep=0.5, scope="stack"):
+        assert merged.isfinite().all() and not torch.equal(run(model, inputs), merged)
