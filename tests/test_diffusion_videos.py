@@ -34,17 +34,9 @@ def first(value: Any, i: int) -> Any:
     return value[i : i + 1] if torch.is_tensor(value) and value.ndim and len(value) == 2 else value
 
 
-@pytest.fixture
-def all_double():
-    """Layers and angles that a model computes in single precision whatever it is in are in double, too."""
-    torch.Tensor.float = lambda x: x.double()
-    yield
-    del torch.Tensor.float  # inherited, and PyTorch's compiler minds that it is
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("given", SCOPES, ids=str)
-def test_a_stack_is_its_blocks_on_equal_tokens(video, given, all_double):
+def test_a_stack_is_its_blocks_on_equal_tokens(video, given):
     """Sizes, positions, times, text and update, against the model's own blocks on all tokens."""
     model, inputs = video().double(), {name: doubles(value) for name, value in video.inputs(1).items()}
     if (embedding := getattr(model, "learnable_pos_embed", None)) is not None:
@@ -191,6 +183,73 @@ def test_a_mask_over_positions_leaves_blocks_whole():
         with pytest.warns(UserWarning, match="its attention_mask is set"):
             assert torch.equal(run(model, wan_inputs(1)), plain)
         assert "left whole" in repr(handle)
+
+
+@pytest.mark.parametrize("name", ["wan-times", "hunyuan", "cogvideox", "ltx2", "cosmos"])
+def test_gradients_are_those_of_checkpoints(name):
+    """Blocks are given all that they are given by place, then."""
+    video = VIDEOS[name]
+    model, inputs, found = video(), video.inputs(1), []
+    with turbovlm.apply(model, keep=0.5, scope="stack", span=2):
+        for checkpointed in (False, True):
+            if checkpointed:
+                model.enable_gradient_checkpointing()
+            model.train().zero_grad()
+            model(**inputs, return_dict=False)[0].square().mean().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, grad in found[0].items():
+        torch.testing.assert_close(found[1][key], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max() + 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mochi", "ltx2"])
+def test_a_compiled_denoiser_is_one_graph(name):
+    """Those whose attention is counted in ways of their own; the others' is as in `test_diffusion_stack`."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    video, counter = VIDEOS[name], CompileCounter()
+    model, inputs = video(), video.inputs(2)
+    with turbovlm.apply(model, keep=0.5, scope="stack"):
+        merged = run(model, inputs)
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        torch.testing.assert_close(run(compiled, inputs), merged, rtol=0, atol=1e-5 * float(merged.abs().max()))
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_control_residuals_leave_their_blocks_whole():
+    """Only some blocks have one, and only these read all tokens."""
+    model, inputs = VIDEOS["cosmos"](), VIDEOS["cosmos"].inputs(1)
+    model.register_to_config(controlnet_block_every_n=2)
+    inputs["block_controlnet_hidden_states"] = [noise(7, 1, TOKENS, 32)] * 2
+    with turbovlm.apply(model, keep=0.5, scope="stack") as handle:
+        assert run(model, inputs).isfinite().all()
+        assert set(handle.features[0].whole) == {"transformer_blocks.0", "transformer_blocks.2"}
+
+
+@torch.no_grad()
+def test_attention_that_is_left_out_for_guidance_leaves_its_block_whole():
+    model, inputs = VIDEOS["ltx2-perturbed"](), VIDEOS["ltx2-perturbed"].inputs(1)
+    inputs["spatio_temporal_guidance_blocks"] = [1]
+    with turbovlm.apply(model, keep=0.5, scope="stack") as handle:
+        assert run(model, inputs).isfinite().all()
+        assert set(handle.features[0].whole) == {"transformer_blocks.1"}
+
+
+@torch.no_grad()
+def test_sound_that_is_as_long_as_the_merged_video():
+    """Only the video's keys count by their sizes."""
+    video = VIDEOS["ltx2"]
+    model, inputs = video().double(), {name: doubles(value) for name, value in video.inputs(1).items()}
+    length = TOKENS // 2 + 1
+    inputs |= {"audio_hidden_states": noise(9, 1, length, 4).double(), "audio_num_frames": length}
+    with turbovlm.apply(model, keep=0.5, restore="copy", scope="stack") as handle:
+        merged = run(model, inputs)
+        places, choices = handle.features[0].places, handle.features[0].last
+    stand_for(model, places, choices)
+    torch.testing.assert_close(run(model, inputs), merged, rtol=0, atol=1e-9 * float(merged.abs().max()))
 
 
 def test_settings_that_do_not_fit_are_refused():

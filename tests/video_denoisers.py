@@ -236,10 +236,6 @@ def cosmos_inputs(batch: int) -> dict[str, Any]:
     return {**wan_inputs(batch), "fps": 16, "padding_mask": torch.zeros(1, 1, 2 * ROWS, 2 * COLUMNS)}
 
 
-def cosmos_control_inputs(batch: int) -> dict[str, Any]:
-    return {**cosmos_inputs(batch), "block_controlnet_hidden_states": [noise(7, batch, TOKENS, 32)] * 2}
-
-
 def cosmos_times_inputs(batch: int) -> dict[str, Any]:
     time = torch.tensor([0.0, 400.0, 700.0]).view(1, 1, FRAMES, 1, 1).expand(batch, -1, -1, -1, -1)
     return {**cosmos_inputs(batch), "timestep": time}
@@ -330,5 +326,6 @@ VIDEOS = {
     "animate": Video(animate, animate_inputs, (4,)),
     "ltx2": Video(ltx2, ltx2_inputs),
     "ltx2-split": Video(lambda: ltx2(rope_type="split", gated_attn=True), ltx2_inputs),
+    "ltx2-perturbed": Video(lambda: ltx2(perturbed_attn=True), ltx2_inputs),
     "easyanimate": Video(easyanimate, wan_inputs),
 }
