@@ -64,8 +64,8 @@ class OfList:
     def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid:
         """Raises `UnsupportedModelError` where they are not of one size, or there are several for one image."""
         latents: Any = next(iter(given.values()))
-        shapes = [each.shape if isinstance(each, Tensor) else None for each in latents]
-        if None in shapes or len(set(shapes)) > 1:
+        shapes = [each.shape for each in latents if isinstance(each, Tensor)]
+        if len(shapes) < len(latents) or len(set(shapes)) > 1:
             raise UnsupportedModelError(
                 f"a {type(holder).__name__} was given images of several sizes, or several in one sequence: turbovlm "
                 "knows how the tokens of one image lie, and of others as large"
