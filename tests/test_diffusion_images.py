@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import turbovlm
-from denoisers import Watch
+from denoisers import Watch, noise
 from doubled import double
 from image_denoisers import IMAGE_DENOISERS
 from turbovlm.errors import ConfigError, UnsupportedModelError
@@ -184,3 +184,20 @@ def test_a_cache_of_keys_leaves_blocks_whole():
     plain = run(model, inputs)
     with turbovlm.apply(model, keep=0.5, scope="stack"), pytest.warns(UserWarning, match="its kv_cache is set"):
         assert torch.equal(run(model, inputs), plain)
+
+
+@pytest.mark.parametrize("name", ["qwen", "chroma", "z-image"])
+def test_what_is_added_between_blocks_finds_all_tokens(name):
+    model, inputs = IMAGE_DENOISERS[name](), IMAGE_DENOISERS[name].inputs(1, ROWS, COLUMNS)
+    samples: Any = [noise(5, 1, 96, 32)] * 2
+    inputs["controlnet_block_samples"] = {1: noise(5, 1, 160, 32)} if name == "z-image" else samples
+    if name == "chroma":
+        inputs["controlnet_single_block_samples"] = samples
+    plain = run(model, inputs)
+    found = []
+    for given in SCOPES[::2]:
+        with turbovlm.apply(model, keep=0.5, **given) as handle:
+            found.append(run(model, inputs))
+            assert "left whole" not in repr(handle)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=0.05 * float(plain.std()))
+    assert not torch.equal(found[0], plain)
