@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from turbovlm.errors import StateError
-from turbovlm.ops.attention import size_bias
-from turbovlm.ops.merging import Merge
 
 MASKED = "AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor", "IPAdapterXFormersAttnProcessor"
 """Processors of `diffusers` that do not attend by `scaled_dot_product_attention`, and add their mask to the scores."""
@@ -35,11 +33,15 @@ class Attending:
         text: where the text's keys stand: `"front"` or `"behind"` those of the image; None where there are none.
         mask_axes: axes of the bias, `[batch, …, keys]`, that processors take as `attention_mask`; 0 where none does.
         keys_apart: whether keys and values are made of `encoder_hidden_states`, where it is given.
+        each: whether every image attends by itself, to those words that are no padding.
+        asked: whether other tokens ask, as a sound's do; the image's give keys and values only.
     """
 
     text: str | None = None
     mask_axes: int = 0
     keys_apart: bool = False
+    each: bool = False
+    asked: bool = False
 
 
 def attend_merged(
@@ -47,7 +49,7 @@ def attend_merged(
     attention: Any,
     original: Any,
     path: ModuleType,
-    merge: Merge,
+    biases: Biases,
     x: Tensor,
     rest: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -57,7 +59,7 @@ def attend_merged(
     Args:
         attention: the module; `original`: what ran before.
         path: from `path_for`.
-        merge: what was done to the image's tokens.
+        biases: of the sizes.
         x: what it reads, `[batch, tokens, width]`.
         rest, kwargs: its other arguments.
 
@@ -66,11 +68,11 @@ def attend_merged(
     """
     text = kwargs.get("encoder_hidden_states", rest[0] if rest else None)
     # some are given what they read as both
-    words = x.shape[1] - merge.sizes.shape[1] if text is None or text is x else text.shape[1]
-    bias = size_bias(merge.sizes, x.dtype)
+    words = x.shape[1] - biases.bias.shape[-1] if text is None or text is x else text.shape[1]
+    bias = biases.beside(attending.text, 0 if attending.asked else words)
     processor = getattr(attention, "processor", None)
     if ends_in_sdpa(processor):
-        counting = CountSizes(path, bias, attending.text, words)
+        counting = CountSizes(path, attending, biases.bias, bias)
         with counting:
             out = original(x, *rest, **kwargs)
         if not counting.counted:
@@ -85,7 +87,6 @@ def attend_merged(
             f"the attention backend {backend!r} takes no mask that is added to the scores, in which the sizes of "
             "merged tokens would be: give proportional=False, or use another backend"
         )
-    bias = _beside_words(bias, attending.text, words)
     kwargs["attention_mask"] = bias if attending.mask_axes == bias.ndim else bias.squeeze(1)
     return original(x, *rest, **kwargs)
 
@@ -95,9 +96,31 @@ def ends_in_sdpa(processor: Any) -> bool:
     return _backend_of(processor) in (None, "native") and type(processor).__name__ not in MASKED
 
 
-def _beside_words(bias: Tensor, text: str | None, words: int) -> Tensor:
-    """A bias on the image's keys, `[batch, 1, 1, tokens]`, with that of the words, 0, on their side."""
+def beside_words(bias: Tensor, text: str | None, words: int) -> Tensor:
+    """A bias on the image's keys with that of the words, 0, on their side, `[batch, 1, 1, keys]`."""
     return F.pad(bias, (words, 0) if text == "front" else (0, words)) if words else bias
+
+
+class Biases:
+    """The bias that lets sizes count, with as many words beside the image's keys as there are.
+
+    Args:
+        bias: `size_bias` of the image's tokens, `[batch, 1, 1, tokens]`.
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
+        self._beside: dict[tuple[str | None, int], Tensor] = {}
+
+    def beside(self, text: str | None, words: int) -> Tensor:
+        """With that of the words, 0, on their side, `[batch, 1, 1, keys]`; made once."""
+        if not words:
+            return self.bias
+        found = self._beside.get((text, words))
+        if found is None:
+            found = beside_words(self.bias, text, words)
+            self._beside[text, words] = found
+        return found
 
 
 class CountSizes(TorchFunctionMode):
@@ -105,9 +128,9 @@ class CountSizes(TorchFunctionMode):
 
     Args:
         path: from `path_for`; it attends.
-        bias: of the image's keys, `[batch, 1, 1, tokens]`.
-        text: where the words stand beside them.
-        words: how many there are in attention that has them.
+        attending: how the module attends.
+        alone: bias of the image's keys, `[batch, 1, 1, tokens]`.
+        beside: the same beside the words', in attention that has them, `[batch, 1, 1, keys]`.
         most: self-attentions that there are at most; they come before attention of any other kind. None for any number.
         traced: whether it acts only while PyTorch compiles what runs, and not once more when that runs.
     """
@@ -115,14 +138,14 @@ class CountSizes(TorchFunctionMode):
     def __init__(
         self,
         path: ModuleType,
-        bias: Tensor,
-        text: str | None,
-        words: int,
+        attending: Attending,
+        alone: Tensor,
+        beside: Tensor,
         most: int | None = None,
         traced: bool = False,
     ) -> None:
         super().__init__()
-        self.path, self.bias, self.text, self.words = path, bias, text, words
+        self.path, self.attending, self.alone, self.beside = path, attending, alone, beside
         self.most, self.traced, self.counted = most, traced, 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -133,12 +156,19 @@ class CountSizes(TorchFunctionMode):
             return (torch.unflatten if function is Tensor.unflatten else function)(*args, **kwargs)
         named: dict[str, Any] = dict(zip(ARGUMENTS, args)) | kwargs
         q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
-        words = k.shape[-2] - self.bias.shape[-1]
+        keys = k.shape[-2]
+        words = keys - self.alone.shape[-1]
+        most = self.beside.shape[-1] - self.alone.shape[-1]
+        known = 0 <= words <= most if self.attending.each else words in (0, most)
         # keys of other tokens, such as an image prompt's, are as many as they are; of words there may be keys only
-        if q.shape[-2] not in (k.shape[-2], self.bias.shape[-1]) or words not in (0, self.words):
+        if not known or not (self.attending.asked or q.shape[-2] in (keys, self.alone.shape[-1])):
             return function(*args, **kwargs)
-        self.counted += 1
-        scale, bias = kwargs.get("scale"), _beside_words(self.bias, self.text, words)
+            return function(*args, **kwargs)
+        if self.attending.each:
+            bias = beside_words(self.alone[self.counted % len(self.alone)].unsqueeze(0), self.attending.text, words)
+        else:
+            bias = self.beside if words == most else self.alone
+        self.counted, scale = self.counted + 1, kwargs.get("scale")
         if mask is None:
             return self.path.attend(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
         if mask.dtype == torch.bool:

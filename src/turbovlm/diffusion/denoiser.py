@@ -76,13 +76,12 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     # without `refresh` a graph that cannot look at latents shares nothing
     shares = seen is not None or steps.every > 1
     choices = steps.begin_forward(seen) if shares else {}
-    guided = latent.ndim >= 4 and len(latent) > 1  # those that are given tokens are guided in forwards of their own
     run = Run(
         feature,
         model,
         path_for(latent),
         len(latent),
-        find_same_latents(latent) if guided else None,
+        find_same_latents(latent) if len(latent) > 1 else None,
         choices,
         grid,
         math.prod(grid or latent.shape[-2:]) >> 2 * holder.halved,

@@ -146,15 +146,23 @@ class OfShapes:
 
 @dataclass(frozen=True)
 class OfNumbers:
-    """By three arguments that are numbers: of frames, rows and columns."""
+    """By three arguments that are numbers: of frames, rows and columns; the first argument is tokens."""
 
     frames: str
     rows: str
     columns: str
 
     def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid | None:
+        """Raises `UnsupportedModelError` where there are other tokens beside them, or a number is missing."""
         found = [given.get(name) for name in (self.frames, self.rows, self.columns)]
-        return None if None in found else tuple(map(int, found))  # type: ignore[arg-type, return-value]
+        frames, rows, columns = (0 if number is None else int(number) for number in found)
+        tokens, known = next(iter(given.values())).shape[1], frames * rows * columns
+        if tokens != known:
+            raise UnsupportedModelError(
+                f"{self.frames}, {self.rows} and {self.columns} are {found}, which makes {known} tokens, and {tokens} "
+                "are given: turbovlm does not know how the others lie"
+            )
+        return frames, rows, columns
 
 
 def square(tokens: int) -> tuple[int, int]:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
-from turbovlm.diffusion.attend import attend_merged
+from turbovlm.diffusion.attend import Biases, attend_merged
 from turbovlm.diffusion.choose import Site, choice_of
 from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.positions import beside_text, split_text
 from turbovlm.diffusion.restore import check_has_operator, is_linear, restore_linear
 from turbovlm.diffusion.run import RUN, THREAD, Run, check_class, current_run, run_within
 from turbovlm.diffusion.whole import reason_to_leave_whole
+from turbovlm.ops.attention import size_bias
 from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch
 
@@ -63,7 +64,8 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
     if part.attending is not None and part.attending.keys_apart and config.queries_only:
         out = original(read, *rest, **{**kwargs, "encoder_hidden_states": x})
     elif part.attending is not None and config.proportional:
-        out = attend_merged(part.attending, module, original, run.path, merge, read, rest, kwargs)
+        biases = Biases(size_bias(merge.sizes, read.dtype))
+        out = attend_merged(part.attending, module, original, run.path, biases, read, rest, kwargs)
     else:
         out = original(read, *rest, **kwargs)
     if isinstance(out, Tensor):

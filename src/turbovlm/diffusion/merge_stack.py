@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from turbovlm.diffusion.attend import CountSizes, attend_merged, ends_in_sdpa
+from turbovlm.diffusion.attend import Attending, Biases, CountSizes, attend_merged, ends_in_sdpa
 from turbovlm.diffusion.choose import Site, choice_of
 from turbovlm.diffusion.families import Block
 from turbovlm.diffusion.positions import Cut, beside_text, split_text
@@ -69,12 +69,20 @@ class Stacked:
         x: the image's tokens before, `[batch, N, width]`.
         merged: behind it, `[batch, M, width]`.
         cuts: what was cut of the blocks' arguments, by name, with what it was cut from.
+        biases: what `biases_in` made.
     """
 
     merge: Merge
     x: Tensor
     merged: Tensor
     cuts: dict[str, tuple[Any, Any]]
+    biases: Biases | None = None
+
+    def biases_in(self, dtype: torch.dtype) -> Biases:
+        """Those of the merged tokens' sizes, made once."""
+        if self.biases is None or self.biases.bias.dtype != dtype:
+            self.biases = Biases(size_bias(self.merge.sizes, dtype))
+        return self.biases
 
 
 COMPILED = "_compiled_call_impl"
@@ -191,6 +199,8 @@ def _why_compiled_whole(run: Run, block: Any, kind: Block) -> str | None:
     if (hook := what_stands_on(block)) is not None:
         return f"it is compiled by itself, with {hook}"
     if run.feature.config.proportional:
+        if any(part.attending is not None and part.attending.asked for part in kind.parts):
+            return "it is compiled by itself, and other tokens attend to those that would be merged"
         for attention in _attentions(block, kind):
             if not ends_in_sdpa(getattr(attention, "processor", None)):
                 return "it is compiled by itself, and does not attend by scaled_dot_product_attention"
@@ -210,14 +220,16 @@ def _run_compiled(run: Run, stacked: Stacked, kind: Block, block: Any, original:
     """
     hidden = next(iter(given.values()))
     left = stacked.merged.shape[1]
-    text = next((part.attending.text for part in kind.parts if part.attending is not None), None)
+    attending = next((part.attending for part in kind.parts if part.attending is not None), Attending())
     words = 0
-    if text is not None:
+    if attending.text is not None:
         words = given[kind.words].shape[1] if kind.text is None else hidden.shape[1] - left
-    bias = size_bias(stacked.merge.sizes, hidden.dtype)
-    most = len(_attentions(block, kind))
+    biases = stacked.biases_in(hidden.dtype)
+    beside, most = biases.beside(attending.text, words), len(_attentions(block, kind))
+    if attending.each:
+        most *= len(beside)
     for traced in (True, False):  # where PyTorch has given up compiling, they count in eager mode
-        with CountSizes(run.path, bias, text, words, most, traced) as counting:
+        with CountSizes(run.path, attending, biases.bias, beside, most, traced) as counting:
             out = original(**given)
         if counting.counted:
             break
@@ -255,4 +267,5 @@ def attention_forward(patch: Patch, module: Any, original: Any, /, *args: Any, *
     if run.stacked is None or not feature.config.proportional or site.part.attending is None:
         return original(*args, **kwargs)
     x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-    return attend_merged(site.part.attending, module, original, run.path, run.stacked.merge, x, rest, kwargs)
+    biases = run.stacked.biases_in(x.dtype)
+    return attend_merged(site.part.attending, module, original, run.path, biases, x, rest, kwargs)

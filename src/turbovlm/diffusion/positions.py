@@ -20,7 +20,9 @@ class Cut:
         axis: of the tokens in it.
         text: where the text's entries stand: `"front"` or `"behind"` those of the image; None where it has none.
         heads: axis that the library's code gives it for the heads, where it has none for the images of the batch.
-        item: index of the tensor in the tuple; None where all of them are of tokens.
+        item: index of the tensor in the tuple, or of a tuple of them; None where all of them are of tokens.
+        axes: how many axes it has where one of them is of the tokens; None where it always is, or is shorter where all
+            tokens have the same.
     """
 
     name: str
@@ -28,33 +30,42 @@ class Cut:
     text: str | None = None
     heads: int | None = None
     item: int | None = None
+    axes: int | None = None
 
     def of_merged(self, value: Any, merge: Merge) -> Any:
         """The same of the tokens that are left, `Merge.kept`, of each image by itself."""
-        if value is None:
-            return None
-        if isinstance(value, tuple | list):
-            some = (self.item,) if self.item is not None else range(len(value))
-            return tuple(self._gathered(each, merge) if i in some else each for i, each in enumerate(value))
-        return self._gathered(value, merge)
+        if self.item is not None and isinstance(value, tuple | list):
+            return tuple(self._of(each, merge, {}) if i == self.item else each for i, each in enumerate(value))
+        return self._of(value, merge, {})
 
-    def _gathered(self, value: Tensor, merge: Merge) -> Any:
-        images = len(merge.sizes)
-        tokens, words = merge.weights.shape[1], value.shape[self.axis] - merge.weights.shape[1]
-        before = words if self.text == "front" else 0
-        index = merge.kept + before
-        if words:
-            text = torch.arange(words, device=index.device) + (0 if before else tokens)
-            both = text.expand(images, -1), index
-            index = torch.cat(both if before else both[::-1], dim=1)
-        shared = self.axis == 0 or value.shape[0] != images
+    def _of(self, value: Any, merge: Merge, made: dict[int, Tensor]) -> Any:
+        """Of a tensor, or of each in a tuple; `made` has the entries that are left, by how many words there are."""
+        if isinstance(value, tuple | list):
+            return tuple(self._of(each, merge, made) for each in value)
+        tokens = merge.weights.shape[1]
+        if value is None or self.axes not in (None, value.ndim) or value.shape[self.axis] < tokens:
+            return value
+        words = value.shape[self.axis] - tokens
+        if words not in made:
+            made[words] = self._index(words, merge)
+        return self._gathered(value, made[words])
+
+    def _index(self, words: int, merge: Merge) -> Tensor:
+        """The entries that are left, `[batch, words + M]`."""
+        index, tokens = merge.kept, merge.weights.shape[1]
+        if not words:
+            return index
+        text = torch.arange(words, device=index.device).expand(len(index), -1)
+        both = (text, index + words) if self.text == "front" else (index, text + tokens)
+        return torch.cat(both, dim=1)
+
+    def _gathered(self, value: Tensor, index: Tensor) -> Any:
         if self.axis == 0:
             found = value[index]
         else:
+            moved, images = value.movedim(self.axis, 1), len(index)
             rows = torch.arange(images, device=index.device).unsqueeze(1)
-            moved = value.movedim(self.axis, 1)
-            found = moved[0][index] if shared else moved[rows, index]
-            found = found.movedim(1, self.axis)
+            found = (moved[0][index] if len(value) != images else moved[rows, index]).movedim(1, self.axis)
         return found if self.heads is None else OfEach(found.unsqueeze(self.heads))
 
 

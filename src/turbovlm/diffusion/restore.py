@@ -86,12 +86,12 @@ def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tenso
     Returns:
         Two factors of W, `[batch, width, samples]` and `[batch, samples, out_width]`, in fp32 at least.
     """
-    precise = torch.promote_types(out.dtype, torch.float32)
-    seen = torch.arange(samples, device=out.device) * merged.shape[1] // samples
-    z, y = (value.index_select(1, seen).to(precise) for value in (merged, out))
+    precise, every = torch.promote_types(out.dtype, torch.float32), merged.shape[1] // samples
+    z, y = (value[:, ::every][:, :samples].to(precise) for value in (merged, out))
     z, y = z - z.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
     with torch.autocast(out.device.type, enabled=False):
         products = z @ z.transpose(1, 2)
-        ridge = RIDGE * samples * z.square().mean(dim=(1, 2)).clamp_min(1e-6)  # of equal tokens, too
-        system = products + ridge.view(-1, 1, 1) * torch.eye(samples, dtype=precise, device=out.device)
+        # its trace is the sum of all squares: this is RIDGE · samples · the mean square; above 0 of equal tokens, too
+        ridge = products.diagonal(dim1=1, dim2=2).mean(dim=1).mul(RIDGE * samples / z.shape[2]).clamp_min(1e-6)
+        system = products + torch.diag_embed(ridge.unsqueeze(1).expand(-1, samples))
         return z.transpose(1, 2), torch.cholesky_solve(y, torch.linalg.cholesky_ex(system).L)
