@@ -66,15 +66,14 @@ class OfList:
     def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid:
         """Raises `UnsupportedModelError` where they are not of one size, or there are several for one image."""
         latents: Any = next(iter(given.values()))
-        shapes = {each.shape if isinstance(each, Tensor) else None for each in latents}
-        shape = shapes.pop()
-        if shapes or shape is None:
+        shapes = [each.shape for each in latents if isinstance(each, Tensor)]
+        if len(shapes) < len(latents) or len(set(shapes)) > 1:
             raise UnsupportedModelError(
                 f"a {type(holder).__name__} was given images of several sizes, or several in one sequence: turbovlm "
                 "knows how the tokens of one image lie, and of others as large"
             )
         patch, frames = int(given.get(self.patch, self.sizes[0])), int(given.get(self.frames, self.sizes[1]))
-        return shape[1] // frames, shape[2] // patch, shape[3] // patch
+        return shapes[0][1] // frames, shapes[0][2] // patch, shapes[0][3] // patch
 
 
 @dataclass(frozen=True)
