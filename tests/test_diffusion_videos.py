@@ -35,9 +35,11 @@ def first(value: Any, i: int) -> Any:
 
 
 @pytest.fixture
-def all_double(monkeypatch):
+def all_double():
     """Layers and angles that a model computes in single precision whatever it is in are in double, too."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x.double())
+    torch.Tensor.float = lambda x: x.double()
+    yield
+    del torch.Tensor.float  # inherited, and PyTorch's compiler minds that it is
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def ends_in_sdpa(processor: Any) -> bool:
 
 def beside_words(bias: Tensor, text: str | None, words: int) -> Tensor:
     """A bias on the image's keys with that of the words, 0, on their side, `[batch, 1, 1, keys]`."""
-    return F.pad(bias, (words, 0) if text == "front" else (0, words)) if words else bias
+    return F.pad(bias, (words, 0) if text == "front" else (0, words))
 
 
 class Biases:
@@ -156,18 +156,14 @@ class CountSizes(TorchFunctionMode):
             return (torch.unflatten if function is Tensor.unflatten else function)(*args, **kwargs)
         named: dict[str, Any] = dict(zip(ARGUMENTS, args)) | kwargs
         q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
-        keys = k.shape[-2]
-        words = keys - self.alone.shape[-1]
-        most = self.beside.shape[-1] - self.alone.shape[-1]
-        known = 0 <= words <= most if self.attending.each else words in (0, most)
+        keys, alone, beside = k.shape[-2], self.alone.shape[-1], self.beside.shape[-1]
+        if self.attending.each:  # how many words are no padding is not known while PyTorch compiles
+            bias = beside_words(self.alone[self.counted % len(self.alone)][None], self.attending.text, keys - alone)
         # keys of other tokens, such as an image prompt's, are as many as they are; of words there may be keys only
-        if not known or not (self.attending.asked or q.shape[-2] in (keys, self.alone.shape[-1])):
-            return function(*args, **kwargs)
-            return function(*args, **kwargs)
-        if self.attending.each:
-            bias = beside_words(self.alone[self.counted % len(self.alone)].unsqueeze(0), self.attending.text, words)
+        elif keys in (alone, beside) and (self.attending.asked or q.shape[-2] in (keys, alone)):
+            bias = self.beside if keys == beside else self.alone
         else:
-            bias = self.beside if words == most else self.alone
+            return function(*args, **kwargs)
         self.counted, scale = self.counted + 1, kwargs.get("scale")
         if mask is None:
             return self.path.attend(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
