@@ -87,13 +87,22 @@ def ovis() -> Any:
     return made("OvisImageTransformer2DModel", **JOINT, **DEPTH, **AXES, in_channels=16, out_channels=16)
 
 
-def hunyuan() -> Any:
+def hunyuan(patch: tuple[int, ...] = (2, 2), axes: tuple[int, ...] = (8, 8)) -> Any:
     size = {**SIZE, **DEPTH, "in_channels": 4, "out_channels": 4, "num_refiner_layers": 1, "text_embed_dim": 32}
-    return made("HunyuanImageTransformer2DModel", **size, patch_size=(2, 2), rope_axes_dim=(8, 8))
+    return made("HunyuanImageTransformer2DModel", **size, patch_size=patch, rope_axes_dim=axes)
+
+
+def refiner() -> Any:
+    return hunyuan((1, 1, 1), (4, 4, 8))
 
 
 def hunyuan_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
     return {**latent(batch, rows, columns), "encoder_attention_mask": padded(batch)}
+
+
+def refiner_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
+    given = hunyuan_inputs(batch, rows, columns)
+    return {**given, "hidden_states": noise(0, batch, 4, 2, rows // 2, columns // 2)}
 
 
 def cogview(name: str, **settings: Any) -> Any:
@@ -195,6 +204,7 @@ IMAGE_DENOISERS = {
     "longcat": Denoiser(longcat, sequence),
     "ovis": Denoiser(ovis, sequence),
     "hunyuan": Denoiser(hunyuan, hunyuan_inputs),
+    "hunyuan refiner": Denoiser(refiner, refiner_inputs),
     "cogview4": Denoiser(lambda: cogview("CogView4Transformer2DModel", rope_axes_dim=(32, 32)), cogview4_inputs),
     "cogview3": Denoiser(lambda: cogview("CogView3PlusTransformer2DModel", pos_embed_max_size=16), cogview_inputs),
     "glm": Denoiser(

@@ -143,7 +143,7 @@ def test_the_first_share_is_of_the_largest_resolution_that_has_blocks():
         assert "1024 → 512 tokens" in repr(handle) and "256 → 230 tokens" in repr(handle)
 
 
-@pytest.mark.parametrize("kind", ["UNet2DModel", "AutoencoderKL", "QwenImageTransformer2DModel"])
+@pytest.mark.parametrize("kind", ["UNet2DModel", "AutoencoderKL", "SanaTransformer2DModel"])
 def test_models_of_diffusers_that_are_not_known_are_refused_with_those_that_are(kind):
     with torch.device("meta"):
         model = getattr(diffusers, kind)()

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import turbovlm
-from denoisers import Watch
+from denoisers import Watch, noise
 from doubled import double
 from image_denoisers import IMAGE_DENOISERS
 from turbovlm.errors import ConfigError, UnsupportedModelError
@@ -153,3 +153,51 @@ def test_what_matters(name):
         merged = run(model, inputs)
     with turbovlm.apply(model, keep=0.5, scope="stack"):
         assert merged.isfinite().all() and not torch.equal(run(model, inputs), merged)
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGE_DENOISERS if "hunyuan" not in name])
+def test_gradients_are_those_of_checkpoints(name):
+    """Not of HunyuanImage, whose own checkpointing is given arguments that it does not take."""
+    family = IMAGE_DENOISERS[name]
+    model, inputs = family(), family.inputs(1, ROWS, COLUMNS)
+    if name == "chroma":
+        del inputs["attention_mask"]  # which checkpointed single blocks are not given
+    found = []
+    with turbovlm.apply(model, keep=0.5, scope="stack", span=2):
+        for checkpointed in (False, True):
+            if checkpointed:
+                model.enable_gradient_checkpointing()
+            model.train().zero_grad()
+            run.__wrapped__(model, inputs).square().mean().backward()
+            found.append({path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for key, grad in found[0].items():
+        torch.testing.assert_close(found[1][key], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max() + 1))
+
+
+def test_a_cache_of_keys_leaves_blocks_whole():
+    from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+
+    model, inputs = IMAGE_DENOISERS["glm"](), IMAGE_DENOISERS["glm"].inputs(1, ROWS, COLUMNS)
+    inputs["kv_caches"] = GlmImageKVCache(num_layers=3)
+    inputs["kv_caches"].set_mode("write")
+    plain = run(model, inputs)
+    with turbovlm.apply(model, keep=0.5, scope="stack"), pytest.warns(UserWarning, match="its kv_cache is set"):
+        assert torch.equal(run(model, inputs), plain)
+
+
+@pytest.mark.parametrize("name", ["qwen", "chroma", "z-image"])
+def test_what_is_added_between_blocks_finds_all_tokens(name):
+    model, inputs = IMAGE_DENOISERS[name](), IMAGE_DENOISERS[name].inputs(1, ROWS, COLUMNS)
+    samples: Any = [noise(5, 1, 96, 32)] * 2
+    inputs["controlnet_block_samples"] = {1: noise(5, 1, 160, 32)} if name == "z-image" else samples
+    if name == "chroma":
+        inputs["controlnet_single_block_samples"] = samples
+    plain = run(model, inputs)
+    found = []
+    for given in SCOPES[::2]:
+        with turbovlm.apply(model, keep=0.5, **given) as handle:
+            found.append(run(model, inputs))
+            assert "left whole" not in repr(handle)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=0.05 * float(plain.std()))
+    assert not torch.equal(found[0], plain)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
+from doubled import double
 from test_diffusion import run
 from turbovlm.errors import ConfigError
-from turbovlm.ops.merging import Merge
 
 diffusers = pytest.importorskip("diffusers")
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -24,33 +23,6 @@ def family(request):
     return DENOISERS[request.param]
 
 
-class Doubled:
-    """In place of a block's forward: all tokens, of which those of one merged token are equal, stand for it.
-
-    Equal keys count as many times as they are, so sizes that count come to the same.
-    """
-
-    def __init__(self, block: Any, place: Any, merge: Merge, shared: dict[str, Any]) -> None:
-        self.own, self.place, self.merge, self.shared = block.forward, place, merge, shared
-        block.forward = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.place.arguments, args)), **kwargs}
-        first, output, merge = self.place.arguments[0], self.place.kind.output, self.merge
-        if self.place.name == self.place.stack.blocks[0]:
-            self.shared["x"] = given[first]
-            self.shared["doubled"] = given[first] = merge.unmerge(merge.merge(given[first]))
-        if (rotary := given.get("image_rotary_emb")) is not None:
-            words = len(rotary[0]) - merge.weights.shape[1]
-            index = torch.cat([torch.arange(words), words + merge.kept.gather(1, merge.source)[0]])
-            given["image_rotary_emb"] = tuple(each[index] for each in rotary)
-        out = self.own(**given)
-        if self.place.name == self.place.stack.blocks[-1]:
-            image = self.shared["x"] + (out if output is None else out[output]) - self.shared["doubled"]
-            out = image if output is None else tuple(image if i == output else each for i, each in enumerate(out))
-        return out
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("given", SCOPES, ids=str)
 def test_a_stack_is_its_blocks_on_equal_tokens(family, given):
@@ -59,12 +31,7 @@ def test_a_stack_is_its_blocks_on_equal_tokens(family, given):
     inputs = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
     with turbovlm.apply(model, keep=0.5, restore="copy", **given) as handle:
         merged = run(model, inputs)
-        feature = handle.features[0]
-        places, merges = feature.places, {key: choice.merge for key, choice in feature.last.items()}
-    shared: dict[str, dict[str, Any]] = {}
-    for place in places:
-        merge = merges[place.stack.site.key]
-        Doubled(model.get_submodule(place.name), place, merge, shared.setdefault(place.stack.blocks[0], {}))
+        double(model, handle.features[0])
     torch.testing.assert_close(run(model, inputs), merged, rtol=0, atol=1e-9 * float(merged.abs().max()))
 
 

@@ -39,6 +39,8 @@ COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a denoiser's block that can read merged tokens."""
 DENOISER_RESTORES = ("auto", "copy", "linear")
 SCOPES = ("part", "block", "stack")
+SPAN = 4
+"""Blocks in a stack: two drift as little as eight, and four save nearly as much (benchmarks/diffusion_quality.py)."""
 
 AMOUNTS = ("r", "keep", "flops")
 """Fields of `TurboConfig` that say how much is merged; one of them is set."""
@@ -343,14 +345,14 @@ class DenoiseConfig(Settings):
     Args:
         keep: share of its tokens that a block reads, in [0.25, 1]; or a sequence: of the largest resolution that the
             denoiser has blocks in, of half as many rows, of a quarter, …; smaller ones have the last.
-        scope: where tokens stay merged: `"part"`, before each part of a block and restored behind it (Turbo, §6.2);
-            `"block"`, over a block (§3.3); `"stack"`, over a run of blocks, merged once before it and restored once
-            behind it. Restored is what a part, block or stack has added to its token.
-        span: blocks in a stack, at most, ≥ 1; of `scope="stack"`.
+        scope: where tokens stay merged: `"stack"`, over a run of blocks, merged once before it and restored once behind
+            it by what they have gained; `"block"`, over one block (Turbo, §3.3); `"part"`, over each part of a block
+            (§6.2). None: `"part"` where `components` or `queries_only` are given, else `"stack"`.
+        span: blocks in a stack, at most, ≥ 1; of stacks alone. None: 4.
         components: which parts of a block read merged tokens: some of `"attention"`, `"cross_attention"`, `"ffn"`; of
-            `scope="part"`.
+            parts alone. None: all.
         queries_only: in self-attention merge what asks and leave keys and values whole, so that no sizes have to
-            count; of `scope="part"`.
+            count; of parts alone.
         refresh: how many denoising steps share what was decided in the first of them, ≥ 1.
         restore: what a position gets back: `"copy"`, what its token came to; `"linear"`, also what linear regression
             over the tokens says of the difference between the two; or `"auto"`: `"linear"`, but `"copy"` behind parts
@@ -370,9 +372,9 @@ class DenoiseConfig(Settings):
 
     keep: float | Sequence[float]
     _: dataclasses.KW_ONLY
-    scope: str = "part"
-    span: int = 4
-    components: Sequence[str] = COMPONENTS
+    scope: str | None = None
+    span: int | None = None
+    components: Sequence[str] | None = None
     queries_only: bool = False
     refresh: int = 1
     restore: str = "auto"
@@ -392,13 +394,16 @@ class DenoiseConfig(Settings):
             self._set(keep=tuple(check_share("keep", value, LEAST_KEPT) for value in shares))
         else:
             self._set(keep=check_share("keep", self.keep, LEAST_KEPT))
-        parts = self.components
-        if not is_list(parts) or not parts or any(part not in COMPONENTS for part in parts):
-            raise ConfigError(f"components={brief(parts)}: must be some of {', '.join(COMPONENTS)}, in a list")
-        self._set(components=tuple(name for name in COMPONENTS if name in parts))
+        if self.components is not None:
+            parts = self.components
+            if not is_list(parts) or not parts or any(part not in COMPONENTS for part in parts):
+                raise ConfigError(f"components={brief(parts)}: must be some of {', '.join(COMPONENTS)}, in a list")
+            self._set(components=tuple(name for name in COMPONENTS if name in parts))
         self._set(refresh=check_integer("refresh", self.refresh, minimum=1))
-        check_choice("scope", self.scope, SCOPES)
-        self._set(span=check_integer("span", self.span, minimum=1))
+        if self.scope is not None:
+            check_choice("scope", self.scope, SCOPES)
+        if self.span is not None:
+            self._set(span=check_integer("span", self.span, minimum=1))
         check_flag("queries_only", self.queries_only)
         check_choice("restore", self.restore, DENOISER_RESTORES)
         check_flag("proportional", self.proportional)
@@ -412,19 +417,42 @@ class DenoiseConfig(Settings):
     @classmethod
     def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
         found = super()._unread(values)
-        scope = values["scope"]
+        scope = _scope_of(values["scope"], values["components"], values["queries_only"])
         if scope != "part":
             found |= dict.fromkeys(("components", "queries_only"), f"scope={scope!r} merges whole blocks")
-        elif values["queries_only"] and "attention" not in values["components"]:
+        elif values["queries_only"] and values["components"] is not None and "attention" not in values["components"]:
             found["queries_only"] = "it is of self-attention, and components has no 'attention'"
         if scope != "stack":
             found["span"] = f"scope={scope!r} has no stacks"
         return found
 
     @property
+    def where(self) -> str:
+        """`scope`, or what None stands for."""
+        return _scope_of(self.scope, self.components, self.queries_only)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """`components`, or what None stands for."""
+        return COMPONENTS if self.components is None else tuple(self.components)
+
+    @property
+    def longest(self) -> int:
+        """Blocks in a stack, at most; 1 where each merges by itself."""
+        if self.where == "block":
+            return 1
+        return SPAN if self.span is None else self.span
+
+    @property
     def summary(self) -> str:
         """The settings that say which tokens are merged."""
         return f"{self.ranking}, {self.reduce}"
+
+
+def _scope_of(scope: str | None, components: Sequence[str] | None, queries_only: bool) -> str:
+    if scope is None:
+        return "stack" if components is None and not queries_only else "part"
+    return scope
 
 
 Config = TurboConfig | ReadConfig | DenoiseConfig

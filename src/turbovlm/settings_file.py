@@ -10,9 +10,9 @@ from typing import Any
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import LayeredDegree
 
-FORMAT = 3
+FORMAT = 4
 """Number of the format that is written. In 1 and 2, an integer `r` was the number of every block that merges, not the
-mean over all blocks; 1 had the fields of all workflows in one class."""
+mean over all blocks; 1 had the fields of all workflows in one class. Up to 3 denoisers merged in parts of blocks."""
 
 KINDS = ("TurboConfig", "ReadConfig", "DenoiseConfig")
 
@@ -79,13 +79,15 @@ def read_content(path: str | Path, wanted: str | None = None) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: holds no settings of turbovlm ({error!r})") from error
-    if version not in (1, 2, FORMAT):
+    if version not in range(1, FORMAT + 1):
         raise ConfigError(f"{path}: is of format {version!r}; this release reads 1 to {FORMAT}")
     if version == 1:
         content = _from_first_format(path, content, wanted)
     if content.get("kind") not in KINDS or not isinstance(content.get("settings"), dict):
         raise ConfigError(f"{path}: holds no settings of turbovlm (kind {content.get('kind')!r})")
-    if version < FORMAT and content["kind"] == "TurboConfig":
+    if version < 4 and content["kind"] == "DenoiseConfig":
+        content["settings"] = {"scope": "part", "degree": "weighted_difference", **content["settings"]}
+    if version < 3 and content["kind"] == "TurboConfig":
         content["settings"] = _from_second_format(content["settings"])
     return dict(content)
 

@@ -214,7 +214,7 @@ def _warn_of_nothing(feature: DenoiseFeature) -> None:
     idle = {name: set(reasons) - {NOT_CALLED} for name, reasons in parts.items() if all(reasons)}
     if any(idle.values()):
         why = "; ".join(f"{name}: {', '.join(sorted(map(str, each)))}" for name, each in idle.items() if each)
-        others = [name for name in feature.config.components if name not in idle]
+        others = [name for name in feature.config.parts if name not in idle]
         what = "blocks" if feature.places else "parts of these components"
         by_parts = others and not feature.places
         instead = f"components={others} leaves them whole without this warning" if by_parts else "else handle.remove()"

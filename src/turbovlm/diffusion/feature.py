@@ -115,7 +115,7 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
                 place.name,
                 WHOLE_BLOCK,
                 "blocks",
-                place.stack.site.key if self.config.scope == "block" else place.stack.site.name,
+                place.stack.site.key if self.config.where == "block" else place.stack.site.name,
                 place.stack.site.key,
             )
             for place in self.places
@@ -132,16 +132,16 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         lines = [f"  {self.family}: {shares} of the tokens in {self._where()}{often}"]
         for group, blocks in groups.items():
             named = list(dict.fromkeys(blocks))
-            together = "in a stack" if config.scope == "stack" else "merge alike"
+            together = "in a stack" if config.where == "stack" else "merge alike"
             alike = "" if len(named) == 1 else f" … {named[-1]}: {len(named)} blocks {together}"
             lines.append(f"    {named[0]}{alike}{self._tokens_of(group)}")
         return lines + self._whole()
 
     def _where(self) -> str:
         if self.places:
-            return "blocks" if self.config.scope == "block" else f"stacks of up to {self.config.span} blocks"
+            return "blocks" if self.config.where == "block" else f"stacks of up to {self.config.longest} blocks"
         there = {site.part.component for site in self.sites}
-        parts = ", ".join(name for name in self.config.components if name in there)
+        parts = ", ".join(name for name in self.config.parts if name in there)
         return f"the queries of {parts}" if self.config.queries_only else parts
 
     def _whole(self) -> list[str]:

@@ -66,7 +66,7 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
         )
     roots = _find_roots(modules, found)
     _check_wanted(modules, found, config)
-    if config.scope == "part":
+    if config.where == "part":
         places: tuple[Place, ...] = ()
         sites = _find_sites(modules, found, roots, config)
     else:
@@ -75,7 +75,7 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     if not sites and not places:
         there = {part.component for name, family in found.items() for part in _parts_of(modules[name], family)[1]}
         raise ConfigError(
-            f"components={list(config.components)}: the blocks of this {type(model).__name__} have no such part; they "
+            f"components={list(config.parts)}: the blocks of this {type(model).__name__} have no such part; they "
             f"have {', '.join(name for name in COMPONENTS if name in there)}"
         )
     if config.queries_only and not any(site.part.attending and site.part.attending.keys_apart for site in sites):
@@ -115,7 +115,7 @@ def _check_wanted(modules: dict[str, nn.Module], found: dict[str, Denoiser], con
     """
     for name, family in found.items():
         block, _ = _parts_of(modules[name], family)
-        if config.scope == "part" and not block.by_parts:
+        if config.where == "part" and not block.by_parts:
             raise ConfigError(
                 f"scope='part': blocks of {family.family} merge whole; give scope='block' or scope='stack'"
             )
@@ -149,7 +149,7 @@ def _find_sites(
                 groups.append(f"{stage}:{place // SHARED_BY}")
             block, parts = _parts_of(modules[name], found[name])
             for part in parts:
-                if part.component in config.components:
+                if part.component in config.parts:
                     key = f"{groups[-1]}, by the text" if part.component == "cross_attention" else groups[-1]
                     guide = f"{name.removeprefix(_root_of(name, roots))}.{block.guide}"
                     path, number = f"{name}.{part.path}", len(groups) - 1
@@ -178,7 +178,7 @@ def _find_places(
 
     Stacks of a stage share a merge until they have `SHARED_BY` blocks.
     """
-    span = config.span if config.scope == "stack" else 1
+    span = config.longest
     places: list[Place] = []
     number = 0
     for stage, blocks in _stages(found, roots).items():
@@ -291,7 +291,7 @@ def _check_block(name: str, block: Any, family: Denoiser, config: DenoiseConfig)
     Raises:
         TurboError: it is.
     """
-    if config.scope == "part" and is_compiled(block):
+    if config.where == "part" and is_compiled(block):
         raise TurboError(f"{name} {COMPILED}")
     path = _parts_of(block, family)[0].path
     known: Any = next(kind for kind in type(block).__mro__ if f"{kind.__module__}.{kind.__qualname__}" == path)

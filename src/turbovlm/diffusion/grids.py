@@ -27,7 +27,8 @@ class OfLatent:
     """By the shape of the latent, the first argument, in patches.
 
     Args:
-        axes: what its axes are: `b`atch, `c`hannels, `f`rames, `h`eight and `w`idth.
+        axes: what its axes are: `b`atch, `c`hannels, `f`rames, `h`eight and `w`idth; one more than there are here is of
+            frames, in front of the height.
         patch: the field of the config that says how large a patch is: a number or two, for rows and columns, or three;
             None for patches of one.
         frames: the field of the config for the frames of a patch, where that is another.
@@ -39,7 +40,8 @@ class OfLatent:
 
     def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid:
         latent: Tensor = next(iter(given.values()))
-        sizes = dict(zip(self.axes, latent.shape))
+        axes = self.axes if latent.ndim == len(self.axes) else self.axes.replace("h", "fh")
+        sizes = dict(zip(axes, latent.shape))
         size: Any = None if self.patch is None else holder.config.get(self.patch)
         patch = tuple(size) if isinstance(size, tuple | list) else (int(size or 1), int(size or 1))
         patch = (1, *patch) if len(patch) == 2 else patch
@@ -64,8 +66,8 @@ class OfList:
     def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid:
         """Raises `UnsupportedModelError` where they are not of one size, or there are several for one image."""
         latents: Any = next(iter(given.values()))
-        shapes = [each.shape if isinstance(each, Tensor) else None for each in latents]
-        if None in shapes or len(set(shapes)) > 1:
+        shapes = [each.shape for each in latents if isinstance(each, Tensor)]
+        if len(shapes) < len(latents) or len(set(shapes)) > 1:
             raise UnsupportedModelError(
                 f"a {type(holder).__name__} was given images of several sizes, or several in one sequence: turbovlm "
                 "knows how the tokens of one image lie, and of others as large"

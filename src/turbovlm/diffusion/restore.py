@@ -26,7 +26,7 @@ positions are gone, or it would cost more than merging saves."""
 def is_linear(config: DenoiseConfig, x: Tensor) -> bool:
     """Whether `restore_linear` restores; a small system of equations outlasts most parts of a block on a GPU."""
     return config.restore == "linear" or (
-        config.restore == "auto" and (config.scope != "part" or x.device.type == "cpu")
+        config.restore == "auto" and (config.where != "part" or x.device.type == "cpu")
     )
 
 

@@ -18,12 +18,13 @@ from turbovlm.profile.images import compare_images
 from turbovlm.profile.pipelines import WatchedPipeline, inputs_of
 
 SETTINGS: tuple[Mapping[str, Any], ...] = (
-    {"components": ("attention", "ffn")},
-    {"components": ("attention", "cross_attention")},
-    {"components": ("attention",)},
-    {"components": ("ffn",)},
-    {"degree": "redundancy"},
-    {"alpha": 20.0},
+    {"scope": "block"},
+    {"span": 2},
+    {"span": 8},
+    {"scope": "part"},
+    {"scope": "part", "components": ("attention",)},
+    {"scope": "part", "components": ("attention",), "queries_only": True},
+    {"scope": "part", "components": ("attention", "ffn")},
     {"restore": "copy"},
     {"refresh": 4},
 )
