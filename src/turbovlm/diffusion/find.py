@@ -38,7 +38,7 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     Raises:
         ConfigError: components that its blocks do not have, a `grid` of images whose grid is known, or `refresh`
             without a pipeline.
-        UnsupportedModelError: blocks in a model that is not known, such as a video's.
+        UnsupportedModelError: blocks in a model that is not known, such as one whose blocks see space and time in turn.
         TurboError: a part has a cache already, or the scheduler has methods of its own.
     """
     if config.refresh > 1 and getattr(owner, "scheduler", None) is None:
@@ -273,7 +273,7 @@ def _find_holders(
 
 
 def _check_holder(block: str, family: Denoiser, modules: dict[str, nn.Module]) -> None:
-    """Refuse blocks in models of videos or embeddings: only of images is it known how their tokens lie."""
+    """Refuse known blocks in other models, as of time or embeddings: only of holders is it known how tokens lie."""
     parts = block.split(".")
     around = [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)]
     holder = next((module for module in around if not isinstance(module, nn.ModuleList)), None)
