@@ -12,7 +12,20 @@ from denoisers import Watch, noise
 from equal_tokens import stand_for
 from test_diffusion import run
 from turbovlm.errors import ConfigError, UnsupportedModelError
-from video_denoisers import COLUMNS, FRAMES, ROWS, TOKENS, VIDEOS, animate, ltx_inputs, vace, wan, wan_inputs
+from video_denoisers import (
+    COLUMNS,
+    FRAMES,
+    ROWS,
+    TOKENS,
+    VIDEOS,
+    animate,
+    hunyuan,
+    ltx_inputs,
+    small,
+    vace,
+    wan,
+    wan_inputs,
+)
 
 diffusers = pytest.importorskip("diffusers")
 SCOPES = ({"scope": "block"}, {"scope": "stack", "span": 2}, {"scope": "stack", "span": 8})
@@ -271,11 +284,54 @@ def test_the_semantic_value_counts(name):
     assert found[1].isfinite().all() and not torch.equal(*found)
 
 
-def test_videos_whose_tokens_lie_in_another_way_are_refused():
-    from diffusers import LatteTransformer3DModel
+def animatediff() -> Any:
+    return diffusers.UNetMotionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        cross_attention_dim=32,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        norm_num_groups=8,
+        layers_per_block=1,
+    )
 
-    model = LatteTransformer3DModel(
+
+def stable_video() -> Any:
+    return diffusers.UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=32,
+        num_attention_heads=(2, 4),
+        layers_per_block=1,
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=96,
+    )
+
+
+def latte() -> Any:
+    return diffusers.LatteTransformer3DModel(
         2, 16, in_channels=4, num_layers=1, sample_size=16, patch_size=2, caption_channels=32
     )
-    with pytest.raises(UnsupportedModelError, match="LatteTransformer3DModel, of which turbovlm does not know"):
-        turbovlm.apply(model, keep=0.5, scope="block")
+
+
+def framepack() -> Any:
+    from diffusers import HunyuanVideoFramepackTransformer3DModel
+
+    return HunyuanVideoFramepackTransformer3DModel(
+        **small(num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=32, pooled_projection_dim=8),
+        rope_axes_dim=(4, 4, 8),
+    )
+
+
+@pytest.mark.parametrize("make", [animatediff, stable_video, latte, framepack])
+def test_videos_whose_tokens_lie_in_another_way_are_refused(make):
+    with pytest.raises(UnsupportedModelError, match="is in a .*, of which turbovlm does not know how its tokens lie"):
+        turbovlm.apply(make(), keep=0.5, scope="block")
+
+
+def test_a_replaced_first_frame_is_refused():
+    """Its blocks treat the first frame's tokens in another way."""
+    with pytest.raises(UnsupportedModelError, match="without a block that turbovlm knows"):
+        turbovlm.apply(hunyuan(image_condition_type="token_replace"), keep=0.5)

@@ -101,13 +101,14 @@ def skyreels_forcing_inputs(batch: int) -> dict[str, Any]:
     return {**wan_inputs(batch), "timestep": time, "enable_diffusion_forcing": True}
 
 
-def hunyuan() -> Any:
+def hunyuan(**settings: Any) -> Any:
     from diffusers import HunyuanVideoTransformer3DModel
 
     return HunyuanVideoTransformer3DModel(
         **small(num_layers=2, num_single_layers=3, num_refiner_layers=1, text_embed_dim=32, pooled_projection_dim=8),
         rope_axes_dim=(4, 4, 8),
         mlp_ratio=2.0,
+        **settings,
     )
 
 
