@@ -285,9 +285,10 @@ def test_files_of_the_first_format_still_load(tmp_path):
     write(visual_keep=0.5, visual_select="attention")
     assert ReadConfig.load(path) == ReadConfig(0.5, visual_select="attention")
     write(keep=[0.5, 0.7], refresh=2)
-    assert DenoiseConfig.load(path) == DenoiseConfig((0.5, 0.7), refresh=2)
+    parts = {"scope": "part", "components": FIRST_FORMAT["components"], "degree": "weighted_difference"}
+    assert DenoiseConfig.load(path) == DenoiseConfig((0.5, 0.7), refresh=2, **parts)
     write(keep=0.5)
-    assert TurboConfig.load(path) == earlier(keep=0.5) and DenoiseConfig.load(path) == DenoiseConfig(0.5)
+    assert TurboConfig.load(path) == earlier(keep=0.5) and DenoiseConfig.load(path) == DenoiseConfig(0.5, **parts)
     with pytest.raises(ConfigError, match="these settings were not calibrated"):
         Calibration.load(path)
     write(r=8, visual_keep=0.5)
@@ -301,7 +302,7 @@ def test_files_of_the_first_format_still_load(tmp_path):
         ("[]", "holds no settings of turbovlm"),
         ("{", "holds no settings of turbovlm"),
         ('{"r": 3}', "holds no settings of turbovlm"),
-        ('{"turbovlm": 4}', "is of format 4; this release reads 1 to 3"),
+        ('{"turbovlm": 5}', "is of format 5; this release reads 1 to 4"),
         ('{"turbovlm": 3}', "holds no settings of turbovlm"),
         ('{"turbovlm": 2, "kind": "Config"}', "holds no settings of turbovlm"),
         ('{"turbovlm": 2, "kind": "TurboConfig", "settings": {"r": 1, "speed": 2}}', "does not know: speed"),
@@ -410,7 +411,7 @@ def test_an_r_of_the_second_format_stays_that_of_each_block(saved, same, tmp_pat
     found = Calibration.load(path)
     assert found.config == TurboConfig(**same)
     found.save(path)
-    assert json.loads(path.read_text())["turbovlm"] == 3 and Calibration.load(path) == found
+    assert json.loads(path.read_text())["turbovlm"] == 4 and Calibration.load(path) == found
 
 
 def test_an_r_of_this_format_stays_a_mean(tmp_path):

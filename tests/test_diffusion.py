@@ -186,9 +186,9 @@ def test_components_that_no_block_has(name):
     model = DENOISERS[name]()
     before = {path: dict(module.__dict__) for path, module in model.named_modules()}
     with pytest.raises(ConfigError, match=r"components=\['cross_attention'\]: .* they have attention, ffn"):
-        turbovlm.apply(model, keep=0.5, components=["cross_attention"])
+        turbovlm.apply(model, keep=0.5, scope="part", components=["cross_attention"])
     assert {path: dict(module.__dict__) for path, module in model.named_modules()} == before
-    with turbovlm.apply(model, keep=0.5) as handle:
+    with turbovlm.apply(model, keep=0.5, scope="part") as handle:
         assert "of the tokens in attention, ffn\n" in repr(handle)
 
 
@@ -342,7 +342,7 @@ def test_blocks_of_other_models_are_refused():
 def test_a_forward_in_chunks_is_refused(dim, given):
     model, inputs = DENOISERS["sd15"](), unet_inputs(2, ROWS, COLUMNS)
     blocks = [module for module in model.modules() if hasattr(module, "set_chunk_feed_forward")]
-    with turbovlm.apply(model, keep=0.5):
+    with turbovlm.apply(model, keep=0.5, scope="part"):
         whole = run(model, inputs)
         for block in blocks:
             block.set_chunk_feed_forward(1 if dim == 0 else 256, dim=dim)
@@ -387,14 +387,14 @@ def test_control_reads_fewer_tokens_too(count):
         return torch.cat([part.flatten() for part in (*down, mid)])
 
     plain = added()
-    with turbovlm.apply(control, keep=0.5) as handle:
+    with turbovlm.apply(control, keep=0.5, scope="part") as handle:
         merged = added()
         assert repr(handle).count("560 → 280 tokens") == repr(handle).count("140 → 70 tokens") == count
     assert not torch.equal(merged, plain) and torch.equal(added(), plain)
     if count == 2:
         parts = []
         for net, one in zip(nets, each):
-            with turbovlm.apply(net, keep=0.5):
+            with turbovlm.apply(net, keep=0.5, scope="part"):
                 down, mid = net(**inputs, **one, return_dict=False)
             parts.append(torch.cat([part.flatten() for part in (*down, mid)]))
         torch.testing.assert_close(merged, parts[0] + parts[1])

@@ -120,7 +120,7 @@ def test_rotary_positions_are_those_of_the_tokens_that_merged_ones_went_into(mon
     angles, turn = [], transformer_flux.apply_rotary_emb
     seen = lambda x, rotary, **how: (angles.append((len(x), rotary[0])), turn(x, rotary, **how))[1]  # noqa: E731
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(2, 32, 32)
-    with turbovlm.apply(model, keep=0.5) as handle:
+    with turbovlm.apply(model, keep=0.5, scope="part") as handle:
         run(model, inputs)
         monkeypatch.setattr(transformer_flux, "apply_rotary_emb", seen)
         run(model, inputs)

@@ -72,9 +72,9 @@ def test_a_processor_of_the_users_reads_all_tokens(unet, inputs):
             read.append(hidden_states.shape[1])
             return super().__call__(attn, hidden_states, *args, **kwargs)
 
-    with turbovlm.apply(unet, keep=0.5, components=["ffn"]):
+    with turbovlm.apply(unet, keep=0.5, scope="part", components=["ffn"]):
         merged = run(unet, inputs)
-    with turbovlm.apply(unet, keep=0.5):
+    with turbovlm.apply(unet, keep=0.5, scope="part"):
         unet.set_attn_processor(Counting())
         with pytest.warns(UserWarning, match="leaves all parts of these components whole: attention: its processor is"):
             torch.testing.assert_close(run(unet, inputs), merged)
@@ -112,12 +112,12 @@ def test_ip_adapter(unet, inputs):
     given = {**inputs, "added_cond_kwargs": {"image_embeds": [noise(3, 1, 1, 4, 32)]}}
     other = {**inputs, "added_cond_kwargs": {"image_embeds": [noise(4, 1, 1, 4, 32)]}}
     plain = run(unet, given)
-    with turbovlm.apply(unet, keep=0.5):
+    with turbovlm.apply(unet, keep=0.5, scope="part"):
         merged = run(unet, given)
         assert not torch.equal(merged, plain) and not torch.equal(run(unet, other), merged)
         masks = {"cross_attention_kwargs": {"ip_adapter_masks": [noise(5, 1, 1, 32, 32).sigmoid()]}}
         masked = run(unet, {**given, **masks})
-    with turbovlm.apply(unet, keep=0.5, components=["attention", "ffn"]):
+    with turbovlm.apply(unet, keep=0.5, scope="part", components=["attention", "ffn"]):
         torch.testing.assert_close(run(unet, {**given, **masks}), masked)
     assert torch.equal(run(unet, given), plain)
 
@@ -237,7 +237,7 @@ def four_steps(model, inputs):
 def test_caches_between_steps(name):
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(1, 32, 32)
     plain = four_steps(model, inputs)
-    handle = turbovlm.apply(model, keep=0.5)
+    handle = turbovlm.apply(model, keep=0.5, scope="part")
     merged = four_steps(model, inputs)
     model.enable_cache(cache(name))
     cached = four_steps(model, inputs)
@@ -250,7 +250,7 @@ def test_caches_between_steps(name):
     assert not handle.active
     model.disable_cache()
     assert torch.equal(four_steps(model, inputs), plain)
-    with turbovlm.apply(model, keep=0.5):
+    with turbovlm.apply(model, keep=0.5, scope="part"):
         assert torch.equal(four_steps(model, inputs), merged)
     assert torch.equal(four_steps(model, inputs), plain)
 
@@ -258,13 +258,13 @@ def test_caches_between_steps(name):
 def test_a_cache_before():
     model, inputs = DENOISERS["flux"](), DENOISERS["flux"].inputs(1, 32, 32)
     model.enable_cache(cache("FirstBlockCache"))
-    with turbovlm.apply(model, keep=0.5):
+    with turbovlm.apply(model, keep=0.5, scope="part"):
         first = four_steps(model, inputs)
     model.disable_cache()
-    with turbovlm.apply(model, keep=0.5):
+    with turbovlm.apply(model, keep=0.5, scope="part"):
         model.enable_cache(cache("FirstBlockCache"))
         assert torch.equal(four_steps(model, inputs), first)
         model.disable_cache()
     model.enable_cache(cache("PyramidAttentionBroadcast"))
     with pytest.raises(TurboError, match=r"transformer_blocks\.0\.attn has a .*: enable the cache after turbovlm"):
-        turbovlm.apply(model, keep=0.5)
+        turbovlm.apply(model, keep=0.5, scope="part")

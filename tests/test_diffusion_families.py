@@ -56,9 +56,9 @@ def test_an_entry_is_enough(registered, monkeypatch):
     model, inputs = bria(), DENOISERS["flux"].inputs(2, 32, 32)
     inputs = {name: value for name, value in inputs.items() if name != "pooled_projections"}
     original = run(model, inputs)
-    with turbovlm.apply(model, keep=1.0):
+    with turbovlm.apply(model, keep=1.0, scope="part"):
         assert torch.equal(run(model, inputs), original)
-    with turbovlm.apply(model, keep=0.5) as handle:
+    with turbovlm.apply(model, keep=0.5, scope="part") as handle:
         merged = run(model, inputs)
         assert "Bria: 50% of the tokens in attention, ffn" in repr(handle) and "256 → 128 tokens" in repr(handle)
     assert len(calls) == 4

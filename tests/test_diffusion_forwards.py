@@ -190,9 +190,9 @@ def test_blocks_compiled_one_by_one_are_refused(when):
     if when == "before":
         model.compile_repeated_blocks(backend="eager")
         with pytest.raises(TurboError, match=r"transformer_blocks\.0 is compiled by itself.*compile the whole"):
-            turbovlm.apply(model, keep=0.5)
+            turbovlm.apply(model, keep=0.5, scope="part")
         return
-    with turbovlm.apply(model, keep=0.5):
+    with turbovlm.apply(model, keep=0.5, scope="part"):
         model.compile_repeated_blocks(backend="eager")
         with pytest.raises(StateError, match=r"transformer_blocks\.0 is compiled by itself.*compile the whole"):
             run(model, inputs)

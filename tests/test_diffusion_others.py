@@ -129,7 +129,7 @@ def test_caches_go_and_leave_nothing(config):
             return torch.stack([model(**given, return_dict=False)[0] for given in (inputs, other(inputs), inputs)])
 
     plain = steps()
-    handle = turbovlm.apply(model, keep=0.5)
+    handle = turbovlm.apply(model, keep=0.5, scope="part")
     merged = steps()
     for last in (False, True):
         model.enable_cache(config())
@@ -152,7 +152,7 @@ def projections_adapted():
 def test_lora_on_what_a_single_block_merges():
     model, inputs = denoiser("flux")
     plain = run(model, inputs)
-    with turbovlm.apply(model, keep=0.5):
+    with turbovlm.apply(model, keep=0.5, scope="part"):
         merged = run(model, inputs)
         model.add_adapter(projections_adapted())
         found = run(model, inputs)
@@ -182,7 +182,7 @@ def test_lora_that_was_there_before_goes():
 
 def test_blocks_that_are_taken_out_are_skipped():
     model, inputs = denoiser("pixart")
-    with turbovlm.apply(model, keep=0.5) as handle:
+    with turbovlm.apply(model, keep=0.5, scope="part") as handle:
         run(model, inputs)
         model.transformer_blocks = model.transformer_blocks[:1]
         run(model, inputs)
@@ -371,7 +371,7 @@ def test_boxes_of_gligen():
         return {**unet_inputs(1, 32, 32), "cross_attention_kwargs": {"gligen": boxes}}
 
     plain = run(model, given())
-    with turbovlm.apply(model, keep=0.5):
+    with turbovlm.apply(model, keep=0.5, scope="part"):
         merged = run(model, given())
         assert torch.equal(run(model, given()), merged) and not torch.equal(merged, plain)
     assert torch.equal(run(model, given()), plain)

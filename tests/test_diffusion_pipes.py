@@ -66,7 +66,7 @@ def test_the_grid_is_that_of_the_latent(kind, monkeypatch):
     with turbovlm.apply(pipe, keep=0.5):
         given.run(pipe, rows, columns, num_inference_steps=2)
     by = given.multiple
-    assert seen and seen <= {(rows // by, columns // by), ((rows + 1) // 2, (columns + 1) // 2)}
+    assert seen and seen <= {(1, rows // by, columns // by), (1, (rows + 1) // 2, (columns + 1) // 2)}
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd-lcm", "sdxl", "sd3", "flux-cfg"])

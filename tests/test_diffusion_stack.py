@@ -182,7 +182,7 @@ def test_gradients_are_those_of_checkpoints(name):
         ({"scope": "layer"}, r"scope='layer': must be one of part, block, stack"),
         ({"scope": "stack", "span": 0}, "span=0"),
         ({"scope": "block", "span": 2}, "span.*scope='block' has no stacks"),
-        ({"span": 2}, "span.*scope='part' has no stacks"),
+        ({"scope": "part", "span": 2}, "span.*scope='part' has no stacks"),
         ({"scope": "stack", "components": ["attention"]}, "components.*scope='stack' merges whole blocks"),
         ({"scope": "block", "queries_only": True}, "queries_only.*scope='block' merges whole blocks"),
         ({"queries_only": True, "components": ["ffn"]}, "queries_only.*components has no 'attention'"),

@@ -222,7 +222,7 @@ def test_a_compiled_denoiser_has_one_graph_that_decides_and_one_that_does_not():
 
 def test_both_halves_of_guidance_merge_alike():
     pipe = pipeline()
-    with turbovlm.apply(pipe, keep=0.5):
+    with turbovlm.apply(pipe, keep=0.5, scope="part"):
         image(pipe)
         merges = list(merges_of(pipe).values())
     assert len(merges) == 6 and all(len(merge.source) == 2 for merge in merges)
@@ -306,7 +306,7 @@ def test_attention_rows_are_those_of_the_definition(lora):
 
 def test_cross_attention_is_guided_by_the_text():
     model, inputs = DENOISERS["sd15"](), unet_inputs(1, 32, 32)
-    with turbovlm.apply(model, keep=0.5, degree="weighted_difference", alpha=1000):
+    with turbovlm.apply(model, keep=0.5, scope="part", degree="weighted_difference", alpha=1000):
         run(model, inputs)
         first = {key: merge.rows for key, merge in merges_of(model).items()}
         run(model, {**inputs, "encoder_hidden_states": noise(8, 1, 7, 32)})

@@ -126,7 +126,7 @@ def test_a_reader_gets_all_tokens_once(unet, inputs, put, path, when):
     """And all other parts merge as without it: to call projections for A is nothing that it sees."""
     read, attention = [], unet.get_submodule(f"{BLOCK}.{path}")
     back = put(attention, read) if when == "before" else None
-    with turbovlm.apply(unet, keep=0.5) as handle:
+    with turbovlm.apply(unet, keep=0.5, scope="part") as handle:
         if when == "after":
             back = put(attention, read)
         run(unet, inputs)
@@ -145,7 +145,7 @@ def test_a_reader_gets_all_tokens_once(unet, inputs, put, path, when):
 
 def test_a_hook_of_all_modules_gets_all_tokens(unet, inputs):
     read = []
-    with turbovlm.apply(unet, keep=0.5) as handle:
+    with turbovlm.apply(unet, keep=0.5, scope="part") as handle:
         query = unet.get_submodule(f"{BLOCK}.attn1.to_q")
         hook = torch.nn.modules.module.register_module_forward_hook(
             lambda module, given, out: read.append(out.shape[1]) if module is query else None
@@ -174,7 +174,7 @@ def test_a_part_that_is_whole_gives_what_the_part_itself_gives(unet, inputs):
 
 def test_hooks_around_parts_and_blocks_see_all_tokens_and_let_them_merge(unet, inputs):
     merged, read = merged_in(unet, inputs), []
-    with turbovlm.apply(unet, keep=0.5) as handle:
+    with turbovlm.apply(unet, keep=0.5, scope="part") as handle:
         for path in ("", ".attn1", ".attn2", ".ff"):
             unet.get_submodule(BLOCK + path).register_forward_hook(lambda m, i, out: read.append(out.shape[1]))
         assert torch.equal(run(unet, inputs), merged)
@@ -214,7 +214,7 @@ def test_attention_of_another_class(unet, inputs):
             return super().forward(hidden_states, *args, **kwargs)
 
     unet.get_submodule(f"{BLOCK}.attn1").__class__ = Own
-    with turbovlm.apply(unet, keep=0.5) as handle:
+    with turbovlm.apply(unet, keep=0.5, scope="part") as handle:
         assert f"left whole: {BLOCK}.attn1: it is a test_attention_of_another_class.<locals>.Own of" in repr(handle)
         run(unet, inputs)
     assert read == [1024]
@@ -249,7 +249,10 @@ def test_attention_that_others_put_in_place_of_the_libraries(family, monkeypatch
         return own(query, key, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
-    with turbovlm.apply(model, keep=0.5) as handle, pytest.warns(UserWarning, match="leaves all parts of these"):
+    with (
+        turbovlm.apply(model, keep=0.5, scope="part") as handle,
+        pytest.warns(UserWarning, match="leaves all parts of these"),
+    ):
         torch.testing.assert_close(run(model, inputs), alone)
         assert "torch.nn.functional.scaled_dot_product_attention is" in repr(handle)
     assert keys == ({1024, 256, 7} if family == "sd15" else {256 + 7})
@@ -276,7 +279,7 @@ def test_guiders_that_change_attention(skipped):
             _apply_smoothed_energy_guidance_hook(model, config, 1.0, name="skip")
 
     seen = {}
-    with turbovlm.apply(model, keep=0.5) as handle:
+    with turbovlm.apply(model, keep=0.5, scope="part") as handle:
         merged = run(model, inputs)
         put()
         attention = model.transformer_blocks[0].attn1
@@ -298,7 +301,7 @@ def test_self_attention_guidance():
     guided.set_progress_bar_config(disable=True)
     settings = {"sag_scale": 0.75, "num_inference_steps": 2}
     plain = given.run(guided, 16, 16, **settings)
-    with turbovlm.apply(guided, keep=0.5) as handle:
+    with turbovlm.apply(guided, keep=0.5, scope="part") as handle:
         merged = given.run(guided, 16, 16, **settings)
         # it puts its processor in for the time of a run, into the middle block
         assert "mid_block.attentions.0.transformer_blocks.0.attn1: its processor is a CrossAttnStore" in repr(handle)

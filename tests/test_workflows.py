@@ -36,7 +36,7 @@ def test_config_objects_are_taken_as_they_are():
         ((), {}, False, "give exactly one of r, keep and flops: got none of them"),
         ((), {"trace": True}, False, "give exactly one of r, keep and flops"),
         ((), {"r": 4, "keep": 0.5}, False, "give exactly one of r, keep and flops: got r=4, keep=0.5"),
-        ((), {"keep": 0.5, "components": None}, True, "components=None: must be some of attention"),
+        ((), {"keep": 0.5, "components": []}, True, r"components=\[\]: must be some of attention"),
         ((), {"r": 4, "visual_keep": 0.5, "degree": ["damped"]}, False, "degree=.*damped.*must be one of"),
         ((), {"speed": 2}, False, "speed=2: no such setting; there are r, keep, flops"),
         ((), {"r": 4, "refresh": 2}, False, "refresh=2: DenoiseConfig has it, which is for denoisers .* this Model"),

@@ -17,6 +17,7 @@ from turbovlm.diffusion.choose import Site, least_tokens
 from turbovlm.diffusion.grids import Grid, GridReader
 from turbovlm.diffusion.merge_stack import block_forward, block_slot
 from turbovlm.diffusion.run import Run, check_class, current_run, find_same_latents, run_within
+from turbovlm.diffusion.whole import patches_below
 from turbovlm.errors import StateError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.tracing import is_readable
@@ -39,6 +40,7 @@ class Holder:
         halved: how often rows and columns were halved before the first block, in a denoiser.
         between: `Denoiser.between`.
         collects: whether it keeps what each block gives, as ControlNets do.
+        guided: whether the halves of classifier-free guidance may come in one batch.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Holder:
     halved: int = 0
     between: tuple[str, ...] = ()
     collects: bool = False
+    guided: bool = True
 
 
 def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +84,7 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         model,
         path_for(latent),
         len(latent),
-        find_same_latents(latent) if len(latent) > 1 else None,
+        find_same_latents(latent) if holder.guided and len(latent) > 1 else None,
         choices,
         grid,
         math.prod(grid or latent.shape[-2:]) >> 2 * holder.halved,
@@ -128,7 +131,10 @@ def _follow_blocks(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
         if not place.name.startswith(inside):
             continue
         block = _module_at(model, holder, place.name)
-        if block is None or type(block.__dict__.get(slot := block_slot(block))) is Patch:
+        if block is None:
+            continue
+        called = block.__dict__.get(slot_of(block, slot := block_slot(block)))
+        if any(patch.feature is feature for patch in patches_below(called)):
             continue
         if place.kind.path not in class_paths(block):
             continue  # another module was put in its place
@@ -136,8 +142,6 @@ def _follow_blocks(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
             inner = [patch for module in block.modules() for patch in patches_of(module)]
             own = [patch for patch in inner if patch.feature is feature]
             moved = [patch for patch in own if isinstance(patch.detail, type(place))]
-            if moved and slot_of(block, moved[0].name) == slot:
-                continue  # below another library's
             take_off(moved if slot == "forward" else own)
             install([Patch(block, slot, block_forward, feature, place)])
 

@@ -14,7 +14,7 @@ from turbovlm.diffusion.choose import WHOLE_BLOCK, Site
 from turbovlm.diffusion.denoiser import COMPILED, Holder, is_compiled
 from turbovlm.diffusion.families import Block, Denoiser, Part
 from turbovlm.diffusion.feature import DenoiseFeature
-from turbovlm.diffusion.grids import OfPositions
+from turbovlm.diffusion.grids import OfPositions, OfShapes
 from turbovlm.diffusion.merge_stack import Place, Stack
 from turbovlm.diffusion.refresh import Steps
 from turbovlm.diffusion.whole import what_stands_in_block, what_stood_inside
@@ -268,7 +268,8 @@ def _find_holders(
         halved = _halved_before(module, name, found) if name in roots else 0
         between = () if family is None else family.between
         collects = "ControlNet" in type(module).__name__
-        holders.append((name, Holder(name, name in roots, arguments, grid, halved, between, collects)))
+        guided = not isinstance(grid, OfPositions | OfShapes)  # those are guided in forwards of their own
+        holders.append((name, Holder(name, name in roots, arguments, grid, halved, between, collects, guided)))
     return holders
 
 

@@ -19,7 +19,7 @@ from turbovlm.diffusion.families import Block
 from turbovlm.diffusion.positions import Cut, beside_text, split_text
 from turbovlm.diffusion.restore import check_has_operator, is_linear, restore_update
 from turbovlm.diffusion.run import RUN, THREAD, Run, check_class, current_run, run_within
-from turbovlm.diffusion.whole import reason_to_leave_block_whole, what_stands_on
+from turbovlm.diffusion.whole import patches_below, reason_to_leave_block_whole, what_stands_on
 from turbovlm.ops.attention import size_bias
 from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch, slot_of
@@ -250,12 +250,8 @@ def _goes_on(run: Run, place: Place, block: Any, kind: Block, given: dict[str, A
 
 def _is_in(module: Any, stack: Stack) -> bool:
     """Whether a module is a block of that stack, as far as what turbovlm has put on it tells."""
-    patch = module.__dict__.get(slot_of(module, block_slot(module)))
-    while isinstance(patch, Patch):
-        if isinstance(patch.detail, Place) and patch.detail.stack is stack:
-            return True
-        patch = patch.before
-    return what_stands_on(module) is not None  # which is asked for next
+    called = module.__dict__.get(slot_of(module, block_slot(module)))
+    return any(isinstance(patch.detail, Place) and patch.detail.stack is stack for patch in patches_below(called))
 
 
 def attention_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -171,6 +171,20 @@ def _other_forward(module: Any, forward: Any) -> Any:
     return None if owner is module and getattr(forward, "__func__", None) is own else forward
 
 
+def patches_below(forward: Any) -> list[Patch]:
+    """The patches among what is called in place of a forward, below hooks that libraries put around it."""
+    found = []
+    while forward is not None:
+        if isinstance(forward, Patch):
+            found.append(forward)
+            forward = forward.before
+        elif isinstance(forward, functools.partial) and forward.func.__module__ in WRAPPERS:
+            forward = forward.__wrapped__  # type: ignore[attr-defined]
+        else:
+            break
+    return found
+
+
 def _hooks_inside(module: Any) -> str | None:
     for kind in GLOBAL_HOOKS:
         for hook in getattr(torch_module, kind).values():
