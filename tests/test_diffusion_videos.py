@@ -267,7 +267,7 @@ def test_sound_that_is_as_long_as_the_merged_video():
 
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"scope='part': blocks of Wan merge whole"):
-        turbovlm.apply(wan(), keep=0.5)
+        turbovlm.apply(wan(), keep=0.5, scope="part")
     with pytest.raises(ConfigError, match=r"degree='semantics': .* does not know of Wan"):
         turbovlm.apply(wan(), keep=0.5, scope="block", degree="semantics")
 
@@ -327,7 +327,7 @@ def framepack() -> Any:
 
 @pytest.mark.parametrize("make", [animatediff, stable_video, latte, framepack])
 def test_videos_whose_tokens_lie_in_another_way_are_refused(make):
-    with pytest.raises(UnsupportedModelError, match="is in a .*, of which turbovlm does not know how its tokens lie"):
+    with pytest.raises(UnsupportedModelError, match=r"is in a .*, of which turbovlm does not know how its tokens lie"):
         turbovlm.apply(make(), keep=0.5, scope="block")
 
 
