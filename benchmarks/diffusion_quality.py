@@ -35,7 +35,7 @@ from turbovlm_lab.evaluate.metrics import frechet_distance
 from turbovlm_lab.zoo import load_saliency_vit
 from turbovlm_lab.zoo.emoji import emoji_prompts, load_emoji_pipeline
 
-KEEPS = (0.9, 0.8, 0.7, 0.5, 0.3)
+KEEPS = (0.9, 0.7, 0.5, 0.3)
 STEPS, GUIDANCE, BATCH = 10, 3.0, 16
 TIMED_STEPS, LARGEST = 6, 1024
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -135,11 +135,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "attention": {"scope": "part", "components": ["attention"]},
     "queries": {"scope": "part", "components": ["attention"], "queries_only": True},
     "queries and other parts": {"scope": "part", "queries_only": True},
-    "blocks": {"scope": "block"},
-    "blocks, copies": {"scope": "block", "restore": "copy"},
-    "blocks, largest resolution": {"scope": "block", "min_tokens": LARGEST},
+    "stacks": {},
+    "stacks, copies": {"restore": "copy"},
+    "stacks, largest resolution": {"min_tokens": LARGEST},
 }
-"""turbovlm's, each at all shares kept."""
+"""turbovlm's, each at all shares kept. In this UNet each stack is one block."""
 
 TOMESD: dict[str, dict[str, Any]] = {
     "tomesd": {},

@@ -173,7 +173,7 @@ def test_a_part_that_is_whole_gives_what_the_part_itself_gives(unet, inputs):
 
 
 def test_hooks_around_parts_and_blocks_see_all_tokens_and_let_them_merge(unet, inputs):
-    merged, read = merged_in(unet, inputs), []
+    merged, read = merged_in(unet, inputs, scope="part"), []
     with turbovlm.apply(unet, keep=0.5, scope="part") as handle:
         for path in ("", ".attn1", ".attn2", ".ff"):
             unet.get_submodule(BLOCK + path).register_forward_hook(lambda m, i, out: read.append(out.shape[1]))

@@ -422,8 +422,8 @@ class DenoiseConfig(Settings):
             found |= dict.fromkeys(("components", "queries_only"), f"scope={scope!r} merges whole blocks")
         elif values["queries_only"] and values["components"] is not None and "attention" not in values["components"]:
             found["queries_only"] = "it is of self-attention, and components has no 'attention'"
-        elif values["restore"] == "linear" and not values["queries_only"]:
-            if values["components"] is not None and "ffn" not in values["components"]:
+        elif not values["queries_only"] and "ffn" not in (values["components"] or ("ffn",)):
+            if values["restore"] == "linear":
                 found["restore"] = "regression is of what feed-forwards add, and components has no 'ffn'"
         if scope != "stack":
             found["span"] = f"scope={scope!r} has no stacks"

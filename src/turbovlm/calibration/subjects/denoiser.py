@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbovlm.apply import denoiser_of
+from turbovlm.apply import apply, denoiser_of
 from turbovlm.calibration.speed import device_in_words
 from turbovlm.calibration.subject import NEAR, Spread, Subject, Trial, solve_amount
 from turbovlm.config import LEAST_KEPT, DenoiseConfig
@@ -125,7 +125,18 @@ class DenoiserSubject(Subject):
         """Each of `SLOPES`, where there are several resolutions, then each of `SETTINGS`."""
         several = self.least(self.base, _weights(0.0)) > self.least(self.base, self.flat)
         slopes = [Trial(spread=_weights(slope)) for slope in (SLOPES if several else SLOPES[:1])]
-        return slopes + [Trial(change) for change in SETTINGS if not self.fixed & set(change)]
+        return slopes + [Trial(change) for change in SETTINGS if self._can_try(change)]
+
+    def _can_try(self, change: Mapping[str, Any]) -> bool:
+        """Whether a change leaves alone what was given, and the pipeline's denoiser is of a family that has it."""
+        unread = DenoiseConfig.unread({**vars(self.base), **change})
+        if self.fixed & {*change, *unread}:
+            return False
+        try:
+            with apply(self.model, self.base.changed(**change)):
+                return True
+        except ConfigError:  # such as parts that merge by themselves
+            return False
 
     def configured(self, config: DenoiseConfig, spread: Spread, amount: float) -> DenoiseConfig | None:
         kept = solve_amount(lambda kept: self.cost(_keeping(config, spread, kept)), amount, 0.0, 1.0)
