@@ -39,6 +39,7 @@ COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a denoiser's block that can read merged tokens."""
 DENOISER_RESTORES = ("auto", "copy", "linear")
 SCOPES = ("part", "block", "stack")
+LINEAR = "regression is of what feed-forwards add, and components has no 'ffn'"
 SPAN = 4
 """Blocks in a stack: two drift as little as eight, and four save nearly as much (benchmarks/diffusion_quality.py)."""
 
@@ -423,8 +424,7 @@ class DenoiseConfig(Settings):
         elif values["queries_only"] and values["components"] is not None and "attention" not in values["components"]:
             found["queries_only"] = "it is of self-attention, and components has no 'attention'"
         elif not values["queries_only"] and "ffn" not in (values["components"] or ("ffn",)):
-            if values["restore"] == "linear":
-                found["restore"] = "regression is of what feed-forwards add, and components has no 'ffn'"
+            found |= {"restore": LINEAR} if values["restore"] == "linear" else {}
         if scope != "stack":
             found["span"] = f"scope={scope!r} has no stacks"
         return found

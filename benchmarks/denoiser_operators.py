@@ -1,0 +1,138 @@
+"""How many operators a denoising step runs, merged and not: on a GPU each is a launch, or several.
+
+    python benchmarks/denoiser_operators.py     # writes benchmarks/results/denoiser_operators.{json,md}; a minute
+
+Blocks as many as in the full-size models, and narrow ones, as their number does not depend on width; on a CPU, where a
+decision takes more operators than by a GPU's kernels. Views are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import RESULTS, described, machine, save
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import turbovlm
+from turbovlm import DenoiseConfig
+
+VERSIONS = {
+    "stacks": DenoiseConfig(0.5),
+    "stacks, copies": DenoiseConfig(0.5, restore="copy"),
+    "blocks": DenoiseConfig(0.5, scope="block"),
+    "parts": DenoiseConfig(0.5, scope="part"),
+    "parts, copies": DenoiseConfig(0.5, scope="part", restore="copy"),
+}
+VIEWS = frozenset(
+    ["alias", "as_strided", "chunk", "detach", "diagonal", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "unsafe_chunk", "view", "_reshape_alias", "_unsafe_view"]
+)
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operator.overloadpacket.__name__ not in VIEWS
+        return operator(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    results: dict[str, Any] = {"machine": machine(), "operators": {}}
+    for name, make in MODELS.items():
+        model, inputs = make()
+        found = {"model": operators(model, inputs)}
+        for version, config in VERSIONS.items():
+            with turbovlm.apply(model, config):
+                found[version] = operators(model, inputs)
+        results["operators"][name] = found
+    save(RESULTS / "denoiser_operators.json", results)
+    (RESULTS / "denoiser_operators.md").write_text(report(results))
+    print(report(results))
+
+
+@torch.no_grad()
+def operators(model: Any, inputs: dict[str, Any]) -> int:
+    """Of one forward, the second."""
+    model(**inputs)
+    with Counter() as counter:
+        model(**inputs)
+    return counter.count
+
+
+def unet(blocks: tuple[int, ...], levels: tuple[bool, ...]) -> Callable[[], tuple[Any, dict[str, Any]]]:
+    """A UNet with so many blocks in the transformers of each resolution, where it has any."""
+
+    def make() -> tuple[Any, dict[str, Any]]:
+        from diffusers import UNet2DConditionModel
+
+        model = UNet2DConditionModel(
+            sample_size=64,
+            layers_per_block=2,
+            block_out_channels=(32,) * len(levels),
+            down_block_types=tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in levels),
+            up_block_types=tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(levels)),
+            transformer_layers_per_block=blocks,
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            norm_num_groups=8,
+            use_linear_projection=True,
+        )
+        return model.eval(), {
+            "sample": torch.randn(2, 4, 64, 64),
+            "timestep": torch.tensor(500),
+            "encoder_hidden_states": torch.randn(2, 77, 32),
+        }
+
+    return make
+
+
+def flux() -> tuple[Any, dict[str, Any]]:
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return model.eval(), {
+        "hidden_states": torch.randn(2, 256, 16),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "pooled_projections": torch.randn(2, 32),
+        "timestep": torch.full((2,), 0.5),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(16.0), torch.arange(16.0)),
+        "txt_ids": torch.zeros(7, 3),
+    }
+
+
+MODELS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "Stable Diffusion 1.5": unet((1, 1, 1, 1), (True, True, True, False)),
+    "SDXL": unet((1, 2, 10), (False, True, True)),
+    "FLUX.1": flux,
+}
+
+
+def report(results: dict[str, Any]) -> str:
+    lines = ["# Operators of a denoising step", "", described(results["machine"]), ""]
+    lines += ["keep=0.5; views are not counted. In brackets: times the model's own.", ""]
+    names = ["model", *VERSIONS]
+    lines += [f"| | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+    for model, found in results["operators"].items():
+        cells = [f"{found[name]:,} ({found[name] / found['model']:.2f}×)" for name in names]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
