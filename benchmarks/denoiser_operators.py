@@ -27,7 +27,10 @@ VERSIONS = {
     "parts, copies": DenoiseConfig(0.5, scope="part", restore="copy"),
 }
 VIEWS = frozenset(
-    ["alias", "as_strided", "chunk", "detach", "diagonal", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "unsafe_chunk", "view", "_reshape_alias", "_unsafe_view"]
+    [
+        *("alias", "as_strided", "chunk", "detach", "diagonal", "expand", "permute", "select", "slice", "split", "t"),
+        *("split_with_sizes", "squeeze", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"),
+    ]
 )
 
 

@@ -22,8 +22,8 @@ from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.registry import class_paths, families, family_of
 
-SHARED_BY = 4
-"""How many blocks in a row merge alike."""
+SHARED_BY, SHARED_BY_STACKED = 4, 12
+"""How many blocks in a row merge alike, where their parts merge, and where they merge whole."""
 
 MODEL = {"diffusers.models.modeling_utils.ModelMixin", "diffusers.configuration_utils.ConfigMixin"}
 """Bases of every denoiser; a list of ControlNets has no config."""
@@ -176,15 +176,15 @@ def _find_places(
 ) -> tuple[Place, ...]:
     """Where each block is: in a stack of up to `span` blocks of one list, and one kind of them.
 
-    Stacks of a stage share a merge until they have `SHARED_BY` blocks.
+    Stacks of a stage share a merge until they have `SHARED_BY_STACKED` blocks.
     """
     span = config.longest
     places: list[Place] = []
     number = 0
     for stage, blocks in _stages(found, roots).items():
-        sharing = SHARED_BY
+        sharing = SHARED_BY_STACKED
         for names in _runs_of(blocks, modules, span):
-            if sharing >= SHARED_BY:
+            if sharing >= SHARED_BY_STACKED:
                 sharing, number = 0, number + 1
             sharing += len(names)
             block, _ = _parts_of(modules[names[0]], found[names[0]])
