@@ -7,14 +7,14 @@ follow published code in what they compute and in which operators they use:
   softmax over a stored N×N map, a full argsort, gathers and scatters with expanded indices, x and sizes merged in turn.
 - `with_sdpa`: the same matching, attention through SDPA with the sizes as a mask, x and sizes merged together, as in
   Pruna 0.3.4's `token_merging` (which itself knows one class, `ViTForImageClassification` of older transformers).
-- `sliced`: no merging. The last r tokens are cut off, which costs nothing: what the schedule's arithmetic takes on this
-  machine, the most that any way of merging can gain.
+- `sliced`: no merging. The last tokens are cut off, which costs nothing: what a schedule's arithmetic takes on this
+  machine, the most that any way of merging by that schedule can gain.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,16 +36,17 @@ def with_sdpa(r: int) -> Callable[[nn.Module], None]:
     return functools.partial(_install, r=r, attend=_sdpa, merge=_merge_together)
 
 
-def sliced(r: int) -> Callable[[nn.Module], None]:
-    """Prepares a model that drops its last `r` tokens in every block."""
-    return functools.partial(_install, r=r, attend=_sdpa, merge=None)
+def sliced(amounts: Sequence[int]) -> Callable[[nn.Module], None]:
+    """Prepares a model that drops its last `amounts[l]` tokens in block l."""
+    return functools.partial(_install, r=amounts, attend=_sdpa, merge=None)
 
 
-def _install(model: nn.Module, r: int, attend: Any, merge: Any) -> None:
+def _install(model: nn.Module, r: int | Sequence[int], attend: Any, merge: Any) -> None:
     for tower in find_towers(model):
         shared: dict[str, Any] = {"size": None}
-        for index, (_, block) in enumerate(tower.blocks):
-            block.forward = functools.partial(_forward, block, tower, shared, index, r, attend, merge)
+        amounts = [r] * len(tower.blocks) if isinstance(r, int) else r
+        for index, ((_, block), amount) in enumerate(zip(tower.blocks, amounts, strict=True)):
+            block.forward = functools.partial(_forward, block, tower, shared, index, amount, attend, merge)
 
 
 def _forward(
@@ -66,7 +67,7 @@ def _forward(
     q, k, v = project_heads(block, parts, normalised(parts.norm1, hidden))
     x = hidden + apply_steps(parts.after_attention, attend(q, k, v, shared["size"]).transpose(1, 2).flatten(2))
     if merge is None:
-        x = x[:, : x.shape[1] - min(r, (x.shape[1] - tower.prefix) // 2)]
+        x = x[:, : x.shape[1] - r]
     else:
         x, shared["size"] = merge(_matched(k.mean(dim=1), r, tower.prefix > 0), x, shared["size"])
     x = x + apply_steps(parts.mlp, x)
