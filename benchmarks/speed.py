@@ -9,8 +9,8 @@ and speed.md and speed.png at the end. Small models are measured in three fresh 
 where memory happens to lie moves a process's times by several percent. Leave the machine alone meanwhile: process CPU
 time of one program rises when another fills the caches.
 
-Modes: `eager` batch 8, with every rival; `compiled` batch 8; `b1` and `b32`: eager, batch 1 and 32. Eager models are also
-sliced: cut by the same schedule for nothing.
+Modes: `eager` batch 8, with every rival; `compiled` batch 8; `b1` and `b32`: eager, batch 1 and 32. Eager models are
+also sliced: cut by the same schedule for nothing.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import DEGREES, DegreeFunction, default_alpha
 from turbovlm.settings_file import read_settings, write_settings
 
+REDUCTIONS = ("merge", "keep_norm", "prune")
 WITHOUT_ALPHA = ("coupled_division", "redundancy", "semantics", "random")
 """Degrees in which alpha has no part."""
 
