@@ -130,7 +130,8 @@ class TurboConfig(Settings):
         self._check_blocks()
         for name in ("keep", "flops"):
             if is_list(getattr(self, name)):
-                raise ConfigError(f"{self._written((name,))}: an encoder takes one share; give r a value per block")
+                value = brief(getattr(self, name))
+                raise ConfigError(f"{name}={value}: an encoder takes one share; give r a value per block")
             if getattr(self, name) is not None:
                 self._set(**{name: check_share(name, getattr(self, name))})
         self._set(min_tokens=check_integer("min_tokens", self.min_tokens), seed=check_seed(self.seed))
@@ -242,7 +243,9 @@ class TurboConfig(Settings):
         if not is_list(self.thresholds):
             raise ConfigError(f"thresholds={brief(self.thresholds)}: must be a number per block")
         if not isinstance(self.r, tuple) or len(self.r) != len(self.thresholds):
-            raise ConfigError(f"thresholds={list(self.thresholds)}: need a list of r beside them, of as many blocks")
+            raise ConfigError(
+                f"thresholds={brief(list(self.thresholds))}: need a list of r beside them, of as many blocks"
+            )
         if is_list(self.blocks):
             raise ConfigError(
                 "blocks: beside thresholds, give r a number for every block, 0 for those that do not merge"

@@ -12,6 +12,7 @@ import turbovlm
 from denoisers import DENOISERS
 from fuzz.drawing import fuzz
 from fuzz.models import ALPHAS, DEGREES, DTYPES, of_effect, snapshot
+from turbovlm import denoise_config, settings
 from vlms import VLMS, dropped, full_positions, masked_forward, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:turbovlm merges nothing")
@@ -91,13 +92,15 @@ SHARES = st.one_of(st.floats(0.25, 1), st.lists(st.floats(0.25, 1), min_size=1, 
 DENOISING = st.fixed_dictionaries(
     {
         "keep": SHARES,
-        "components": st.lists(st.sampled_from(turbovlm.config.COMPONENTS), min_size=1, unique=True),
-        "restore": st.sampled_from(turbovlm.config.DENOISER_RESTORES),
+        "scope": st.sampled_from([None, *denoise_config.SCOPES]),
+        "span": st.sampled_from([None, 1, 2, 3]),
+        "components": st.none() | st.lists(st.sampled_from(turbovlm.config.COMPONENTS), min_size=1, unique=True),
+        "restore": st.sampled_from(denoise_config.DENOISER_RESTORES),
         "min_tokens": st.sampled_from([0, 0, 64, 100, 10**6]),
         "degree": DEGREES,
         "alpha": ALPHAS,
         "proportional": st.booleans(),
-        "reduce": st.sampled_from(turbovlm.config.REDUCTIONS),
+        "reduce": st.sampled_from(settings.REDUCTIONS),
         "seed": st.integers(0, 9),
     }
 ).map(lambda chosen: of_effect(turbovlm.DenoiseConfig, chosen))
