@@ -7,8 +7,9 @@
     python studies/drawings/train.py --size 64 --minutes 0          # only writes the weights of the last checkpoint
 
 Flow matching: the velocity from image to noise, at times spread as the scheduler's, 10 % of the prompts empty, fp32,
-an average of the weights over about 500 steps. A checkpoint every five minutes, a sheet of samples every ten, both
-under studies/drawings/data; the averaged weights go to the package as fp16.
+Muon for the matrices of the blocks and AdamW for the rest, an average of the weights over about 500 steps. A checkpoint
+every five minutes, a sheet of samples every ten, both under studies/drawings/data; the averaged weights go to the
+package as fp16.
 
 A smaller image shows the same scene in fewer tokens. They stand at the positions of what they show, so that larger
 images bring finer positions and no new ones, and what was learnt of where things are stays true.
@@ -39,7 +40,7 @@ from training import blend, tiled
 FOLDER = Path(__file__).parent / "data"
 CHECKPOINT = FOLDER / "checkpoint.pt"
 BATCHES = {16: 32, 32: 16, 64: 8}
-RATE, WARMUP, AVERAGE = 1e-3, 200, 0.998
+RATE, WARMUP, AVERAGE = 2e-3, 200, 0.998
 SHEET = ("red apple", "dog face", "tulip", "octopus", "hamburger", "penguin", "watermelon", "butterfly")
 
 
@@ -54,15 +55,16 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     emoji = load_emoji(DATA)
     state, step = restored(args.weights)
-    model, average, optimizer = state["model"], state["average"], state["optimizer"]
+    model, average, optimizers = state["model"], state["average"], [state["muon"], state["adamw"]]
     words, means = embedded([*emoji.prompts, ""])
     losses: list[float] = []
     begin = saved_at = shown_at = time.monotonic()
     with tqdm(initial=step, unit=" steps", mininterval=10) as bar:
         while (share := (time.monotonic() - begin) / (60 * args.minutes or 1)) < bool(args.minutes):
             rate = args.rate * min(1, (step + 1) / WARMUP) * (1 - share if args.fade else 1)
-            optimizer.param_groups[0]["lr"] = rate
-            losses.append(train_step(model, optimizer, emoji, words, means, args.size, step))
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = rate
+            losses.append(train_step(model, optimizers, emoji, words, means, args.size, step))
             step += 1
             blend(average, model, min(AVERAGE, (1 + step) / (10 + step)))
             bar.update()
@@ -78,11 +80,17 @@ def main() -> None:
 
 
 def restored(weights: Path) -> tuple[dict[str, Any], int]:
-    """Model, average and optimizer, as the checkpoint has them, or the weights, or new; and the steps so far."""
+    """Model, average and optimizers, as the checkpoint has them, or the weights, or new; and the steps so far."""
     torch.manual_seed(0)
     model, average = fresh(drawings_transformer()).train(), drawings_transformer().eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.99))
-    state: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
+    inner = [part for name, part in model.named_parameters() if part.ndim == 2 and "blocks." in name]
+    outer = [part for name, part in model.named_parameters() if part.ndim != 2 or "blocks." not in name]
+    state: dict[str, Any] = {
+        "model": model,
+        "average": average,
+        "muon": torch.optim.Muon(inner, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        "adamw": torch.optim.AdamW(outer, lr=RATE, weight_decay=0.01, betas=(0.9, 0.99)),
+    }
     step = 0
     if CHECKPOINT.exists():
         saved = torch.load(CHECKPOINT)
@@ -112,7 +120,7 @@ def fresh(model: Any) -> nn.Module:
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     emoji: Emoji,
     words: Tensor,
     means: Tensor,
@@ -136,10 +144,11 @@ def train_step(
         txt_ids=torch.zeros(words.shape[1], 3),
     ).sample
     loss = (guess - (noise - tokens)).square().mean()
-    optimizer.zero_grad()
+    model.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return float(loss.detach())
 
 
