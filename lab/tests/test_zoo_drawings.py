@@ -40,27 +40,34 @@ def drawn(pipe: Any, prompt: str, steps: int = 4) -> torch.Tensor:
     return image
 
 
-@needs_minilm
-def test_it_draws_on_the_ground_it_is_told(pipe: Any) -> None:
-    """The outermost pixels are white on white and darker on a photograph, also when half of the tokens are merged."""
+def border(image: torch.Tensor) -> float:
+    """The mean brightness of its outermost pixels."""
     edge = torch.ones(64, 64, dtype=torch.bool)
     edge[2:-2, 2:-2] = False
-    for keep in (1.0, 0.5):
-        with turbovlm.apply(pipe, keep=keep):
-            white, photo = (drawn(pipe, f"red apple, noto, {place}") for place in ("on white", "on a photo"))
-        assert white.isfinite().all() and photo.isfinite().all()
-        assert white[:, edge].mean() > 0.9 > photo[:, edge].mean()
+    return float(image[:, edge].mean())
 
 
 @needs_minilm
 def test_a_seed_gives_the_same_image_and_merging_a_similar_one(pipe: Any) -> None:
     prompt = "red apple, noto, on white"
     own = drawn(pipe, prompt)
+    assert own.isfinite().all() and border(own) > 0.9
     assert torch.equal(own, drawn(pipe, prompt))
-    with turbovlm.apply(pipe, keep=0.5) as handle:
+    with turbovlm.apply(pipe, keep=0.9) as handle:
         merged = drawn(pipe, prompt)
-        assert "1024 → 512 tokens" in str(handle)
+        assert "1024 → 922 tokens" in str(handle)
     assert 0 < (merged - own).square().mean().sqrt() < 0.2
+
+
+@pytest.mark.slow
+@needs_minilm
+def test_it_draws_on_the_ground_it_is_told(pipe: Any) -> None:
+    """Also when half of the tokens are merged."""
+    for keep in (1.0, 0.5):
+        with turbovlm.apply(pipe, keep=keep):
+            for name in ("red apple", "tulip", "dog face"):
+                white, photo = (drawn(pipe, f"{name}, noto, {place}", 8) for place in ("on white", "on a photo"))
+                assert border(white) > 0.9 > border(photo)
 
 
 @needs_minilm
