@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from scenes import load_emoji, scenes
 from torch import Tensor, nn
 from tqdm import tqdm
+from training import blend, tiled
 
 from turbovlm_lab.zoo.emoji import WEIGHTS, WORDS, emoji_pipeline, emoji_unet
 
@@ -127,11 +128,6 @@ def embedded(prompts: list[str]) -> Tensor:
     return torch.cat(out)
 
 
-@torch.no_grad()
-def blend(average: nn.Module, unet: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
-
-
 def save(state: dict, step: int, fade_from: int | None, losses: list[float], weights: Path) -> None:
     """The checkpoint, the weights as fp16, and the loss of every hundred steps."""
     content = {name: part.state_dict() for name, part in state.items()}
@@ -145,17 +141,12 @@ def save(state: dict, step: int, fade_from: int | None, losses: list[float], wei
 
 def sheet(unet: nn.Module, file: Path) -> None:
     """Sixteen samples, on white and on photographs."""
-    from PIL import Image
-
     pipe = emoji_pipeline(unet)
     pipe.set_progress_bar_config(disable=True)
     rows = ("noto, on white", "twemoji, on a photo")
     prompts = [f"{name}, {row}" for row in rows for name in SHEET]
     made = pipe(prompts, num_inference_steps=12, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images
-    whole = Image.new("RGB", (8 * 66, 2 * 66), "white")
-    for i, image in enumerate(made):
-        whole.paste(image, (i % 8 * 66, i // 8 * 66))
-    whole.resize((whole.width * 2, whole.height * 2), Image.Resampling.NEAREST).save(file)
+    tiled(made).save(file)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,17 @@ CELL = 2
 
 
 class Cells(nn.Module):
-    """What a pipeline takes for a VAE: images, `[batch, 3, 2h, 2w]`, to latents, `[batch, 12, h, w]`, and back."""
+    """What a pipeline takes for a VAE: images, `[batch, 3, 2h, 2w]`, to latents, `[batch, 12, h, w]`, and back.
 
-    def __init__(self) -> None:
+    Args:
+        cell: pixels a side of a latent pixel, here 2; with 1 the latents are the images.
+    """
+
+    def __init__(self, cell: int = CELL) -> None:
         super().__init__()
+        self.cell = cell
         self.config = SimpleNamespace(
-            block_out_channels=(1,) * CELL, scaling_factor=1.0, shift_factor=None, latent_channels=3 * CELL**2
+            block_out_channels=(1,) * cell, scaling_factor=1.0, shift_factor=0.0, latent_channels=3 * cell**2
         )
         self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
 
@@ -52,12 +57,12 @@ class Cells(nn.Module):
 
     def encode(self, images: Tensor) -> Any:
         """Exact, so that its distribution is one latent."""
-        latent = F.pixel_unshuffle(images, CELL)
+        latent = F.pixel_unshuffle(images, self.cell)
         return SimpleNamespace(latents=latent)
 
     def decode(self, latents: Tensor, return_dict: bool = False, generator: Any = None) -> tuple[Tensor]:
         """The inverse."""
-        return (F.pixel_shuffle(latents, CELL),)
+        return (F.pixel_shuffle(latents, self.cell),)
 
 
 class Words(nn.Module):

@@ -46,6 +46,12 @@ def _emoji() -> Any:
     return load_emoji_pipeline()
 
 
+def _drawings() -> Any:
+    from turbovlm_lab.zoo.drawings import load_drawings_pipeline
+
+    return load_drawings_pipeline()
+
+
 def _prepare(images: Sequence[Any]) -> Tensor:
     from turbovlm_lab.zoo.saliency import preprocess
 
@@ -61,6 +67,7 @@ EMOJI_PROMPTS = (
 
 MODELS = {
     "clip": AddedModel(_clip, _prepare_for_clip),
+    "drawings": AddedModel(_drawings, prompts=EMOJI_PROMPTS),
     "emoji": AddedModel(_emoji, prompts=EMOJI_PROMPTS),
     "pairs": AddedModel(_pairs, _prepare),
     "saliency": AddedModel(_saliency, _prepare, any_size=True),
