@@ -19,10 +19,10 @@ import torch
 from cases import RESULTS, described, machine, save
 from torch import Tensor
 from tqdm import tqdm
-from turbovlm_lab.zoo.drawings import load_drawings_pipeline
 
 import turbovlm
 from turbovlm import DenoiseConfig
+from turbovlm_lab.zoo.drawings import load_drawings_pipeline
 from turbovlm_lab.zoo.emoji import emoji_prompts
 
 STEPS, GUIDANCE = 12, 3.0
@@ -32,6 +32,7 @@ VERSIONS: dict[str, dict[str, Any]] = {
     "attention": {"components": ["attention"]},
     "blocks": {"scope": "block"},
     **{f"stacks of {span}": {"span": span} for span in (2, 3, 4, 8)},
+    **{f"stacks of 4, first {count} blocks whole": {"whole_first": count} for count in (0, 1, 3, 4, 6)},
     "stacks of 4, copies": {"restore": "copy"},
     "stacks of 4, sizes not counted": {"proportional": False},
     "stacks of 4, reduce=keep_norm": {"reduce": "keep_norm"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import turbovlm
-from denoisers import DENOISERS, noise, unet_inputs
+from denoisers import DENOISERS, Watch, noise, unet_inputs
 from doubled import double
 from test_diffusion import run
 from turbovlm.errors import ConfigError
@@ -198,7 +198,6 @@ def test_settings_that_do_not_fit_are_refused(given, said):
 def test_queries_only_leaves_keys_whole():
     model, inputs, seen = DENOISERS["sd15"](), unet_inputs(2, 32, 32), {}
     attention = model.get_submodule(f"{BLOCK}.attn1")
-    from denoisers import Watch
 
     Watch(attention.to_k, lambda x, out: seen.update(keys=x.shape[1]))
     Watch(attention.to_q, lambda x, out: seen.update(queries=x.shape[1]))
@@ -266,3 +265,20 @@ def test_a_hook_of_a_block_that_is_compiled_by_itself_sees_all_tokens():
         run(model, inputs)
         assert "it is compiled by itself, with a hook" in repr(handle)
     assert seen == [256]
+
+
+@torch.no_grad()
+def test_first_blocks_are_left_whole():
+    lengths: dict[int, int] = {}
+    model, inputs = DENOISERS["pixart"](), DENOISERS["pixart"].inputs(1, 32, 32)
+    for i, block in enumerate(model.transformer_blocks):
+        Watch(block.attn1.to_q, lambda x, out, i=i: lengths.update({i: x.shape[1]}))
+    with turbovlm.apply(model, keep=0.5, whole_first=1):
+        run(model, inputs)
+    assert lengths == {0: 256, 1: 128, 2: 128}
+    with pytest.raises(ConfigError, match="whole_first=3: this PixArtTransformer2DModel has 3 blocks"):
+        turbovlm.apply(model, keep=0.5, whole_first=3)
+    with pytest.raises(ConfigError, match="whole_first=1: a UNet has convolutions"):
+        turbovlm.apply(DENOISERS["sd15"](), keep=0.5, whole_first=1)
+    with pytest.raises(ConfigError, match=r"whole_first.*scope='part' merges in all blocks"):
+        turbovlm.apply(model, keep=0.5, scope="part", whole_first=1)

@@ -36,6 +36,8 @@ class DenoiseConfig(Settings):
             it by what they have gained; `"block"`, over one block (Turbo, §3.3); `"part"`, over each part of a block
             (§6.2). None: `"part"` where `components` or `queries_only` are given, else `"stack"`.
         span: blocks in a stack, at most, ≥ 1; of stacks alone. None: 4.
+        whole_first: blocks at the front that are left whole, ≥ 0, of denoisers whose blocks all have equally many tokens;
+            of stacks and blocks alone. None: a sixth of the blocks, at most 4.
         components: which parts of a block read merged tokens: some of `"attention"`, `"cross_attention"`, `"ffn"`; of
             parts alone. None: all.
         queries_only: in self-attention merge what asks and leave keys and values whole, so that no sizes have to
@@ -61,6 +63,7 @@ class DenoiseConfig(Settings):
     _: dataclasses.KW_ONLY
     scope: str | None = None
     span: int | None = None
+    whole_first: int | None = None
     components: Sequence[str] | None = None
     queries_only: bool = False
     refresh: int = 1
@@ -91,6 +94,8 @@ class DenoiseConfig(Settings):
             check_choice("scope", self.scope, SCOPES)
         if self.span is not None:
             self._set(span=check_integer("span", self.span, minimum=1))
+        if self.whole_first is not None:
+            self._set(whole_first=check_integer("whole_first", self.whole_first))
         check_flag("queries_only", self.queries_only)
         check_choice("restore", self.restore, DENOISER_RESTORES)
         check_flag("proportional", self.proportional)
@@ -111,6 +116,8 @@ class DenoiseConfig(Settings):
             found["queries_only"] = "it is of self-attention, and components has no 'attention'"
         elif not values["queries_only"] and "ffn" not in (values["components"] or ("ffn",)):
             found |= {"restore": LINEAR} if values["restore"] == "linear" else {}
+        if scope == "part":
+            found["whole_first"] = "scope='part' merges in all blocks"
         if scope != "stack":
             found["span"] = f"scope={scope!r} has no stacks"
         return found

@@ -179,11 +179,12 @@ def _find_places(
     Stacks of a stage share a merge until they have `SHARED_BY_STACKED` blocks.
     """
     span = config.longest
+    whole = _whole_first(modules, found, roots, config)
     places: list[Place] = []
     number = 0
     for stage, blocks in _stages(found, roots).items():
         sharing = SHARED_BY_STACKED
-        for names in _runs_of(blocks, modules, span):
+        for names in _runs_of([name for name in blocks if name not in whole], modules, span):
             if sharing >= SHARED_BY_STACKED:
                 sharing, number = 0, number + 1
             sharing += len(names)
@@ -196,6 +197,35 @@ def _find_places(
                 arguments = tuple(inspect.signature(type(modules[name]).forward).parameters)[1:]
                 places.append(Place(name, block, arguments, stack, behind))
     return tuple(places)
+
+
+WHOLE_FIRST, MOST_WHOLE_FIRST = 6, 4
+"""One in so many blocks, at the front, is left whole, and so many at most: what first blocks read is hardly more than each
+token's own noise, so that what is alike there is not what is alike later (benchmarks/stacks.py)."""
+
+
+def _whole_first(
+    modules: dict[str, nn.Module], found: dict[str, Denoiser], roots: list[str], config: DenoiseConfig
+) -> set[str]:
+    """Paths of the first blocks of each denoiser, which are left whole; none of UNets, whose convolutions come first.
+
+    Raises:
+        ConfigError: they are asked for of UNets alone, or are all blocks.
+    """
+    whole: set[str] = set()
+    for root in roots:
+        blocks = [name for name in found if root == "" or name.startswith(f"{root}.")]
+        if hasattr(modules[root], "down_blocks"):
+            continue
+        count = min(len(blocks) // WHOLE_FIRST, MOST_WHOLE_FIRST) if config.whole_first is None else config.whole_first
+        if count >= len(blocks):
+            raise ConfigError(f"whole_first={count}: this {type(modules[root]).__name__} has {len(blocks)} blocks")
+        whole.update(blocks[:count])
+    if config.whole_first and not whole:
+        raise ConfigError(
+            f"whole_first={config.whole_first}: a UNet has convolutions in front of its blocks; leave it out"
+        )
+    return whole
 
 
 def _runs_of(blocks: list[str], modules: dict[str, nn.Module], span: int) -> list[list[str]]:
