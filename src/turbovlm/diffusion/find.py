@@ -200,8 +200,8 @@ def _find_places(
 
 
 WHOLE_FIRST, MOST_WHOLE_FIRST = 6, 4
-"""One in so many blocks, at the front, is left whole, and so many at most: what first blocks read is hardly more than each
-token's own noise, so that what is alike there is not what is alike later (benchmarks/stacks.py)."""
+"""One in so many blocks, at the front, is left whole, and so many at most: what first blocks read is hardly more than
+each token's own noise, so that what is alike there is not what is alike later (benchmarks/stacks.py)."""
 
 
 def _whole_first(
