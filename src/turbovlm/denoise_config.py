@@ -17,7 +17,7 @@ COMPONENTS = ("attention", "cross_attention", "ffn")
 DENOISER_RESTORES = ("auto", "copy", "linear")
 SCOPES = ("part", "block", "stack")
 SPAN = 4
-"""Blocks in a stack: two drift as little as eight, and four save nearly as much (docs/diffusion.md)."""
+"""Blocks in a stack: two drift as little as eight, and four save nearly as much (benchmarks/stacks.py)."""
 
 LEAST_KEPT = 0.25
 """Share of its tokens that a denoiser's block reads at least: one token in every 2×2 cell is a destination."""
@@ -36,8 +36,8 @@ class DenoiseConfig(Settings):
             it by what they have gained; `"block"`, over one block (Turbo, §3.3); `"part"`, over each part of a block
             (§6.2). None: `"part"` where `components` or `queries_only` are given, else `"stack"`.
         span: blocks in a stack, at most, ≥ 1; of stacks alone. None: 4.
-        whole_first: blocks at the front that are left whole, ≥ 0, of transformers, not UNets; of stacks and blocks alone.
-            None: a sixth of the blocks, at most 4.
+        whole_first: blocks at the front that are left whole, ≥ 0, of transformers, not UNets; of stacks and blocks
+            alone. None: a sixth of the blocks, at most 4.
         components: which parts of a block read merged tokens: some of `"attention"`, `"cross_attention"`, `"ffn"`; of
             parts alone. None: all.
         queries_only: in self-attention merge what asks and leave keys and values whole, so that no sizes have to
