@@ -273,8 +273,9 @@ def test_first_blocks_are_left_whole():
     model, inputs = DENOISERS["pixart"](), DENOISERS["pixart"].inputs(1, 32, 32)
     for i, block in enumerate(model.transformer_blocks):
         Watch(block.attn1.to_q, lambda x, out, i=i: lengths.update({i: x.shape[1]}))
-    with turbovlm.apply(model, keep=0.5, whole_first=1):
+    with turbovlm.apply(model, keep=0.5, whole_first=1) as handle:
         run(model, inputs)
+        assert "behind the first 1, which are left whole" in repr(handle)
     assert lengths == {0: 256, 1: 128, 2: 128}
     with pytest.raises(ConfigError, match="whole_first=3: this PixArtTransformer2DModel has 3 blocks"):
         turbovlm.apply(model, keep=0.5, whole_first=3)

@@ -139,7 +139,9 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
 
     def _where(self) -> str:
         if self.places:
-            return "blocks" if self.config.where == "block" else f"stacks of up to {self.config.longest} blocks"
+            where = "blocks" if self.config.where == "block" else f"stacks of up to {self.config.longest} blocks"
+            whole = len(self.blocks) - len(self.places)
+            return f"{where}, behind the first {whole}, which are left whole" if whole else where
         there = {site.part.component for site in self.sites}
         parts = ", ".join(name for name in self.config.parts if name in there)
         return f"the queries of {parts}" if self.config.queries_only else parts

@@ -78,9 +78,8 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
 def _is_smooth(part: Part, config: DenoiseConfig) -> bool:
     """Whether restoring linearly is worth what it costs.
 
-    It is behind feed-forwards, and behind attention of which queries alone merge. Behind other attention it takes a
-    tenth off the drift and as much off the speed (benchmarks/diffusion_quality.py); behind one layer it costs what the
-    layer does.
+    It is behind feed-forwards, and behind attention of which queries alone merge. Behind other
+    attention it would cost much of what merging saves, and behind one layer what the layer does.
     """
     return not part.one_layer and (part.component == "ffn" or (part.component == "attention" and config.queries_only))
 
