@@ -40,8 +40,9 @@ def padded(batch: int) -> torch.Tensor:
     return torch.arange(7).expand(batch, -1) < 5
 
 
-def qwen() -> Any:
-    return made("QwenImageTransformer2DModel", in_channels=16, out_channels=4, num_layers=3, **JOINT, **AXES)
+def qwen(**settings: Any) -> Any:
+    size = {**JOINT, **AXES, "in_channels": 16, "out_channels": 4, "num_layers": 3}
+    return made("QwenImageTransformer2DModel", **size, **settings)
 
 
 def qwen_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:

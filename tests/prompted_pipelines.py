@@ -264,5 +264,4 @@ PIPES = {
     "flux-control": Pipe(
         flux("FluxControlPipeline", 32), unguided, {}, lambda r, c: {"control_image": image(1, r, c)}, 2
     ),
-    "flux-kontext": Pipe(flux("FluxKontextPipeline"), unguided, {"_auto_resize": False}, with_image, 2),
 }

@@ -13,13 +13,12 @@ from denoisers import unet_inputs
 from prompted_pipelines import PIPES
 from test_diffusion import precise, run
 from turbovlm.diffusion import choose
-from turbovlm.errors import ConfigError, UnsupportedModelError
 
 pytest.importorskip("diffusers")
 
 OWN_NOISE = {"sd-inpaint", "sd-inpaint9", "sdxl-inpaint", "sd3-img2img", "sd-adapter", "flux-img2img", "flux-fill"}
 """Kinds whose batches differ from single runs by themselves, or that take no such batches: of images given once."""
-KINDS = [kind for kind in PIPES if kind not in OWN_NOISE | {"flux-kontext"}]
+KINDS = [kind for kind in PIPES if kind not in OWN_NOISE]
 
 
 def gap(a, b):
@@ -52,13 +51,13 @@ def test_two_images_of_a_prompt_are_as_two_runs(kind):
             assert gap(together[row], given.run(pipe, 16, 20, seeds=(seed,))[0]) < 1e-4
 
 
-@pytest.mark.parametrize("kind", [kind for kind in PIPES if kind != "flux-kontext"])
+@pytest.mark.parametrize("kind", PIPES)
 def test_the_grid_is_that_of_the_latent(kind, monkeypatch):
     pipe, given = PIPES[kind](), PIPES[kind]
     chosen, seen = choose._choose, set()
 
     def noted(run, *args):
-        seen.add(run.grid)
+        seen.update(run.layout)
         return chosen(run, *args)
 
     monkeypatch.setattr(choose, "_choose", noted)
@@ -169,15 +168,6 @@ def test_guidance_by_skipped_layers():
     skipped = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
     with turbovlm.apply(pipe, keep=0.5):
         assert given.run(pipe, 16, 20, **skipped).isfinite().all()
-
-
-def test_a_second_image_among_the_tokens_is_refused():
-    pipe, given = PIPES["flux-kontext"](), PIPES["flux-kontext"]
-    with pytest.raises(UnsupportedModelError, match="FluxKontextPipeline gives its denoiser the tokens of two images"):
-        turbovlm.apply(pipe, keep=0.5)
-    refused = pytest.raises((ConfigError, UnsupportedModelError), match="img_ids")
-    with turbovlm.apply(pipe.transformer, keep=0.5), refused:
-        given.run(pipe, 16, 20, max_area=128 * 160)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])

@@ -122,6 +122,17 @@ def check_grid(value: Any) -> tuple[int, int]:
     return rows, columns
 
 
+def check_grids(value: Any) -> tuple[int, int] | tuple[tuple[int, int], ...]:
+    """Return two integers ≥ 1, patch rows and columns, or as many such pairs as `value` has.
+
+    Raises:
+        ConfigError: they are something else.
+    """
+    if is_list(value) and value and all(is_list(each) for each in value):
+        return tuple(check_grid(each) for each in value)
+    return check_grid(value)
+
+
 def is_list(value: Any) -> bool:
     """Whether `value` is a sequence, and no text."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)

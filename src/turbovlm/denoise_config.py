@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from turbovlm.checks import brief, check_choice, check_flag, check_grid, check_integer, check_seed, check_share, is_list
+from turbovlm.checks import (
+    brief,
+    check_choice,
+    check_flag,
+    check_grids,
+    check_integer,
+    check_seed,
+    check_share,
+    is_list,
+)
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import DegreeFunction
 from turbovlm.settings import REDUCTIONS, Settings
@@ -46,9 +55,10 @@ class DenoiseConfig(Settings):
         restore: what a position gets back: `"copy"`, what its token came to; `"linear"`, also what linear regression
             over the tokens says of the difference between the two; or `"auto"`: `"linear"`, but `"copy"` behind parts
             that run elsewhere than on a CPU.
-        min_tokens: a block that reads fewer tokens does not merge; it never does below 64.
+        min_tokens: images of fewer tokens are left whole; those below 64 always are.
         degree, alpha: as in `TurboConfig`.
-        grid: rows and columns of FLUX's tokens, where they cannot be read off `img_ids`.
+        grid: rows and columns of FLUX's tokens, where they cannot be read off `img_ids`; or of each image of a
+            sequence, in a list.
         proportional: attend in proportion to the tokens that a merged one stands for (Turbo, equation 16).
         reduce: `"merge"`, `"keep_norm"` or `"prune"`, as in `TurboConfig`.
         seed: of `degree="random"`; the same in every forward.
@@ -71,7 +81,7 @@ class DenoiseConfig(Settings):
     min_tokens: int = 0
     degree: str | DegreeFunction = "redundancy"
     alpha: float | None = None
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, int] | Sequence[tuple[int, int]] | None = None
     proportional: bool = True
     reduce: str = "merge"
     seed: int = 0
@@ -103,7 +113,7 @@ class DenoiseConfig(Settings):
         self._check_degree()
         check_choice("reduce", self.reduce, REDUCTIONS)
         if self.grid is not None:
-            self._set(grid=check_grid(self.grid))
+            self._set(grid=check_grids(self.grid))
         self._check_unread()
 
     @classmethod
@@ -131,6 +141,12 @@ class DenoiseConfig(Settings):
     def parts(self) -> tuple[str, ...]:
         """`components`, or what None stands for."""
         return COMPONENTS if self.components is None else tuple(self.components)
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], ...] | None:
+        """`grid`, of each image of a sequence."""
+        given: Any = self.grid
+        return given if given is None or isinstance(given[0], tuple) else (given,)
 
     @property
     def longest(self) -> int:

@@ -1,6 +1,8 @@
 """Which tokens of an image are merged: R from their features, A from the image's own attention or the text's.
 
-One token in every 2×2 cell is a destination, so what is restored is never far from its place.
+One token in every 2×2 cell is a destination, so what is restored is never far from its place. Of several images in one
+sequence each merges within itself, and as large a share of it: the one that is denoised has nothing in common with a
+reference beside it but what attention finds.
 """
 
 from __future__ import annotations
@@ -16,16 +18,17 @@ from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.families import Part
-from turbovlm.diffusion.grids import square
+from turbovlm.diffusion.grids import Grid, Layout, square
 from turbovlm.diffusion.positions import split_text
 from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.diffusion.whole import own_call
 from turbovlm.errors import StateError
-from turbovlm.ops.merging import Ranking, merge_ranked, mutual_redundancy
+from turbovlm.ops.averaging import precise_dtype
+from turbovlm.ops.merging import merge_chosen, mutual_redundancy
 from turbovlm.ops.partition import partition_tokens
 
 LEAST_TOKENS = 64
-"""Tokens below which nothing is merged, unless `min_tokens` asks for more."""
+"""Tokens below which an image is left whole, unless `min_tokens` asks for more."""
 
 BAND = 4096
 """Larger images are cut into bands of about as many tokens, from top to bottom, and merged within them: to compare all
@@ -66,7 +69,7 @@ class Site:
 
 
 def least_tokens(config: DenoiseConfig) -> int:
-    """Tokens below which nothing is merged."""
+    """Tokens below which an image is left whole."""
     return max(config.min_tokens, LEAST_TOKENS)
 
 
@@ -111,41 +114,67 @@ def _fits(choice: Choice, site: Site, x: Tensor) -> bool:
 @torch.no_grad()
 def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
     config: DenoiseConfig = run.feature.config
-    frames, rows, columns = run.grid or (1, *square(x.shape[1]))
-    tokens = frames * rows * columns
+    layout = run.layout or ((1, *square(x.shape[1])),)
+    tokens = sum(map(math.prod, layout))
     if x.shape[1] != tokens and (site.part.text is None or x.shape[1] < tokens):
         kind = type(run.denoiser.get_submodule(site.guide.rpartition(".")[0]))
         raise StateError(
             f"{site.name}, in a {kind.__qualname__} of {kind.__module__}, was given {x.shape[1]} of {tokens} tokens: "
             f"something cuts them into chunks, or merges them too; stop that, or {_without(site)}"
         )
-    # rounded half up, as round() would not; and every 2×2 cell, also one that is cut off, keeps a token
-    kept = max(math.floor(_share(run, tokens) * tokens + 0.5), frames * -(-rows // 2) * -(-columns // 2))
-    if tokens < least_tokens(config) or kept == tokens:
-        return Choice(tokens, None)
+    share, fewest = _share(run, tokens), least_tokens(config)
+    images = tuple((math.prod(grid), _left(grid, share, fewest)) for grid in layout)
+    if all(left == count for count, left in images):
+        return Choice(images, None)
     features, _ = split_text(x, tokens, site.part.text)
     semantic = None
     if run.feature.semantic:
         semantic = _averaged(run, _semantic(run.denoiser.get_submodule(site.guide), part, features, text, bias))
     compared = run.compared.get(site.group)
     if compared is None:
-        averaged = _averaged(run, features)
-        partition = partition_tokens(tokens, kind="grid", grid=(frames, rows, columns), device=x.device)
-        band = BAND if frames == 1 else max(BAND, 2 * rows * columns)
-        partition = replace(partition, windows=max(1, tokens // band))
-        compared = Compared(partition, *mutual_redundancy(averaged, partition, path=run.path))
-        run.compared[site.group] = compared
-    redundancy, e, chosen = run.path.rank(
-        *(compared.redundancy, compared.nearest, semantic, compared.partition, site.index),
-        degree=config.degree,
-        alpha=config.alpha,
-        seed=config.seed,
-        padding=None,
-        r=tokens - kept,
-    )
-    ranking = Ranking(compared.partition, tokens, redundancy, compared.nearest, e, chosen)
-    merge, _ = merge_ranked(ranking, tokens - kept, order="spatial", reduce=config.reduce, path=run.path)
-    return Choice(tokens, merge)
+        compared = run.compared[site.group] = _compare(run, _averaged(run, features), layout, images)
+    chosen = [
+        run.path.rank(
+            *(each.redundancy, each.nearest, semantic, each.partition, site.index),
+            degree=config.degree,
+            alpha=config.alpha,
+            seed=config.seed,
+            padding=None,
+            r=each.r,
+        )[2]
+        for each in compared
+    ]
+    src, dst = chosen[0] if len(chosen) == 1 else (torch.cat(halves, dim=1) for halves in zip(*chosen))
+    ones = features.new_ones(features.shape[:2], dtype=precise_dtype(features))
+    return Choice(images, merge_chosen(src, dst, ones, reduce=config.reduce))
+
+
+def _left(grid: Grid, share: float, fewest: int) -> int:
+    """How many of an image's tokens are left: all, where it has fewer than `fewest`."""
+    frames, rows, columns = grid
+    tokens = frames * rows * columns
+    if tokens < fewest:
+        return tokens
+    # rounded half up, as round() would not; and every 2×2 cell, also one that is cut off, keeps a token
+    return max(math.floor(share * tokens + 0.5), frames * -(-rows // 2) * -(-columns // 2))
+
+
+def _compare(run: Run, features: Tensor, layout: Layout, images: tuple[tuple[int, int], ...]) -> list[Compared]:
+    """Each image that merges, by itself: what its candidates are most similar to among its own destinations."""
+    compared, start = [], 0
+    for grid, (count, left) in zip(layout, images):
+        if left < count:
+            frames, rows, columns = grid
+            behind = features.shape[1] - start - count
+            partition = partition_tokens(
+                features.shape[1], start, "grid", suffix=behind, grid=grid, device=features.device
+            )
+            band = BAND if frames == 1 else max(BAND, 2 * rows * columns)
+            partition = replace(partition, windows=max(1, count // band))
+            found = mutual_redundancy(features, partition, path=run.path)
+            compared.append(Compared(partition, count - left, *found))
+        start += count
+    return compared
 
 
 def _share(run: Run, tokens: int) -> float:

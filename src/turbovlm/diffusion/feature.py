@@ -166,9 +166,13 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         if choice is None:
             return ""
         fewest = least_tokens(self.config)
-        if choice.tokens < fewest:
+        if len(choice.images) == 1 and choice.tokens < fewest:
             return f", {choice.tokens} tokens: fewer than {fewest} are left as they are"
-        return f", {choice.tokens} → {choice.tokens if choice.merge is None else choice.merge.sizes.shape[1]} tokens"
+        if len(choice.images) == 1:
+            return f", {choice.tokens} → {choice.left} tokens"
+        each = ", ".join(f"{tokens} → {left}" for tokens, left in choice.images)
+        small = f"; images of fewer than {fewest} are left as they are" if choice.largest < fewest else ""
+        return f", {choice.tokens} → {choice.left} tokens of {len(choice.images)} images: {each}{small}"
 
 
 def _nth(number: int) -> str:

@@ -1,24 +1,31 @@
-"""How the tokens of a denoiser lie: frames, rows and columns, as what it is given tells.
+"""How the tokens of a denoiser lie: frames, rows and columns of each image, as what it is given tells.
 
 `Denoiser.grid` is one of these, or any other function of the same arguments that can be pickled.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from turbovlm.checks import brief
 from turbovlm.errors import ConfigError, UnsupportedModelError
 from turbovlm.ops.tracing import is_readable
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns, of which an image has one frame."""
-GridReader = Callable[[Any, Mapping[str, Any], "tuple[int, int] | None"], "Grid | None"]
-"""`(holder, given, otherwise)`: of a module that has blocks, what it is given by name, and `DenoiseConfig.grid`; None
+Layout = tuple[Grid, ...]
+"""The images of a sequence, one behind the other: most have one, edited images have references beside them."""
+Sides = tuple[tuple[int, int], ...]
+"""Rows and columns of each image of a sequence."""
+GridReader = Callable[[Any, Mapping[str, Any], "Sides | None"], "Layout | None"]
+"""`(holder, given, otherwise)`: of a module that has blocks, what it is given by name, and `DenoiseConfig.sides`; None
 where that says nothing."""
 
 
@@ -38,7 +45,7 @@ class OfLatent:
     patch: str | None = "patch_size"
     frames: str | None = None
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid:
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout:
         latent: Tensor = next(iter(given.values()))
         axes = self.axes if latent.ndim == len(self.axes) else self.axes.replace("h", "fh")
         sizes = dict(zip(axes, latent.shape))
@@ -47,7 +54,7 @@ class OfLatent:
         patch = (1, *patch) if len(patch) == 2 else patch
         if self.frames is not None:
             patch = (int(holder.config.get(self.frames) or 1), *patch[1:])
-        return sizes.get("f", 1) // patch[0], sizes["h"] // patch[1], sizes["w"] // patch[2]
+        return ((sizes.get("f", 1) // patch[0], sizes["h"] // patch[1], sizes["w"] // patch[2]),)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class OfList:
     frames: str
     sizes: tuple[int, int]
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid:
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout:
         """Raises `UnsupportedModelError` where they are not of one size, or there are several for one image."""
         latents: Any = next(iter(given.values()))
         shapes = [each.shape for each in latents if isinstance(each, Tensor)]
@@ -73,14 +80,14 @@ class OfList:
                 "knows how the tokens of one image lie, and of others as large"
             )
         patch, frames = int(given.get(self.patch, self.sizes[0])), int(given.get(self.frames, self.sizes[1]))
-        return shapes[0][1] // frames, shapes[0][2] // patch, shapes[0][3] // patch
+        return ((shapes[0][1] // frames, shapes[0][2] // patch, shapes[0][3] // patch),)
 
 
 @dataclass(frozen=True)
 class OfPositions:
     """By an argument that says where each token stands, `[tokens, axes]`, or the same for every image of a batch.
 
-    The text's may be in front of the image's.
+    The text's may be in front of the images'.
 
     Args:
         name: of the argument.
@@ -91,30 +98,28 @@ class OfPositions:
     row: int = 1
     column: int = 2
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid | None:
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout | None:
         """Where Python may not look at positions, `otherwise`, or a square.
 
         Raises:
-            UnsupportedModelError: they are not those of one image.
+            UnsupportedModelError: they are not those of images, row by row.
             ConfigError: there are not as many as `otherwise` says.
         """
         positions, tokens = given.get(self.name), next(iter(given.values())).shape[1]
         if positions is None:
             return None
         if not is_readable(positions):
-            rows, columns = otherwise or square(tokens)
-            if rows * columns != tokens:
-                raise ConfigError(f"grid={otherwise}: the image has {tokens} tokens; give its rows and columns")
-            return 1, rows, columns
+            sides = otherwise or (square(tokens),)
+            if sum(rows * columns for rows, columns in sides) != tokens:
+                raise ConfigError(
+                    f"grid={sides[0] if len(sides) == 1 else sides}: the image has {tokens} tokens; give its rows and "
+                    "columns, or those of each image"
+                )
+            return tuple((1, rows, columns) for rows, columns in sides)
         flat = (positions[0] if positions.ndim == 3 else positions)[-tokens:]
-        spans = (flat.amax(dim=0) - flat.amin(dim=0) + 1).long().tolist()
-        rows, columns = spans.pop(self.row), spans.pop(self.column - 1)
-        if rows * columns != tokens or any(span != 1 for span in spans):
-            raise UnsupportedModelError(
-                f"{self.name} place {tokens} tokens on {rows}×{columns} positions: not one image, row by row, so "
-                "turbovlm does not know how they lie"
-            )
-        return 1, rows, columns
+        others = [axis for axis in range(flat.shape[1]) if axis not in (self.row, self.column)]
+        zeros = flat.new_zeros(tokens, 1)
+        return grids_at(self.name, torch.cat((flat[:, others], zeros, flat[:, [self.row, self.column]]), dim=1))
 
 
 @dataclass(frozen=True)
@@ -122,46 +127,108 @@ class OfShapes:
     """By an argument that lists frames, rows and columns of each image of a sequence, for the first of a batch.
 
     Args:
-        name: of the argument: a list of tuples, or of lists of them.
+        name: of the argument: a list of tuples, the images of a batch, or of lists of them, the images of sequences.
     """
 
     name: str
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid | None:
-        """Raises `UnsupportedModelError` where a sequence has several images."""
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout | None:
+        """Raises `UnsupportedModelError` where the sequences of a batch have images of other sizes."""
         shapes: Any = given.get(self.name)
         if shapes is None:
             return None
-        if isinstance(shapes[0], list):
-            shapes = shapes[0]
-            if len(shapes) != 1:
-                raise UnsupportedModelError(
-                    f"{self.name}={shapes}: the tokens of {len(shapes)} images are in one sequence, and turbovlm knows "
-                    "how those of one lie"
-                )
-        frames, rows, columns = shapes[0]
-        return int(frames), int(rows), int(columns)
+        if any(each != shapes[0] for each in shapes):
+            raise UnsupportedModelError(
+                f"{self.name}={brief(shapes)}: the sequences of a batch have images of several sizes, and turbovlm "
+                "knows how those of one lie"
+            )
+        images = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
+        return tuple((int(frames), int(rows), int(columns)) for frames, rows, columns in images)
 
 
 @dataclass(frozen=True)
 class OfNumbers:
-    """By three arguments that are numbers: of frames, rows and columns; the first argument is tokens."""
+    """By three arguments that are numbers: of frames, rows and columns; the first argument is tokens.
+
+    Args:
+        frames, rows, columns: names of the arguments.
+        places: the argument that says where each token stands, `[batch, 3, tokens]`, or from where to where,
+            `[batch, 3, tokens, 2]`; it tells of other images in the sequence, which the numbers are not of.
+    """
 
     frames: str
     rows: str
     columns: str
+    places: str
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: tuple[int, int] | None) -> Grid | None:
-        """Raises `UnsupportedModelError` where there are other tokens beside them, or a number is missing."""
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout | None:
+        """Raises `UnsupportedModelError` where other tokens beside them are not those of images, or are not known."""
         found = [given.get(name) for name in (self.frames, self.rows, self.columns)]
         frames, rows, columns = (0 if number is None else int(number) for number in found)
         tokens, known = next(iter(given.values())).shape[1], frames * rows * columns
-        if tokens != known:
+        if tokens == known:
+            return ((frames, rows, columns),)
+        places = given.get(self.places)
+        if places is None or not is_readable(places):
             raise UnsupportedModelError(
                 f"{self.frames}, {self.rows} and {self.columns} are {found}, which makes {known} tokens, and {tokens} "
-                "are given: turbovlm does not know how the others lie"
+                f"are given: turbovlm does not know how the others lie where {self.places} is None, or is not to be "
+                "looked at, as in a compiled denoiser"
             )
-        return frames, rows, columns
+        starts = places[0] if places.ndim == 3 else places[0, ..., 0]
+        return grids_at(self.places, starts.T)
+
+
+def grids_at(name: str, positions: Tensor) -> Layout:
+    """The images whose tokens stand at `positions`, `[tokens, axes]`: the last three axes are frames, rows, columns.
+
+    The tokens of an image lie frame by frame, each row by row, and have all other axes alike. Another image begins
+    where a token stands in front of the one before it, or differs in another axis.
+
+    Args:
+        name: of the argument that they are from.
+
+    Raises:
+        UnsupportedModelError: an image is not full, or two tokens in a row stand at one place.
+    """
+    found = positions.cpu()
+    other, step = found[:, :-3], found[1:, -3:] - found[:-1, -3:]
+    frame, row, column = step.sign().unbind(dim=1)
+    behind, alike = 9 * frame + 3 * row + column, (other[1:] == other[:-1]).all(dim=1)
+    twice = ((behind == 0) & alike).nonzero().flatten()
+    if len(twice):
+        raise UnsupportedModelError(
+            f"{name} place tokens {int(twice[0])} and {int(twice[0]) + 1} of {len(found)} at one place, so turbovlm "
+            "does not know how they lie; where they are in half precision, which lacks whole numbers from 256 on in "
+            "bfloat16, give them in float32"
+        )
+    starts = [0, *(1 + (~((behind > 0) & alike)).nonzero().flatten()).tolist(), len(found)]
+    layout = []
+    for start, end in itertools.pairwise(starts):
+        image = found[start:end, -3:]
+        columns = _until_it_changes(image[:, :2])
+        rows = _until_it_changes(image[:, :1]) // columns
+        frames = len(image) // (rows * columns) if rows else 0
+        if frames * rows * columns != len(image) or not _is_full(image.reshape(frames, rows, columns, 3)):
+            raise UnsupportedModelError(
+                f"{name} place tokens {start} to {end - 1} of {len(found)} where they fill no image row by row, so "
+                "turbovlm does not know how they lie"
+            )
+        layout.append((frames, rows, columns))
+    return tuple(layout)
+
+
+def _until_it_changes(values: Tensor) -> int:
+    """How many entries at the front of `values`, `[entries, axes]`, are like the first."""
+    same = (values == values[0]).all(dim=1)
+    return len(values) if bool(same.all()) else int(same.int().argmin())
+
+
+def _is_full(image: Tensor) -> bool:
+    """Whether each axis of `image`, `[frames, rows, columns, 3]`, says the same wherever the other two are."""
+    frames, rows, columns = image.unbind(dim=-1)
+    along = frames[:, :1, :1], rows[:1, :, :1], columns[:1, :1, :]
+    return all(bool((axis == first).all()) for axis, first in zip((frames, rows, columns), along))
 
 
 def square(tokens: int) -> tuple[int, int]:
@@ -172,5 +239,8 @@ def square(tokens: int) -> tuple[int, int]:
     """
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise ConfigError(f"{tokens} tokens are no square: give grid=(rows, columns)")
+        raise ConfigError(
+            f"{tokens} tokens are no square: give grid=(rows, columns), or, of several images in one sequence, those "
+            "of each, grid=((rows, columns), …)"
+        )
     return side, side

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.diffusion.grids import Layout
 from turbovlm.errors import StateError
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.partition import Partition
@@ -32,19 +33,46 @@ checkpointing."""
 
 @dataclass(frozen=True)
 class Compared:
-    """Each candidate's most similar destination, and how similar: R and its argument, `[batch, candidates]` each."""
+    """Each candidate's most similar destination in one image, and how similar.
+
+    Attributes:
+        partition: the image's candidates and destinations, as places in the sequence.
+        r: how many of its candidates go.
+        redundancy, nearest: R and its argument, `[batch, candidates]` each.
+    """
 
     partition: Partition
+    r: int
     redundancy: Tensor
     nearest: Tensor
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the parts of a group of blocks read: `tokens` tokens, merged by `merge`; None where all of them are read."""
+    """What the parts of a group of blocks read.
 
-    tokens: int
+    Attributes:
+        images: tokens of each image of a sequence, and how many of them are left.
+        merge: what merges them; None where all tokens are read.
+    """
+
+    images: tuple[tuple[int, int], ...]
     merge: Merge | None
+
+    @property
+    def tokens(self) -> int:
+        """N, of all images of a sequence."""
+        return sum(tokens for tokens, _ in self.images)
+
+    @property
+    def left(self) -> int:
+        """M, of all images of a sequence."""
+        return sum(left for _, left in self.images)
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest image."""
+        return max(tokens for tokens, _ in self.images)
 
 
 @dataclass(eq=False)
@@ -59,9 +87,9 @@ class Run:
         same_latent: for each latent, the share of each that is the same, `[latents, latents]`; None where each merges
             by itself.
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
-        grid: frames, rows and columns of the tokens at hand; None where nothing says.
+        layout: frames, rows and columns of each image of the tokens at hand; None where nothing says.
         finest: tokens of the largest resolution that has blocks.
-        compared: what each group's tokens were found to be most similar to, by `Site.group`.
+        compared: what each group's tokens were found to be most similar to, by `Site.group`, of each image that merges.
         whole: why each part or block that was called read all tokens, by its path; None where merging was up to its
             group.
         inside: what paths of the denoiser's modules begin with in the model that was accelerated.
@@ -75,9 +103,9 @@ class Run:
     latents: int
     same_latent: Tensor | None
     choices: dict[str, Choice]
-    grid: tuple[int, int, int] | None = None
+    layout: Layout | None = None
     finest: int = 1
-    compared: dict[str, Compared] = field(default_factory=dict)
+    compared: dict[str, list[Compared]] = field(default_factory=dict)
     whole: dict[str, str | None] = field(default_factory=dict)
     inside: str = ""
     apart: bool = False

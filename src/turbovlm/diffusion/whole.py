@@ -75,7 +75,7 @@ def reason_to_leave_block_whole(block: Any, kind: Block, given: dict[str, Any]) 
     return what_stands_in_block(block, kind)
 
 
-POSITIONAL = ("ip_adapter_masks", "gligen")
+POSITIONAL = ("ip_adapter_masks", "gligen", "kv_cache_mode")
 """Entries of arguments such as `cross_attention_kwargs` that are of the image's positions."""
 
 

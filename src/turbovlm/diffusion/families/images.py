@@ -74,10 +74,6 @@ FLUX = Denoiser(
     holders=(f"{TRANSFORMERS}.transformer_flux.FluxTransformer2DModel",),
     blocks=(FLUX_DOUBLE, FLUX_SINGLE),
     grid=OfPositions("img_ids"),
-    refused=(
-        "diffusers.pipelines.flux.pipeline_flux_kontext.FluxKontextPipeline",
-        "diffusers.pipelines.flux.pipeline_flux_kontext_inpaint.FluxKontextInpaintPipeline",
-    ),
     between=("controlnet_block_samples", "controlnet_single_block_samples"),
 )
 LONGCAT = replace(
@@ -88,7 +84,6 @@ LONGCAT = replace(
         replace(FLUX_DOUBLE, path=f"{TRANSFORMERS}.transformer_longcat_image.LongCatImageTransformerBlock"),
         replace(FLUX_SINGLE, path=f"{TRANSFORMERS}.transformer_longcat_image.LongCatImageSingleTransformerBlock"),
     ),
-    refused=(),
     between=(),
 )
 OVIS = replace(

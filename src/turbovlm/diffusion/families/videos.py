@@ -106,7 +106,7 @@ LTX = Denoiser(
             by_parts=False,
         ),
     ),
-    grid=OfNumbers("num_frames", "height", "width"),
+    grid=OfNumbers("num_frames", "height", "width", "video_coords"),
 )
 LTX2 = Denoiser(
     "LTX-2",
@@ -133,7 +133,7 @@ LTX2 = Denoiser(
             whole_if=("self_attention_mask", "perturbation_mask"),
         ),
     ),
-    grid=OfNumbers("num_frames", "height", "width"),
+    grid=OfNumbers("num_frames", "height", "width", "video_coords"),
     between=("spatio_temporal_guidance_blocks", "perturbation_mask"),
 )
 COGVIDEOX = Denoiser(
