@@ -42,7 +42,7 @@ def padded(batch: int) -> torch.Tensor:
 
 def qwen(**settings: Any) -> Any:
     size = {**JOINT, **AXES, "in_channels": 16, "out_channels": 4, "num_layers": 3}
-    return made("QwenImageTransformer2DModel", **size, **settings)
+    return made("QwenImageTransformer2DModel", **{**size, **settings})
 
 
 def qwen_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
