@@ -20,6 +20,7 @@ from turbovlm.errors import StateError
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.partition import Partition
 from turbovlm.patching import Patch
+from turbovlm.shares import Share
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
@@ -58,6 +59,7 @@ class Run:
         latents: how many it was given.
         same_latent: for each latent, the share of each that is the same, `[latents, latents]`; None where each merges
             by itself.
+        share: what it keeps, of every resolution or of each.
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
         grid: frames, rows and columns of the tokens at hand; None where nothing says.
         finest: tokens of the largest resolution that has blocks.
@@ -74,6 +76,7 @@ class Run:
     path: ModuleType
     latents: int
     same_latent: Tensor | None
+    share: Share
     choices: dict[str, Choice]
     grid: tuple[int, int, int] | None = None
     finest: int = 1
