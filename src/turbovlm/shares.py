@@ -76,7 +76,7 @@ def written(keep: Any) -> str:
 def in_words(keep: Any) -> str:
     """A checked `keep` for people: `"50% of the tokens"`, and what it is later."""
     if callable(keep):
-        return f"by {name_of(keep)} of the steps behind, some of the tokens"
+        return f"{name_of(keep)}(progress) of the tokens"
     if not is_over_steps(keep):
         return f"{_percent(keep)} of the tokens"
     (_, first), *rest = keep

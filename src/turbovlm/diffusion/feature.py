@@ -167,7 +167,8 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         fewest = least_tokens(self.config)
         if choice.tokens < fewest:
             return f", {choice.tokens} tokens: fewer than {fewest} are left as they are"
-        return f", {choice.tokens} → {choice.tokens if choice.merge is None else choice.merge.sizes.shape[1]} tokens"
+        left = choice.tokens if choice.merge is None else choice.merge.sizes.shape[1]
+        return f", {choice.tokens} → {left} tokens{' in the last step' if self.config.over_steps else ''}"
 
 
 def _nth(number: int) -> str:

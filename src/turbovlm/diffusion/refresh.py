@@ -128,6 +128,8 @@ class Steps:
         self.count_with(pipe.scheduler)
         install(self.patches(feature))
         self.begin_loop()  # its set_timesteps was called before it was known
+        if getattr(pipe.scheduler, "num_inference_steps", 0) is not None:  # or was not called at all
+            self.reach(place_of(pipe.scheduler) or 0)
 
     def begin_loop(self) -> None:
         """Forget all choices: a pipeline begins its steps."""
