@@ -150,7 +150,8 @@ def test_a_compiled_flux_is_told_of_images_that_are_not_square(settings, said):
 
 def in_a_run(model, function, *args, **kwargs):
     """Call a part of an accelerated denoiser as in a forward of one latent; also give the run."""
-    run = Run(turbovlm.get_handle(model).features[0], model, plain, 1, None, {})
+    feature = turbovlm.get_handle(model).features[0]
+    run = Run(feature, model, plain, 1, None, feature.config.keep, {})
     return run_within(run, function, *args, **kwargs), run
 
 

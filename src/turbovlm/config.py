@@ -23,7 +23,7 @@ from turbovlm.checks import (
     check_share_or_count,
     is_list,
 )
-from turbovlm.denoise_config import COMPONENTS, LEAST_KEPT, DenoiseConfig
+from turbovlm.denoise_config import COMPONENTS, DenoiseConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import DegreeFunction, LayeredDegree, needs_semantic
 from turbovlm.settings import REDUCTIONS, WITHOUT_ALPHA, Settings
@@ -333,4 +333,4 @@ class ReadConfig(Settings):
 
 Config = TurboConfig | ReadConfig | DenoiseConfig
 
-__all__ = ["COMPONENTS", "LEAST_KEPT", "Config", "DenoiseConfig", "ReadConfig", "TurboConfig"]
+__all__ = ["COMPONENTS", "Config", "DenoiseConfig", "ReadConfig", "TurboConfig"]

@@ -5,21 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from turbovlm.checks import (
-    brief,
-    check_choice,
-    check_flag,
-    check_grids,
-    check_integer,
-    check_seed,
-    check_share,
-    is_list,
-)
+from turbovlm.checks import brief, check_choice, check_flag, check_grids, check_integer, check_seed, is_list
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import DegreeFunction
 from turbovlm.settings import REDUCTIONS, Settings
+from turbovlm.shares import Keep, check_keep, is_over_steps, written
 
 COMPONENTS = ("attention", "cross_attention", "ffn")
 """The parts of a denoiser's block that can read merged tokens."""
@@ -27,9 +19,6 @@ DENOISER_RESTORES = ("auto", "copy", "linear")
 SCOPES = ("part", "block", "stack")
 SPAN = 4
 """Blocks in a stack: two drift as little as eight, and four save nearly as much (benchmarks/stacks.py)."""
-
-LEAST_KEPT = 0.25
-"""Share of its tokens that a denoiser's block reads at least: one token in every 2×2 cell is a destination."""
 
 LINEAR = "regression is of what feed-forwards add, and components has no 'ffn'"
 
@@ -40,7 +29,10 @@ class DenoiseConfig(Settings):
 
     Args:
         keep: share of its tokens that a block reads, in [0.25, 1]; or a sequence: of the largest resolution that the
-            denoiser has blocks in, of half as many rows, of a quarter, …; smaller ones have the last.
+            denoiser has blocks in, of half as many rows, of a quarter, …; smaller ones have the last. Over the steps of
+            a pipeline, a mapping from progress to either: `{0: 0.5, 0.6: 1.0}` keeps half, and behind 0.6 of the steps
+            all; or a function of the progress. Progress is the place of a step in its scheduler's `timesteps`, as a
+            share of them, in [0, 1).
         scope: where tokens stay merged: `"stack"`, over a run of blocks, merged once before it and restored once behind
             it by what they have gained; `"block"`, over one block (Turbo, §3.3); `"part"`, over each part of a block
             (§6.2). None: `"part"` where `components` or `queries_only` are given, else `"stack"`.
@@ -67,9 +59,7 @@ class DenoiseConfig(Settings):
         ConfigError: naming the field, the value and what is allowed.
     """
 
-    _amounts: ClassVar[tuple[str, ...]] = ("keep",)
-
-    keep: float | Sequence[float]
+    keep: Keep
     _: dataclasses.KW_ONLY
     scope: str | None = None
     span: int | None = None
@@ -87,13 +77,7 @@ class DenoiseConfig(Settings):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if is_list(self.keep):
-            if not self.keep:
-                raise ConfigError("keep=[]: a list of keep needs a share per resolution")
-            shares: Any = self.keep
-            self._set(keep=tuple(check_share("keep", value, LEAST_KEPT) for value in shares))
-        else:
-            self._set(keep=check_share("keep", self.keep, LEAST_KEPT))
+        self._set(keep=check_keep(self.keep))
         if self.components is not None:
             parts = self.components
             if not is_list(parts) or not parts or any(part not in COMPONENTS for part in parts):
@@ -131,6 +115,16 @@ class DenoiseConfig(Settings):
         if scope != "stack":
             found["span"] = f"scope={scope!r} has no stacks"
         return found
+
+    @property
+    def amount(self) -> str:
+        """`keep`, as it was written."""
+        return f"keep={written(self.keep)}"
+
+    @property
+    def over_steps(self) -> bool:
+        """Whether `keep` is not the same in all steps."""
+        return is_over_steps(self.keep)
 
     @property
     def where(self) -> str:

@@ -179,11 +179,10 @@ def _compare(run: Run, features: Tensor, layout: Layout, images: tuple[tuple[int
 
 def _share(run: Run, tokens: int) -> float:
     """Share of `tokens` tokens that is read: where resolutions differ, by how often the image's rows were halved."""
-    keep: Any = run.feature.config.keep
-    if isinstance(keep, tuple):
-        halved = max(0, round(math.log(run.finest / tokens, 4)))
-        return float(keep[min(halved, len(keep) - 1)])
-    return float(keep)
+    if not isinstance(run.share, tuple):
+        return run.share
+    halved = max(0, round(math.log(run.finest / tokens, 4)))
+    return run.share[min(halved, len(run.share) - 1)]
 
 
 def _averaged(run: Run, x: Tensor) -> Tensor:

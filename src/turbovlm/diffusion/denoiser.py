@@ -20,9 +20,10 @@ from turbovlm.diffusion.run import Run, check_class, current_run, find_same_late
 from turbovlm.diffusion.whole import patches_below
 from turbovlm.errors import StateError
 from turbovlm.ops.dispatch import path_for
-from turbovlm.ops.tracing import is_readable
+from turbovlm.ops.tracing import is_captured, is_readable
 from turbovlm.patching import Patch, install, patches_of, slot_of, take_off
 from turbovlm.registry import class_paths
+from turbovlm.shares import Share
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature, Unit
@@ -76,8 +77,15 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
             _check_not_compiled(holder, model, feature)
         _follow_parts(holder, model, feature)
     seen = latent if is_readable(latent) else None
+    if not compiling and steps.progress is not None and is_captured(latent):
+        raise StateError(
+            f"{feature.config.amount}: a CUDA graph repeats what was kept in the step in which it was captured; give "
+            "one share for all steps, or let torch.compile make the graphs"
+        )
+    timestep = next((given[name] for name in TIMESTEPS if given.get(name) is not None), None)
+    share = steps.share(None if seen is None else timestep)
     # without `refresh` a graph that cannot look at latents shares nothing
-    shares = seen is not None or steps.every > 1
+    shares = seen is not None or feature.config.refresh > 1
     choices = steps.begin_forward(seen) if shares else {}
     run = Run(
         feature,
@@ -85,6 +93,7 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         path_for(latent),
         len(latent),
         find_same_latents(latent) if holder.guided and len(latent) > 1 else None,
+        share,
         choices,
         layout,
         sum(map(math.prod, layout or (latent.shape[-2:],))) >> 2 * holder.halved,
@@ -100,8 +109,12 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         feature.last = {**others, **run.choices}  # a list of ControlNets has a forward of each
         reasons: dict[str, str | None] = {**feature.whole, **_reasons(holder, run)}
         feature.whole = {name: reason for name, reason in reasons.items() if reason is not None}
-        _warn_of_nothing(feature)
+        _warn_of_nothing(feature, share)
     return out
+
+
+TIMESTEPS = ("timestep", "timesteps", "t")
+"""Names by which denoisers take how noisy a latent is."""
 
 
 def _layout_of(holder: Holder, model: Any, given: dict[str, Any], feature: DenoiseFeature) -> Layout | None:
@@ -207,10 +220,9 @@ def _reasons(holder: Holder, run: Run) -> dict[str, str | None]:
 NOT_CALLED = "the last forward skipped it, or called another forward that was put in its place"
 
 
-def _warn_of_nothing(feature: DenoiseFeature) -> None:
+def _warn_of_nothing(feature: DenoiseFeature, share: Share) -> None:
     """Say where a forward has merged nothing at all, or in no part of one kind, though it should have."""
-    keep: Any = feature.config.keep
-    if all(share == 1 for share in (keep if isinstance(keep, tuple) else (keep,))):
+    if all(each == 1 for each in (share if isinstance(share, tuple) else (share,))):
         return
     parts: dict[str, list[str | None]] = {}
     for unit in feature.units:

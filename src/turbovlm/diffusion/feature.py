@@ -17,6 +17,7 @@ from turbovlm.diffusion.merge_stack import Place, attention_forward, block_forwa
 from turbovlm.diffusion.refresh import Steps
 from turbovlm.diffusion.run import Choice
 from turbovlm.patching import Patch
+from turbovlm.shares import in_words
 from turbovlm.threads import Remembering
 
 
@@ -64,7 +65,7 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
     places: tuple[Place, ...]
     holders: tuple[tuple[str, Holder], ...]
     semantic: bool
-    steps: Steps = field(default_factory=lambda: Steps(1))
+    steps: Steps
     whole: dict[str, str] = field(default_factory=dict)
     removed: bool = False
 
@@ -127,9 +128,7 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         for unit in self.units:
             groups.setdefault(unit.group, []).append(unit.block)
         often = "" if config.refresh == 1 else f", chosen in every {_nth(config.refresh)} step"
-        keep: Any = config.keep
-        shares = ", ".join(f"{share:.0%}" for share in (keep if isinstance(keep, tuple) else (keep,)))
-        lines = [f"  {self.family}: {shares} of the tokens in {self._where()}{often}"]
+        lines = [f"  {self.family}: {in_words(config.keep)} in {self._where()}{often}"]
         for group, blocks in groups.items():
             named = list(dict.fromkeys(blocks))
             together = "in a stack" if config.where == "stack" else "merge alike"
@@ -168,11 +167,12 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         fewest = least_tokens(self.config)
         if len(choice.images) == 1 and choice.tokens < fewest:
             return f", {choice.tokens} tokens: fewer than {fewest} are left as they are"
+        last = " in the last step" if self.config.over_steps else ""
         if len(choice.images) == 1:
-            return f", {choice.tokens} → {choice.left} tokens"
+            return f", {choice.tokens} → {choice.left} tokens{last}"
         each = ", ".join(f"{tokens} → {left}" for tokens, left in choice.images)
         small = f"; images of fewer than {fewest} are left as they are" if choice.largest < fewest else ""
-        return f", {choice.tokens} → {choice.left} tokens of {len(choice.images)} images: {each}{small}"
+        return f", {choice.tokens} → {choice.left} tokens{last} of {len(choice.images)} images: {each}{small}"
 
 
 def _nth(number: int) -> str:

@@ -21,6 +21,7 @@ from turbovlm.diffusion.whole import what_stands_in_block, what_stood_inside
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.ops.degree import needs_semantic
 from turbovlm.registry import class_paths, families, family_of
+from turbovlm.shares import keep_at
 
 SHARED_BY, SHARED_BY_STACKED = 4, 12
 """How many blocks in a row merge alike, where their parts merge, and where they merge whole."""
@@ -36,16 +37,17 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
         owner: the pipeline that the denoiser is from, or the model itself.
 
     Raises:
-        ConfigError: components that its blocks do not have, a `grid` of images whose grid is known, or `refresh`
-            without a pipeline.
+        ConfigError: components that its blocks do not have, a `grid` of images whose grid is known, `refresh` or a
+            `keep` over the steps without a pipeline, or such a function that returns no share.
         UnsupportedModelError: blocks in a model that is not known, such as one whose blocks see space and time in turn.
         TurboError: a part has a cache already, or the scheduler has methods of its own.
     """
-    if config.refresh > 1 and getattr(owner, "scheduler", None) is None:
+    if (config.refresh > 1 or config.over_steps) and getattr(owner, "scheduler", None) is None:
+        asked = f"refresh={config.refresh}" if config.refresh > 1 else config.amount
         raise ConfigError(
-            f"refresh={config.refresh}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to "
-            "its denoiser"
+            f"{asked}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to its denoiser"
         )
+    keep_at(config.keep, 0.0)  # what a function returns is refused now rather than in the first step
     modules = dict(model.named_modules())
     found = {
         name: family
@@ -85,7 +87,7 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     names = ", ".join(dict.fromkeys(family.family for family in found.values()))
     holders = tuple(_find_holders(modules, found, roots))
     scheduler = getattr(owner, "scheduler", None)
-    steps = Steps(config.refresh, None if scheduler is None else owner)
+    steps = Steps(config, None if scheduler is None else owner)
     if scheduler is not None:
         steps.count_with(scheduler)
     if places:

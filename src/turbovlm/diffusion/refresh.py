@@ -4,6 +4,8 @@ The pipeline's scheduler says when a step ends. Guidance whose halves are forwar
 both, so they merge alike, as the halves of a batch do. Forwards outside of a pipeline's loop, whose steps nobody
 counts, choose for themselves, unless they are given parts of one batch that are equal. A loop that is left before its
 last step counts as under way until the next one begins.
+
+Where `keep` depends on the progress, the scheduler also says which step is next: `Progress`.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from turbovlm.diffusion.progress import Progress, place_of
 from turbovlm.diffusion.run import Choice
 from turbovlm.errors import TurboError
 from turbovlm.patching import Patch, install, patches_of, take_off
+from turbovlm.shares import Share
 
 if TYPE_CHECKING:
+    from turbovlm.config import DenoiseConfig
     from turbovlm.diffusion.feature import DenoiseFeature
 
 
@@ -34,13 +39,15 @@ class Steps:
     is of one thread; forwards in others choose for themselves.
 
     Attributes:
-        every: steps that share choices.
+        config: the settings.
+        progress: of the loop that is under way, where `keep` depends on it.
         choices: those in force, as `Run.choices`, of each of the latents of a step, in the order of their forwards.
         counting: whether a loop is under way.
     """
 
-    def __init__(self, every: int, pipe: Any = None, scheduler: Any = None) -> None:
-        self.every = every
+    def __init__(self, config: DenoiseConfig, pipe: Any = None, scheduler: Any = None) -> None:
+        self.config = config
+        self.progress = Progress(config.keep) if config.over_steps else None
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._scheduler = None if scheduler is None else weakref.ref(scheduler)
         self.choices: list[dict[str, Choice]] = []
@@ -48,14 +55,19 @@ class Steps:
         self._thread = 0
         self._latents: list[Tensor] = []  # of the present step
         self._before = _Before()
-        self._ended = 0
+        self._ended = 0  # since the last choice
         self._choose_anew = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"every": self.every, "scheduler": self.scheduler}
+        return {"config": self.config, "scheduler": self.scheduler}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Steps.__init__(self, state["every"], None, state["scheduler"])
+        Steps.__init__(self, state["config"], None, state["scheduler"])
+
+    @property
+    def needed(self) -> bool:
+        """Whether the settings cannot do without a scheduler that is counted with."""
+        return self.config.refresh > 1 or self.progress is not None
 
     @property
     def scheduler(self) -> Any:
@@ -65,53 +77,88 @@ class Steps:
     def count_with(self, scheduler: Any) -> None:
         """Let that scheduler say when a step ends, once it is patched.
 
-        Without `refresh` steps are worth little, so a scheduler that cannot be counted with is left alone.
+        Where steps are worth little, a scheduler that cannot be counted with is left alone.
 
         Raises:
             TurboError: something else has put methods of its own into it.
         """
         self._scheduler = None
-        for name in _COUNTED:
+        config = self.config
+        asked = config.amount if self.progress is not None else f"refresh={config.refresh}"
+        for name in COUNTED:
             known = hasattr(type(scheduler), name)
-            if self.every == 1 and not (known and name not in scheduler.__dict__):
+            if not self.needed and not (known and name not in scheduler.__dict__):
                 return
             if not known:
                 raise TurboError(
-                    f"refresh={self.every}: the pipeline's scheduler, a {type(scheduler).__name__}, has no {name}, by "
-                    "which its steps are counted; leave refresh out"
+                    f"{asked}: the pipeline's scheduler, a {type(scheduler).__name__}, has no {name}, by which its "
+                    f"steps are counted; {'give one share for all' if self.progress else 'leave refresh out'}"
                 )
+        for name in self._counted(scheduler):
             if name in scheduler.__dict__ and not _gives_way(scheduler.__dict__[name]):
                 raise TurboError(
-                    f"refresh={self.every}: the {name} of this {type(scheduler).__name__} is replaced already, by "
-                    "another accelerated pipeline that shares the scheduler or by another library; give this pipeline "
-                    "a scheduler of its own"
+                    f"{asked}: the {name} of this {type(scheduler).__name__} is replaced already, by another "
+                    "accelerated pipeline that shares the scheduler or by another library; give this pipeline a "
+                    "scheduler of its own"
                 )
-        for patch in [scheduler.__dict__[name] for name in _COUNTED if name in scheduler.__dict__]:
+        for patch in [scheduler.__dict__[name] for name in COUNTED if name in scheduler.__dict__]:
             patch.feature.steps.counting = False
             take_off([patch])
         self._scheduler = weakref.ref(scheduler)
 
+    def _counted(self, scheduler: Any) -> dict[str, Any]:
+        """The methods of a scheduler that are patched, by name."""
+        if self.progress is None:
+            return COUNTED
+        return COUNTED | {name: function for name, function in TELLING.items() if hasattr(type(scheduler), name)}
+
     def patches(self, feature: DenoiseFeature) -> list[Patch]:
         """Those of the scheduler, where there is one."""
         scheduler = self.scheduler
-        counted = _COUNTED if scheduler is not None else {}
+        counted = {} if scheduler is None else self._counted(scheduler)
         return [Patch(scheduler, name, function, feature) for name, function in counted.items()]
 
     def follow_pipeline(self, feature: DenoiseFeature) -> None:
         """Count with the scheduler that the pipeline has now, be it another than before."""
         pipe, before = None if self._pipe is None else self._pipe(), self.scheduler
-        if pipe is None or pipe.scheduler is before or (self.every == 1 and before is None):
+        if pipe is None or pipe.scheduler is before or (before is None and not self.needed):
             return
         if before is not None:
             take_off([patch for patch in patches_of(before) if patch.feature is feature])
         self.count_with(pipe.scheduler)
         install(self.patches(feature))
         self.begin_loop()  # its set_timesteps was called before it was known
+        if getattr(pipe.scheduler, "num_inference_steps", 0) is not None:  # or was not called at all
+            self.reach(place_of(pipe.scheduler) or 0)
 
     def begin_loop(self) -> None:
         """Forget all choices: a pipeline begins its steps."""
         self.counting, self._choose_anew, self._ended = True, True, 0
         self._thread, self._latents = threading.get_ident(), []
+        if self.progress is not None:
+            self.progress.begin()
+
+    def reach(self, place: int | None) -> None:
+        """Know which entry of the scheduler's `timesteps` is next; None where nothing says."""
+        if self.progress is not None and place is not None and self.progress.reach(self.scheduler, place):
+            self._choose_anew, self._ended = True, 0
+
+    def share(self, timestep: Any) -> Share:
+        """What a forward keeps.
+
+        Args:
+            timestep: that it is given; None where Python may not look at it.
+
+        Raises:
+            StateError: `keep` depends on the progress, and no loop is under way in this thread.
+            ConfigError: a function has returned no share.
+        """
+        if self.progress is None:
+            keep: Share = self.config.keep  # type: ignore[assignment]
+            return keep
+        if timestep is not None:
+            self.reach(self.progress.look(self.scheduler, timestep))
+        return self.progress.share()
 
     def begin_forward(self, latent: Tensor | None) -> dict[str, Choice]:
         """The choices that a forward of the denoiser begins with, and adds to.
@@ -147,9 +194,9 @@ class Steps:
 
     def end_step(self, last: bool) -> None:
         """Count a step of the scheduler; its last one ends the loop."""
-        self._ended += 1
+        self._ended = (self._ended + 1) % self.config.refresh
         self._latents = []
-        self._choose_anew = self._ended % self.every == 0
+        self._choose_anew = self._ended == 0
         self.counting = self.counting and not last
 
 
@@ -170,8 +217,8 @@ class _Before(threading.local):
 
 
 def _gives_way(method: Any) -> bool:
-    """Whether it is another pipeline's that counts without `refresh`, to which counting is worth little."""
-    return isinstance(method, Patch) and method.before is None and method.feature.steps.every == 1  # type: ignore[attr-defined]
+    """Whether it is another pipeline's, to which counting is worth little."""
+    return isinstance(method, Patch) and method.before is None and not method.feature.steps.needed  # type: ignore[attr-defined]
 
 
 def _are_equal(latent: Tensor, other: Tensor) -> bool:
@@ -181,15 +228,38 @@ def _are_equal(latent: Tensor, other: Tensor) -> bool:
 
 def set_timesteps(patch: Patch, scheduler: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Let the scheduler begin its steps."""
-    patch.feature.steps.begin_loop()  # type: ignore[attr-defined]
-    return original(*args, **kwargs)
+    steps: Steps = patch.feature.steps  # type: ignore[attr-defined]
+    steps.begin_loop()
+    out = original(*args, **kwargs)
+    steps.reach(place_of(scheduler) or 0)
+    return out
 
 
 def step(patch: Patch, scheduler: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Let the scheduler take a step."""
+    steps: Steps = patch.feature.steps  # type: ignore[attr-defined]
     out = original(*args, **kwargs)
     timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-    patch.feature.steps.end_step(_was_last(scheduler, timestep))  # type: ignore[attr-defined]
+    steps.end_step(_was_last(scheduler, timestep))
+    if steps.progress is not None:
+        steps.reach(steps.progress.place_behind(scheduler, timestep))
+    return out
+
+
+def set_begin_index(patch: Patch, scheduler: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Let the scheduler begin at another step than its first."""
+    out = original(*args, **kwargs)
+    steps: Steps = patch.feature.steps  # type: ignore[attr-defined]
+    steps.reach(place_of(scheduler))
+    return out
+
+
+def scale_model_input(patch: Patch, scheduler: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Let the scheduler scale what the denoiser is given next."""
+    out = original(*args, **kwargs)
+    timestep = kwargs["timestep"] if "timestep" in kwargs else (*args[1:2], None)[0]
+    steps: Steps = patch.feature.steps  # type: ignore[attr-defined]
+    steps.reach(place_of(scheduler, timestep))
     return out
 
 
@@ -201,4 +271,7 @@ def _was_last(scheduler: Any, timestep: Any) -> bool:
     return float(timestep) == float(scheduler.timesteps[-1])
 
 
-_COUNTED = {"set_timesteps": set_timesteps, "step": step}
+COUNTED = {"set_timesteps": set_timesteps, "step": step}
+"""What is patched of every scheduler."""
+TELLING = {"set_begin_index": set_begin_index, "scale_model_input": scale_model_input}
+"""What else tells which step is next, where a scheduler has it; image-to-image begins in the middle."""

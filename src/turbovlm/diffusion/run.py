@@ -21,6 +21,7 @@ from turbovlm.errors import StateError
 from turbovlm.ops.merging import Merge
 from turbovlm.ops.partition import Partition
 from turbovlm.patching import Patch
+from turbovlm.shares import Share
 
 if TYPE_CHECKING:
     from turbovlm.diffusion.feature import DenoiseFeature
@@ -86,6 +87,7 @@ class Run:
         latents: how many it was given.
         same_latent: for each latent, the share of each that is the same, `[latents, latents]`; None where each merges
             by itself.
+        share: what it keeps, of every resolution or of each.
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
         layout: frames, rows and columns of each image of the tokens at hand; None where nothing says.
         finest: tokens of the largest resolution that has blocks.
@@ -102,6 +104,7 @@ class Run:
     path: ModuleType
     latents: int
     same_latent: Tensor | None
+    share: Share
     choices: dict[str, Choice]
     layout: Layout | None = None
     finest: int = 1

@@ -28,8 +28,14 @@ def is_exporting() -> bool:
 
 def is_readable(x: Tensor) -> bool:
     """Whether Python may look at the values of `x`: not while a program is traced or a CUDA graph is captured."""
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return x.device.type != "meta" and not captured and not torch.compiler.is_compiling() and not is_transformed(x)
+    return (
+        x.device.type != "meta" and not is_captured(x) and not torch.compiler.is_compiling() and not is_transformed(x)
+    )
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether what is done with `x` becomes part of a CUDA graph, which Python captures at present."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_exporting_to_onnx() -> bool:

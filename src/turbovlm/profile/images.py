@@ -77,7 +77,7 @@ def compare_images(
         draws = [each.draw for each in watched]
         clock, wall = interleaved(draws, device, rounds, warmup, progress or (lambda _: None))
         drifts = [_drifts(watched[0], each, batch) for each in watched]
-        step_peaks = [each.peak_of_step() for each in watched]
+        step_peaks = [each.peak_of_step(steps) for each in watched]
         peaks = [each.peak(min(steps, FEW_STEPS)) for each in watched]
     runs = []
     for i, name in enumerate((BASELINE, *versions)):
@@ -98,7 +98,9 @@ def _checked(configs: Any) -> dict[str, DenoiseConfig]:
 
 
 def _macs_per_step(watched: WatchedPipeline, config: DenoiseConfig | None, steps: int) -> float:
-    """Multiply-accumulates of a step, over as many as share one decision of what is merged."""
+    """Multiply-accumulates of a step, over as many as share one decision of what is merged; over all that differ."""
+    if config is not None and config.over_steps:
+        return watched.count(steps)
     refresh = 1 if config is None else config.refresh
     return watched.count(min(steps, max(FEW_STEPS, refresh)))
 

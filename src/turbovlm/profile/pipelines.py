@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ class WatchedPipeline:
         self._pipe.set_progress_bar_config(disable=True)
         if getattr(pipe, "safety_checker", None) is not None:
             self._pipe.safety_checker = None
+        self._over_steps = config is not None and config.over_steps
         if config is not None:
             apply(self._pipe, config)
         step = self._pipe.scheduler.step
@@ -88,9 +89,9 @@ class WatchedPipeline:
 
         They are counted as the image is made; call it before `watch`.
         """
-        total, forward = 0, self._denoiser.forward
+        total = 0
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
+        def counted(forward: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal total
             self._arguments = args, kwargs
             with counting() as so_far:
@@ -98,14 +99,7 @@ class WatchedPipeline:
             total += so_far()
             return out
 
-        own = self._denoiser.__dict__.get("forward")
-        self._denoiser.forward = counted
-        self.calls.append(Call())
-        self._call(steps)
-        taken = self.calls.pop().steps
-        del self._denoiser.forward
-        if own is not None:
-            self._denoiser.forward = own
+        taken = self._call_with(self._denoiser, counted, steps)
         return total / taken
 
     def watch(self, compile: bool) -> None:
@@ -130,16 +124,44 @@ class WatchedPipeline:
         return peak
 
     @torch.no_grad()
-    def peak_of_step(self) -> int | None:
-        """`peak_memory` of one forward of the denoiser, that decides anew what is merged."""
+    def peak_of_step(self, steps: int) -> int | None:
+        """`peak_memory` of one forward of the denoiser, that decides anew what is merged.
+
+        Where what is kept depends on the step, the most of those of an image of `steps` steps.
+        """
         args, kwargs = self._arguments
         module = getattr(self._pipe, self._name)
+        if self._over_steps:
+            peaks: list[int | None] = []
+
+            def measured(forward: Any, *args: Any, **kwargs: Any) -> Any:
+                outs: list[Any] = []
+                peaks.append(peak_memory(lambda: outs.append(forward(*args, **kwargs)), self.device))
+                return outs[0]
+
+            self._call_with(module, measured, steps)
+            return max((peak for peak in peaks if peak is not None), default=None)
         self.calls.append(Call())
         for _ in range(2):  # compiled anew, outside of an image; the second as all that follow
             module(*args, **kwargs)
         peak = peak_memory(lambda: module(*args, **kwargs), self.device)
         self.calls.pop()
         return peak
+
+    def _call_with(self, module: Any, function: Callable[..., Any], steps: int) -> int:
+        """Make an image in `steps` steps with `function`, given the module's forward first, in place of it.
+
+        Returns:
+            How many steps were taken.
+        """
+        own = module.__dict__.get("forward")
+        module.forward = functools.partial(function, module.forward)
+        self.calls.append(Call())
+        self._call(steps)
+        del module.forward
+        if own is not None:
+            module.forward = own
+        return self.calls.pop().steps
 
     def _call(self, steps: int | None = None) -> Tensor:
         few = {} if steps is None else {"num_inference_steps": steps}

@@ -12,10 +12,11 @@ from torch import Tensor
 from turbovlm.apply import apply, denoiser_of
 from turbovlm.calibration.speed import device_in_words
 from turbovlm.calibration.subject import NEAR, Spread, Subject, Trial, solve_amount
-from turbovlm.config import LEAST_KEPT, DenoiseConfig
+from turbovlm.config import DenoiseConfig
 from turbovlm.errors import ConfigError
 from turbovlm.profile.images import compare_images
 from turbovlm.profile.pipelines import WatchedPipeline, inputs_of
+from turbovlm.shares import LEAST_KEPT
 
 SETTINGS: tuple[Mapping[str, Any], ...] = (
     {"scope": "block"},
