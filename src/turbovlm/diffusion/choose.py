@@ -8,7 +8,8 @@ reference beside it but what attention finds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,23 +19,19 @@ from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.families import Part
-from turbovlm.diffusion.grids import Grid, Layout, square
+from turbovlm.diffusion.grids import Grid, square
 from turbovlm.diffusion.positions import split_text
-from turbovlm.diffusion.run import Choice, Compared, Run
+from turbovlm.diffusion.rank import choose, compare
+from turbovlm.diffusion.run import Choice, Run
 from turbovlm.diffusion.whole import own_call
 from turbovlm.errors import StateError
 from turbovlm.ops.averaging import precise_dtype
-from turbovlm.ops.merging import merge_chosen, mutual_redundancy
-from turbovlm.ops.partition import partition_tokens
+from turbovlm.ops.merging import merge_chosen
+from turbovlm.ops.tracing import constant_in_graphs
+from turbovlm.ops.whole import Rules
 
 LEAST_TOKENS = 64
 """Tokens below which an image is left whole, unless `min_tokens` asks for more."""
-
-BAND = 4096
-"""Larger images are cut into bands of about as many tokens, from top to bottom, and merged within them: to compare all
-tokens with all would cost their square. A video's bands have two frames at least, so that what stands still can
-merge."""
-
 
 WHOLE_BLOCK = "block"
 """The component of what is no part, but a block."""
@@ -123,30 +120,20 @@ def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, 
             f"something cuts them into chunks, or merges them too; stop that, or {_without(site)}"
         )
     share, fewest = _share(run, tokens), least_tokens(config)
-    images = tuple((math.prod(grid), _left(grid, share, fewest)) for grid in layout)
-    if all(left == count for count, left in images):
-        return Choice(images, None)
+    images = [(*grid, _left(grid, share, fewest)) for grid in layout]
+    counted = tuple((math.prod(grid), left) for *grid, left in images)
+    if all(left == count for count, left in counted):
+        return Choice(counted, None)
     features, _ = split_text(x, tokens, site.part.text)
     semantic = None
     if run.feature.semantic:
         semantic = _averaged(run, _semantic(run.denoiser.get_submodule(site.guide), part, features, text, bias))
-    compared = run.compared.get(site.group)
-    if compared is None:
-        compared = run.compared[site.group] = _compare(run, _averaged(run, features), layout, images)
-    chosen = [
-        run.path.rank(
-            *(each.redundancy, each.nearest, semantic, each.partition, site.index),
-            degree=config.degree,
-            alpha=config.alpha,
-            seed=config.seed,
-            padding=None,
-            r=each.r,
-        )[2]
-        for each in compared
-    ]
-    src, dst = chosen[0] if len(chosen) == 1 else (torch.cat(halves, dim=1) for halves in zip(*chosen))
+    if site.group not in run.compared:
+        run.compared[site.group] = compare(_averaged(run, features), images, run.path)
+    rules = Rules(config.degree, config.alpha, config.seed, "spatial", config.reduce)
+    src, dst = choose(features, *run.compared[site.group], semantic, images, run.path, site.index, rules)
     ones = features.new_ones(features.shape[:2], dtype=precise_dtype(features))
-    return Choice(images, merge_chosen(src, dst, ones, reduce=config.reduce))
+    return Choice(counted, merge_chosen(src, dst, ones, reduce=config.reduce))
 
 
 def _left(grid: Grid, share: float, fewest: int) -> int:
@@ -155,34 +142,26 @@ def _left(grid: Grid, share: float, fewest: int) -> int:
     tokens = frames * rows * columns
     if tokens < fewest:
         return tokens
-    # rounded half up, as round() would not; and every 2×2 cell, also one that is cut off, keeps a token
-    return max(math.floor(share * tokens + 0.5), frames * -(-rows // 2) * -(-columns // 2))
+    # of whole numbers, as graphs know no simple symbol for what is rounded; and every 2×2 cell keeps a token
+    up, down = _fraction(share)
+    left, cells = (2 * up * tokens + down) // (2 * down), frames * -(-rows // 2) * -(-columns // 2)
+    return cells if left < cells else left
 
 
-def _compare(run: Run, features: Tensor, layout: Layout, images: tuple[tuple[int, int], ...]) -> list[Compared]:
-    """Each image that merges, by itself: what its candidates are most similar to among its own destinations."""
-    compared, start = [], 0
-    for grid, (count, left) in zip(layout, images):
-        if left < count:
-            frames, rows, columns = grid
-            behind = features.shape[1] - start - count
-            partition = partition_tokens(
-                features.shape[1], start, "grid", suffix=behind, grid=grid, device=features.device
-            )
-            band = BAND if frames == 1 else max(BAND, 2 * rows * columns)
-            partition = replace(partition, windows=max(1, count // band))
-            found = mutual_redundancy(features, partition, path=run.path)
-            compared.append(Compared(partition, count - left, *found))
-        start += count
-    return compared
+@constant_in_graphs
+def _fraction(share: float) -> tuple[int, int]:
+    """Numerator and denominator: `0.7` is 7 and 10."""
+    return Fraction(share).limit_denominator(10_000).as_integer_ratio()
 
 
 def _share(run: Run, tokens: int) -> float:
     """Share of `tokens` tokens that is read: where resolutions differ, by how often the image's rows were halved."""
     if not isinstance(run.share, tuple):
         return run.share
-    halved = max(0, round(math.log(run.finest / tokens, 4)))
-    return run.share[min(halved, len(run.share) - 1)]
+    halved = 0
+    while halved < len(run.share) - 1 and 2 * 4**halved * tokens <= run.finest:  # nearer to four times fewer
+        halved += 1
+    return run.share[halved]
 
 
 def _averaged(run: Run, x: Tensor) -> Tensor:

@@ -79,14 +79,17 @@ def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor, images:
     Returns:
         `[batch, N, out_width]`, in the dtype of `out`.
     """
-    back, restored, first, first_left = merge.unmerge(out), list[Tensor](), 0, 0
+    restored: list[Tensor] = []
+    back, first, first_left = merge.unmerge(out), 0, 0
     for tokens, left in images or ((x.shape[1], out.shape[1]),):
         of_x, of_merged = slice(first, first + tokens), slice(first_left, first_left + left)
         first, first_left = of_x.stop, of_merged.stop
         if left == tokens:
             restored.append(back[:, of_x])
             continue
-        samples = min(left, SAMPLES, x.shape[2] // 2, tokens - left)
+        samples = min(SAMPLES, x.shape[2] // 2)
+        for most in (left, tokens - left):  # where these are symbols, a branch is simpler for compilers than a minimum
+            samples = samples if samples <= most else most
         found = linear_map(merged[:, of_merged], out[:, of_merged], max(1, samples))
         across, weights = (factor.to(out.dtype) for factor in found)
         # the difference is taken where it is narrow; of a token that nothing joined it is zero
@@ -104,7 +107,11 @@ def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tenso
         Two factors of W, `[batch, width, samples]` and `[batch, samples, out_width]`, in fp32 at least.
     """
     precise, every = torch.promote_types(out.dtype, torch.float32), merged.shape[1] // samples
-    z, y = (value[:, ::every][:, :samples].to(precise) for value in (merged, out))
+    if torch.compiler.is_compiling():  # a stride that is a symbol would be a condition on the size
+        some = torch.arange(samples, device=out.device) * every
+        z, y = (value.index_select(1, some).to(precise) for value in (merged, out))
+    else:
+        z, y = (value[:, ::every][:, :samples].to(precise) for value in (merged, out))
     z, y = z - z.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
     with torch.autocast(out.device.type, enabled=False):
         products = z @ z.transpose(1, 2)

@@ -19,7 +19,6 @@ from torch import Tensor
 from turbovlm.diffusion.grids import Layout
 from turbovlm.errors import StateError
 from turbovlm.ops.merging import Merge
-from turbovlm.ops.partition import Partition
 from turbovlm.patching import Patch
 from turbovlm.shares import Share
 
@@ -30,22 +29,6 @@ if TYPE_CHECKING:
 RUN = "_turbovlm_run"
 """Name of the attribute of a block's hidden states that holds the run, and what was merged at the time, for gradient
 checkpointing."""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Each candidate's most similar destination in one image, and how similar.
-
-    Attributes:
-        partition: the image's candidates and destinations, as places in the sequence.
-        r: how many of its candidates go.
-        redundancy, nearest: R and its argument, `[batch, candidates]` each.
-    """
-
-    partition: Partition
-    r: int
-    redundancy: Tensor
-    nearest: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,7 +74,7 @@ class Run:
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
         layout: frames, rows and columns of each image of the tokens at hand; None where nothing says.
         finest: tokens of the largest resolution that has blocks.
-        compared: what each group's tokens were found to be most similar to, by `Site.group`, of each image that merges.
+        compared: R of each group's candidates and its argument, by `Site.group`, as `compare` gives them.
         whole: why each part or block that was called read all tokens, by its path; None where merging was up to its
             group.
         inside: what paths of the denoiser's modules begin with in the model that was accelerated.
@@ -108,7 +91,7 @@ class Run:
     choices: dict[str, Choice]
     layout: Layout | None = None
     finest: int = 1
-    compared: dict[str, list[Compared]] = field(default_factory=dict)
+    compared: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     whole: dict[str, str | None] = field(default_factory=dict)
     inside: str = ""
     apart: bool = False

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from turbovlm.ops.averaging import precise_dtype
+from turbovlm.ops.degree import DegreeFunction
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
 from turbovlm.ops.partition import Split
@@ -45,7 +46,7 @@ NO_GUIDE = (None, None, None, None, None, (0, 1), 1.0, False)
 class Rules(NamedTuple):
     """How tokens are ranked and merged: see `TurboConfig`."""
 
-    degree: str
+    degree: str | DegreeFunction
     alpha: float | None
     seed: int
     order: str
