@@ -79,7 +79,8 @@ def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor, images:
     Returns:
         `[batch, N, out_width]`, in the dtype of `out`.
     """
-    back, restored, first, first_left = merge.unmerge(out), list[Tensor](), 0, 0
+    restored: list[Tensor] = []
+    back, first, first_left = merge.unmerge(out), 0, 0
     for tokens, left in images or ((x.shape[1], out.shape[1]),):
         of_x, of_merged = slice(first, first + tokens), slice(first_left, first_left + left)
         first, first_left = of_x.stop, of_merged.stop
