@@ -214,6 +214,7 @@ SAVED = [
     ReadConfig(0.5, visual_select="attention", reduce="prune"),
     ReadConfig(cross_keep=12),
     DenoiseConfig([0.5, 0.75], components=["attention"], refresh=3, grid=(2, 8)),
+    DenoiseConfig(0.5, grid=[(8, 12), (10, 14)]),
 ]
 
 

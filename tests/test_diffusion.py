@@ -305,7 +305,9 @@ def test_too_small_a_latent_is_said_to_be():
         assert "1024 → 512 tokens" in repr(handle) and "256 → 128 tokens" in repr(handle)
         run(model, unet_inputs(1, 12, 12))
         assert "144 → 72 tokens" in repr(handle) and "36 tokens: fewer than 64 are left" in repr(handle)
-        with pytest.warns(UserWarning, match="its blocks read at most 36 tokens, and those of fewer than 64"):
+        with pytest.warns(
+            UserWarning, match="its blocks read at most 36 tokens of an image, and images of fewer than 64"
+        ):
             run(model, unet_inputs(1, 6, 6))
     with turbovlm.apply(model, keep=0.5, min_tokens=2000), pytest.warns(UserWarning, match="fewer than 2000"):
         run(model, unet_inputs(1, 32, 32))

@@ -123,6 +123,20 @@ def test_images_of_several_sizes_in_a_batch_are_refused():
         run(model, inputs)
 
 
+def test_images_and_text_in_turn_are_refused():
+    model, inputs = IMAGE_DENOISERS["z-image"](), IMAGE_DENOISERS["z-image"].inputs(1, ROWS, COLUMNS)
+    inputs["x"], inputs["cap_feats"] = [inputs["x"] * 2], [inputs["cap_feats"] * 2]
+    with turbovlm.apply(model, keep=0.5), pytest.raises(UnsupportedModelError, match="was given lists of images"):
+        run(model, inputs)
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "siglip", "siglip_processor"))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.ZImageOmniPipeline(transformer=model, scheduler=scheduler, **parts)
+    with pytest.raises(UnsupportedModelError, match="ZImageOmniPipeline gives its denoiser images, text and padding"):
+        turbovlm.apply(pipe, keep=0.5)
+    pipe = diffusers.ZImagePipeline(transformer=model, scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None)
+    turbovlm.apply(pipe, keep=0.5).remove()
+
+
 def test_captions_of_several_lengths_leave_blocks_whole():
     """Words are in front of the image, and each image's begins elsewhere."""
     model, inputs = IMAGE_DENOISERS["lumina2"](), IMAGE_DENOISERS["lumina2"].inputs(2, ROWS, COLUMNS)

@@ -332,10 +332,13 @@ def test_gradients_are_those_of_checkpoints(name):
 )
 def test_compiled(several, grids, settings):
     model, inputs = several(), several.given(1, grids)
+    torch.compiler.reset()
     with turbovlm.apply(model, keep=0.5, **settings):
         eager = run(model, inputs)
-        model.compile(fullgraph=True)
-        torch.testing.assert_close(run(model, inputs), eager, rtol=1e-3, atol=1e-4 * float(eager.std()))
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(run(compiled, inputs), eager, rtol=0, atol=1e-5 * float(eager.abs().max()))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            run(compiled, inputs)
 
 
 @pytest.mark.slow
@@ -349,10 +352,9 @@ def test_compiled(several, grids, settings):
 )
 def test_compiled_it_has_to_be_told(settings, message):
     model, inputs = KONTEXT(), KONTEXT.given(1)
-    with turbovlm.apply(model, keep=0.5, **settings):
-        model.compile(fullgraph=True)
-        with pytest.raises(Exception, match=message):
-            run(model, inputs)
+    torch.compiler.reset()
+    with turbovlm.apply(model, keep=0.5, **settings), pytest.raises(Exception, match=message):
+        run(torch.compile(model, fullgraph=True, backend="eager"), inputs)
 
 
 def test_the_grids_that_are_given():

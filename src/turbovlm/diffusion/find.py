@@ -56,6 +56,11 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     }
     for name, family in found.items():
         _check_holder(name, family, modules)
+        if set(class_paths(owner)) & set(family.refused):
+            raise UnsupportedModelError(
+                f"{type(owner).__name__} gives its denoiser images, text and padding in turn, in one sequence, and "
+                "turbovlm does not know how these lie; the family's other pipelines can be accelerated"
+            )
     if config.grid is not None and not any(isinstance(family.grid, OfPositions) for family in found.values()):
         raise ConfigError(
             f"grid={config.grid}: {type(model).__name__} is given images, of which rows and columns are known; only "

@@ -71,13 +71,18 @@ class OfList:
     sizes: tuple[int, int]
 
     def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout:
-        """Raises `UnsupportedModelError` where they are not of one size, or there are several for one image."""
+        """Raises `UnsupportedModelError` where they are not of one size, or lists, of several for one sequence."""
         latents: Any = next(iter(given.values()))
         shapes = [each.shape for each in latents if isinstance(each, Tensor)]
-        if len(shapes) < len(latents) or len(set(shapes)) > 1:
+        if len(shapes) < len(latents):
             raise UnsupportedModelError(
-                f"a {type(holder).__name__} was given images of several sizes, or several in one sequence: turbovlm "
-                "knows how the tokens of one image lie, and of others as large"
+                f"a {type(holder).__name__} was given lists of images, for sequences of images, text and padding in "
+                "turn: turbovlm knows how those lie that have one image each"
+            )
+        if len(set(shapes)) > 1:
+            raise UnsupportedModelError(
+                f"a {type(holder).__name__} was given images of several sizes: turbovlm merges a batch of images of "
+                "one size; give the others in batches of their own"
             )
         patch, frames = int(given.get(self.patch, self.sizes[0])), int(given.get(self.frames, self.sizes[1]))
         return ((shapes[0][1] // frames, shapes[0][2] // patch, shapes[0][3] // patch),)
@@ -139,8 +144,8 @@ class OfShapes:
             return None
         if any(each != shapes[0] for each in shapes):
             raise UnsupportedModelError(
-                f"{self.name}={brief(shapes)}: the sequences of a batch have images of several sizes, and turbovlm "
-                "knows how those of one lie"
+                f"{self.name}={brief(shapes)}: the sequences of a batch have images of several sizes; give those of "
+                "other sizes in batches of their own"
             )
         images = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
         return tuple((int(frames), int(rows), int(columns)) for frames, rows, columns in images)

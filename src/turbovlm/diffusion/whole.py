@@ -71,12 +71,13 @@ def reason_to_leave_block_whole(block: Any, kind: Block, given: dict[str, Any]) 
         if isinstance(value, dict):
             for name in POSITIONAL:
                 if value.get(name) is not None:
-                    return f"it is given {name}, which are of the image's positions"
+                    return f"it is given {name}, by which positions are not alike"
     return what_stands_in_block(block, kind)
 
 
 POSITIONAL = ("ip_adapter_masks", "gligen", "kv_cache_mode")
-"""Entries of arguments such as `cross_attention_kwargs` that are of the image's positions."""
+"""Entries of arguments such as `cross_attention_kwargs` that are of the image's positions, or treat some of them
+differently: FLUX.2 keeps the keys of its references for later steps."""
 
 
 @constant_in_graphs

@@ -83,6 +83,7 @@ class Denoiser:
         holders: dotted paths of the classes that have the blocks, directly or in lists, and know how tokens lie.
         blocks: the kinds of blocks in them.
         grid: how the holders' tokens lie, one of `turbovlm.diffusion.grids`.
+        refused: dotted paths of pipelines that give it images and text in turn, in one sequence.
         between: arguments of the holder's that add something to tokens between blocks, or skip blocks.
         lists: names of the lists of blocks that the image's tokens go through, where others of the same class have the
             text's; empty for all.
@@ -94,6 +95,7 @@ class Denoiser:
     holders: tuple[str, ...]
     blocks: tuple[Block, ...]
     grid: GridReader = field(default_factory=OfLatent)
+    refused: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
 

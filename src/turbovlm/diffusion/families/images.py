@@ -311,6 +311,7 @@ Z_IMAGE = Denoiser(
         ),
     ),
     grid=OfList("patch_size", "f_patch_size", (2, 1)),
+    refused=("diffusers.pipelines.z_image.pipeline_z_image_omni.ZImageOmniPipeline",),
     between=("controlnet_block_samples",),
     lists=("noise_refiner", "layers"),
 )
