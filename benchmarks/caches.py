@@ -3,9 +3,9 @@
     python benchmarks/caches.py                # writes benchmarks/results/caches.{json,md,png}; half an hour
     python benchmarks/caches.py --images 2 --steps 10 --out tried
 
-On the small text-to-image transformer of FLUX's kind, as in `stacks.py`. The cache is `FirstBlockCacheConfig`: where the
-first block changes by less than a threshold since the step before, the other blocks are left out and what they gave then
-is used again.
+On the small text-to-image transformer of FLUX's kind, as in `stacks.py`. The cache is `FirstBlockCacheConfig`: where
+the first block changes by less than a threshold since the step before, the other blocks are left out, and what they
+gave then is used again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from turbovlm_lab.zoo.drawings import load_drawings_pipeline
 MERGED: dict[str, DenoiseConfig] = {
     "merging, keep=0.7": DenoiseConfig(0.7),
     "merging, keep=0.5": DenoiseConfig(0.5),
-    "merging, keep=0.5, first 4 blocks whole": DenoiseConfig(0.5, whole_first=4),
-    "merging, keep=0.5, first 6 blocks whole": DenoiseConfig(0.5, whole_first=6),
+    "merging, keep=0.3": DenoiseConfig(0.3),
+    "merging, keep=0.3, first 6 blocks whole": DenoiseConfig(0.3, whole_first=6),
 }
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
-BOTH = DenoiseConfig(0.5, whole_first=4)
+BOTH = DenoiseConfig(0.5)
 
 
 def main() -> None:
