@@ -6,9 +6,9 @@
     python benchmarks/diffusion.py --sizes 512          # that size anew; the file keeps the others
     python benchmarks/diffusion.py --small --out tried  # the same path on a tiny UNet, to see that it runs
 
-Full size, random weights: speed does not depend on the weights. Every version merges in all three components; tomesd by
-its default in the largest resolution alone, and in the two largest. Interleaved; the speed-ups are medians of ratios of
-process CPU time, or of CUDA events.
+Full size, random weights: speed does not depend on the weights. turbovlm merges in stacks, its default, and by parts;
+tomesd by its defaults in self-attention of the largest resolution, and in all three components of the two largest.
+Interleaved; the speed-ups are medians of ratios of process CPU time, or of CUDA events.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", choices=tuple(SIZES), default=tuple(SIZES), metavar="PIXELS")
     parser.add_argument("--batch", type=int, metavar="N", help="images in a batch (default: 2 of 512, 1 of 1024)")
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, metavar="SHARE")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: PyTorch's)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--compile", action="store_true", help="every version, the UNet itself too; without tomesd")
@@ -44,6 +45,8 @@ def main() -> None:
     args = parser.parse_args()
     if importlib.util.find_spec("tomesd") is None:
         parser.error("tomesd is compared with: pip install --no-deps tomesd")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     versions = {name: importlib.metadata.version(name) for name in ("diffusers", "tomesd")}
     results: dict[str, Any] = {"runs": {}} | load(RESULTS / f"{args.out}.json")
     results |= {"machine": {**machine(), **versions}, "dtype": args.dtype, "compiled": args.compile}
@@ -68,9 +71,10 @@ def versions_of(args: argparse.Namespace) -> dict[str, Any]:
     compared: dict[str, Any] = {}
     for keep in args.keeps:
         compared[f"turbovlm, keep={keep:g}"] = DenoiseConfig(keep)
+        compared[f"turbovlm, parts, keep={keep:g}"] = DenoiseConfig(keep, scope="part")
         if not args.compile:
-            compared[f"tomesd, keep={keep:g}"] = tomesd(keep, 1)
-            compared[f"tomesd, two resolutions, keep={keep:g}"] = tomesd(keep, 2)
+            compared[f"tomesd, keep={keep:g}"] = tomesd(keep, 1, everywhere=False)
+            compared[f"tomesd, all parts, two resolutions, keep={keep:g}"] = tomesd(keep, 2, everywhere=True)
     return compared
 
 
@@ -120,12 +124,12 @@ def _inputs(denoiser: Any, batch: int, side: int) -> list[Any]:
     return inputs
 
 
-def tomesd(keep: float, downsampling: int) -> Callable[[Any], None]:
-    """Prepares a UNet with tomesd, deterministic, in resolutions down to that one."""
+def tomesd(keep: float, downsampling: int, everywhere: bool) -> Callable[[Any], None]:
+    """Prepares a UNet with tomesd, deterministic, in resolutions down to that one, in self-attention or all parts."""
     import tomesd as package
 
     def prepare(model: Any) -> None:
-        where = {"max_downsample": downsampling, "merge_attn": True, "merge_crossattn": True, "merge_mlp": True}
+        where = {"max_downsample": downsampling, "merge_crossattn": everywhere, "merge_mlp": everywhere}
         package.apply_patch(model, ratio=1 - keep, use_rand=False, **where)
 
     return prepare
@@ -134,7 +138,7 @@ def tomesd(keep: float, downsampling: int) -> Callable[[Any], None]:
 def report(results: dict[str, Any]) -> str:
     lines = ["# A denoising step of Stable Diffusion's UNets", "", described(results["machine"]), ""]
     how = "compiled" if results["compiled"] else "eager"
-    lines += [f"{results['dtype']}, {how}, random weights, attention, cross-attention and FFN. Medians.", ""]
+    lines += [f"{results['dtype']}, {how}, random weights. Medians.", ""]
     for name, compared in results["runs"].items():
         lines += [f"## {name}", "", "| | GMACs | MACs ratio | s | speed-up | peak MB |", "|---|--:|--:|--:|--:|--:|"]
         for run in compared["runs"]:

@@ -92,3 +92,16 @@ def test_whole_calls_are_timed(pipe, prompts):
     found = subject.speedups([DenoiseConfig(1.0), DenoiseConfig(0.5)], 1)
     assert len(found) == 2 and all(0.1 < faster < 10 for faster in found)
     assert subject.timed_on.startswith("a call for 1 image in 2 steps on ") and subject.timed_on.endswith(", float32")
+
+
+def test_first_blocks_are_tried_whole_where_there_are_no_convolutions_in_front(pipe, prompts):
+    from turbovlm_lab.zoo.drawings import load_drawings_pipeline
+
+    def tried(pipe, **given):
+        base = DenoiseConfig(1.0, **given)
+        subject = DenoiserSubject(pipe, prompts[:1], base, frozenset(given), 0, lambda _: None, steps=2)
+        return [trial.settings["whole_first"] for trial in subject.trials(0.9) if "whole_first" in trial.settings]
+
+    drawings = load_drawings_pipeline()
+    assert tried(drawings) == [0, 2, 4, 6]
+    assert tried(drawings, scope="part") == tried(drawings, whole_first=1) == tried(pipe) == []

@@ -38,7 +38,7 @@ class DenoiseConfig(Settings):
             (§6.2). None: `"part"` where `components` or `queries_only` are given, else `"stack"`.
         span: blocks in a stack, at most, ≥ 1; of stacks alone. None: 4.
         whole_first: blocks at the front that are left whole, ≥ 0, of transformers, not UNets; of stacks and blocks
-            alone. None: a sixth of the blocks, at most 4.
+            alone. None: 4 where there are 12 or more, else 0.
         components: which parts of a block read merged tokens: some of `"attention"`, `"cross_attention"`, `"ffn"`; of
             parts alone. None: all.
         queries_only: in self-attention merge what asks and leave keys and values whole, so that no sizes have to

@@ -201,9 +201,9 @@ def _find_places(
     return tuple(places)
 
 
-WHOLE_FIRST, MOST_WHOLE_FIRST = 6, 4
-"""One in so many blocks, at the front, is left whole, and so many at most: what first blocks read is hardly more than
-each token's own noise, so that what is alike there is not what is alike later (benchmarks/stacks.py)."""
+WHOLE_FIRST, DEEP = 4, 12
+"""So many blocks at the front are left whole, of that many or more: what first blocks read is hardly more than each
+token's own noise, so that what is alike there is not alike later (benchmarks/stacks.py)."""
 
 
 def _whole_first(
@@ -219,7 +219,9 @@ def _whole_first(
         blocks = [name for name in found if root == "" or name.startswith(f"{root}.")]
         if hasattr(modules[root], "down_blocks"):
             continue
-        count = min(len(blocks) // WHOLE_FIRST, MOST_WHOLE_FIRST) if config.whole_first is None else config.whole_first
+        count = config.whole_first
+        if count is None:
+            count = WHOLE_FIRST if len(blocks) >= DEEP else 0
         if count >= len(blocks):
             raise ConfigError(f"whole_first={count}: this {type(modules[root]).__name__} has {len(blocks)} blocks")
         whole.update(blocks[:count])

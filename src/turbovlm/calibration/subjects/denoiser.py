@@ -16,6 +16,7 @@ from turbovlm.config import DenoiseConfig
 from turbovlm.errors import ConfigError
 from turbovlm.profile.images import compare_images
 from turbovlm.profile.pipelines import WatchedPipeline, inputs_of
+from turbovlm.registry import family_of
 from turbovlm.shares import LEAST_KEPT
 
 SETTINGS: tuple[Mapping[str, Any], ...] = (
@@ -30,6 +31,9 @@ SETTINGS: tuple[Mapping[str, Any], ...] = (
     {"refresh": 4},
 )
 """Changes of the best settings so far that are tried: those that benchmarks/diffusion_quality.py compares."""
+WHOLE_SHARES = (0, 1 / 6, 1 / 3, 1 / 2)
+"""Shares of a transformer's blocks, at the front, that are tried to be left whole: how many should be differs more than
+all else from model to model (benchmarks/stacks.py)."""
 SLOPES = (1.0, 0.5, 0.0, 1.5)
 """Spreads that are tried: how much of what a resolution loses the next smaller one does, the same first."""
 ROUNDS = 3
@@ -123,15 +127,22 @@ class DenoiserSubject(Subject):
         return f"a call for {images} in {self.steps} steps on {device_in_words(denoiser)}"
 
     def trials(self, amount: float) -> list[Trial]:
-        """Each of `SLOPES`, where there are several resolutions, then each of `SETTINGS`."""
+        """Each of `SLOPES`, where there are several resolutions, then of `WHOLE_SHARES` and of `SETTINGS`."""
         several = self.least(self.base, _weights(0.0)) > self.least(self.base, self.flat)
         slopes = [Trial(spread=_weights(slope)) for slope in (SLOPES if several else SLOPES[:1])]
-        return slopes + [Trial(change) for change in SETTINGS if self._can_try(change)]
+        return slopes + [Trial(change) for change in (*self._whole_first(), *SETTINGS) if self._can_try(change)]
+
+    def _whole_first(self) -> list[Mapping[str, Any]]:
+        """`WHOLE_SHARES` of this denoiser's blocks; none of a UNet's, which has convolutions in front."""
+        denoiser: Any = denoiser_of(self.model)
+        blocks = sum(family_of("denoiser", module) is not None for module in denoiser.modules())
+        counts = dict.fromkeys(int(blocks * share) for share in WHOLE_SHARES)
+        return [] if hasattr(denoiser, "down_blocks") else [{"whole_first": count} for count in counts]
 
     def _can_try(self, change: Mapping[str, Any]) -> bool:
-        """Whether a change leaves alone what was given, and the pipeline's denoiser is of a family that has it."""
+        """Whether a change is one, leaves alone what was given, and the denoiser is of a family that has it."""
         unread = DenoiseConfig.unread({**vars(self.base), **change})
-        if self.fixed & {*change, *unread}:
+        if self.fixed & {*change, *unread} or {*change} & {*unread}:
             return False
         try:
             with apply(self.model, self.base.changed(**change)):
