@@ -14,13 +14,19 @@ INPUTS: Mapping[str, Entry] = {**IMAGES, **VIDEOS}
 """By the name of the denoiser's class."""
 
 
-def denoiser_request(model: Any, size: tuple[int, int] | None, batch: int, frames: int | None = None) -> Request:
-    """What is asked of a denoiser in one forward: see `denoiser_inputs`."""
+def denoiser_request(
+    model: Any, size: tuple[int, int] | None, batch: int, frames: int | None = None, pixels: int | None = None
+) -> Request:
+    """What is asked of a denoiser in one forward: see `denoiser_inputs`.
+
+    Args:
+        pixels: of the image, per side of a latent pixel; None for those of the class.
+    """
     kind, config = type(model).__name__, model.config
     entry = _entry_of(model)
-    height, width = size or entry.size_of(config)
     along, side = entry.patch_of(config)
-    pixels = entry.pixels_of(config)
+    pixels = pixels or entry.pixels_of(config)
+    height, width = size or (length * pixels // entry.pixels_of(config) for length in entry.size_of(config))
     if height % (pixels * side) or width % (pixels * side):
         raise ConfigError(f"--image-size {width}x{height}: {kind} takes multiples of {pixels * side} pixels a side")
     latents = _latent_frames(entry, kind, entry.frames_of(config) if frames is None else frames)
@@ -45,7 +51,12 @@ def denoiser_inputs(model: Any, size: tuple[int, int] | None, batch: int, frames
         ConfigError: a size or frames that make no whole number of tokens, or frames of what makes images.
         TurboError: a class of denoisers whose inputs are not known.
     """
-    return {**_entry_of(model).make(denoiser_request(model, size, batch, frames)), "return_dict": False}
+    return inputs_asked(denoiser_request(model, size, batch, frames))
+
+
+def inputs_asked(request: Request) -> dict[str, Any]:
+    """Arguments of a denoiser's forward, by name: see `denoiser_inputs`."""
+    return {**_entry_of(request.model).make(request), "return_dict": False}
 
 
 def _entry_of(model: Any) -> Entry:
@@ -69,4 +80,4 @@ def _latent_frames(entry: Entry, kind: str, frames: int) -> int:
     return (frames - entry.first) // entry.stride + 1
 
 
-__all__ = ["INPUTS", "denoiser_inputs", "denoiser_request"]
+__all__ = ["INPUTS", "Request", "denoiser_inputs", "denoiser_request", "inputs_asked"]
