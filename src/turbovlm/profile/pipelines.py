@@ -19,9 +19,9 @@ from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.inputs import INPUTS
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import patches_on
-from turbovlm.profile.compare import twin
 from turbovlm.profile.macs import counting
 from turbovlm.profile.timing import elapsed, mark, peak_memory
+from turbovlm.sharing import twin
 
 PROMPTS = (
     "a photograph of an astronaut riding a horse",
