@@ -52,6 +52,7 @@ def _check_fits(
     import torch
 
     import turbovlm
+    from turbovlm.diffusion.inputs import denoiser_request
     from turbovlm.profile.pipelines import check_size
 
     alone = isinstance(outline, torch.nn.Module)
@@ -68,7 +69,10 @@ def _check_fits(
             check_size(outline, size)
     for config in configs.values() if outline is not None else ():
         turbovlm.apply(outline, config).remove()
-    if outline is not None and not alone:
+    if alone:
+        for size in sizes:
+            denoiser_request(outline, size, 1, args.frames)
+    elif outline is not None:
         frames_for(outline, args.frames)
 
 
