@@ -53,9 +53,10 @@ from turbovlm import TurboConfig
 from turbovlm.cli.measuring import progress_bar
 from turbovlm.encoder import block as engine
 from turbovlm.errors import TurboError
-from turbovlm.profile.compare import Comparison, twin
+from turbovlm.profile.compare import Comparison
 from turbovlm.profile.macs import macs
 from turbovlm.profile.quantize import weight_bytes
+from turbovlm.sharing import twin
 from turbovlm_lab.demo.saliency import overlap, salient_region
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import _find, zoo_predictor

@@ -19,9 +19,9 @@ from torch._inductor.utils import fresh_cache
 
 import turbovlm
 from turbovlm import TurboConfig
-from turbovlm.profile.compare import twin
 from turbovlm.profile.macs import macs
 from turbovlm.profile.timing import peak_memory
+from turbovlm.sharing import twin
 
 Forward = Callable[[], Any]
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import turbovlm
-from denoisers import DENOISERS
 from folders import stable_diffusion_folder
 from turbovlm import ConfigError, DenoiseConfig, TurboError, UnsupportedModelError
 from turbovlm.cli import main
@@ -277,24 +276,6 @@ def test_the_command_line_of_a_denoiser(folder, tmp_path, capsys):
     assert 1.9 * small < wide < 3 * small and found["128x128"]["batch"] == 2
     assert bench(*argv[:3], "--pretrained") == 0
     assert "its own size" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("family", DENOISERS)
-def test_inputs_of_a_denoiser_follow_from_its_config(family):
-    model = DENOISERS[family]()
-    height = 128 if family != "dit" else 192
-    with torch.no_grad():
-        out = model(**denoiser_inputs(model, (height, 192), 2))[0]
-    assert out.isfinite().all() and len(out) == 2
-    assert math.prod(out.shape[-2:]) == (height * 3 if family != "flux" else 8 * 12 * 16)
-    if family == "dit":
-        with pytest.raises(ConfigError, match="square images only"):
-            denoiser_inputs(model, (128, 192), 2)
-    if family != "flux":  # which has no size of its own, and makes 1024 pixels
-        assert denoiser_inputs(model, None, 1)
-    if family not in ("sd15", "sdxl"):
-        with pytest.raises(ConfigError, match=r"--image-size 136x128: .* multiples of 16"):
-            denoiser_inputs(model, (128, 136), 1)
 
 
 def test_the_emoji_pipeline(pipe, monkeypatch, capsys):

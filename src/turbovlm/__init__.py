@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from turbovlm.calibration.calibrate import calibrate
     from turbovlm.encoder.schedule import Schedule
     from turbovlm.encoder.state import BlockTrace
+    from turbovlm.sharing import share_weights
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "ops",
     "profile",
     "register",
+    "share_weights",
     "visualize",
 ]
 
@@ -46,6 +48,7 @@ _WHERE = {
     "calibrate": "turbovlm.calibration.calibrate",
     "Schedule": "turbovlm.encoder.schedule",
     "BlockTrace": "turbovlm.encoder.state",
+    "share_weights": "turbovlm.sharing",
 }
 """Names that are imported when they are used."""
 

@@ -10,9 +10,9 @@ import torch.nn as nn
 
 from turbovlm.apply import apply
 from turbovlm.config import Config
-from turbovlm.profile.compare import twin
 from turbovlm.profile.comparison import describe_device, ratios
 from turbovlm.profile.timing import interleaved
+from turbovlm.sharing import twin
 
 WARMUP = 1
 """Rounds before those that are timed."""

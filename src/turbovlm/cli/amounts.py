@@ -5,18 +5,48 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from turbovlm.cli.generation import SHARES_HELP, shares
 from turbovlm.errors import ConfigError
 
 
-def add_amount_options(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Add `--r`, `--keep`, `--flops`, `--min-tokens`, `--image-size` and `--json`."""
+def add_amount_options(parser: argparse.ArgumentParser, required: bool, generation: bool = False) -> None:
+    """Add `--r`, `--keep`, `--flops`, `--min-tokens`, `--image-size` and `--json`.
+
+    Args:
+        generation: whether the command takes denoisers too, with a share for each resolution, and sizes of two sides.
+    """
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--r", type=int, metavar="N", help="tokens merged per block on average")
-    group.add_argument("--keep", type=float, metavar="SHARE", help="share of the tokens left after the last block")
+    left = "share of the tokens left after the last block"
+    group.add_argument(
+        "--keep",
+        type=shares if generation else float,
+        metavar="SHARE",
+        help=left + (f", or that a denoiser's blocks read; {SHARES_HELP}" if generation else ""),
+    )
     group.add_argument("--flops", type=float, metavar="SHARE", help="share of the encoder's multiply-accumulates left")
     parser.add_argument("--min-tokens", type=int, default=0, metavar="N", help="blocks with fewer tokens do not merge")
-    parser.add_argument("--image-size", type=int, metavar="N", help="pixels per side, instead of the model's own")
+    parser.add_argument(
+        "--image-size",
+        type=str if generation else int,
+        metavar="N",
+        help="pixels per side, instead of the model's own"
+        + ("; of a denoiser also WIDTHxHEIGHT" if generation else ""),
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
+
+
+def pixels_from(text: str | None) -> int | None:
+    """Pixels per side of an encoder's image.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    if text is None:
+        return None
+    if not text.lstrip("-").isdecimal():
+        raise ConfigError(f"--image-size {text}: must be one integer ≥ 1, the pixels per side, for an encoder")
+    return int(text)
 
 
 def settings_from(args: argparse.Namespace, default_r: int | None) -> dict[str, Any]:

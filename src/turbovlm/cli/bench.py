@@ -27,7 +27,9 @@ examples of image generation:
   turbovlm bench diffusers:stable-diffusion-v1-5/stable-diffusion-v1-5 --keep 0.5 0.7 --image-size 512 768x512
   turbovlm bench diffusers:./my-pipeline --pretrained --keep 0.5 --steps 20 --batch 4 --plot drift.png
   turbovlm bench diffusers:./my-pipeline --pretrained --keep 0.7 --components attention --refresh 5
+  turbovlm bench diffusers:./my-pipeline --keep 0.5,0.75 0.7 --settings calibrated.json
   turbovlm bench diffusers:./my-pipeline/unet --keep 0.5     one forward of the denoiser alone
+  turbovlm bench diffusers:./wan/transformer --image-size 832x480 --frames 33
 
 The model itself and each setting run in turn, A B … B A, in one process, after warm-up: process CPU time on the CPU,
 CUDA events on a GPU. The weights do not change the time, so random ones will do.
@@ -44,13 +46,14 @@ Random weights say nothing about images, so there both are left out. One image i
 WIDTH = 80
 """Columns of a line of results, so that they can be read in any terminal."""
 
-_IMAGES_ONLY = ("steps", "refresh", "components", "prompt", "seed", "guidance_scale")
+_IMAGES_ONLY = ("steps", "refresh", "components", "prompt", "seed", "guidance_scale", "frames")
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
     from turbovlm.cli.bench_encoders import DEFAULT_R
     from turbovlm.cli.bench_images import DEFAULT_KEEP
+    from turbovlm.cli.generation import SETTINGS_HELP, SHARES_HELP, shares
     from turbovlm.config import COMPONENTS
     from turbovlm.loading.models import MODEL_HELP
 
@@ -79,15 +82,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     group.add_argument(
         "--keep",
-        type=float,
+        type=shares,
         nargs="+",
         metavar="SHARE",
         help="share of the tokens left: at the end of an encoder; in every block of a denoiser, ≥ 0.25 "
-        f"(default there {' '.join(map(str, DEFAULT_KEEP))})",
+        f"(default there {' '.join(map(str, DEFAULT_KEEP))}); {SHARES_HELP}",
     )
     group.add_argument(
         "--flops", type=float, nargs="+", metavar="SHARE", help="encoders: share of the encoder's MACs left"
     )
+    parser.add_argument("--settings", nargs="+", metavar="FILE", help=f"also or only these: {SETTINGS_HELP}")
     parser.add_argument(
         "--batch",
         type=int,
@@ -124,6 +128,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     images.add_argument(
         "--steps", type=int, metavar="N", help="denoising steps per image (default 20 with --pretrained, else 4)"
     )
+    images.add_argument("--frames", type=int, metavar="N", help="of a video, instead of the model's own")
     images.add_argument(
         "--refresh", type=int, metavar="N", help="steps that share one decision of what is merged (default 1)"
     )

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     check_numbers(args, "batch", "rounds", "warmup")
     versions, size = _versions(args), _size(args.image_size)
     spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
-    _check_fits(spec, size, args)
+    _check_fits(spec, size, versions)
     model = load_model(spec, size, pretrained=args.pretrained)
     check_runs(args.model, model, spec.device, spec.dtype)
     results = Results(args, "encoders", {"image_size": size})
@@ -45,16 +45,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_fits(spec: ModelSpec, size: int | None, args: argparse.Namespace) -> None:
+def _check_fits(spec: ModelSpec, size: int | None, versions: dict[str, TurboConfig | Prepare]) -> None:
     """Refuse what the model cannot do before it is built: the meta device takes no memory."""
     import turbovlm
     from turbovlm.encoder.towers import find_towers
     from turbovlm.loading.models import load_outline
+    from turbovlm.settings import Settings
 
     outline = load_outline(spec, size)
     for tower in [] if outline is None else find_towers(outline):
-        for config in _configs(args):
-            turbovlm.apply(tower.module, config).remove()
+        for config in versions.values():
+            if isinstance(config, Settings):
+                turbovlm.apply(tower.module, config).remove()
 
 
 def compare_shown(module: Any, inputs: dict[str, Any], configs: Any, args: argparse.Namespace) -> Comparison:
@@ -73,9 +75,12 @@ def compare_shown(module: Any, inputs: dict[str, Any], configs: Any, args: argpa
 
 def _versions(args: argparse.Namespace) -> dict[str, TurboConfig | Prepare]:
     """What merges; then each way to quantise, alone and with each of what merges on top."""
+    from turbovlm.cli.generation import saved_settings
+    from turbovlm.config import TurboConfig
     from turbovlm.profile.compare import named
 
-    merging = named(_configs(args))
+    saved: Any = saved_settings(args.settings or (), TurboConfig)
+    merging = (named(_configs(args)) if _asked(args) or not saved else {}) | saved
     versions: dict[str, TurboConfig | Prepare] = {**merging}
     for kind in dict.fromkeys(args.quantize or ()):
         versions[kind] = functools.partial(_quantize_and_apply, kind=kind)
@@ -90,6 +95,11 @@ def _quantize_and_apply(model: nn.Module, kind: str, config: TurboConfig | None 
     turbovlm.profile.quantize(model, kind)
     if config is not None:
         turbovlm.apply(model, config)
+
+
+def _asked(args: argparse.Namespace) -> bool:
+    """Whether an amount was given."""
+    return any(getattr(args, name) is not None for name in ("r", "keep", "flops"))
 
 
 def _configs(args: argparse.Namespace) -> list[TurboConfig]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.generation import Size, frames_for, saved_settings, shown, sizes_from
 from turbovlm.cli.measuring import check_making, check_numbers, device_named, progress_bar
 from turbovlm.errors import ConfigError, TurboError
 
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from turbovlm.config import DenoiseConfig
     from turbovlm.loading import ModelSpec
     from turbovlm.profile import Comparison
-
-Size = tuple[int, int] | None
-"""Height and width in pixels; None for the model's own."""
 
 DEFAULT_KEEP = (0.7, 0.5)
 DEFAULTS = {"batch": 1, "rounds": 3, "warmup": 1}
@@ -33,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_numbers(args, "batch", "rounds", "warmup")
     check_making(args)
-    configs, sizes = _configs(args), _sizes(args.image_size)
+    configs, sizes = _configs(args), sizes_from(args.image_size)
     spec = ModelSpec(args.model, device_named(args.device), getattr(torch, args.dtype))
     _check_fits(load_pipeline_outline(spec), configs, sizes, args)
     model = load_pipeline(spec, pretrained=args.pretrained)
@@ -55,6 +52,7 @@ def _check_fits(
     import torch
 
     import turbovlm
+    from turbovlm.diffusion.inputs import denoiser_request
     from turbovlm.profile.pipelines import check_size
 
     alone = isinstance(outline, torch.nn.Module)
@@ -71,6 +69,11 @@ def _check_fits(
             check_size(outline, size)
     for config in configs.values() if outline is not None else ():
         turbovlm.apply(outline, config).remove()
+    if alone:
+        for size in sizes:
+            denoiser_request(outline, size, 1, args.frames)
+    elif outline is not None:
+        frames_for(outline, args.frames)
 
 
 def _bench_pipeline(
@@ -102,6 +105,7 @@ def _compare_pipeline(
 
     counts = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in DEFAULTS.items()}
     given = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    given |= frames_for(pipe, args.frames)
     inputs = inputs_of(pipe, size, counts["batch"], FEW_STEPS, prompt, given)
     pipe.set_progress_bar_config(disable=True)  # there is one for all rounds
     with running(args.model, f"make an image as {type(pipe).__name__}"):  # it may want an image to begin with
@@ -139,7 +143,7 @@ def _bench_denoiser(model: Any, configs: dict[str, DenoiseConfig], sizes: list[S
     from turbovlm.diffusion.inputs import denoiser_inputs
     from turbovlm.loading import running
 
-    inputs = [denoiser_inputs(model, size, args.batch or DEFAULTS["batch"]) for size in sizes]
+    inputs = [denoiser_inputs(model, size, args.batch or DEFAULTS["batch"], args.frames) for size in sizes]
     for given in inputs:
         with running(args.model), torch.no_grad():
             model(**given)
@@ -152,30 +156,26 @@ def _bench_denoiser(model: Any, configs: dict[str, DenoiseConfig], sizes: list[S
 
 
 def _configs(args: argparse.Namespace) -> dict[str, DenoiseConfig]:
-    """By the share that is kept; what else is set holds for all of them."""
+    """By the share that is kept, of which what else is set holds for all; then by the names of files."""
     from turbovlm.config import DenoiseConfig
 
     more = {name: getattr(args, name) for name in ("refresh", "components") if getattr(args, name) is not None}
-    keeps = DEFAULT_KEEP if args.keep is None else args.keep
-    return {f"keep={keep:g}": DenoiseConfig(keep=keep, **more) for keep in keeps}
+    saved: Any = saved_settings(args.settings or (), DenoiseConfig)
+    if more and saved and args.keep is None:
+        raise ConfigError(f"--{next(iter(more))}: it is of --keep; the settings files have their own")
+    keeps = (() if saved else DEFAULT_KEEP) if args.keep is None else args.keep
+    return {**{f"keep={shown(keep)}": DenoiseConfig(keep=keep, **more) for keep in keeps}, **saved}
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """For JSON: what was asked for beside the shares."""
-    return {"settings": {name: getattr(args, name) for name in ("refresh", "components", "prompt", "guidance_scale")}}
+    return {"settings": {name: getattr(args, name) for name in _SAID}}
+
+
+_SAID = ("refresh", "components", "prompt", "guidance_scale", "frames", "settings")
 
 
 def _shown(args: argparse.Namespace) -> str:
-    refresh = "" if args.refresh is None else f", refresh={args.refresh}"
+    frames = "" if args.frames is None else f", {args.frames} frames"
+    refresh = frames if args.refresh is None else f"{frames}, refresh={args.refresh}"
     return refresh if args.components is None else f"{refresh}, {' and '.join(args.components)} alone"
-
-
-def _sizes(given: list[str] | None) -> list[Size]:
-    """Read each size, `N` or `WIDTHxHEIGHT`; the model's own where none is given."""
-    sizes: list[Size] = []
-    for text in dict.fromkeys(given or ()):
-        found = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
-        if found is None or 0 in (width := int(found[1]), height := int(found[2] or found[1])):
-            raise ConfigError(f"--image-size {text}: must be N or WIDTHxHEIGHT in pixels, such as 512 or 768x512")
-        sizes.append((height, width))
-    return sizes or [None]

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.amounts import pixels_from
 from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,14 +27,19 @@ examples:
   turbovlm inspect facebook/dinov2-base --keep 0.25       a transformers hub id (only its config is read)
   turbovlm inspect ./my-model --json plan.json            a folder with a config.json
   turbovlm inspect Qwen/Qwen2.5-VL-7B-Instruct --visual-keep 0.5 --image-size 896
+  turbovlm inspect diffusers:black-forest-labs/FLUX.1-dev --keep 0.5 --image-size 1024x768
+  turbovlm inspect diffusers:./wan/transformer --frames 81    a pipeline's folder, or that of its denoiser alone
+  turbovlm inspect diffusers:./my-pipeline --settings turbo.json
 
-Without an amount, r={DEFAULT_R}. A model that cannot be accelerated is said to be so, with the reason: exit code 2.
+Without an amount, r={DEFAULT_R}, and keep=0.5 of a denoiser.
+A model that cannot be accelerated is said to be so, with the reason: exit code 2.
 """
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
     from turbovlm.cli.amounts import add_amount_options
+    from turbovlm.cli.generation import SETTINGS_HELP
     from turbovlm.loading.models import MODEL_HELP
 
     parser = subparsers.add_parser(
@@ -43,27 +49,48 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_amount_options(parser, required=False)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=MODEL_HELP
+        + ". Of image generation diffusers:ID or diffusers:FOLDER, of a pipeline or of a denoiser alone",
+    )
+    add_amount_options(parser, required=False, generation=True)
     parser.add_argument(
         "--visual-keep",
         type=_share_or_count,
         metavar="K",
         help="share (0.5) or count (128) of each image's visual tokens that the language model reads",
     )
+    parser.add_argument("--settings", metavar="FILE", help=f"a denoiser's settings: {SETTINGS_HELP}")
+    parser.add_argument("--frames", type=int, metavar="N", help="of a video, instead of the model's own")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the schedule of every encoder found and what a language model reads of it, and write both as JSON."""
+    from turbovlm.cli import inspect_denoisers
+    from turbovlm.cli.measuring import check_file
+    from turbovlm.loading import ModelSpec
+
+    check_file("--json", args.json)
+    if ModelSpec(args.model).makes_images:
+        return inspect_denoisers.run(args)
+    for name in ("settings", "frames"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} has no place with an encoder: only image generation has it")
+    args.image_size = pixels_from(args.image_size)
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     import turbovlm
     from turbovlm.cli.amounts import settings_from
-    from turbovlm.cli.measuring import check_file, console, write_json
+    from turbovlm.cli.measuring import console, write_json
     from turbovlm.loading import ModelSpec
     from turbovlm.loading.models import check_reads, check_runs, load_model
     from turbovlm.workflows import configs_from
 
-    check_file("--json", args.json)
     settings = settings_from(args, None if args.visual_keep is not None else DEFAULT_R)
     configs_from(
         (), {**settings, "visual_keep": args.visual_keep}, False, args.model

@@ -7,6 +7,8 @@ that linear map.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -113,9 +115,15 @@ def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tenso
     else:
         z, y = (value[:, ::every][:, :samples].to(precise) for value in (merged, out))
     z, y = z - z.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
-    with torch.autocast(out.device.type, enabled=False):
+    with _without_autocast(out.device):
         products = z @ z.transpose(1, 2)
         # its trace is the sum of all squares: this is RIDGE · samples · the mean square; above 0 of equal tokens, too
         ridge = products.diagonal(dim1=1, dim2=2).mean(dim=1).mul(RIDGE * samples / z.shape[2]).clamp_min(1e-6)
         system = products + torch.diag_embed(ridge.unsqueeze(1).expand(-1, samples))
         return z.transpose(1, 2), torch.cholesky_solve(y, torch.linalg.cholesky_ex(system).L)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Leave dtypes as they are; on the meta device nothing else changes them."""
+    has_it = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_it else nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from turbovlm.profile.macs import macs
 from turbovlm.profile.quantize import weight_bytes
 from turbovlm.profile.timing import Forward, interleaved, peak_memory
 from turbovlm.settings import Settings
+from turbovlm.sharing import twin
 
 Prepare = Callable[[nn.Module], Any]
 """Changes a copy of the model in place: another method to compare with."""
@@ -123,12 +123,6 @@ def _preparation(name: str, config: Any) -> Prepare:
 
 def _nothing(_: Any) -> None:
     pass
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """A copy that shares the model's parameters and buffers."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared).eval()
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

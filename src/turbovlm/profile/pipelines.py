@@ -16,11 +16,12 @@ from torch import Tensor
 
 from turbovlm.apply import DENOISERS, apply
 from turbovlm.config import DenoiseConfig
+from turbovlm.diffusion.inputs import INPUTS
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import patches_on
-from turbovlm.profile.compare import twin
 from turbovlm.profile.macs import counting
 from turbovlm.profile.timing import elapsed, mark, peak_memory
+from turbovlm.sharing import twin
 
 PROMPTS = (
     "a photograph of an astronaut riding a horse",
@@ -57,7 +58,7 @@ class WatchedPipeline:
     Attributes:
         calls: of `draw`, in order.
         latent: what the scheduler gave last, `[batch, …]`.
-        image: what the last `draw` gave, `[batch, 3, height, width]` in [0, 1].
+        image: what the last `draw` gave, `[batch, 3, height, width]` in [0, 1]; videos `[batch, frames, 3, …]`.
         first: latent and image of the first `draw`.
     """
 
@@ -167,7 +168,8 @@ class WatchedPipeline:
         few = {} if steps is None else {"num_inference_steps": steps}
         # One generator per image, on the CPU: the same noise on every device and in every batch.
         generator = [torch.Generator().manual_seed(seed) for seed in self._seeds]
-        image: Tensor = self._pipe(**{**self._inputs, **few}, generator=generator).images
+        made = self._pipe(**{**self._inputs, **few}, generator=generator)
+        image: Tensor = made.frames if hasattr(made, "frames") else made.images
         return image
 
     def _step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -277,10 +279,33 @@ def check_size(pipe: Any, size: tuple[int, int]) -> None:
         raise ConfigError(f"{shown}: {type(pipe).__name__} makes images of multiples of {multiple} pixels a side")
 
 
+PIXELS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+"""How pipelines call the pixels per side of a latent pixel."""
+
+
+def pixels_per_latent(pipe: Any) -> int | None:
+    """Pixels of the image per side of a latent pixel, as the pipeline's autoencoder has them; None where none tells."""
+    found = [int(value) for name in PIXELS if (value := getattr(pipe, name, None)) is not None]
+    return found[0] if found else None
+
+
+def own_size(pipe: Any) -> tuple[int, int] | None:
+    """Height and width in pixels that a pipeline makes where its denoiser's config does not say; None where it does.
+
+    Pipelines that pack latents into tokens, such as FLUX's, have them.
+    """
+    side, pixels = getattr(pipe, "default_sample_size", None), pixels_per_latent(pipe)
+    entry = INPUTS.get(type(find_denoiser(pipe)[1]).__name__)
+    if entry is None or entry.packed is None or side is None or pixels is None:
+        return None
+    return side * pixels, side * pixels
+
+
 def size_multiple(pipe: Any) -> int:
     """What the sides of its images are multiples of, in pixels: of 8, and of what makes a token."""
-    per_latent = int(getattr(pipe, "vae_scale_factor", 8))
-    patch = int(find_denoiser(pipe)[1].config.get("patch_size") or 1)  # type: ignore[union-attr, operator]
-    processor = getattr(getattr(pipe, "image_processor", None), "config", None)
+    per_latent = pixels_per_latent(pipe) or 8
+    patch: Any = find_denoiser(pipe)[1].config.get("patch_size") or 1  # type: ignore[union-attr, operator]
+    patch = int(patch[-1] if isinstance(patch, tuple | list) else patch)
+    processor = getattr(getattr(pipe, "image_processor", getattr(pipe, "video_processor", None)), "config", None)
     packed = 1 if processor is None else int(processor.get("vae_scale_factor") or 1)
     return math.lcm(8, per_latent * patch, packed)

@@ -17,8 +17,8 @@ import turbovlm
 from turbovlm.apply import Handle
 from turbovlm.encoder.feature import EncoderFeature
 from turbovlm.encoder.schedule import EncoderShape, spread, token_counts
-from turbovlm.profile.compare import twin
 from turbovlm.profile.macs import counting
+from turbovlm.sharing import twin
 from turbovlm_lab.demo.result import METHODS, MIN_ROUNDS, SMALLER, TURBO, UNMERGED, Cost, Method, Settings, Timing
 
 Encode = Callable[[nn.Module, Tensor], Tensor]
