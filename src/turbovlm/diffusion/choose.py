@@ -1,8 +1,8 @@
 """Which tokens of an image are merged: R from their features, A from the image's own attention or the text's.
 
 One token in every 2×2 cell is a destination, so what is restored is never far from its place. Of several images in one
-sequence each merges within itself, and as large a share of it: the one that is denoised has nothing in common with a
-reference beside it but what attention finds.
+sequence each merges within itself, and one ranking says of which how many: references, which are no noise, give more
+than what is denoised, of which the output is made.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from turbovlm.diffusion.positions import split_text
 from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.diffusion.whole import own_call
 from turbovlm.errors import StateError
-from turbovlm.ops.averaging import precise_dtype
-from turbovlm.ops.merging import merge_chosen, mutual_redundancy
-from turbovlm.ops.partition import partition_tokens
+from turbovlm.ops.merging import Ranking, merge_ranked, mutual_redundancy
+from turbovlm.ops.partition import Partition, index_count, partition_tokens, positions
 
 LEAST_TOKENS = 64
 """Tokens below which an image is left whole, unless `min_tokens` asks for more."""
@@ -122,59 +121,63 @@ def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, 
             f"{site.name}, in a {kind.__qualname__} of {kind.__module__}, was given {x.shape[1]} of {tokens} tokens: "
             f"something cuts them into chunks, or merges them too; stop that, or {_without(site)}"
         )
-    share, fewest = _share(run, tokens), least_tokens(config)
-    images = tuple((math.prod(grid), _left(grid, share, fewest)) for grid in layout)
-    if all(left == count for count, left in images):
-        return Choice(images, None)
+    merging = [math.prod(grid) >= least_tokens(config) for grid in layout]
+    r = _count_merged([grid for grid, merges in zip(layout, merging) if merges], _share(run, tokens))
+    if r == 0:
+        return Choice(layout, None)
     features, _ = split_text(x, tokens, site.part.text)
     semantic = None
     if run.feature.semantic:
         semantic = _averaged(run, _semantic(run.denoiser.get_submodule(site.guide), part, features, text, bias))
     compared = run.compared.get(site.group)
     if compared is None:
-        compared = run.compared[site.group] = _compare(run, _averaged(run, features), layout, images)
-    chosen = [
-        run.path.rank(
-            *(each.redundancy, each.nearest, semantic, each.partition, site.index),
-            degree=config.degree,
-            alpha=config.alpha,
-            seed=config.seed,
-            padding=None,
-            r=each.r,
-        )[2]
-        for each in compared
-    ]
-    src, dst = chosen[0] if len(chosen) == 1 else (torch.cat(halves, dim=1) for halves in zip(*chosen))
-    ones = features.new_ones(features.shape[:2], dtype=precise_dtype(features))
-    return Choice(images, merge_chosen(src, dst, ones, reduce=config.reduce))
+        compared = run.compared[site.group] = _compare(run, _averaged(run, features), layout, merging)
+    redundancy, e, chosen = run.path.rank(
+        *(compared.redundancy, compared.nearest, semantic, compared.partition, site.index),
+        degree=config.degree,
+        alpha=config.alpha,
+        seed=config.seed,
+        padding=None,
+        r=r,
+    )
+    ranking = Ranking(compared.partition, tokens, redundancy, compared.nearest, e, chosen)
+    merge, _ = merge_ranked(ranking, r, order="spatial", reduce=config.reduce, path=run.path)
+    return Choice(layout, merge)
 
 
-def _left(grid: Grid, share: float, fewest: int) -> int:
-    """How many of an image's tokens are left: all, where it has fewer than `fewest`."""
-    frames, rows, columns = grid
-    tokens = frames * rows * columns
-    if tokens < fewest:
-        return tokens
-    # rounded half up, as round() would not; and every 2×2 cell, also one that is cut off, keeps a token
-    return max(math.floor(share * tokens + 0.5), frames * -(-rows // 2) * -(-columns // 2))
+def _count_merged(images: list[Grid], share: float) -> int:
+    """How many tokens of those images are merged; every 2×2 cell, also one that is cut off, keeps a token."""
+    tokens = sum(map(math.prod, images))
+    cells = sum(frames * -(-rows // 2) * -(-columns // 2) for frames, rows, columns in images)
+    return tokens - max(math.floor(share * tokens + 0.5), cells)  # rounded half up, as round() would not
 
 
-def _compare(run: Run, features: Tensor, layout: Layout, images: tuple[tuple[int, int], ...]) -> list[Compared]:
-    """Each image that merges, by itself: what its candidates are most similar to among its own destinations."""
-    compared, start = [], 0
-    for grid, (count, left) in zip(layout, images):
-        if left < count:
-            frames, rows, columns = grid
-            behind = features.shape[1] - start - count
-            partition = partition_tokens(
-                features.shape[1], start, "grid", suffix=behind, grid=grid, device=features.device
-            )
+def _compare(run: Run, features: Tensor, layout: Layout, merging: list[bool]) -> Compared:
+    """What the candidates of each image that merges are most similar to, among its own destinations."""
+    places: list[Partition] = []
+    found: list[tuple[Tensor, Tensor]] = []
+    tokens, start, first = features.shape[1], 0, 0
+    for grid, merges in zip(layout, merging):
+        frames, rows, columns = grid
+        count = frames * rows * columns
+        if merges:
+            others = {"prefix": start, "suffix": tokens - start - count}  # the images before and behind
+            partition = partition_tokens(tokens, kind="grid", grid=grid, device=features.device, **others)
             band = BAND if frames == 1 else max(BAND, 2 * rows * columns)
             partition = replace(partition, windows=max(1, count // band))
-            found = mutual_redundancy(features, partition, path=run.path)
-            compared.append(Compared(partition, count - left, *found))
+            redundancy, nearest = mutual_redundancy(features, partition, path=run.path)
+            places.append(partition)
+            found.append((redundancy, nearest + first))
+            first += index_count(partition.destinations)
         start += count
-    return compared
+    if len(places) == 1:
+        return Compared(places[0], *found[0])
+    candidates, destinations = (
+        torch.cat([positions(index, features.device) for index in indices])
+        for indices in zip(*((each.candidates, each.destinations) for each in places))
+    )
+    redundancy, nearest = (torch.cat(each, dim=1) for each in zip(*found))
+    return Compared(Partition(candidates, destinations), redundancy, nearest)
 
 
 def _share(run: Run, tokens: int) -> float:

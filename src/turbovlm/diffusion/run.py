@@ -6,6 +6,8 @@ it to its thread while it lasts, so forwards in several threads, and forwards wi
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,16 +35,9 @@ checkpointing."""
 
 @dataclass(frozen=True)
 class Compared:
-    """Each candidate's most similar destination in one image, and how similar.
-
-    Attributes:
-        partition: the image's candidates and destinations, as places in the sequence.
-        r: how many of its candidates go.
-        redundancy, nearest: R and its argument, `[batch, candidates]` each.
-    """
+    """Each candidate's most similar destination, and how similar: R and its argument, `[batch, candidates]` each."""
 
     partition: Partition
-    r: int
     redundancy: Tensor
     nearest: Tensor
 
@@ -52,27 +47,36 @@ class Choice:
     """What the parts of a group of blocks read.
 
     Attributes:
-        images: tokens of each image of a sequence, and how many of them are left.
-        merge: what merges them; None where all tokens are read.
+        layout: the images of a sequence.
+        merge: what merges their tokens; None where all are read.
     """
 
-    images: tuple[tuple[int, int], ...]
+    layout: Layout
     merge: Merge | None
 
     @property
     def tokens(self) -> int:
         """N, of all images of a sequence."""
-        return sum(tokens for tokens, _ in self.images)
+        return sum(map(math.prod, self.layout))
 
     @property
     def left(self) -> int:
         """M, of all images of a sequence."""
-        return sum(left for _, left in self.images)
+        return self.tokens if self.merge is None else self.merge.sizes.shape[1]
 
     @property
     def largest(self) -> int:
         """Tokens of the largest image."""
-        return max(tokens for tokens, _ in self.images)
+        return max(map(math.prod, self.layout))
+
+    def left_of_first(self) -> list[tuple[int, int]]:
+        """Tokens of each image of the first sequence of a batch, and how many of them are left."""
+        counts = list(map(math.prod, self.layout))
+        if self.merge is None:
+            return [(count, count) for count in counts]
+        ends = torch.tensor(list(itertools.accumulate(counts)))
+        kept = torch.searchsorted(ends, self.merge.kept[0].cpu(), right=True).bincount(minlength=len(counts))
+        return list(zip(counts, kept.tolist()))
 
 
 @dataclass(eq=False)
@@ -89,7 +93,7 @@ class Run:
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
         layout: frames, rows and columns of each image of the tokens at hand; None where nothing says.
         finest: tokens of the largest resolution that has blocks.
-        compared: what each group's tokens were found to be most similar to, by `Site.group`, of each image that merges.
+        compared: what each group's tokens were found to be most similar to, by `Site.group`.
         whole: why each part or block that was called read all tokens, by its path; None where merging was up to its
             group.
         inside: what paths of the denoiser's modules begin with in the model that was accelerated.
@@ -105,7 +109,7 @@ class Run:
     choices: dict[str, Choice]
     layout: Layout | None = None
     finest: int = 1
-    compared: dict[str, list[Compared]] = field(default_factory=dict)
+    compared: dict[str, Compared] = field(default_factory=dict)
     whole: dict[str, str | None] = field(default_factory=dict)
     inside: str = ""
     apart: bool = False

@@ -262,21 +262,9 @@ def merge_ranked(
         return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", logs=logs), merged
     if sizes is None:
         sizes = torch.ones(degree.shape[0], ranking.tokens, dtype=precise_dtype(degree), device=degree.device)
-    return merge_chosen(src, dst, sizes, slots, reduce=reduce), None
-
-
-def merge_chosen(src: Tensor, dst: Tensor, sizes: Tensor, slots: Tensor | None = None, *, reduce: str) -> Merge:
-    """Merge the tokens that were chosen, each into its destination.
-
-    Args:
-        src, dst: as `plain.choose` gives them, `[batch, r]` each.
-        sizes: patches each token stands for, `[batch, tokens]`.
-        slots: the order of the tokens left, as `plain.merge_books` takes it; theirs if None.
-        reduce: as in `merge_ranked`.
-    """
     rows, weights, merged_sizes = plain.merge_books(src, dst, slots, sizes, reduce)
     bags = averaging.sort_into_bags(rows, weights, merged_sizes.numel()) if averaging.has_bags(weights) else None
-    return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", bags)
+    return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", bags), None
 
 
 def match(
