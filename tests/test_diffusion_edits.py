@@ -67,7 +67,7 @@ def test_one_pipeline_with_references_and_without():
         alone = edit.run(pipe, image=None)
         assert "96 → 48 tokens\n" in f"{handle!r}\n" and not torch.equal(alone, plain)
         edit.run(pipe)
-        assert "96 → 48, 80 → 40" in repr(handle)
+        assert "176 → 88 tokens of 2 images" in repr(handle)
         assert torch.equal(edit.run(pipe, image=None), alone)
 
 

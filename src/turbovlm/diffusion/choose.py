@@ -1,8 +1,8 @@
 """Which tokens of an image are merged: R from their features, A from the image's own attention or the text's.
 
 One token in every 2×2 cell is a destination, so what is restored is never far from its place. Of several images in one
-sequence each merges within itself, and as large a share of it: the one that is denoised has nothing in common with a
-reference beside it but what attention finds.
+sequence each merges within itself, and one ranking says of which how many: references, which are no noise, give more
+than what is denoised, of which the output is made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.families import Part
-from turbovlm.diffusion.grids import Grid, square
+from turbovlm.diffusion.grids import square
 from turbovlm.diffusion.positions import split_text
 from turbovlm.diffusion.rank import choose, compare
 from turbovlm.diffusion.run import Choice, Run
@@ -119,11 +119,10 @@ def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, 
             f"{site.name}, in a {kind.__qualname__} of {kind.__module__}, was given {x.shape[1]} of {tokens} tokens: "
             f"something cuts them into chunks, or merges them too; stop that, or {_without(site)}"
         )
-    share, fewest = _share(run, tokens), least_tokens(config)
-    images = [(*grid, _left(grid, share, fewest)) for grid in layout]
-    counted = tuple((math.prod(grid), left) for *grid, left in images)
-    if all(left == count for count, left in counted):
-        return Choice(counted, None)
+    images = [(*grid, math.prod(grid) >= least_tokens(config)) for grid in layout]
+    gone = _count_gone([grid for *grid, merges in images if merges], _share(run, tokens))
+    if gone == 0:
+        return Choice(layout, None)
     features, _ = split_text(x, tokens, site.part.text)
     semantic = None
     if run.feature.semantic:
@@ -131,21 +130,18 @@ def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, 
     if site.group not in run.compared:
         run.compared[site.group] = compare(_averaged(run, features), images, run.path)
     rules = Rules(config.degree, config.alpha, config.seed, "spatial", config.reduce)
-    src, dst = choose(features, *run.compared[site.group], semantic, images, run.path, site.index, rules)
+    src, dst = choose(features, *run.compared[site.group], semantic, images, gone, run.path, site.index, rules)
     ones = features.new_ones(features.shape[:2], dtype=precise_dtype(features))
-    return Choice(counted, merge_chosen(src, dst, ones, reduce=config.reduce))
+    return Choice(layout, merge_chosen(src, dst, ones, reduce=config.reduce))
 
 
-def _left(grid: Grid, share: float, fewest: int) -> int:
-    """How many of an image's tokens are left: all, where it has fewer than `fewest`."""
-    frames, rows, columns = grid
-    tokens = frames * rows * columns
-    if tokens < fewest:
-        return tokens
-    # of whole numbers, as graphs know no simple symbol for what is rounded; and every 2×2 cell keeps a token
-    up, down = _fraction(share)
-    left, cells = (2 * up * tokens + down) // (2 * down), frames * -(-rows // 2) * -(-columns // 2)
-    return cells if left < cells else left
+def _count_gone(images: list[list[int]], share: float) -> int:
+    """How many tokens of those images are merged; every 2×2 cell, also one that is cut off, keeps a token."""
+    tokens = sum(map(math.prod, images))
+    cells = sum(frames * -(-rows // 2) * -(-columns // 2) for frames, rows, columns in images)
+    up, down = _fraction(share)  # whole numbers and a branch: of what is rounded, graphs make symbols that cost minutes
+    left = (2 * up * tokens + down) // (2 * down)
+    return tokens - (cells if left < cells else left)
 
 
 @constant_in_graphs

@@ -165,14 +165,16 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
         if choice is None:
             return ""
         fewest = least_tokens(self.config)
-        if len(choice.images) == 1 and choice.tokens < fewest:
-            return f", {choice.tokens} tokens: fewer than {fewest} are left as they are"
-        last = " in the last step" if self.config.over_steps else ""
-        if len(choice.images) == 1:
-            return f", {choice.tokens} → {choice.left} tokens{last}"
-        each = ", ".join(f"{tokens} → {left}" for tokens, left in choice.images)
-        small = f"; images of fewer than {fewest} are left as they are" if choice.largest < fewest else ""
-        return f", {choice.tokens} → {choice.left} tokens{last} of {len(choice.images)} images: {each}{small}"
+        if choice.largest < fewest:
+            of = (
+                "" if len(choice.layout) == 1 else f" of {len(choice.layout)} images, none of which has as many as that"
+            )
+            return f", {choice.tokens} tokens{of}: fewer than {fewest} are left as they are"
+        said = f", {choice.tokens} → {choice.left} tokens{' in the last step' if self.config.over_steps else ''}"
+        if len(choice.layout) == 1:
+            return said
+        each = ", ".join(f"{tokens} → {left}" for tokens, left in choice.left_of_first())
+        return f"{said} of {len(choice.layout)} images, in the first sequence {each}"
 
 
 def _nth(number: int) -> str:

@@ -17,9 +17,10 @@ from turbovlm.diffusion.choose import Site, choice_of
 from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.positions import beside_text, split_text
 from turbovlm.diffusion.restore import check_has_operator, is_linear, restore_linear
-from turbovlm.diffusion.run import RUN, THREAD, Choice, Run, check_class, current_run, run_within
+from turbovlm.diffusion.run import RUN, THREAD, Run, check_class, current_run, run_within
 from turbovlm.diffusion.whole import reason_to_leave_whole
 from turbovlm.ops.attention import size_bias
+from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch
 
 
@@ -50,10 +51,9 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
     text, mask, *_ = (*rest, None, None)
     text, mask = kwargs.get("encoder_hidden_states", text), kwargs.get("attention_mask", mask)
     run.whole[site.name] = reason_to_leave_whole(patch, module, text, mask, kwargs)
-    choice = None if run.whole[site.name] else choice_of(run, site, module, x, text, kwargs)
-    if choice is None or choice.merge is None:
+    merge = None if run.whole[site.name] else choice_of(run, site, module, x, text, kwargs).merge
+    if merge is None:
         return original(x, *rest, **kwargs)
-    merge = choice.merge
     image, words = split_text(x, merge.weights.shape[1], part.text)
     merged = merge.merge(image, path=run.path)
     read = beside_text(x, words, merged, part.text)
@@ -69,9 +69,9 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
     else:
         out = original(read, *rest, **kwargs)
     if isinstance(out, Tensor):
-        return _restored(run, site, choice, image, merged, out)
+        return _restored(run, site, merge, image, merged, out)
     return tuple(
-        _restored(run, site, choice, image, merged, each) if i in part.restored else each for i, each in enumerate(out)
+        _restored(run, site, merge, image, merged, each) if i in part.restored else each for i, each in enumerate(out)
     )
 
 
@@ -84,13 +84,12 @@ def _is_smooth(part: Part, config: DenoiseConfig) -> bool:
     return not part.one_layer and (part.component == "ffn" or (part.component == "attention" and config.queries_only))
 
 
-def _restored(run: Run, site: Site, choice: Choice, image: Tensor, merged: Tensor, out: Tensor) -> Tensor:
+def _restored(run: Run, site: Site, merge: Merge, image: Tensor, merged: Tensor, out: Tensor) -> Tensor:
     """Every position with its token's result; the text's tokens as they are."""
-    assert choice.merge is not None
-    found, words = split_text(out, choice.left, site.part.text)
+    found, words = split_text(out, merge.sizes.shape[1], site.part.text)
     if _is_smooth(site.part, run.feature.config) and is_linear(run.feature.config, image):
         check_has_operator(run.feature.config, site.name)
-        restored = restore_linear(choice.merge, image, merged, found, choice.images)
+        restored = restore_linear(merge, image, merged, found)
     else:
-        restored = choice.merge.unmerge(found)
+        restored = merge.unmerge(found)
     return beside_text(out, words, restored, site.part.text)

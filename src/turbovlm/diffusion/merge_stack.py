@@ -66,15 +66,13 @@ class Stacked:
 
     Attributes:
         merge: what was done.
-        images: `Choice.images`.
-        x: the images' tokens before, `[batch, N, width]`.
+        x: the image's tokens before, `[batch, N, width]`.
         merged: behind it, `[batch, M, width]`.
         cuts: what was cut of the blocks' arguments, by name, with what it was cut from.
         biases: what `biases_in` made.
     """
 
     merge: Merge
-    images: tuple[tuple[int, int], ...]
     x: Tensor
     merged: Tensor
     cuts: dict[str, tuple[Any, Any]]
@@ -156,13 +154,12 @@ def _run(run: Run, place: Place, block: Any, original: Any, given: dict[str, Any
 def _enter(run: Run, place: Place, given: dict[str, Any]) -> None:
     """Merge what a block is given, where its stack merges."""
     hidden = given[place.arguments[0]]
-    choice = choice_of(run, place.stack.site, None, hidden, None, {})
-    merge = choice.merge
+    merge = choice_of(run, place.stack.site, None, hidden, None, {}).merge
     if merge is None:
         return
     x, words = split_text(hidden, merge.weights.shape[1], place.kind.text)
     merged = merge.merge(x, path=run.path)
-    run.stacked = Stacked(merge, choice.images, x, merged, {})
+    run.stacked = Stacked(merge, x, merged, {})
     given[place.arguments[0]] = beside_text(hidden, words, merged, place.kind.text)
 
 
@@ -173,7 +170,7 @@ def _left(run: Run, name: str, stacked: Stacked, kind: Block, out: Any) -> Any:
     linear = is_linear(run.feature.config, image)
     if linear:
         check_has_operator(run.feature.config, name)
-    restored = restore_update(stacked.merge, stacked.x, stacked.merged, image, linear, stacked.images)
+    restored = restore_update(stacked.merge, stacked.x, stacked.merged, image, linear)
     hidden = beside_text(hidden, words, restored, kind.text)
     if kind.output is None:
         return hidden

@@ -1,4 +1,4 @@
-"""Which tokens of the images of a sequence go, and where: each image is compared and ranked by itself.
+"""Which tokens of the images of a sequence go, and where: each image is compared by itself, and all are ranked at once.
 
 In a compiled denoiser the numbers of tokens are symbols, as soon as it has met a second size. Laid open, what is here
 has them in branches and loops, which are true of one size alone, and a graph would be compiled for every size. So
@@ -17,7 +17,7 @@ from torch import Tensor
 from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import mutual_redundancy
-from turbovlm.ops.partition import Partition, partition_tokens
+from turbovlm.ops.partition import Partition, index_count, partition_tokens, positions
 from turbovlm.ops.plain import Chosen
 from turbovlm.ops.tracing import is_exporting
 from turbovlm.ops.whole import Rules
@@ -27,12 +27,12 @@ BAND = 4096
 tokens with all would cost their square. A video's bands have two frames at least, so that what stands still can
 merge."""
 
-Image = tuple[int, int, int, int]
-"""Frames, rows and columns of an image, and how many of its tokens are left."""
+Image = tuple[int, int, int, bool]
+"""Frames, rows and columns of an image, and whether it merges."""
 
 
 def compare(features: Tensor, images: Sequence[Image], path: ModuleType) -> tuple[Tensor, Tensor]:
-    """R of the candidates of the images that merge, one image behind the other, and its argument.
+    """R of the candidates of the images that merge, each among its own destinations, and its argument.
 
     Args:
         features: `[batch, tokens, width]`.
@@ -40,14 +40,20 @@ def compare(features: Tensor, images: Sequence[Image], path: ModuleType) -> tupl
         path: from `path_for`.
 
     Returns:
-        R in float32 or better, and the index among the destinations of the same image, int64, `[batch, candidates]`
-        each.
+        R in float32 or better, and the index among the destinations of all images, int64, `[batch, candidates]` each.
     """
     if torch.compiler.is_compiling() and not is_exporting():
         compared: tuple[Tensor, Tensor] = compare_operator(features, _flat(images))
         return compared
-    found = [mutual_redundancy(features, each, path=path) for each, _ in _merging(features, images)]
-    return found[0] if len(found) == 1 else _beside(found)
+    found, first = [], 0
+    for partition in _partitions(features, images):
+        redundancy, nearest = mutual_redundancy(features, partition, path=path)
+        found.append((redundancy, nearest + first if first else nearest))
+        first += index_count(partition.destinations)
+    if len(found) == 1:
+        return found[0]
+    redundancy, nearest = (torch.cat(each, dim=1) for each in zip(*found))
+    return redundancy, nearest
 
 
 def choose(
@@ -56,11 +62,12 @@ def choose(
     nearest: Tensor,
     semantic: Tensor | None,
     images: Sequence[Image],
+    gone: int,
     path: ModuleType,
     block: int,
     rules: Rules,
 ) -> Chosen:
-    """The tokens that go, those of highest degree of each image, and the destination of each: places in the sequence.
+    """The `gone` tokens of highest degree, and the destination of each: places in the sequence.
 
     Args:
         features, images, path: as in `compare`; redundancy, nearest: what it gave.
@@ -72,22 +79,21 @@ def choose(
         `[batch, gone]` each, int64.
     """
     if torch.compiler.is_compiling() and not is_exporting() and isinstance(rules.degree, str):
-        chosen: Chosen = choose_operator(features, redundancy, nearest, semantic, _flat(images), block, *rules[:3])
-        return chosen
-    found, start = [], 0
-    for partition, gone in _merging(features, images):
-        some = slice(start, start := start + partition.count())
-        r, j = redundancy[:, some], nearest[:, some]
-        _, e, pair = path.rank(
-            *(r, j, semantic, partition, block),
-            degree=rules.degree,
-            alpha=rules.alpha,
-            seed=rules.seed,
-            padding=None,
-            r=gone,
+        chosen: Chosen = choose_operator(
+            *(features, redundancy, nearest, semantic, _flat(images), gone, block), *rules[:3]
         )
-        found.append(path.choose(e, j, partition, gone) if pair is None else pair)
-    return found[0] if len(found) == 1 else _beside(found)
+        return chosen
+    partition = _joined(list(_partitions(features, images)), features.device)
+    _, degree, pair = path.rank(
+        *(redundancy, nearest, semantic, partition, block),
+        degree=rules.degree,
+        alpha=rules.alpha,
+        seed=rules.seed,
+        padding=None,
+        r=gone,
+    )
+    found: Chosen = path.choose(degree, nearest, partition, gone) if pair is None else pair
+    return found
 
 
 @torch.library.custom_op("turbovlm::compare_on_grids", mutates_args=())
@@ -98,7 +104,11 @@ def compare_operator(features: Tensor, images: list[int]) -> tuple[Tensor, Tenso
 
 @compare_operator.register_fake
 def _(features: Tensor, images: list[int]) -> tuple[Tensor, Tensor]:
-    count = sum(frames * (rows * columns - _cells(rows, columns)) for frames, rows, columns, _ in _smaller(images))
+    count = sum(
+        frames * (rows * columns - (rows + 1) // 2 * ((columns + 1) // 2))
+        for frames, rows, columns, merges in _images(images)
+        if merges
+    )
     redundancy = features.new_empty(len(features), count, dtype=precise_dtype(features))
     return redundancy, torch.empty_like(redundancy, dtype=torch.int64)
 
@@ -110,6 +120,7 @@ def choose_operator(
     nearest: Tensor,
     semantic: Tensor | None,
     images: list[int],
+    gone: int,
     block: int,
     degree: str,
     alpha: float | None,
@@ -117,52 +128,53 @@ def choose_operator(
 ) -> tuple[Tensor, Tensor]:
     """`choose`, of images laid open."""
     rules = Rules(degree, alpha, seed, "spatial", "merge")
-    src, dst = choose(features, redundancy, nearest, semantic, _images(images), path_for(features), block, rules)
+    src, dst = choose(features, redundancy, nearest, semantic, _images(images), gone, path_for(features), block, rules)
     return src.clone(), dst.clone()  # an operator's results are no views
 
 
 @choose_operator.register_fake
 def _(
-    features: Tensor, redundancy: Tensor, nearest: Tensor, semantic: Tensor | None, images: list[int], *rules: object
+    features: Tensor,
+    redundancy: Tensor,
+    nearest: Tensor,
+    semantic: Tensor | None,
+    images: list[int],
+    gone: int,
+    *others: object,
 ) -> tuple[Tensor, Tensor]:
-    gone = sum(frames * rows * columns - left for frames, rows, columns, left in _smaller(images))
     src = features.new_empty(len(features), gone, dtype=torch.int64)
     return src, torch.empty_like(src)
 
 
-def _merging(features: Tensor, images: Sequence[Image]) -> Iterator[tuple[Partition, int]]:
-    """Candidates and destinations of each image that merges, as places in the sequence, and how many go."""
+def _partitions(features: Tensor, images: Sequence[Image]) -> Iterator[Partition]:
+    """Candidates and destinations of each image that merges, as places in the sequence."""
     start, tokens = 0, features.shape[1]
-    for frames, rows, columns, left in images:
+    for frames, rows, columns, merges in images:
         count = frames * rows * columns
-        if left < count:
+        if merges:
             suffix = tokens - start - count
             partition = partition_tokens(
                 tokens, start, "grid", suffix=suffix, grid=(frames, rows, columns), device=features.device
             )
             band = BAND if frames == 1 else max(BAND, 2 * rows * columns)
-            yield replace(partition, windows=max(1, count // band)), count - left
+            yield replace(partition, windows=max(1, count // band))
         start += count
 
 
-def _beside(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    first, second = (torch.cat(each, dim=1) for each in zip(*found))
-    return first, second
+def _joined(parts: Sequence[Partition], device: torch.device) -> Partition:
+    """One partition of all images, for what no longer looks at windows."""
+    if len(parts) == 1:
+        return parts[0]
+    candidates, destinations = (
+        torch.cat([positions(index, device) for index in indices])
+        for indices in zip(*((part.candidates, part.destinations) for part in parts))
+    )
+    return Partition(candidates, destinations)
 
 
 def _flat(images: Sequence[Image]) -> list[int]:
-    return [number for image in images for number in image]
+    return [int(number) for image in images for number in image]
 
 
 def _images(flat: Sequence[int]) -> list[Image]:
-    return [(flat[i], flat[i + 1], flat[i + 2], flat[i + 3]) for i in range(0, len(flat), 4)]
-
-
-def _smaller(flat: Sequence[int]) -> list[Image]:
-    """The images that merge."""
-    return [image for image in _images(flat) if image[3] < image[0] * image[1] * image[2]]
-
-
-def _cells(rows: int, columns: int) -> int:
-    """2×2 cells, also those that are cut off, each of which has a destination."""
-    return (rows + 1) // 2 * ((columns + 1) // 2)
+    return [(flat[i], flat[i + 1], flat[i + 2], bool(flat[i + 3])) for i in range(0, len(flat), 4)]

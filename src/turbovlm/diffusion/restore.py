@@ -44,11 +44,7 @@ def check_has_operator(config: DenoiseConfig, name: str) -> None:
         )
 
 
-Images = tuple[tuple[int, int], ...]
-"""`Choice.images`: tokens of each image of a sequence, and how many of them are left."""
-
-
-def restore_update(merge: Merge, x: Tensor, merged: Tensor, out: Tensor, linear: bool, images: Images = ()) -> Tensor:
+def restore_update(merge: Merge, x: Tensor, merged: Tensor, out: Tensor, linear: bool) -> Tensor:
     """`x_i + (out_j − merged_j)` for each position i of token j: its own input, and what its token has gained.
 
     Args:
@@ -57,47 +53,33 @@ def restore_update(merge: Merge, x: Tensor, merged: Tensor, out: Tensor, linear:
         merged: what was read, `[batch, M, width]`.
         out: what it came to, `[batch, M, width]`.
         linear: whether the gain is restored by `restore_linear` instead of copied.
-        images: of the sequence; one, if empty.
 
     Returns:
         `[batch, N, width]`, in the dtype of `out`.
     """
     update = out - merged
-    return x + (restore_linear(merge, x, merged, update, images) if linear else merge.unmerge(update))
+    return x + (restore_linear(merge, x, merged, update) if linear else merge.unmerge(update))
 
 
-def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor, images: Images = ()) -> Tensor:
+def restore_linear(merge: Merge, x: Tensor, merged: Tensor, out: Tensor) -> Tensor:
     """`y_i = out_j + (x_i − merged_j)·W` for each position i of token j, W by ridge regression of `out` on `merged`.
-
-    Each image of a sequence has a W of its own: what sets two images apart says nothing of the tokens of one.
 
     Args:
         merge: what was done.
         x: what all positions would have read, `[batch, N, width]`.
         merged: what was read, `[batch, M, width]`.
         out: what it came to, `[batch, M, out_width]`.
-        images: of the sequence; one, if empty.
 
     Returns:
         `[batch, N, out_width]`, in the dtype of `out`.
     """
-    restored: list[Tensor] = []
-    back, first, first_left = merge.unmerge(out), 0, 0
-    for tokens, left in images or ((x.shape[1], out.shape[1]),):
-        of_x, of_merged = slice(first, first + tokens), slice(first_left, first_left + left)
-        first, first_left = of_x.stop, of_merged.stop
-        if left == tokens:
-            restored.append(back[:, of_x])
-            continue
-        samples = min(SAMPLES, x.shape[2] // 2)
-        for most in (left, tokens - left):  # where these are symbols, a branch is simpler for compilers than a minimum
-            samples = samples if samples <= most else most
-        found = linear_map(merged[:, of_merged], out[:, of_merged], max(1, samples))
-        across, weights = (factor.to(out.dtype) for factor in found)
-        # the difference is taken where it is narrow; of a token that nothing joined it is zero
-        apart = x[:, of_x].to(out.dtype) @ across - merge.unmerge(merged.to(out.dtype) @ across)[:, of_x]
-        restored.append(torch.baddbmm(back[:, of_x], apart, weights))
-    return restored[0] if len(restored) == 1 else torch.cat(restored, dim=1)
+    samples = min(SAMPLES, x.shape[2] // 2)
+    for most in (out.shape[1], merge.src.shape[1]):  # of symbols, a branch is simpler for compilers than a minimum
+        samples = samples if samples <= most else most
+    across, weights = (factor.to(out.dtype) for factor in linear_map(merged, out, max(1, samples)))
+    # the difference is taken where it is narrow; of a token that nothing joined it is zero
+    apart = x.to(out.dtype) @ across - merge.unmerge(merged.to(out.dtype) @ across)
+    return torch.baddbmm(merge.unmerge(out), apart, weights)
 
 
 def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ it to its thread while it lasts, so forwards in several threads, and forwards wi
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,27 +38,36 @@ class Choice:
     """What the parts of a group of blocks read.
 
     Attributes:
-        images: tokens of each image of a sequence, and how many of them are left.
-        merge: what merges them; None where all tokens are read.
+        layout: the images of a sequence.
+        merge: what merges their tokens; None where all are read.
     """
 
-    images: tuple[tuple[int, int], ...]
+    layout: Layout
     merge: Merge | None
 
     @property
     def tokens(self) -> int:
         """N, of all images of a sequence."""
-        return sum(tokens for tokens, _ in self.images)
+        return sum(map(math.prod, self.layout))
 
     @property
     def left(self) -> int:
         """M, of all images of a sequence."""
-        return sum(left for _, left in self.images)
+        return self.tokens if self.merge is None else self.merge.sizes.shape[1]
 
     @property
     def largest(self) -> int:
         """Tokens of the largest image."""
-        return max(tokens for tokens, _ in self.images)
+        return max(map(math.prod, self.layout))
+
+    def left_of_first(self) -> list[tuple[int, int]]:
+        """Tokens of each image of the first sequence of a batch, and how many of them are left."""
+        counts = list(map(math.prod, self.layout))
+        if self.merge is None:
+            return [(count, count) for count in counts]
+        ends = torch.tensor(list(itertools.accumulate(counts)))
+        kept = torch.searchsorted(ends, self.merge.kept[0].cpu(), right=True).bincount(minlength=len(counts))
+        return list(zip(counts, kept.tolist()))
 
 
 @dataclass(eq=False)
