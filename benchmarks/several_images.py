@@ -5,9 +5,9 @@
 
 On the small text-to-image transformer of FLUX's kind (turbovlm_lab.zoo.drawings), whose 1,024 tokens of latent have the
 1,024 of a finished image behind them, placed as FLUX Kontext places its reference. It was not trained with references,
-but attends to them: the second table says how much they matter to it. Drift is the relative error of one forward's output for the
-latent against the unmerged forward, mean and standard error over latents from three steps of twelve; fp32, one thread.
-The reference is the same image or another. Shares of the images are set by a degree that ranks as said.
+but attends to them: the second table says how much they matter to it. Drift is the relative error of one forward's
+output for the latent against the unmerged forward, mean and standard error over latents from three steps of twelve;
+fp32, one thread. The reference is the same image or another. Shares of the images are set by a degree that ranks as said.
 """
 
 from __future__ import annotations
