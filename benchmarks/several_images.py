@@ -6,8 +6,8 @@
 On the small text-to-image transformer of FLUX's kind (turbovlm_lab.zoo.drawings), whose 1,024 tokens of latent have the
 1,024 of a finished image behind them, placed as FLUX Kontext places its reference. It was not trained with references,
 but attends to them: the second table says how much they matter to it. Drift is the relative error of one forward's
-output for the latent against the unmerged forward, mean and standard error over latents from three steps of twelve;
-fp32, one thread. The reference is the same image or another. Shares of the images are set by a degree that ranks as said.
+output for the latent against the unmerged forward, over latents from three steps of twelve; fp32, one thread. The
+reference is the same image or another. Which image gives how many tokens is set by a degree that ranks as said.
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ def main() -> None:
                     choice = next(iter((handle.features[0].last or {}).values()))
                 left = choice.left_of_first()[0][1]
                 runs.append({"reference": name, "keep": keep, "version": version, "drift": drift, "left": left})
-    report = {"images": args.images, "matters": matters, "runs": runs, "machine": machine()}
-    save(RESULTS, args.out, report, table(report))
+    results = {"machine": machine(), "images": args.images, "matters": matters, "runs": runs}
+    save(RESULTS / f"{args.out}.json", results)
+    (RESULTS / f"{args.out}.md").write_text(report(results))
+    print(report(results))
 
 
 def seen(pipe: Any, prompts: list[str]) -> tuple[list[dict[str, Any]], list[Tensor]]:
@@ -122,20 +124,20 @@ def spread(values: list[float]) -> tuple[float, float]:
     return float(each.mean()), float(each.std() / len(values) ** 0.5)
 
 
-def table(report: dict[str, Any]) -> str:
-    lines = [
-        described(__doc__ or "", report["machine"]),
-        "",
+def report(results: dict[str, Any]) -> str:
+    lines = ["# Several images in one sequence", "", described(results["machine"]), ""]
+    lines += [f"Drift of the latent of {results['images']} images, in three steps each, mean ± standard error.", ""]
+    lines += [
         "| reference | keep | which give tokens | tokens left of the latent | drift |",
         "|---|--:|---|--:|--:|",
     ]
-    for run in report["runs"]:
+    for run in results["runs"]:
         mean, error = run["drift"]
         row = run["reference"], f"{run['keep']:g}", run["version"], str(run["left"]), f"{mean:.4f} ± {error:.4f}"
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", "| reference | drift where it is taken away |", "|---|--:|"]
-    lines += [f"| {name} | {mean:.3f} ± {error:.3f} |" for name, (mean, error) in report["matters"].items()]
-    return "\n".join(lines) + "\n"
+    lines += [f"| {name} | {mean:.3f} ± {error:.3f} |" for name, (mean, error) in results["matters"].items()]
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ class DenoiseConfig(Settings):
     """How many tokens the blocks of a denoiser read, and which; each position gets its token's result back.
 
     Args:
-        keep: share of its tokens that a block reads, in [0.25, 1]; or a sequence: of the largest resolution that the
-            denoiser has blocks in, of half as many rows, of a quarter, …; smaller ones have the last. Over the steps of
-            a pipeline, a mapping from progress to either: `{0: 0.5, 0.6: 1.0}` keeps half, and behind 0.6 of the steps
-            all; or a function of the progress. Progress is the place of a step in its scheduler's `timesteps`, as a
-            share of them, in [0, 1).
+        keep: share of its tokens that a block reads, in [0.25, 1], of all images of a sequence; or several in a list:
+            of the largest resolution that the denoiser has blocks in, of half as many rows, of a quarter, …; smaller
+            ones have the last. Over the steps of a pipeline, a mapping from progress to either: `{0: 0.5, 0.6: 1.0}`
+            keeps half, and behind 0.6 of the steps all; or a function of the progress. Progress is the place of a step
+            in its scheduler's `timesteps`, as a share of them, in [0, 1).
         scope: where tokens stay merged: `"stack"`, over a run of blocks, merged once before it and restored once behind
             it by what they have gained; `"block"`, over one block (Turbo, §3.3); `"part"`, over each part of a block
             (§6.2). None: `"part"` where `components` or `queries_only` are given, else `"stack"`.

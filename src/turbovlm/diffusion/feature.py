@@ -166,10 +166,8 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
             return ""
         fewest = least_tokens(self.config)
         if choice.largest < fewest:
-            of = (
-                "" if len(choice.layout) == 1 else f" of {len(choice.layout)} images, none of which has as many as that"
-            )
-            return f", {choice.tokens} tokens{of}: fewer than {fewest} are left as they are"
+            of = "" if len(choice.layout) == 1 else f" of {len(choice.layout)} images"
+            return f", {choice.tokens} tokens{of}: {'images of ' if of else ''}fewer than {fewest} are left as they are"
         said = f", {choice.tokens} → {choice.left} tokens{' in the last step' if self.config.over_steps else ''}"
         if len(choice.layout) == 1:
             return said
