@@ -249,6 +249,15 @@ def test_a_scheduler_has_to_tell():
             assert torch.equal(image(pipe), alone)
 
 
+def test_a_cuda_graph_would_repeat_one_step(monkeypatch):
+    pipe, inputs = pipeline(), unet_inputs(1, 32, 32)
+    with turbovlm.apply(pipe, keep=HALVES):
+        pipe.scheduler.set_timesteps(4)
+        monkeypatch.setattr("turbovlm.diffusion.denoiser.is_captured", lambda x: True)
+        with pytest.raises(StateError, match="a CUDA graph repeats what was kept in the step in which it was captured"):
+            pipe.unet(**inputs)
+
+
 def test_another_scheduler_is_followed(watched):
     from diffusers import EulerDiscreteScheduler
 

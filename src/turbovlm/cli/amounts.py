@@ -19,6 +19,29 @@ def add_amount_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
 
 
+OVER_STEPS = "over the steps of a pipeline START:SHARE with commas, as in 0:0.5,0.6:1"
+
+
+def keep_from(text: str) -> Any:
+    """Read `--keep`: a share, or over the steps pairs of a progress and the share that is kept from there on."""
+    try:
+        pairs = tuple(tuple(map(float, part.split(":"))) for part in text.split(","))
+    except ValueError:
+        pairs = ()
+    if len(pairs) == 1 and len(pairs[0]) == 1:
+        return pairs[0][0]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 0.5; {OVER_STEPS}")
+    return pairs
+
+
+def shown_keep(keep: Any) -> str:
+    """What `keep_from` has read, as it is written on the command line."""
+    if isinstance(keep, tuple):
+        return ",".join(f"{start:g}:{share:g}" for start, share in keep)
+    return f"{keep:g}"
+
+
 def settings_from(args: argparse.Namespace, default_r: int | None) -> dict[str, Any]:
     """Return the settings that the options mean, as keywords of `turbovlm.apply`; `r=default_r` without an amount."""
     if args.image_size is not None and args.image_size < 1:

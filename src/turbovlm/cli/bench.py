@@ -27,6 +27,7 @@ examples of image generation:
   turbovlm bench diffusers:stable-diffusion-v1-5/stable-diffusion-v1-5 --keep 0.5 0.7 --image-size 512 768x512
   turbovlm bench diffusers:./my-pipeline --pretrained --keep 0.5 --steps 20 --batch 4 --plot drift.png
   turbovlm bench diffusers:./my-pipeline --pretrained --keep 0.7 --components attention --refresh 5
+  turbovlm bench zoo:drawings --pretrained --keep 0.75 0:0.5,0.5:1 0:1,0.5:0.5    another share in later steps
   turbovlm bench diffusers:./my-pipeline/unet --keep 0.5     one forward of the denoiser alone
 
 The model itself and each setting run in turn, A B … B A, in one process, after warm-up: process CPU time on the CPU,
@@ -49,6 +50,7 @@ _IMAGES_ONLY = ("steps", "refresh", "components", "prompt", "seed", "guidance_sc
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
+    from turbovlm.cli.amounts import OVER_STEPS, keep_from
     from turbovlm.cli.bench_encoders import DEFAULT_R
     from turbovlm.cli.bench_images import DEFAULT_KEEP
     from turbovlm.config import COMPONENTS
@@ -79,11 +81,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     group.add_argument(
         "--keep",
-        type=float,
+        type=keep_from,
         nargs="+",
         metavar="SHARE",
         help="share of the tokens left: at the end of an encoder; in every block of a denoiser, ≥ 0.25 "
-        f"(default there {' '.join(map(str, DEFAULT_KEEP))})",
+        f"(default there {' '.join(map(str, DEFAULT_KEEP))}); {OVER_STEPS}",
     )
     group.add_argument(
         "--flops", type=float, nargs="+", metavar="SHARE", help="encoders: share of the encoder's MACs left"

@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.amounts import shown_keep
 from turbovlm.cli.measuring import check_making, check_numbers, device_named, progress_bar
 from turbovlm.errors import ConfigError, TurboError
 
@@ -157,7 +158,7 @@ def _configs(args: argparse.Namespace) -> dict[str, DenoiseConfig]:
 
     more = {name: getattr(args, name) for name in ("refresh", "components") if getattr(args, name) is not None}
     keeps = DEFAULT_KEEP if args.keep is None else args.keep
-    return {f"keep={keep:g}": DenoiseConfig(keep=keep, **more) for keep in keeps}
+    return {f"keep={shown_keep(keep)}": DenoiseConfig(keep=keep, **more) for keep in keeps}
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
