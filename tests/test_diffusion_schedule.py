@@ -226,6 +226,23 @@ def test_a_loop_of_ones_own(watched):
             pipe.unet(**{**inputs, "timestep": torch.tensor(300.5)})
 
 
+@torch.no_grad()
+def test_a_loop_that_begins_in_the_middle_and_tells_no_scheduler(watched):
+    """As Wan's from video to video does."""
+    from diffusers import UniPCMultistepScheduler
+
+    pipe, inputs = pipeline(), unet_inputs(1, 32, 32)
+    pipe.scheduler = UniPCMultistepScheduler()
+    with turbovlm.apply(pipe, keep={0: 0.5, 0.25: 0.625, 0.75: 1.0}):
+        seen = watched(pipe.unet)
+        pipe.scheduler.set_timesteps(4)
+        latent = inputs["sample"]
+        for timestep in pipe.scheduler.timesteps[2:]:
+            noise_found = pipe.unet(**{**inputs, "sample": latent, "timestep": timestep.expand(1)}).sample
+            latent = pipe.scheduler.step(noise_found, timestep, latent, return_dict=False)[0]
+        assert shares(seen) == [0.625, 1]
+
+
 def test_a_scheduler_has_to_tell():
     pipe, twin = pipeline(), pipeline()
     with pytest.raises(ConfigError, match=r"keep={0: 0.5, 0.5: 1.0}: a pipeline's scheduler .* apply to the pipeline"):
