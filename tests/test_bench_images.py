@@ -286,11 +286,26 @@ def test_the_emoji_pipeline(pipe, monkeypatch, capsys):
     assert "zoo:emoji, 64x64 pixels" in capsys.readouterr().out
 
 
+def test_another_share_in_later_steps(pipe, folder, monkeypatch, capsys):
+    from turbovlm_lab.zoo import emoji
+
+    monkeypatch.setattr(emoji, "load_emoji_pipeline", lambda: pipe)
+    assert bench("zoo:emoji", "--pretrained", "--keep", "0.5", "0:0.5,0.5:1", "--steps", "2") == 0
+    assert "keep=0:0.5,0.5:1" in capsys.readouterr().out
+    assert bench(f"diffusers:{folder / 'unet'}", "--keep", "0:0.5,0.5:1") == 2
+    assert "a pipeline's scheduler says when a step ends; apply to the pipeline" in capsys.readouterr().err
+    for text in ("half", "0:0.5,1", "0:0.5:1", ""):
+        with pytest.raises(SystemExit):
+            bench("zoo:emoji", "--keep", text)
+        assert f"{text!r} is no share such as 0.5; with commas the share" in capsys.readouterr().err
+
+
 BAD = [
     (["--r", "4"], "--r: image generation takes --keep"),
     (["--flops", "0.5"], "--flops: image generation takes --keep"),
     (["--keep", "0.1"], "keep=0.1: must be ≥ 0.25"),
     (["--keep", "1.5"], "keep=1.5"),
+    (["--keep", "0.1:0.5,0.5:1"], "keep=((0.1, 0.5), (0.5, 1.0)): the first progress must be 0"),
     (["--image-size", "64x"], "--image-size 64x: must be N or WIDTHxHEIGHT"),
     (["--image-size", "0"], "--image-size 0: must be N or WIDTHxHEIGHT"),
     (["--image-size", "64", "60x64"], "multiples of 8 pixels"),

@@ -99,6 +99,20 @@ WRONG_DENOISING = [
     ({"keep": [0.5, 2]}, r"keep=2\.0: must be a share in"),
     ({"keep": 0.2}, r"keep=0\.2: must be ≥ 0\.25: one token in every 2×2 cell stays"),
     ({"keep": [0.5, 0.1]}, r"keep=0\.1: must be ≥ 0\.25"),
+    ({"keep": {}}, r"keep={}: the first progress must be 0, from where on a share is kept, as in keep={0: 0\.5"),
+    ({"keep": {0.1: 0.5, 0.6: 1.0}}, r"keep={0\.1: 0\.5, 0\.6: 1\.0}: the first progress must be 0"),
+    ({"keep": {-0.5: 0.5, 0: 1.0}}, "the first progress must be 0"),
+    ({"keep": {0: 0.5, 1: 1.0}}, r"progress must ascend, in \[0, 1\)"),
+    ({"keep": {0: 0.5, 0.8: 1.0, 0.4: 0.7}}, r"progress must ascend, in \[0, 1\)"),
+    ({"keep": [(0, 0.5), (0, 1.0)]}, r"progress must ascend, in \[0, 1\)"),
+    ({"keep": {False: 0.5}}, "keep: progress=False: must be a finite number"),
+    ({"keep": {0: 0.5, "0.6": 1.0}}, "keep: progress='0.6': must be a finite number"),
+    ({"keep": {0: 0.5, float("nan"): 1.0}}, "keep: progress=nan: must be a finite number"),
+    ({"keep": {0: 0.5, 0.6: 0.1}}, r"keep=0\.1: must be ≥ 0\.25"),
+    ({"keep": {0: []}}, "needs a share per resolution"),
+    ({"keep": {0: {0: 0.5}}}, "must be a finite number"),
+    ({"keep": [(0, 0.5), 0.6]}, "over the steps it takes pairs of a progress and a share"),
+    ({"keep": [(0, 0.5, 0.6)]}, "over the steps it takes pairs of a progress and a share"),
     (
         {"keep": 0.5, "components": "attention"},
         "components='attention': must be some of attention, cross_attention, ffn",
@@ -206,6 +220,20 @@ def test_amount_is_what_was_written():
     assert TurboConfig(r=16).amount == "r=16"
     assert TurboConfig(r=[1, 2]).amount == "r=[1, 2]"
     assert TurboConfig(keep=0.25).amount == "keep=0.25"
+    assert DenoiseConfig([0.5, 0.75]).amount == "keep=[0.5, 0.75]"
+    over = DenoiseConfig({0: [0.5, 0.75], 0.6: 1})
+    assert over.amount == "keep={0: [0.5, 0.75], 0.6: 1.0}"
+    assert DenoiseConfig(**eval(f"dict({over.amount})")) == over and over.changed(refresh=2).keep == over.keep
+
+
+def test_a_keep_over_the_steps_has_one_form(tmp_path):
+    over = DenoiseConfig({0: 0.5, 0.6: [0.75, 1]})
+    same = DenoiseConfig([(0.0, 0.5), [0.6, (0.75, 1.0)]])
+    assert over == same and hash(over) == hash(same) and over.over_steps
+    assert DenoiseConfig({0: 0.5}) == DenoiseConfig(0.5) and not DenoiseConfig([0.5, 0.75]).over_steps
+    with pytest.raises(ConfigError, match="keep=float: a function cannot be saved"):
+        DenoiseConfig(float).save(tmp_path / "turbo.json")
+    assert not any(tmp_path.iterdir())
 
 
 SAVED = [
@@ -215,6 +243,7 @@ SAVED = [
     ReadConfig(cross_keep=12),
     DenoiseConfig([0.5, 0.75], components=["attention"], refresh=3, grid=(2, 8)),
     DenoiseConfig(0.5, grid=[(8, 12), (10, 14)]),
+    DenoiseConfig({0: (0.5, 0.75), 0.6: 1.0}),
 ]
 
 

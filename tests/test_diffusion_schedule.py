@@ -97,8 +97,8 @@ def test_every_scheduler_tells_its_steps(watched, kind, strength):
     import diffusers
 
     name = "text to image" if strength is None else "image to image"
-    if strength is not None and kind in ("LCM", "IPNDM"):
-        pytest.skip("LCM's timesteps are those of the strength alone, IPNDM begins nowhere else")
+    if strength is not None and kind == "IPNDM":
+        pytest.skip("it adds no noise, so it begins nowhere else")
     pipe, inputs = PIPES[name](), PIPES[name].inputs(64, 64)
     pipe.scheduler = getattr(diffusers, f"{kind}Scheduler")()
     inputs |= {} if strength is None else {"strength": strength}
@@ -226,6 +226,23 @@ def test_a_loop_of_ones_own(watched):
             pipe.unet(**{**inputs, "timestep": torch.tensor(300.5)})
 
 
+@torch.no_grad()
+def test_a_loop_that_begins_in_the_middle_and_tells_no_scheduler(watched):
+    """As Wan's from video to video does."""
+    from diffusers import UniPCMultistepScheduler
+
+    pipe, inputs = pipeline(), unet_inputs(1, 32, 32)
+    pipe.scheduler = UniPCMultistepScheduler()
+    with turbovlm.apply(pipe, keep={0: 0.5, 0.25: 0.625, 0.75: 1.0}):
+        seen = watched(pipe.unet)
+        pipe.scheduler.set_timesteps(4)
+        latent = inputs["sample"]
+        for timestep in pipe.scheduler.timesteps[2:]:
+            noise_found = pipe.unet(**{**inputs, "sample": latent, "timestep": timestep.expand(1)}).sample
+            latent = pipe.scheduler.step(noise_found, timestep, latent, return_dict=False)[0]
+        assert shares(seen) == [0.625, 1]
+
+
 def test_a_scheduler_has_to_tell():
     pipe, twin = pipeline(), pipeline()
     with pytest.raises(ConfigError, match=r"keep={0: 0.5, 0.5: 1.0}: a pipeline's scheduler .* apply to the pipeline"):
@@ -247,6 +264,15 @@ def test_a_scheduler_has_to_tell():
         with turbovlm.apply(twin, keep=HALVES):
             assert not torch.equal(image(twin), alone)
             assert torch.equal(image(pipe), alone)
+
+
+def test_a_cuda_graph_would_repeat_one_step(monkeypatch):
+    pipe, inputs = pipeline(), unet_inputs(1, 32, 32)
+    with turbovlm.apply(pipe, keep=HALVES):
+        pipe.scheduler.set_timesteps(4)
+        monkeypatch.setattr("turbovlm.diffusion.denoiser.is_captured", lambda x: True)
+        with pytest.raises(StateError, match="a CUDA graph repeats what was kept in the step in which it was captured"):
+            pipe.unet(**inputs)
 
 
 def test_another_scheduler_is_followed(watched):

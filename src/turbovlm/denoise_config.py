@@ -43,7 +43,8 @@ class DenoiseConfig(Settings):
             parts alone. None: all.
         queries_only: in self-attention merge what asks and leave keys and values whole, so that no sizes have to
             count; of parts alone.
-        refresh: how many denoising steps share what was decided in the first of them, ≥ 1.
+        refresh: how many denoising steps share what was decided in the first of them, ≥ 1; fewer where another share
+            is kept.
         restore: what a position gets back: `"copy"`, what its token came to; `"linear"`, also what linear regression
             over the tokens says of the difference between the two; or `"auto"`: `"linear"`, but `"copy"` behind parts
             that run elsewhere than on a CPU.

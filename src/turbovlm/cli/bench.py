@@ -28,6 +28,7 @@ examples of image generation:
   turbovlm bench diffusers:./my-pipeline --pretrained --keep 0.5 --steps 20 --batch 4 --plot drift.png
   turbovlm bench diffusers:./my-pipeline --pretrained --keep 0.7 --components attention --refresh 5
   turbovlm bench diffusers:./my-pipeline --keep 0.5,0.75 0.7 --settings calibrated.json
+  turbovlm bench zoo:drawings --pretrained --keep 0.75 0:0.5,0.5:1 0:1,0.5:0.5    another share in later steps
   turbovlm bench diffusers:./my-pipeline/unet --keep 0.5     one forward of the denoiser alone
   turbovlm bench diffusers:./wan/transformer --image-size 832x480 --frames 33
 

@@ -17,22 +17,30 @@ if TYPE_CHECKING:
 Size = tuple[int, int] | None
 """Height and width in pixels; None for the model's own."""
 
-SHARES_HELP = "with commas the share for each resolution of a denoiser, the largest first, as in 0.5,0.75"
+SHARES_HELP = (
+    "with commas the share for each resolution of a denoiser, the largest first, as in 0.5,0.75; or over the steps of a "
+    "pipeline START:SHARE, as in 0:0.5,0.6:1"
+)
 SETTINGS_HELP = "what turbovlm.calibrate, turbovlm calibrate or the save of a config has written"
 
 
-def shares(text: str) -> float | tuple[float, ...]:
-    """Read `--keep`: a share, or several with commas."""
+def shares(text: str) -> Any:
+    """Read `--keep`: a share, several with commas, or pairs of a progress and the share that is kept from there on."""
     try:
-        found = tuple(float(part) for part in text.split(","))
+        parts = [tuple(map(float, part.split(":"))) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 0.5 nor several: 0.5,0.75") from None
-    return found if len(found) > 1 else found[0]
+        parts = [()]
+    if all(len(part) == 2 for part in parts):
+        return tuple(parts)
+    if any(len(part) != 1 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 0.5; {SHARES_HELP}")
+    return parts[0][0] if len(parts) == 1 else tuple(part[0] for part in parts)
 
 
-def shown(keep: float | Sequence[float]) -> str:
-    """A share, or several, as they are written on the command line."""
-    return ",".join(f"{share:g}" for share in ([keep] if isinstance(keep, int | float) else keep))
+def shown(keep: Any) -> str:
+    """What `shares` has read, as it is written on the command line."""
+    each = keep if isinstance(keep, tuple) else (keep,)
+    return ",".join(f"{one[0]:g}:{one[1]:g}" if isinstance(one, tuple) else f"{one:g}" for one in each)
 
 
 def sizes_from(given: Sequence[str] | None) -> list[Size]:

@@ -45,7 +45,8 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     if (config.refresh > 1 or config.over_steps) and getattr(owner, "scheduler", None) is None:
         asked = f"refresh={config.refresh}" if config.refresh > 1 else config.amount
         raise ConfigError(
-            f"{asked}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to its denoiser"
+            f"{asked}: a pipeline's scheduler says when a step ends; apply to the pipeline, not to its denoiser or a "
+            "ControlNet alone, which take one keep, decided in each step"
         )
     keep_at(config.keep, 0.0)  # what a function returns is refused now rather than in the first step
     modules = dict(model.named_modules())
