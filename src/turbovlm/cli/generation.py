@@ -18,8 +18,8 @@ Size = tuple[int, int] | None
 """Height and width in pixels; None for the model's own."""
 
 SHARES_HELP = (
-    "with commas the share for each resolution of a denoiser, the largest first, as in 0.5,0.75; or over the steps of a "
-    "pipeline START:SHARE, as in 0:0.5,0.6:1"
+    "with commas the share for each resolution of a denoiser, the largest first, as in 0.5,0.75; or over the steps of "
+    "a pipeline START:SHARE, as in 0:0.5,0.6:1"
 )
 SETTINGS_HELP = "what turbovlm.calibrate, turbovlm calibrate or the save of a config has written"
 
