@@ -235,7 +235,7 @@ BAD = [
     (["inspect", "torchvision:no_such_model"], "Unknown model"),
     (["macs", "--paper", "--r", "4"], "--r has no place beside --paper"),
     (["macs", "--paper", "--image-size", "96"], "--image-size has no place beside --paper"),
-    (["macs", "zoo:emoji"], "zoo:emoji: makes images, and is no encoder"),
+    (["macs", "zoo:emoji"], "zoo:emoji: makes images, and is no encoder; turbovlm inspect"),
     (["inspect", "keras:vit"], "'keras' is none of transformers, timm"),
     (["inspect", "timm:vit_tiny_patch16_224", "--r", "-3"], "r=-3"),
     (["inspect", "timm:vit_tiny_patch16_224", "--keep", "1.5"], "keep=1.5"),

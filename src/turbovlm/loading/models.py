@@ -36,9 +36,9 @@ def load_model(spec: ModelSpec, image_size: int | None = None, *, pretrained: bo
         TurboError: the library is not installed, or does not know the model, or has no weights for it.
     """
     added = spec.added
+    if spec.makes_images:
+        raise TurboError(f"{spec.text}: makes images, and is no encoder; turbovlm inspect says what it costs")
     if added is not None:
-        if added.prepare is None:
-            raise TurboError(f"{spec.text}: makes images, and is no encoder")
         model: nn.Module = load_added(spec, added, pretrained)
         if image_size is not None:
             if not added.any_size:
