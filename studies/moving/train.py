@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,24 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
-from videos import videos  # puts studies/emoji on the path
 
 from turbovlm_lab.zoo.emoji import WORDS
-from turbovlm_lab.zoo.moving import FRAMES, SHIFT, SIDE, WEIGHTS, FramePairs, moving_pipeline, moving_prompts
-from turbovlm_lab.zoo.moving import moving_transformer as transformer
+from turbovlm_lab.zoo.moving import (
+    FRAMES,
+    SHIFT,
+    SIDE,
+    WEIGHTS,
+    FramePairs,
+    moving_pipeline,
+    moving_prompts,
+    moving_transformer,
+)
 
-from prepare import DATA  # isort: skip
-from scenes import load_emoji  # isort: skip
-from training import RATE, noise_levels, restored, saved, tiled, train  # isort: skip
+sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+from prepare import DATA
+from scenes import Emoji, load_emoji
+from training import RATE, noise_levels, restored, saved, tiled, train
+from videos import videos
 
 FOLDER = Path(__file__).parent / "data"
 PIXELS = 64
@@ -87,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     FOLDER.mkdir(exist_ok=True)
-    training = restored(fresh(transformer()), transformer(), FOLDER / "checkpoint.pt", args.weights)
+    training = restored(fresh(moving_transformer()), moving_transformer(), FOLDER / "checkpoint.pt", args.weights)
     for model in (training.model, training.average):
         model.rope = Places(model.rope, SIDE // args.size)
     training.model.compile_repeated_blocks(dynamic=False)
@@ -121,7 +131,7 @@ def fresh(model: Any) -> nn.Module:
     return model
 
 
-def videos_of(emoji: Any, size: int, frames: int, step: int) -> tuple[Tensor, Tensor]:
+def videos_of(emoji: Emoji, size: int, frames: int, step: int) -> tuple[Tensor, Tensor]:
     """A batch of latents, `[batch, 6, frames, size, size]`, and which prompts they show."""
     generator = torch.Generator().manual_seed(step)
     batch = min(TOKENS // ((frames + 1) // 2 * (size // 2) ** 2), 32)

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
+from scenes import Emoji, over, placed
 from torch import Tensor
 
 from turbovlm_lab.zoo.emoji import STYLES
 from turbovlm_lab.zoo.moving import FRAMES, THINGS, WAYS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
-from scenes import Emoji, over, placed
-
 STYLE = STYLES.index("noto")
 PANNED, ZOOM = 0.33, 0.8
-
-
-@dataclass(frozen=True)
-class Path2D:
-    """Where something stands in each frame, in halves of the image's side from its middle.
-
-    Attributes:
-        x: `[batch, frames]`, to the right.
-        y: `[batch, frames]`, downwards.
-    """
-
-    x: Tensor
-    y: Tensor
+"""Share of the photographs that move, and the share of their side that is seen."""
 
 
 def videos(emoji: Emoji, index: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Tensor:
@@ -47,19 +29,20 @@ def videos(emoji: Emoji, index: Tensor, generator: torch.Generator, frames: int 
     drawing = torch.tensor([emoji.names.index(name) for name in THINGS])[thing]
     chance = torch.rand(8, len(index), generator=generator)
     scale = 0.45 + 0.2 * chance[0]
-    path = walked(way, 1 - scale, chance[1:4], frames)
     drawn = placed(
         repeated(emoji.images[STYLE, drawing].float() / 255, frames),
         scale.repeat_interleave(frames),
-        -torch.stack([path.x.flatten(), path.y.flatten()]) / scale.repeat_interleave(frames),
+        (-walked(way, 1 - scale, chance[1:4], frames) / scale[:, None]).flatten(1),
     )
     behind = panned(emoji, chance[4:], generator, frames)
     behind = torch.where(photo.repeat_interleave(frames).view(-1, 1, 1, 1) == 1, behind, torch.ones(()))
     return over(drawn, behind).unflatten(0, (-1, frames)).transpose(1, 2)
 
 
-def walked(way: Tensor, room: Tensor, chance: Tensor, frames: int) -> Path2D:
+def walked(way: Tensor, room: Tensor, chance: Tensor, frames: int) -> Tensor:
     """A straight path along `way`, at a steady pace, that never leaves the image.
+
+    How far to the right and down its middle is in each frame, in halves of the image's side: `[2, batch, frames]`.
 
     Args:
         way: which of `WAYS`, `[batch]`.
@@ -73,7 +56,7 @@ def walked(way: Tensor, room: Tensor, chance: Tensor, frames: int) -> Path2D:
     along = torch.where((way % 2 == 1)[:, None], along, -along)  # right and down; left and up
     across = (room * (2 * chance[2] - 1))[:, None].expand_as(along)
     level = (way < 2)[:, None]
-    return Path2D(torch.where(level, along, across), torch.where(level, across, along))
+    return torch.stack([torch.where(level, along, across), torch.where(level, across, along)])
 
 
 def panned(emoji: Emoji, chance: Tensor, generator: torch.Generator, frames: int) -> Tensor:

@@ -57,7 +57,7 @@ class WatchedPipeline:
     Attributes:
         calls: of `draw`, in order.
         latent: what the scheduler gave last, `[batch, …]`.
-        image: what the last `draw` gave, `[batch, 3, height, width]` in [0, 1].
+        image: what the last `draw` gave, `[batch, 3, height, width]` in [0, 1]; videos `[batch, frames, 3, …]`.
         first: latent and image of the first `draw`.
     """
 
@@ -145,7 +145,8 @@ class WatchedPipeline:
         few = {} if steps is None else {"num_inference_steps": steps}
         # One generator per image, on the CPU: the same noise on every device and in every batch.
         generator = [torch.Generator().manual_seed(seed) for seed in self._seeds]
-        image: Tensor = self._pipe(**{**self._inputs, **few}, generator=generator).images
+        made = self._pipe(**{**self._inputs, **few}, generator=generator)
+        image: Tensor = made.frames if hasattr(made, "frames") else made.images
         return image
 
     def _step(self, method: Any, *args: Any, **kwargs: Any) -> Any:
