@@ -12,7 +12,8 @@ import torch
 
 import turbovlm
 from turbovlm.errors import TurboError
-from turbovlm_lab.zoo.moving import FramePairs, load_moving_pipeline
+from turbovlm_lab.zoo.moving import load_moving_pipeline
+from turbovlm_lab.zoo.pixels import FramePairs
 
 pytest.importorskip("diffusers")
 needs_minilm = pytest.mark.skipif(

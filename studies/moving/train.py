@@ -34,11 +34,11 @@ from turbovlm_lab.zoo.moving import (
     SHIFT,
     SIDE,
     WEIGHTS,
-    FramePairs,
     moving_pipeline,
     moving_prompts,
     moving_transformer,
 )
+from turbovlm_lab.zoo.pixels import FramePairs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from prepare import DATA

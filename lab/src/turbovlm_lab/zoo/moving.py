@@ -7,19 +7,13 @@ Words are read by MiniLM. `studies/moving` trains it.
 
 from __future__ import annotations
 
-import importlib.util
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn as nn
-from torch import Tensor
-
-from turbovlm.errors import TurboError
 from turbovlm_lab.zoo.emoji import PLACES
 from turbovlm_lab.zoo.minilm import load_minilm
+from turbovlm_lab.zoo.pixels import PAIR, FramePairs, shipped
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline, WanTransformer3DModel
@@ -27,53 +21,10 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights" / "moving_transformer.safetensors"
 SIDE, FRAMES = 32, 15
 """Pixels a side of the videos, and their frames."""
-PAIR = 2
-"""Frames of a latent frame, but for the first."""
 SHIFT = 3.0
 """By how much the scheduler favours much noise: frames that are alike show through a lot of it."""
 THINGS = ("red apple", "lemon", "doughnut", "sunflower", "frog", "octopus", "penguin", "whale")
 WAYS = ("left", "right", "up", "down")
-
-
-class FramePairs(nn.Module):
-    """What a pipeline takes for a VAE: videos, `[batch, 3, 1 + 2n, h, w]`, to latents, `[batch, 6, 1 + n, h, w]`.
-
-    The first frame stands alone, twice.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        channels = 3 * PAIR
-        self.config = SimpleNamespace(
-            scale_factor_temporal=PAIR,
-            scale_factor_spatial=1,
-            z_dim=channels,
-            latents_mean=[0.0] * channels,
-            latents_std=[1.0] * channels,
-        )
-        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.anchor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.anchor.device
-
-    def encode(self, videos: Tensor) -> Any:
-        """Exact, so that its distribution is one latent."""
-        frames = torch.cat([videos[:, :, :1], videos], dim=2)
-        batch, channels, count, *sides = frames.shape
-        pairs = frames.view(batch, channels, count // PAIR, PAIR, *sides)
-        return SimpleNamespace(latents=pairs.transpose(2, 3).flatten(1, 2))
-
-    def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """The inverse; of the two first frames their mean."""
-        batch, channels, count, *sides = latents.shape
-        frames = latents.view(batch, channels // PAIR, PAIR, count, *sides).transpose(2, 3).flatten(2, 3)
-        first = frames[:, :, :PAIR].mean(dim=2, keepdim=True)
-        return (torch.cat([first, frames[:, :, PAIR:]], dim=2),)
 
 
 def moving_transformer() -> WanTransformer3DModel:
@@ -110,14 +61,9 @@ def load_moving_pipeline(weights: Path | str = WEIGHTS) -> WanPipeline:
     Raises:
         TurboError: the weights, MiniLM or `diffusers` are not there.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        raise TurboError("the moving model needs diffusers: pip install 'turbovlm[diffusers]'")
-    if not Path(weights).is_file():
-        raise TurboError(f"{weights}: there are no such weights; studies/moving/train.py makes them")
-    from safetensors.torch import load_file
-
+    state = shipped(weights, "moving")
     transformer = moving_transformer()
-    transformer.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+    transformer.load_state_dict(state)
     return moving_pipeline(transformer)
 
 
