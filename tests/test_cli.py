@@ -225,7 +225,7 @@ BAD = [
     (["bench", "timm:vit_tiny_patch16_224", "--device", "meta"], "--device meta"),
     (["bench", "timm:vit_tiny_patch16_224", "--plot", "x.bmp"], "--plot x.bmp"),
     (["bench", "zoo:saliency"], "give --pretrained"),
-    (["bench", "zoo:nothing"], "there are zoo:clip, zoo:drawings, zoo:emoji, zoo:pairs, zoo:saliency, zoo:scenes"),
+    (["bench", "zoo:nothing"], "there are zoo:clip, zoo:drawings, zoo:emoji, zoo:moving, zoo:pairs, zoo:saliency"),
     (["bench", "open_clip:ViT-B-32", "--pretrained"], "hf-hub:ID or local-dir:FOLDER"),
     (["inspect", "timm:no_such_model"], "Unknown model"),
     (["inspect", "timm:swin_tiny_patch4_window7_224"], "hierarchy of stages"),

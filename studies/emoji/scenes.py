@@ -59,14 +59,28 @@ def scenes(emoji: Emoji, index: Tensor, generator: torch.Generator) -> Tensor:
     drawn = emoji.images[style, rest // 2].float() / 255
     chance = torch.rand(4, len(index), generator=generator)
     scale = 0.7 + 0.3 * chance[0]
-    shift = (2 * chance[1:3] - 1) * (1 - scale) / scale
-    affine = torch.zeros(len(index), 2, 3)
-    affine[:, 0, 0] = affine[:, 1, 1] = 1 / scale
-    affine[:, :, 2] = shift.T
-    drawn[:, :3] *= drawn[:, 3:]
-    grid = F.affine_grid(affine, list(drawn.shape), align_corners=False)
-    drawn = F.grid_sample(drawn, grid, align_corners=False)
+    drawn = placed(drawn, scale, (2 * chance[1:3] - 1) * (1 - scale) / scale)
     behind = emoji.photos[torch.randint(len(emoji.photos), (len(index),), generator=generator)].float() / 255
     behind = torch.where((chance[3] < 0.5).view(-1, 1, 1, 1), behind, behind.flip(3))
     behind = torch.where((rest % 2 == 0).view(-1, 1, 1, 1), torch.ones(()), behind)
+    return over(drawn, behind)
+
+
+def placed(drawn: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Drawings made smaller and put elsewhere, their colours times alpha.
+
+    Args:
+        drawn: RGB and alpha in [0, 1], `[batch, 4, 64, 64]`.
+        scale: shares of the image's side, `[batch]`.
+        shift: to the left and upwards, in halves of the drawings' own side, `[2, batch]`.
+    """
+    affine = torch.zeros(len(drawn), 2, 3)
+    affine[:, 0, 0] = affine[:, 1, 1] = 1 / scale
+    affine[:, :, 2] = shift.T
+    drawn = torch.cat([drawn[:, :3] * drawn[:, 3:], drawn[:, 3:]], dim=1)
+    return F.grid_sample(drawn, F.affine_grid(affine, list(drawn.shape), align_corners=False), align_corners=False)
+
+
+def over(drawn: Tensor, behind: Tensor) -> Tensor:
+    """What `placed` gives over backgrounds in [0, 1]: images in [−1, 1]."""
     return (drawn[:, :3] + (1 - drawn[:, 3:]) * behind).clamp(0, 1) * 2 - 1

@@ -70,7 +70,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "model",
         metavar="MODEL",
         help=MODEL_HELP + " unless --pretrained; or zoo:saliency. For image generation diffusers:ID or "
-        "diffusers:FOLDER, of a pipeline or of a denoiser alone, whose configs are fetched; or zoo:emoji, zoo:drawings",
+        "diffusers:FOLDER, of a pipeline or of a denoiser alone, whose configs are fetched; or zoo:drawings, "
+        "zoo:emoji, zoo:moving",
     )
     group = parser.add_mutually_exclusive_group()
     default = " ".join(map(str, DEFAULT_R))

@@ -7,7 +7,6 @@ drawings and prompts are those of `turbovlm_lab.zoo.emoji`. `studies/drawings` t
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,9 +14,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.errors import TurboError
-from turbovlm_lab.zoo.emoji import WORDS, Cells
+from turbovlm_lab.zoo.emoji import WORDS
 from turbovlm_lab.zoo.minilm import load_minilm
+from turbovlm_lab.zoo.pixels import Cells, shipped
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -94,14 +93,9 @@ def load_drawings_pipeline(weights: Path | str = WEIGHTS) -> FluxPipeline:
     Raises:
         TurboError: the weights, MiniLM or `diffusers` are not there.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        raise TurboError("the drawings model needs diffusers: pip install 'turbovlm[diffusers]'")
-    if not Path(weights).is_file():
-        raise TurboError(f"{weights}: there are no such weights; studies/drawings/train.py makes them")
-    from safetensors.torch import load_file
-
+    state = shipped(weights, "drawings")
     transformer = drawings_transformer()
-    transformer.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+    transformer.load_state_dict(state)
     return drawings_pipeline(transformer)
 
 

@@ -7,18 +7,16 @@ and in place of a VAE the 2×2 pixels of a cell become channels: 64×64 pixels a
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.errors import TurboError
 from turbovlm_lab.zoo.minilm import load_minilm
+from turbovlm_lab.zoo.pixels import CELL, Cells, shipped
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -28,41 +26,6 @@ NAMES = WEIGHTS.with_name("emoji_names.txt")
 STYLES, PLACES = ("noto", "twemoji", "fluent"), ("on white", "on a photo")
 WORDS = 16
 """Tokens of a prompt."""
-CELL = 2
-"""Pixels a side of a latent pixel."""
-
-
-class Cells(nn.Module):
-    """What a pipeline takes for a VAE: images, `[batch, 3, 2h, 2w]`, to latents, `[batch, 12, h, w]`, and back.
-
-    Args:
-        cell: pixels a side of a latent pixel, here 2; with 1 the latents are the images.
-    """
-
-    def __init__(self, cell: int = CELL) -> None:
-        super().__init__()
-        self.cell = cell
-        self.config = SimpleNamespace(
-            block_out_channels=(1,) * cell, scaling_factor=1.0, shift_factor=0.0, latent_channels=3 * cell**2
-        )
-        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.anchor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.anchor.device
-
-    def encode(self, images: Tensor) -> Any:
-        """Exact, so that its distribution is one latent."""
-        latent = F.pixel_unshuffle(images, self.cell)
-        return SimpleNamespace(latents=latent)
-
-    def decode(self, latents: Tensor, return_dict: bool = False, generator: Any = None) -> tuple[Tensor]:
-        """The inverse."""
-        return (F.pixel_shuffle(latents, self.cell),)
 
 
 class Words(nn.Module):
@@ -115,14 +78,9 @@ def load_emoji_pipeline(weights: Path | str = WEIGHTS) -> StableDiffusionPipelin
     Raises:
         TurboError: the weights, MiniLM or `diffusers` are not there.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        raise TurboError("the emoji model needs diffusers: pip install 'turbovlm[diffusers]'")
-    if not Path(weights).is_file():
-        raise TurboError(f"{weights}: there are no such weights; studies/emoji/train.py makes them")
-    from safetensors.torch import load_file
-
+    state = shipped(weights, "emoji")
     unet = emoji_unet()
-    unet.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+    unet.load_state_dict(state)
     return emoji_pipeline(unet)
 
 

@@ -52,6 +52,12 @@ def _drawings() -> Any:
     return load_drawings_pipeline()
 
 
+def _moving() -> Any:
+    from turbovlm_lab.zoo.moving import load_moving_pipeline
+
+    return load_moving_pipeline()
+
+
 def _prepare(images: Sequence[Any]) -> Tensor:
     from turbovlm_lab.zoo.saliency import preprocess
 
@@ -65,10 +71,18 @@ EMOJI_PROMPTS = (
     "pizza, noto, on white",
 )
 
+MOVING_PROMPTS = (
+    "red apple, on a photo, moving left",
+    "penguin, on white, moving up",
+    "frog, on a photo, moving right",
+    "sunflower, on white, moving down",
+)
+
 MODELS = {
     "clip": AddedModel(_clip, _prepare_for_clip),
     "drawings": AddedModel(_drawings, prompts=EMOJI_PROMPTS),
     "emoji": AddedModel(_emoji, prompts=EMOJI_PROMPTS),
+    "moving": AddedModel(_moving, prompts=MOVING_PROMPTS),
     "pairs": AddedModel(_pairs, _prepare),
     "saliency": AddedModel(_saliency, _prepare, any_size=True),
     "scenes": AddedModel(_scenes, _prepare),
