@@ -87,7 +87,7 @@ def test_inspect_a_pipeline_by_a_settings_file(folder, tmp_path, capsys):
 def test_inspect_a_trained_pipeline(capsys):
     assert main(["inspect", "zoo:drawings", "--keep", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert "64x64 pixels, 32x32 patches" in printed and "behind the first 2, which are left whole" in printed
+    assert "64x64 pixels, 32x32 patches" in printed and "behind the first 4, which are left whole" in printed
 
 
 BAD = [

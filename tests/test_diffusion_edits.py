@@ -9,7 +9,7 @@ import torch
 
 import turbovlm
 from edit_pipelines import EDITS
-from turbovlm.diffusion import choose, denoiser
+from turbovlm.diffusion import rank, denoiser
 
 pytest.importorskip("diffusers")
 MERGING = [name for name, edit in EDITS.items() if edit.whole is None]
@@ -50,8 +50,8 @@ def test_a_batch_is_as_single_runs(name):
 @pytest.mark.parametrize("name", ["kontext, guided", "qwen edit", "flux2 klein"])
 @pytest.mark.parametrize("refresh", [1, 2])
 def test_guidance_in_two_forwards_decides_once_for_both(name, refresh, monkeypatch):
-    edit, compare, seen = EDITS[name], choose.mutual_redundancy, []
-    monkeypatch.setattr(choose, "mutual_redundancy", lambda *args, **how: (seen.append(1), compare(*args, **how))[1])
+    edit, compare, seen = EDITS[name], rank.mutual_redundancy, []
+    monkeypatch.setattr(rank, "mutual_redundancy", lambda *args, **how: (seen.append(1), compare(*args, **how))[1])
     pipe = edit()
     with turbovlm.apply(pipe, keep=0.5, refresh=refresh) as handle:
         assert edit.run(pipe, num_inference_steps=4).isfinite().all()
