@@ -9,7 +9,7 @@ import torch
 
 import turbovlm
 from edit_pipelines import EDITS
-from turbovlm.diffusion import rank, denoiser
+from turbovlm.diffusion import denoiser, rank
 
 pytest.importorskip("diffusers")
 MERGING = [name for name, edit in EDITS.items() if edit.whole is None]
