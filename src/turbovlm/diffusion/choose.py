@@ -18,7 +18,7 @@ from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.families import Part
-from turbovlm.diffusion.grids import Grid, Layout, square
+from turbovlm.diffusion.grids import Grid, Grids, square
 from turbovlm.diffusion.positions import split_text
 from turbovlm.diffusion.run import Choice, Compared, Run
 from turbovlm.diffusion.whole import own_call
@@ -113,25 +113,25 @@ def _fits(choice: Choice, site: Site, x: Tensor) -> bool:
 @torch.no_grad()
 def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
     config: DenoiseConfig = run.feature.config
-    layout = run.layout or ((1, *square(x.shape[1])),)
-    tokens = sum(map(math.prod, layout))
+    grids = run.grids or ((1, *square(x.shape[1])),)
+    tokens = sum(map(math.prod, grids))
     if x.shape[1] != tokens and (site.part.text is None or x.shape[1] < tokens):
         kind = type(run.denoiser.get_submodule(site.guide.rpartition(".")[0]))
         raise StateError(
             f"{site.name}, in a {kind.__qualname__} of {kind.__module__}, was given {x.shape[1]} of {tokens} tokens: "
             f"something cuts them into chunks, or merges them too; stop that, or {_without(site)}"
         )
-    merging = [math.prod(grid) >= least_tokens(config) for grid in layout]
-    r = _count_merged([grid for grid, merges in zip(layout, merging) if merges], _share(run, tokens))
+    merging = [math.prod(grid) >= least_tokens(config) for grid in grids]
+    r = _count_merged([grid for grid, merges in zip(grids, merging) if merges], _share(run, tokens))
     if r == 0:
-        return Choice(layout, None)
+        return Choice(grids, None)
     features, _ = split_text(x, tokens, site.part.text)
     semantic = None
     if run.feature.semantic:
         semantic = _averaged(run, _semantic(run.denoiser.get_submodule(site.guide), part, features, text, bias))
     compared = run.compared.get(site.group)
     if compared is None:
-        compared = run.compared[site.group] = _compare(run, _averaged(run, features), layout, merging)
+        compared = run.compared[site.group] = _compare(run, _averaged(run, features), grids, merging)
     redundancy, e, chosen = run.path.rank(
         *(compared.redundancy, compared.nearest, semantic, compared.partition, site.index),
         degree=config.degree,
@@ -142,7 +142,7 @@ def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, 
     )
     ranking = Ranking(compared.partition, tokens, redundancy, compared.nearest, e, chosen)
     merge, _ = merge_ranked(ranking, r, order="spatial", reduce=config.reduce, path=run.path)
-    return Choice(layout, merge)
+    return Choice(grids, merge)
 
 
 def _count_merged(images: list[Grid], share: float) -> int:
@@ -152,12 +152,12 @@ def _count_merged(images: list[Grid], share: float) -> int:
     return tokens - max(math.floor(share * tokens + 0.5), cells)  # rounded half up, as round() would not
 
 
-def _compare(run: Run, features: Tensor, layout: Layout, merging: list[bool]) -> Compared:
+def _compare(run: Run, features: Tensor, grids: Grids, merging: list[bool]) -> Compared:
     """What the candidates of each image that merges are most similar to, among its own destinations."""
     places: list[Partition] = []
     found: list[tuple[Tensor, Tensor]] = []
     tokens, start, first = features.shape[1], 0, 0
-    for grid, merges in zip(layout, merging):
+    for grid, merges in zip(grids, merging):
         frames, rows, columns = grid
         count = frames * rows * columns
         if merges:
