@@ -56,7 +56,7 @@ VERSIONS: dict[str, str | Callable[[Tensor, Tensor, int], Tensor]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=6, metavar="N", help="prompts, a seed each (default 6)")
+    parser.add_argument("--images", type=int, default=3, metavar="N", help="prompts, a seed each (default 3)")
     parser.add_argument("--keeps", type=float, nargs="+", default=(0.8, 0.7, 0.5), metavar="SHARE")
     parser.add_argument("--out", default="several_images", metavar="NAME", help="of the files under results")
     args = parser.parse_args()

@@ -21,12 +21,12 @@ def gap(a, b):
 
 @pytest.mark.parametrize("name", MERGING)
 def test_merges_and_comes_back(name, monkeypatch):
-    edit, own, seen = EDITS[name], denoiser._layout_of, set()
+    edit, own, seen = EDITS[name], denoiser._grids_of, set()
     pipe = edit()
     plain = edit.run(pipe)
     with turbovlm.apply(pipe, keep=1.0):
         assert torch.equal(edit.run(pipe), plain)
-    monkeypatch.setattr(denoiser, "_layout_of", lambda *args: (found := own(*args), seen.add(found))[0])
+    monkeypatch.setattr(denoiser, "_grids_of", lambda *args: (found := own(*args), seen.add(found))[0])
     with turbovlm.apply(pipe, keep=0.5) as handle, warnings.catch_warnings():
         warnings.filterwarnings("error", message="turbovlm")
         merged = edit.run(pipe)

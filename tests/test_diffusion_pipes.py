@@ -57,7 +57,7 @@ def test_the_grid_is_that_of_the_latent(kind, monkeypatch):
     chosen, seen = choose._choose, set()
 
     def noted(run, *args):
-        seen.update(run.layout)
+        seen.update(run.grids)
         return chosen(run, *args)
 
     monkeypatch.setattr(choose, "_choose", noted)

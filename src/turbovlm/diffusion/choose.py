@@ -111,18 +111,18 @@ def _fits(choice: Choice, site: Site, x: Tensor) -> bool:
 @torch.no_grad()
 def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
     config: DenoiseConfig = run.feature.config
-    layout = run.layout or ((1, *square(x.shape[1])),)
-    tokens = sum(map(math.prod, layout))
+    grids = run.grids or ((1, *square(x.shape[1])),)
+    tokens = sum(map(math.prod, grids))
     if x.shape[1] != tokens and (site.part.text is None or x.shape[1] < tokens):
         kind = type(run.denoiser.get_submodule(site.guide.rpartition(".")[0]))
         raise StateError(
             f"{site.name}, in a {kind.__qualname__} of {kind.__module__}, was given {x.shape[1]} of {tokens} tokens: "
             f"something cuts them into chunks, or merges them too; stop that, or {_without(site)}"
         )
-    images = [(*grid, math.prod(grid) >= least_tokens(config)) for grid in layout]
+    images = [(*grid, math.prod(grid) >= least_tokens(config)) for grid in grids]
     gone = _count_gone([grid for *grid, merges in images if merges], _share(run, tokens))
     if gone == 0:
-        return Choice(layout, None)
+        return Choice(grids, None)
     features, _ = split_text(x, tokens, site.part.text)
     semantic = None
     if run.feature.semantic:
@@ -132,7 +132,7 @@ def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, 
     rules = Rules(config.degree, config.alpha, config.seed, "spatial", config.reduce)
     src, dst = choose(features, *run.compared[site.group], semantic, images, gone, run.path, site.index, rules)
     ones = features.new_ones(features.shape[:2], dtype=precise_dtype(features))
-    return Choice(layout, merge_chosen(src, dst, ones, reduce=config.reduce))
+    return Choice(grids, merge_chosen(src, dst, ones, reduce=config.reduce))
 
 
 def _count_gone(images: list[list[int]], share: float) -> int:

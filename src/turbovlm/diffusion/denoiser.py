@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from turbovlm.diffusion.choose import Site, least_tokens
-from turbovlm.diffusion.grids import GridReader, Layout
+from turbovlm.diffusion.grids import GridReader, Grids
 from turbovlm.diffusion.merge_stack import block_forward, block_slot
 from turbovlm.diffusion.run import Run, check_class, current_run, find_same_latents, run_within
 from turbovlm.diffusion.whole import patches_below
@@ -62,10 +62,10 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
     given: dict[str, Any] = {**dict(zip(holder.arguments, args)), **kwargs}
     latent = given[holder.arguments[0]]
     apart = holder.collects or any(given.get(name) is not None for name in holder.between)
-    layout = _layout_of(holder, model, given, feature)
+    grids = _grids_of(holder, model, given, feature)
     if not holder.begins:
         run = current_run(patch)
-        run.layout, run.apart = layout, apart
+        run.grids, run.apart = grids, apart
         return original(*args, **kwargs)
     latent = torch.stack(latent) if isinstance(latent, list) else latent  # some take one for each image
     steps, compiling = feature.steps, torch.compiler.is_compiling()
@@ -95,8 +95,8 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         find_same_latents(latent) if holder.guided and len(latent) > 1 else None,
         share,
         choices,
-        layout,
-        sum(map(math.prod, layout or (latent.shape[-2:],))) >> 2 * holder.halved,
+        grids,
+        sum(map(math.prod, grids or (latent.shape[-2:],))) >> 2 * holder.halved,
         inside=f"{holder.name}." if holder.name else "",
         apart=apart,
     )
@@ -117,7 +117,7 @@ TIMESTEPS = ("timestep", "timesteps", "t")
 """Names by which denoisers take how noisy a latent is."""
 
 
-def _layout_of(holder: Holder, model: Any, given: dict[str, Any], feature: DenoiseFeature) -> Layout | None:
+def _grids_of(holder: Holder, model: Any, given: dict[str, Any], feature: DenoiseFeature) -> Grids | None:
     """How the tokens of a holder lie; None where it does not know."""
     return None if holder.grid is None else holder.grid(model, given, feature.config.sides)
 

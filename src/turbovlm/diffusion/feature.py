@@ -166,13 +166,13 @@ class DenoiseFeature(Remembering[dict[str, Choice]]):
             return ""
         fewest = least_tokens(self.config)
         if choice.largest < fewest:
-            of = "" if len(choice.layout) == 1 else f" of {len(choice.layout)} images"
+            of = "" if len(choice.grids) == 1 else f" of {len(choice.grids)} images"
             return f", {choice.tokens} tokens{of}: {'images of ' if of else ''}fewer than {fewest} are left as they are"
         said = f", {choice.tokens} → {choice.left} tokens{' in the last step' if self.config.over_steps else ''}"
-        if len(choice.layout) == 1:
+        if len(choice.grids) == 1:
             return said
         each = ", ".join(f"{tokens} → {left}" for tokens, left in choice.left_of_first())
-        return f"{said} of {len(choice.layout)} images, in the first sequence {each}"
+        return f"{said} of {len(choice.grids)} images, in the first sequence {each}"
 
 
 def _nth(number: int) -> str:

@@ -20,11 +20,11 @@ from turbovlm.ops.tracing import is_readable
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns, of which an image has one frame."""
-Layout = tuple[Grid, ...]
+Grids = tuple[Grid, ...]
 """The images of a sequence, one behind the other: most have one, edited images have references beside them."""
 Sides = tuple[tuple[int, int], ...]
 """Rows and columns of each image of a sequence."""
-GridReader = Callable[[Any, Mapping[str, Any], "Sides | None"], "Layout | None"]
+GridReader = Callable[[Any, Mapping[str, Any], "Sides | None"], "Grids | None"]
 """`(holder, given, otherwise)`: of a module that has blocks, what it is given by name, and `DenoiseConfig.sides`; None
 where that says nothing."""
 
@@ -45,7 +45,7 @@ class OfLatent:
     patch: str | None = "patch_size"
     frames: str | None = None
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout:
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Grids:
         latent: Tensor = next(iter(given.values()))
         axes = self.axes if latent.ndim == len(self.axes) else self.axes.replace("h", "fh")
         sizes = dict(zip(axes, latent.shape))
@@ -70,7 +70,7 @@ class OfList:
     frames: str
     sizes: tuple[int, int]
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout:
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Grids:
         """Raises `UnsupportedModelError` where they are not of one size, or lists, of several for one sequence."""
         latents: Any = next(iter(given.values()))
         shapes = [each.shape for each in latents if isinstance(each, Tensor)]
@@ -103,7 +103,7 @@ class OfPositions:
     row: int = 1
     column: int = 2
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout | None:
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Grids | None:
         """Where Python may not look at positions, `otherwise`, or a square.
 
         Raises:
@@ -137,7 +137,7 @@ class OfShapes:
 
     name: str
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout | None:
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Grids | None:
         """Raises `UnsupportedModelError` where the sequences of a batch have images of other sizes."""
         shapes: Any = given.get(self.name)
         if shapes is None:
@@ -166,7 +166,7 @@ class OfNumbers:
     columns: str
     places: str
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Layout | None:
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Grids | None:
         """Raises `UnsupportedModelError` where other tokens beside them are not those of images, or are not known."""
         found = [given.get(name) for name in (self.frames, self.rows, self.columns)]
         frames, rows, columns = (0 if number is None else int(number) for number in found)
@@ -184,7 +184,7 @@ class OfNumbers:
         return grids_at(self.places, starts.T)
 
 
-def grids_at(name: str, positions: Tensor) -> Layout:
+def grids_at(name: str, positions: Tensor) -> Grids:
     """The images whose tokens stand at `positions`, `[tokens, axes]`: the last three axes are frames, rows, columns.
 
     The tokens of an image lie frame by frame, each row by row, and have all other axes alike. Another image begins
@@ -208,7 +208,7 @@ def grids_at(name: str, positions: Tensor) -> Layout:
             "bfloat16, give them in float32"
         )
     starts = [0, *(1 + (~((behind > 0) & alike)).nonzero().flatten()).tolist(), len(found)]
-    layout = []
+    grids = []
     for start, end in itertools.pairwise(starts):
         image = found[start:end, -3:]
         columns = _until_it_changes(image[:, :2])
@@ -219,8 +219,8 @@ def grids_at(name: str, positions: Tensor) -> Layout:
                 f"{name} place tokens {start} to {end - 1} of {len(found)} where they fill no image row by row, so "
                 "turbovlm does not know how they lie"
             )
-        layout.append((frames, rows, columns))
-    return tuple(layout)
+        grids.append((frames, rows, columns))
+    return tuple(grids)
 
 
 def _until_it_changes(values: Tensor) -> int:

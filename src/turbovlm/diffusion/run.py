@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.diffusion.grids import Layout
+from turbovlm.diffusion.grids import Grids
 from turbovlm.errors import StateError
 from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch
@@ -38,17 +38,17 @@ class Choice:
     """What the parts of a group of blocks read.
 
     Attributes:
-        layout: the images of a sequence.
+        grids: the images of a sequence.
         merge: what merges their tokens; None where all are read.
     """
 
-    layout: Layout
+    grids: Grids
     merge: Merge | None
 
     @property
     def tokens(self) -> int:
         """N, of all images of a sequence."""
-        return sum(map(math.prod, self.layout))
+        return sum(map(math.prod, self.grids))
 
     @property
     def left(self) -> int:
@@ -58,11 +58,11 @@ class Choice:
     @property
     def largest(self) -> int:
         """Tokens of the largest image."""
-        return max(map(math.prod, self.layout))
+        return max(map(math.prod, self.grids))
 
     def left_of_first(self) -> list[tuple[int, int]]:
         """Tokens of each image of the first sequence of a batch, and how many of them are left."""
-        counts = list(map(math.prod, self.layout))
+        counts = list(map(math.prod, self.grids))
         if self.merge is None:
             return [(count, count) for count in counts]
         ends = torch.tensor(list(itertools.accumulate(counts)))
@@ -83,7 +83,7 @@ class Run:
             by itself.
         share: what it keeps, of every resolution or of each.
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
-        layout: frames, rows and columns of each image of the tokens at hand; None where nothing says.
+        grids: frames, rows and columns of each image of the tokens at hand; None where nothing says.
         finest: tokens of the largest resolution that has blocks.
         compared: R of each group's candidates and its argument, by `Site.group`, as `compare` gives them.
         whole: why each part or block that was called read all tokens, by its path; None where merging was up to its
@@ -100,7 +100,7 @@ class Run:
     same_latent: Tensor | None
     share: Share
     choices: dict[str, Choice]
-    layout: Layout | None = None
+    grids: Grids | None = None
     finest: int = 1
     compared: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     whole: dict[str, str | None] = field(default_factory=dict)
