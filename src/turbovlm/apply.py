@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from turbovlm.encoder.state import BlockTrace
     from turbovlm.vlm.select import Selection
 
-DENOISERS = ("unet", "transformer")
-"""Attributes where a pipeline keeps its denoiser."""
+DENOISERS = ("unet", "transformer", "transformer_2")
+"""Attributes where a pipeline keeps its denoisers: Wan 2.2 has one for much noise and one for little."""
 
 UNKNOWN_DENOISER = "diffusers.models.modeling_utils.ModelMixin"
 """Base of every model of `diffusers`."""
@@ -114,8 +115,14 @@ class Handle:
     """What `apply` did to one model, and the way back. It does not keep the model alive."""
 
     def __init__(self, model: nn.Module, features: list[Feature]) -> None:
-        self._model = weakref.ref(model)
+        models = dict(model.items()) if isinstance(model, Denoisers) else {"": model}
+        self._models = {name: weakref.ref(each) for name, each in models.items()}
         self.features = tuple(features)
+
+    @property
+    def _model(self) -> nn.Module | None:
+        """The model, or both denoisers of a pipeline; None where it is gone."""
+        return _together({name: model for name, found in self._models.items() if (model := found()) is not None})
 
     @property
     def configs(self) -> tuple[Any, ...]:
@@ -136,7 +143,7 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the model is still accelerated by this handle."""
-        model = self._model()
+        model = self._model
         return model is not None and any(patch.feature in self.features for patch in patches_on(model))
 
     @property
@@ -214,7 +221,7 @@ class Handle:
 
     def remove(self) -> None:
         """Give the model back as it was. A second call does nothing."""
-        model = self._model()
+        model = self._model
         if model is not None:
             remove(patch for patch in patches_on(model) if patch.feature in self.features)
         for feature in self.features:
@@ -232,7 +239,7 @@ class Handle:
         state = "" if self.active else ", removed"
         settings = "; ".join(f"{config.amount}, {config.summary}" for config in self.configs)
         lines = [f"Turbo({settings}{state})", *(line for each in self.features for line in each.describe())]
-        model = self._model()
+        model = self._model
         weights = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
         if self.active and weights is not None and not weights.is_meta:  # whose values are yet to come
             from turbovlm.ops.dispatch import path_told
@@ -267,13 +274,22 @@ class Handle:
 
 
 def _module_of(model: Any) -> nn.Module:
-    """The model itself, or a pipeline's denoiser."""
+    """The model itself, or a pipeline's denoiser, or both."""
     if isinstance(model, nn.Module):
         return model
-    denoiser = denoiser_of(model)
-    if denoiser is None:
+    found = _together(denoisers_of(model))
+    if found is None:
         raise UnsupportedModelError(_no_module(model))
-    return denoiser
+    return found
+
+
+class Denoisers(nn.ModuleDict):
+    """The denoisers of one pipeline, which merge by the same settings."""
+
+
+def _together(models: Mapping[str, nn.Module]) -> nn.Module | None:
+    """One model, or several denoisers as one; None of none."""
+    return Denoisers(models) if len(models) > 1 else next(iter(models.values()), None)
 
 
 def _no_module(model: Any) -> str:
@@ -300,9 +316,14 @@ def _no_module(model: Any) -> str:
 
 
 def denoiser_of(pipe: Any) -> nn.Module | None:
-    """A pipeline's denoiser, or None where it has none."""
-    found = (getattr(pipe, name, None) for name in DENOISERS)
-    return next((module for module in found if isinstance(module, nn.Module)), None)
+    """A pipeline's denoiser, the first where it has two, or None where it has none."""
+    return next(iter(denoisers_of(pipe).values()), None)
+
+
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """All denoisers of a pipeline, by the names of its attributes."""
+    found = {name: getattr(pipe, name, None) for name in DENOISERS}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
 def _name_of(model: nn.Module, sought: nn.Module) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.apply import DENOISERS, apply
+from turbovlm.apply import DENOISERS, apply, denoisers_of
 from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.inputs import INPUTS
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
@@ -187,17 +187,19 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     """A pipeline's denoiser, and what the pipeline calls it.
 
     Raises:
-        UnsupportedModelError: it has none.
+        UnsupportedModelError: it has none, or two.
         TurboError: the denoiser is accelerated already.
     """
-    for name in DENOISERS:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module) and not isinstance(pipe, nn.Module):
-            if any(True for _ in patches_on(module)):
-                raise TurboError(
-                    "this pipeline is accelerated already: compare against it itself, after handle.remove()"
-                )
-            return name, module
+    found = {} if isinstance(pipe, nn.Module) else denoisers_of(pipe)
+    for name, module in found.items():
+        if any(True for _ in patches_on(module)):
+            raise TurboError("this pipeline is accelerated already: compare against it itself, after handle.remove()")
+        if len(found) > 1:
+            raise UnsupportedModelError(
+                f"{type(pipe).__name__} has several denoisers ({', '.join(found)}), which are not measured together: "
+                "turbovlm.profile.compare measures one of them alone"
+            )
+        return name, module
     raise UnsupportedModelError(
         f"{type(pipe).__name__} is no pipeline with a denoiser ({' or '.join(DENOISERS)}); "
         "turbovlm.profile.compare measures a model alone"
