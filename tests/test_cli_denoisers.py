@@ -97,6 +97,7 @@ BAD = [
     (["inspect", "--image-size", "64x"], "--image-size 64x: must be N or WIDTHxHEIGHT"),
     (["inspect", "--frames", "9"], "--frames 9: UNet2DConditionModel makes images"),
     (["inspect", "--keep", "0.1"], "keep=0.1: must be ≥ 0.25"),
+    (["inspect", "--keep", "0:0.5,0.5:1"], "one forward is inspected, which is of no step"),
     (["inspect", "--settings", "no/such.json"], "no/such.json: there is no such file"),
     (["bench", "--settings", "no/such.json"], "no/such.json: there is no such file"),
     (["bench", "--frames", "9"], "--frames 9: StableDiffusionPipeline makes images"),

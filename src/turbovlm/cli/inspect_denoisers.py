@@ -47,6 +47,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> DenoiseConfig:
+    config = _asked(args)
+    if config.over_steps:
+        raise ConfigError(f"{config.amount}: one forward is inspected, which is of no step; give one of the shares")
+    return config
+
+
+def _asked(args: argparse.Namespace) -> DenoiseConfig:
     from turbovlm.config import DenoiseConfig
 
     for name in ("r", "flops", "visual_keep"):
