@@ -24,7 +24,7 @@ import turbovlm
 from turbovlm import DenoiseConfig
 from turbovlm_lab.zoo.moving import load_moving_pipeline, moving_prompts
 
-STEPS, WHOLE = 10, 2
+STEPS, WHOLE = 10, 4
 VERSIONS: dict[str, dict[str, Any]] = {f"first {count} blocks whole": {"whole_first": count} for count in (0, 1, 2, 4)}
 OTHERS: dict[str, dict[str, Any]] = {
     "stacks of 2": {"span": 2},
