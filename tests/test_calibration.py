@@ -594,7 +594,7 @@ def test_from_the_command_line(folder, vit, capsys, monkeypatch):
         (["./vit", "none", "--flops", "0.5"], "none: there is no such folder"),
         (["./vit", "vit", "--flops", "0.5"], "vit: holds no images"),
         (["./none", "images", "--flops", "0.5"], "there is no such folder"),
-        (["zoo:emoji", "images", "--flops", "0.5"], "makes images, and takes none"),
+        (["zoo:emoji", "images", "--flops", "0.5"], "images: is a folder: give a text file with a prompt in each line"),
         (["./vit", "images", "--flops", "0.5", "--out", "turbo.txt"], "must end in .json"),
         (["./vit", "images", "--flops", "0.5", "--out", "none/turbo.json"], "there is no folder none"),
         (["./vit", "images", "--flops", "0.5", "--effort", "0"], "--effort 0: must be an integer ≥ 1"),

@@ -11,7 +11,7 @@ import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs
 from prompted_pipelines import PIPES
 from test_diffusion import run
-from turbovlm.diffusion import choose
+from turbovlm.diffusion import rank
 from turbovlm.diffusion.run import find_same_latents
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
 
@@ -21,8 +21,8 @@ diffusers = pytest.importorskip("diffusers")
 @pytest.fixture
 def compared(monkeypatch):
     """One entry for each group of blocks whose tokens were compared."""
-    compare, seen = choose.mutual_redundancy, []
-    monkeypatch.setattr(choose, "mutual_redundancy", lambda *args, **how: (seen.append(1), compare(*args, **how))[1])
+    compare, seen = rank.mutual_redundancy, []
+    monkeypatch.setattr(rank, "mutual_redundancy", lambda *args, **how: (seen.append(1), compare(*args, **how))[1])
     return seen
 
 

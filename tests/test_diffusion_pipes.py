@@ -12,7 +12,7 @@ import turbovlm
 from denoisers import unet_inputs
 from prompted_pipelines import PIPES
 from test_diffusion import precise, run
-from turbovlm.diffusion import choose
+from turbovlm.diffusion import choose, rank
 
 pytest.importorskip("diffusers")
 
@@ -154,8 +154,8 @@ def test_a_run_leaves_nothing_to_the_next():
 
 @pytest.mark.parametrize("refresh", [1, 2])
 def test_guidance_in_two_forwards_decides_once_for_both(monkeypatch, refresh):
-    compare, seen = choose.mutual_redundancy, []
-    monkeypatch.setattr(choose, "mutual_redundancy", lambda *args, **how: (seen.append(1), compare(*args, **how))[1])
+    compare, seen = rank.mutual_redundancy, []
+    monkeypatch.setattr(rank, "mutual_redundancy", lambda *args, **how: (seen.append(1), compare(*args, **how))[1])
     pipe, given = PIPES["flux-cfg"](), PIPES["flux-cfg"]
     with turbovlm.apply(pipe, keep=0.5, refresh=refresh):
         given.run(pipe, num_inference_steps=4)

@@ -10,7 +10,7 @@ import torch
 import turbovlm
 from denoisers import DENOISERS, noise, unet_inputs, words
 from test_diffusion import image, in_a_run, pipeline, run
-from turbovlm.diffusion import choose
+from turbovlm.diffusion import rank
 from turbovlm.diffusion.choose import mean_attention, text_attention
 from turbovlm.diffusion.run import find_same_latents
 from turbovlm.errors import ConfigError, TurboError
@@ -21,13 +21,13 @@ pytest.importorskip("diffusers")
 @pytest.fixture
 def decisions(monkeypatch):
     """The number of tokens compared, at each comparison."""
-    seen, compare = [], choose.mutual_redundancy
+    seen, compare = [], rank.mutual_redundancy
 
     def counted(features, split, **how):
         seen.append(features.shape[1])
         return compare(features, split, **how)
 
-    monkeypatch.setattr(choose, "mutual_redundancy", counted)
+    monkeypatch.setattr(rank, "mutual_redundancy", counted)
     return seen
 
 

@@ -115,9 +115,10 @@ def some_settings(draw, kinds=tuple(VALID)):
     """A workflow, its settings of which one to three are anything, and whether they come as a config."""
     kind = draw(st.sampled_from(kinds))
     names = draw(st.lists(st.sampled_from(fields_of(kind)), min_size=1, max_size=3, unique=True))
-    amount = {name: VALID[kind][name] for name in kind._amounts if name in VALID[kind]}
+    amounts = ("keep",) if kind is DenoiseConfig else kind._amounts
+    amount = {name: VALID[kind][name] for name in amounts if name in VALID[kind]}
     chosen = (amount if draw(st.booleans()) else VALID[kind]) | {name: draw(ANYTHING) for name in names}
-    if any(name in chosen and name != "r" for name in kind._amounts) and kind is TurboConfig:
+    if any(name in chosen and name != "r" for name in amounts) and kind is TurboConfig:
         chosen.pop("r", None)
     return kind, chosen, draw(st.booleans())
 
