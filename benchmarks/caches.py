@@ -84,16 +84,16 @@ def report(results: dict[str, Any]) -> str:
 
 
 def plot(steps: dict[str, Any], file: Path) -> None:
-    """Drift against speed-up, a panel for each number of steps."""
+    """Drift against speed-up, a panel for each number of steps; without what changes nothing."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(steps), figsize=(5 * len(steps), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(steps), figsize=(5 * len(steps), 4), squeeze=False, layout="constrained")
     for axes, (count, found) in zip(panels[0], steps.items()):
         for kind, mark in (("merging", "o"), ("cache", "s"), ("both", "^")):
-            runs = [run for name, run in found["runs"].items() if name.startswith(kind)]
+            runs = [run for name, run in found["runs"].items() if name.startswith(kind) and run["drift"] > 0]
             points = sorted((found["seconds"] / run["seconds"], run["drift"]) for run in runs)
             axes.plot(*zip(*points), marker=mark, label=kind)
         axes.set(title=f"{count} steps", xlabel="speed-up of an image", ylabel="drift of the latent", yscale="log")
