@@ -242,7 +242,7 @@ def square(tokens: int) -> tuple[int, int]:
     Raises:
         ConfigError: they are no square.
     """
-    side = math.isqrt(tokens)
+    side = math.floor(math.sqrt(tokens))  # exact for squares; compilers know no `isqrt`
     if side * side != tokens:
         raise ConfigError(
             f"{tokens} tokens are no square: give grid=(rows, columns), or, of several images in one sequence, those "
