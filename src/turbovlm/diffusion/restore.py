@@ -7,15 +7,13 @@ that linear map.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
 from turbovlm.errors import StateError
 from turbovlm.ops.merging import Merge
-from turbovlm.ops.tracing import is_exporting_to_onnx
+from turbovlm.ops.tracing import is_exporting_to_onnx, without_autocast
 
 RIDGE = 0.3
 """Added to the variance of every direction, as a share of the mean one."""
@@ -97,15 +95,9 @@ def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tenso
     else:
         z, y = (value[:, ::every][:, :samples].to(precise) for value in (merged, out))
     z, y = z - z.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
-    with _without_autocast(out.device):
+    with without_autocast(out.device):
         products = z @ z.transpose(1, 2)
         # its trace is the sum of all squares: this is RIDGE · samples · the mean square; above 0 of equal tokens, too
         ridge = products.diagonal(dim1=1, dim2=2).mean(dim=1).mul(RIDGE * samples / z.shape[2]).clamp_min(1e-6)
         system = products + torch.diag_embed(ridge.unsqueeze(1).expand(-1, samples))
         return z.transpose(1, 2), torch.cholesky_solve(y, torch.linalg.cholesky_ex(system).L)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Leave dtypes as they are; on the meta device nothing else changes them."""
-    has_it = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if has_it else nullcontext()

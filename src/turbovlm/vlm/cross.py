@@ -27,7 +27,8 @@ from turbovlm.patching import Patch
 from turbovlm.registry import families, family_of
 from turbovlm.threads import Remembering
 from turbovlm.vlm.marks import IMAGE, IMAGE_SIZES
-from turbovlm.vlm.select import Selection, kept_count, select
+from turbovlm.vlm.select import kept_count, select
+from turbovlm.vlm.selection import Selection
 
 STAGES = 3
 """Groups of layers that read equally many tokens."""

@@ -23,7 +23,7 @@ from turbovlm.errors import StateError
 from turbovlm.patching import Patch
 from turbovlm.vlm.families import block_read, sum_cells
 from turbovlm.vlm.marks import ATTENTION
-from turbovlm.vlm.select import kept_count, needs_attention, select
+from turbovlm.vlm.select import kept_count, reads_attention, select
 
 if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature
@@ -122,7 +122,7 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
             of as many tokens as the guide has seen.
     """
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
-    if needs_attention(feature.config):
+    if reads_attention(feature.config):
         _check_guide(model, feature, inputs.get("vision_feature_layer"))
     outputs, rows = _collect(original, **inputs)
     if rows and not isinstance(outputs, tuple):
@@ -207,9 +207,9 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     keep = feature.config.visual_keep
     assert keep is not None
     front, patches = outputs[0][:, : feature.prefix], outputs[0][:, feature.prefix :]
-    semantic = rows[0].values[:, feature.prefix :] if needs_attention(feature.config) else None
+    semantic = rows[0].values[:, feature.prefix :] if reads_attention(feature.config) else None
     sizes = None if rows[0].sizes is None else rows[0].sizes[:, feature.prefix :]
-    k = kept_count(keep, patches.shape[1])
+    k = kept_count(keep, patches.shape[1], fewest=feature.config.min_visual_tokens)
     selection = select(patches.detach(), semantic, k, feature.config, sizes)
     feature.last = (selection,)
     left = torch.cat([front, selection.take(patches)], dim=1)
