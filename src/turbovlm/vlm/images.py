@@ -56,7 +56,7 @@ def choose_tokens(
         if config.question or callable(config.visual_select):
             rows = [int(places[0]) // places_of.shape[1] for places in torch.split(columns, counts)]
             text = text_around(model, inputs, rows, config.question)
-        grids = grids_of(model, feature, inputs, modality, counts)
+        grids = grids_of(model, feature, outputs, modality, counts)
         chosen, fewer[modality] = _select(feature, outputs, sizes, text, grids)
         dropped = torch.zeros_like(places_of) if dropped is None else dropped
         for places, selection in zip(torch.split(columns, counts), chosen):  # row after row, image after image
@@ -102,11 +102,20 @@ def _select(
         images[:] = [chosen[i].take(image.unsqueeze(0)).squeeze(0) for i, image in enumerate(images)]
     fewer = copy.copy(outputs)
     read, *planes = [[torch.cat([next(left) for _ in entry]) for entry in sizes] for left in map(iter, features)]
-    even = len({len(entry) for entry in read}) == 1
-    fewer.pooler_output = torch.stack(read) if isinstance(outputs.pooler_output, Tensor) and even else read
+    fewer.pooler_output = _as_tensor(read) if isinstance(outputs.pooler_output, Tensor) else read
     if planes:
         fewer.deepstack_features = planes
     return [chosen[i] for i in range(len(chosen))], fewer
+
+
+def _as_tensor(entries: list[Tensor]) -> Tensor:
+    """Entries `[tokens, width]` as one tensor `[entries, tokens, width]`; as a single one where they differ in tokens.
+
+    A library that makes one tensor of them puts the tokens into the prompt one after another, whatever they are of.
+    """
+    if len({len(entry) for entry in entries}) == 1:
+        return torch.stack(entries)
+    return torch.cat(entries).unsqueeze(0)
 
 
 def _choose(

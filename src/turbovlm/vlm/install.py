@@ -20,7 +20,7 @@ from turbovlm.vlm.around import encode_apart, fills_itself, refusal
 from turbovlm.vlm.cross import find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
-from turbovlm.vlm.select import reads_attention
+from turbovlm.vlm.select import needs_attention
 from turbovlm.vlm.selection import Selection
 from turbovlm.vlm.tower import encode, guide_forward, rearrange, repeat_for_beams, tower_forward
 
@@ -86,16 +86,19 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         config = self.config
         keep = config.visual_keep
         amount = f"{keep} visual tokens" if isinstance(keep, int) else f"{keep:.0%} of the visual tokens"
+        amount = f"{amount} of each image"
         if config.visual_tolerance is not None:
-            amount = f"at most {amount}, as few as leave all others within {config.visual_tolerance:g} of one,"
-        least = f", at least {config.min_visual_tokens}" if config.min_visual_tokens else ""
+            amount = f"at most {amount}, as few as leave none farther than {config.visual_tolerance:g} from one read"
+        if config.min_visual_tokens:
+            amount = f"{amount}, at least {config.min_visual_tokens}"
         place = ".".join(filter(None, (self.part, self.guide)))
-        guided = f", guided by {self.guidance} in {place}" if reads_attention(config) else ""
+        guided = f", guided by {self.guidance} in {place}" if needs_attention(config) else ""
         asked = " and by the prompt's text" if config.question else ""
-        return [
-            f"  {self.part or 'model'} ({self.family.family}): reads {amount} of each image{least} "
-            f"({config.selection}){guided}{asked}"
-        ]
+        found = [f"  {self.part or 'model'} ({self.family.family}): reads {amount} ({config.selection}){guided}{asked}"]
+        if config.visual_tolerance is not None and self.last:
+            counts = [f"{each.kept.shape[1]} of {each.destination.shape[1]}" for each in self.last]
+            found.append(f"  in the last prompt: {', '.join(counts)} tokens")
+        return found
 
 
 def owners_of(model: nn.Module, part: nn.Module) -> list[nn.Module]:

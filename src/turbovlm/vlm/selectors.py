@@ -12,6 +12,7 @@ from torch import Tensor
 from turbovlm.checks import brief, called
 from turbovlm.errors import ConfigError
 from turbovlm.vlm.families import native_pixels, tokens_per_image
+from turbovlm.vlm.marks import GRIDS
 
 if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature
@@ -69,26 +70,24 @@ def ask_selector(
     return kept
 
 
-def grids_of(
-    model: Any, feature: ReadFeature, inputs: dict[str, Any], modality: str, counts: list[int]
-) -> list[Grid | None]:
+def grids_of(model: Any, feature: ReadFeature, outputs: Any, modality: str, counts: list[int]) -> list[Grid | None]:
     """The grid of each image where a selector of the user's is to know it, and it can be known; else None.
 
-    It is where the call says it (`image_grid_thw`), and for square images of the tower's own size.
+    It can where the tower's call says it (`image_grid_thw`), and for square images of the tower's own size.
 
     Args:
         model: the part that puts visual features in place of placeholders.
         feature: how it reads.
-        inputs: its arguments.
+        outputs: what the library has encoded.
         modality: `"image"` or `"video"`.
         counts: tokens of each image.
     """
     if not callable(feature.config.visual_select):
         return [None] * len(counts)
-    family, said = feature.family, inputs.get(f"{modality}_grid_thw")
+    family, said = feature.family, getattr(outputs, GRIDS, None)
     if said is not None:
         side = family.cell(model)
-        found = [(frames, height // side, width // side) for frames, height, width in said.tolist()]
+        found = [(frames, height // side, width // side) for frames, height, width in torch.cat(said).tolist()]
         fits = [math.prod(grid) for grid in found] == counts
         return list(found) if fits else [None] * len(counts)
     if family.packed or family.rearrange or modality != "image":

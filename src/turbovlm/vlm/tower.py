@@ -22,7 +22,7 @@ from turbovlm.encoder.state import STATE, State
 from turbovlm.errors import StateError
 from turbovlm.patching import Patch
 from turbovlm.vlm.families import block_read, sum_cells
-from turbovlm.vlm.marks import ATTENTION
+from turbovlm.vlm.marks import ATTENTION, GRIDS
 from turbovlm.vlm.select import kept_count, reads_attention, select
 
 if TYPE_CHECKING:
@@ -127,6 +127,8 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     outputs, rows = _collect(original, **inputs)
     if rows and not isinstance(outputs, tuple):
         grid = inputs.get(f"{patch.detail}_grid_thw")
+        if grid is not None:
+            setattr(outputs, GRIDS, list(torch.split(grid, 1)))
         lengths = [len(entry) for entry in outputs.pooler_output]
         row = torch.cat([each.values for each in rows])
         setattr(outputs, ATTENTION, list(torch.split(_of_tokens(model, feature, row, grid, lengths), lengths)))
@@ -187,16 +189,20 @@ def rearrange(patch: Patch, model: Any, original: Any, /, features: Any, *args: 
 
 
 def repeat_for_beams(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
-    """Run `_expand_multimodal_outputs`, which repeats A as it does planes of features."""
-    with_attention = [outputs for outputs in inputs["mm_encoder_output"].values() if getattr(outputs, ATTENTION, None)]
-    for outputs in with_attention:
+    """Run `_expand_multimodal_outputs`, which repeats A and grids as it does planes of features."""
+    marked = [
+        (outputs, [mark for mark in (ATTENTION, GRIDS) if getattr(outputs, mark, None)])
+        for outputs in inputs["mm_encoder_output"].values()
+    ]
+    for outputs, marks in marked:
         planes = getattr(outputs, "deepstack_features", None) or []
-        outputs.deepstack_features = [*planes, [values.unsqueeze(-1) for values in getattr(outputs, ATTENTION)]]
+        beside = [[values.unsqueeze(-1) for values in getattr(outputs, mark)] for mark in marks]
+        outputs.deepstack_features = [*planes, *beside] or None
     repeated = original(**inputs)
-    for outputs in with_attention:
-        *planes, last = outputs.deepstack_features
-        setattr(outputs, ATTENTION, [values.squeeze(-1) for values in last])
-        outputs.deepstack_features = planes or None
+    for outputs, marks in marked:
+        for mark in reversed(marks):
+            setattr(outputs, mark, [values.squeeze(-1) for values in outputs.deepstack_features.pop()])
+        outputs.deepstack_features = outputs.deepstack_features or None
     return repeated
 
 
