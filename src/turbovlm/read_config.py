@@ -127,7 +127,7 @@ class ReadConfig(Settings):
             found["degree"] = f"{how} compares all pairs, and goes by no degree"
             if select == "diversity":
                 found |= dict.fromkeys(("alpha", "guidance", "question"), f"{how} weighs all tokens alike")
-            elif values["alpha"] == 0:
+            elif isinstance(values["alpha"], int | float) and values["alpha"] == 0:
                 found["guidance"] = "alpha=0 leaves attention out"
         else:
             found = cls._unread_by_degree(values, select, how)

@@ -24,8 +24,10 @@ SETTINGS: tuple[Mapping[str, Any], ...] = (
     {"reduce": "prune"},
     {"visual_select": "attention"},
     {"visual_select": "uniform"},
+    {"visual_select": "coverage"},
 )
-"""Changes of the best settings so far that are tried, none first: the rivals that benchmarks/rivals.py compares."""
+"""Changes of the best settings so far that are tried, none first: the rivals that benchmarks/rivals.py compares, and
+coverage over all pairs."""
 
 
 @dataclass(eq=False)
@@ -81,7 +83,11 @@ class ReadingSubject(Subject):
         return f"one prompt on {device_in_words(self.model)}"
 
     def trials(self, amount: float) -> list[Trial]:
-        return [Trial(change) for change in SETTINGS if not self.fixed & set(change)]
+        def leaves(change: Mapping[str, Any]) -> bool:
+            """Whether what was asked for stays, and still has an effect."""
+            return not self.fixed & {*change, *ReadConfig.unread({**vars(self.base), **change})}
+
+        return [Trial(change) for change in SETTINGS if not change or leaves(change)]
 
     def configured(self, config: ReadConfig, spread: Spread, amount: float) -> ReadConfig:
         return replace(config, visual_keep=amount)
