@@ -363,3 +363,17 @@ def test_backward_through_what_is_chosen(llava):
     with turbovlm.apply(llava, visual_keep=0.4, visual_select="coverage", question=1):
         llava(**inputs, labels=labels).loss.backward()
     assert all(p.grad is not None for p in llava.model.multi_modal_projector.parameters())
+
+
+@torch.no_grad()
+def test_compiled_and_counted_without_values():
+    from turbovlm.profile import macs
+
+    model = seeded(lambda: blip("ConditionalGeneration"))
+    inputs = {"pixel_values": torch.randn(1, 3, 48, 48), "input_ids": torch.tensor([[2, 5, 6, 7]])}
+    with turbovlm.apply(model, visual_keep=9, visual_select="coverage"):
+        wanted, counted = model(**inputs).logits, macs(model, **inputs)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**inputs).logits, wanted, rtol=0, atol=1e-5)
+        model.to("meta")
+        assert macs(model, **{name: value.to("meta") for name, value in inputs.items()}) == counted
