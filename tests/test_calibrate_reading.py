@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,3 +147,13 @@ def test_a_prompt_is_timed(case):
     found = subject.speedups([ReadConfig(1.0), ReadConfig(0.5)], 2)
     assert len(found) == 2 and all(0.1 < faster < 10 for faster in found)
     assert subject.timed_on.startswith("one prompt on ") and subject.timed_on.endswith(", float32")
+
+
+def test_no_trial_undoes_what_was_asked_for():
+    asked = {"visual_select": "diversity", "visual_tolerance": 0.2}
+    subject = SimpleNamespace(base=ReadConfig(1.0, **asked), fixed=frozenset(asked))
+    assert [trial.settings for trial in ReadingSubject.trials(subject, 0.5)] == [{}, {"reduce": "prune"}]
+    subject = SimpleNamespace(base=ReadConfig(1.0, alpha=3), fixed=frozenset(["alpha"]))
+    changes = [trial.settings for trial in ReadingSubject.trials(subject, 0.5)]
+    assert {"degree": "weighted_distance"} in changes and {"visual_select": "coverage"} in changes
+    assert {"degree": "redundancy"} not in changes and {"visual_select": "uniform"} not in changes

@@ -13,7 +13,7 @@ from turbovlm import ReadConfig
 from turbovlm.config import READINGS
 from turbovlm.errors import ConfigError, StateError
 from turbovlm.vlm.question import ImageText
-from turbovlm.vlm.select import select
+from turbovlm.vlm.select import select, select_within
 from vlms import (
     VLMS,
     blip,
@@ -217,12 +217,10 @@ def test_no_more_than_the_tolerance_needs(llava, how):
 
 
 def test_equal_tokens_are_spared_without_loss():
-    from turbovlm.vlm.select import select_within
-
     features = torch.randn(5, 700, generator=torch.Generator().manual_seed(0)).repeat(6, 1).unsqueeze(0).bfloat16()
     config = ReadConfig(1.0, visual_select="diversity", visual_tolerance=0)
     (found,) = select_within(features, None, 1, 30, config)
-    assert found.kept[0].tolist() == [0, 1, 2, 3, 4] or found.kept.shape == (1, 5)
+    assert sorted(place % 5 for place in found.kept[0].tolist()) == [0, 1, 2, 3, 4]
     assert torch.equal(found.take(features)[0, found.destination[0]], features[0])
 
 
@@ -365,15 +363,14 @@ def test_backward_through_what_is_chosen(llava):
     assert all(p.grad is not None for p in llava.model.multi_modal_projector.parameters())
 
 
+@pytest.mark.parametrize("how", ["coverage", "dpp"])
 @torch.no_grad()
-def test_compiled_and_counted_without_values():
+def test_counted_without_values(how):
     from turbovlm.profile import macs
 
     model = seeded(lambda: blip("ConditionalGeneration"))
     inputs = {"pixel_values": torch.randn(1, 3, 48, 48), "input_ids": torch.tensor([[2, 5, 6, 7]])}
-    with turbovlm.apply(model, visual_keep=9, visual_select="coverage"):
-        wanted, counted = model(**inputs).logits, macs(model, **inputs)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(**inputs).logits, wanted, rtol=0, atol=1e-5)
+    with turbovlm.apply(model, visual_keep=9, visual_select=how):
+        counted = macs(model, **inputs)
         model.to("meta")
         assert macs(model, **{name: value.to("meta") for name, value in inputs.items()}) == counted

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.ops.averaging import precise_dtype
-from turbovlm.ops.tracing import without_autocast
+from turbovlm.ops.tracing import is_exporting, is_readable, without_autocast
 
 LEAST_GAIN = 1e-3
 """Coverage that every token is taken to add at least, so that weights order those that add nothing."""
@@ -81,19 +81,16 @@ def choose_greedily(
     for some, size, weight in zip(*(torch.split(each, at_once) for each in (x, sizes, weights))):
         with without_autocast(x.device):
             cosines = some @ some.transpose(1, 2)
-        found.append(choose_in_turn(cosines, weight, size, k, by, until, fewest))
+        looks = is_readable(cosines) and not is_exporting()
+        take = take_in_turn if looks else choose_in_turn  # the operator's first call takes seconds, of imports
+        found.append(take(cosines, weight, size, k, by, until, fewest))
     return Chosen(*(torch.cat(parts) for parts in zip(*found)))
 
 
-@torch.library.custom_op("turbovlm::choose_in_turn", mutates_args=())
-def choose_in_turn(
+def take_in_turn(
     cosines: Tensor, log_weights: Tensor, sizes: Tensor, k: int, by: str, until: float | None, fewest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`choose_greedily` of the cosines of all pairs, `[images, n, n]`, as an operator that compilers do not look into.
-
-    Returns:
-        The three parts of `Chosen`.
-    """
+    """`choose_greedily` of the cosines of all pairs, `[images, n, n]`: the three parts of `Chosen`."""
     images, n = log_weights.shape
     image = torch.arange(images, device=cosines.device)
     padding = sizes <= 0
@@ -120,6 +117,14 @@ def choose_in_turn(
             if bool(done.all()):
                 break
     return order, nearest, counts
+
+
+@torch.library.custom_op("turbovlm::choose_in_turn", mutates_args=())
+def choose_in_turn(
+    cosines: Tensor, log_weights: Tensor, sizes: Tensor, k: int, by: str, until: float | None, fewest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`take_in_turn`, as an operator that compilers and tracers do not look into."""
+    return take_in_turn(cosines, log_weights, sizes, k, by, until, fewest)
 
 
 @choose_in_turn.register_fake
