@@ -83,11 +83,12 @@ class ReadingSubject(Subject):
         return f"one prompt on {device_in_words(self.model)}"
 
     def trials(self, amount: float) -> list[Trial]:
-        def leaves(change: Mapping[str, Any]) -> bool:
-            """Whether what was asked for stays, and still has an effect."""
-            return not self.fixed & {*change, *ReadConfig.unread({**vars(self.base), **change})}
+        def fits(change: Mapping[str, Any]) -> bool:
+            """Whether it has an effect, and what was asked for stays and keeps its own."""
+            unread = ReadConfig.unread({**vars(self.base), **change})
+            return not self.fixed & {*change, *unread} and not change.keys() & unread.keys()
 
-        return [Trial(change) for change in SETTINGS if not change or leaves(change)]
+        return [Trial(change) for change in SETTINGS if not change or fits(change)]
 
     def configured(self, config: ReadConfig, spread: Spread, amount: float) -> ReadConfig:
         return replace(config, visual_keep=amount)
