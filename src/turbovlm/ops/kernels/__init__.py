@@ -1,11 +1,13 @@
-"""Triton kernels for CUDA: attention in proportion to sizes, similarity, the choice, and the merge.
+"""Triton kernels for CUDA: attention in proportion to sizes, similarity, the choice, the merge, and greedy choices.
 
-All are operators of their own, opaque to `torch.compile`. Without Triton they can be imported, not called.
+All are operators of their own, opaque to `torch.compile`, or within one. Without Triton they can be imported, not
+called.
 """
 
 from turbovlm.ops.kernels.attention import attends, attention_rows, biased_attention
 from turbovlm.ops.kernels.choosing import MOST_RANKED, RANKED, choose
 from turbovlm.ops.kernels.common import DTYPES, HAS_TRITON, LEAST_CAPABILITY, usable
+from turbovlm.ops.kernels.greedy import MOST_TAKEN_FROM, take_in_turn
 from turbovlm.ops.kernels.merging import mean_of_bags, merge_tokens
 from turbovlm.ops.kernels.replay import replayed
 from turbovlm.ops.kernels.similarity import candidates_at_a_time, most_similar
@@ -15,6 +17,7 @@ __all__ = [
     "HAS_TRITON",
     "LEAST_CAPABILITY",
     "MOST_RANKED",
+    "MOST_TAKEN_FROM",
     "RANKED",
     "attends",
     "attention_rows",
@@ -25,5 +28,6 @@ __all__ = [
     "merge_tokens",
     "most_similar",
     "replayed",
+    "take_in_turn",
     "usable",
 ]
