@@ -112,7 +112,8 @@ def timed(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict
 def report(results: dict[str, Any]) -> str:
     lines = ["# What choosing visual tokens costs", "", described(results["machine"]), ""]
     lines += [
-        f"{results['device']}, one image of bf16 features {WIDTH} wide, milliseconds, medians. *Prefill* is of "
+        f"{results['device']}, one image of bf16 features {WIDTH} wide, milliseconds"
+        f"{' of one core' if results['device'] == 'cpu' else ''}, medians. *Prefill* is of "
         f"Qwen2.5-VL-7B's language model with {WORDS} words beside the image ({LAYERS} layers measured, times "
         f"{OF_LAYERS // LAYERS}), with all visual tokens and with those left. In brackets: % of the prefill with all.",
         "",
