@@ -92,8 +92,10 @@ def text_around(model: Any, inputs: dict[str, Any], rows: Sequence[int], questio
 
 def _is_text(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Which of a call's columns are text, and no placeholders or padding, `[batch, N]`, bool."""
-    found = [getattr(model.config, name, None) for name in PLACEHOLDERS]
-    text = ~torch.stack([placeholders(model, inputs, token) for token in found if token is not None]).any(dim=0)
+    named = [getattr(model.config, name, None) for name in PLACEHOLDERS]
+    words = model.config.get_text_config().vocab_size
+    known = [token for token in named if token is not None and (token < words or inputs.get("inputs_embeds") is None)]
+    text = ~torch.stack([placeholders(model, inputs, token) for token in known]).any(dim=0)
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:  # any other is refused where the prompt is shortened
         text = text & mask[:, -text.shape[1] :].bool()
