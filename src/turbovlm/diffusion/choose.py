@@ -130,9 +130,9 @@ def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, 
     if site.group not in run.compared:
         run.compared[site.group] = compare(_averaged(run, features), images, run.path)
     rules = Rules(config.degree, config.alpha, config.seed, "spatial", config.reduce)
-    src, dst = choose(features, *run.compared[site.group], semantic, images, gone, run.path, site.index, rules)
-    ones = features.new_ones(features.shape[:2], dtype=precise_dtype(features))
-    return Choice(grids, merge_chosen(src, dst, ones, reduce=config.reduce))
+    chosen = choose(features, *run.compared[site.group], semantic, images, gone, run.path, site.index, rules)
+    merge = merge_chosen(chosen, tokens, precise_dtype(features), reduce=config.reduce, path=run.path)
+    return Choice(grids, merge)
 
 
 def _count_gone(images: list[list[int]], share: float) -> int:

@@ -25,6 +25,7 @@ COUNTS = (
     *("tokens", "queries", "entries", "src_count", "candidate_count", "destination_count", "windows", "behind"),
     *("candidates_stride", "destinations_stride", "slots_stride", "first_candidate", "first_destination", "step"),
     *("nearest_stride", "redundancy_stride", "bias_image"),
+    *("left", "every", "samples"),
 )
 """Arguments that change from block to block: no variant of a kernel is compiled for special values of them."""
 
