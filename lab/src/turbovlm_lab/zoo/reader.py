@@ -109,11 +109,11 @@ class SceneReader(nn.Module):
             merged = tokens.shape[1] < 1 + height * width
             return get_handle(self.encoder).restore(tokens) if merged else tokens
         each = self.look(pixel_values.flatten(0, 1))
-        both, merged = self.join(each.reshape(*pixel_values.shape[:2], *each.shape[1:])), merged_into(each)
-        if merged is None:
+        both, known = self.join(each.reshape(*pixel_values.shape[:2], *each.shape[1:])), merged_into(each)
+        if known is None:
             return both
-        sizes = None if merged.sizes is None else merged.sizes.view(len(both), -1)
-        return attach(both, Merged.of(sizes, None, merged.proportional))
+        sizes = None if known.sizes is None else known.sizes.view(len(both), -1)
+        return attach(both, Merged.of(sizes, None, known.proportional))
 
     def join(self, tokens: Tensor) -> Tensor:
         """Two images' tokens, `[batch, 2, tokens, 256]`, as one sequence."""
