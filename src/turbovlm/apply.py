@@ -65,7 +65,8 @@ def apply(model: Any, *configs: Any, **settings: Any) -> Handle:
             f"accelerated in {known}"
         )
     features = _find(module, model, configs_from(configs, settings, denoises, type(module).__name__))
-    install([*(patch for feature in features for patch in feature.patches(module)), *_checks(module, features)])
+    patches = [patch for feature in features for patch in feature.patches(module)]
+    install([*_across(module, features), *patches, *_checks(module, features)])
     return Handle(module, features)
 
 
@@ -86,6 +87,15 @@ def _find(module: nn.Module, owner: Any, configs: tuple[Config, ...]) -> list[Fe
 
             features.append(find_denoiser(module, config, owner))
     return features
+
+
+def _across(module: nn.Module, features: list[Feature]) -> list[Patch]:
+    """What has cross-attention to merged tokens count them by size, whichever features merge them."""
+    if all(getattr(feature, "cross_attention", None) is None for feature in features):
+        return []
+    from turbovlm.encoder.cross_attention import cross_patches
+
+    return cross_patches(module, features)
 
 
 def _checks(module: nn.Module, features: list[Feature]) -> list[Patch]:

@@ -145,6 +145,8 @@ def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor)
         feature.launches.behind(ran, depth, x)
     if not is_exporting():
         feature.last = state.changed(lost=()) if state.lost and ran == depth else state
+    if ran == depth and feature.cross_attention is not None and (asked := asked_of(feature)) is not None:
+        asked.left = state
     if state.merges and ran == depth and feature.restore:
         x = state.restored(x)
     elif state.merges and ran - 1 in state.whole:

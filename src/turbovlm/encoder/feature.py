@@ -11,7 +11,7 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.attention import attention_forward
 from turbovlm.encoder.block import block_forward
-from turbovlm.encoder.decoder import check_decoder, decoder_patches
+from turbovlm.encoder.cross_attention import CrossAttention, check_cross_attention
 from turbovlm.encoder.joint import joint_forward
 from turbovlm.encoder.launches import LaunchWatch
 from turbovlm.encoder.layout import Layout, fetch, path_of
@@ -65,8 +65,7 @@ class EncoderFeature(Remembering[State]):
         semantic: whether A is computed, for the degree or for the trace.
         how: how a position gets its token back, `"copy"` or `"residual"`.
         restore: the same, where every position gets it behind the last block; None where tokens are handed on merged.
-        decoder_of: path of the module around it whose decoder reads merged tokens by their sizes, unless `dense`
-            restores them; None where none does.
+        cross_attention: what cross-attends to its tokens, where these are handed on merged; None where nothing does.
         hands_out: whether blocks hand out every position where a call asks for it; not those of a tower that a
             vision-language model reads at one block.
         passed: modules of each block that its halves never call, see `turbovlm.encoder.passed`.
@@ -95,7 +94,7 @@ class EncoderFeature(Remembering[State]):
     semantic: bool
     how: str
     restore: str | None
-    decoder_of: str | None
+    cross_attention: CrossAttention | None
     hands_out: bool
     passed: Passed
     reads_all: bool
@@ -129,7 +128,7 @@ class EncoderFeature(Remembering[State]):
         if self.layout.joint is not None:
             joint = fetch(tower, path_of(self.layout.family, tower, self.layout.joint))
             found.append(Patch(joint, "forward", joint_forward, self, by_name=True))
-        return [*found, *decoder_patches(self, model)]
+        return found
 
     def schedule(self, tokens: int | None = None) -> Schedule:
         """What every block does with an input of `tokens` tokens; of the native number if None."""
@@ -192,10 +191,10 @@ class EncoderFeature(Remembering[State]):
         if self.restore:
             reader = f", as {self.unknown_owner} is not known to do without" if self.unknown_owner else ""
             lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens ({self.restore}){reader}")
-        if self.decoder_of is not None and not self.config.dense:
+        if self.cross_attention is not None and not self.restore:
             how = "in proportion to their sizes" if self.config.proportional else "all alike"
-            owner = f"{self.decoder_of} is" if self.decoder_of else "the model is"
-            lines.append(f"    after {schedule.blocks[-1]}: {owner} to read merged tokens, {how}")
+            reader = self.cross_attention.text_model
+            lines.append(f"    after {schedule.blocks[-1]}: {reader} cross-attends to merged tokens, {how}")
         lines += self._describe_last()
         if not self.plain_stem:
             lines.append("    note: the convolutional network before the blocks is not counted")
@@ -234,8 +233,8 @@ def find_encoders(model: nn.Module, config: TurboConfig) -> list[EncoderFeature]
             check_forwards([(f"{name}.{path}", fetch(block, path)) for name, block in tower.blocks], one_device=False)
         for name, block in tower.blocks:
             check_adapters(name, block, feature.passed)
-        if feature.decoder_of is not None and tower.layout.decoder is not None and not config.dense:
-            check_decoder(tower.layout.decoder, model.get_submodule(feature.decoder_of))
+        if feature.cross_attention is not None and not feature.cross_attention.restored:
+            check_cross_attention(feature.cross_attention, model, config.proportional)
     for tower, feature in zip(towers, features):
         calls = verify(tower, feature.passed)
         feature.passed = of_effect(feature.passed, tower.blocks[0][1], calls)
@@ -276,7 +275,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         is_few = bool(own_blocks) or is_sparse(config, len(tower.blocks))
         partition = "all" if is_image and is_few and config.order == "spatial" else "random"
     restore = ("copy" if tower.layout.norm_after_mlp else "residual") if config.restore == "auto" else config.restore
-    shape = _shape(tower, similarity, partition)
+    shape, across = _shape(tower, similarity, partition), tower.cross_attention
     return EncoderFeature(
         config=config,
         layout=tower.layout,
@@ -293,7 +292,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         semantic=needs_semantic(config.degree) or config.trace,
         how=restore,
         restore=restore if tower.restore or config.dense else None,
-        decoder_of=tower.decoder_of,
+        cross_attention=across and replace(across, restored=config.dense),
         hands_out=tower.hands_out,
         passed=passed_by(tower.layout, tower.blocks[0][1]),
         reads_all=reads_all(tower.layout, tower.module),

@@ -39,26 +39,6 @@ are where merging hurts it most, and late ones are left few tokens (`benchmarks/
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """A decoder that cross-attends to an encoder's tokens, and reads merged ones in proportion to their sizes.
-
-    Args:
-        owner: dotted path of the class that holds both.
-        norm: path, from the tower, of the module that the last block's tokens go through.
-        layers: path, from the owner, of the decoder's layers.
-        attention: path, from a layer, of its cross-attention, which returns its output and its map, or None for it.
-        tokens, mask: the arguments of its forward that are the encoder's tokens, and what is added to its scores.
-    """
-
-    owner: str
-    norm: str
-    layers: str
-    attention: str
-    tokens: str = "key_value_states"
-    mask: str = "attention_mask"
-
-
-@dataclass(frozen=True)
 class Layout:
     """One way to spell a block, and what must be known about the encoder around it.
 
@@ -112,7 +92,8 @@ class Layout:
         mask: name of the argument that masks keys, if the encoder uses one.
         restore: whether the reader of the tower's output needs every position back, or a function
             `(tower, ancestors)`: the ancestors are the modules around the tower, outermost first.
-        decoder: the decoder that reads merged tokens by their sizes, whatever `restore` says of other readers.
+        decoder: dotted path of the class that holds the encoder and a decoder, and the decoder's path from there: its
+            cross-attention counts merged tokens by size, whatever `restore` says of other readers.
         line: whether tokens follow each other in time, and lie on no grid.
         pools: whether the tower reads its tokens itself, by a head or pooling of its own, or a function of the tower.
         example: `(block, patches)`: arguments with which the block can be tried on random tokens.
@@ -158,7 +139,7 @@ class Layout:
     understood: tuple[str, ...] = ()
     mask: str | None = None
     restore: bool | Callable[[Any, Around], bool] = False
-    decoder: Decoder | None = None
+    decoder: tuple[str, str] | None = None
     line: bool = False
     pools: bool | Callable[[Any], bool] = False
     example: Callable[[Any, int], dict[str, Any]] | None = None

@@ -18,7 +18,7 @@ from turbovlm.ops.partition import positions
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
 MERGED = "_turbovlm_merged"
-"""Name of the attribute of what an encoder hands on to a decoder: `turbovlm.encoder.decoder.Merged`."""
+"""Name of the attribute of the tokens that an encoder hands on: `turbovlm.encoder.cross_attention.Merged`."""
 PREFIX = "_turbovlm_prefix"
 """Name of the attribute of an encoder's input that says how many tokens in front never merge, where that varies."""
 

@@ -35,8 +35,10 @@ class VlmFamily:
         guide: index of the tower's block whose attention is the semantic value: the last one that the features pass.
         cell: side of the square of patches that one visual token is made of.
         cross_attention: whether visual tokens are read by cross-attention, and no prompt has placeholders for them.
-        cross_layers: path of the text model's layers that cross-attend to the image, for `cross_keep`; several
-            spellings are separated by `|`.
+        cross_attends: path of the text model, or what else has queries of its own, whose cross-attention to the
+            tower's tokens counts merged ones by size; several spellings are separated by `|`.
+        between: paths of modules that each token goes through on its way there, where the model has them.
+        cross_layers: path of the text model's layers that cross-attend to the image, for `cross_keep`, in the same way.
         merges_inside: whether tokens can be merged in the tower as well, and restored for the projector.
         packed: whether the tower runs all images as one sequence, as Qwen's do.
         order: `(tower, grid)`: for such a tower, the place of each token among those the tower's blocks see, where
@@ -54,6 +56,8 @@ class VlmFamily:
     guide: Callable[[Any], int] = lambda model: -1
     cell: Callable[[Any], int] = lambda model: 1
     cross_attention: bool = False
+    cross_attends: str | None = None
+    between: tuple[str, ...] = ()
     cross_layers: str | None = None
     merges_inside: bool = False
     packed: bool = False
@@ -236,6 +240,7 @@ BLIP = VlmFamily(
     ),
     "vision_model",
     cross_attention=True,
+    cross_attends="text_encoder|text_decoder",
     cross_layers="text_encoder.encoder.layer|text_decoder.bert.encoder.layer",
 )
 BLIP_2 = VlmFamily(
@@ -246,6 +251,7 @@ BLIP_2 = VlmFamily(
     ),
     "vision_model",
     cross_attention=True,
+    cross_attends="qformer",
 )
 INSTRUCT_BLIP = VlmFamily(
     "InstructBLIP",
@@ -255,12 +261,15 @@ INSTRUCT_BLIP = VlmFamily(
     ),
     "vision_model",
     cross_attention=True,
+    cross_attends="qformer",
 )
 VISION_ENCODER_DECODER = VlmFamily(
     "VisionEncoderDecoderModel",
     (f"{MODELS}.vision_encoder_decoder.modeling_vision_encoder_decoder.VisionEncoderDecoderModel",),
     "encoder",
     cross_attention=True,
+    cross_attends="decoder",
+    between=("enc_to_dec_proj",),
 )
 
 FAMILIES = (

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch.nn as nn
 
 from turbovlm.config import READINGS, ReadConfig
+from turbovlm.encoder.cross_attention import CrossAttention, check_cross_attention
 from turbovlm.encoder.layout import Layout, fetch, library_version
 from turbovlm.encoder.towers import find_towers, layout_of
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
@@ -17,7 +18,7 @@ from turbovlm.patching import Feature, Patch, check_forwards
 from turbovlm.registry import family_of
 from turbovlm.threads import Remembering
 from turbovlm.vlm.around import encode_apart, fills_itself, refusal
-from turbovlm.vlm.cross import find_cross
+from turbovlm.vlm.cross import cross_attention_to, find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
 from turbovlm.vlm.select import Selection, needs_attention
@@ -37,6 +38,7 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         layout: that block's, resolved; None for a packed tower.
         prefix: tokens at the front of the tower's, which no visual token is made of.
         guidance: `"cls"` or `"mean"`: whose attention row is A.
+        cross_attention: what cross-attends to the tower's tokens by their sizes; None where nothing does.
         removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` per image of the last prompt of this
             thread.
     """
@@ -52,6 +54,7 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
     layout: Layout | None
     prefix: int
     guidance: str
+    cross_attention: CrossAttention | None = None
     removed: bool = False
 
     def patches(self, model: nn.Module) -> list[Patch]:
@@ -87,7 +90,10 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         place = ".".join(filter(None, (self.part, self.guide)))
         guided = f", guided by {self.guidance} in {place}" if needs_attention(self.config) else ""
         how = f"visual_select={self.config.visual_select}, {self.config.reduce}"
-        return [f"  {self.part or 'model'} ({self.family.family}): reads {amount} of each image ({how}){guided}"]
+        sized = ""
+        if self.cross_attention is not None and self.config.reduce == "merge":
+            sized = ", in proportion to their sizes" if self.config.proportional else ", all alike"
+        return [f"  {self.part or 'model'} ({self.family.family}): reads {amount} of each image ({how}){guided}{sized}"]
 
 
 def owners_of(model: nn.Module, part: nn.Module) -> list[nn.Module]:
@@ -113,15 +119,17 @@ def find_readings(model: nn.Module, config: ReadConfig, merged: bool = False) ->
                 f"{name}=1 is a count: ONE token of each image is read; {name}=1.0 is the share that reads all of them",
                 stacklevel=4,
             )
-    if not config.proportional and config.cross_keep is None and not merged:
-        raise ConfigError(
-            "proportional=False: it would have no effect: visual_keep's tokens count alike, and no tower merges any "
-            "(r, keep or flops)"
-        )
     if config.visual_keep is not None:
-        found.append(find_reading(model, config))
+        reading = find_reading(model, config)
+        found.append(reading)
+        sized = reading.cross_attention is not None and config.reduce == "merge"
+        if not (config.proportional or config.cross_keep is not None or merged or sized):
+            raise ConfigError(
+                "proportional=False: it would have no effect: visual_keep's tokens count alike here, and no tower "
+                "merges any (r, keep or flops)"
+            )
     if config.cross_keep is not None:
-        found.append(find_cross(model, config))
+        found.append(find_cross(model, config, sized=merged or config.visual_keep is not None))
     for feature in found:
         names = {id(module): name for name, module in model.named_modules()}
         forwards = [patch.module for patch in feature.patches(model) if patch.name == "forward"]
@@ -174,7 +182,10 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     if config.guidance == "cls" and not cls:
         raise ConfigError(f"guidance='cls': {family.family}'s tower has no CLS token; use 'mean' or 'auto'")
     guidance = ("cls" if cls else "mean") if config.guidance == "auto" else config.guidance
-    return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance)
+    across = None if layout is None else cross_attention_to(model, tower, layout)
+    if across is not None:
+        check_cross_attention(across, model, config.proportional and config.reduce == "merge")
+    return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance, across)
 
 
 def merges_inside(model: nn.Module) -> str:

@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.encoder.attention import attention_of_guide
+from turbovlm.encoder.cross_attention import Merged, attach
 from turbovlm.encoder.layout import fetch
 from turbovlm.encoder.state import STATE, State
 from turbovlm.errors import StateError
+from turbovlm.ops.averaging import precise_dtype
 from turbovlm.patching import Patch
 from turbovlm.vlm.families import block_read, sum_cells
 from turbovlm.vlm.marks import ATTENTION
-from turbovlm.vlm.select import kept_count, needs_attention, select
+from turbovlm.vlm.select import Selection, kept_count, needs_attention, select
 
 if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature
@@ -200,6 +202,12 @@ def repeat_for_beams(patch: Patch, model: Any, original: Any, /, **inputs: Any) 
     return repeated
 
 
+def sizes_left(selection: Selection, sizes: Tensor) -> Tensor:
+    """Sizes of the tokens that stay, `[images, k]`, of those of all, `[images, n]`; what is dropped does not count."""
+    counted = sizes * (selection.weights > 0)
+    return torch.zeros_like(sizes[:, : selection.kept.shape[1]]).scatter_add(1, selection.destination, counted)
+
+
 def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a tower whose tokens are read by cross-attention, and return those in front and the patches that stay."""
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
@@ -208,11 +216,16 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     assert keep is not None
     front, patches = outputs[0][:, : feature.prefix], outputs[0][:, feature.prefix :]
     semantic = rows[0].values[:, feature.prefix :] if needs_attention(feature.config) else None
-    sizes = None if rows[0].sizes is None else rows[0].sizes[:, feature.prefix :]
+    before = rows[0].sizes
+    sizes = None if before is None else before[:, feature.prefix :]
     k = kept_count(keep, patches.shape[1])
     selection = select(patches.detach(), semantic, k, feature.config, sizes)
     feature.last = (selection,)
     left = torch.cat([front, selection.take(patches)], dim=1)
+    if k < patches.shape[1] and (before is not None or feature.config.reduce == "merge"):
+        sizes = outputs[0].new_ones(outputs[0].shape[:2], dtype=precise_dtype(left)) if before is None else before
+        before = torch.cat([sizes[:, : feature.prefix], sizes_left(selection, sizes[:, feature.prefix :])], dim=1)
+    attach(left, Merged.of(before, None, feature.config.proportional))
     if isinstance(outputs, tuple):
         return (left, *outputs[1:])
     outputs.last_hidden_state = left
