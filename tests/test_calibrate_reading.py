@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_what_keeps_most_at_so_many_tokens(case, tmp_path):
     before = logits(model, prompts[0])
     went = []
     found = turbovlm.calibrate(model, prompts, visual_keep=0.5, progress=went.append)
-    assert torch.equal(logits(model, prompts[0]), before) and 15 + 5 * 4 <= sum(went) - 30 - 12 * 15 <= 6 * 15
+    assert torch.equal(logits(model, prompts[0]), before) and 15 + 6 * 4 <= sum(went) - 30 - 12 * 15 <= 7 * 15
     assert found.config.visual_keep == 0.5 and found.images == 15 and found.coverage == 0.8
     drift = drift_of(model, prompts, found)
     assert found.drift == pytest.approx(drift[halves()[1]].mean().item(), rel=1e-4)
@@ -146,3 +147,13 @@ def test_a_prompt_is_timed(case):
     found = subject.speedups([ReadConfig(1.0), ReadConfig(0.5)], 2)
     assert len(found) == 2 and all(0.1 < faster < 10 for faster in found)
     assert subject.timed_on.startswith("one prompt on ") and subject.timed_on.endswith(", float32")
+
+
+def test_no_trial_undoes_what_was_asked_for():
+    asked = {"visual_select": "diversity", "visual_tolerance": 0.2}
+    subject = SimpleNamespace(base=ReadConfig(1.0, **asked), fixed=frozenset(asked))
+    assert [trial.settings for trial in ReadingSubject.trials(subject, 0.5)] == [{}, {"reduce": "prune"}]
+    subject = SimpleNamespace(base=ReadConfig(1.0, alpha=3), fixed=frozenset(["alpha"]))
+    changes = [trial.settings for trial in ReadingSubject.trials(subject, 0.5)]
+    assert {"degree": "weighted_distance"} in changes and {"visual_select": "coverage"} in changes
+    assert {"degree": "redundancy"} not in changes and {"visual_select": "uniform"} not in changes

@@ -88,6 +88,14 @@ WRONG_READING = [
         {"cross_keep": 0.5, "visual_select": "pooling"},
         "visual_select='pooling': cross_keep takes tokens layer by layer",
     ),
+    ({"visual_keep": 0.5, "visual_select": 3}, r"visual_select=3: .* or a callable \(features, attention, text, grid"),
+    ({"visual_keep": 0.5, "visual_select": "dpp", "question": -1}, "question=-1: must be a number ≥ 0"),
+    ({"visual_keep": 0.5, "visual_select": "dpp", "question": "what?"}, "question='what\\?': must be a finite number"),
+    ({"visual_keep": 0.5, "visual_select": "dpp", "visual_tolerance": 1}, r"visual_tolerance=1: .*\[0, 1\)"),
+    ({"visual_keep": 0.5, "visual_select": "dpp", "visual_tolerance": -0.1}, r"visual_tolerance=-0\.1: must be a"),
+    ({"visual_keep": 0.5, "min_visual_tokens": 0.5}, r"min_visual_tokens=0\.5: it must be an integer ≥ 0"),
+    ({"visual_keep": 8, "min_visual_tokens": 9}, "min_visual_tokens=9: above visual_keep=8"),
+    ({"visual_keep": 0.5, "visual_select": "mmr", "alpha": 0}, "alpha=0: visual_select='mmr'"),
     ({"visual_keep": 0.5, "reduce": "keep_norm"}, "reduce='keep_norm': must be one of merge, prune"),
     ({"visual_keep": 0.5, "degree": "auto"}, "degree='auto'"),
     ({"visual_keep": 0.5, "guidance": "text"}, "guidance='text'"),
@@ -241,6 +249,7 @@ SAVED = [
     TurboConfig(keep=0.5, partition="grid", grid=(4, 6), dense=True),
     ReadConfig(0.5, visual_select="attention", reduce="prune"),
     ReadConfig(cross_keep=12),
+    ReadConfig(0.5, visual_select="coverage", alpha=2, question=0.5, visual_tolerance=0.1, min_visual_tokens=16),
     DenoiseConfig([0.5, 0.75], components=["attention"], refresh=3, grid=(2, 8)),
     DenoiseConfig(0.5, grid=[(8, 12), (10, 14)]),
     DenoiseConfig({0: (0.5, 0.75), 0.6: 1.0}),
@@ -373,6 +382,20 @@ UNREAD = [
     (ReadConfig, {"visual_keep": 0.5, "visual_select": "redundancy", "guidance": "mean"}, "guidance='mean'"),
     (ReadConfig, {"visual_keep": 0.5, "degree": "redundancy", "guidance": "mean"}, "guidance='mean'"),
     (ReadConfig, {"cross_keep": 0.5, "guidance": "cls"}, "guidance='cls': .*the words' attention"),
+    *(
+        (ReadConfig, {"visual_keep": 0.5, "visual_select": "diversity", name: value}, f"{name}={value!r}: .*all tokens")
+        for name, value in (("alpha", 2.0), ("guidance", "mean"), ("question", 1.0))
+    ),
+    (ReadConfig, {"visual_keep": 0.5, "visual_select": "dpp", "degree": "redundancy"}, "degree=.*compares all pairs"),
+    (ReadConfig, {"visual_keep": 0.5, "visual_select": "dpp", "alpha": 0, "guidance": "mean"}, "guidance=.*leaves"),
+    (ReadConfig, {"visual_keep": 0.5, "question": 1}, r"question=1\.0: .*coverage, mmr and dpp can"),
+    (ReadConfig, {"visual_keep": 0.5, "visual_tolerance": 0.1}, r"visual_tolerance=0\.1: .*coverage, diversity, mmr"),
+    (ReadConfig, {"visual_keep": 0.5, "visual_select": own_degree, "question": 1}, "question=.*decides itself"),
+    (ReadConfig, {"visual_keep": 0.5, "visual_select": own_degree, "alpha": 1}, "alpha=.*decides itself"),
+    *(
+        (ReadConfig, {"cross_keep": 0.5, "visual_select": "dpp", name: value}, f"{name}={value!r}: .*")
+        for name, value in (("question", 1.0), ("visual_tolerance", 0.1), ("min_visual_tokens", 3))
+    ),
     (DenoiseConfig, {"keep": 0.5, "restore": "linear", "components": ["attention"]}, "restore='linear': .*no 'ffn'"),
 ]
 
@@ -389,6 +412,8 @@ def test_what_has_an_effect_is_taken():
     ReadConfig(0.5, visual_select="attention", guidance="mean")
     ReadConfig(0.5, visual_select="uniform", reduce="prune")
     ReadConfig(0.5, cross_keep=0.5, guidance="mean")
+    ReadConfig(0.5, visual_select="mmr", alpha=0, question=1)
+    ReadConfig(0.5, visual_select=own_degree, guidance="mean", reduce="prune", min_visual_tokens=3)
     DenoiseConfig(0.5, restore="linear", components=["ffn"])
     DenoiseConfig(0.5, restore="copy", components=["attention"], seed=3)
 

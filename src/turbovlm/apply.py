@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from turbovlm.encoder.feature import EncoderFeature
     from turbovlm.encoder.schedule import Schedule
     from turbovlm.encoder.state import BlockTrace
-    from turbovlm.vlm.select import Selection
+    from turbovlm.vlm.selection import Selection
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 """Attributes where a pipeline keeps its denoisers: Wan 2.2 has one for much noise and one for little."""

@@ -23,6 +23,11 @@ def brief(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
+def called(function: Any) -> str:
+    """What a function, or an object that can be called, is called in a message."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 def check_integer(name: str, value: Any, minimum: int = 0, shown: Any = None) -> int:
     """Return `value` as an int if it is an integer of at least `minimum`; `shown` stands in the message instead of it.
 

@@ -20,25 +20,21 @@ from turbovlm.checks import (
     check_number,
     check_seed,
     check_share,
-    check_share_or_count,
     is_list,
 )
 from turbovlm.denoise_config import COMPONENTS, DenoiseConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import DegreeFunction, LayeredDegree, needs_semantic
+from turbovlm.read_config import GUIDANCES, READINGS, ReadConfig
 from turbovlm.settings import REDUCTIONS, WITHOUT_ALPHA, Settings
 
 SIMILARITIES = ("heads", "keys", "queries", "hidden", "auto")
-GUIDANCES = ("auto", "cls", "mean")
 PARTITIONS = ("auto", "all", "random", "alternate", "grid")
 ORDERS = ("partition", "spatial")
 RESTORES = ("auto", "copy", "residual")
 BLOCKS = ("auto", "every")
-VISUAL_SELECTIONS = ("information", "redundancy", "attention", "random", "uniform", "pooling")
 AMOUNTS = ("r", "keep", "flops")
 """Fields of `TurboConfig` that say how much is merged; one of them is set."""
-READINGS = ("visual_keep", "cross_keep")
-"""Fields of `ReadConfig` that say how much is read; one of them at least is set."""
 
 PAPER_ALPHA_SCALE = 30.0
 """The authors' code multiplies the published alpha by 30 before it multiplies A."""
@@ -83,8 +79,8 @@ class TurboConfig(Settings):
         grid: patch rows and columns, for `partition="grid"` on images that are not square.
         order: order of the tokens left: `"partition"` (unmerged candidates, then destinations, as published)
             or `"spatial"` (that of the image).
-        proportional: attend in proportion to the patches that a token stands for (Turbo, equation 16), in the encoder and
-            in what cross-attends to its tokens.
+        proportional: attend in proportion to the patches that a token stands for (Turbo, equation 16), in the encoder
+            and in what cross-attends to its tokens.
         reduce: `"merge"` averages a token into its destination, weighted by size; `"keep_norm"` also makes the mean,
             which is shorter, as long as its parts are on average; `"prune"` drops the token.
         dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose
@@ -256,82 +252,6 @@ class TurboConfig(Settings):
         self._set(thresholds=tuple(check_number("thresholds", value) for value in self.thresholds))
 
 
-@dataclass(frozen=True)
-class ReadConfig(Settings):
-    """How much of an image a language model or a text model reads, and which tokens.
-
-    Args:
-        visual_keep: how many of each image's visual tokens are read: a share in (0, 1], or a count, an integer ≥ 1;
-            `1.0` is all of them, and `1` one.
-        cross_keep: how many of each image's tokens the last third of a text model's cross-attention layers reads: a
-            share, or a count. The first third reads all of them; A is the attention that the words have paid.
-        visual_select: which of them: `"information"` goes by the degree, R from the projected features and A from the
-            tower's attention; `"redundancy"`, `"attention"`, `"random"`, `"uniform"` (every k-th) and `"pooling"`
-            (averages of 2×2) are the baselines.
-        degree, alpha: as in `TurboConfig`.
-        guidance: whose attention row in the tower is A: `"cls"`, `"mean"`, or `"auto"`: `"cls"` where it has one.
-        proportional: attend in proportion to the patches that a token stands for, where the tower has merged some and
-            in cross-attention.
-        reduce: `"merge"` averages a token into its destination, weighted by size; `"prune"` drops it.
-        seed: of the halves of every round, `visual_select="random"` and `degree="random"`; the same in every forward.
-
-    Raises:
-        ConfigError: naming the field, the value and what is allowed.
-    """
-
-    _amounts: ClassVar[tuple[str, ...]] = READINGS
-
-    visual_keep: float | int | None = None
-    _: dataclasses.KW_ONLY
-    cross_keep: float | int | None = None
-    visual_select: str = "information"
-    degree: str | DegreeFunction = "weighted_difference"
-    alpha: float | None = None
-    guidance: str = "auto"
-    proportional: bool = True
-    reduce: str = "merge"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if all(getattr(self, name) is None for name in READINGS):
-            raise ConfigError("give visual_keep or cross_keep: how much of an image is read")
-        for name in READINGS:
-            if getattr(self, name) is not None:
-                self._set(**{name: check_share_or_count(name, getattr(self, name))})
-        check_choice("visual_select", self.visual_select, VISUAL_SELECTIONS)
-        if self.cross_keep is not None and self.visual_select == "pooling":
-            raise ConfigError("visual_select='pooling': cross_keep takes tokens layer by layer, not squares of them")
-        self._check_degree()
-        check_choice("guidance", self.guidance, GUIDANCES)
-        check_flag("proportional", self.proportional)
-        check_choice("reduce", self.reduce, ("merge", "prune"))
-        self._set(seed=check_seed(self.seed))
-        self._check_unread()
-
-    @classmethod
-    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
-        select, degree = values["visual_select"], values["degree"]
-        how = f"visual_select={brief(select)}"
-        if select in ("random", "uniform", "pooling"):
-            found = dict.fromkeys(("degree", "alpha", "guidance"), f"{how} goes by no degree and no attention")
-            if select == "pooling":
-                found["reduce"] = f"{how} averages"
-            return found
-        found = super()._unread(values)
-        if select != "information":
-            found |= dict.fromkeys(("degree", "alpha"), f"{how} is a degree of its own, without alpha")
-        if select == "redundancy" or (select == "information" and not needs_semantic(degree)):
-            found["guidance"] = f"{how if select == 'redundancy' else f'degree={brief(degree)}'} needs no attention"
-        if values["visual_keep"] is None:
-            found["guidance"] = "cross_keep goes by the words' attention, and not by the tower's"
-        return found
-
-    @property
-    def summary(self) -> str:
-        """The settings that say which tokens are read."""
-        return f"visual_select={self.visual_select}, {self.ranking}, {self.reduce}"
-
-
 Config = TurboConfig | ReadConfig | DenoiseConfig
 
-__all__ = ["COMPONENTS", "Config", "DenoiseConfig", "ReadConfig", "TurboConfig"]
+__all__ = ["COMPONENTS", "READINGS", "Config", "DenoiseConfig", "ReadConfig", "TurboConfig"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from turbovlm.checks import brief, check_choice, check_number
+from turbovlm.checks import brief, called, check_choice, check_number
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import DEGREES, DegreeFunction, default_alpha
 from turbovlm.settings_file import read_settings, write_settings
@@ -50,7 +50,7 @@ class Settings:
     def ranking(self) -> str:
         """The degree and its alpha, in words: `"degree=weighted_distance, alpha=1"`."""
         if callable(self.degree):
-            return f"degree={getattr(self.degree, '__name__', type(self.degree).__name__)}"
+            return f"degree={called(self.degree)}"
         alpha = default_alpha(self.degree) if self.alpha is None else self.alpha
         return f"degree={self.degree}" + ("" if self.degree in WITHOUT_ALPHA else f", alpha={alpha:g}")
 

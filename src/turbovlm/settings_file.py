@@ -36,13 +36,16 @@ def write_settings(path: str | Path, config: Any, **beside: Any) -> None:
     """Write a config, and what else the file is to hold, each under its name.
 
     Raises:
-        ConfigError: the degree is a callable other than `LayeredDegree`, or `keep` is one, which JSON has no word for.
+        ConfigError: the degree is a callable other than `LayeredDegree`, or `keep` or `visual_select` is one, which
+            JSON has no word for.
     """
     settings = dataclasses.asdict(config)
     if isinstance(config.degree, LayeredDegree):
         settings["degree"] = {"layered": dataclasses.asdict(config.degree)}
     elif callable(config.degree):
         raise ConfigError(f"degree={config.degree!r}: a function cannot be saved, a name or a LayeredDegree can")
+    if callable(settings.get("visual_select")):
+        raise ConfigError(f"visual_select={config.visual_select!r}: a function cannot be saved, a name can")
     if callable(settings.get("keep")):
         raise ConfigError(f"{config.amount}: a function cannot be saved, a mapping of progress to shares can")
     content = {"turbovlm": FORMAT, "kind": type(config).__name__, "settings": settings, **beside}

@@ -13,6 +13,7 @@ from denoisers import DENOISERS
 from fuzz.drawing import fuzz
 from fuzz.models import ALPHAS, DEGREES, DTYPES, of_effect, snapshot
 from turbovlm import denoise_config, settings
+from turbovlm.read_config import VISUAL_SELECTIONS
 from vlms import VLMS, dropped, full_positions, masked_forward, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:turbovlm merges nothing")
@@ -35,7 +36,8 @@ ROWS = st.lists(
 READINGS = st.fixed_dictionaries(
     {
         "visual_keep": st.one_of(st.floats(0.1, 1), st.integers(1, 200)),
-        "visual_select": st.sampled_from(["information", "redundancy", "attention", "random", "uniform"]),
+        "visual_select": st.sampled_from([name for name in VISUAL_SELECTIONS if name != "pooling"]),
+        "question": st.floats(0.1, 10),
         "degree": DEGREES,
         "alpha": ALPHAS,
         "guidance": st.sampled_from(["auto", "mean"]),

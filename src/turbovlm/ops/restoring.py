@@ -7,12 +7,11 @@ that linear map.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from turbovlm.ops.averaging import SHORTEST, precise_dtype
+from turbovlm.ops.tracing import without_autocast
 
 RIDGE = 0.3
 """Added to the variance of every direction, as a share of the mean one."""
@@ -54,7 +53,7 @@ def restore(x: Tensor, merged: Tensor, out: Tensor, rows: Tensor, update: bool, 
     if samples == 0:
         return restored
     across, weights = linear_map(merged, out - merged if update else out, samples)
-    with _without_autocast(x.device):
+    with without_autocast(x.device):
         apart, precise = apart.to(across.dtype) @ across, restored.to(weights.dtype)
         return torch.baddbmm(precise, apart, weights).to(restored.dtype)
 
@@ -81,14 +80,8 @@ def linear_map(merged: Tensor, out: Tensor, samples: int) -> tuple[Tensor, Tenso
     z, y = z - z.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
     length = torch.linalg.vector_norm(z, dim=(1, 2), keepdim=True).clamp_min(SHORTEST) * samples**-0.5
     z = z / length
-    with _without_autocast(out.device):
+    with without_autocast(out.device):
         system = z @ z.transpose(1, 2)
         # their squares sum to `samples`: this is RIDGE · samples · the mean square
         system.diagonal(dim1=1, dim2=2).add_(RIDGE * samples / z.shape[2])
         return z.transpose(1, 2), torch.cholesky_solve(y / length, torch.linalg.cholesky_ex(system).L)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Leave dtypes as they are; on the meta device nothing else changes them."""
-    has_it = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if has_it else nullcontext()

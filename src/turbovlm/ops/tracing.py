@@ -43,6 +43,12 @@ def is_exporting_to_onnx() -> bool:
     return not torch.compiler.is_compiling() and bool(torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Leave dtypes as they are; on the meta device nothing else changes them."""
+    has_it = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_it else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
     """Within it, `torch.jit.trace` records nothing: what is made is a constant of the traced program."""

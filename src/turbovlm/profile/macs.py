@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+import turbovlm.ops.greedy
 import turbovlm.ops.kernels  # noqa: F401, its operators must be there before their costs can be told; `plain` has others
 from turbovlm.ops.plain import window_slices
 
@@ -76,6 +77,11 @@ def _similarity_flops(features: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * int(features[0]) * pairs * int(features[-1])
 
 
+def _choice_flops(cosines: Shape, weights: Shape, sizes: Shape, k: int, by: str, *args: Any, **kwargs: Any) -> int:
+    """Of the rows of the Cholesky factor, where no tolerance ends the choice earlier."""
+    return prod(weights) * k * (k - 1) if by == "dpp" else 0
+
+
 def _product_flops(left: Shape, right: Shape, **kwargs: Any) -> int:
     return 2 * prod(left) * prod(right[1:])
 
@@ -118,6 +124,7 @@ _FLOPS = {
     _OWN.biased_attention: _attention_flops,
     _OWN.stored_attention: _attention_flops,
     _OWN.most_similar: _similarity_flops,
+    _OWN.choose_in_turn: _choice_flops,
     _ATEN._scaled_dot_product_flash_attention: _attention_flops,
     _ATEN._scaled_dot_product_efficient_attention: _attention_flops,
     _ATEN._scaled_dot_product_cudnn_attention: _attention_flops,

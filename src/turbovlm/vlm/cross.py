@@ -36,7 +36,8 @@ from turbovlm.registry import families, family_of
 from turbovlm.threads import Remembering
 from turbovlm.vlm.families import blocks_of
 from turbovlm.vlm.marks import IMAGE, IMAGE_SIZES
-from turbovlm.vlm.select import Selection, kept_count, select
+from turbovlm.vlm.select import kept_count, select
+from turbovlm.vlm.selection import Selection
 from turbovlm.vlm.tower import sizes_left
 
 STAGES = 3

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from turbovlm.errors import StateError
 from turbovlm.vlm.marks import ATTENTION
-from turbovlm.vlm.select import Selection, kept_count, needs_attention, select
+from turbovlm.vlm.prompt import placeholders
+from turbovlm.vlm.question import NO_TEXT, ImageText, text_around
+from turbovlm.vlm.select import kept_count, needs_attention, select, select_within
+from turbovlm.vlm.selection import Selection
+from turbovlm.vlm.selectors import Grid, grids_of
 
 if TYPE_CHECKING:
+    from turbovlm.config import ReadConfig
     from turbovlm.vlm.install import ReadFeature
 
 
@@ -32,8 +37,11 @@ def choose_tokens(
         and what became of each image's tokens; None where there are not as many placeholders as features.
 
     Raises:
-        StateError: the choice goes by the tower's attention, which the outputs are without.
+        ConfigError: no token of an image would be left, or a selector of the user's returned something else.
+        StateError: the choice goes by the tower's attention, which the outputs are without, or by the text of a prompt
+            that has none.
     """
+    config = feature.config
     fewer: dict[str, Any] = {}
     dropped: Tensor | None = None
     selections: list[Selection] = []
@@ -44,7 +52,12 @@ def choose_tokens(
         counts = [n for entry in sizes for n in entry]
         if len(columns) != sum(counts):
             return None
-        chosen, fewer[modality] = _select(feature, outputs, sizes)
+        text = NO_TEXT
+        if config.question or callable(config.visual_select):
+            rows = [int(places[0]) // places_of.shape[1] for places in torch.split(columns, counts)]
+            text = text_around(model, inputs, rows, config.question)
+        grids = grids_of(model, feature, outputs, modality, counts)
+        chosen, fewer[modality] = _select(feature, outputs, sizes, text, grids)
         dropped = torch.zeros_like(places_of) if dropped is None else dropped
         for places, selection in zip(torch.split(columns, counts), chosen):  # row after row, image after image
             lost = torch.ones_like(places).index_fill(0, selection.kept[0], 0) > 0  # TorchScript fills no bool
@@ -52,16 +65,6 @@ def choose_tokens(
         selections += chosen
     assert dropped is not None
     return fewer, dropped, tuple(selections)
-
-
-def placeholders(model: Any, inputs: dict[str, Any], token: int) -> Tensor:
-    """Where a call's prompt has that token, or its embedding, `[batch, N]`, bool."""
-    ids: Tensor | None = inputs.get("input_ids")
-    if ids is not None:
-        return ids == token
-    embeds: Tensor = inputs["inputs_embeds"]
-    equal: Tensor = embeds == model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-    return equal.all(-1)
 
 
 def _sizes_of_images(model: Any, feature: ReadFeature, tokens: int) -> list[int]:
@@ -72,15 +75,16 @@ def _sizes_of_images(model: Any, feature: ReadFeature, tokens: int) -> list[int]
     return [one] * (tokens // one) if tokens % one == 0 else [tokens]
 
 
-def _select(feature: ReadFeature, outputs: Any, sizes: list[list[int]]) -> tuple[list[Selection], Any]:
+def _select(
+    feature: ReadFeature, outputs: Any, sizes: list[list[int]], text: ImageText, grids: list[Grid | None]
+) -> tuple[list[Selection], Any]:
     """What becomes of each image's tokens, and a copy of the library's outputs with the features that are left.
 
-    Images of equally many tokens are chosen from together.
+    Images of equally many tokens, on equal grids where these matter, are chosen from together.
     """
-    keep = feature.config.visual_keep
-    assert keep is not None
+    config = feature.config
     attention: list[Tensor] | None = getattr(outputs, ATTENTION, None)
-    if attention is None and needs_attention(feature.config):
+    if attention is None and needs_attention(config):
         raise StateError(
             "mm_encoder_outputs without the tower's attention: encode the images with this model's own "
             "get_image_features while it is accelerated, or let generate do it"
@@ -89,27 +93,48 @@ def _select(feature: ReadFeature, outputs: Any, sizes: list[list[int]]) -> tuple
     features = [_by_image(plane, sizes) for plane in planes]
     semantic = None if attention is None else _by_image(attention, sizes)
     chosen: dict[int, Selection] = {}
-    for n, group in _groups(sizes).items():
-        together = [torch.stack([images[i] for i in group]) for images in features]
+    for (n, grid), group in _groups(sizes, grids).items():
+        together = torch.stack([features[0][i] for i in group]).detach()
         row = None if semantic is None else torch.stack([semantic[i] for i in group])
-        found = select(together[0].detach(), row, kept_count(keep, n), feature.config)
-        for images, stacked in zip(features, together):
-            for i, left in zip(group, found.take(stacked)):
-                images[i] = left
-        chosen |= {i: found.of_image(place) for place, i in enumerate(group)}
+        found = _choose(config, together, row, n, text.of_images(group), grid)
+        chosen |= dict(zip(group, found))
+    for images in features:
+        images[:] = [chosen[i].take(image.unsqueeze(0)).squeeze(0) for i, image in enumerate(images)]
     fewer = copy.copy(outputs)
     read, *planes = [[torch.cat([next(left) for _ in entry]) for entry in sizes] for left in map(iter, features)]
-    fewer.pooler_output = torch.stack(read) if isinstance(outputs.pooler_output, Tensor) else read
+    fewer.pooler_output = _as_tensor(read) if isinstance(outputs.pooler_output, Tensor) else read
     if planes:
         fewer.deepstack_features = planes
     return [chosen[i] for i in range(len(chosen))], fewer
 
 
-def _groups(sizes: list[list[int]]) -> dict[int, list[int]]:
-    """Which images have so many tokens, the images of all entries in a row."""
-    groups: dict[int, list[int]] = {}
+def _as_tensor(entries: list[Tensor]) -> Tensor:
+    """Entries `[tokens, width]` as one tensor `[entries, tokens, width]`; as a single one where they differ in tokens.
+
+    A library that makes one tensor of them puts the tokens into the prompt one after another, whatever they are of.
+    """
+    if len({len(entry) for entry in entries}) == 1:
+        return torch.stack(entries)
+    return torch.cat(entries).unsqueeze(0)
+
+
+def _choose(
+    config: ReadConfig, features: Tensor, semantic: Tensor | None, n: int, text: ImageText, grid: Grid | None
+) -> list[Selection]:
+    """What becomes of the tokens of each image of a group, `[images, n, width]`."""
+    assert config.visual_keep is not None
+    k = kept_count(config.visual_keep, n, fewest=config.min_visual_tokens)
+    if config.visual_tolerance is not None:
+        return select_within(features, semantic, min(config.min_visual_tokens, k), k, config, text)
+    found = select(features, semantic, k, config, text=text, grid=grid)
+    return [found.of_image(i) for i in range(len(features))]
+
+
+def _groups(sizes: list[list[int]], grids: list[Grid | None]) -> dict[tuple[int, Grid | None], list[int]]:
+    """Which images have so many tokens on that grid, the images of all entries in a row."""
+    groups: dict[tuple[int, Grid | None], list[int]] = {}
     for i, n in enumerate(n for entry in sizes for n in entry):
-        groups.setdefault(n, []).append(i)
+        groups.setdefault((n, grids[i]), []).append(i)
     return groups
 
 

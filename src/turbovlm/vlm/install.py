@@ -21,7 +21,8 @@ from turbovlm.vlm.around import encode_apart, fills_itself, refusal
 from turbovlm.vlm.cross import cross_attention_to, find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
-from turbovlm.vlm.select import Selection, needs_attention
+from turbovlm.vlm.select import needs_attention
+from turbovlm.vlm.selection import Selection
 from turbovlm.vlm.tower import encode, guide_forward, rearrange, repeat_for_beams, tower_forward
 
 
@@ -85,15 +86,27 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
 
     def describe(self) -> list[str]:
         """What the language model reads of each image."""
-        keep = self.config.visual_keep
+        config = self.config
+        keep = config.visual_keep
         amount = f"{keep} visual tokens" if isinstance(keep, int) else f"{keep:.0%} of the visual tokens"
+        amount = f"{amount} of each image"
+        if config.visual_tolerance is not None:
+            amount = f"at most {amount}, as few as leave none farther than {config.visual_tolerance:g} from one read"
+        if config.min_visual_tokens:
+            amount = f"{amount}, at least {config.min_visual_tokens}"
         place = ".".join(filter(None, (self.part, self.guide)))
-        guided = f", guided by {self.guidance} in {place}" if needs_attention(self.config) else ""
-        how = f"visual_select={self.config.visual_select}, {self.config.reduce}"
+        guided = f", guided by {self.guidance} in {place}" if needs_attention(config) else ""
+        asked = " and by the prompt's text" if config.question else ""
         sized = ""
-        if self.cross_attention is not None and self.config.reduce == "merge":
-            sized = ", in proportion to their sizes" if self.config.proportional else ", all alike"
-        return [f"  {self.part or 'model'} ({self.family.family}): reads {amount} of each image ({how}){guided}{sized}"]
+        if self.cross_attention is not None and config.reduce == "merge":
+            sized = ", in proportion to their sizes" if config.proportional else ", all alike"
+        found = [
+            f"  {self.part or 'model'} ({self.family.family}): reads {amount} ({config.selection}){guided}{asked}{sized}"
+        ]
+        if config.visual_tolerance is not None and self.last:
+            counts = [f"{each.kept.shape[1]} of {each.destination.shape[1]}" for each in self.last]
+            found.append(f"  in the last prompt: {', '.join(counts)} tokens")
+        return found
 
 
 def owners_of(model: nn.Module, part: nn.Module) -> list[nn.Module]:
@@ -165,6 +178,8 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
             f"visual_keep={config.visual_keep}: {family.family} of {library_version(type(part))} does not take encoded "
             "images apart from the prompt; transformers ≥ 5.18 does"
         )
+    if family.cross_attention:
+        _check_across(family, config)
     tower = fetch(part, family.tower)
     block, blocks = family.guide(part), blocks_of(tower)
     guide = blocks[block]
@@ -186,6 +201,19 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     if across is not None:
         check_cross_attention(across, model, config.proportional and config.reduce == "merge")
     return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance, across)
+
+
+def _check_across(family: VlmFamily, config: ReadConfig) -> None:
+    """See that nothing is asked for that a tower cannot do whose tokens are read by cross-attention."""
+    if config.question:
+        raise ConfigError(
+            f"question={config.question:g}: {family.family}'s tower runs without a prompt; cross_keep goes by the words"
+        )
+    if config.visual_tolerance is not None:
+        raise ConfigError(
+            f"visual_tolerance={config.visual_tolerance:g}: {family.family} reads images by cross-attention, all of a "
+            "batch with as many tokens: leave it out"
+        )
 
 
 def merges_inside(model: nn.Module) -> str:

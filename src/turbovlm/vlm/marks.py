@@ -14,6 +14,10 @@ CACHED_PROMPTS = "_turbovlm_prompts"
 ENCODED = "_turbovlm_encoded"
 """On a prompt's embeddings, whose placeholders are not filled yet: what is to stand there, as `mm_encoder_outputs`."""
 
+GRIDS = "_turbovlm_grids"
+"""On what `get_image_features` and `get_video_features` return, where the call says it: frames, rows and columns of
+patches, a list with one tensor `[1, 3]` for each entry of `pooler_output`."""
+
 IMAGE = "_turbovlm_image"
 """On the words' hidden states between two cross-attention layers, and on the image tokens that a layer gets: the
 `Image` to be read."""

@@ -253,3 +253,13 @@ def columns_in(cache: Any, prompts: CachedPrompts | None) -> int:
     if cache is None:
         return 0
     return int(cache.get_seq_length()) + (0 if prompts is None else prompts.dropped)
+
+
+def placeholders(model: Any, inputs: dict[str, Any], token: int) -> Tensor:
+    """Where a call's prompt has that token, or its embedding, `[batch, N]`, bool."""
+    ids: Tensor | None = inputs.get("input_ids")
+    if ids is not None:
+        return ids == token
+    embeds: Tensor = inputs["inputs_embeds"]
+    equal: Tensor = embeds == model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+    return equal.all(-1)

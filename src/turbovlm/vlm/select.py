@@ -1,64 +1,44 @@
 """Which of an image's visual tokens the language model reads, and what the others become.
 
-Works on what the projector returns, `[images, tokens, width]`, one group of equally many tokens at a time. Nothing
-here depends on the text, so a prompt's prefix stays valid in caches.
+Works on what the projector returns, `[images, tokens, width]`, one group of equally many tokens at a time. Only
+`question`, and a selector of the user's that looks at the text, depend on it; else a prompt's prefix stays valid in
+caches.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.config import ReadConfig
 from turbovlm.errors import ConfigError
+from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.dispatch import path_for
-from turbovlm.ops.merging import merge_ranked, rank_candidates
-from turbovlm.ops.partition import Partition, hashed_uniform, partition_tokens
+from turbovlm.ops.greedy import Chosen, choose_greedily
+from turbovlm.ops.partition import hashed_uniform
+from turbovlm.ops.tracing import without_autocast
+from turbovlm.read_config import GREEDY
+from turbovlm.vlm.question import NO_TEXT, ImageText
+from turbovlm.vlm.rounds import choose_by_rounds
+from turbovlm.vlm.selection import Selection, average_rest, keep_alone
+from turbovlm.vlm.selectors import Grid, ask_selector
 
-ROUND_SHARE = 4
-"""A round of matching takes at most one token in so many, so that the best of them are chosen and not whole halves."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What becomes of the n visual tokens of each image of a group.
-
-    Attributes:
-        kept: positions of the k tokens that stay, ascending, `[images, k]`, int64.
-        destination: the one of the k that each token is averaged into, `[images, n]`, int64.
-        weights: the share of each token in its destination, `[images, n]`; 0 for a token that is dropped.
-    """
-
-    kept: Tensor
-    destination: Tensor
-    weights: Tensor
-
-    def of_image(self, image: int) -> Selection:
-        """What becomes of one image's tokens: a group of one."""
-        one = slice(image, image + 1)
-        return Selection(self.kept[one], self.destination[one], self.weights[one])
-
-    def take(self, x: Tensor) -> Tensor:
-        """`[images, n, width]` to `[images, k, width]`: averages where tokens are merged."""
-        images, k, width = *self.kept.shape, x.shape[-1]
-        index = self.destination.unsqueeze(-1).expand(-1, -1, width)
-        precise = torch.promote_types(x.dtype, torch.float32)
-        weighted = x.to(precise) * self.weights.unsqueeze(-1).to(precise)
-        return weighted.new_zeros(images, k, width).scatter_add(1, index, weighted).to(x.dtype)
+LEAST_ATTENTION = 1e-4
+"""A of every token, relative to the image's mean, counts as at least this."""
+ROUNDING = 1e-5
+"""How far from each other the cosines of equal tokens may be."""
 
 
-def kept_count(keep: float | int, tokens: int, name: str = "visual_keep") -> int:
-    """How many of an image's `tokens` stay: a share of them, rounded, or a count; at most all.
+def kept_count(keep: float | int, tokens: int, name: str = "visual_keep", fewest: int = 0) -> int:
+    """How many of an image's `tokens` stay: a share of them, rounded, or a count; at most all, and at least `fewest`.
 
     Raises:
-        ConfigError: the share is less than one token; `name` is the setting's.
+        ConfigError: that is less than one token; `name` is the setting's.
     """
-    wanted = keep if isinstance(keep, int) else math.floor(keep * tokens + 0.5)
+    wanted = max(keep if isinstance(keep, int) else math.floor(keep * tokens + 0.5), fewest)
     if wanted < 1:
         raise ConfigError(
             f"{name}={keep}: not one of an image's {tokens} visual tokens would be left; "
@@ -69,95 +49,130 @@ def kept_count(keep: float | int, tokens: int, name: str = "visual_keep") -> int
 
 def needs_attention(config: ReadConfig) -> bool:
     """Whether `select` needs the tower's attention A."""
-    return config.visual_select == "attention" or (
-        config.visual_select == "information" and needs_semantic(config.degree)
-    )
+    if config.visual_select == "information":
+        return needs_semantic(config.degree)
+    return config.visual_select == "attention" or config.saliency > 0
+
+
+def reads_attention(config: ReadConfig) -> bool:
+    """Whether `select` needs A, or hands it to a selector of the user's, who may do without."""
+    return needs_attention(config) or callable(config.visual_select)
 
 
 def select(
-    features: Tensor, semantic: Tensor | None, k: int, config: ReadConfig, sizes: Tensor | None = None
+    features: Tensor,
+    semantic: Tensor | None,
+    k: int,
+    config: ReadConfig,
+    sizes: Tensor | None = None,
+    text: ImageText = NO_TEXT,
+    grid: Grid | None = None,
 ) -> Selection:
     """Choose `k` of the n tokens of each image.
 
     `"information"`: rounds of bipartite matching by the information degree (Turbo, equation 12), R from the features
     and A from the tower's attention; `"redundancy"` (E = R) and `"attention"` (E = −A) in the same way. `"random"` and
-    `"uniform"` (every n/k-th token) drop the others; `"pooling"` averages cells of 2×2.
+    `"uniform"` (every n/k-th token) drop the others; `"pooling"` averages cells of 2×2. `"coverage"`, `"diversity"`,
+    `"mmr"` and `"dpp"` compare all pairs and take one token after another (`ops.greedy.choose_greedily`), with weights
+    w = (A/Ā)^α · e^(question · Q), Ā the image's mean and Q from the prompt's text.
 
     Args:
         features: `[images, n, width]`.
         semantic: A of every token, `[images, n]`; None where `needs_attention(config)` is false.
         k: tokens left, 1 ≤ k ≤ n.
-        config: `visual_select`, `reduce`, `degree`, `alpha` and `seed` are used.
+        config: `visual_select`, `reduce`, `degree`, `alpha`, `question` and `seed` are used.
         sizes: patches that each token stands for, `[images, n]`; ones if None.
+        text: what each image's prompt says; none if it is not known here.
+        grid: frames, rows and columns of the tokens where they are known, for a selector of the user's.
 
     Raises:
-        ConfigError: `"pooling"` of tokens that are no square grid, or that cells of 2×2 do not bring down to `k`.
+        ConfigError: `"pooling"` of tokens that are no square grid, or that cells of 2×2 do not bring down to `k`; or
+            what a selector of the user's returned names no `k` tokens of each image.
     """
-    match config.visual_select:
-        case "uniform":
-            middle = (torch.arange(k, device=features.device) + 0.5) * (features.shape[1] / k)
-            return _drop_all_but(middle.long().expand(len(features), -1), features)
-        case "random":
-            return _drop_all_but(_drawn(features, k, config.seed), features)
-        case "pooling":
-            return _pool(features, k)
-    return _by_rounds(features, semantic, k, config, sizes)
+    n = features.shape[1]
+    how = config.visual_select
+    if not isinstance(how, str):
+        kept = ask_selector(how, features, semantic, text.words, grid, k)
+        return _with_rest(features, kept, config, sizes)
+    if how == "uniform":
+        middle = (torch.arange(k, device=features.device) + 0.5) * (n / k)
+        return keep_alone(middle.long().expand(len(features), -1), n)
+    if how == "random":
+        return keep_alone(_drawn(features, k, config.seed), n)
+    if how == "pooling":
+        return _pool(features, k)
+    if how not in GREEDY:
+        return choose_by_rounds(features, semantic, k, config, sizes)
+    if k == n:
+        everyone = torch.arange(n, device=features.device).expand(len(features), -1)
+        return average_rest(everyone, everyone, sizes)
+    chosen = choose_greedily(features, k, how, _log_weights(features, semantic, config, text), sizes)
+    return _in_order(chosen, n, config, sizes)
 
 
-def _by_rounds(
-    features: Tensor, semantic: Tensor | None, k: int, config: ReadConfig, sizes: Tensor | None
-) -> Selection:
-    degree = {"redundancy": "redundancy", "attention": "semantics"}.get(config.visual_select, config.degree)
-    x, path, device, seed = features, path_for(features), features.device, config.seed
-    counts = _counts(features.shape[1], k)
-    splits = [partition_tokens(n, kind="random", block=i, seed=seed, device=device) for i, n in enumerate(counts[:-1])]
-    everyone = torch.arange(counts[0], device=device).expand(features.shape[:2])
-    chosen = Selection(everyone, everyone, torch.ones(features.shape[:2], device=device))
-    padded = sizes is not None  # a token of size 0 is padding; merging makes none
-    for turn, (split, (tokens, left)) in enumerate(zip(splits, pairwise(counts))):
-        if tokens == 2 and semantic is not None and needs_semantic(degree):  # halves of one leave E no choice
-            lower = semantic.argmin(dim=1, keepdim=True)
-            split = Partition(lower, 1 - lower)
-        ranking = rank_candidates(
-            x,
-            split,
-            semantic,
-            turn,
-            degree=degree,
-            alpha=config.alpha,
-            seed=seed,
-            sizes=sizes if padded else None,
-            path=path,
-        )
-        found, x = merge_ranked(
-            ranking, tokens - left, x, sizes=sizes, order="spatial", reduce=config.reduce, path=path
-        )
-        sizes = found.sizes
-        if semantic is not None:
-            counted = semantic * found.weights if config.reduce == "prune" else semantic
-            sums = counted.new_zeros(sizes.numel(), dtype=sizes.dtype)
-            semantic = sums.scatter_add(0, found.rows, counted.flatten().to(sizes)).view(sizes.shape)
-        shares = found.weights.gather(1, chosen.destination).to(chosen.weights)
-        chosen = Selection(
-            chosen.kept.gather(1, found.kept), found.source.gather(1, chosen.destination), chosen.weights * shares
-        )
-    return chosen
+def select_within(
+    features: Tensor,
+    semantic: Tensor | None,
+    fewest: int,
+    most: int,
+    config: ReadConfig,
+    text: ImageText = NO_TEXT,
+) -> list[Selection]:
+    """Choose as few of the n tokens of each image as leave none farther than `visual_tolerance` from one that stays.
+
+    They are the first ones in the order of `select`; `fewest` at least, and `most` at most, which may leave some
+    farther.
+
+    Args:
+        features, semantic, config, text: as in `select`; `config.visual_select` is a greedy one.
+
+    Returns:
+        A selection for each image.
+    """
+    assert isinstance(config.visual_select, str) and config.visual_tolerance is not None
+    weights = _log_weights(features, semantic, config, text)
+    until = 1 - config.visual_tolerance - ROUNDING
+    chosen = choose_greedily(features, most, config.visual_select, weights, None, until, fewest)
+    found = []
+    for image, count in enumerate(chosen.counts.tolist()):
+        one = slice(image, image + 1)
+        alone = Chosen(chosen.order[one, :count], chosen.nearest[one], chosen.counts[one])
+        found.append(_in_order(alone, features.shape[1], config, None))
+    return found
 
 
-def _counts(tokens: int, k: int) -> list[int]:
-    """How many tokens there are before each round, and k at the end."""
-    counts = [tokens]
-    while counts[-1] > k:
-        counts.append(max(k, counts[-1] - max(1, counts[-1] // ROUND_SHARE)))
-    return counts
+def _log_weights(features: Tensor, semantic: Tensor | None, config: ReadConfig, text: ImageText) -> Tensor | None:
+    """log w = α log(A/Ā) + question · Q, `[images, n]`; None where all tokens weigh alike."""
+    found: Tensor | None = None
+    if config.saliency > 0:
+        assert semantic is not None
+        share = semantic.to(precise_dtype(semantic)).nan_to_num()
+        share = share / share.mean(dim=1, keepdim=True).clamp(min=1e-30)
+        found = share.clamp(min=LEAST_ATTENTION).log() * config.saliency
+    if config.question > 0:
+        asked = text.relevance(features) * config.question
+        found = asked if found is None else found + asked
+    return found
 
 
-def _drop_all_but(kept: Tensor, features: Tensor) -> Selection:
-    images, n = features.shape[:2]
-    slots = torch.arange(kept.shape[1], device=kept.device).expand(images, -1)
-    destination = torch.zeros(images, n, dtype=torch.int64, device=kept.device).scatter(1, kept, slots)
-    weights = torch.zeros(images, n, device=kept.device).scatter(1, kept, 1.0)
-    return Selection(kept, destination, weights)
+def _in_order(chosen: Chosen, n: int, config: ReadConfig, sizes: Tensor | None) -> Selection:
+    """The chosen tokens in the image's order."""
+    kept, place = chosen.order.sort(dim=1)
+    if config.reduce == "prune":
+        return keep_alone(kept, n)
+    slots = torch.arange(kept.shape[1], device=kept.device).expand_as(place)
+    slots = torch.empty_like(place).scatter(1, place, slots)  # of each step's token
+    return average_rest(kept, slots.gather(1, chosen.nearest), sizes)
+
+
+def _with_rest(features: Tensor, kept: Tensor, config: ReadConfig, sizes: Tensor | None) -> Selection:
+    """What becomes of the tokens beside those at `kept`, `[images, k]`."""
+    if config.reduce == "prune":
+        return keep_alone(kept, features.shape[1])
+    x = F.normalize(features.to(precise_dtype(features)), dim=-1).nan_to_num()
+    with without_autocast(x.device):
+        cosines = x @ x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])).transpose(1, 2)
+    return average_rest(kept, cosines.argmax(dim=2), sizes)
 
 
 def _drawn(features: Tensor, k: int, seed: int) -> Tensor:

@@ -24,8 +24,9 @@ from turbovlm.errors import StateError
 from turbovlm.ops.averaging import precise_dtype
 from turbovlm.patching import Patch
 from turbovlm.vlm.families import block_read, sum_cells
-from turbovlm.vlm.marks import ATTENTION
-from turbovlm.vlm.select import Selection, kept_count, needs_attention, select
+from turbovlm.vlm.marks import ATTENTION, GRIDS
+from turbovlm.vlm.select import kept_count, reads_attention, select
+from turbovlm.vlm.selection import Selection
 
 if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature
@@ -124,11 +125,13 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
             of as many tokens as the guide has seen.
     """
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
-    if needs_attention(feature.config):
+    if reads_attention(feature.config):
         _check_guide(model, feature, inputs.get("vision_feature_layer"))
     outputs, rows = _collect(original, **inputs)
     if rows and not isinstance(outputs, tuple):
         grid = inputs.get(f"{patch.detail}_grid_thw")
+        if grid is not None:
+            setattr(outputs, GRIDS, list(torch.split(grid, 1)))
         lengths = [len(entry) for entry in outputs.pooler_output]
         row = torch.cat([each.values for each in rows])
         setattr(outputs, ATTENTION, list(torch.split(_of_tokens(model, feature, row, grid, lengths), lengths)))
@@ -189,16 +192,20 @@ def rearrange(patch: Patch, model: Any, original: Any, /, features: Any, *args: 
 
 
 def repeat_for_beams(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
-    """Run `_expand_multimodal_outputs`, which repeats A as it does planes of features."""
-    with_attention = [outputs for outputs in inputs["mm_encoder_output"].values() if getattr(outputs, ATTENTION, None)]
-    for outputs in with_attention:
+    """Run `_expand_multimodal_outputs`, which repeats A and grids as it does planes of features."""
+    marked = [
+        (outputs, [mark for mark in (ATTENTION, GRIDS) if getattr(outputs, mark, None)])
+        for outputs in inputs["mm_encoder_output"].values()
+    ]
+    for outputs, marks in marked:
         planes = getattr(outputs, "deepstack_features", None) or []
-        outputs.deepstack_features = [*planes, [values.unsqueeze(-1) for values in getattr(outputs, ATTENTION)]]
+        beside = [[values.unsqueeze(-1) for values in getattr(outputs, mark)] for mark in marks]
+        outputs.deepstack_features = [*planes, *beside] or None
     repeated = original(**inputs)
-    for outputs in with_attention:
-        *planes, last = outputs.deepstack_features
-        setattr(outputs, ATTENTION, [values.squeeze(-1) for values in last])
-        outputs.deepstack_features = planes or None
+    for outputs, marks in marked:
+        for mark in reversed(marks):
+            setattr(outputs, mark, [values.squeeze(-1) for values in outputs.deepstack_features.pop()])
+        outputs.deepstack_features = outputs.deepstack_features or None
     return repeated
 
 
@@ -215,10 +222,10 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     keep = feature.config.visual_keep
     assert keep is not None
     front, patches = outputs[0][:, : feature.prefix], outputs[0][:, feature.prefix :]
-    semantic = rows[0].values[:, feature.prefix :] if needs_attention(feature.config) else None
+    semantic = rows[0].values[:, feature.prefix :] if reads_attention(feature.config) else None
     before = rows[0].sizes
     sizes = None if before is None else before[:, feature.prefix :]
-    k = kept_count(keep, patches.shape[1])
+    k = kept_count(keep, patches.shape[1], fewest=feature.config.min_visual_tokens)
     selection = select(patches.detach(), semantic, k, feature.config, sizes)
     feature.last = (selection,)
     left = torch.cat([front, selection.take(patches)], dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from turbovlm.errors import StateError
 from turbovlm.ops.tracing import is_readable
 from turbovlm.vlm.families import PIXELS
-from turbovlm.vlm.images import placeholders
+from turbovlm.vlm.prompt import placeholders
 
 if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature

@@ -48,9 +48,9 @@ def __getattr__(name: str) -> Any:
 def accelerated(base: Any) -> Any:
     """A class of lmms-eval's whose model merges.
 
-    Beside what `base` takes it takes `r`, `keep` or `flops` of `TurboConfig`, and `visual_keep` and `visual_select` of
-    `ReadConfig`; it has the `Handle` as `turbo`. Making one raises TurboError where `base` runs no model of PyTorch in
-    this process, and what `turbovlm.apply` raises.
+    Beside what `base` takes it takes `r`, `keep` or `flops` of `TurboConfig`, and `visual_keep`, `visual_select`,
+    `question`, `visual_tolerance` and `min_visual_tokens` of `ReadConfig`; it has the `Handle` as `turbo`. Making
+    one raises TurboError where `base` runs no model of PyTorch in this process, and what `turbovlm.apply` raises.
     """
 
     def start(
@@ -60,9 +60,13 @@ def accelerated(base: Any) -> Any:
         flops: float | None = None,
         visual_keep: float | int | None = None,
         visual_select: str | None = None,
+        question: float | None = None,
+        visual_tolerance: float | None = None,
+        min_visual_tokens: int | None = None,
         **settings: Any,
     ) -> None:
         named = {"r": r, "keep": keep, "flops": flops, "visual_keep": visual_keep, "visual_select": visual_select}
+        named |= {"question": question, "visual_tolerance": visual_tolerance, "min_visual_tokens": min_visual_tokens}
         asked = {name: value for name, value in named.items() if value is not None}
         configs = configs_from((), asked, denoises=False, model=base.__name__)
         base.__init__(self, **settings)

@@ -24,8 +24,10 @@ SETTINGS: tuple[Mapping[str, Any], ...] = (
     {"reduce": "prune"},
     {"visual_select": "attention"},
     {"visual_select": "uniform"},
+    {"visual_select": "coverage"},
 )
-"""Changes of the best settings so far that are tried, none first: the rivals that benchmarks/rivals.py compares."""
+"""Changes of the best settings so far that are tried, none first: the rivals that benchmarks/rivals.py compares, and
+coverage over all pairs."""
 
 
 @dataclass(eq=False)
@@ -81,7 +83,12 @@ class ReadingSubject(Subject):
         return f"one prompt on {device_in_words(self.model)}"
 
     def trials(self, amount: float) -> list[Trial]:
-        return [Trial(change) for change in SETTINGS if not self.fixed & set(change)]
+        def fits(change: Mapping[str, Any]) -> bool:
+            """Whether it has an effect, and what was asked for stays and keeps its own."""
+            unread = ReadConfig.unread({**vars(self.base), **change})
+            return not self.fixed & {*change, *unread} and not change.keys() & unread.keys()
+
+        return [Trial(change) for change in SETTINGS if not change or fits(change)]
 
     def configured(self, config: ReadConfig, spread: Spread, amount: float) -> ReadConfig:
         return replace(config, visual_keep=amount)
