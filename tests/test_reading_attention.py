@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import turbovlm
+from more_vlms import MORE
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.vlm.marks import ATTENTION
 from vlms import CLIP, IMAGE, TEXT, VLMS, noise, seeded, visual_of
@@ -103,9 +104,9 @@ def check(model, pixels, kind="image", guidance="auto", **settings):
     return found, len(row)
 
 
-@pytest.mark.parametrize("name", VLMS)
+@pytest.mark.parametrize("name", VLMS | MORE)
 def test_a_is_what_the_tower_pays_to_each_token(name):
-    family = VLMS[name]
+    family = (VLMS | MORE)[name]
     model = seeded(family.make)
     check(model, visual_of(family.inputs([5, "image", 6, "image", 7]), family))
 
@@ -189,7 +190,7 @@ def planted(model, part, guide, feature, position):
     """Have the guide pay nearly all it has to one position, counted over all images."""
     from turbovlm.vlm import tower
 
-    def packed_row(block, hidden, arguments):
+    def packed_row(block, spelled, hidden, arguments):
         return torch.nn.functional.one_hot(torch.tensor(position), len(hidden)).float()
 
     def attention_of_guide(block, layout, config, prefix, guidance, hidden, arguments):

@@ -41,7 +41,8 @@ class Vlm:
     """One family: how to make a small model, and how to encode prompts for it.
 
     `types` names its argument of token types, 1 for images' tokens and 2 for videos'; where `answer` is given, 0 for
-    the whole prompt and `answer` behind it. `first` is the position of a prompt's first token.
+    the whole prompt and `answer` behind it. `first` is the position of a prompt's first token. Where `one_placeholder`,
+    videos have that of images.
     `inputs(rows)`: each row is a list of integers (text tokens), `"image"`s and `"video"`s; ragged rows are padded on
     the left.
     """
@@ -53,6 +54,7 @@ class Vlm:
     first: int = 0
     answer: int | None = None
     video: Callable[[int], tuple[list[int], dict[str, torch.Tensor]]] | None = None
+    one_placeholder: bool = False
 
     def inputs(self, *rows: list[Any]) -> dict[str, Any]:
         sequences: list[list[int]] = []
@@ -83,6 +85,8 @@ class Vlm:
         if self.types is not None:
             types = (ids == self.token).int() + 2 * (ids == VIDEO).int()
             found[self.types] = types * (self.answer is None)
+        if self.one_placeholder:
+            found["input_ids"] = ids.masked_fill(ids == VIDEO, self.token)
         return found
 
 

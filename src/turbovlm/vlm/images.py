@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.errors import StateError
+from turbovlm.vlm.families import placeholder_of
 from turbovlm.vlm.marks import ATTENTION
 from turbovlm.vlm.select import Selection, kept_count, needs_attention, select
 
@@ -38,7 +39,9 @@ def choose_tokens(
     dropped: Tensor | None = None
     selections: list[Selection] = []
     for modality, outputs in images.items():
-        places_of = placeholders(model, inputs, getattr(model.config, f"{modality}_token_id"))
+        token = placeholder_of(feature.family, model, modality)
+        assert token is not None
+        places_of = placeholders(model, inputs, token)
         sizes = [_sizes_of_images(model, feature, len(entry)) for entry in outputs.pooler_output]
         columns = places_of.flatten().nonzero().squeeze(1)
         counts = [n for entry in sizes for n in entry]

@@ -162,7 +162,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     guide = blocks[block]
     path = next(path for path, module in part.named_modules() if module is guide)
     layout, cls, prefix = None, False, 0
-    if not family.packed:
+    if family.packed is None:
         layout = layout_of(guide)
         if layout is None:
             raise UnsupportedModelError(

@@ -20,7 +20,7 @@ from turbovlm.errors import StateError
 from turbovlm.ops.tracing import is_exporting, is_exporting_to_onnx
 from turbovlm.patching import Patch
 from turbovlm.vlm.cache import remember_prompts
-from turbovlm.vlm.families import PIXELS
+from turbovlm.vlm.families import PIXELS, VlmFamily, is_recurrent, placeholder_of
 from turbovlm.vlm.images import choose_tokens
 from turbovlm.vlm.marks import CACHED_PROMPTS, ENCODED
 from turbovlm.vlm.prompt import TYPES, CachedPrompts, follow_prompts, shorten_inputs
@@ -55,7 +55,7 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
         )
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         raise StateError("a prompt is missing: give input_ids or inputs_embeds")
-    filler = _filler(model.config)
+    filler = _filler(feature.family, model)
     found = choose_tokens(model, feature, inputs, images)
     if found is None:
         return original(**{**inputs, "mm_encoder_outputs": images})
@@ -66,6 +66,11 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
             "position_ids: give those of the new columns with an image behind a cache; the model cannot tell them"
         )
     prompt, shorter = shorten_inputs(inputs, prompts, dropped, positions, filler)
+    if behind_a_cache and is_recurrent(model) and not prompt.seen.all():
+        raise StateError(
+            "a batch of prompts with an image behind a cache, which lose different numbers of tokens or are padded: "
+            "the recurrent layers of this model would read the columns between; give the prompts one by one"
+        )
     outputs = original(**{**shorter, "mm_encoder_outputs": fewer, "return_dict": True})
     feature.last = selections
     outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
@@ -146,9 +151,9 @@ def _encode(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return encoded
 
 
-def _filler(config: Any) -> int:
+def _filler(family: VlmFamily, model: Any) -> int:
     """A token that is no placeholder."""
-    return int(0 in {getattr(config, f"{modality}_token_id", None) for modality in PIXELS})
+    return int(0 in {placeholder_of(family, model, modality) for modality in PIXELS})
 
 
 def _full_positions(model: Any, inputs: dict[str, Any], mask: Tensor, first: int) -> Tensor:
