@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,10 +46,22 @@ def probed(tower):
             config._attn_implementation = name
 
 
+def apart(captured):
+    """The same, with the images of a sequence apart that a mask keeps apart."""
+    for module, query, key, scaling, mask in captured:
+        seen = mask if mask is None or mask.dtype == torch.bool else mask == 0
+        if seen is None or (seen == seen[:, :, :1]).all():
+            yield module, query, key, scaling, seen
+            continue
+        first = [0, *((seen[0, 0, 1:] != seen[0, 0, :-1]).any(1).nonzero().squeeze(1) + 1).tolist(), query.shape[2]]
+        for start, end in pairwise(first):
+            yield module, query[:, :, start:end], key[:, :, start:end], scaling, None
+
+
 def rows_of(guide, guidance, prefix):
     """A of every position of the tower, `[positions of all images]`, from the queries and keys kept."""
     found = []
-    for module, query, key, scaling, mask in CAPTURED:
+    for module, query, key, scaling, mask in apart(CAPTURED):
         if not any(module is part for part in guide.modules()):
             continue
         seen = None if mask is None else mask[:, 0, :1].bool()  # `[images, 1, positions]`
@@ -63,11 +76,14 @@ def rows_of(guide, guidance, prefix):
 
 
 def features_of(model, pixels, kind, **call):
-    return getattr(model, f"get_{kind}_features")(**pixels, return_dict=True, **call)
+    method = f"get_{kind}_features"
+    return getattr(model if hasattr(model, method) else model.model, method)(**pixels, return_dict=True, **call)
 
 
 def members(model, guide, pixels, kind, positions):
     """Which visual tokens are made of each position behind the guide, `[tokens, positions]`, 0 or 1."""
+
+    behind = next(getattr(guide, name) for name in ("mlp", "feed_forward", "ffn") if hasattr(guide, name))
 
     def run(position):
         def disturb(module, inputs, output):
@@ -75,7 +91,7 @@ def members(model, guide, pixels, kind, positions):
             changed.view(-1, output.shape[-1])[position] += 9 * torch.linspace(-1, 1, output.shape[-1])
             return changed
 
-        hook = None if position is None else guide.mlp.register_forward_hook(disturb)
+        hook = None if position is None else behind.register_forward_hook(disturb)
         found = torch.cat(list(features_of(model, pixels, kind).pooler_output)).view(-1, 32)
         if hook is not None:
             hook.remove()
@@ -94,7 +110,7 @@ def check(model, pixels, kind="image", guidance="auto", **settings):
         feature = handle.features[-1]
         part = model.get_submodule(feature.part)
         guide = part.get_submodule(feature.guide)
-        with probed(getattr(part, feature.family.tower)):
+        with probed(part.get_submodule(feature.family.tower)):
             outputs = features_of(model, pixels, kind)
         row = rows_of(guide, feature.guidance, feature.prefix)
         found = torch.cat(getattr(outputs, ATTENTION)).double()
@@ -104,7 +120,7 @@ def check(model, pixels, kind="image", guidance="auto", **settings):
     return found, len(row)
 
 
-@pytest.mark.parametrize("name", VLMS | MORE)
+@pytest.mark.parametrize("name", [*VLMS, *(name for name, family in MORE.items() if family.attention)])
 def test_a_is_what_the_tower_pays_to_each_token(name):
     family = (VLMS | MORE)[name]
     model = seeded(family.make)

@@ -11,7 +11,7 @@ from vlms import NEW, SPECIAL, dropped, full_positions, generated, masked_forwar
 
 ROWS = [[5, 6, "image", 7, 8], [3, 4, 5, 6], [7, "image", 9, 10, "image", 11]]
 FILMS = [[5, "video", 6, "image", 7], [3, 4], [8, "video", 9, "video", 4]]
-RECURRENT = ("qwen3_5", "qwen3_5_moe")
+RECURRENT = ("qwen3_5", "qwen3_5_moe", "lfm2_vl")
 """Families with layers that read a prompt as a sequence: a masked token goes into their state all the same."""
 
 
@@ -70,11 +70,12 @@ def test_pruned_equals_masked(name, rows):
     seen = inputs["attention_mask"].bool()
     before, answer = model(**inputs, position_ids=positions).logits, generated(model, inputs)
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
-    with turbovlm.apply(model, visual_keep=1.0):
+    settings = {} if family.attention else {"visual_select": "redundancy"}
+    with turbovlm.apply(model, visual_keep=1.0, **settings):
         whole = model(**inputs, position_ids=positions).logits
         assert torch.equal(generated(model, inputs), answer)
     torch.testing.assert_close(whole[seen], before[seen], rtol=0, atol=1e-5)
-    with turbovlm.apply(model, visual_keep=0.4, reduce="prune") as handle:
+    with turbovlm.apply(model, visual_keep=0.4, reduce="prune", **settings) as handle:
         logits = model(**inputs, position_ids=positions).logits
         gone = dropped(handle, inputs, family)
         found, uncached = generated(model, inputs), generated(model, inputs, use_cache=False)

@@ -36,25 +36,30 @@ CLIP = {
 """36 patches."""
 
 
+Image = Callable[[int], tuple[int | list[int], dict[str, torch.Tensor]]]
+"""The n-th image: how many tokens it has, or what stands for it in a prompt, and the arguments that encode it."""
+
+
 @dataclass(frozen=True)
 class Vlm:
     """One family: how to make a small model, and how to encode prompts for it.
 
     `types` names its argument of token types, 1 for images' tokens and 2 for videos'; where `answer` is given, 0 for
     the whole prompt and `answer` behind it. `first` is the position of a prompt's first token. Where `one_placeholder`,
-    videos have that of images.
+    videos have that of images. `attention`: whether the tower has a row of it for visual tokens.
     `inputs(rows)`: each row is a list of integers (text tokens), `"image"`s and `"video"`s; ragged rows are padded on
     the left.
     """
 
     make: Callable[[], Any]
-    image: Callable[[int], tuple[int, dict[str, torch.Tensor]]]
+    image: Image
     token: int = IMAGE
     types: str | None = None
     first: int = 0
     answer: int | None = None
     video: Callable[[int], tuple[list[int], dict[str, torch.Tensor]]] | None = None
     one_placeholder: bool = False
+    attention: bool = True
 
     def inputs(self, *rows: list[Any]) -> dict[str, Any]:
         sequences: list[list[int]] = []
@@ -66,7 +71,7 @@ class Vlm:
                 one: dict[str, torch.Tensor] = {}
                 if item == "image":
                     tokens, one = self.image(images)
-                    sequence += [self.token] * tokens
+                    sequence += tokens if isinstance(tokens, list) else [self.token] * tokens
                     images += 1
                 elif item == "video":
                     placed, one = self.video(videos)

@@ -33,7 +33,7 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         family: the model's.
         part: path of the part that reads visual tokens; empty where it is the model itself.
         guide: path, from there, of the tower's block whose attention is A; `block`: its index, as its family has it,
-            of `depth` blocks.
+            of `depth` blocks. Empty where its family has none.
         layout: that block's, resolved; None for a packed tower.
         prefix: tokens at the front of the tower's, which no visual token is made of.
         guidance: `"cls"` or `"mean"`: whose attention row is A.
@@ -57,7 +57,7 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
     def patches(self, model: nn.Module) -> list[Patch]:
         """What the tower, the part that reads, and `generate` around it run instead of their own."""
         part = model.get_submodule(self.part)
-        found = [Patch(part.get_submodule(self.guide), "forward", guide_forward, self)]
+        found = [Patch(part.get_submodule(self.guide), "forward", guide_forward, self)] if self.guide else []
         if self.family.cross_attention:
             return [*found, Patch(fetch(part, self.family.tower), "forward", tower_forward, self)]
         found.append(Patch(part, "forward", read_forward, self, by_name=True))
@@ -158,6 +158,13 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
             "images apart from the prompt; transformers ≥ 5.18 does"
         )
     tower = fetch(part, family.tower)
+    if family.guide is None:
+        if needs_attention(config):
+            raise ConfigError(
+                f"visual_select={config.visual_select!r}: it goes by attention, and {family.family}'s tower has no row "
+                "of it with a number for each visual token: give a visual_select that goes by none, as 'redundancy'"
+            )
+        return ReadFeature(config, family, name, "", -1, 0, None, 0, "mean")
     block, blocks = family.guide(part), blocks_of(tower)
     guide = blocks[block]
     path = next(path for path, module in part.named_modules() if module is guide)

@@ -69,8 +69,9 @@ def guide_forward(patch: Patch, block: Any, original: Any, /, hidden: Tensor, *a
     if rows is None:
         return out
     if feature.layout is None:
-        assert feature.family.packed is not None
-        rows.append(Row(packed_row(block, feature.family.packed, hidden, kwargs)))
+        spelled = feature.family.packed
+        assert spelled is not None
+        rows.append(Row(packed_row(block, spelled, hidden, {**dict(zip(spelled.arguments, args)), **kwargs})))
         return out
     arguments = {**dict(zip(feature.layout.arguments, args)), **kwargs}
     config, guidance = feature.config, feature.guidance
@@ -99,7 +100,7 @@ def packed_row(block: Any, spelled: Packed, hidden: Tensor, arguments: dict[str,
     Args:
         block: the block, `spelled` as its family has it.
         hidden: its input, `[patches of all images, width]`, or the same behind a batch of one.
-        arguments: its keyword arguments: `position_embeddings`, and where each image ends.
+        arguments: its arguments by name: `position_embeddings`, and where each image ends.
 
     Returns:
         `[patches of all images]`; sums to 1 over each image.

@@ -141,6 +141,31 @@ SMOL_VLM = variant(
     towers=(f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer",),
 )
 
+OVIS_2 = variant(
+    SIGLIP,
+    family="transformers Ovis 2 vision",
+    block=f"{MODELS}.ovis2.modeling_ovis2.Ovis2VisionEncoderLayer",
+    towers=(f"{MODELS}.ovis2.modeling_ovis2.Ovis2VisionTransformer",),
+    norm1="rms_norm1",
+    project=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    heads="attention.num_heads",
+    after_attention=("attention.out_proj",),
+    mlp=("rms_norm2", "ffn"),
+    patch="embeddings.patch_embedding",
+    scale="attention.scale",
+    dropout="attention.dropout",
+    refuse=_needs_grid,
+)
+
+JANUS = variant(
+    SIGLIP,
+    family="transformers Janus vision",
+    block=f"{MODELS}.janus.modeling_janus.JanusVisionEncoderLayer",
+    towers=(f"{MODELS}.janus.modeling_janus.JanusVisionModel",),
+    after_attention=("self_attn.projection_layer", "self_attn.projection_dropout"),
+    dropout="self_attn.attention_dropout",
+)
+
 VILT = variant(
     VIT,
     family="transformers ViLT",
@@ -165,6 +190,8 @@ LAYOUTS = (
     INTERN_VL,
     IDEFICS3,
     SMOL_VLM,
+    OVIS_2,
+    JANUS,
     VILT,
 )
 

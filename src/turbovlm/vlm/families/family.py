@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class Packed:
         attention: path of the attention module, with `scaling`.
         project: its projections: one to queries, keys and values, or those to queries and to keys.
         norms: its norms of queries and of keys, where it has some.
+        arguments: names of what the block is called with behind its hidden states, by position.
         rotate: the function of the block's module that rotates both, given the cosines and sines.
     """
 
@@ -42,6 +44,7 @@ class Packed:
     attention: str = "attn"
     project: tuple[str, ...] = ("qkv",)
     norms: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ("cu_seqlens", "position_embeddings")
     rotate: str = "apply_rotary_pos_emb_vision"
 
 
@@ -54,6 +57,7 @@ class VlmFamily:
         classes: dotted paths of the classes that put visual features in place of placeholders, or attend to them.
         tower: path of the vision encoder in such a class.
         guide: index of the tower's block whose attention is the semantic value: the last one that the features pass.
+            None where no row of attention says what is paid to each visual token: tokens are chosen without A there.
         cell: side of the square of patches that one visual token is made of.
         cross_attention: whether visual tokens are read by cross-attention, and no prompt has placeholders for them.
         cross_layers: path of the text model's layers that cross-attend to the image, for `cross_keep`; several
@@ -75,7 +79,7 @@ class VlmFamily:
     family: str
     classes: tuple[str, ...]
     tower: str
-    guide: Callable[[Any], int] = lambda model: -1
+    guide: Callable[[Any], int] | None = lambda model: -1
     cell: Callable[[Any], int] = lambda model: 1
     cross_attention: bool = False
     cross_layers: str | None = None
@@ -114,6 +118,21 @@ def sum_cells(values: Tensor, side: int) -> Tensor:
     return squares.sum(dim=(2, 4)).flatten(1)
 
 
+def sum_grids(values: Tensor, grids: list[tuple[int, int]], side: int) -> Tensor:
+    """The sum over squares of `side`×`side` patches, where images of a sequence have grids of their own.
+
+    Args:
+        values: of the patches, row after row, image after image, `[patches]`.
+        grids: rows and columns of each image; what is over behind whole squares is left out.
+        side: of the squares.
+    """
+    found = []
+    for image, (rows, columns) in zip(torch.split(values, [rows * columns for rows, columns in grids]), grids):
+        squares = image.view(rows, columns)[: rows // side * side, : columns // side * side]
+        found.append(squares.reshape(rows // side, side, columns // side, side).sum(dim=(1, 3)).flatten())
+    return torch.cat(found)
+
+
 def states_read(model: Any, depth: int, layers: Any = None) -> list[int]:
     """Indices, from 0 on, of the tower's hidden states that a projector reads, the patch embeddings first.
 
@@ -144,6 +163,7 @@ def read_layer(model: Any, depth: int | None = None, layers: Any = None) -> int:
 
 def block_read(family: VlmFamily, model: Any, depth: int, layers: Any = None) -> int:
     """The guide's index, as the config, or `vision_feature_layer` of a call, has it now, of `depth` blocks."""
+    assert family.guide is not None
     return read_layer(model, depth, layers) if family.guide is read_layer else family.guide(model)
 
 

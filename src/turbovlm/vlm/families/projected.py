@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from turbovlm.vlm.families.family import VlmFamily, library, read_layer, sum_cells
+from turbovlm.vlm.families.family import VlmFamily, library, read_layer, sum_cells, sum_grids
 
 
 def _shuffle(model: Any) -> int:
@@ -26,6 +27,13 @@ def _pooled(model: Any, row: Tensor, arguments: dict[str, Any]) -> Tensor:
     stride, side = model.config.spatial_pool_stride, model.config.vision_config.image_size
     patches = (side // model.config.vision_config.patch_size) ** 2
     return sum_cells(row[:, -patches:], int(stride)).flatten()
+
+
+def _unpadded(model: Any, row: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """A of LFM2-VL's squares of patches, of images of any shape that are filled up to as many patches."""
+    grids = arguments["spatial_shapes"].tolist()
+    patches = torch.cat([image[: rows * columns] for image, (rows, columns) in zip(row, grids)])
+    return sum_grids(patches, grids, int(model.config.downsample_factor))
 
 
 LLAVA = VlmFamily("LLaVA", library("llava", "LlavaModel"), "vision_tower", read_layer, merges_inside=True)
@@ -83,6 +91,30 @@ AYA_VISION = VlmFamily(
 COHERE2_VISION = VlmFamily(
     "Command A Vision", library("cohere2_vision", "Cohere2VisionModel"), "vision_tower", cell=_downsample
 )
+GEMMA_3N = VlmFamily("Gemma 3n", library("gemma3n", "Gemma3nModel"), "vision_tower", None)
+OVIS_2 = VlmFamily(
+    "Ovis 2",
+    library("ovis2", "Ovis2Model"),
+    "vision_tower.transformer",
+    cell=lambda model: int(model.vision_tower.config.hidden_stride),
+)
+DEEPSEEK_VL = VlmFamily("DeepSeek-VL", library("deepseek_vl", "DeepseekVLModel"), "vision_model", merges_inside=True)
+JANUS = VlmFamily("Janus", library("janus", "JanusModel"), "vision_model", merges_inside=True)
+LFM2_VL = VlmFamily("LFM2-VL", library("lfm2_vl", "Lfm2VlModel"), "vision_tower", per_token=_unpadded)
+IDEFICS_2 = VlmFamily(
+    "Idefics2",
+    library("idefics2", "Idefics2Model"),
+    "vision_model",
+    None,
+    per_image=lambda model: int(model.config.perceiver_config.resampler_n_latents),
+)
+ARIA = VlmFamily("Aria", library("aria", "AriaModel"), "vision_tower", None)
+FAST_VLM = VlmFamily("FastVLM", library("fast_vlm", "FastVlmModel"), "vision_tower", None)
+PERCEPTION_LM = VlmFamily("PerceptionLM", library("perception_lm", "PerceptionLMModel"), "vision_tower", None)
+GOT_OCR_2 = VlmFamily("GOT-OCR 2", library("got_ocr2", "GotOcr2Model"), "vision_tower", None)
+DEEPSEEK_VL_HYBRID = VlmFamily(
+    "DeepSeek-VL hybrid", library("deepseek_vl_hybrid", "DeepseekVLHybridModel"), "vision_model", None
+)
 
 FAMILIES = (
     LLAVA,
@@ -97,4 +129,15 @@ FAMILIES = (
     GEMMA3,
     AYA_VISION,
     COHERE2_VISION,
+    GEMMA_3N,
+    OVIS_2,
+    DEEPSEEK_VL,
+    JANUS,
+    LFM2_VL,
+    IDEFICS_2,
+    ARIA,
+    FAST_VLM,
+    PERCEPTION_LM,
+    GOT_OCR_2,
+    DEEPSEEK_VL_HYBRID,
 )
