@@ -162,6 +162,48 @@ def one_in_many(tokens: int, pixels: int) -> Callable[[int], tuple[int, dict[str
     return image
 
 
+def placed(seed: int, frames: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches of images, filled up to 48, and their places, -1 for padding."""
+    patches = torch.zeros(frames, 48, 3 * 8 * 8)
+    patches[:, : rows * columns] = noise(seed, frames, rows * columns, 3 * 8 * 8).sigmoid()
+    places = torch.full((frames, 48, 2), -1)
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    places[:, : rows * columns] = torch.stack([x, y], dim=-1).flatten(0, 1)
+    return patches, places
+
+
+def placed_image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
+    rows, columns = ((6, 8), (4, 6))[index % 2]
+    patches, places = placed(index, 1, rows, columns)
+    return rows * columns // 4, {"pixel_values": patches, "image_position_ids": places}
+
+
+def placed_video(index: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+    frames = 2 + index % 2
+    patches, places = placed(50 + index, frames, 4, 4)
+    found = {"pixel_values_videos": patches, "video_position_ids": places}
+    return [VIDEO] * (4 * frames), found | {"num_frames_per_video": torch.tensor([frames])}
+
+
+def gemma4(both_ways: str | None) -> Callable[[], Any]:
+    vision = {k: v for k, v in CLIP.items() if k != "image_size"} | {"num_key_value_heads": 4, "head_dim": 8}
+    text = {"head_dim": 8, "global_head_dim": 8, "layer_types": ["full_attention"] * 3}
+    text |= {
+        "vocab_size_per_layer_input": 100,
+        "hidden_size_per_layer_input": 8,
+        "use_bidirectional_attention": both_ways,
+    }
+    return built(
+        "Gemma4",
+        ("Gemma4VisionConfig", vision | {"pooling_kernel_size": 2, "position_embedding_size": 64}),
+        ("Gemma4TextConfig", TEXT | text),
+        audio_config=None,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=96,
+    )
+
+
 GLM_VISION = {"image_size": 112, "patch_size": 14, "attention_bias": False}
 GLM_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
 AUDIO = {
@@ -507,4 +549,6 @@ MORE = {
         square(36, 192),
         attention=False,
     ),
+    "gemma4": Vlm(gemma4(None), placed_image, types="mm_token_type_ids", video=placed_video),
+    "gemma4_both_ways": Vlm(gemma4("vision"), placed_image, types="mm_token_type_ids"),
 }

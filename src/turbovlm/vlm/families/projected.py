@@ -36,6 +36,18 @@ def _unpadded(model: Any, row: Tensor, arguments: dict[str, Any]) -> Tensor:
     return sum_grids(patches, grids, int(model.config.downsample_factor))
 
 
+def _by_places(model: Any, row: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """A of Gemma 4's squares of patches, by the places of the patches, which are negative for padding."""
+    side, found = int(model.config.vision_config.pooling_kernel_size), []
+    places = next(arguments[name] for name in arguments if name.endswith("_position_ids"))
+    for image, place in zip(row, places):
+        seen = (place >= 0).all(-1)
+        x, y = (place[seen] // side).unbind(-1)
+        token = x + y * (x.max() + 1)
+        found.append(image.new_zeros(int(token.max()) + 1).index_add(0, token, image[seen]))
+    return torch.cat(found)
+
+
 LLAVA = VlmFamily("LLaVA", library("llava", "LlavaModel"), "vision_tower", read_layer, merges_inside=True)
 LLAVA_NEXT = VlmFamily(
     "LLaVA-NeXT",
@@ -92,6 +104,7 @@ COHERE2_VISION = VlmFamily(
     "Command A Vision", library("cohere2_vision", "Cohere2VisionModel"), "vision_tower", cell=_downsample
 )
 GEMMA_3N = VlmFamily("Gemma 3n", library("gemma3n", "Gemma3nModel"), "vision_tower", None)
+GEMMA_4 = VlmFamily("Gemma 4", library("gemma4", "Gemma4Model"), "vision_tower", per_token=_by_places)
 OVIS_2 = VlmFamily(
     "Ovis 2",
     library("ovis2", "Ovis2Model"),
@@ -130,6 +143,7 @@ FAMILIES = (
     AYA_VISION,
     COHERE2_VISION,
     GEMMA_3N,
+    GEMMA_4,
     OVIS_2,
     DEEPSEEK_VL,
     JANUS,
