@@ -551,4 +551,34 @@ MORE = {
     ),
     "gemma4": Vlm(gemma4(None), placed_image, types="mm_token_type_ids", video=placed_video),
     "gemma4_both_ways": Vlm(gemma4("vision"), placed_image, types="mm_token_type_ids"),
+    "llama4": Vlm(
+        built(
+            "Llama4",
+            (
+                "Llama4VisionConfig",
+                CLIP
+                | {
+                    "vision_output_dim": 32,
+                    "projector_input_dim": 32,
+                    "projector_output_dim": 32,
+                    "intermediate_size": 128,
+                },
+            ),
+            (
+                "Llama4TextConfig",
+                TEXT
+                | {
+                    "head_dim": 8,
+                    "intermediate_size_mlp": 48,
+                    "num_local_experts": 2,
+                    "interleave_moe_layer_step": 2,
+                    "no_rope_layers": [1, 0, 1],
+                    "attention_chunk_size": 256,
+                },
+            ),
+            image_token_index=IMAGE,
+        ),
+        square(9, 48),
+        beams=False,
+    ),
 }

@@ -58,7 +58,7 @@ def apart(captured):
             yield module, query[:, :, start:end], key[:, :, start:end], scaling, None
 
 
-def rows_of(guide, guidance, prefix):
+def rows_of(guide, guidance, prefix, suffix=0):
     """A of every position of the tower, `[positions of all images]`, from the queries and keys kept."""
     found = []
     for module, query, key, scaling, mask in apart(CAPTURED):
@@ -67,6 +67,7 @@ def rows_of(guide, guidance, prefix):
         seen = None if mask is None else mask[:, 0, :1].bool()  # `[images, 1, positions]`
         weights = torch.ones_like(query[:, :1, :, :1]) if seen is None else seen.transpose(1, 2).unsqueeze(1).float()
         weights[:, :, :prefix] = 0
+        weights[:, :, weights.shape[2] - suffix :] = 0
         mean = (query * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True)
         asking = query[:, :, :1] if guidance == "cls" else mean
         scores = (asking.double() @ key.double().transpose(2, 3)) * scaling
@@ -92,7 +93,9 @@ def members(model, guide, pixels, kind, positions):
             return changed
 
         hook = None if position is None else behind.register_forward_hook(disturb)
-        found = torch.cat(list(features_of(model, pixels, kind).pooler_output)).view(-1, 32)
+        outputs = features_of(model, pixels, kind)
+        features = outputs.last_hidden_state if outputs.pooler_output is None else outputs.pooler_output
+        found = torch.cat(list(features)).view(-1, 32)
         if hook is not None:
             hook.remove()
         return found
@@ -112,7 +115,7 @@ def check(model, pixels, kind="image", guidance="auto", **settings):
         guide = part.get_submodule(feature.guide)
         with probed(part.get_submodule(feature.family.tower)):
             outputs = features_of(model, pixels, kind)
-        row = rows_of(guide, feature.guidance, feature.prefix)
+        row = rows_of(guide, feature.guidance, feature.prefix, feature.suffix)
         found = torch.cat(getattr(outputs, ATTENTION)).double()
     wanted = members(model, guide, pixels, kind, len(row)) @ row
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)

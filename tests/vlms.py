@@ -47,6 +47,7 @@ class Vlm:
     `types` names its argument of token types, 1 for images' tokens and 2 for videos'; where `answer` is given, 0 for
     the whole prompt and `answer` behind it. `first` is the position of a prompt's first token. Where `one_placeholder`,
     videos have that of images. `attention`: whether the tower has a row of it for visual tokens.
+    `beams`: whether the library itself repeats images for them.
     `inputs(rows)`: each row is a list of integers (text tokens), `"image"`s and `"video"`s; ragged rows are padded on
     the left.
     """
@@ -60,6 +61,7 @@ class Vlm:
     video: Callable[[int], tuple[list[int], dict[str, torch.Tensor]]] | None = None
     one_placeholder: bool = False
     attention: bool = True
+    beams: bool = True
 
     def inputs(self, *rows: list[Any]) -> dict[str, Any]:
         sequences: list[list[int]] = []
@@ -345,7 +347,7 @@ def dropped(handle, inputs, family):
 
 def full_positions(model, inputs, family):
     mask = inputs["attention_mask"]
-    if hasattr(model.model, "compute_3d_position_ids"):
+    if hasattr(getattr(model, "model", model), "compute_3d_position_ids"):
         return model.model.get_rope_index(**{k: v for k, v in inputs.items() if "pixel" not in k})[0]
     return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0) + family.first
 

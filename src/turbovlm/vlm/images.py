@@ -42,7 +42,7 @@ def choose_tokens(
         token = placeholder_of(feature.family, model, modality)
         assert token is not None
         places_of = placeholders(model, inputs, token)
-        sizes = [_sizes_of_images(model, feature, len(entry)) for entry in outputs.pooler_output]
+        sizes = [_sizes_of_images(model, feature, len(entry)) for entry in getattr(outputs, feature.family.features)]
         columns = places_of.flatten().nonzero().squeeze(1)
         counts = [n for entry in sizes for n in entry]
         if len(columns) != sum(counts):
@@ -88,7 +88,8 @@ def _select(feature: ReadFeature, outputs: Any, sizes: list[list[int]]) -> tuple
             "mm_encoder_outputs without the tower's attention: encode the images with this model's own "
             "get_image_features while it is accelerated, or let generate do it"
         )
-    planes = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or [])]
+    entries = getattr(outputs, feature.family.features)
+    planes = [entries, *(getattr(outputs, "deepstack_features", None) or [])]
     features = [_by_image(plane, sizes) for plane in planes]
     semantic = None if attention is None else _by_image(attention, sizes)
     chosen: dict[int, Selection] = {}
@@ -102,7 +103,7 @@ def _select(feature: ReadFeature, outputs: Any, sizes: list[list[int]]) -> tuple
         chosen |= {i: found.of_image(place) for place, i in enumerate(group)}
     fewer = copy.copy(outputs)
     read, *planes = [[torch.cat([next(left) for _ in entry]) for entry in sizes] for left in map(iter, features)]
-    fewer.pooler_output = torch.stack(read) if isinstance(outputs.pooler_output, Tensor) else read
+    setattr(fewer, feature.family.features, torch.stack(read) if isinstance(entries, Tensor) else read)
     if planes:
         fewer.deepstack_features = planes
     return [chosen[i] for i in range(len(chosen))], fewer

@@ -35,7 +35,7 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         guide: path, from there, of the tower's block whose attention is A; `block`: its index, as its family has it,
             of `depth` blocks. Empty where its family has none.
         layout: that block's, resolved; None for a packed tower.
-        prefix: tokens at the front of the tower's, which no visual token is made of.
+        prefix, suffix: tokens at the front and at the end of the tower's, which no visual token is made of.
         guidance: `"cls"` or `"mean"`: whose attention row is A.
         removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` per image of the last prompt of this
             thread.
@@ -52,6 +52,7 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
     layout: Layout | None
     prefix: int
     guidance: str
+    suffix: int = 0
     removed: bool = False
 
     def patches(self, model: nn.Module) -> list[Patch]:
@@ -168,7 +169,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     block, blocks = family.guide(part), blocks_of(tower)
     guide = blocks[block]
     path = next(path for path, module in part.named_modules() if module is guide)
-    layout, cls, prefix = None, False, 0
+    layout, cls, prefix, suffix = None, False, 0, 0
     if family.packed is None:
         layout = layout_of(guide)
         if layout is None:
@@ -176,12 +177,12 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
                 f"visual_keep={config.visual_keep}: {family.family} with a tower of {type(guide).__qualname__}, whose "
                 "attention turbovlm cannot read"
             )
-        cls, prefix = layout.of_tower("cls", tower), layout.of_tower("prefix", tower)
+        cls, prefix, suffix = (layout.of_tower(field, tower) for field in ("cls", "prefix", "suffix"))
         layout = layout.resolve(guide)
     if config.guidance == "cls" and not cls:
         raise ConfigError(f"guidance='cls': {family.family}'s tower has no CLS token; use 'mean' or 'auto'")
     guidance = ("cls" if cls else "mean") if config.guidance == "auto" else config.guidance
-    return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance)
+    return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance, suffix)
 
 
 def merges_inside(model: nn.Module) -> str:

@@ -23,7 +23,7 @@ from turbovlm.vlm.cache import remember_prompts
 from turbovlm.vlm.families import PIXELS, VlmFamily, is_recurrent, placeholder_of
 from turbovlm.vlm.images import choose_tokens
 from turbovlm.vlm.marks import CACHED_PROMPTS, ENCODED
-from turbovlm.vlm.prompt import TYPES, CachedPrompts, follow_prompts, shorten_inputs
+from turbovlm.vlm.prompt import TYPES, CachedPrompts, ShortenedPrompt, follow_prompts, shorten_inputs
 from turbovlm.vlm.unread import check_text, drafting
 
 if TYPE_CHECKING:
@@ -71,14 +71,32 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
             "a batch of prompts with an image behind a cache, which lose different numbers of tokens or are padded: "
             "the recurrent layers of this model would read the columns between; give the prompts one by one"
         )
-    outputs = original(**{**shorter, "mm_encoder_outputs": fewer, "return_dict": True})
+    arguments = {**shorter, "mm_encoder_outputs": fewer, "return_dict": True}
+    if "labels" in inspect.signature(type(model).forward).parameters:
+        outputs = _with_head(model, original, prompt, arguments)
+    else:
+        outputs = original(**arguments)
+        outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
     feature.last = selections
-    outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(prompt.restore(hidden) for hidden in outputs.hidden_states)
     if outputs.past_key_values is not None:
         remember_prompts(outputs.past_key_values, prompt.cached())
     return outputs.to_tuple() if inputs.get("return_dict") is False else outputs
+
+
+def _with_head(model: Any, original: Any, prompt: ShortenedPrompt, arguments: dict[str, Any]) -> Any:
+    """Run a part that has a head itself, whose logits, and the loss of them, are to be of the full prompt's columns."""
+    labels, keep = (arguments.pop(name, None) for name in ("labels", "logits_to_keep"))
+    last = isinstance(keep, int) and keep == 1  # as generate asks: the last column left is read last
+    outputs = original(**arguments, logits_to_keep=int(last))
+    if not last:
+        logits = prompt.restore(outputs.logits)
+        outputs.logits = logits[:, -keep:] if isinstance(keep, int) else logits if keep is None else logits[:, keep]
+    if labels is not None:
+        size = model.config.get_text_config().vocab_size
+        outputs.loss = model.loss_function(logits=outputs.logits, labels=labels, vocab_size=size)
+    return outputs
 
 
 def prepare_inputs(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:

@@ -61,24 +61,25 @@ def _collect(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, 
         _ENCODING.rows = outer
 
 
-def guide_forward(patch: Patch, block: Any, original: Any, /, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def guide_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run the block that guides, accelerated where it is, and collect its row of A."""
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
-    out = original(hidden, *args, **kwargs)
+    out = original(*args, **kwargs)
     rows = _ENCODING.rows
     if rows is None:
         return out
-    if feature.layout is None:
-        spelled = feature.family.packed
-        assert spelled is not None
-        rows.append(Row(packed_row(block, spelled, hidden, {**dict(zip(spelled.arguments, args)), **kwargs})))
+    spelled = feature.family.packed if feature.layout is None else feature.layout
+    assert spelled is not None
+    hidden, *others = args if args else (kwargs.get("hidden_states", kwargs.get("hidden_state")),)
+    arguments = {**dict(zip(spelled.arguments, others)), **kwargs}
+    if isinstance(spelled, Packed):
+        rows.append(Row(packed_row(block, spelled, hidden, arguments)))
         return out
-    arguments = {**dict(zip(feature.layout.arguments, args)), **kwargs}
     config, guidance = feature.config, feature.guidance
     if getattr(hidden, STATE, None) is None:  # so that the mean query is that of the patches alone
         hidden = hidden.view_as(hidden)
-        setattr(hidden, STATE, State(0, (), feature.prefix))
-    row = attention_of_guide(block, feature.layout, config, 0, guidance, hidden, arguments)
+        setattr(hidden, STATE, State(0, (), feature.prefix, feature.suffix))
+    row = attention_of_guide(block, spelled, config, 0, guidance, hidden, arguments)
     state = getattr(out[0] if isinstance(out, tuple) else out, STATE, None)
     rows.append(Row(row) if state is None or state.tokens is not None else _of_merged(row, state))
     return out
@@ -142,7 +143,7 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
         _check_guide(model, feature, inputs.get("vision_feature_layer"))
     outputs, rows = _collect(original, **inputs)
     if rows and not isinstance(outputs, tuple):
-        lengths = [len(entry) for entry in outputs.pooler_output]
+        lengths = [len(entry) for entry in getattr(outputs, feature.family.features)]
         row = torch.cat([each.values for each in rows])
         values = _of_tokens(model, feature, row, inputs, lengths)
         setattr(outputs, ATTENTION, list(torch.split(values, lengths)))

@@ -53,6 +53,14 @@ def _gemma4_rotary(
     return rotate(q, cos, sin, places, unsqueeze_dim=1), rotate(k, cos, sin, places, unsqueeze_dim=1)
 
 
+def _llama4_rotary(
+    block: nn.Module, q: Tensor, k: Tensor, positions: Tensor | None, arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    rotate = sys.modules[type(block).__module__].vision_apply_rotary_emb
+    rotated = rotate(q.transpose(1, 2), k.transpose(1, 2), freqs_ci=arguments["freqs_ci"])
+    return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
+
+
 CLIP = Layout(
     family="transformers CLIP",
     block=f"{MODELS}.clip.modeling_clip.CLIPEncoderLayer",
@@ -207,6 +215,28 @@ GEMMA_4 = Layout(
     inputs=native_input,
 )
 
+LLAMA_4 = Layout(
+    family="transformers Llama 4 vision",
+    block=f"{MODELS}.llama4.modeling_llama4.Llama4VisionEncoderLayer",
+    towers=(f"{MODELS}.llama4.modeling_llama4.Llama4VisionModel",),
+    norm1="input_layernorm",
+    project=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    heads="self_attn.num_heads",
+    after_attention=("self_attn.o_proj",),
+    mlp=("post_attention_layernorm", "mlp"),
+    patch="patch_embedding.linear",
+    patches=native_patches,
+    prefix=0,
+    suffix=1,
+    cls=False,
+    dropout="self_attn.attention_dropout",
+    rotary=_llama4_rotary,
+    arguments=("freqs_ci", "attention_mask"),
+    understood=("freqs_ci",),
+    refuse=_needs_grid,
+    inputs=native_input,
+)
+
 VILT = variant(
     VIT,
     family="transformers ViLT",
@@ -234,6 +264,7 @@ LAYOUTS = (
     OVIS_2,
     JANUS,
     GEMMA_4,
+    LLAMA_4,
     VILT,
 )
 

@@ -71,6 +71,7 @@ class VlmFamily:
         rearrange: methods that rearrange features after the projector; they rearrange the attention too.
         per_image: tokens of one image, where the library joins those of one prompt.
         first_position: position of a prompt's first token.
+        features: what has the features of the visual tokens, of what `get_image_features` returns.
         video_token: the config's attribute with the placeholder of videos, which may be that of images.
     """
 
@@ -90,6 +91,7 @@ class VlmFamily:
     rearrange: tuple[str, ...] = ()
     per_image: Callable[[Any], int] | None = None
     first_position: int = 0
+    features: str = "pooler_output"
     video_token: str = "video_token_id"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VlmFamily:

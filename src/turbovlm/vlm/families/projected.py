@@ -105,6 +105,13 @@ COHERE2_VISION = VlmFamily(
 )
 GEMMA_3N = VlmFamily("Gemma 3n", library("gemma3n", "Gemma3nModel"), "vision_tower", None)
 GEMMA_4 = VlmFamily("Gemma 4", library("gemma4", "Gemma4Model"), "vision_tower", per_token=_by_places)
+LLAMA_4 = VlmFamily(
+    "Llama 4",
+    library("llama4", "Llama4ForConditionalGeneration"),
+    "vision_model",
+    cell=lambda model: round(1 / model.config.vision_config.pixel_shuffle_ratio),
+    features="last_hidden_state",
+)
 OVIS_2 = VlmFamily(
     "Ovis 2",
     library("ovis2", "Ovis2Model"),
@@ -144,6 +151,7 @@ FAMILIES = (
     COHERE2_VISION,
     GEMMA_3N,
     GEMMA_4,
+    LLAMA_4,
     OVIS_2,
     DEEPSEEK_VL,
     JANUS,
