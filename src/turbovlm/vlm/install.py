@@ -16,9 +16,10 @@ from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import Feature, Patch, check_forwards
 from turbovlm.registry import family_of
 from turbovlm.threads import Remembering
-from turbovlm.vlm.around import encode_apart, fills_itself, refusal
+from turbovlm.vlm.around import encode_apart, fills_itself
 from turbovlm.vlm.cross import find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
+from turbovlm.vlm.families.refused import is_undescribed, refusal
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
 from turbovlm.vlm.select import Selection, needs_attention
 from turbovlm.vlm.tower import encode, guide_forward, rearrange, repeat_for_beams, tower_forward
@@ -139,10 +140,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     """
     found = [(name, part, family) for name, part in model.named_modules() if (family := family_of("vlm", part))]
     if not found:
-        raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model that reads visual tokens, "
-            f"as far as turbovlm knows{merges_inside(model)}; docs/language.md lists what is supported"
-        )
+        raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {_nothing_found(model)}{merges_inside(model)}")
     name, part, family = found[0]
     others = [other for other, module, of in found[1:] if fetch(module, of.tower) is not fetch(part, family.tower)]
     if others:
@@ -152,7 +150,8 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         )
     for owner in owners_of(model, part):
         if reason := refusal(owner):
-            raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {reason}{merges_inside(model)}")
+            told = f"{type(owner).__name__}: {reason}{merges_inside(model)}"
+            raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {told}")
     if not family.cross_attention and "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
         raise UnsupportedModelError(
             f"visual_keep={config.visual_keep}: {family.family} of {library_version(type(part))} does not take encoded "
@@ -183,6 +182,23 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         raise ConfigError(f"guidance='cls': {family.family}'s tower has no CLS token; use 'mean' or 'auto'")
     guidance = ("cls" if cls else "mean") if config.guidance == "auto" else config.guidance
     return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance, suffix)
+
+
+def _nothing_found(model: nn.Module) -> str:
+    """Why nothing in a model reads fewer visual tokens."""
+    for module in model.modules():
+        if reason := refusal(module):
+            return f"{type(module).__name__}: {reason}"
+    for module in model.modules():
+        if is_undescribed(module):
+            return (
+                f"no family describes {type(module).__name__}, which puts what its get_image_features gives in place "
+                "of placeholders, as known families do: register a VlmFamily for it (docs/extending.md)"
+            )
+    return (
+        f"{type(model).__name__} has no language model that reads visual tokens, as far as turbovlm knows; "
+        "docs/language.md lists what is supported"
+    )
 
 
 def merges_inside(model: nn.Module) -> str:

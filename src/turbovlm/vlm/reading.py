@@ -72,7 +72,7 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
             "the recurrent layers of this model would read the columns between; give the prompts one by one"
         )
     arguments = {**shorter, "mm_encoder_outputs": fewer, "return_dict": True}
-    if "labels" in inspect.signature(type(model).forward).parameters:
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         outputs = _with_head(model, original, prompt, arguments)
     else:
         outputs = original(**arguments)
