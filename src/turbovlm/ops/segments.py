@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SEGMENTS = "_turbovlm_segments"
-"""Name of the attribute of `cu_seqlens` that keeps its `Segments`: every block of a forward gets the same tensor."""
+SEGMENTS, SHORTENED = "_turbovlm_segments", "_turbovlm_shortened"
+"""Names of the attributes of `cu_seqlens` that keep its `Segments`, and those left of them: every block of a forward
+gets the same tensor."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class Segments:
 
     Attributes:
         lengths: tokens of each segment, in order.
+        device: where the tokens are.
         groups: `(count, length)` of the segments of each length, the lengths in order of their first segment.
         order: the tokens, those of the first group in front, `[tokens]`, int64; None where that is their order anyway.
         place: where each token is in `order`, `[tokens]`; None likewise.
     """
 
     lengths: tuple[int, ...]
+    device: torch.device
     groups: tuple[tuple[int, int], ...]
     order: Tensor | None
     place: Tensor | None
@@ -57,6 +60,20 @@ def segments_of(bounds: Tensor) -> Segments:
     return known
 
 
+def shortened(bounds: Tensor, kept: Tensor | None) -> Segments:
+    """What is left of the segments between `bounds` where only the tokens at `kept`, `[left]`, are; all if None."""
+    if kept is None:
+        return segments_of(bounds)
+    known: tuple[Tensor, Segments] | None = getattr(bounds, SHORTENED, None)
+    if known is not None and known[0] is kept:
+        return known[1]
+    numbers = torch.searchsorted(bounds, kept.to(bounds.dtype), right=True) - 1
+    found = segments_from(torch.bincount(numbers, minlength=len(bounds) - 1).tolist(), kept.device)
+    if not torch.compiler.is_compiling():
+        setattr(bounds, SHORTENED, (kept, found))
+    return found
+
+
 def segments_from(lengths: Sequence[int], device: torch.device) -> Segments:
     """Segments of `lengths` tokens, in order; those without tokens are left out."""
     lengths = tuple(length for length in lengths if length > 0)
@@ -68,24 +85,23 @@ def segments_from(lengths: Sequence[int], device: torch.device) -> Segments:
         of_length.setdefault(length, []).append(start)
     groups = tuple((len(found), length) for length, found in of_length.items())
     if lengths == tuple(length for count, length in groups for _ in range(count)):
-        return Segments(lengths, groups, None, None)
+        return Segments(lengths, device, groups, None, None)
     rows = [(torch.tensor(found).unsqueeze(1) + torch.arange(length)).flatten() for length, found in of_length.items()]
     order = torch.cat(rows)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    return Segments(lengths, groups, order.to(device), place.to(device))
+    return Segments(lengths, device, groups, order.to(device), place.to(device))
 
 
-def attend_within(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], segments: Segments, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
+def attend_within(attend: Callable[..., Tensor], segments: Segments, *heads: Tensor) -> Tensor:
     """Attention within segments: one call for all that have one length.
 
     Args:
-        attend: `(q, k, v) -> out`, of `[batch, heads, tokens, width]` each to `[batch, tokens, heads, width]`.
+        attend: a function of queries, keys and values, `[batch, heads, tokens, width]` each, and of whatever else is
+            given here; returns `[batch, tokens, heads, width]`.
         segments: of the packed sequence.
-        q, k, v: `[1, heads, tokens, width]`.
+        heads: `[1, heads, tokens, width]` each.
 
     Returns:
         `[1, tokens, heads, width]`.
     """
-    return segments.join([attend(*parts) for parts in zip(*(segments.split(x) for x in (q, k, v)))])
+    return segments.join([attend(*parts) for parts in zip(*(segments.split(x) for x in heads))])

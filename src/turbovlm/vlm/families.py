@@ -189,7 +189,12 @@ LLAVA_ONEVISION = VlmFamily(
     rearrange=("pack_image_features", "apply_pooling"),
 )
 QWEN2_VL = VlmFamily(
-    "Qwen2-VL", (f"{MODELS}.qwen2_vl.modeling_qwen2_vl.Qwen2VLModel",), "visual", cell=_merge_side, packed=True
+    "Qwen2-VL",
+    (f"{MODELS}.qwen2_vl.modeling_qwen2_vl.Qwen2VLModel",),
+    "visual",
+    cell=_merge_side,
+    packed=True,
+    merges_inside=True,
 )
 QWEN2_5_VL = VlmFamily(
     "Qwen2.5-VL",
@@ -199,12 +204,23 @@ QWEN2_5_VL = VlmFamily(
     _merge_side,
     packed=True,
     order=_windows,
+    merges_inside=True,
 )
 QWEN3_VL = VlmFamily(
-    "Qwen3-VL", (f"{MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLModel",), "visual", cell=_merge_side, packed=True
+    "Qwen3-VL",
+    (f"{MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLModel",),
+    "visual",
+    cell=_merge_side,
+    packed=True,
+    merges_inside=True,
 )
 INTERN_VL = VlmFamily(
-    "InternVL", (f"{MODELS}.internvl.modeling_internvl.InternVLModel",), "vision_tower", _read_layer, cell=_shuffle
+    "InternVL",
+    (f"{MODELS}.internvl.modeling_internvl.InternVLModel",),
+    "vision_tower",
+    _read_layer,
+    cell=_shuffle,
+    merges_inside=True,
 )
 IDEFICS3 = VlmFamily(
     "Idefics3",
@@ -212,6 +228,7 @@ IDEFICS3 = VlmFamily(
     "vision_model",
     cell=lambda model: int(model.config.scale_factor),
     per_image=lambda model: int(model.image_seq_len),
+    merges_inside=True,
 )
 SMOL_VLM = VlmFamily(
     "SmolVLM",
@@ -219,6 +236,7 @@ SMOL_VLM = VlmFamily(
     "vision_model",
     cell=lambda model: int(model.config.scale_factor),
     per_image=lambda model: int(model.image_seq_len),
+    merges_inside=True,
 )
 PALI_GEMMA = VlmFamily(
     "PaliGemma",
@@ -227,7 +245,13 @@ PALI_GEMMA = VlmFamily(
     merges_inside=True,
     first_position=1,
 )
-GEMMA3 = VlmFamily("Gemma 3", (f"{MODELS}.gemma3.modeling_gemma3.Gemma3Model",), "vision_tower", cell=_gemma_cell)
+GEMMA3 = VlmFamily(
+    "Gemma 3",
+    (f"{MODELS}.gemma3.modeling_gemma3.Gemma3Model",),
+    "vision_tower",
+    cell=_gemma_cell,
+    merges_inside=True,
+)
 BLIP = VlmFamily(
     "BLIP",
     tuple(

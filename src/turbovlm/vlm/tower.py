@@ -20,6 +20,7 @@ from turbovlm.encoder.attention import attention_of_guide
 from turbovlm.encoder.layout import fetch
 from turbovlm.encoder.state import STATE, State
 from turbovlm.errors import StateError
+from turbovlm.ops.segments import shortened
 from turbovlm.patching import Patch
 from turbovlm.vlm.families import block_read, sum_cells
 from turbovlm.vlm.marks import ATTENTION
@@ -68,7 +69,7 @@ def guide_forward(patch: Patch, block: Any, original: Any, /, hidden: Tensor, *a
     if rows is None:
         return out
     if feature.layout is None:
-        rows.append(Row(packed_row(block, hidden, kwargs)))
+        rows.append(Row(packed_row(block, hidden, kwargs, feature.config.proportional)))
         return out
     arguments = {**dict(zip(feature.layout.arguments, args)), **kwargs}
     config, guidance = feature.config, feature.guidance
@@ -91,27 +92,36 @@ def _of_merged(row: Tensor, state: State) -> Row:
 
 
 @torch.no_grad()
-def packed_row(block: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+def packed_row(block: Any, hidden: Tensor, arguments: dict[str, Any], proportional: bool = True) -> Tensor:
     """The mean query's attention row of one block of a Qwen tower, for each image of the packed sequence.
 
     Args:
         block: a block with `norm1` and `attn.qkv`.
-        hidden: the block's input, `[patches of all images, width]`.
+        hidden: the block's input, `[patches of all images, width]`; where some have merged, with the encoder's state.
         arguments: the block's keyword arguments: `cu_seqlens`, where each image ends, and `position_embeddings`.
+        proportional: whether merged patches are attended to by their number.
 
     Returns:
-        `[patches of all images]`; sums to 1 over each image.
+        `[patches of all images]`; sums to 1 over each image. Patches that have merged share what their token gets.
     """
     attention = block.attn
+    state: State = getattr(hidden, STATE, State(0, (), 0))
+    hidden = hidden if state.tokens is None else state.tokens.squeeze(0)
     q, k, _ = attention.qkv(block.norm1(hidden)).view(len(hidden), 3, attention.num_heads, -1).unbind(1)
+    rotary = arguments["position_embeddings"]
+    kept = None if state.positions is None else state.positions[0]
     rotate = sys.modules[type(block).__module__].apply_rotary_pos_emb_vision
-    q, k = rotate(q, k, *arguments["position_embeddings"])
-    lengths = arguments["cu_seqlens"].diff().tolist()
+    q, k = rotate(q, k, *(rotary if kept is None else [angles[kept] for angles in rotary]))
+    sizes = q.new_ones(len(q), dtype=torch.float32) if state.sizes is None else state.sizes[0].float()
+    lengths = list(shortened(arguments["cu_seqlens"], kept).lengths)
     rows = []
-    for queries, keys in zip(torch.split(q, lengths), torch.split(k, lengths)):
-        scores = torch.einsum("hd,nhd->hn", queries.float().mean(0) * attention.scaling, keys.float())
+    for queries, keys, counts in zip(*(torch.split(each, lengths) for each in (q.float(), k.float(), sizes))):
+        guide = torch.einsum("n,nhd->hd", counts / counts.sum(), queries) * attention.scaling
+        scores = torch.einsum("hd,nhd->hn", guide, keys)
+        scores = scores + counts.log() if proportional else scores
         rows.append(scores.softmax(dim=-1).mean(dim=0))
-    return torch.cat(rows)
+    row, source = torch.cat(rows), state.source()
+    return row if source is None else (row / sizes)[source[0]]
 
 
 def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:

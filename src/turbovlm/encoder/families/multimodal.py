@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.encoder.families.transformers import MODELS, VIT, inside, native_input, native_patches
-from turbovlm.encoder.layout import IN_THE_MIDDLE, Around, Layout, variant
+from turbovlm.encoder.layout import IN_THE_MIDDLE, Layout, variant
 
 
 def _native_patches_in_rows(tower: Any) -> dict[str, Tensor | None]:
@@ -25,10 +25,6 @@ def _native_patches_in_rows(tower: Any) -> dict[str, Tensor | None]:
 def _longest_text_and_image(tower: Any) -> dict[str, Tensor | None]:
     words = torch.zeros(1, tower.config.max_position_embeddings, dtype=torch.long)
     return {"input_ids": words, **native_input(tower)}
-
-
-def _needs_grid(tower: Any, block: Any, ancestors: Around) -> str | None:
-    return "the squares of patches that its visual tokens are made of need the grid"
 
 
 def _internvl_project(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +118,7 @@ INTERN_VL = Layout(
     patches=native_patches,
     dropout="attention.attention_dropout",
     calls=tuple(f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")),
-    refuse=_needs_grid,
+    restore=True,
     inputs=native_input,
 )
 
@@ -131,7 +127,6 @@ IDEFICS3 = variant(
     family="transformers Idefics3 vision",
     block=f"{MODELS}.idefics3.modeling_idefics3.Idefics3EncoderLayer",
     towers=(f"{MODELS}.idefics3.modeling_idefics3.Idefics3VisionTransformer",),
-    refuse=_needs_grid,
 )
 
 SMOL_VLM = variant(
