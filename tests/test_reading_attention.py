@@ -209,7 +209,7 @@ def planted(model, part, guide, feature, position):
     """Have the guide pay nearly all it has to one position, counted over all images."""
     from turbovlm.vlm import tower
 
-    def packed_row(block, spelled, hidden, arguments):
+    def packed_row(block, spelled, hidden, arguments, proportional):
         return torch.nn.functional.one_hot(torch.tensor(position), len(hidden)).float()
 
     def attention_of_guide(block, layout, config, prefix, guidance, hidden, arguments):

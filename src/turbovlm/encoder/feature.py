@@ -11,11 +11,13 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.attention import attention_forward
 from turbovlm.encoder.block import block_forward
+from turbovlm.encoder.cells import check_cells
 from turbovlm.encoder.cross_attention import CrossAttention, check_cross_attention
 from turbovlm.encoder.joint import joint_forward
 from turbovlm.encoder.launches import LaunchWatch
 from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.encoder.lookups import Lookups
+from turbovlm.encoder.packed import packed_forward
 from turbovlm.encoder.passed import Passed, check_adapters, of_effect, passed_by, through_module
 from turbovlm.encoder.reading import reads_all, tower_forward
 from turbovlm.encoder.schedule import (
@@ -121,7 +123,8 @@ class EncoderFeature(Remembering[State]):
         blocks = [model.get_submodule(name) for name in self.names]
         tower = model.get_submodule(self.tower)
         found = [Patch(tower, name, tower_forward, self) for name in self.layout.entries if hasattr(tower, name)]
-        found += [Patch(block, "forward", block_forward, self, index) for index, block in enumerate(blocks)]
+        run = packed_forward if self.layout.packed else block_forward
+        found += [Patch(block, "forward", run, self, index) for index, block in enumerate(blocks)]
         if self.layout.attention is not None:
             attentions = [fetch(block, self.layout.attention) for block in blocks]
             found += [Patch(attention, "forward", attention_forward, self) for attention in attentions]
@@ -142,6 +145,8 @@ class EncoderFeature(Remembering[State]):
             StateError: no forward has ended yet, or the tokens are not those of the last one.
             ConfigError: there is no such block.
         """
+        if self.layout.packed and tokens.ndim == 2 and not hasattr(tokens, STATE):
+            return self.restored(tokens.unsqueeze(0), block).squeeze(0)
         state: State | None = getattr(tokens, STATE, None)
         if state is not None:  # the very output of a block: it knows
             source = None if state.tokens is not None else state.source()
@@ -210,7 +215,7 @@ class EncoderFeature(Remembering[State]):
         found, depth = f"    last forward: {state.lengths[0]} → {state.lengths[-1]} tokens", len(state.lengths) - 1
         if depth < len(self.names):
             return [f"{found} in its first {depth} blocks"]
-        if self.config.thresholds is not None:
+        if self.config.thresholds is not None or self.layout.packed:  # of several images, each by its own size
             return [found]
         return [f"{found}, {self.schedule(state.lengths[0]).ratio:.1%} of the encoder's GMACs left"]
 
@@ -266,6 +271,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
             f"partition='grid': the tokens of {tower.title} ({tower.layout.family}) follow each other in time, and lie "
             "on no grid; use 'random' or 'alternate'"
         )
+    check_cells(tower, config)
     text = tower.layout.text
     similarity = ("hidden" if text else "heads") if config.similarity == "auto" else config.similarity
     own_blocks = own_blocks_of(tower, config)
@@ -284,7 +290,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         names=tuple(name for name, _ in tower.blocks),
         native_tokens=tower.tokens,
         own_blocks=own_blocks,
-        amounts=literal_amounts(config, len(tower.blocks), own_blocks),
+        amounts=literal_amounts(config, len(tower.blocks), own_blocks, shape.merging, shape.unit),
         solved_by=f"{config.amount}, {config.blocks}, {config.min_tokens}, {config.grid}, {own_blocks}, {shape}",
         guidance=("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance,
         similarity=similarity,
@@ -311,6 +317,9 @@ def own_blocks_of(tower: Tower, config: TurboConfig) -> BlockSets:
     asked = config.blocks == "auto" and not isinstance(config.r, tuple)
     if not asked or layout.text or layout.line or config.partition not in ("auto", "all") or config.order != "spatial":
         return ()
+    if layout.windows is not None:
+        whole = tuple(block for block, window in enumerate(layout.windows(tower.module)) if window == 0)
+        return tuple(blocks for blocks in (tuple(block for block in whole if block < depth - 1), whole) if blocks)
     shares = layout.blocks_at(tower.module) if callable(layout.blocks_at) else layout.blocks_at
     if not shares:
         return (tuple(range(0, depth, max(2, math.ceil(depth / MOST_MERGES)))),)
@@ -343,4 +352,6 @@ def _shape(tower: Tower, similarity: str, partition: str) -> EncoderShape:
         prefix=tower.prefix,
         suffix=tower.suffix,
         partition=partition,
+        unit=tower.cell**2,
+        windows=() if layout.windows is None else layout.windows(tower.module),
     )

@@ -95,6 +95,12 @@ class Layout:
         decoder: dotted path of the class that holds the encoder and a decoder, and the decoder's path from there: its
             cross-attention counts merged tokens by size, whatever `restore` says of other readers.
         line: whether tokens follow each other in time, and lie on no grid.
+        packed: whether the tower runs all images as one sequence, `[tokens, width]`, and tells its blocks by
+            `cu_seqlens` which tokens attend to each other; the patches that its merger joins lie together in it.
+        cell: `(tower)`: the side of these squares, for such a tower.
+        windows: `(tower)`: for each block, how many tokens a window that it attends within has; 0 where it attends to
+            whole images or frames, and only there tokens merge. None where all blocks do.
+        reads: `(tower)`: the blocks before the last whose output the tower itself reads.
         pools: whether the tower reads its tokens itself, by a head or pooling of its own, or a function of the tower.
         example: `(block, patches)`: arguments with which the block can be tried on random tokens.
         inputs: `(tower)`: one input of native size by argument name, of a batch of 1: tensors on the meta device stand
@@ -141,6 +147,10 @@ class Layout:
     restore: bool | Callable[[Any, Around], bool] = False
     decoder: tuple[str, str] | None = None
     line: bool = False
+    packed: bool = False
+    cell: Callable[[Any], int] | None = None
+    windows: Callable[[Any], tuple[int, ...]] | None = None
+    reads: Callable[[Any], Sequence[int]] | None = None
     pools: bool | Callable[[Any], bool] = False
     example: Callable[[Any, int], dict[str, Any]] | None = None
     refuse: Callable[[Any, Any, Around], str | None] | None = None

@@ -80,6 +80,8 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     _check_unchanged(feature, tower)
     config = getattr(tower, "config", None)
     blocks = _blocks_asked(feature, tower, patch.name, args, kwargs) if feature.hands_out else frozenset()
+    if feature.layout.reads is not None:
+        blocks |= {*feature.layout.reads(tower)}
     maps = kwargs.get("output_attentions")
     maps = bool(getattr(config, "output_attentions", False) if maps is None else maps)
     asked, across = Asked(feature, blocks, maps), feature.cross_attention

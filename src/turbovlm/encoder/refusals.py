@@ -17,7 +17,6 @@ from turbovlm.errors import TurboError
 from turbovlm.registry import class_paths, family_of
 
 KNOWN = "docs/models.md lists what is supported"
-SQUARES = "squares of patches are joined behind its blocks, which needs the grid"
 RESIDUAL_NORMS = "its norms stand behind attention and MLP, before the residual is added, as in no layout yet"
 DISENTANGLED = "its attention adds scores of relative positions, which a merged token does not have"
 SPARSE = "its attention is sparse over blocks or hashes of tokens, and not softmax(QKᵀ)"
@@ -58,11 +57,6 @@ REFUSED = {
     "timm.models.eva.EvaBlockPostNorm": RESIDUAL_NORMS,
     "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run side by side",
     "timm.models.vision_transformer.ParallelThingsBlock": "several attentions and MLPs run side by side",
-    f"{_MODELS}.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": SQUARES,
-    f"{_MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock": (
-        f"its windowed attention needs the grid, and {SQUARES}"
-    ),
-    f"{_MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": SQUARES,
     "open_clip.transformer.CustomResidualAttentionBlock": "its attention scales heads or cosines in its own way",
 }
 """Blocks, by the path of their class, whose reason their modules do not show."""

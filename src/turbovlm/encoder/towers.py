@@ -41,6 +41,7 @@ class Tower:
         hands_out: whether its blocks hand out every position where a call asks for it.
         unknown_owner: the class of the module that reads it, where nothing is known of how.
         tokens: its native number of tokens, prefix and suffix included.
+        cell: side of the squares of patches that merge as one.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Tower:
     hands_out: bool
     unknown_owner: str | None
     tokens: int
+    cell: int = 1
 
     @property
     def title(self) -> str:
@@ -74,7 +76,8 @@ class Tower:
             if value.device.type != "meta":  # what must have values, such as words, has them already, and keeps them
                 value = value.expand(batch, *value.shape[1:])
                 return value if torch.device(device).type == "meta" else value.to(device)
-            return torch.randn(batch, *value.shape[1:], generator=generator).to(device, dtype)
+            first = batch * (len(value) if self.layout.packed else 1)
+            return torch.randn(first, *value.shape[1:], generator=generator).to(device, dtype)
 
         return {name: noise(value) for name, value in self.layout.inputs(self.module).items()}
 
@@ -231,6 +234,9 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         if layout.refuse is not None and (reason := layout.refuse(module, block, around)):
             other = instead(modules[""])
             raise UnsupportedModelError(f"{path} ({layout.family}) cannot be accelerated: {reason}{other}")
+    cell = 1 if layout.cell is None else layout.cell(module)
+    if part is not None and vlm is not None and vlm.merges_inside and not layout.packed:
+        cell = vlm.cell(part)
     prefix, suffix, cls = (layout.of_tower(field, module) for field in ("prefix", "suffix", "cls"))
     tokens = prefix + layout.patches(module) + suffix
     across = find_cross_attention(name, modules, tokens, layout)
@@ -249,4 +255,5 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         hands_out=hands_out,
         unknown_owner=unknown,
         tokens=tokens,
+        cell=cell,
     )

@@ -23,6 +23,7 @@ from turbovlm.encoder.layout import fetch
 from turbovlm.encoder.state import STATE, State
 from turbovlm.errors import StateError
 from turbovlm.ops.averaging import precise_dtype
+from turbovlm.ops.segments import shortened
 from turbovlm.patching import Patch
 from turbovlm.vlm.families import Packed, block_read, sum_cells
 from turbovlm.vlm.marks import ATTENTION, GRIDS
@@ -76,7 +77,7 @@ def guide_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwar
     hidden, *others = args if args else (kwargs.get("hidden_states", kwargs.get("hidden_state")),)
     arguments = {**dict(zip(spelled.arguments, others)), **kwargs}
     if isinstance(spelled, Packed):
-        rows.append(Row(packed_row(block, spelled, hidden, arguments)))
+        rows.append(Row(packed_row(block, spelled, hidden, arguments, feature.config.proportional)))
         return out
     config, guidance = feature.config, feature.guidance
     if getattr(hidden, STATE, None) is None:  # so that the mean query is that of the patches alone
@@ -98,29 +99,45 @@ def _of_merged(row: Tensor, state: State) -> Row:
 
 
 @torch.no_grad()
-def packed_row(block: Any, spelled: Packed, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+def packed_row(
+    block: Any, spelled: Packed, hidden: Tensor, arguments: dict[str, Any], proportional: bool = True
+) -> Tensor:
     """The mean query's attention row of one block of a packed tower, for each image of the sequence.
 
     Args:
         block: the block, `spelled` as its family has it.
-        hidden: its input, `[patches of all images, width]`, or the same behind a batch of one.
+        hidden: its input, `[patches of all images, width]`, or the same behind a batch of one; where some have merged,
+            with the encoder's state.
         arguments: its arguments by name: `position_embeddings`, and where each image ends.
+        proportional: whether merged patches are attended to by their number.
 
     Returns:
-        `[patches of all images]`; sums to 1 over each image.
+        `[patches of all images]`; sums to 1 over each image. Patches that have merged share what their token gets.
     """
-    attention, normed = fetch(block, spelled.attention), fetch(block, spelled.norm)(hidden.flatten(0, -2))
+    state: State = getattr(hidden, STATE, State(0, (), 0))
+    hidden = (hidden if state.tokens is None else state.tokens).flatten(0, -2)
+    attention, normed = fetch(block, spelled.attention), fetch(block, spelled.norm)(hidden)
     projected = torch.cat([fetch(attention, name)(normed) for name in spelled.project], dim=-1)
     heads = getattr(attention, "num_heads", None) or attention.config.num_attention_heads
     q, k, *_ = projected.view(len(normed), 2 if len(spelled.project) > 1 else 3, heads, -1).unbind(1)
     if spelled.norms:
         q, k = (fetch(attention, name)(values) for name, values in zip(spelled.norms, (q, k)))
-    q, k = getattr(sys.modules[type(block).__module__], spelled.rotate)(q, k, *arguments["position_embeddings"])
-    lengths, rows = _lengths(arguments, len(normed)), []
-    for queries, keys in zip(torch.split(q, lengths), torch.split(k, lengths)):
-        scores = torch.einsum("hd,nhd->hn", queries.float().mean(0) * attention.scaling, keys.float())
+    rotary, kept = arguments["position_embeddings"], None if state.positions is None else state.positions[0]
+    rotary = rotary if kept is None else [angles[kept] for angles in rotary]
+    q, k = getattr(sys.modules[type(block).__module__], spelled.rotate)(q, k, *rotary)
+    sizes = q.new_ones(len(q), dtype=torch.float32) if state.sizes is None else state.sizes[0].float()
+    if kept is None:
+        lengths = _lengths(arguments, len(normed))
+    else:
+        lengths = list(shortened(arguments["cu_seqlens"], kept).lengths)
+    rows = []
+    for queries, keys, counts in zip(*(torch.split(each, lengths) for each in (q.float(), k.float(), sizes))):
+        guide = torch.einsum("n,nhd->hd", counts / counts.sum(), queries) * attention.scaling
+        scores = torch.einsum("hd,nhd->hn", guide, keys)
+        scores = scores + counts.log() if proportional else scores
         rows.append(scores.softmax(dim=-1).mean(dim=0))
-    return torch.cat(rows)
+    row, source = torch.cat(rows), state.source()
+    return row if source is None else (row / sizes)[source[0]]
 
 
 def _lengths(arguments: dict[str, Any], patches: int) -> list[int]:

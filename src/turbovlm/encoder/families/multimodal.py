@@ -147,7 +147,7 @@ INTERN_VL = Layout(
     patches=native_patches,
     dropout="attention.attention_dropout",
     calls=tuple(f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")),
-    refuse=_needs_grid,
+    restore=True,
     inputs=native_input,
 )
 
@@ -156,7 +156,6 @@ IDEFICS3 = variant(
     family="transformers Idefics3 vision",
     block=f"{MODELS}.idefics3.modeling_idefics3.Idefics3EncoderLayer",
     towers=(f"{MODELS}.idefics3.modeling_idefics3.Idefics3VisionTransformer",),
-    refuse=_needs_grid,
 )
 
 SMOL_VLM = variant(

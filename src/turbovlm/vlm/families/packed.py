@@ -75,7 +75,7 @@ def _over_time(model: Any, row: Tensor, arguments: dict[str, Any]) -> Tensor:
     return torch.cat(found)
 
 
-QWEN2_VL = _packed("Qwen2-VL", "qwen2_vl", "Qwen2VLModel")
+QWEN2_VL = _packed("Qwen2-VL", "qwen2_vl", "Qwen2VLModel", merges_inside=True)
 QWEN2_5_VL = VlmFamily(
     "Qwen2.5-VL",
     library("qwen2_5_vl", "Qwen2_5_VLModel"),
@@ -84,8 +84,9 @@ QWEN2_5_VL = VlmFamily(
     _side,
     packed=AS_QWEN,
     order=_windows,
+    merges_inside=True,
 )
-QWEN3_VL = _packed("Qwen3-VL", "qwen3_vl", "Qwen3VLModel")
+QWEN3_VL = _packed("Qwen3-VL", "qwen3_vl", "Qwen3VLModel", merges_inside=True)
 QWEN3_VL_MOE = _packed("Qwen3-VL-MoE", "qwen3_vl_moe", "Qwen3VLMoeModel")
 QWEN3_5 = _packed("Qwen3.5", "qwen3_5", "Qwen3_5Model")
 QWEN3_5_MOE = _packed("Qwen3.5-MoE", "qwen3_5_moe", "Qwen3_5MoeModel")

@@ -74,13 +74,16 @@ LLAVA_NEXT_VIDEO = VlmFamily(
     rearrange=("pack_image_features",),
 )
 VIP_LLAVA = VlmFamily("VipLLaVA", library("vipllava", "VipLlavaModel"), "vision_tower", read_layer)
-INTERN_VL = VlmFamily("InternVL", library("internvl", "InternVLModel"), "vision_tower", read_layer, cell=_shuffle)
+INTERN_VL = VlmFamily(
+    "InternVL", library("internvl", "InternVLModel"), "vision_tower", read_layer, cell=_shuffle, merges_inside=True
+)
 IDEFICS3 = VlmFamily(
     "Idefics3",
     library("idefics3", "Idefics3Model"),
     "vision_model",
     cell=lambda model: int(model.config.scale_factor),
     per_image=lambda model: int(model.image_seq_len),
+    merges_inside=True,
 )
 SMOL_VLM = VlmFamily(
     "SmolVLM",
@@ -88,6 +91,7 @@ SMOL_VLM = VlmFamily(
     "vision_model",
     cell=lambda model: int(model.config.scale_factor),
     per_image=lambda model: int(model.image_seq_len),
+    merges_inside=True,
 )
 PALI_GEMMA = VlmFamily(
     "PaliGemma",
@@ -96,7 +100,7 @@ PALI_GEMMA = VlmFamily(
     merges_inside=True,
     first_position=1,
 )
-GEMMA3 = VlmFamily("Gemma 3", library("gemma3", "Gemma3Model"), "vision_tower", cell=_gemma_cell)
+GEMMA3 = VlmFamily("Gemma 3", library("gemma3", "Gemma3Model"), "vision_tower", cell=_gemma_cell, merges_inside=True)
 AYA_VISION = VlmFamily(
     "Aya Vision", library("aya_vision", "AyaVisionModel"), "vision_tower", read_layer, cell=_downsample
 )
