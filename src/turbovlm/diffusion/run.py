@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.diffusion.attend import Biases
-from turbovlm.diffusion.grids import Grids
+from turbovlm.diffusion.grids import Grids, Unread
 from turbovlm.diffusion.positions import Cut
 from turbovlm.errors import StateError
 from turbovlm.ops.attention import size_bias
@@ -86,7 +86,8 @@ class Run:
             by itself.
         share: what it keeps, of every resolution or of each.
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
-        grids: frames, rows and columns of each image of the tokens at hand; None where nothing says.
+        grids: frames, rows and columns of each image of the tokens at hand, or what will tell them; None where nothing
+            says.
         finest: tokens of the largest resolution that has blocks.
         compared: R of each group's candidates and its argument, by `Site.group`, as `compare` gives them.
         whole: why each part or block that was called read all tokens, by its path; None where merging was up to its
@@ -105,7 +106,7 @@ class Run:
     same_latent: Tensor | None
     share: Share
     choices: dict[str, Choice]
-    grids: Grids | None = None
+    grids: Grids | Unread | None = None
     finest: int = 1
     compared: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     whole: dict[str, str | None] = field(default_factory=dict)
