@@ -60,11 +60,11 @@ def main() -> None:
     if seeds < 1:
         parser.error(f"--seeds {seeds}: must be at least 1")
     name = "cross_attention_quick" if args.quick else "cross_attention"
-    found: dict[str, Any] = load(args.out / f"{name}.json") | {"images": images}
     runs = len(TASKS) * (1 + sum(len(configs) * len(readings(configs)) for configs in settings(seeds).values()))
     reader, where = load_scene_reader(args.eyes), machine()
     with progress_bar(runs, "asking") as advance:
         tasks = {task: measured(task, reader, seeds, images, advance) for task in TASKS}
+    found: dict[str, Any] = load(args.out / f"{name}.json") | {"images": images}
     found[args.eyes] = {"machine": where, "tasks": tasks}
     save(args.out / f"{name}.json", found)
     (args.out / f"{name}.md").write_text(report(found))
