@@ -28,11 +28,12 @@ import torch
 from cases import RESULTS, described, load, machine, save
 from compression_tasks import asked
 from seeds import DRAWN, IMAGES, QUICK, WAYS
+from torch import Tensor
 
 from turbovlm import ReadConfig
 from turbovlm.cli.measuring import progress_bar
 from turbovlm.config import Config
-from turbovlm.encoder.cross_attention import Merged, attach
+from turbovlm.encoder.cross_attention import Merged, attach, merged_into
 from turbovlm_lab.evaluate.builtin_data import DATA
 from turbovlm_lab.evaluate.builtin_models import reading
 from turbovlm_lab.evaluate.run import Setting
@@ -60,11 +61,11 @@ def main() -> None:
     if seeds < 1:
         parser.error(f"--seeds {seeds}: must be at least 1")
     name = "cross_attention_quick" if args.quick else "cross_attention"
-    found: dict[str, Any] = load(args.out / f"{name}.json") | {"images": images}
-    runs = len(TASKS) * (1 + sum(len(configs) * len(readings(configs)) for configs in settings(seeds).values()))
+    runs = len(TASKS) * (1 + sum(len(c) * sum(map(len, readings(c))) for c in settings(seeds).values()))
     reader, where = load_scene_reader(args.eyes), machine()
     with progress_bar(runs, "asking") as advance:
-        tasks = {task: measured(task, reader, seeds, images, advance) for task in TASKS}
+        tasks = measured(reader, seeds, images, advance)
+    found: dict[str, Any] = load(args.out / f"{name}.json") | {"images": images}
     found[args.eyes] = {"machine": where, "tasks": tasks}
     save(args.out / f"{name}.json", found)
     (args.out / f"{name}.md").write_text(report(found))
@@ -80,36 +81,46 @@ def settings(seeds: int) -> dict[str, list[Config]]:
     return found | {f"visual_keep={keep}": [ReadConfig(keep)] for keep in KEEPS}
 
 
-def readings(configs: Sequence[Config]) -> list[str]:
-    """Ways of reading what these have merged; what is merged behind the encoder is not restored."""
-    return [read for read in READ if read != "restored" or not isinstance(configs[0], ReadConfig)]
+def readings(configs: Sequence[Config]) -> list[tuple[str, ...]]:
+    """Ways of reading what these have merged, those of one encoding together; behind the encoder it stays merged."""
+    merged = ("alike", "sizes")
+    return [merged] if isinstance(configs[0], ReadConfig) else [merged, ("restored",)]
 
 
 @torch.no_grad()
-def measured(
-    task: str, reader: SceneReader, seeds: int, images: int, advance: Callable[[int], object]
-) -> dict[str, Any]:
-    """The unmerged reader's score, and what is kept of it by way of merging and of reading."""
-    data = DATA[task](images)
-    whole, merged = reading(task, reader), reading(task, reader, dense=False)
-    prepared = [whole.prepare(sample, None) for sample in data.samples]
-    own = asked(task, whole, data, prepared, Setting("unmerged"))
-    advance(1)
-    rows: dict[str, Any] = {}
-    for way, configs in settings(seeds).items():
-        row, scored = rows.setdefault(way, {}), {}
-        for read in readings(configs):
-            scored[read] = []
-            for config in configs:
-                predictor = whole if read == "restored" else merged
-                with unsized(reader) if read == "alike" else contextlib.nullcontext():
-                    scored[read].append(asked(task, predictor, data, prepared, Setting(way, (config,))))
+def measured(reader: SceneReader, seeds: int, images: int, advance: Callable[[int], object]) -> dict[str, Any]:
+    """Of each task the unmerged reader's score, and what is kept of it by way of merging and of reading."""
+    data = {task: DATA[task](images) for task in TASKS}
+    prepared = {task: [reading(task, reader).prepare(each, None) for each in data[task].samples] for task in TASKS}
+
+    def scores(name: str, configs: tuple[Config, ...], reads: Sequence[str]) -> Iterator[tuple[str, str, Score]]:
+        """By task and way of reading; what is read in several ways is encoded once."""
+        seen: dict[bytes, tuple[Tensor, Tensor | None]] = {}
+        for task in TASKS:
+            predictor = reading(task, reader, dense="restored" in reads)
+            for read in reads:
+                with looking(reader, seen, by_size=read == "sizes"):
+                    score = asked(task, predictor, data[task], prepared[task], Setting(name, configs))
                 advance(1)
-            shares = [kept(score.parts, own.parts, own.groups).value for score in scored[read]]
-            row[read] = {"kept": shares, "mean": astuple(kept(mean(scored[read]), own.parts, own.groups))}
-        more = [a - b for a, b in zip(mean(scored["sizes"]), mean(scored["alike"]), strict=True)]
-        row["more"] = astuple(kept(more, own.parts, own.groups))
-    return {"metric": own.name, "own": own.value, "ways": rows}
+                yield task, read, score
+
+    own = {task: score for task, _, score in scores("unmerged", (), ("restored",))}
+    found: dict[str, Any] = {task: {"metric": own[task].name, "own": own[task].value, "ways": {}} for task in TASKS}
+    for way, configs in settings(seeds).items():
+        scored: dict[tuple[str, str], list[Score]] = {}
+        for config in configs:
+            for reads in readings(configs):
+                for task, read, score in scores(way, (config,), reads):
+                    scored.setdefault((task, read), []).append(score)
+        for (task, read), runs in scored.items():
+            parts, groups = own[task].parts, own[task].groups
+            row = found[task]["ways"].setdefault(way, {})
+            shares = [kept(score.parts, parts, groups).value for score in runs]
+            row[read] = {"kept": shares, "mean": astuple(kept(mean(runs), parts, groups))}
+            if read == "sizes":
+                more = [a - b for a, b in zip(mean(runs), mean(scored[task, "alike"]), strict=True)]
+                row["more"] = astuple(kept(more, parts, groups))
+    return found
 
 
 def mean(scores: Sequence[Score]) -> list[float]:
@@ -118,9 +129,22 @@ def mean(scores: Sequence[Score]) -> list[float]:
 
 
 @contextlib.contextmanager
-def unsized(reader: SceneReader) -> Iterator[None]:
-    """The reader, whose decoder is told nothing of sizes."""
-    reader.look = lambda pixels: attach(SceneReader.look(reader, pixels), Merged())  # type: ignore[method-assign]
+def looking(reader: SceneReader, seen: dict[bytes, tuple[Tensor, Tensor | None]], by_size: bool) -> Iterator[None]:
+    """The reader, which looks at each image once, and tells its decoder the sizes of tokens or not."""
+
+    def look(pixels: Tensor) -> Tensor:
+        keys = [each.numpy().tobytes() for each in pixels]
+        if new := [i for i, key in enumerate(keys) if key not in seen]:
+            tokens = SceneReader.look(reader, pixels[new])
+            merged = merged_into(tokens)
+            for row, i in enumerate(new):
+                sizes = None if merged is None or merged.sizes is None else merged.sizes[row]
+                seen[keys[i]] = tokens[row], sizes
+        every = [sizes for key in keys if (sizes := seen[key][1]) is not None]
+        tokens = torch.stack([seen[key][0] for key in keys])
+        return attach(tokens, Merged.of(torch.stack(every) if by_size else None, None, True))
+
+    reader.look = look  # type: ignore[method-assign]
     try:
         yield
     finally:
