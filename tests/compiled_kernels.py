@@ -25,6 +25,7 @@ from turbovlm.ops import fused, kernels, partition_tokens
 from turbovlm.ops.kernels import attention, similarity
 
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -139,11 +140,20 @@ def everything(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> No
     similarity.BUSY = own
     for reduce, known in (("merge", None), ("keep_norm", weights), ("prune", weights)):
         kernels.merge_tokens(x, known, src, dst, None, reduce)
+    if tokens <= kernels.MOST_TAKEN_FROM and dtype == torch.bfloat16:
+        take_in_turn(tokens)
     bag = torch.zeros(2 * tokens, dtype=torch.int64)
     kernels.mean_of_bags(x, bag, bag[: tokens + 1], weights.flatten())
     for update, samples in ((True, 32), (True, 0), (False, 24)):
         kernels.merge_books(src, dst, min(tokens, kernels.MOST_BOOKED), update)
         kernels.restore(x, x[:, 17:], x[:, 17:], bag, update, samples, 0.3)
+
+
+def take_in_turn(tokens: int) -> None:
+    """The kernel of greedy choices, of each kind."""
+    cosines, even = torch.zeros(2, tokens, tokens), torch.ones(2, tokens)
+    for by, added, until in (("coverage", even.double(), None), ("dpp", even, None), ("mmr", even, 0.5)):
+        kernels.take_in_turn(cosines, even, even, added, 17, by, until, 1, 0.0 if by == "mmr" else 1e-3)
 
 
 if __name__ == "__main__":

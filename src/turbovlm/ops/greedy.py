@@ -91,18 +91,24 @@ def take_in_turn(
     cosines: Tensor, log_weights: Tensor, sizes: Tensor, k: int, by: str, until: float | None, fewest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`choose_greedily` of the cosines of all pairs, `[images, n, n]`: the three parts of `Chosen`."""
-    images, n = log_weights.shape
-    image = torch.arange(images, device=cosines.device)
     padding = sizes <= 0
     weights = log_weights.masked_fill(padding, LAST)
     state = STATES[by](cosines, sizes, k)
+    if cosines.is_cuda:
+        from turbovlm.ops import kernels  # imports triton
+
+        if kernels.usable(cosines) and cosines.dtype == torch.float32 and cosines.shape[1] <= kernels.MOST_TAKEN_FROM:
+            return kernels.take_in_turn(cosines, weights, sizes, state.value, k, by, until, fewest, state.least or 0.0)
+    images, n = log_weights.shape
+    image = torch.arange(images, device=cosines.device)
     closest = torch.full_like(log_weights, -torch.inf)
     order = torch.zeros(images, k, dtype=torch.int64, device=cosines.device)
     nearest = torch.zeros(images, n, dtype=torch.int64, device=cosines.device)
     counts = torch.full_like(image, k)
     done = torch.zeros_like(image, dtype=torch.bool)
     for step in range(k):
-        token = (weights + state.added).argmax(dim=1)
+        adds = state.value if state.least is None else state.value.clamp(min=state.least).log()
+        token = (weights + adds).argmax(dim=1)
         order[:, step] = token
         row = cosines[image, token]
         nearest = torch.where((row > closest) & ~done.unsqueeze(1), step, nearest)
@@ -140,13 +146,14 @@ class _State(Protocol):
     """What is kept from step to step.
 
     Attributes:
-        added: how much each token would add, `[images, n]`.
+        least: of a token's value whose logarithm counts; None where the value itself does.
+        value: what each token would add, `[images, n]`.
     """
 
-    def __init__(self, cosines: Tensor, sizes: Tensor, k: int) -> None: ...
+    least: float | None
+    value: Tensor
 
-    @property
-    def added(self) -> Tensor: ...
+    def __init__(self, cosines: Tensor, sizes: Tensor, k: int) -> None: ...
 
     def take(self, step: int, token: Tensor, row: Tensor, before: Tensor, after: Tensor) -> None:
         """Take a token of each image.
@@ -160,20 +167,17 @@ class _State(Protocol):
 
 
 class _Coverage:
-    """What each token adds to the cover of all, in logarithms."""
+    """What each token adds to the cover of all."""
+
+    least: float | None = LEAST_GAIN
 
     def __init__(self, cosines: Tensor, sizes: Tensor, k: int) -> None:
-        # thousands of numbers become hundredths in as many differences
-        self.dtype = torch.float32 if cosines.device.type == "mps" else torch.float64  # it has no other
         self.cosines, self.sizes = cosines, sizes
-        self.gain = (cosines.clamp(min=0) * sizes.unsqueeze(2)).sum(dim=1, dtype=self.dtype)
-
-    @property
-    def added(self) -> Tensor:
-        return self.gain.clamp(min=LEAST_GAIN).log()
+        precise = torch.float32 if cosines.device.type == "mps" else torch.float64  # mps has no other
+        self.value = (cosines.clamp(min=0) * sizes.unsqueeze(2)).sum(dim=1, dtype=precise)
 
     def take(self, step: int, token: Tensor, row: Tensor, before: Tensor, after: Tensor) -> None:
-        """Lower the gains by what this token has covered of the tokens that it is closest to."""
+        """Lower the values by what this token has covered of the tokens that it is closest to."""
         covered = before.clamp(min=0)
         rise = after.clamp(min=0) - covered
         most = int((rise > 0).sum(dim=1).max())  # tokens beyond an image's own rise by 0
@@ -184,21 +188,19 @@ class _Coverage:
         rises = rise.gather(1, where).unsqueeze(2)
         lost = rows.sub_(covered.gather(1, where).unsqueeze(2)).clamp_(min=0).minimum(rises)
         lost *= self.sizes.gather(1, where).unsqueeze(2)
-        self.gain -= lost.sum(dim=1, dtype=self.dtype)
+        self.value -= lost.sum(dim=1, dtype=self.value.dtype)
 
 
 class _Apart:
     """How far each token is from the chosen ones: minus its highest cosine to one."""
 
-    def __init__(self, cosines: Tensor, sizes: Tensor, k: int) -> None:
-        self._added = torch.zeros_like(sizes)
+    least: float | None = None
 
-    @property
-    def added(self) -> Tensor:
-        return self._added
+    def __init__(self, cosines: Tensor, sizes: Tensor, k: int) -> None:
+        self.value = torch.zeros_like(sizes)
 
     def take(self, step: int, token: Tensor, row: Tensor, before: Tensor, after: Tensor) -> None:
-        self._added = -after
+        self.value = -after
 
 
 class _Diverse(_Apart):
@@ -206,31 +208,28 @@ class _Diverse(_Apart):
 
     def __init__(self, cosines: Tensor, sizes: Tensor, k: int) -> None:
         others = cosines.masked_fill(torch.eye(cosines.shape[1], dtype=torch.bool, device=cosines.device), -torch.inf)
-        self._added = -others.amax(dim=2)
+        self.value = -others.amax(dim=2)
 
 
 class _Determinant:
-    """How much of each token no chosen one explains, in logarithms."""
+    """How much of each token no chosen one explains."""
+
+    least: float | None = RIDGE
 
     def __init__(self, cosines: Tensor, sizes: Tensor, k: int) -> None:
-        images, n = sizes.shape
-        self.rows = cosines.new_empty(images, k, n)  # of the Cholesky factor of the cosines with their ridge
-        self.left = torch.diagonal(cosines, dim1=1, dim2=2) + RIDGE
-
-    @property
-    def added(self) -> Tensor:
-        return self.left.clamp(min=RIDGE).log()
+        self.rows = cosines.new_empty(len(cosines), k, cosines.shape[1])  # of the cosines' Cholesky factor
+        self.value = torch.diagonal(cosines, dim1=1, dim2=2) + RIDGE
 
     def take(self, step: int, token: Tensor, row: Tensor, before: Tensor, after: Tensor) -> None:
         place = token.unsqueeze(1)
         known = self.rows[:, :step]
         own = known.gather(2, place.unsqueeze(1).expand(-1, step, 1))
         explained = (own.transpose(1, 2) @ known).squeeze(1)
-        length = self.left.gather(1, place).clamp(min=RIDGE).sqrt()
+        length = self.value.gather(1, place).clamp(min=RIDGE).sqrt()
         new = (row - explained) / length
         new.scatter_(1, place, length)
         self.rows[:, step] = new
-        self.left = self.left - new.square()
+        self.value = self.value - new.square()
 
 
 STATES: dict[str, type[_State]] = {"coverage": _Coverage, "diversity": _Diverse, "mmr": _Apart, "dpp": _Determinant}

@@ -98,12 +98,14 @@ def _select(
     semantic = None if attention is None else _by_image(attention, sizes)
     chosen: dict[int, Selection] = {}
     for (n, grid), group in _groups(sizes, grids).items():
-        together = torch.stack([features[0][i] for i in group]).detach()
+        together = [torch.stack([images[i] for i in group]) for images in features]
         row = None if semantic is None else torch.stack([semantic[i] for i in group])
-        found = _choose(config, together, row, n, text.of_images(group), grid)
-        chosen |= dict(zip(group, found))
-    for images in features:
-        images[:] = [chosen[i].take(image.unsqueeze(0)).squeeze(0) for i, image in enumerate(images)]
+        found = _choose(config, together[0].detach(), row, n, text.of_images(group), grid)
+        for images, stacked in zip(features, together):
+            parts = torch.split(stacked, [len(each.kept) for each in found])
+            for i, left in zip(group, (left for each, part in zip(found, parts) for left in each.take(part))):
+                images[i] = left
+        chosen |= dict(zip(group, (each.of_image(i) for each in found for i in range(len(each.kept)))))
     fewer = copy.copy(outputs)
     read, *planes = [[torch.cat([next(left) for _ in entry]) for entry in sizes] for left in map(iter, features)]
     setattr(fewer, feature.family.features, _as_tensor(read) if isinstance(entries, Tensor) else read)
@@ -125,13 +127,12 @@ def _as_tensor(entries: list[Tensor]) -> Tensor:
 def _choose(
     config: ReadConfig, features: Tensor, semantic: Tensor | None, n: int, text: ImageText, grid: Grid | None
 ) -> list[Selection]:
-    """What becomes of the tokens of each image of a group, `[images, n, width]`."""
+    """What becomes of the tokens of a group's images, `[images, n, width]`: of all together, or one by one."""
     assert config.visual_keep is not None
     k = kept_count(config.visual_keep, n, fewest=config.min_visual_tokens)
     if config.visual_tolerance is not None:
         return select_within(features, semantic, min(config.min_visual_tokens, k), k, config, text)
-    found = select(features, semantic, k, config, text=text, grid=grid)
-    return [found.of_image(i) for i in range(len(features))]
+    return [select(features, semantic, k, config, text=text, grid=grid)]
 
 
 def _groups(sizes: list[list[int]], grids: list[Grid | None]) -> dict[tuple[int, Grid | None], list[int]]:

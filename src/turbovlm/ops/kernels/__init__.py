@@ -1,12 +1,14 @@
-"""Triton kernels for CUDA: attention in proportion to sizes, similarity, the choice, the merge, and what is restored.
+"""Triton kernels for CUDA: attention in proportion to sizes, similarity, choices, the merge, and what is restored.
 
-All are operators of their own, opaque to `torch.compile`. Without Triton they can be imported, not called.
+All are operators of their own, opaque to `torch.compile`, or within one. Without Triton they can be imported, not
+called.
 """
 
 from turbovlm.ops.kernels.attention import attends, attention_rows, biased_attention
 from turbovlm.ops.kernels.books import MOST_BOOKED, merge_books
 from turbovlm.ops.kernels.choosing import MOST_RANKED, RANKED, choose
 from turbovlm.ops.kernels.common import DTYPES, HAS_TRITON, LEAST_CAPABILITY, usable
+from turbovlm.ops.kernels.greedy import MOST_TAKEN_FROM, take_in_turn
 from turbovlm.ops.kernels.merging import mean_of_bags, merge_tokens
 from turbovlm.ops.kernels.replay import replayed
 from turbovlm.ops.kernels.restoring import restore
@@ -18,6 +20,7 @@ __all__ = [
     "LEAST_CAPABILITY",
     "MOST_BOOKED",
     "MOST_RANKED",
+    "MOST_TAKEN_FROM",
     "RANKED",
     "attends",
     "attention_rows",
@@ -30,5 +33,6 @@ __all__ = [
     "most_similar",
     "replayed",
     "restore",
+    "take_in_turn",
     "usable",
 ]

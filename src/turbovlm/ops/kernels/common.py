@@ -24,6 +24,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COUNTS = (
     *("tokens", "queries", "entries", "src_count", "candidate_count", "destination_count", "windows", "behind"),
     *("candidates_stride", "destinations_stride", "slots_stride", "first_candidate", "first_destination", "step"),
+    "fewest",
     *("nearest_stride", "redundancy_stride", "bias_image"),
     *("left", "every", "samples"),
 )
