@@ -118,7 +118,7 @@ def _verify_block(tower: Tower, name: str, block: nn.Module, passed: Passed) -> 
     example = tower.layout.example(block, PATCHES) if tower.layout.example is not None else {}
     arguments = {key: tree_map_only(Tensor, lambda tensor: tensor.to(x), value) for key, value in example.items()}
     with watch_calls(block, passed, tower.layout.attention) as calls:
-        own = type(block).forward(block, x, **_required(block), **arguments)
+        own = type(block).forward(block, x, **{**_required(block), **arguments})
     own = own[0] if tower.layout.returns_tuple else own
     state = State(0, (), tower.prefix, tower.suffix)
     ours = unmerged_forward(block, tower.layout, TurboConfig(r=0), x, state, arguments)
