@@ -204,6 +204,21 @@ def gemma4(both_ways: str | None) -> Callable[[], Any]:
     )
 
 
+def sliced_image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
+    """Images of 8×8 or 4×8 patches side by side, joined four by four, twice."""
+    rows, columns = ((8, 8), (4, 8))[index % 2]
+    found = {"pixel_values": noise(index, 1, 3, 8, 8 * rows * columns), "target_sizes": torch.tensor([[rows, columns]])}
+    return rows * columns // 16, found
+
+
+def bounded_image(index: int) -> tuple[int, dict[str, torch.Tensor]]:
+    """Images of 8×8 or 4×12 patches, in rows that end in a newline, between a beginning and an end."""
+    rows, columns = ((8, 8), (4, 12))[index % 2]
+    found = {"pixel_values": noise(index, rows * columns, 3 * 8 * 8)}
+    tokens = rows // 2 * (columns // 2 + 1) + 2
+    return tokens, found | {"image_grid_thw": torch.tensor([[1, rows, columns]])}
+
+
 GLM_VISION = {"image_size": 112, "patch_size": 14, "attention_bias": False}
 GLM_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
 AUDIO = {
@@ -236,6 +251,7 @@ SAM = {
     "global_attn_indexes": [1],
     "mlp_dim": 48,
 }
+EXPERTS_OF_DEEPSEEK = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 QWEN3_VISION = {"num_position_embeddings": 64}
 PARTIAL = {"rope_parameters": ROTARY["rope_parameters"] | {"partial_rotary_factor": 1.0}}
 
@@ -579,6 +595,67 @@ MORE = {
             image_token_index=IMAGE,
         ),
         square(9, 48),
+        beams=False,
+    ),
+    "video_llava": Vlm(
+        projected("VideoLlava", "CLIPVisionConfig", "LlamaConfig", image_token_index=IMAGE, video_token_index=VIDEO),
+        square(36, 48),
+        video=lambda index: ([VIDEO] * 74, {"pixel_values_videos": noise(50 + index, 1, 2, 3, 48, 48)}),
+        attention=False,
+    ),
+    "minicpmv4_6": Vlm(
+        built(
+            "MiniCPMV4_6",
+            CLIP | {"insert_layer_id": 1},
+            TEXT | {"head_dim": 8, "model_type": "qwen3_5_text", **LINEAR, **PARTIAL},
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+        ),
+        sliced_image,
+        attention=False,
+        side_by_side=True,
+    ),
+    "hunyuan_vl": Vlm(
+        built(
+            "HunYuanVL",
+            {k: v for k, v in CLIP.items() if k != "image_size"} | {"out_hidden_size": 32, "text_hidden_size": 32},
+            TEXT
+            | {
+                "head_dim": 8,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1, 1]},
+            },
+            image_token_id=IMAGE,
+        ),
+        bounded_image,
+        types="mm_token_type_ids",
+        attention=False,
+    ),
+    "deepseek_ocr2": Vlm(
+        built(
+            "DeepseekOcr2",
+            {
+                "sam_config": SAM | {"downsample_channels": [16, 32]},
+                "encoder_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+                | {"num_attention_heads": 4, "num_key_value_heads": 2},
+            },
+            TEXT | {"mlp_layer_types": ["dense", "sparse", "sparse"]} | EXPERTS_OF_DEEPSEEK,
+            image_token_id=IMAGE,
+        ),
+        square(145, 128),
+        attention=False,
+    ),
+    "fuyu": Vlm(
+        built(
+            "Fuyu",
+            {},
+            TEXT | {"model_type": "persimmon"},
+            cls="ForCausalLM",
+            image_token_id=IMAGE,
+            image_size=48,
+            patch_size=8,
+        ),
+        lambda index: (24, {"pixel_values": noise(index, 1, 24, 192)}),
+        attention=False,
         beams=False,
     ),
 }

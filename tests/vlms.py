@@ -47,7 +47,7 @@ class Vlm:
     `types` names its argument of token types, 1 for images' tokens and 2 for videos'; where `answer` is given, 0 for
     the whole prompt and `answer` behind it. `first` is the position of a prompt's first token. Where `one_placeholder`,
     videos have that of images. `attention`: whether the tower has a row of it for visual tokens.
-    `beams`: whether the library itself repeats images for them.
+    `beams`: whether the library itself repeats images for them. `side_by_side`: whether images are one beside another.
     `inputs(rows)`: each row is a list of integers (text tokens), `"image"`s and `"video"`s; ragged rows are padded on
     the left.
     """
@@ -62,6 +62,7 @@ class Vlm:
     one_placeholder: bool = False
     attention: bool = True
     beams: bool = True
+    side_by_side: bool = False
 
     def inputs(self, *rows: list[Any]) -> dict[str, Any]:
         sequences: list[list[int]] = []
@@ -88,7 +89,8 @@ class Vlm:
         ids = torch.tensor([[PAD] * (longest - len(s)) + s for s in sequences])
         mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
         found = {"input_ids": ids, "attention_mask": mask}
-        found |= {name: torch.cat(values) for name, values in pixels.items()}
+        beside = ("pixel_values",) if self.side_by_side else ()
+        found |= {name: torch.cat(values, dim=-1 if name in beside else 0) for name, values in pixels.items()}
         if self.types is not None:
             types = (ids == self.token).int() + 2 * (ids == VIDEO).int()
             found[self.types] = types * (self.answer is None)

@@ -227,12 +227,12 @@ def _nothing_found(model: nn.Module) -> str:
     for module in model.modules():
         if reason := refusal(module):
             return f"{type(module).__name__}: {reason}"
-    for module in model.modules():
-        if is_undescribed(module):
-            return (
-                f"no family describes {type(module).__name__}, which puts what its get_image_features gives in place "
-                "of placeholders, as known families do: register a VlmFamily for it (docs/extending.md)"
-            )
+    undescribed = [type(module).__name__ for module in model.modules() if is_undescribed(module)]
+    if undescribed:
+        return (
+            f"no family describes {undescribed[-1]}, which puts what its get_image_features gives in place of "
+            "placeholders, as known families do: register a VlmFamily for it (docs/extending.md)"
+        )
     return (
         f"{type(model).__name__} has no language model that reads visual tokens, as far as turbovlm knows; "
         "docs/language.md lists what is supported"

@@ -58,7 +58,11 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
     filler = _filler(feature.family, model)
     found = choose_tokens(model, feature, inputs, images)
     if found is None:
-        return original(**{**inputs, "mm_encoder_outputs": images})
+        original(**{**inputs, "mm_encoder_outputs": images})
+        raise StateError(
+            f"{feature.config.amount}: there are not as many placeholders as features, of which this model has read "
+            "some all the same, as by a video_compression_mask: which belong to which cannot be told"
+        )
     fewer, dropped, selections = found
     behind_a_cache = cache is not None and cache.get_seq_length() > 0
     if behind_a_cache and inputs.get("position_ids") is None and hasattr(model, "compute_3d_position_ids"):

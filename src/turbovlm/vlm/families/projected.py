@@ -139,6 +139,11 @@ GOT_OCR_2 = VlmFamily("GOT-OCR 2", library("got_ocr2", "GotOcr2Model"), "vision_
 DEEPSEEK_VL_HYBRID = VlmFamily(
     "DeepSeek-VL hybrid", library("deepseek_vl_hybrid", "DeepseekVLHybridModel"), "vision_model", None
 )
+VIDEO_LLAVA = VlmFamily("Video-LLaVA", library("video_llava", "VideoLlavaModel"), "image_tower", None)
+MINICPM_V = VlmFamily("MiniCPM-V 4.6", library("minicpmv4_6", "MiniCPMV4_6Model"), "vision_tower", None)
+HUNYUAN_VL = VlmFamily("HunYuan-VL", library("hunyuan_vl", "HunYuanVLModel"), "vision_tower", None)
+DEEPSEEK_OCR_2 = VlmFamily("DeepSeek-OCR 2", library("deepseek_ocr2", "DeepseekOcr2Model"), "vision_tower", None)
+FUYU = VlmFamily("Fuyu", library("fuyu", "FuyuModel"), "vision_embed_tokens", None, features="last_hidden_state")
 
 FAMILIES = (
     LLAVA,
@@ -166,4 +171,9 @@ FAMILIES = (
     PERCEPTION_LM,
     GOT_OCR_2,
     DEEPSEEK_VL_HYBRID,
+    VIDEO_LLAVA,
+    MINICPM_V,
+    HUNYUAN_VL,
+    DEEPSEEK_OCR_2,
+    FUYU,
 )
