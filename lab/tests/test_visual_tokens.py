@@ -89,6 +89,29 @@ def test_a_low_rank_change_begins_at_nought_and_merges():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("keep", [1.0, 0.25])
+def test_answers_behind_a_cache_are_those_that_are_generated(study, vlm, keep):
+    """A text is right, read beside others behind the image's tokens, exactly where `generate` writes its answer."""
+    packing = study("packing")
+    pixels, front = noise(3, 2, 3, 48, 48), [2, *[90] * 36]
+    with turbovlm.apply(vlm, visual_keep=keep, visual_select="uniform"):
+        rows = []
+        for image, texts in zip(pixels, TEXTS):
+            said = []
+            for question, _ in texts:
+                ids = torch.tensor([[*front, *question]])
+                out = vlm.generate(input_ids=ids, pixel_values=image[None], max_new_tokens=3, eos_token_id=None)
+                said.append((question, out[0, ids.shape[1] :].tolist()))
+            rows.append([*said, *((question, [answer[0] + 1, *answer[1:]]) for question, answer in said)])
+        ids = torch.tensor([front, front])
+        cache = vlm.model(input_ids=ids, pixel_values=pixels, use_cache=True).past_key_values
+        packed = packing.pack(rows, FRONT)
+        hidden = packing.hidden_behind(vlm.model.language_model, cache, packed)
+    right = packing.right_texts(hidden, packed, vlm.lm_head.weight)
+    assert right == [[True] * len(texts) + [False] * len(texts) for texts in TEXTS]
+
+
+@torch.no_grad()
 def test_parts_are_joined_as_llava_joins_them(vlm, tmp_path):
     """The head is the embeddings, patches of the last block but one are read, and turbovlm shortens what is read."""
     from safetensors.torch import save_file

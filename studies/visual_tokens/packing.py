@@ -17,6 +17,8 @@ from torch import Tensor
 from turbovlm.errors import ConfigError
 
 UNASKED = -100
+AT_ONCE = 256
+"""Columns whose logits over the whole vocabulary are in memory together."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Packed:
         mask: what each column sees, `[images, 1, N, N]`, bool.
         wanted: the token to be said next at each column of texts, `UNASKED` where none is, `[images, N − T]`.
         weights: of what is wanted; those of a text sum to one, `[images, N − T]`.
+        text_of: the number of the text that each column is of, −1 for padding, `[images, N − T]`.
     """
 
     ids: Tensor
@@ -36,6 +39,7 @@ class Packed:
     mask: Tensor
     wanted: Tensor
     weights: Tensor
+    text_of: Tensor
 
     def to(self, device: Any) -> Packed:
         return Packed(*(values.to(device) for values in vars(self).values()))
@@ -68,6 +72,7 @@ def pack(rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], front: i
         _mask(text_of, front),
         wanted,
         weights,
+        text_of,
     )
 
 
@@ -90,12 +95,43 @@ def hidden_of(language_model: Any, visual: Tensor, packed: Packed, bos: int) -> 
     words = language_model.get_input_embeddings()
     first = words(torch.full_like(packed.ids[:, :1], bos))
     embeds = torch.cat([first, visual.to(first.dtype), words(packed.ids)], dim=1)
-    mask = torch.zeros(packed.mask.shape, dtype=embeds.dtype, device=embeds.device)
-    mask = mask.masked_fill(~packed.mask, torch.finfo(embeds.dtype).min)
-    masks = dict.fromkeys(language_model.config.layer_types, mask)
-    out = language_model(inputs_embeds=embeds, attention_mask=masks, position_ids=packed.positions, use_cache=False)
+    out = language_model(
+        inputs_embeds=embeds,
+        attention_mask=_masks(language_model, packed.mask, embeds.dtype),
+        position_ids=packed.positions,
+        use_cache=False,
+    )
     found: Tensor = out.last_hidden_state[:, -packed.ids.shape[1] :]
     return found
+
+
+def hidden_behind(language_model: Any, cache: Any, packed: Packed) -> Tensor:
+    """The same, where a cache holds what stands in front of the texts: all of its columns, or those that are left.
+
+    Args:
+        language_model: as in `hidden_of`.
+        cache: of keys and values, without padding; it grows by the texts.
+        packed: the texts, with the positions of full prompts.
+    """
+    columns = packed.ids.shape[1]
+    own = packed.mask[:, :, -columns:, -columns:]
+    seen = torch.cat([own.new_ones(*own.shape[:3], cache.get_seq_length()), own], dim=3)
+    embeds = language_model.get_input_embeddings()(packed.ids)
+    out = language_model(
+        inputs_embeds=embeds,
+        attention_mask=_masks(language_model, seen, embeds.dtype),
+        position_ids=packed.positions[:, -columns:],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    found: Tensor = out.last_hidden_state
+    return found
+
+
+def _masks(language_model: Any, seen: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is added to the scores, for every kind of layer alike."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return dict.fromkeys(language_model.config.layer_types, mask)
 
 
 def answers_loss(hidden: Tensor, packed: Packed, words: Tensor, among: Tensor | None = None) -> Tensor:
@@ -119,3 +155,21 @@ def answers_loss(hidden: Tensor, packed: Packed, words: Tensor, among: Tensor | 
         words, wanted = words[among], places
     logits = F.linear(hidden[asked], words).float()
     return (F.cross_entropy(logits, wanted, reduction="none") * weights).sum() / weights.sum()
+
+
+def right_texts(hidden: Tensor, packed: Packed, words: Tensor) -> list[list[bool]]:
+    """Of each image's texts, whether greedy decoding would write the answer: all its tokens are the likeliest.
+
+    Args:
+        hidden: as `hidden_of` has it.
+        packed: the texts.
+        words: the output embeddings, `[vocabulary, width]`.
+    """
+    wanted = packed.wanted != UNASKED
+    wrong = torch.zeros_like(wanted)
+    likeliest = torch.cat([F.linear(some, words).argmax(-1) for some in hidden[wanted].split(AT_ONCE)])
+    wrong[wanted] = likeliest != packed.wanted[wanted]
+    return [
+        [not bool(row[text == number].any()) for number in range(int(text.max()) + 1)]
+        for row, text in zip(wrong.cpu(), packed.text_of.cpu())
+    ]

@@ -33,12 +33,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from crowds import COLUMNS, CONCEPTS, NAMES, NOTHING, ROWS, SEEN_WORDS, UNKNOWN, asked, crowd
 from features import CHUNK, DATA, chunks, load_chunk
-from packing import UNASKED, Packed, answers_loss, hidden_of, pack
-from safetensors.torch import load_file, save_file
+from model import cached_gemma
+from packing import answers_loss, hidden_of, pack, right_texts
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from turbovlm_lab.zoo.gemma import load_gemma
 from turbovlm_lab.zoo.grammar import NUMBERS, plural
 from turbovlm_lab.zoo.low_rank import add_low_rank, low_rank_state
 from turbovlm_lab.zoo.scenes import COLOURS, PLACES
@@ -172,25 +172,6 @@ def make_learner(device: str) -> Learner:
     )
 
 
-def cached_gemma() -> tuple[Any, Any]:
-    """The language model without its head, and the tokenizer; kept dequantised, as reading packages takes minutes."""
-    from transformers import AutoTokenizer, Gemma3TextConfig, Gemma3TextModel
-
-    folder = DATA / "gemma"
-    if not (folder / "weights.safetensors").exists():
-        gemma = load_gemma()
-        config = gemma.model.config.to_dict()
-        config.pop("quantization_config", None)
-        Gemma3TextConfig(**config).save_pretrained(folder)
-        gemma.tokenizer.save_pretrained(folder)
-        weights = {name: value.bfloat16().contiguous() for name, value in gemma.model.model.state_dict().items()}
-        save_file(weights, folder / "weights.safetensors")
-    config = Gemma3TextConfig.from_pretrained(folder, attn_implementation="sdpa")
-    model = Gemma3TextModel(config)
-    model.load_state_dict(load_file(folder / "weights.safetensors"))
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def possible_answers() -> Iterator[str]:
     """Texts that have every token of answers in training."""
     yield from (*NUMBERS, *COLOURS, *PLACES, "yes", "no", "0, 0")
@@ -308,20 +289,6 @@ def right_answers(learner: Learner, device: str, images: int = 100, batch: int =
             for question, is_right in zip(row, answers):
                 found[question.asks].append(is_right)
     return {sort: float(np.mean(values)) for sort, values in sorted(found.items())}
-
-
-def right_texts(hidden: Tensor, packed: Packed, words: Tensor) -> list[list[bool]]:
-    """Of each image's texts, whether greedy decoding would write the answer: all its tokens are the likeliest."""
-    wanted = packed.wanted != UNASKED
-    likeliest = F.linear(hidden[wanted], words).argmax(-1)
-    wrong = torch.zeros_like(packed.wanted, dtype=torch.bool)
-    wrong[wanted] = likeliest != packed.wanted[wanted]
-    found = []
-    for row, asked_at, starts in zip(wrong.cpu(), wanted.cpu(), packed.positions[:, FRONT:].cpu()):
-        text_of = (starts == FRONT).cumsum(0) - 1
-        texts = int(text_of[asked_at].max()) + 1
-        found.append([not bool(row[text_of == number].any()) for number in range(texts)])
-    return found
 
 
 def save(checkpoint: Path, learner: Learner, optimizer: torch.optim.Optimizer, step: int) -> None:
