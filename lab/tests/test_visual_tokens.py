@@ -179,3 +179,24 @@ def test_patches_show_what_is_drawn_there(study):
         words = {text for text in texts if text in crowds.SEEN_WORDS}
         assert said == {kind.name for kind in shown.scene.kinds} | digits | words
         assert 0.03 < (labels[:, 0] != crowds.CONCEPTS.index(crowds.NOTHING)).mean() < 0.4
+
+
+@torch.no_grad()
+def test_tokens_that_are_dropped_inside_count_from_their_layer_on(study, vlm):
+    """None dropped is the model itself; all but what the question attends to are not seen by the layers that follow."""
+    inside, packing = study("inside"), study("packing")
+    language, visual = vlm.model.language_model, noise(5, 2, FRONT - 1, 32)
+    texts = [(image, *text) for image, row in enumerate(TEXTS) for text in row]
+    found = inside.staged(language, visual, texts, inside.Stages("all", ()))
+    packed = packing.pack(TEXTS, FRONT)
+    hidden = packing.hidden_of(language, visual, packed, bos=2)
+    own = [hidden[image][packed.text_of[image] == n] for image, row in enumerate(TEXTS) for n in range(len(row))]
+    for row, expected in zip(found, own):
+        torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=1e-5)
+    fewer = inside.staged(language, visual, texts, inside.Stages("fewer", ((1, 0.25),)))
+    one = inside.Stages("one", ((0, 0.25),))
+    assert not torch.allclose(fewer, found) and one.mean(2) == 0.25 and inside.Stages("", ((1, 0.5),)).mean(2) == 0.75
+    x = torch.cat([language.get_input_embeddings()(torch.tensor([[2]])), visual[:1]], dim=1)
+    rotary = language.rotary_emb(x, torch.arange(FRONT)[None], "full_attention")
+    row = inside.attention_row(language.layers[0], x, rotary, torch.tensor([20]))
+    assert row[0, 21:].max() == 0 and row.sum().item() == pytest.approx(1)

@@ -47,8 +47,8 @@ from turbovlm_lab.zoo.small_vlm import BOS, LANGUAGE, PROJECTOR, SIDE, TOKENS, W
 RANK = 16
 DRAWS = 2
 """How often an image's questions are drawn; its list of things is asked for once."""
-RATE, WARMUP, FALL, DECAY = 1e-3, 100, 0.25, 0.01
-FIRST_STEPS, FIRST_BATCH, FIRST_RATE, FIRST_IMAGES = 3_000, 2_048, 2e-3, 3_000
+RATE, WARMUP, FALL, DECAY = 1e-3, 50, 0.25, 0.01
+FIRST_STEPS, FIRST_BATCH, FIRST_RATE, FIRST_IMAGES = 2_000, 2_048, 2e-3, 3_000
 NOISE = 0.3
 """Deviation of the noise on standardised features, so that less depends on how the vendors of the training draw."""
 SHARPNESS = 24.0
@@ -201,7 +201,9 @@ def learn_meanings(learner: Learner, device: str) -> None:
     for step in (bar := tqdm(range(FIRST_STEPS), "patches", unit=" steps")):
         optimizer.param_groups[0]["lr"] = FIRST_RATE * min((step + 1) / 100, 1 - step / FIRST_STEPS)
         some = torch.randint(len(features), (FIRST_BATCH,))
-        loss = meaning_loss(projector(features[some].to(device).float()), labels[some].to(device), learner)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            visual = projector(features[some].to(device).float())
+        loss = meaning_loss(visual.float(), labels[some].to(device), learner)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
