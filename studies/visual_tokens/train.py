@@ -59,7 +59,7 @@ BESIDE = 0.1
 """The weight of the patches' own loss beside that of the answers."""
 OTHERS = 4_096
 """Tokens that compete beside those of answers."""
-EVERY = 15 * 60
+EVERY = 10 * 60
 """Seconds between checkpoints."""
 FRONT = 1 + TOKENS
 
@@ -137,6 +137,7 @@ def main() -> None:
     elif args.steps:
         learn_meanings(learner, args.device)
         save(checkpoint, learner, optimizer, step)
+        write_log(log, {"step": step, "patches": right_patches(learner, args.device)})
     saved_at, losses = time.monotonic(), []
     with tqdm(total=args.steps, initial=step, desc="training", unit=" steps") as bar:
         while step < args.steps:
@@ -153,9 +154,7 @@ def main() -> None:
             if step == args.steps or time.monotonic() - saved_at > EVERY:
                 save(checkpoint, learner, optimizer, step)
                 found = {"step": step, "loss": float(np.mean(losses[-100:])), **right_answers(learner, args.device)}
-                tqdm.write(json.dumps(found))
-                with log.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
+                write_log(log, found)
                 saved_at = time.monotonic()
     write_weights(learner, args.weights, step, args.batch, images)
 
@@ -234,6 +233,29 @@ def meaning_loss(visual: Tensor, labels: Tensor, learner: Learner) -> Tensor:
     return loss
 
 
+@torch.no_grad()
+def right_patches(learner: Learner, device: str, images: int = 100) -> dict[str, float]:
+    """How often a patch that shows something is nearest to its words, of images to validate on."""
+    features, shown = images_of("validation", range(images))
+    visual = learner.projector.eval()(features.to(device)).flatten(0, 1)
+    found, labels = {}, with_places(shown).flatten(0, 1).to(device)
+    kinds = dict(zip(("concept", "color", "row", "column"), zip(learner.meanings, labels.unbind(1))))
+    right = {name: ((visual @ kind.T).argmax(1) == column).float() for name, (kind, column) in kinds.items()}
+    concept, color = labels[:, 0], labels[:, 1]
+    first = len(NAMES), len(NAMES) + len(SEEN_WORDS), CONCEPTS.index(NOTHING)
+    things, words, digits = ((concept >= low) & (concept < high) for low, high in ((0, first[0]), first[:2], first[1:]))
+    for name, where in {"things": things, "words": words, "digits": digits, "nothing": concept == first[2]}.items():
+        found[name] = right["concept"][where].mean().item()
+    found["color"] = right["color"][color != UNKNOWN].mean().item()
+    return found | {name: right[name].mean().item() for name in ("row", "column")}
+
+
+def write_log(log: Path, found: dict[str, Any]) -> None:
+    tqdm.write(json.dumps(found))
+    with log.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+
+
 def rate(step: int, last: int) -> float:
     return RATE * min((step + 1) / WARMUP, 1.0, (last - step) / (FALL * last))
 
@@ -275,7 +297,7 @@ def texts_about(part: str, number: int, vlm: SmallVlm, chance: random.Random) ->
 
 
 @torch.no_grad()
-def right_answers(learner: Learner, device: str, images: int = 100, batch: int = 10) -> dict[str, float]:
+def right_answers(learner: Learner, device: str, images: int = 50, batch: int = 10) -> dict[str, float]:
     """How often every token of an answer is the likeliest of all, by sort of question, of images to validate on."""
     learner.projector.eval()
     found: dict[str, list[bool]] = defaultdict(list)
