@@ -200,3 +200,22 @@ def test_tokens_that_are_dropped_inside_count_from_their_layer_on(study, vlm):
     rotary = language.rotary_emb(x, torch.arange(FRONT)[None], "full_attention")
     row = inside.attention_row(language.layers[0], x, rotary, torch.tensor([20]))
     assert row[0, 21:].max() == 0 and row.sum().item() == pytest.approx(1)
+
+
+def test_every_selection_is_asked_for_once_and_reported_beside_random(study, tmp_path):
+    evaluate, report = study("evaluate"), study("report")
+    wanted = list(evaluate.settings(None, evaluate.KEEPS, ("merge", "prune"), 2))
+    assert len({setting.key for setting in wanted}) == len(wanted)
+    assert {setting.select for setting in wanted} == {*evaluate.SELECTIONS, report.WHOLE, report.CONTROL}
+    assert {setting.seed for setting in wanted if setting.select not in evaluate.DRAWN} == {0}
+    questions = [[image, sort] for image in range(4) for sort in report.SORTS]
+    scores = {s.key: vars(s) | {"right": [float(s.select != "random")] * len(questions)} for s in wanted}
+    found = {"images": 4, "weights": "0" * 64, "asked": questions, "scores": scores}
+    report.write_report(found, tmp_path / "selections.json")
+    table = (tmp_path / "selections.md").read_text()
+    for select in evaluate.SELECTIONS:
+        name = select if select == report.RANDOM else f"{select}, "
+        assert f"\n| {name}" in table
+    assert table.count("+1.000 [+1.000, +1.000]") == table.count("\n| ") - 2 * len(evaluate.KEEPS)
+    assert (tmp_path / "selections.png").stat().st_size > 10_000
+    assert evaluate.f1("dog, two cats", "two cats, dog") == 1 and evaluate.f1("dog", "cat, dog") == pytest.approx(2 / 3)

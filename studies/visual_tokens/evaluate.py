@@ -19,7 +19,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,15 @@ def main() -> None:
     file = args.out / ("selections_quick.json" if args.quick else "selections.json")
     args.out.mkdir(exist_ok=True)
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if args.report and not found:
+        parser.error(f"--report: there is no {file}")
     if not args.report:
         about = {"images": args.images, "weights": hashlib.sha256(args.weights.read_bytes()).hexdigest()}
         if any(found.get(name, value) != value for name, value in about.items()):
             parser.error(f"{file} is of other weights or of another number of images: remove it, or give --out")
         wanted = list(settings(args.selections, args.keeps, args.reduce, args.seeds))
         found = {**about, "asked": [], "scores": {}} | found
-        fill(found, wanted, assembled(args.weights, args.device), file, lambda: write_report(found, file))
+        fill(found, wanted, assembled(args.weights, args.device), file)
     write_report(found, file)
 
 
@@ -146,7 +148,7 @@ def _exists(setting: Setting) -> bool:
     return True
 
 
-def fill(found: dict[str, Any], wanted: list[Setting], vlm: SmallVlm, file: Path, report: Callable[[], None]) -> None:
+def fill(found: dict[str, Any], wanted: list[Setting], vlm: SmallVlm, file: Path) -> None:
     """Ask what is not known yet; each setting's scores are written when it has been asked."""
     style, shown = style_of("test"), []
     for number in range(found["images"]):
@@ -156,7 +158,6 @@ def fill(found: dict[str, Any], wanted: list[Setting], vlm: SmallVlm, file: Path
     for setting in tqdm([each for each in wanted if each.key not in found["scores"]], unit=" settings"):
         found["scores"][setting.key] = vars(setting) | {"right": ask(vlm, setting, shown)}
         file.write_text(json.dumps(found) + "\n")
-        report()
 
 
 @torch.no_grad()
