@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def drawing(part: str, number: int) -> tuple[Any, np.ndarray]:
 
 @functools.cache
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def main() -> None:
     if checkpoint.exists():
         stored = torch.load(checkpoint, map_location=args.device)
         learner.projector.load_state_dict(stored["projector"])
-        learner.gemma.load_state_dict(stored["change"], strict=False)
+        if unknown := learner.gemma.load_state_dict(stored["change"], strict=False).unexpected_keys:
+            parser.error(f"{checkpoint} changes layers that there are not, such as {unknown[0]}: remove it")
         optimizer.load_state_dict(stored["optimizer"])
         step = stored["step"]
     elif args.steps:
