@@ -214,7 +214,10 @@ def test_what_the_guide_has_seen(name):
     with turbovlm.apply(model, keep=0.5, visual_keep=0.5, guidance="mean") as handle:
         seen = []
         guide = model.model.visual.blocks[-1]
-        hook = guide.register_forward_pre_hook(lambda m, a, k: seen.append(packed_row(m, a[0], k)), with_kwargs=True)
+        spelled = handle.features[1].family.packed
+        hook = guide.register_forward_pre_hook(
+            lambda m, a, k: seen.append(packed_row(m, spelled, a[0], k)), with_kwargs=True
+        )
         out = model(**inputs).logits
         hook.remove()
         assert torch.isfinite(out).all() and len(handle.visual) == 3
