@@ -1,16 +1,22 @@
 """How many operators a denoising step runs, merged and not: on a GPU each is a launch, or several.
 
-    python benchmarks/denoiser_operators.py     # writes benchmarks/results/denoiser_operators.{json,md}; a minute
+    python benchmarks/denoiser_operators.py     # writes benchmarks/results/denoiser_operators.{json,md}; five minutes
 
-Blocks as many as in the full-size models, and narrow ones, as their number does not depend on width; on a CPU, where a
-decision takes more operators than by a GPU's kernels. Views are not counted.
+Blocks as many as in the full-size models, and narrow ones, as their number does not depend on width. On a CPU there are
+PyTorch's operators alone. For a GPU the kernels run in Triton's interpreter, and each is counted as one. What computes
+nothing (views, empty tensors) is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 import torch
 from cases import RESULTS, described, machine, save
@@ -26,8 +32,11 @@ VERSIONS = {
     "parts": DenoiseConfig(0.5, scope="part"),
     "parts, copies": DenoiseConfig(0.5, scope="part", restore="copy"),
 }
+KERNELS = ("stacks", "stacks, copies")
+"""Versions that are counted with a GPU's kernels, too."""
 VIEWS = frozenset(
     [
+        *("empty", "empty_like", "new_empty", "promote_types"),
         *("alias", "as_strided", "chunk", "detach", "diagonal", "expand", "permute", "select", "slice", "split", "t"),
         *("split_with_sizes", "squeeze", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"),
     ]
@@ -35,14 +44,14 @@ VIEWS = frozenset(
 
 
 class Counter(TorchDispatchMode):
-    """Counts operators that compute something."""
+    """Counts operators that compute something; turbovlm's own count by the kernels that they launch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += operator.overloadpacket.__name__ not in VIEWS
+        self.count += operator.namespace != "turbovlm" and operator.overloadpacket.__name__ not in VIEWS
         return operator(*args, **(kwargs or {}))
 
 
@@ -56,6 +65,9 @@ def main() -> None:
         for version, config in VERSIONS.items():
             with turbovlm.apply(model, config):
                 found[version] = operators(model, inputs)
+                if version in KERNELS:
+                    with on_kernels():
+                        found[f"{version}, kernels"] = operators(model, inputs)
         results["operators"][name] = found
     save(RESULTS / "denoiser_operators.json", results)
     (RESULTS / "denoiser_operators.md").write_text(report(results))
@@ -66,9 +78,36 @@ def main() -> None:
 def operators(model: Any, inputs: dict[str, Any]) -> int:
     """Of one forward, the second."""
     model(**inputs)
-    with Counter() as counter:
+    with Counter() as counter, launches_counted(counter):
         model(**inputs)
     return counter.count
+
+
+@contextmanager
+def launches_counted(counter: Counter) -> Iterator[None]:
+    """Count every launch of a kernel as well."""
+    from turbovlm.ops.kernels.common import Kernel
+
+    launch: Any = Kernel.__getitem__
+
+    def counted(kernel: Any, grid: Any) -> Any:
+        counter.count += 1
+        return launch(kernel, grid)
+
+    with patch.object(Kernel, "__getitem__", counted):
+        yield
+
+
+@contextmanager
+def on_kernels() -> Iterator[None]:
+    """Have the kernels run, as on a GPU."""
+    from turbovlm.ops import fused
+
+    with (
+        patch("turbovlm.diffusion.denoiser.path_for", lambda x: fused),
+        patch("turbovlm.diffusion.rank.path_for", lambda x: fused),
+    ):
+        yield
 
 
 def unet(blocks: tuple[int, ...], levels: tuple[bool, ...]) -> Callable[[], tuple[Any, dict[str, Any]]]:
@@ -128,8 +167,13 @@ MODELS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
 
 def report(results: dict[str, Any]) -> str:
     lines = ["# Operators of a denoising step", "", described(results["machine"]), ""]
-    lines += ["keep=0.5; views are not counted. In brackets: times the model's own.", ""]
+    lines += [
+        "keep=0.5; what computes nothing is not counted. In brackets: times the model's own. Kernels: as on a GPU.",
+        "",
+    ]
     names = ["model", *VERSIONS]
+    for version in KERNELS:
+        names.insert(names.index(version) + 1, f"{version}, kernels")
     lines += [f"| | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
     for model, found in results["operators"].items():
         cells = [f"{found[name]:,} ({found[name] / found['model']:.2f}×)" for name in names]

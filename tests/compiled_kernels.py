@@ -144,6 +144,9 @@ def everything(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> No
         take_in_turn(tokens)
     bag = torch.zeros(2 * tokens, dtype=torch.int64)
     kernels.mean_of_bags(x, bag, bag[: tokens + 1], weights.flatten())
+    for update, samples in ((True, 32), (True, 0), (False, 24)):
+        kernels.merge_books(src, dst, min(tokens, kernels.MOST_BOOKED), update)
+        kernels.restore(x, x[:, 17:], x[:, 17:], bag, update, samples, 0.3)
 
 
 def take_in_turn(tokens: int) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import turbovlm
+from turbovlm.diffusion import grids
+from turbovlm.diffusion.grids import grids_at
 
 pytest.importorskip("diffusers")
 SIZES = ((16, 16), (24, 16), (16, 24), (24, 32), (32, 32), (26, 38))
@@ -99,6 +101,21 @@ def test_a_unet_of_many_sizes_has_its_own_three_graphs(settings, more):
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_flux_of_many_squares_has_its_own_graphs():
-    squares = [(side, side) for side in (8, 12, 16, 10, 14)]
-    assert graphs_of(small_flux(), of_flux, squares, keep=0.5) == graphs_of(small_flux(), of_flux, squares)
+def test_flux_of_many_sizes_has_its_own_graphs():
+    """Of 64 tokens each the second and third: positions tell them from a square."""
+    sizes = [(8, 8), (4, 16), (16, 4), (12, 10), (10, 14), (7, 13)]
+    assert graphs_of(small_flux(), of_flux, sizes, keep=0.5) == graphs_of(small_flux(), of_flux, sizes)
+
+
+@torch.no_grad()
+def test_positions_are_looked_at_once(monkeypatch):
+    """A look waits for all that a GPU has to do: pipelines give every step the same tensor."""
+    model, inputs, looks = small_flux(), of_flux(8, 12), []
+    monkeypatch.setattr(grids, "grids_at", lambda *given: looks.append(given) or grids_at(*given))
+    with turbovlm.apply(model, keep=0.5) as handle:
+        for _ in range(3):
+            model(**inputs)
+        assert len(looks) == 1
+        inputs["img_ids"].copy_(of_flux(12, 8)["img_ids"])
+        model(**inputs)
+        assert len(looks) == 2 and next(iter(handle.features[0].last.values())).grids == ((1, 12, 8),)

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 import turbovlm
 from denoisers import DENOISERS, Watch, noise, unet_inputs
-from turbovlm.diffusion.restore import linear_map, restore_linear
+from turbovlm.diffusion.restore import restore_linear as restored_by
+from turbovlm.diffusion.restore import restore_update
 from turbovlm.errors import ConfigError
-from turbovlm.ops import host, merge_ranked, partition_tokens, rank_candidates
+from turbovlm.ops import host, merge_ranked, partition_tokens, plain, rank_candidates
+from turbovlm.ops.restoring import linear_map
 
 pytest.importorskip("diffusers")
 BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
@@ -22,11 +24,15 @@ def merge_of(x, r, reduce="merge"):
     return merge_ranked(ranking, r, order="spatial", reduce=reduce)[0]
 
 
+def restore_linear(merge, x, merged, out):
+    return restored_by(merge, x, merged, out, plain)
+
+
 @pytest.mark.parametrize("reduce", ["merge", "prune"])
 @pytest.mark.parametrize("r", [12, 32, 48])
 def test_a_linear_map_is_found(reduce, r, monkeypatch):
     """Of tokens that lie in fewer directions than the regression sees tokens."""
-    monkeypatch.setattr("turbovlm.diffusion.restore.RIDGE", 1e-9)
+    monkeypatch.setattr("turbovlm.ops.restoring.RIDGE", 1e-9)
     torch.manual_seed(0)
     x = torch.randn(3, 64, 8).double() @ torch.randn(8, 24).double() + 1
     linear = torch.nn.Linear(24, 20).double().requires_grad_(False)
@@ -48,13 +54,44 @@ def test_the_map_is_that_of_ridge_regression():
 def test_the_fewer_are_gone_the_fewer_are_seen(monkeypatch):
     """Restoring has to cost less than merging saved."""
     seen = []
-    monkeypatch.setattr("turbovlm.diffusion.restore.linear_map", lambda *a: seen.append(a[2]) or linear_map(*a))
+    monkeypatch.setattr("turbovlm.ops.restoring.linear_map", lambda *a: seen.append(a[2]) or linear_map(*a))
     x = noise(0, 2, 64, 24)
     for r in (1, 5, 48):
         merge = merge_of(x, r)
         merged = merge.merge(x)
         restore_linear(merge, x, merged, merged)
     assert seen == [1, 5, 12]
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_an_update_is_restored_beside_the_own_input(linear):
+    """Against the formula, in which W comes of the normal equations."""
+    torch.manual_seed(0)
+    x, out = torch.randn(2, 64, 24).double(), torch.randn(2, 40, 24).double()
+    merge = merge_of(x, 24)
+    merged = merge.merge(x)
+    back = restore_update(merge, x, merged, out, linear, plain)
+    expected = x + merge.unmerge(out - merged)
+    if linear:
+        z, y = (
+            (each - each.mean(1, keepdim=True)) for each in (merged[:, ::3][:, :12], (out - merged)[:, ::3][:, :12])
+        )
+        ridge = 0.3 * 12 * z.square().mean((1, 2)).view(-1, 1, 1) * torch.eye(24)
+        expected += (x - merge.unmerge(merged)) @ torch.linalg.solve(z.mT @ z + ridge, z.mT @ y)
+    torch.testing.assert_close(back, expected)
+    alone = merge.sizes.gather(1, merge.source) == 1
+    assert alone.any() and torch.equal(back[alone], merge.unmerge(out)[alone])
+
+
+def test_half_precision_holds_long_tokens():
+    """Products of tokens this long are beyond what float16 holds."""
+    x = noise(0, 1, 64, 256) * 200 + 500
+    merge = merge_of(x, 32)
+    merged = merge.merge(x)
+    out = merged + merged.roll(1, dims=2) / 4
+    exact = restore_update(merge, x, merged, out, True, plain)
+    low = restore_update(merge, *(each.half() for each in (x, merged, out)), True, plain)
+    assert low.dtype == torch.float16 and (low - exact).abs().max() < 0.005 * exact.abs().max()
 
 
 def test_equal_tokens_are_no_trouble():

@@ -15,7 +15,7 @@ from doubled import double
 from equal_tokens import stand_for
 from several_denoisers import SEVERAL, Grids, kontext_inputs, places, tokens
 from turbovlm.diffusion.grids import grids_at
-from turbovlm.errors import ConfigError, UnsupportedModelError
+from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.ops.merging import Merge
 
 diffusers = pytest.importorskip("diffusers")
@@ -326,10 +326,11 @@ def test_gradients_are_those_of_checkpoints(name):
     ("several", "grids", "settings"),
     [
         (KONTEXT, KONTEXT.grids, {"grid": ((8, 12), (10, 14))}),
+        (KONTEXT, KONTEXT.grids, {}),
         (KONTEXT, ((1, 8, 8), (1, 6, 8)), {"grid": ((8, 8), (6, 8))}),
         (QWEN, QWEN.grids, {}),
     ],
-    ids=["kontext", "a small reference", "qwen"],
+    ids=["kontext", "kontext, not told", "a small reference", "qwen"],
 )
 def test_compiled(several, grids, settings):
     model, inputs = several(), several.given(1, grids)
@@ -346,7 +347,10 @@ def test_compiled(several, grids, settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"236 tokens are no square: give grid=\(rows, columns\), or, of several images in one sequence"),
+        (
+            {"degree": lambda R, A, block: R},
+            r"a function cannot be compiled where positions say how tokens lie; give grid",
+        ),
         ({"grid": (8, 12)}, r"grid=\(8, 12\): the image has 236 tokens; give its rows and columns, or those of each"),
         ({"grid": ((8, 12), (10, 13))}, r"grid=\(\(8, 12\), \(10, 13\)\): the image has 236 tokens"),
     ],
@@ -355,6 +359,15 @@ def test_compiled_it_has_to_be_told(settings, message):
     model, inputs = KONTEXT(), KONTEXT.given(1)
     torch.compiler.reset()
     with turbovlm.apply(model, keep=0.5, **settings), pytest.raises(Exception, match=message):
+        run(torch.compile(model, fullgraph=True, backend="eager"), inputs)
+
+
+@pytest.mark.slow
+def test_compiled_it_has_to_be_told_of_small_images():
+    """They are left whole, which the number of all tokens does not tell."""
+    model, inputs = KONTEXT(), KONTEXT.given(1, ((1, 8, 8), (1, 6, 8)))
+    torch.compiler.reset()
+    with turbovlm.apply(model, keep=0.5), pytest.raises(StateError, match="of which 32 tokens go, and 56 in what was"):
         run(torch.compile(model, fullgraph=True, backend="eager"), inputs)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import turbovlm
 from turbovlm.registry import unregister
-from vlms import CLIP, IMAGE, TEXT, Vlm, seeded, square
+from vlms import IMAGE, TEXT, VIDEO, Vlm, qwen3_image, seeded
 
 transformers = pytest.importorskip("transformers")
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -43,54 +43,52 @@ def test_an_entry_has_fifteen_lines_at_most(name):
     assert len(lines) + 1 <= 15
 
 
-def aimv2():
-    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+def pixio():
+    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "mlp_ratio": 2}
     torch.manual_seed(0)
-    config = transformers.Aimv2VisionConfig(**size, image_size=48, patch_size=8)
-    return transformers.Aimv2VisionModel(config).eval()
+    return transformers.PixioModel(transformers.PixioConfig(**size, image_size=48, patch_size=8, n_cls_tokens=4)).eval()
 
 
 def test_an_encoder(registered):
-    model, pixels = aimv2(), torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    model, pixels = pixio(), torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with pytest.raises(turbovlm.UnsupportedModelError):
         turbovlm.apply(model, r=4)
     with torch.no_grad():
         own = model(pixel_values=pixels).last_hidden_state
-        handle = registered("AIMV2", model)
+        handle = registered("PIXIO", model)
         merged = model(pixel_values=pixels).last_hidden_state
-        assert handle.schedules[0].tokens == (36, 28, 28, 20, 20) and merged.shape == own.shape
-        assert handle.features[0].last.sizes.sum(1).eq(36).all()
+        assert handle.schedules[0].tokens == (40, 32, 32, 24, 24) and merged.shape == own.shape
+        assert handle.features[0].last.sizes[:, 4:].sum(1).eq(36).all()
         handle.remove()
         assert torch.equal(model(pixel_values=pixels).last_hidden_state, own)
         with turbovlm.apply(model, r=0):
             assert torch.equal(model(pixel_values=pixels).last_hidden_state, own)
 
 
-def aya_vision():
-    text = transformers.Cohere2Config(**TEXT, layer_types=["full_attention"] * 3)
-    return transformers.AyaVisionForConditionalGeneration(
-        transformers.AyaVisionConfig(
-            vision_config=transformers.SiglipVisionConfig(**CLIP),
-            text_config=text,
-            image_token_id=IMAGE,
-            downsample_factor=2,
-            vision_feature_layer=-1,
-            alignment_intermediate_size=64,
-        )
+def cosmos():
+    vision = {"depth": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32}
+    vision |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = transformers.Cosmos3OmniConfig(
+        vision_config=vision,
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
     )
+    return transformers.Cosmos3OmniForConditionalGeneration(config)
 
 
 def test_a_vision_language_model(registered):
-    model, family = seeded(aya_vision), Vlm(aya_vision, square(9, 48))
+    model, family = seeded(cosmos), Vlm(cosmos, qwen3_image, types="mm_token_type_ids")
     inputs = family.inputs([5, 6, "image", 7, 8], [9, "image", 14, 11, 12, 13])
     seen = inputs["attention_mask"].bool()
-    with pytest.raises(turbovlm.UnsupportedModelError, match=r"language\.md lists what is supported"):
+    with pytest.raises(turbovlm.UnsupportedModelError, match=r"no family describes Cosmos3OmniModel.*register"):
         turbovlm.apply(model, visual_keep=0.5)
     with torch.no_grad():
         own = model(**inputs).logits
-        handle = registered("AYA_VISION", model)
+        handle = registered("COSMOS_3", model)
         model(**inputs)
-        assert [selection.kept.shape[1] for selection in handle.visual] == [5, 5]
+        assert [selection.kept.shape[1] for selection in handle.visual] == [8, 6]
         handle.remove()
         with turbovlm.apply(model, visual_keep=1.0):
             assert (model(**inputs).logits - own)[seen].abs().max() < 1e-5
@@ -137,7 +135,7 @@ def test_what_is_no_entry_is_refused():
 
 
 def test_a_family_registered_twice_is_refused(registered):
-    registered("AIMV2", aimv2())
+    registered("PIXIO", pixio())
     from turbovlm.encoder import variant
     from turbovlm.encoder.families.transformers import VIT
 

@@ -760,8 +760,8 @@ def test_all_of_them_compile_for_gpus_that_are_not_there():
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
-    names = ("attention_rows", "biased_attention", "choose", "mean_of_bags", "merge_tokens", "most_similar")
-    names = (*names, "take_in_turn")
+    names = ["attention_rows", "biased_attention", "choose", "mean_of_bags", "merge_tokens", "most_similar"]
+    names += ["merge_books", "linear_maps", "restore", "take_in_turn"]
     assert compiled == {f"_{name}" for name in names} and "sm_80" in done.stdout and "sm_90" in done.stdout
     shared = [int(size) for size in re.findall(r"(\d+) bytes shared", done.stdout)]
     assert max(shared) <= 99 * 1024, "more than small GPUs have"

@@ -99,6 +99,6 @@ def test_blips_other_tasks(task):
     if task == "QuestionAnswering":
         inputs["labels"] = IDS
     first = next(iter(model(**inputs).values()))
-    with turbovlm.apply(model, visual_keep=0.5):
+    with turbovlm.apply(model, visual_keep=0.5, reduce="prune"):  # merged, random weights tell them apart too little
         assert not torch.equal(next(iter(model(**inputs).values())), first)
     assert torch.equal(next(iter(model(**inputs).values())), first)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
 
 import turbovlm
+from more_vlms import MORE
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.vlm.marks import ATTENTION
 from vlms import CLIP, IMAGE, TEXT, VLMS, noise, seeded, visual_of
@@ -44,15 +46,28 @@ def probed(tower):
             config._attn_implementation = name
 
 
-def rows_of(guide, guidance, prefix):
+def apart(captured):
+    """The same, with the images of a sequence apart that a mask keeps apart."""
+    for module, query, key, scaling, mask in captured:
+        seen = mask if mask is None or mask.dtype == torch.bool else mask == 0
+        if seen is None or (seen == seen[:, :, :1]).all():
+            yield module, query, key, scaling, seen
+            continue
+        first = [0, *((seen[0, 0, 1:] != seen[0, 0, :-1]).any(1).nonzero().squeeze(1) + 1).tolist(), query.shape[2]]
+        for start, end in pairwise(first):
+            yield module, query[:, :, start:end], key[:, :, start:end], scaling, None
+
+
+def rows_of(guide, guidance, prefix, suffix=0):
     """A of every position of the tower, `[positions of all images]`, from the queries and keys kept."""
     found = []
-    for module, query, key, scaling, mask in CAPTURED:
+    for module, query, key, scaling, mask in apart(CAPTURED):
         if not any(module is part for part in guide.modules()):
             continue
         seen = None if mask is None else mask[:, 0, :1].bool()  # `[images, 1, positions]`
         weights = torch.ones_like(query[:, :1, :, :1]) if seen is None else seen.transpose(1, 2).unsqueeze(1).float()
         weights[:, :, :prefix] = 0
+        weights[:, :, weights.shape[2] - suffix :] = 0
         mean = (query * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True)
         asking = query[:, :, :1] if guidance == "cls" else mean
         scores = (asking.double() @ key.double().transpose(2, 3)) * scaling
@@ -62,11 +77,14 @@ def rows_of(guide, guidance, prefix):
 
 
 def features_of(model, pixels, kind, **call):
-    return getattr(model, f"get_{kind}_features")(**pixels, return_dict=True, **call)
+    method = f"get_{kind}_features"
+    return getattr(model if hasattr(model, method) else model.model, method)(**pixels, return_dict=True, **call)
 
 
 def members(model, guide, pixels, kind, positions):
     """Which visual tokens are made of each position behind the guide, `[tokens, positions]`, 0 or 1."""
+
+    behind = next(getattr(guide, name) for name in ("mlp", "feed_forward", "ffn") if hasattr(guide, name))
 
     def run(position):
         def disturb(module, inputs, output):
@@ -74,8 +92,10 @@ def members(model, guide, pixels, kind, positions):
             changed.view(-1, output.shape[-1])[position] += 9 * torch.linspace(-1, 1, output.shape[-1])
             return changed
 
-        hook = None if position is None else guide.mlp.register_forward_hook(disturb)
-        found = torch.cat(list(features_of(model, pixels, kind).pooler_output)).view(-1, 32)
+        hook = None if position is None else behind.register_forward_hook(disturb)
+        outputs = features_of(model, pixels, kind)
+        features = outputs.last_hidden_state if outputs.pooler_output is None else outputs.pooler_output
+        found = torch.cat(list(features)).view(-1, 32)
         if hook is not None:
             hook.remove()
         return found
@@ -93,9 +113,9 @@ def check(model, pixels, kind="image", guidance="auto", **settings):
         feature = handle.features[-1]
         part = model.get_submodule(feature.part)
         guide = part.get_submodule(feature.guide)
-        with probed(getattr(part, feature.family.tower)):
+        with probed(part.get_submodule(feature.family.tower)):
             outputs = features_of(model, pixels, kind)
-        row = rows_of(guide, feature.guidance, feature.prefix)
+        row = rows_of(guide, feature.guidance, feature.prefix, feature.suffix)
         found = torch.cat(getattr(outputs, ATTENTION)).double()
     wanted = members(model, guide, pixels, kind, len(row)) @ row
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
@@ -103,9 +123,9 @@ def check(model, pixels, kind="image", guidance="auto", **settings):
     return found, len(row)
 
 
-@pytest.mark.parametrize("name", VLMS)
+@pytest.mark.parametrize("name", [*VLMS, *(name for name, family in MORE.items() if family.attention)])
 def test_a_is_what_the_tower_pays_to_each_token(name):
-    family = VLMS[name]
+    family = (VLMS | MORE)[name]
     model = seeded(family.make)
     check(model, visual_of(family.inputs([5, "image", 6, "image", 7]), family))
 
@@ -189,7 +209,7 @@ def planted(model, part, guide, feature, position):
     """Have the guide pay nearly all it has to one position, counted over all images."""
     from turbovlm.vlm import tower
 
-    def packed_row(block, hidden, arguments):
+    def packed_row(block, spelled, hidden, arguments, proportional):
         return torch.nn.functional.one_hot(torch.tensor(position), len(hidden)).float()
 
     def attention_of_guide(block, layout, config, prefix, guidance, hidden, arguments):

@@ -219,7 +219,7 @@ def test_pi0_is_refused():
     model = transformers.PI0ForConditionalGeneration(transformers.PI0Config(vlm_config=config, dit_config=text))
     with pytest.raises(
         UnsupportedModelError,
-        match=r"visual_keep=0\.5: PI0 puts visual tokens into its prompt itself.*; r, keep or flops merge in",
+        match=r"visual_keep=0\.5: PI0Model: it puts visual tokens into its prompt itself.*; r, keep or flops merge in",
     ):
         turbovlm.apply(model, visual_keep=0.5)
 

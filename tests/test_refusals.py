@@ -81,8 +81,8 @@ LIBRARIES = {
         "its attention is sparse over blocks or hashes of tokens",
     ),
     "one that a layout could describe": (
-        lambda: transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**IMAGE)),
-        "its blocks (Aimv2EncoderLayer) look like a ViT's, but no layout describes them yet: docs/extending.md",
+        lambda: transformers.PixioModel(transformers.PixioConfig(**IMAGE)),
+        "its blocks (PixioLayer) look like a ViT's, but no layout describes them yet: docs/extending.md",
     ),
 }
 

@@ -264,7 +264,7 @@ def test_dense_gives_the_decoder_every_position(model):
         assert "restored to 40 tokens (residual)" in repr(handle)
     with turbovlm.apply(model, r=6) as handle:
         assert model(**inputs).encoder_last_hidden_state.shape[1] == 16
-        assert "model is to read merged tokens, in proportion to their sizes" in repr(handle)
+        assert "model.decoder cross-attends to merged tokens, in proportion to their sizes" in repr(handle)
 
 
 @torch.no_grad()
@@ -284,7 +284,7 @@ def test_tokens_without_their_sizes_are_refused(model):
 
 def test_attention_that_takes_no_bias_is_refused(model):
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedModelError, match="attn_implementation='flash_attention_2': the decoder reads"):
+    with pytest.raises(UnsupportedModelError, match="attn_implementation='flash_attention_2': merged tokens are"):
         turbovlm.apply(model, r=6)
     model.config._attn_implementation = "sdpa"
     with turbovlm.apply(model, r=6), torch.no_grad():

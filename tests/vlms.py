@@ -36,23 +36,33 @@ CLIP = {
 """36 patches."""
 
 
+Image = Callable[[int], tuple[int | list[int], dict[str, torch.Tensor]]]
+"""The n-th image: how many tokens it has, or what stands for it in a prompt, and the arguments that encode it."""
+
+
 @dataclass(frozen=True)
 class Vlm:
     """One family: how to make a small model, and how to encode prompts for it.
 
     `types` names its argument of token types, 1 for images' tokens and 2 for videos'; where `answer` is given, 0 for
-    the whole prompt and `answer` behind it. `first` is the position of a prompt's first token.
+    the whole prompt and `answer` behind it. `first` is the position of a prompt's first token. Where `one_placeholder`,
+    videos have that of images. `attention`: whether the tower has a row of it for visual tokens.
+    `beams`: whether the library itself repeats images for them. `side_by_side`: whether images are one beside another.
     `inputs(rows)`: each row is a list of integers (text tokens), `"image"`s and `"video"`s; ragged rows are padded on
     the left.
     """
 
     make: Callable[[], Any]
-    image: Callable[[int], tuple[int, dict[str, torch.Tensor]]]
+    image: Image
     token: int = IMAGE
     types: str | None = None
     first: int = 0
     answer: int | None = None
     video: Callable[[int], tuple[list[int], dict[str, torch.Tensor]]] | None = None
+    one_placeholder: bool = False
+    attention: bool = True
+    beams: bool = True
+    side_by_side: bool = False
 
     def inputs(self, *rows: list[Any]) -> dict[str, Any]:
         sequences: list[list[int]] = []
@@ -64,7 +74,7 @@ class Vlm:
                 one: dict[str, torch.Tensor] = {}
                 if item == "image":
                     tokens, one = self.image(images)
-                    sequence += [self.token] * tokens
+                    sequence += tokens if isinstance(tokens, list) else [self.token] * tokens
                     images += 1
                 elif item == "video":
                     placed, one = self.video(videos)
@@ -79,10 +89,13 @@ class Vlm:
         ids = torch.tensor([[PAD] * (longest - len(s)) + s for s in sequences])
         mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
         found = {"input_ids": ids, "attention_mask": mask}
-        found |= {name: torch.cat(values) for name, values in pixels.items()}
+        beside = ("pixel_values",) if self.side_by_side else ()
+        found |= {name: torch.cat(values, dim=-1 if name in beside else 0) for name, values in pixels.items()}
         if self.types is not None:
             types = (ids == self.token).int() + 2 * (ids == VIDEO).int()
             found[self.types] = types * (self.answer is None)
+        if self.one_placeholder:
+            found["input_ids"] = ids.masked_fill(ids == VIDEO, self.token)
         return found
 
 
@@ -336,7 +349,7 @@ def dropped(handle, inputs, family):
 
 def full_positions(model, inputs, family):
     mask = inputs["attention_mask"]
-    if hasattr(model.model, "compute_3d_position_ids"):
+    if hasattr(getattr(model, "model", model), "compute_3d_position_ids"):
         return model.model.get_rope_index(**{k: v for k, v in inputs.items() if "pixel" not in k})[0]
     return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0) + family.first
 

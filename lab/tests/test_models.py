@@ -24,6 +24,25 @@ def nlvr2():
     return BlipForNLVR2(vision, text, encode_token=59).eval()
 
 
+@torch.no_grad()
+def test_both_images_of_nlvr2_are_read_by_size():
+    """Of images whose patches are all there twice, doubles merge and the scores stay."""
+    model = nlvr2()
+    places = model.vision_model.embeddings.position_embedding
+    places[:, 2::2] = places[:, 1::2]
+    for layer in model.layers:
+        for each in (layer.crossattention.self0, layer.crossattention.self1):
+            each.query.weight.mul_(20)
+            each.value.weight.mul_(20)
+    pixels = torch.randn(3, 2, 3, 6, 8, 3, 1, 8).expand(-1, -1, -1, -1, -1, -1, 2, -1).reshape(3, 2, 3, 48, 48)
+    given = {"pixel_values": pixels, "input_ids": torch.randint(1, 50, (3, 7))}
+    scores, doubles = model(**given), {"r": (13, 0, 0, 0), "degree": "redundancy", "partition": "alternate"}
+    with turbovlm.apply(model, **doubles):
+        torch.testing.assert_close(model(**given), scores, rtol=0, atol=1e-5)
+    with turbovlm.apply(model, **doubles, proportional=False):
+        assert (model(**given) - scores).abs().max() > 1e-4
+
+
 def authors_names(state):
     """The tensors as the authors' `model_base_nlvr.pth` names them."""
     renamed = {}

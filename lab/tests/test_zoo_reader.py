@@ -69,6 +69,22 @@ def test_merged_tokens_are_restored(reader):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("pairs", [False, True])
+def test_merged_tokens_count_by_size(reader, pairs):
+    """What the words read of them is what they read of copies at every position."""
+    side = 8 * reader.eyes.patch
+    pixels = torch.randn(2, 2, 3, side, side) if pairs else torch.randn(2, 3, side, side)
+    ids = torch.tensor([encode(f"{CAPTION} there are two")] * 2)
+    settings = {"r": 3, "restore": "copy"}
+    with turbovlm.apply(reader, **settings, dense=True):
+        expected = reader(ids, reader.look(pixels))
+    with turbovlm.apply(reader, **settings):
+        tokens = reader.look(pixels)
+        assert tokens.shape[1] < 65 * (1 + pairs)
+        torch.testing.assert_close(reader(ids, tokens), expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
 def test_two_images_are_one_sequence(reader):
     pixels = torch.randn(3, 2, 3, 4 * reader.eyes.patch, 4 * reader.eyes.patch)
     both = reader.look(pixels)

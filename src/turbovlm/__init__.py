@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from turbovlm.encoder.schedule import Schedule
     from turbovlm.encoder.state import BlockTrace
     from turbovlm.sharing import share_weights
+    from turbovlm.windows import batch_windows
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "TurboError",
     "UnsupportedModelError",
     "apply",
+    "batch_windows",
     "calibrate",
     "get_handle",
     "ops",
@@ -49,6 +51,7 @@ _WHERE = {
     "Schedule": "turbovlm.encoder.schedule",
     "BlockTrace": "turbovlm.encoder.state",
     "share_weights": "turbovlm.sharing",
+    "batch_windows": "turbovlm.windows",
 }
 """Names that are imported when they are used."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turbovlm.config import Config, DenoiseConfig, ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError, StateError, TurboError, UnsupportedModelError
-from turbovlm.patching import Feature, Patch, install, patches_on, remove
+from turbovlm.patching import Feature, Patch, install, keeps_tokens, patches_on, remove
 from turbovlm.registry import class_paths, families, family_of
 from turbovlm.workflows import configs_from
 
@@ -52,7 +52,7 @@ def apply(model: Any, *configs: Any, **settings: Any) -> Handle:
         TurboError: the model is accelerated already.
     """
     module = _module_of(model)
-    for patch in patches_on(module):
+    for patch in (patch for patch in patches_on(module) if not keeps_tokens(patch.feature)):
         raise TurboError(
             f"{_name_of(module, patch.module)} is accelerated already ({patch.feature.config.amount}): "
             "call handle.remove(), or turbovlm.get_handle(model).remove(), first"
@@ -65,7 +65,8 @@ def apply(model: Any, *configs: Any, **settings: Any) -> Handle:
             f"accelerated in {known}"
         )
     features = _find(module, model, configs_from(configs, settings, denoises, type(module).__name__))
-    install([*(patch for feature in features for patch in feature.patches(module)), *_checks(module, features)])
+    patches = [patch for feature in features for patch in feature.patches(module)]
+    install([*_across(module, features), *patches, *_checks(module, features)])
     return Handle(module, features)
 
 
@@ -86,6 +87,15 @@ def _find(module: nn.Module, owner: Any, configs: tuple[Config, ...]) -> list[Fe
 
             features.append(find_denoiser(module, config, owner))
     return features
+
+
+def _across(module: nn.Module, features: list[Feature]) -> list[Patch]:
+    """What has cross-attention to merged tokens count them by size, whichever features merge them."""
+    if all(getattr(feature, "cross_attention", None) is None for feature in features):
+        return []
+    from turbovlm.encoder.cross_attention import cross_patches
+
+    return cross_patches(module, features)
 
 
 def _checks(module: nn.Module, features: list[Feature]) -> list[Patch]:
@@ -241,7 +251,8 @@ class Handle:
         lines = [f"Turbo({settings}{state})", *(line for each in self.features for line in each.describe())]
         model = self._model
         weights = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
-        if self.active and weights is not None and not weights.is_meta:  # whose values are yet to come
+        merges = not all(map(keeps_tokens, self.features))
+        if merges and self.active and weights is not None and not weights.is_meta:  # whose values are yet to come
             from turbovlm.ops.dispatch import path_told
 
             where = f"{weights.device}, {str(weights.dtype).removeprefix('torch.')}"

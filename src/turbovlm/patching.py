@@ -42,12 +42,18 @@ class Feature(Protocol):
     last: Any
 
     # A feature that also patches objects which are no part of the model has them in a property `beside`, a tuple.
+    # One that leaves every token as it is has `keeps_tokens = True`: others may be applied to the same model.
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """What to put where in the model that it was found in. Changes nothing."""
 
     def describe(self) -> list[str]:
         """Lines for `print(handle)`."""
+
+
+def keeps_tokens(feature: Feature) -> bool:
+    """Whether a feature leaves every token as it is, so that others may be applied to the same model."""
+    return bool(getattr(feature, "keeps_tokens", False))
 
 
 Function = Callable[..., Any]
@@ -219,8 +225,11 @@ def take_off(patches: Iterable[Patch]) -> None:
 
 
 def _put_back(patch: Patch, slot: str) -> None:
-    if patch.before is not None:
-        setattr(patch.module, slot, patch.before)
+    before = patch.before
+    while isinstance(before, Patch) and before.feature.removed:  # one that was taken off while this one lay on it
+        before = before.before
+    if before is not None:
+        setattr(patch.module, slot, before)
     elif slot == patch.name:
         del patch.module.__dict__[slot]
     else:  # accelerate's hook came after the patch and keeps it: it needs a method to call
@@ -240,6 +249,8 @@ def check_forwards(modules: Iterable[tuple[str, nn.Module]], one_device: bool = 
     devices: dict[str, str] = {}
     for name, module in modules:
         own = module.__dict__.get(slot_of(module, "forward"))
+        while isinstance(own, Patch):  # of a feature that others may stand beside
+            own = own.before
         if own is not None and getattr(own, "__func__", None) is not type(module).forward:
             raise TurboError(
                 f"{name or 'the model'} has a forward of its own, set by another library: apply turbovlm before it"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,15 +18,14 @@ from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
 from turbovlm.diffusion.families import Part
-from turbovlm.diffusion.grids import square
+from turbovlm.diffusion.grids import Grids, Unread, count_gone, share_gone, square
 from turbovlm.diffusion.positions import split_text
-from turbovlm.diffusion.rank import choose, compare
+from turbovlm.diffusion.rank import choose, choose_unread, compare
 from turbovlm.diffusion.run import Choice, Run
 from turbovlm.diffusion.whole import own_call
 from turbovlm.errors import StateError
 from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.merging import merge_chosen
-from turbovlm.ops.tracing import constant_in_graphs
 from turbovlm.ops.whole import Rules
 
 LEAST_TOKENS = 64
@@ -111,43 +109,37 @@ def _fits(choice: Choice, site: Site, x: Tensor) -> bool:
 @torch.no_grad()
 def _choose(run: Run, site: Site, part: nn.Module | None, x: Tensor, text: Any, bias: Tensor | None) -> Choice:
     config: DenoiseConfig = run.feature.config
-    grids = run.grids or ((1, *square(x.shape[1])),)
-    tokens = sum(map(math.prod, grids))
+    lie = run.grids or ((1, *square(x.shape[1])),)
+    tokens = lie.tokens if isinstance(lie, Unread) else sum(map(math.prod, lie))
     if x.shape[1] != tokens and (site.part.text is None or x.shape[1] < tokens):
         kind = type(run.denoiser.get_submodule(site.guide.rpartition(".")[0]))
         raise StateError(
             f"{site.name}, in a {kind.__qualname__} of {kind.__module__}, was given {x.shape[1]} of {tokens} tokens: "
             f"something cuts them into chunks, or merges them too; stop that, or {_without(site)}"
         )
-    images = [(*grid, math.prod(grid) >= least_tokens(config)) for grid in grids]
-    gone = _count_gone([grid for *grid, merges in images if merges], _share(run, tokens))
+    least, share = least_tokens(config), _share(run, tokens)
+    grids: Grids = ((1, 1, tokens),) if isinstance(lie, Unread) else lie
+    if isinstance(lie, Unread):
+        gone = share_gone(tokens, share) if tokens >= least else 0
+    else:
+        gone = count_gone([grid for grid in lie if math.prod(grid) >= least], share)
     if gone == 0:
         return Choice(grids, None)
     features, _ = split_text(x, tokens, site.part.text)
     semantic = None
     if run.feature.semantic:
         semantic = _averaged(run, _semantic(run.denoiser.get_submodule(site.guide), part, features, text, bias))
-    if site.group not in run.compared:
-        run.compared[site.group] = compare(_averaged(run, features), images, run.path)
     rules = Rules(config.degree, config.alpha, config.seed, "spatial", config.reduce)
-    src, dst = choose(features, *run.compared[site.group], semantic, images, gone, run.path, site.index, rules)
-    ones = features.new_ones(features.shape[:2], dtype=precise_dtype(features))
-    return Choice(grids, merge_chosen(src, dst, ones, reduce=config.reduce))
-
-
-def _count_gone(images: list[list[int]], share: float) -> int:
-    """How many tokens of those images are merged; every 2×2 cell, also one that is cut off, keeps a token."""
-    tokens = sum(map(math.prod, images))
-    cells = sum(frames * -(-rows // 2) * -(-columns // 2) for frames, rows, columns in images)
-    up, down = _fraction(share)  # whole numbers and a branch: of what is rounded, graphs make symbols that cost minutes
-    left = (2 * up * tokens + down) // (2 * down)
-    return tokens - (cells if left < cells else left)
-
-
-@constant_in_graphs
-def _fraction(share: float) -> tuple[int, int]:
-    """Numerator and denominator: `0.7` is 7 and 10."""
-    return Fraction(share).limit_denominator(10_000).as_integer_ratio()
+    if isinstance(lie, Unread):
+        averaged = _averaged(run, features)
+        chosen = choose_unread(averaged, lie, semantic, least, share, gone, run.path, site.index, rules)
+    else:
+        images = [(*grid, math.prod(grid) >= least) for grid in lie]
+        if site.group not in run.compared:
+            run.compared[site.group] = compare(_averaged(run, features), images, run.path)
+        chosen = choose(features, *run.compared[site.group], semantic, images, gone, run.path, site.index, rules)
+    merge = merge_chosen(chosen, tokens, precise_dtype(features), reduce=config.reduce, path=run.path)
+    return Choice(grids, merge)
 
 
 def _share(run: Run, tokens: int) -> float:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from turbovlm.diffusion.choose import Site, least_tokens
-from turbovlm.diffusion.grids import GridReader, Grids
+from turbovlm.diffusion.grids import GridReader, Grids, Unread
 from turbovlm.diffusion.merge_stack import block_forward, block_slot
 from turbovlm.diffusion.run import Run, check_class, current_run, find_same_latents, run_within
 from turbovlm.diffusion.whole import patches_below
@@ -96,7 +96,7 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         share,
         choices,
         grids,
-        sum(map(math.prod, grids or (latent.shape[-2:],))) >> 2 * holder.halved,
+        _tokens(latent, grids) >> 2 * holder.halved,
         inside=f"{holder.name}." if holder.name else "",
         apart=apart,
     )
@@ -117,7 +117,11 @@ TIMESTEPS = ("timestep", "timesteps", "t")
 """Names by which denoisers take how noisy a latent is."""
 
 
-def _grids_of(holder: Holder, model: Any, given: dict[str, Any], feature: DenoiseFeature) -> Grids | None:
+def _tokens(latent: Any, grids: Grids | Unread | None) -> int:
+    return grids.tokens if isinstance(grids, Unread) else sum(map(math.prod, grids or (latent.shape[-2:],)))
+
+
+def _grids_of(holder: Holder, model: Any, given: dict[str, Any], feature: DenoiseFeature) -> Grids | Unread | None:
     """How the tokens of a holder lie; None where it does not know."""
     return None if holder.grid is None else holder.grid(model, given, feature.config.sides)
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from turbovlm.checks import brief
-from turbovlm.errors import ConfigError, UnsupportedModelError
-from turbovlm.ops.tracing import is_readable
+from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
+from turbovlm.ops.tracing import constant_in_graphs, is_captured, is_exporting, is_readable
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns, of which an image has one frame."""
@@ -24,7 +26,7 @@ Grids = tuple[Grid, ...]
 """The images of a sequence, one behind the other: most have one, edited images have references beside them."""
 Sides = tuple[tuple[int, int], ...]
 """Rows and columns of each image of a sequence."""
-GridReader = Callable[[Any, Mapping[str, Any], "Sides | None"], "Grids | None"]
+GridReader = Callable[[Any, Mapping[str, Any], "Sides | None"], "Grids | Unread | None"]
 """`(holder, given, otherwise)`: of a module that has blocks, what it is given by name, and `DenoiseConfig.sides`; None
 where that says nothing."""
 
@@ -103,16 +105,27 @@ class OfPositions:
     row: int = 1
     column: int = 2
 
-    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Grids | None:
-        """Where Python may not look at positions, `otherwise`, or a square.
+    def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Grids | Unread | None:
+        """Where Python may not look at positions, `otherwise`; without it they are left to an operator in what is
+        compiled, and elsewhere the tokens are taken for a square.
 
         Raises:
             UnsupportedModelError: they are not those of images, row by row.
             ConfigError: there are not as many as `otherwise` says.
+            StateError: a CUDA graph is captured, and no forward has read them before.
         """
         positions, tokens = given.get(self.name), next(iter(given.values())).shape[1]
         if positions is None:
             return None
+        if otherwise is None and torch.compiler.is_compiling() and not is_exporting():
+            return Unread(positions, self, tokens)
+        if otherwise is None and is_captured(positions):
+            if (known := known_of(positions, (self, tokens))) is None:
+                raise StateError(
+                    f"{self.name} cannot be looked at while a CUDA graph is captured: run a forward with the same "
+                    "tensor before, or give grid=(rows, columns) to turbovlm.apply"
+                )
+            return known
         if not is_readable(positions):
             sides = otherwise or (square(tokens),)
             if sum(rows * columns for rows, columns in sides) != tokens:
@@ -121,10 +134,31 @@ class OfPositions:
                     "columns, or those of each image"
                 )
             return tuple((1, rows, columns) for rows, columns in sides)
-        flat = (positions[0] if positions.ndim == 3 else positions)[-tokens:]
+        return self.read(positions, tokens)
+
+    def read(self, positions: Tensor, tokens: int) -> Grids:
+        """The images whose tokens are the last `tokens` that have positions."""
+        return read_once(positions, (self, tokens), lambda: self._read(positions, tokens))
+
+    def _read(self, positions: Tensor, tokens: int) -> Grids:
+        flat = (positions[0] if positions.ndim == 3 else positions)[-tokens:].cpu()
         others = [axis for axis in range(flat.shape[1]) if axis not in (self.row, self.column)]
         zeros = flat.new_zeros(tokens, 1)
         return grids_at(self.name, torch.cat((flat[:, others], zeros, flat[:, [self.row, self.column]]), dim=1))
+
+
+@dataclass(frozen=True)
+class Unread:
+    """How tokens lie, where Python may not look at what tells it: an operator will, in `turbovlm.diffusion.rank`.
+
+    Attributes:
+        positions: the argument that tells; how: its reader.
+        tokens: of all images.
+    """
+
+    positions: Tensor
+    how: OfPositions
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -181,7 +215,33 @@ class OfNumbers:
                 "looked at, as in a compiled denoiser"
             )
         starts = places[0] if places.ndim == 3 else places[0, ..., 0]
-        return grids_at(self.places, starts.T)
+        return read_once(places, self, lambda: grids_at(self.places, starts.T))
+
+
+def read_once(positions: Tensor, how: Hashable, read: Callable[[], Grids]) -> Grids:
+    """What `read` finds in `positions`, of which pipelines give every step the same tensor.
+
+    Looking at a GPU's tensor waits for all that was launched before.
+
+    Args:
+        how: what else it depends on.
+    """
+    if positions.is_inference():  # has no version, by which a change in place is seen
+        return read()
+    found = known_of(positions, how)
+    if found is None:
+        found = read()
+        _READ[positions] = (positions._version, how), found
+    return found
+
+
+def known_of(positions: Tensor, how: Hashable) -> Grids | None:
+    """What `read_once` has found in the same tensor, if it has and nobody has changed it."""
+    known = None if positions.is_inference() else _READ.get(positions)
+    return None if known is None or known[0] != (positions._version, how) else known[1]
+
+
+_READ: MutableMapping[Tensor, tuple[Hashable, Grids]] = WeakIdKeyDictionary()
 
 
 def grids_at(name: str, positions: Tensor) -> Grids:
@@ -234,6 +294,26 @@ def _is_full(image: Tensor) -> bool:
     frames, rows, columns = image.unbind(dim=-1)
     along = frames[:, :1, :1], rows[:1, :, :1], columns[:1, :1, :]
     return all(bool((axis == first).all()) for axis, first in zip((frames, rows, columns), along))
+
+
+def count_gone(images: Sequence[Grid], share: float) -> int:
+    """How many tokens of those images are merged; every 2×2 cell, also one that is cut off, keeps a token."""
+    tokens = sum(map(math.prod, images))
+    cells = sum(frames * -(-rows // 2) * -(-columns // 2) for frames, rows, columns in images)
+    gone, most = share_gone(tokens, share), tokens - cells
+    return most if gone > most else gone
+
+
+def share_gone(tokens: int, share: float) -> int:
+    """How many of `tokens` tokens are merged, as far as a share of them is kept."""
+    up, down = _fraction(share)  # whole numbers and a branch: of what is rounded, graphs make symbols that cost minutes
+    return tokens - (2 * up * tokens + down) // (2 * down)
+
+
+@constant_in_graphs
+def _fraction(share: float) -> tuple[int, int]:
+    """Numerator and denominator: `0.7` is 7 and 10."""
+    return Fraction(share).limit_denominator(10_000).as_integer_ratio()
 
 
 def square(tokens: int) -> tuple[int, int]:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from turbovlm.config import DenoiseConfig
-from turbovlm.diffusion.attend import Biases, attend_merged
+from turbovlm.diffusion.attend import attend_merged
 from turbovlm.diffusion.choose import Site, choice_of
 from turbovlm.diffusion.families import Part
 from turbovlm.diffusion.positions import beside_text, split_text
 from turbovlm.diffusion.restore import check_has_operator, is_linear, restore_linear
 from turbovlm.diffusion.run import RUN, THREAD, Run, check_class, current_run, run_within
 from turbovlm.diffusion.whole import reason_to_leave_whole
-from turbovlm.ops.attention import size_bias
 from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch
 
@@ -60,11 +59,11 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
     config = run.feature.config
     for cut in part.cuts:
         if cut.name in kwargs:
-            kwargs[cut.name] = cut.of_merged(kwargs[cut.name], merge)
+            kwargs[cut.name] = run.cut(site.key, merge, cut, kwargs[cut.name])
     if part.attending is not None and part.attending.keys_apart and config.queries_only:
         out = original(read, *rest, **{**kwargs, "encoder_hidden_states": x})
     elif part.attending is not None and config.proportional:
-        biases = Biases(size_bias(merge.sizes, read.dtype))
+        biases = run.biases_of(site.key, merge, read.dtype)
         out = attend_merged(part.attending, module, original, run.path, biases, read, rest, kwargs)
     else:
         out = original(read, *rest, **kwargs)
@@ -89,7 +88,7 @@ def _restored(run: Run, site: Site, merge: Merge, image: Tensor, merged: Tensor,
     found, words = split_text(out, merge.sizes.shape[1], site.part.text)
     if _is_smooth(site.part, run.feature.config) and is_linear(run.feature.config, image):
         check_has_operator(run.feature.config, site.name)
-        restored = restore_linear(merge, image, merged, found)
+        restored = restore_linear(merge, image, merged, found, run.path)
     else:
         restored = merge.unmerge(found)
     return beside_text(out, words, restored, site.part.text)

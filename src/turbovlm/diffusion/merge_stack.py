@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from turbovlm.diffusion.attend import Attending, Biases, CountSizes, attend_merged, ends_in_sdpa
+from turbovlm.diffusion.attend import Attending, CountSizes, attend_merged, ends_in_sdpa
 from turbovlm.diffusion.choose import Site, choice_of
 from turbovlm.diffusion.families import Block
-from turbovlm.diffusion.positions import Cut, beside_text, split_text
+from turbovlm.diffusion.positions import beside_text, split_text
 from turbovlm.diffusion.restore import check_has_operator, is_linear, restore_update
 from turbovlm.diffusion.run import RUN, THREAD, Run, check_class, current_run, run_within
 from turbovlm.diffusion.whole import patches_below, reason_to_leave_block_whole, what_stands_on
-from turbovlm.ops.attention import size_bias
 from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch, slot_of
 
@@ -60,7 +59,7 @@ class Place:
     next: str | None
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Stacked:
     """Tokens that are merged at present.
 
@@ -68,21 +67,13 @@ class Stacked:
         merge: what was done.
         x: the image's tokens before, `[batch, N, width]`.
         merged: behind it, `[batch, M, width]`.
-        cuts: what was cut of the blocks' arguments, by name, with what it was cut from.
-        biases: what `biases_in` made.
+        key: `Site.key` of the stack, by which the run keeps what is the same for all of its group.
     """
 
     merge: Merge
     x: Tensor
     merged: Tensor
-    cuts: dict[str, tuple[Any, Any]]
-    biases: Biases | None = None
-
-    def biases_in(self, dtype: torch.dtype) -> Biases:
-        """Those of the merged tokens' sizes, made once."""
-        if self.biases is None or self.biases.bias.dtype != dtype:
-            self.biases = Biases(size_bias(self.merge.sizes, dtype))
-        return self.biases
+    key: str
 
 
 COMPILED = "_compiled_call_impl"
@@ -140,7 +131,7 @@ def _run(run: Run, place: Place, block: Any, original: Any, given: dict[str, Any
     stacked: Stacked = run.stacked
     for cut in kind.cuts:
         if cut.name in given:
-            given[cut.name] = _cut(stacked, cut, given[cut.name])
+            given[cut.name] = run.cut(stacked.key, stacked.merge, cut, given[cut.name])
     if run.feature.config.proportional and block_slot(block) == COMPILED:
         out = _run_compiled(run, stacked, kind, block, original, given)
     else:
@@ -159,7 +150,7 @@ def _enter(run: Run, place: Place, given: dict[str, Any]) -> None:
         return
     x, words = split_text(hidden, merge.weights.shape[1], place.kind.text)
     merged = merge.merge(x, path=run.path)
-    run.stacked = Stacked(merge, x, merged, {})
+    run.stacked = Stacked(merge, x, merged, place.stack.site.key)
     given[place.arguments[0]] = beside_text(hidden, words, merged, place.kind.text)
 
 
@@ -170,19 +161,11 @@ def _left(run: Run, name: str, stacked: Stacked, kind: Block, out: Any) -> Any:
     linear = is_linear(run.feature.config, image)
     if linear:
         check_has_operator(run.feature.config, name)
-    restored = restore_update(stacked.merge, stacked.x, stacked.merged, image, linear)
+    restored = restore_update(stacked.merge, stacked.x, stacked.merged, image, linear, run.path)
     hidden = beside_text(hidden, words, restored, kind.text)
     if kind.output is None:
         return hidden
     return tuple(hidden if i == kind.output else each for i, each in enumerate(out))
-
-
-def _cut(stacked: Stacked, cut: Cut, value: Any) -> Any:
-    """An argument of the tokens that are left; blocks of a stack are given one object, which is cut once."""
-    before = stacked.cuts.get(cut.name)
-    if before is None or before[0] is not value:
-        before = stacked.cuts[cut.name] = value, cut.of_merged(value, stacked.merge)
-    return before[1]
 
 
 def _why_whole(run: Run, name: str, block: Any, kind: Block, given: dict[str, Any]) -> str | None:
@@ -224,7 +207,7 @@ def _run_compiled(run: Run, stacked: Stacked, kind: Block, block: Any, original:
     words = 0
     if attending.text is not None:
         words = given[kind.words].shape[1] if kind.text is None else hidden.shape[1] - left
-    biases = stacked.biases_in(hidden.dtype)
+    biases = run.biases_of(stacked.key, stacked.merge, hidden.dtype)
     beside, most = biases.beside(attending.text, words), len(_attentions(block, kind))
     if attending.each:
         most *= len(beside)
@@ -263,5 +246,5 @@ def attention_forward(patch: Patch, module: Any, original: Any, /, *args: Any, *
     if run.stacked is None or not feature.config.proportional or site.part.attending is None:
         return original(*args, **kwargs)
     x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-    biases = run.stacked.biases_in(x.dtype)
+    biases = run.biases_of(run.stacked.key, run.stacked.merge, x.dtype)
     return attend_merged(site.part.attending, module, original, run.path, biases, x, rest, kwargs)

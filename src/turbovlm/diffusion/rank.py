@@ -7,13 +7,18 @@ compilers are given operators that they do not look into: a denoiser keeps to th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from turbovlm.checks import brief
+from turbovlm.diffusion.grids import OfPositions, Unread, count_gone
+from turbovlm.errors import StateError
 from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import mutual_redundancy
@@ -94,6 +99,76 @@ def choose(
     )
     found: Chosen = path.choose(degree, nearest, partition, gone) if pair is None else pair
     return found
+
+
+def choose_unread(
+    features: Tensor,
+    lie: Unread,
+    semantic: Tensor | None,
+    least: int,
+    share: float,
+    gone: int,
+    path: ModuleType,
+    block: int,
+    rules: Rules,
+) -> Chosen:
+    """`compare` and `choose`, of images whose positions only an operator may look at.
+
+    Args:
+        features: as in `compare`; the rest as in `choose`.
+        lie: where their tokens stand.
+        least: tokens below which an image is left whole.
+        share: of the tokens that is kept.
+
+    Raises:
+        StateError: with that share another number of tokens go, as of images that are left whole; when it runs.
+    """
+    how = [lie.how.name, lie.how.row, lie.how.column, lie.tokens, least, share, gone, block]
+    if isinstance(rules.degree, str):
+        found: Chosen = choose_at_positions(features, lie.positions, semantic, *how, *rules[:3])
+        return found
+    raise StateError(
+        f"degree={brief(rules.degree)}: a function cannot be compiled where positions say how tokens lie; give "
+        "grid=(rows, columns) to turbovlm.apply"
+    )
+
+
+@torch.library.custom_op("turbovlm::choose_at_positions", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def choose_at_positions(
+    features: Tensor,
+    positions: Tensor,
+    semantic: Tensor | None,
+    name: str,
+    row: int,
+    column: int,
+    tokens: int,
+    least: int,
+    share: float,
+    gone: int,
+    block: int,
+    degree: str,
+    alpha: float | None,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """`choose_unread`, of what operators take; it looks at the positions, which CUDA graphs cannot repeat."""
+    grids = OfPositions(name, row, column).read(positions, tokens)
+    images = [(*grid, math.prod(grid) >= least) for grid in grids]
+    expected = count_gone([grid for grid in grids if math.prod(grid) >= least], share)
+    if gone != expected:
+        raise StateError(
+            f"{name} say that {grids} are frames, rows and columns of each image, of which {expected} tokens go, and "
+            f"{gone} in what was compiled: give grid=, the rows and columns of each image, to turbovlm.apply"
+        )
+    path, rules = path_for(features), Rules(degree, alpha, seed, "spatial", "merge")
+    found = compare(features, images, path)
+    src, dst = choose(features, *found, semantic, images, gone, path, block, rules)
+    return src.clone(), dst.clone()
+
+
+@choose_at_positions.register_fake
+def _(features: Tensor, positions: Tensor, semantic: Tensor | None, *how: Any) -> tuple[Tensor, Tensor]:
+    src = features.new_empty(len(features), how[6], dtype=torch.int64)
+    return src, torch.empty_like(src)
 
 
 @torch.library.custom_op("turbovlm::compare_on_grids", mutates_args=())

@@ -18,8 +18,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.diffusion.grids import Grids
+from turbovlm.diffusion.attend import Biases
+from turbovlm.diffusion.grids import Grids, Unread
+from turbovlm.diffusion.positions import Cut
 from turbovlm.errors import StateError
+from turbovlm.ops.attention import size_bias
 from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch
 from turbovlm.shares import Share
@@ -83,7 +86,8 @@ class Run:
             by itself.
         share: what it keeps, of every resolution or of each.
         choices: what was chosen so far, by `Site.key`; those of a pipeline's earlier step, where steps share them.
-        grids: frames, rows and columns of each image of the tokens at hand; None where nothing says.
+        grids: frames, rows and columns of each image of the tokens at hand, or what will tell them; None where nothing
+            says.
         finest: tokens of the largest resolution that has blocks.
         compared: R of each group's candidates and its argument, by `Site.group`, as `compare` gives them.
         whole: why each part or block that was called read all tokens, by its path; None where merging was up to its
@@ -91,6 +95,8 @@ class Run:
         inside: what paths of the denoiser's modules begin with in the model that was accelerated.
         apart: whether something is added to tokens between blocks in this forward, so that each is a stack.
         stacked: what is merged at present, in a stack of blocks.
+        biases: what lets sizes count, by `Site.key`, and the merge that they are of.
+        cuts: what was cut of the blocks' arguments, by `Site.key` and name, with the merge and what it was cut from.
     """
 
     feature: DenoiseFeature
@@ -100,13 +106,31 @@ class Run:
     same_latent: Tensor | None
     share: Share
     choices: dict[str, Choice]
-    grids: Grids | None = None
+    grids: Grids | Unread | None = None
     finest: int = 1
     compared: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     whole: dict[str, str | None] = field(default_factory=dict)
     inside: str = ""
     apart: bool = False
     stacked: Stacked | None = None
+    biases: dict[str, tuple[Merge, Biases]] = field(default_factory=dict)
+    cuts: dict[tuple[str, str], tuple[Merge, Any, Any]] = field(default_factory=dict)
+
+    def biases_of(self, key: str, merge: Merge, dtype: torch.dtype) -> Biases:
+        """Those of the merged tokens' sizes, made once for all that read them."""
+        of, found = self.biases.get(key, (None, None))
+        if found is None or of is not merge or found.bias.dtype != dtype:
+            found = Biases(size_bias(merge.sizes, dtype))
+            self.biases[key] = merge, found
+        return found
+
+    def cut(self, key: str, merge: Merge, cut: Cut, value: Any) -> Any:
+        """An argument of the tokens that are left; blocks are given one object, which is cut once."""
+        of, whole, found = self.cuts.get((key, cut.name), (None, None, None))
+        if of is not merge or whole is not value:
+            found = cut.of_merged(value, merge)
+            self.cuts[key, cut.name] = merge, value, found
+        return found
 
     def module_at(self, path: str) -> Any:
         """The denoiser's module of that path, which is from the model that was accelerated; None where it is gone.

@@ -17,6 +17,7 @@ from turbovlm.encoder.state import STATE, State
 from turbovlm.errors import StateError
 from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.plain import log_sizes
+from turbovlm.ops.segments import Segments, attend_within
 from turbovlm.ops.tracing import is_readable
 from turbovlm.ops.whole import Guide
 from turbovlm.patching import Patch
@@ -69,6 +70,8 @@ def first_half(
         heads = _heads(block, parts, layout, config, normed, state, arguments)
         if look is not None:
             look(heads)
+        if state.segments is not None:
+            return _within(path, heads, state.segments).flatten(2)
         mixed: Tensor = path.attend(heads.q, heads.k, heads.v, heads.bias, heads.scale, heads.dropout)
         return mixed.transpose(1, 2).flatten(2)
 
@@ -82,8 +85,27 @@ def first_half(
         )
         assert layout.attention is not None
         module = fetch(block, layout.attention)
-        out = apply_steps(outside, _call(module, normed, lambda x: apply_steps(inside, attention(x))))
+        packed = state.segments is not None  # a module of a packed sequence has no batch
+
+        def run(x: Tensor) -> Tensor:
+            out = apply_steps(inside, attention(x.unsqueeze(0) if packed else x))
+            return out.squeeze(0) if packed else out
+
+        called = _call(module, normed.squeeze(0) if packed else normed, run)
+        out = apply_steps(outside, called.unsqueeze(0) if packed else called)
     return normalised(parts.norm_after_attention, hidden + out)
+
+
+def _within(path: ModuleType, heads: Heads, segments: Segments) -> Tensor:
+    """Attention within the segments of a packed sequence, `[1, tokens, heads, head_dim]`."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = None if bias is None else bias.transpose(2, 3)
+        mixed: Tensor = path.attend(q, k, v, bias, heads.scale, heads.dropout)
+        return mixed.transpose(1, 2)
+
+    biases = () if heads.bias is None else (heads.bias.transpose(2, 3),)
+    return attend_within(attend, segments, heads.q, heads.k, heads.v, *biases)
 
 
 _CALL = threading.local()  # of the attention module that is being called in this thread: `run`

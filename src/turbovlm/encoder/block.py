@@ -16,6 +16,7 @@ from torch import Tensor
 
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_of, normalised, sizes_from_mask
+from turbovlm.encoder.cells import merge_cells
 from turbovlm.encoder.layout import Layout, Parts
 from turbovlm.encoder.passed import has_hooks
 from turbovlm.encoder.reading import asked_of
@@ -27,6 +28,7 @@ from turbovlm.ops.dispatch import path_for
 from turbovlm.ops.merging import Merge, merge_ranked, rank_candidates
 from turbovlm.ops.partition import Split, positions
 from turbovlm.ops.plain import over_heads
+from turbovlm.ops.segments import segments_of, shortened
 from turbovlm.ops.tracing import is_exporting, is_exporting_to_onnx, is_transformed
 from turbovlm.ops.whole import Guide, Rules, merge_whole
 from turbovlm.patching import Patch
@@ -51,8 +53,12 @@ def block_forward(
     state = _begin(feature, hidden) if index == 0 else _resume(feature, index, block, hidden)
     if state.tokens is not None:  # what was handed on is restored; the merged tokens came with it
         hidden = state.tokens
-    asked = state.amounts[index] if config.thresholds is None else hidden.shape[1]
-    r = clamp(asked, hidden.shape[1], state.prefix + state.suffix, config.min_tokens)
+    if layout.packed:
+        state = _in_segments(feature, index, state, arguments)
+        r = sum(state.spare)
+    else:
+        asked = state.amounts[index] if config.thresholds is None else hidden.shape[1]
+        r = clamp(asked, hidden.shape[1], state.prefix + state.suffix, config.min_tokens, feature.shape.unit)
     untouched = r == 0 and len(state.merges) == 0 and not config.trace  # Dynamo knows no `not` of a tuple
     if untouched and not is_exporting_to_onnx():  # to which torch's fused attention, open_clip's own, cannot go
         out = original(hidden, *args, **kwargs)
@@ -65,6 +71,22 @@ def block_forward(
     path = path_for(hidden)
     x, state = _attend_and_merge(block, parts, path, feature, index, state, r, hidden, arguments, through)
     return _hand_on(feature, block, state, _second_half(block, layout, parts, x))
+
+
+def _in_segments(feature: EncoderFeature, index: int, state: State, arguments: Mapping[str, Any]) -> State:
+    """The state with the segments that a block of a packed sequence attends within, and what each is to give up.
+
+    Where tokens merge, segments are whole images or frames, whose first length says how many go.
+    """
+    bounds: Tensor = arguments["cu_seqlens"]
+    kept = None if state.positions is None else state.positions[0]
+    segments, first = shortened(bounds, kept), segments_of(bounds).lengths
+    spare = [0] * len(first)
+    if index in feature.shape.merging and len(segments.lengths) == len(first):
+        asked = [feature.amounts or feature.solved_amounts(tokens, 0, feature.solved_by) for tokens in first]
+        least, unit = feature.config.min_tokens, feature.shape.unit
+        spare = [clamp(own[index], left, 0, least, unit) for own, left in zip(asked, segments.lengths)]
+    return state.changed(segments=segments, spare=tuple(spare))
 
 
 def unmerged_forward(
@@ -85,7 +107,7 @@ def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
     # Plain numbers: with `dynamic=True` Dynamo takes those of a patch for symbols, and reasons about them for minutes.
     own, suffix = operator.index(feature.shape.prefix), operator.index(feature.shape.suffix)
     prefix: int = getattr(hidden, PREFIX, own)
-    amounts, asked = feature.amounts, asked_of(feature)
+    amounts, asked = () if feature.layout.packed else feature.amounts, asked_of(feature)
     blocks, maps = (frozenset(), False) if asked is None else (asked.blocks, asked.maps)
     if amounts is None:
         tokens = operator.index(hidden.shape[1])
@@ -145,6 +167,8 @@ def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor)
         feature.launches.behind(ran, depth, x)
     if not is_exporting():
         feature.last = state.changed(lost=()) if state.lost and ran == depth else state
+    if ran == depth and feature.cross_attention is not None and (asked := asked_of(feature)) is not None:
+        asked.left = state
     if state.merges and ran == depth and feature.restore:
         x = state.restored(x)
     elif state.merges and ran - 1 in state.whole:
@@ -188,6 +212,12 @@ def _attend_and_merge(
     if not ranks:
         return x, state
     heads = seen[0]
+    if feature.shape.unit > 1:
+        merge, merged, cells = merge_cells(
+            path, feature, index, state, r, x, _compared(parts, feature, heads, x), heads
+        )
+        split = Split(feature.partition, state.prefix, state.suffix, index, config.seed)
+        return merged, _follow(feature, state, merge, split, x, merged).changed(cells=cells)
     guide = guide_of(heads, feature.guidance, state, feature.similarity == "heads") if feature.semantic else None
     return _merge(path, feature, index, state, r, x, _compared(parts, feature, heads, x), guide)
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.attention import attention_forward
 from turbovlm.encoder.block import block_forward
-from turbovlm.encoder.decoder import check_decoder, decoder_patches
+from turbovlm.encoder.cells import check_cells
+from turbovlm.encoder.cross_attention import CrossAttention, check_cross_attention
 from turbovlm.encoder.joint import joint_forward
 from turbovlm.encoder.launches import LaunchWatch
 from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.encoder.lookups import Lookups
+from turbovlm.encoder.packed import packed_forward
 from turbovlm.encoder.passed import Passed, check_adapters, of_effect, passed_by, through_module
 from turbovlm.encoder.reading import reads_all, tower_forward
 from turbovlm.encoder.schedule import (
@@ -65,8 +67,7 @@ class EncoderFeature(Remembering[State]):
         semantic: whether A is computed, for the degree or for the trace.
         how: how a position gets its token back, `"copy"` or `"residual"`.
         restore: the same, where every position gets it behind the last block; None where tokens are handed on merged.
-        decoder_of: path of the module around it whose decoder reads merged tokens by their sizes, unless `dense`
-            restores them; None where none does.
+        cross_attention: what cross-attends to its tokens, where these are handed on merged; None where nothing does.
         hands_out: whether blocks hand out every position where a call asks for it; not those of a tower that a
             vision-language model reads at one block.
         passed: modules of each block that its halves never call, see `turbovlm.encoder.passed`.
@@ -95,7 +96,7 @@ class EncoderFeature(Remembering[State]):
     semantic: bool
     how: str
     restore: str | None
-    decoder_of: str | None
+    cross_attention: CrossAttention | None
     hands_out: bool
     passed: Passed
     reads_all: bool
@@ -122,14 +123,15 @@ class EncoderFeature(Remembering[State]):
         blocks = [model.get_submodule(name) for name in self.names]
         tower = model.get_submodule(self.tower)
         found = [Patch(tower, name, tower_forward, self) for name in self.layout.entries if hasattr(tower, name)]
-        found += [Patch(block, "forward", block_forward, self, index) for index, block in enumerate(blocks)]
+        run = packed_forward if self.layout.packed else block_forward
+        found += [Patch(block, "forward", run, self, index) for index, block in enumerate(blocks)]
         if self.layout.attention is not None:
             attentions = [fetch(block, self.layout.attention) for block in blocks]
             found += [Patch(attention, "forward", attention_forward, self) for attention in attentions]
         if self.layout.joint is not None:
             joint = fetch(tower, path_of(self.layout.family, tower, self.layout.joint))
             found.append(Patch(joint, "forward", joint_forward, self, by_name=True))
-        return [*found, *decoder_patches(self, model)]
+        return found
 
     def schedule(self, tokens: int | None = None) -> Schedule:
         """What every block does with an input of `tokens` tokens; of the native number if None."""
@@ -143,6 +145,8 @@ class EncoderFeature(Remembering[State]):
             StateError: no forward has ended yet, or the tokens are not those of the last one.
             ConfigError: there is no such block.
         """
+        if self.layout.packed and tokens.ndim == 2 and not hasattr(tokens, STATE):
+            return self.restored(tokens.unsqueeze(0), block).squeeze(0)
         state: State | None = getattr(tokens, STATE, None)
         if state is not None:  # the very output of a block: it knows
             source = None if state.tokens is not None else state.source()
@@ -192,10 +196,10 @@ class EncoderFeature(Remembering[State]):
         if self.restore:
             reader = f", as {self.unknown_owner} is not known to do without" if self.unknown_owner else ""
             lines.append(f"    after {schedule.blocks[-1]}: restored to {tokens[0]} tokens ({self.restore}){reader}")
-        if self.decoder_of is not None and not self.config.dense:
+        if self.cross_attention is not None and not self.restore:
             how = "in proportion to their sizes" if self.config.proportional else "all alike"
-            owner = f"{self.decoder_of} is" if self.decoder_of else "the model is"
-            lines.append(f"    after {schedule.blocks[-1]}: {owner} to read merged tokens, {how}")
+            reader = self.cross_attention.text_model
+            lines.append(f"    after {schedule.blocks[-1]}: {reader} cross-attends to merged tokens, {how}")
         lines += self._describe_last()
         if not self.plain_stem:
             lines.append("    note: the convolutional network before the blocks is not counted")
@@ -211,7 +215,7 @@ class EncoderFeature(Remembering[State]):
         found, depth = f"    last forward: {state.lengths[0]} → {state.lengths[-1]} tokens", len(state.lengths) - 1
         if depth < len(self.names):
             return [f"{found} in its first {depth} blocks"]
-        if self.config.thresholds is not None:
+        if self.config.thresholds is not None or self.layout.packed:  # of several images, each by its own size
             return [found]
         return [f"{found}, {self.schedule(state.lengths[0]).ratio:.1%} of the encoder's GMACs left"]
 
@@ -234,8 +238,8 @@ def find_encoders(model: nn.Module, config: TurboConfig) -> list[EncoderFeature]
             check_forwards([(f"{name}.{path}", fetch(block, path)) for name, block in tower.blocks], one_device=False)
         for name, block in tower.blocks:
             check_adapters(name, block, feature.passed)
-        if feature.decoder_of is not None and tower.layout.decoder is not None and not config.dense:
-            check_decoder(tower.layout.decoder, model.get_submodule(feature.decoder_of))
+        if feature.cross_attention is not None and not feature.cross_attention.restored:
+            check_cross_attention(feature.cross_attention, model, config.proportional)
     for tower, feature in zip(towers, features):
         calls = verify(tower, feature.passed)
         feature.passed = of_effect(feature.passed, tower.blocks[0][1], calls)
@@ -267,6 +271,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
             f"partition='grid': the tokens of {tower.title} ({tower.layout.family}) follow each other in time, and lie "
             "on no grid; use 'random' or 'alternate'"
         )
+    check_cells(tower, config)
     text = tower.layout.text
     similarity = ("hidden" if text else "heads") if config.similarity == "auto" else config.similarity
     own_blocks = own_blocks_of(tower, config)
@@ -276,7 +281,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         is_few = bool(own_blocks) or is_sparse(config, len(tower.blocks))
         partition = "all" if is_image and is_few and config.order == "spatial" else "random"
     restore = ("copy" if tower.layout.norm_after_mlp else "residual") if config.restore == "auto" else config.restore
-    shape = _shape(tower, similarity, partition)
+    shape, across = _shape(tower, similarity, partition), tower.cross_attention
     return EncoderFeature(
         config=config,
         layout=tower.layout,
@@ -285,7 +290,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         names=tuple(name for name, _ in tower.blocks),
         native_tokens=tower.tokens,
         own_blocks=own_blocks,
-        amounts=literal_amounts(config, len(tower.blocks), own_blocks),
+        amounts=literal_amounts(config, len(tower.blocks), own_blocks, shape.merging, shape.unit),
         solved_by=f"{config.amount}, {config.blocks}, {config.min_tokens}, {config.grid}, {own_blocks}, {shape}",
         guidance=("cls" if tower.cls else "mean") if config.guidance == "auto" else config.guidance,
         similarity=similarity,
@@ -293,7 +298,7 @@ def plan_encoder(tower: Tower, config: TurboConfig) -> EncoderFeature:
         semantic=needs_semantic(config.degree) or config.trace,
         how=restore,
         restore=restore if tower.restore or config.dense else None,
-        decoder_of=tower.decoder_of,
+        cross_attention=across and replace(across, restored=config.dense),
         hands_out=tower.hands_out,
         passed=passed_by(tower.layout, tower.blocks[0][1]),
         reads_all=reads_all(tower.layout, tower.module),
@@ -312,6 +317,9 @@ def own_blocks_of(tower: Tower, config: TurboConfig) -> BlockSets:
     asked = config.blocks == "auto" and not isinstance(config.r, tuple)
     if not asked or layout.text or layout.line or config.partition not in ("auto", "all") or config.order != "spatial":
         return ()
+    if layout.windows is not None:
+        whole = tuple(block for block, window in enumerate(layout.windows(tower.module)) if window == 0)
+        return tuple(blocks for blocks in (tuple(block for block in whole if block < depth - 1), whole) if blocks)
     shares = layout.blocks_at(tower.module) if callable(layout.blocks_at) else layout.blocks_at
     if not shares:
         return (tuple(range(0, depth, max(2, math.ceil(depth / MOST_MERGES)))),)
@@ -344,4 +352,6 @@ def _shape(tower: Tower, similarity: str, partition: str) -> EncoderShape:
         prefix=tower.prefix,
         suffix=tower.suffix,
         partition=partition,
+        unit=tower.cell**2,
+        windows=() if layout.windows is None else layout.windows(tower.module),
     )

@@ -39,26 +39,6 @@ are where merging hurts it most, and late ones are left few tokens (`benchmarks/
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """A decoder that cross-attends to an encoder's tokens, and reads merged ones in proportion to their sizes.
-
-    Args:
-        owner: dotted path of the class that holds both.
-        norm: path, from the tower, of the module that the last block's tokens go through.
-        layers: path, from the owner, of the decoder's layers.
-        attention: path, from a layer, of its cross-attention, which returns its output and its map, or None for it.
-        tokens, mask: the arguments of its forward that are the encoder's tokens, and what is added to its scores.
-    """
-
-    owner: str
-    norm: str
-    layers: str
-    attention: str
-    tokens: str = "key_value_states"
-    mask: str = "attention_mask"
-
-
-@dataclass(frozen=True)
 class Layout:
     """One way to spell a block, and what must be known about the encoder around it.
 
@@ -112,8 +92,15 @@ class Layout:
         mask: name of the argument that masks keys, if the encoder uses one.
         restore: whether the reader of the tower's output needs every position back, or a function
             `(tower, ancestors)`: the ancestors are the modules around the tower, outermost first.
-        decoder: the decoder that reads merged tokens by their sizes, whatever `restore` says of other readers.
+        decoder: dotted path of the class that holds the encoder and a decoder, and the decoder's path from there: its
+            cross-attention counts merged tokens by size, whatever `restore` says of other readers.
         line: whether tokens follow each other in time, and lie on no grid.
+        packed: whether the tower runs all images as one sequence, `[tokens, width]`, and tells its blocks by
+            `cu_seqlens` which tokens attend to each other; the patches that its merger joins lie together in it.
+        cell: `(tower)`: the side of these squares, for such a tower.
+        windows: `(tower)`: for each block, how many tokens a window that it attends within has; 0 where it attends to
+            whole images or frames, and only there tokens merge. None where all blocks do.
+        reads: `(tower)`: the blocks before the last whose output the tower itself reads.
         pools: whether the tower reads its tokens itself, by a head or pooling of its own, or a function of the tower.
         example: `(block, patches)`: arguments with which the block can be tried on random tokens.
         inputs: `(tower)`: one input of native size by argument name, of a batch of 1: tensors on the meta device stand
@@ -158,8 +145,12 @@ class Layout:
     understood: tuple[str, ...] = ()
     mask: str | None = None
     restore: bool | Callable[[Any, Around], bool] = False
-    decoder: Decoder | None = None
+    decoder: tuple[str, str] | None = None
     line: bool = False
+    packed: bool = False
+    cell: Callable[[Any], int] | None = None
+    windows: Callable[[Any], tuple[int, ...]] | None = None
+    reads: Callable[[Any], Sequence[int]] | None = None
     pools: bool | Callable[[Any], bool] = False
     example: Callable[[Any, int], dict[str, Any]] | None = None
     refuse: Callable[[Any, Any, Around], str | None] | None = None

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
+from turbovlm.encoder.cross_attention import hand_on
 from turbovlm.encoder.layout import Around, Layout, fetch
 from turbovlm.errors import StateError
 from turbovlm.patching import Patch, patches_of
 
 if TYPE_CHECKING:
     from turbovlm.encoder.feature import EncoderFeature
+    from turbovlm.encoder.state import State
 
 PASS_ON = ("torch", "peft", "accelerate", "deepspeed", "lightning", "pytorch_lightning", "fairscale")
 """Packages whose modules wrap a model and pass on what it gives."""
@@ -34,7 +36,7 @@ KNOWN_OWNERS = (
 methods."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
     """What one call of a tower asks of its blocks.
 
@@ -42,11 +44,13 @@ class Asked:
         feature: of the tower.
         blocks: indices of those that hand out every position.
         maps: whether attention maps are asked for, in the call or the config.
+        left: what the last block has come to, once it has run, where it is handed on merged to cross-attention.
     """
 
     feature: EncoderFeature
     blocks: frozenset[int]
     maps: bool = False
+    left: State | None = None
 
 
 _CALL = threading.local()  # of the call under way in this thread: `asked`
@@ -76,10 +80,14 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     _check_unchanged(feature, tower)
     config = getattr(tower, "config", None)
     blocks = _blocks_asked(feature, tower, patch.name, args, kwargs) if feature.hands_out else frozenset()
+    if feature.layout.reads is not None:
+        blocks |= {*feature.layout.reads(tower)}
     maps = kwargs.get("output_attentions")
     maps = bool(getattr(config, "output_attentions", False) if maps is None else maps)
-    with _asking(Asked(feature, blocks, maps)):
-        return original(*args, **kwargs)
+    asked, across = Asked(feature, blocks, maps), feature.cross_attention
+    with _asking(asked):
+        out = original(*args, **kwargs)
+    return out if across is None or across.restored else hand_on(out, asked.left, feature.config.proportional)
 
 
 def _blocks_asked(

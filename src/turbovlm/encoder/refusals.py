@@ -6,6 +6,7 @@ One line each. Why is told from the modules (`obstacles`); the table here is for
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch.nn as nn
 
@@ -16,7 +17,6 @@ from turbovlm.errors import TurboError
 from turbovlm.registry import class_paths, family_of
 
 KNOWN = "docs/models.md lists what is supported"
-SQUARES = "squares of patches are joined behind its blocks, which needs the grid"
 RESIDUAL_NORMS = "its norms stand behind attention and MLP, before the residual is added, as in no layout yet"
 DISENTANGLED = "its attention adds scores of relative positions, which a merged token does not have"
 SPARSE = "its attention is sparse over blocks or hashes of tokens, and not softmax(QKᵀ)"
@@ -57,11 +57,6 @@ REFUSED = {
     "timm.models.eva.EvaBlockPostNorm": RESIDUAL_NORMS,
     "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run side by side",
     "timm.models.vision_transformer.ParallelThingsBlock": "several attentions and MLPs run side by side",
-    f"{_MODELS}.qwen2_vl.modeling_qwen2_vl.Qwen2VLVisionBlock": SQUARES,
-    f"{_MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock": (
-        f"its windowed attention needs the grid, and {SQUARES}"
-    ),
-    f"{_MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionBlock": SQUARES,
     "open_clip.transformer.CustomResidualAttentionBlock": "its attention scales heads or cosines in its own way",
 }
 """Blocks, by the path of their class, whose reason their modules do not show."""
@@ -132,21 +127,25 @@ def beside_text(model: nn.Module, texts: Collection[str]) -> str | None:
 def instead(model: nn.Module) -> str:
     """Which other setting shortens what a model reads of images, each asked for; empty where it reads none."""
     for setting, what in zip(READINGS, ("its language model", "its cross-attention")):
-        if reads(model, setting):
-            return f"; {setting} shortens what {what} reads"
+        for others in ({}, {"visual_select": "redundancy"}):
+            if reads(model, setting, **others):
+                words = "".join(f" with {name}={value!r}" for name, value in others.items())
+                return f"; {setting}{words} shortens what {what} reads"
     parts = parts_of(model)
     if any(part.reads == {"images"} for part in parts) and any(is_causal(part) for part in parts):
         return "; visual_keep has no reader for it either"
     return ""
 
 
-def reads(model: nn.Module, setting: str) -> bool:
-    """Whether `visual_keep` or `cross_keep` is supported for a model, by asking for it."""
+def reads(model: nn.Module, setting: str, **others: Any) -> bool:
+    """Whether `visual_keep` or `cross_keep`, and other settings, are supported for a model, by asking for them."""
     from turbovlm.vlm.install import find_readings  # which finds blocks by means of this package
 
     if not any(family_of("vlm", module) for module in model.modules()):
         return False
-    config = ReadConfig(0.5) if setting == "visual_keep" else ReadConfig(cross_keep=0.5)
+    if others and setting != "visual_keep":
+        return False
+    config = ReadConfig(0.5, **others) if setting == "visual_keep" else ReadConfig(cross_keep=0.5)
     try:
         find_readings(model, config)
     except TurboError:

@@ -38,6 +38,9 @@ class EncoderShape:
         prefix: CLS, distillation and register tokens at the front, which are never merged.
         suffix: tokens behind the patches, which are never merged.
         partition: as in `TurboConfig`, settled: who is compared with whom.
+        unit: tokens that merge together: those of a square of patches.
+        windows: for each block, tokens of a window that it attends within, 0 where it attends to whole images, and
+            only there tokens merge; empty where all blocks do. They are counted as if nothing had merged in them.
     """
 
     attention_weights: tuple[int, ...]
@@ -49,6 +52,13 @@ class EncoderShape:
     prefix: int
     suffix: int = 0
     partition: str = "alternate"
+    unit: int = 1
+    windows: tuple[int, ...] = ()
+
+    @property
+    def merging(self) -> Sequence[int]:
+        """The blocks that may merge."""
+        return [block for block in range(self.depth) if not self.windows or self.windows[block] == 0]
 
     @property
     def depth(self) -> int:
@@ -63,10 +73,11 @@ class EncoderShape:
     def block_macs(self, block: int, before: int, after: int) -> int:
         """Multiply-accumulates of one block: projections, attention, similarity, MLP, and norms."""
         width = self.attention_widths[block]
-        macs = before * self.attention_weights[block] + 2 * before * before * width
+        seen = min(before, self.windows[block] or before) if self.windows else before
+        macs = before * self.attention_weights[block] + 2 * before * seen * width
         macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
         if after < before:
-            macs += self._pairs(before - self.protected) * self.similarity_width[block]
+            macs += self._pairs((before - self.protected) // self.unit) * self.similarity_width[block]
         return macs
 
     def _pairs(self, patches: int) -> int:
@@ -110,27 +121,29 @@ class Schedule:
         return tuple(a - b for a, b in zip(self.tokens, self.tokens[1:]))
 
 
-def clamp(r: int, tokens: int, protected: int, min_tokens: int) -> int:
+def clamp(r: int, tokens: int, protected: int, min_tokens: int, unit: int = 1) -> int:
     """Tokens that a block with `tokens` tokens can give up when asked for `r`: at most half of those that may merge.
 
-    `protected` tokens, prefix and suffix, never merge.
+    `protected` tokens, prefix and suffix, never merge. The others merge in cells of `unit` tokens.
     """
     if tokens < min_tokens:
         return 0
-    return min(r, max(tokens - protected, 0) // 2)
+    if unit == 1:
+        return min(r, max(tokens - protected, 0) // 2)
+    return min(r // unit, (tokens - protected) // unit // 2) * unit
 
 
 def token_counts(
-    amounts: Sequence[int], tokens: int, protected: int, min_tokens: int, fixed: int = 0
+    amounts: Sequence[int], tokens: int, protected: int, min_tokens: int, fixed: int = 0, unit: int = 1
 ) -> tuple[int, ...]:
-    """Tokens before the first block and after each, when block l is asked for `amounts[l]`.
+    """Tokens before the first block and after each, when block l is asked for `amounts[l]`, in cells of `unit`.
 
     `fixed` tokens beside the protected ones can never merge: the destinations of `partition="grid"`.
     """
     counts = [tokens]
     for r in amounts:
         left = counts[-1]
-        counts.append(left - min(clamp(r, left, protected, min_tokens), left - protected - fixed))
+        counts.append(left - min(clamp(r, left, protected, min_tokens, unit), left - protected - fixed))
     return tuple(counts)
 
 
@@ -147,9 +160,9 @@ def spread(total: int, depth: int) -> tuple[int, ...]:
     return tuple((i + 1) * total // depth - i * total // depth for i in range(depth))
 
 
-def spread_over(total: int, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
-    """`total` tokens over some of `depth` blocks, as evenly as integers allow; nothing in the others."""
-    return _placed(spread(total, len(blocks)), blocks, depth)
+def spread_over(total: int, blocks: Sequence[int], depth: int, unit: int = 1) -> tuple[int, ...]:
+    """`total` tokens over some of `depth` blocks, as evenly as cells of `unit` allow; nothing in the others."""
+    return _placed([unit * cells for cells in spread(total // unit, len(blocks))], blocks, depth)
 
 
 def _placed(amounts: Sequence[int], blocks: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -181,18 +194,22 @@ def is_sparse(config: TurboConfig, depth: int) -> bool:
     return isinstance(config.blocks, tuple) and len(config.blocks) <= depth / 2
 
 
-def literal_amounts(config: TurboConfig, depth: int, own: BlockSets = ()) -> tuple[int, ...] | None:
+def literal_amounts(
+    config: TurboConfig, depth: int, own: BlockSets = (), merging: Sequence[int] | None = None, unit: int = 1
+) -> tuple[int, ...] | None:
     """Tokens asked of each block where an input of any size is asked for the same; None where they hang on its size.
 
     Args:
         own: as in `requested_amounts`.
+        merging, unit: as in `EncoderShape`.
     """
     if config.r is None or (own and config.blocks == "auto" and not isinstance(config.r, tuple)):
         return None
-    blocks = config.blocks if isinstance(config.blocks, tuple) else range(depth)
     if isinstance(config.r, tuple):
-        return _placed(config.r, blocks, depth)
-    return spread_over(cast(int, config.r) * depth, blocks, depth)
+        return _placed(config.r, config.blocks if isinstance(config.blocks, tuple) else range(depth), depth)
+    every = range(depth) if merging is None else merging
+    blocks = config.blocks if isinstance(config.blocks, tuple) else every
+    return spread_over(cast(int, config.r) * depth, blocks, depth, unit)
 
 
 @lru_cache(maxsize=1024)
@@ -203,12 +220,13 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int, own
         own: the blocks over which `blocks="auto"` spreads a total in this family: the first of these sets whose blocks
             all have their share to give; for `keep` and `flops` else the last, if it comes near; or else every block.
     """
-    depth = shape.depth
-    literal = literal_amounts(config, depth, own)
+    depth, unit = shape.depth, shape.unit
+    literal = literal_amounts(config, depth, own, shape.merging, unit)
     if literal is not None:
         return literal
     if config.r is not None:
-        shared = [spread_over(cast(int, config.r) * depth, blocks, depth) for blocks in (*own, range(depth))]
+        total = cast(int, config.r) * depth
+        shared = [spread_over(total, blocks, depth, unit) for blocks in (*own, shape.merging)]
         return next((each for each in shared if _has_enough(config, shape, tokens, each)), shared[-1])
     if isinstance(config.blocks, tuple):
         return _closest(config, shape, tokens, config.blocks)[0]
@@ -216,13 +234,13 @@ def requested_amounts(config: TurboConfig, shape: EncoderShape, tokens: int, own
         found, is_near = _closest(config, shape, tokens, blocks)
         if is_near and (blocks == own[-1] or _has_enough(config, shape, tokens, found)):
             return found
-    return _closest(config, shape, tokens, range(depth))[0]
+    return _closest(config, shape, tokens, shape.merging)[0]
 
 
 def _has_enough(config: TurboConfig, shape: EncoderShape, tokens: int, amounts: Sequence[int]) -> bool:
     """Whether every block can give what it is asked for."""
     fixed = fixed_destinations(config, tokens - shape.protected)
-    counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
+    counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed, shape.unit)
     return all(before - after == r for before, after, r in zip(counts, counts[1:], amounts))
 
 
@@ -237,9 +255,9 @@ def _closest(
     best, best_gap = spread(0, shape.depth), abs(cost((tokens,) * (shape.depth + 1)) - target)
     previous: tuple[int, ...] = ()
     fixed = fixed_destinations(config, tokens - shape.protected)
-    for total in range(1, len(blocks) * (tokens // 2) + 1):
-        amounts = spread_over(total, blocks, shape.depth)
-        counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
+    for total in range(shape.unit, len(blocks) * (tokens // 2) + 1, shape.unit):
+        amounts = spread_over(total, blocks, shape.depth, shape.unit)
+        counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed, shape.unit)
         if counts == previous:
             continue
         previous = counts
@@ -254,7 +272,7 @@ def _aim(
 ) -> tuple[Callable[[tuple[int, ...]], int], float, float]:
     """What is to come to which value, the tokens left or the multiply-accumulates, and how near is near enough."""
     if config.keep is not None:
-        return lambda counts: counts[-1], max(round(config.keep * tokens), shape.protected), 1
+        return lambda counts: counts[-1], max(round(config.keep * tokens), shape.protected), shape.unit
     assert config.flops is not None
     full = shape.macs((tokens,) * (shape.depth + 1))
     return shape.macs, config.flops * full, FLOPS_TOLERANCE * full
@@ -271,7 +289,7 @@ def make_schedule(
     """The schedule for an input of `tokens` tokens, with what could not be reached in its `note`."""
     amounts = requested_amounts(config, shape, tokens, own)
     fixed = fixed_destinations(config, tokens - shape.protected)
-    counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed)
+    counts = token_counts(amounts, tokens, shape.protected, config.min_tokens, fixed, shape.unit)
     full = (tokens,) * (shape.depth + 1)
     ratio = shape.macs(counts) / shape.macs(full)
     return Schedule(
@@ -282,11 +300,11 @@ def make_schedule(
         macs_after=tuple(shape.block_macs(i, counts[i], counts[i + 1]) for i in range(shape.depth)),
         ratio=ratio,
         asked=f"{config.amount} per block on average" if isinstance(config.r, int) else config.amount,
-        note=_shortfall(config, amounts, counts, ratio),
+        note=_shortfall(config, amounts, counts, ratio, shape.unit),
     )
 
 
-def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int], ratio: float) -> str:
+def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int], ratio: float, unit: int) -> str:
     if config.r is not None:
         short = [i for i, r in enumerate(amounts) if counts[i] - counts[i + 1] < r]
         if not short:
@@ -298,7 +316,7 @@ def _shortfall(config: TurboConfig, amounts: Sequence[int], counts: Sequence[int
         )
     if config.keep is not None:
         reached = counts[-1] / counts[0]
-        missed = abs(counts[-1] - config.keep * counts[0]) > 1
+        missed = abs(counts[-1] - config.keep * counts[0]) > unit
         return f"keep={config.keep} is out of reach: {reached:.3f} of the tokens are left" if missed else ""
     assert config.flops is not None
     missed = abs(ratio - config.flops) > FLOPS_TOLERANCE

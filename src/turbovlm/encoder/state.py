@@ -14,11 +14,12 @@ from torch import Tensor
 
 from turbovlm.ops.merging import Merge, Ranking
 from turbovlm.ops.partition import positions
+from turbovlm.ops.segments import Segments
 
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
 MERGED = "_turbovlm_merged"
-"""Name of the attribute of what an encoder hands on to a decoder: `turbovlm.encoder.decoder.Merged`."""
+"""Name of the attribute of the tokens that an encoder hands on: `turbovlm.encoder.cross_attention.Merged`."""
 PREFIX = "_turbovlm_prefix"
 """Name of the attribute of an encoder's input that says how many tokens in front never merge, where that varies."""
 
@@ -64,6 +65,10 @@ class State:
             None before the first merge.
         destinations: where the fixed destinations of `partition="grid"` are, `[batch, destinations]`; None before the
             first merge.
+        cells: the tokens of each square of patches that merges as one, `[batch, cells, tokens of a cell]`; None before
+            the first merge, and in packed sequences, where they lie together.
+        segments: which tokens of a packed sequence attend to each other in this block; None of a batch of images.
+            `spare`: how many each segment is to give up.
         traces: one per block so far, with `trace=True`.
         padded: whether some tokens are padding, of size 0.
         whole: indices of the blocks that are asked for every position; see `turbovlm.encoder.reading`.
@@ -84,6 +89,9 @@ class State:
     lost: tuple[Tensor, ...] = ()
     positions: Tensor | None = None
     destinations: Tensor | None = None
+    cells: Tensor | None = None
+    segments: Segments | None = None
+    spare: tuple[int, ...] = ()
     traces: tuple[BlockTrace, ...] = ()
     padded: bool = False
     whole: frozenset[int] = frozenset()

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from turbovlm.encoder.decoder import owner_of
+from turbovlm.encoder.cross_attention import CrossAttention, find_cross_attention
 from turbovlm.encoder.families import multimodal, text
 from turbovlm.encoder.layout import Layout, fetch, path_of
 from turbovlm.encoder.parts import ancestors
@@ -37,10 +37,11 @@ class Tower:
         suffix: tokens behind the patches that never merge.
         cls: whether token 0 is a CLS token.
         restore: whether what reads its output needs every position back.
-        decoder_of: path of the module around it whose decoder reads merged tokens by their sizes, or None.
+        cross_attention: what cross-attends to its tokens; None where nothing does, or every position is restored.
         hands_out: whether its blocks hand out every position where a call asks for it.
         unknown_owner: the class of the module that reads it, where nothing is known of how.
         tokens: its native number of tokens, prefix and suffix included.
+        cell: side of the squares of patches that merge as one.
     """
 
     name: str
@@ -51,10 +52,11 @@ class Tower:
     suffix: int
     cls: bool
     restore: bool
-    decoder_of: str | None
+    cross_attention: CrossAttention | None
     hands_out: bool
     unknown_owner: str | None
     tokens: int
+    cell: int = 1
 
     @property
     def title(self) -> str:
@@ -74,7 +76,8 @@ class Tower:
             if value.device.type != "meta":  # what must have values, such as words, has them already, and keeps them
                 value = value.expand(batch, *value.shape[1:])
                 return value if torch.device(device).type == "meta" else value.to(device)
-            return torch.randn(batch, *value.shape[1:], generator=generator).to(device, dtype)
+            first = batch * (len(value) if self.layout.packed else 1)
+            return torch.randn(first, *value.shape[1:], generator=generator).to(device, dtype)
 
         return {name: noise(value) for name, value in self.layout.inputs(self.module).items()}
 
@@ -227,12 +230,18 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         unknown, hands_out = unknown_owner(module, around), True
         pools = layout.pools(module) if callable(layout.pools) else layout.pools
         restore = reads_all(layout, module, around) or (unknown is not None and not pools)
-    decoder_of = owner_of(layout.decoder, modules, name)
     for path, block, _ in found:
         if layout.refuse is not None and (reason := layout.refuse(module, block, around)):
             other = instead(modules[""])
             raise UnsupportedModelError(f"{path} ({layout.family}) cannot be accelerated: {reason}{other}")
+    cell = 1 if layout.cell is None else layout.cell(module)
+    if part is not None and vlm is not None and vlm.merges_inside and not layout.packed:
+        cell = vlm.cell(part)
     prefix, suffix, cls = (layout.of_tower(field, module) for field in ("prefix", "suffix", "cls"))
+    tokens = prefix + layout.patches(module) + suffix
+    across = find_cross_attention(name, modules, tokens, layout)
+    if across is not None and layout.decoder is not None:
+        restore = False
     return Tower(
         name=name,
         module=module,
@@ -241,9 +250,10 @@ def _tower(name: str, modules: dict[str, nn.Module], found: list[tuple[str, nn.M
         prefix=prefix,
         suffix=suffix,
         cls=cls,
-        restore=restore and decoder_of is None,
-        decoder_of=decoder_of,
+        restore=restore,
+        cross_attention=None if restore else across,
         hands_out=hands_out,
         unknown_owner=unknown,
-        tokens=prefix + layout.patches(module) + suffix,
+        tokens=tokens,
+        cell=cell,
     )

@@ -25,6 +25,7 @@ from turbovlm.encoder.passed import Calls, Passed, watch_calls
 from turbovlm.encoder.state import State
 from turbovlm.encoder.towers import Tower
 from turbovlm.errors import UnsupportedModelError
+from turbovlm.ops.segments import segments_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -62,6 +63,8 @@ def verify(tower: Tower, passed: Passed) -> Calls | None:
 def _verify_tokens(tower: Tower, like: Tensor) -> None:
     """See that two different images of native size differ in every patch, and in no token of prefix and suffix."""
     hidden, which = _first_hidden(tower, like), f"{tower.title} ({tower.layout.family})"
+    if tower.layout.packed:
+        hidden = hidden.view(2, -1, hidden.shape[-1])
     end = tower.tokens - tower.suffix
     if hidden.shape[1] != tower.tokens:
         raise UnsupportedModelError(
@@ -116,11 +119,14 @@ def _verify_block(tower: Tower, name: str, block: nn.Module, passed: Passed) -> 
     count = tower.prefix + PATCHES + tower.suffix
     x = torch.randn(2, count, tower.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
     example = tower.layout.example(block, PATCHES) if tower.layout.example is not None else {}
-    arguments = {key: tree_map_only(Tensor, lambda tensor: tensor.to(x), value) for key, value in example.items()}
+    arguments = {key: tree_map_only(Tensor, lambda tensor: _like(tensor, x), value) for key, value in example.items()}
     with watch_calls(block, passed, tower.layout.attention) as calls:
-        own = type(block).forward(block, x, **_required(block), **arguments)
+        packed = tower.layout.packed
+        own = type(block).forward(block, x[0] if packed else x, **{**_required(block), **arguments})
     own = own[0] if tower.layout.returns_tuple else own
-    state = State(0, (), tower.prefix, tower.suffix)
+    segments = segments_of(arguments["cu_seqlens"]) if packed else None
+    x = x[:1] if packed else x
+    state = State(0, (), tower.prefix, tower.suffix, segments=segments)
     ours = unmerged_forward(block, tower.layout, TurboConfig(r=0), x, state, arguments)
     gap = (ours - own).abs().max() / own.abs().max()
     tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
@@ -130,6 +136,11 @@ def _verify_block(tower: Tower, name: str, block: nn.Module, passed: Passed) -> 
             f"input, so {library_version(type(block))} computes this block in a way turbovlm does not know"
         )
     return calls[0]
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """On the device of `x`, and numbers with a fraction in its dtype."""
+    return tensor.to(x) if tensor.is_floating_point() else tensor.to(x.device)
 
 
 def _required(block: nn.Module) -> dict[str, Any]:

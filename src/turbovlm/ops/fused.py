@@ -8,7 +8,8 @@ What the kernels lack goes to `plain`'s function of the same name:
 - `most_similar`: without destinations;
 - `rank`: with padding, or by a degree that is none of `kernels.RANKED`;
 - `rank` and `choose`: among more than `MOST_RANKED` candidates, or by degrees of another dtype than kernels take;
-- `merge_tokens` with `"keep_norm"`, and `average`: with gradients wanted.
+- `merge_books`: of tokens of other sizes than 1, in another order, or in float64;
+- `merge_tokens` with `"keep_norm"`, `average` and `restore`: with gradients wanted, and `restore` of other dtypes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from turbovlm.ops import averaging, kernels, plain
+from turbovlm.ops import averaging, kernels, plain, restoring
 from turbovlm.ops.averaging import Bags
 from turbovlm.ops.degree import DegreeFunction, default_alpha
 from turbovlm.ops.kernels import usable
@@ -35,9 +36,11 @@ __all__ = [
     "attention_rows",
     "average",
     "choose",
+    "merge_books",
     "merge_tokens",
     "most_similar",
     "rank",
+    "restore",
     "usable",
 ]
 
@@ -201,6 +204,22 @@ def merge_tokens(
     return merged, rows, weights, merged_sizes, logs
 
 
+def merge_books(
+    src: Tensor,
+    dst: Tensor,
+    tokens: int,
+    dtype: torch.dtype,
+    sizes: Tensor | None,
+    slots: Tensor | None,
+    reduce: str,
+) -> tuple[Tensor, Tensor, Tensor, Bags | None]:
+    """See `plain.merge_books`."""
+    if sizes is not None or slots is not None or dtype != torch.float32:
+        return plain.merge_books(src, dst, tokens, dtype, sizes, slots, reduce)
+    rows, weights, merged_sizes, *bags = kernels.merge_books(src, dst, tokens, reduce == "prune")
+    return rows, weights, merged_sizes, (bags[0], bags[1], bags[2])
+
+
 def average(
     x: Tensor, rows: Tensor, weights: Tensor, left: torch.Size, keep_norm: bool, bags: Bags | None = None
 ) -> Tensor:
@@ -210,3 +229,12 @@ def average(
     bags = averaging.sort_into_bags(rows, weights, left.numel()) if bags is None else bags
     mean: Tensor = kernels.mean_of_bags(x, *bags)
     return averaging.keep_norms(x, mean, rows, weights) if keep_norm else mean
+
+
+def restore(x: Tensor, merged: Tensor, out: Tensor, rows: Tensor, update: bool, samples: int) -> Tensor:
+    """See `restoring.restore`; one launch by copies, two by regression."""
+    takes = all(each.dtype in kernels.DTYPES for each in (x, merged, out))
+    if not takes or wants_gradient(x, merged, out):
+        return restoring.restore(x, merged, out, rows, update, samples)
+    restored: Tensor = kernels.restore(x, merged, out, rows, update, samples, restoring.RIDGE)
+    return restored

@@ -1,8 +1,8 @@
 """The steps of `plain`, by the same names, for CPUs in eager mode: what is done with indices runs in NumPy.
 
 A merge of any two tokens has many such steps, on a few hundred numbers each, and an operator of PyTorch on so few takes
-the time of its call (`benchmarks/host_time.py`). What is done with tokens stays in PyTorch. `attend`, `attention_rows`
-and `average` are those of `plain`, and so is what these lack:
+the time of its call (`benchmarks/host_time.py`). What is done with tokens stays in PyTorch. `attend`, `attention_rows`,
+`average`, `merge_books` and `restore` are those of `plain`, and so is what these lack:
 
 - `most_similar`: but for all pairs in one window, none of them hidden, without gradients;
 - `rank` and `choose`: but among all pairs; `rank`: with gradients wanted;
@@ -24,13 +24,25 @@ from turbovlm.ops.averaging import average
 from turbovlm.ops.degree import FUSIONS, DegreeFunction, default_alpha
 from turbovlm.ops.pairs import STEPS_DOUBLED
 from turbovlm.ops.partition import Index, Partition
-from turbovlm.ops.plain import Chosen, attend, attention_rows
+from turbovlm.ops.plain import Chosen, attend, attention_rows, merge_books
+from turbovlm.ops.restoring import restore
 from turbovlm.ops.tracing import wants_gradient
 
 if TYPE_CHECKING:
     from turbovlm.ops.whole import Guide, Merged, Rules
 
-__all__ = ["at_once", "attend", "attention_rows", "average", "choose", "merge_tokens", "most_similar", "rank"]
+__all__ = [
+    "at_once",
+    "attend",
+    "attention_rows",
+    "average",
+    "choose",
+    "merge_books",
+    "merge_tokens",
+    "most_similar",
+    "rank",
+    "restore",
+]
 
 Numbers = NDArray[np.floating]
 Indices = NDArray[np.integer]

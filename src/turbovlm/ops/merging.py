@@ -260,23 +260,30 @@ def merge_ranked(
     if x is not None:
         merged, rows, weights, merged_sizes, logs = path.merge_tokens(x, sizes, src, dst, slots, reduce)
         return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", logs=logs), merged
-    if sizes is None:
-        sizes = torch.ones(degree.shape[0], ranking.tokens, dtype=precise_dtype(degree), device=degree.device)
-    return merge_chosen(src, dst, sizes, slots, reduce=reduce), None
+    chosen = src, dst
+    return merge_chosen(chosen, ranking.tokens, precise_dtype(degree), sizes, slots, reduce=reduce, path=path), None
 
 
-def merge_chosen(src: Tensor, dst: Tensor, sizes: Tensor, slots: Tensor | None = None, *, reduce: str) -> Merge:
-    """Merge the tokens that were chosen, each into its destination.
+def merge_chosen(
+    chosen: plain.Chosen,
+    tokens: int,
+    dtype: torch.dtype,
+    sizes: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    reduce: str,
+    path: ModuleType,
+) -> Merge:
+    """Merge the tokens that were chosen, each into its destination, as `path.merge_books` books them.
 
     Args:
-        src, dst: as `plain.choose` gives them, `[batch, r]` each.
-        sizes: patches each token stands for, `[batch, tokens]`.
-        slots: the order of the tokens left, as `plain.merge_books` takes it; theirs if None.
+        chosen: the r tokens that go and their destinations.
+        tokens, dtype, sizes, slots: as in `plain.merge_books`.
         reduce: as in `merge_ranked`.
+        path: from `path_for`.
     """
-    rows, weights, merged_sizes = plain.merge_books(src, dst, slots, sizes, reduce)
-    bags = averaging.sort_into_bags(rows, weights, merged_sizes.numel()) if averaging.has_bags(weights) else None
-    return Merge(rows, src, weights, merged_sizes, reduce == "keep_norm", bags)
+    rows, weights, merged_sizes, bags = path.merge_books(*chosen, tokens, dtype, sizes, slots, reduce)
+    return Merge(rows, chosen[0], weights, merged_sizes, reduce == "keep_norm", bags)
 
 
 def match(

@@ -1,7 +1,7 @@
 """The steps of attention and merging in PyTorch's own operators, on any device.
 
 They are what the same steps in `host` (NumPy) and in `fused` (Triton) are tested against; `dispatch` decides which of
-the three runs. `average` is one of them.
+the three runs. `average` and `restore` are two of them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.ops.averaging import SHORTEST, precise_dtype
+from turbovlm.ops.averaging import SHORTEST, Bags, has_bags, precise_dtype, sort_into_bags
 from turbovlm.ops.averaging import average as average
 from turbovlm.ops.degree import DegreeFunction, information_degree
 from turbovlm.ops.pairs import paired, same_for_both
 from turbovlm.ops.partition import Index, Partition
+from turbovlm.ops.restoring import restore as restore
 from turbovlm.ops.tracing import is_exporting, wants_gradient
 
 _CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -300,9 +301,7 @@ def merge_tokens(
         sizes: patches each token stands for, `[batch, N]`; ones if None.
         src, dst, slots, reduce: as `merge_books` takes them.
     """
-    if sizes is None:
-        sizes = x.new_ones(x.shape[:2], dtype=precise_dtype(x))
-    rows, weights, merged_sizes = merge_books(src, dst, slots, sizes, reduce)
+    rows, weights, merged_sizes = _places(src, dst, slots, _ones(x, x.shape[1], precise_dtype(x), sizes), reduce)
     merged = average(x, rows, weights, merged_sizes.shape, reduce == "keep_norm")
     return merged, rows, weights, merged_sizes, log_sizes(merged_sizes)
 
@@ -313,20 +312,39 @@ def log_sizes(sizes: Tensor) -> Tensor:
 
 
 def merge_books(
-    src: Tensor, dst: Tensor, slots: Tensor | None, sizes: Tensor, reduce: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    src: Tensor,
+    dst: Tensor,
+    tokens: int,
+    dtype: torch.dtype,
+    sizes: Tensor | None,
+    slots: Tensor | None,
+    reduce: str,
+) -> tuple[Tensor, Tensor, Tensor, Bags | None]:
     """Where each of N tokens goes when r of them are merged, and what it weighs there.
 
     Args:
         src: the tokens that are merged, `[batch, r]`, distinct.
         dst: the token that each is merged into, `[batch, r]`, none of `src`.
+        tokens: N.
+        dtype: of sizes and weights.
+        sizes: patches each token stands for, `[batch, N]`; ones if None.
         slots: the order of the tokens left, as places in the order of all N, `[N]` or `[batch, N]`; theirs if None.
-        sizes: patches each token stands for, `[batch, N]`.
         reduce: as in `TurboConfig`.
 
     Returns:
-        `rows`, `weights` and `sizes` of `Merge`.
+        `rows`, `weights`, `sizes` and `bags` of `Merge`.
     """
+    rows, weights, merged_sizes = _places(src, dst, slots, _ones(src, tokens, dtype, sizes), reduce)
+    return rows, weights, merged_sizes, sort_into_bags(rows, weights, merged_sizes.numel()) if has_bags(src) else None
+
+
+def _ones(like: Tensor, tokens: int, dtype: torch.dtype, sizes: Tensor | None) -> Tensor:
+    return like.new_ones(len(like), tokens, dtype=dtype) if sizes is None else sizes
+
+
+def _places(
+    src: Tensor, dst: Tensor, slots: Tensor | None, sizes: Tensor, reduce: str
+) -> tuple[Tensor, Tensor, Tensor]:
     (batch, tokens), r, first = sizes.shape, src.shape[1], row_offsets(sizes)
     src_rows, dst_rows = (src + first).flatten(), (dst + first).flatten()
     # 1 for a token that stays, else 0; out of place and of integers, as `torch.func.vmap` and ONNX's exporters want it

@@ -12,18 +12,6 @@ from turbovlm.vlm.marks import ENCODED
 
 MODELS = "transformers.models"
 COL_QWEN2 = f"{MODELS}.colqwen2.modeling_colqwen2.ColQwen2ForRetrieval"
-REFUSED = {
-    f"{MODELS}.pi0.modeling_pi0.PI0Model": (
-        "PI0 puts visual tokens into its prompt itself, and its action expert counts the whole prompt's columns in the "
-        "cache"
-    )
-}
-"""Classes around a model that reads images which cannot have it read fewer, with the reason."""
-
-
-def refusal(around: nn.Module) -> str | None:
-    """Why a model around one that reads images cannot have it read fewer; None where it can."""
-    return next((REFUSED[path] for path in class_paths(around) if path in REFUSED), None)
 
 
 def fills_itself(around: nn.Module) -> bool:

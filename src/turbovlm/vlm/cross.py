@@ -18,17 +18,27 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.config import ReadConfig
-from turbovlm.encoder.layout import fetch, library_version, path_of
+from turbovlm.encoder.cross_attention import (
+    CrossAttention,
+    Merged,
+    attach,
+    check_whole,
+    find_cross_attention,
+    merged_into,
+)
+from turbovlm.encoder.layout import Layout, fetch, library_version, path_of
 from turbovlm.encoder.refusals import reads
+from turbovlm.encoder.towers import layout_of
 from turbovlm.errors import StateError, UnsupportedModelError
-from turbovlm.ops.attention import size_bias
 from turbovlm.ops.tracing import is_readable
 from turbovlm.patching import Patch
 from turbovlm.registry import families, family_of
 from turbovlm.threads import Remembering
+from turbovlm.vlm.families import blocks_of
 from turbovlm.vlm.marks import IMAGE, IMAGE_SIZES
 from turbovlm.vlm.select import kept_count, select
 from turbovlm.vlm.selection import Selection
+from turbovlm.vlm.tower import sizes_left
 
 STAGES = 3
 """Groups of layers that read equally many tokens."""
@@ -44,6 +54,8 @@ class CrossFeature(Remembering[tuple[Selection, ...]]):
         layers: path of the text model's layers.
         depth: how many there are.
         prefix: image tokens in front that always stay: CLS.
+        cross_attention: what the layers cross-attend by, and how many tokens an image of native size has.
+        sized: whether tokens are merged before the first layer.
         removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` for each time that tokens were left
             out in this thread's last forward.
     """
@@ -55,6 +67,8 @@ class CrossFeature(Remembering[tuple[Selection, ...]]):
     layers: str
     depth: int
     prefix: int = 1
+    cross_attention: CrossAttention | None = None
+    sized: bool = False
     removed: bool = False
 
     def patches(self, model: nn.Module) -> list[Patch]:
@@ -96,6 +110,7 @@ class Image:
         sizes: how many of the image's tokens each stands for, `[batch, M]`.
         words: which of the words are no padding, `[batch or 1, words]`, bool; None for all.
         native: image tokens at first.
+        merged: whether some of them stood for several before the first layer.
         selections: what was left from stage to stage.
     """
 
@@ -103,6 +118,7 @@ class Image:
     sizes: Tensor
     words: Tensor | None
     native: int
+    merged: bool
     selections: tuple[Selection, ...] = ()
 
 
@@ -117,10 +133,10 @@ def layer_forward(patch: Patch, layer: nn.Module, original: Any, /, **inputs: An
             "checkpoint does not hand on: model.gradient_checkpointing_disable(), or handle.remove()"
         )
     image: Image | None = getattr(inputs["hidden_states"], IMAGE, None)
+    feature: CrossFeature = patch.feature  # type: ignore[assignment]
     if patch.detail == 0:
-        image = _whole(whole, inputs.get("attention_mask"), inputs.get("encoder_attention_mask"))
+        image = _whole(feature, whole, inputs.get("attention_mask"), inputs.get("encoder_attention_mask"))
     if image is None:
-        feature: CrossFeature = patch.feature  # type: ignore[assignment]
         raise StateError(
             f"{feature.layers}.{patch.detail} got words without the image tokens that the layer before has left: "
             "something between the two layers replaces the hidden states; handle.remove() gives the model back"
@@ -141,8 +157,8 @@ def cross_forward(patch: Patch, attention: nn.Module, original: Any, /, **inputs
     held: dict[int, Tensor] = {} if cache is None else cache.__dict__.setdefault(IMAGE_SIZES, {})
     cached = cache is not None and bool(cache.is_updated.get(index))
     sizes = held[index] if cached else image.sizes
-    if feature.config.proportional and index > 0:
-        inputs["encoder_attention_mask"] = size_bias(sizes, tokens.dtype)
+    counts = index > 0 or image.merged
+    attach(tokens, Merged.of(sizes if counts else None, None, feature.config.proportional))
     outputs: tuple[Tensor, ...] = original(**inputs)
     if cached:
         return outputs
@@ -154,18 +170,24 @@ def cross_forward(patch: Patch, attention: nn.Module, original: Any, /, **inputs
     return outputs
 
 
-def _whole(tokens: Tensor, text_mask: Tensor | None, image_mask: Tensor | None) -> Image:
+def _whole(feature: CrossFeature, tokens: Tensor, text_mask: Tensor | None, image_mask: Tensor | None) -> Image:
     """The image as the first layer reads it."""
     if image_mask is not None and is_readable(image_mask):
         seen = image_mask if image_mask.dtype == torch.bool else image_mask > -1
         if not bool(seen.all()):
             raise StateError("encoder_attention_mask: with cross_keep every image token has to be attended to")
-    sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.promote_types(tokens.dtype, torch.float32))
+    before = merged_into(tokens)
+    if before is None and feature.sized and feature.cross_attention is not None:
+        check_whole(tokens, feature.cross_attention.attentions[0], feature.config.proportional)
+    sizes = None if before is None else before.sizes
+    merged = sizes is not None
+    if sizes is None:
+        sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.promote_types(tokens.dtype, torch.float32))
     words = None
     if text_mask is not None:  # the last word sees every word
         last = text_mask[:, 0, -1]
         words = last if last.dtype == torch.bool else last > -1
-    return Image(tokens, sizes, words, tokens.shape[1])
+    return Image(tokens, sizes, words, tokens.shape[1], merged)
 
 
 def _left(feature: CrossFeature, index: int, image: Image, attention: Tensor) -> Image:
@@ -177,8 +199,7 @@ def _left(feature: CrossFeature, index: int, image: Image, attention: Tensor) ->
         return image
     semantic = _row(attention.detach(), image.words)[:, feature.prefix :]
     selection = select(patches.detach(), semantic, k, feature.config, sizes)
-    counted = sizes * (selection.weights > 0)
-    left = torch.zeros_like(sizes[:, :k]).scatter_add(1, selection.destination, counted)
+    left = sizes_left(selection, sizes)
     return replace(
         image,
         tokens=torch.cat([front, selection.take(patches)], dim=1),
@@ -196,8 +217,19 @@ def _row(attention: Tensor, words: Tensor | None) -> Tensor:
     return torch.einsum("bwm,bw->bm", rows, weights / weights.sum(dim=1, keepdim=True))
 
 
-def find_cross(model: nn.Module, config: ReadConfig) -> CrossFeature:
+def cross_attention_to(model: nn.Module, tower: nn.Module, layout: Layout) -> CrossAttention | None:
+    """What cross-attends to a tower's tokens, or None; `layout` is that of its blocks."""
+    modules = dict(model.named_modules())
+    path = next(path for path, module in modules.items() if module is tower)
+    native = layout.of_tower("prefix", tower) + layout.patches(tower) + layout.of_tower("suffix", tower)
+    return find_cross_attention(path, modules, native)
+
+
+def find_cross(model: nn.Module, config: ReadConfig, sized: bool = False) -> CrossFeature:
     """How `model`'s text layers will read an image.
+
+    Args:
+        sized: whether its tokens are merged before the first layer.
 
     Raises:
         UnsupportedModelError: no text model in it that turbovlm knows reads an image by cross-attention, or its
@@ -218,7 +250,10 @@ def find_cross(model: nn.Module, config: ReadConfig) -> CrossFeature:
                 f"{amount}: the cross-attention of {family.family} in {library_version(type(part))} takes "
                 f"{', '.join(taken)}, which turbovlm does not know"
             )
-        return CrossFeature(config, family.family, place, len(layers))
+        tower = fetch(part, family.tower)
+        layout = layout_of(blocks_of(tower)[-1])
+        across = None if layout is None else cross_attention_to(model, tower, layout)
+        return CrossFeature(config, family.family, place, len(layers), cross_attention=across, sized=sized)
     known = ", ".join(family.family for family in families("vlm") if family.cross_layers)
     other = "; visual_keep shortens what its language model reads" if reads(model, "visual_keep") else ""
     raise UnsupportedModelError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.errors import StateError
+from turbovlm.vlm.families import placeholder_of
 from turbovlm.vlm.marks import ATTENTION
 from turbovlm.vlm.prompt import placeholders
 from turbovlm.vlm.question import NO_TEXT, ImageText, text_around
@@ -46,8 +47,10 @@ def choose_tokens(
     dropped: Tensor | None = None
     selections: list[Selection] = []
     for modality, outputs in images.items():
-        places_of = placeholders(model, inputs, getattr(model.config, f"{modality}_token_id"))
-        sizes = [_sizes_of_images(model, feature, len(entry)) for entry in outputs.pooler_output]
+        token = placeholder_of(feature.family, model, modality)
+        assert token is not None
+        places_of = placeholders(model, inputs, token)
+        sizes = [_sizes_of_images(model, feature, len(entry)) for entry in getattr(outputs, feature.family.features)]
         columns = places_of.flatten().nonzero().squeeze(1)
         counts = [n for entry in sizes for n in entry]
         if len(columns) != sum(counts):
@@ -55,7 +58,7 @@ def choose_tokens(
         text = NO_TEXT
         if config.question or callable(config.visual_select):
             rows = [int(places[0]) // places_of.shape[1] for places in torch.split(columns, counts)]
-            text = text_around(model, inputs, rows, config.question)
+            text = text_around(feature.family, model, inputs, rows, config.question)
         grids = grids_of(model, feature, outputs, modality, counts)
         chosen, fewer[modality] = _select(feature, outputs, sizes, text, grids)
         dropped = torch.zeros_like(places_of) if dropped is None else dropped
@@ -89,7 +92,8 @@ def _select(
             "mm_encoder_outputs without the tower's attention: encode the images with this model's own "
             "get_image_features while it is accelerated, or let generate do it"
         )
-    planes = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or [])]
+    entries = getattr(outputs, feature.family.features)
+    planes = [entries, *(getattr(outputs, "deepstack_features", None) or [])]
     features = [_by_image(plane, sizes) for plane in planes]
     semantic = None if attention is None else _by_image(attention, sizes)
     chosen: dict[int, Selection] = {}
@@ -104,7 +108,7 @@ def _select(
         chosen |= dict(zip(group, (each.of_image(i) for each in found for i in range(len(each.kept)))))
     fewer = copy.copy(outputs)
     read, *planes = [[torch.cat([next(left) for _ in entry]) for entry in sizes] for left in map(iter, features)]
-    fewer.pooler_output = _as_tensor(read) if isinstance(outputs.pooler_output, Tensor) else read
+    setattr(fewer, feature.family.features, _as_tensor(read) if isinstance(entries, Tensor) else read)
     if planes:
         fewer.deepstack_features = planes
     return [chosen[i] for i in range(len(chosen))], fewer

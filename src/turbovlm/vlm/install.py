@@ -10,15 +10,17 @@ from typing import ClassVar
 import torch.nn as nn
 
 from turbovlm.config import READINGS, ReadConfig
+from turbovlm.encoder.cross_attention import CrossAttention, check_cross_attention
 from turbovlm.encoder.layout import Layout, fetch, library_version
 from turbovlm.encoder.towers import find_towers, layout_of
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import Feature, Patch, check_forwards
 from turbovlm.registry import family_of
 from turbovlm.threads import Remembering
-from turbovlm.vlm.around import encode_apart, fills_itself, refusal
-from turbovlm.vlm.cross import find_cross
+from turbovlm.vlm.around import encode_apart, fills_itself
+from turbovlm.vlm.cross import cross_attention_to, find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
+from turbovlm.vlm.families.refused import is_undescribed, refusal
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
 from turbovlm.vlm.select import needs_attention
 from turbovlm.vlm.selection import Selection
@@ -34,10 +36,11 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         family: the model's.
         part: path of the part that reads visual tokens; empty where it is the model itself.
         guide: path, from there, of the tower's block whose attention is A; `block`: its index, as its family has it,
-            of `depth` blocks.
+            of `depth` blocks. Empty where its family has none.
         layout: that block's, resolved; None for a packed tower.
-        prefix: tokens at the front of the tower's, which no visual token is made of.
+        prefix, suffix: tokens at the front and at the end of the tower's, which no visual token is made of.
         guidance: `"cls"` or `"mean"`: whose attention row is A.
+        cross_attention: what cross-attends to the tower's tokens by their sizes; None where nothing does.
         removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` per image of the last prompt of this
             thread.
     """
@@ -53,12 +56,14 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
     layout: Layout | None
     prefix: int
     guidance: str
+    suffix: int = 0
+    cross_attention: CrossAttention | None = None
     removed: bool = False
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """What the tower, the part that reads, and `generate` around it run instead of their own."""
         part = model.get_submodule(self.part)
-        found = [Patch(part.get_submodule(self.guide), "forward", guide_forward, self)]
+        found = [Patch(part.get_submodule(self.guide), "forward", guide_forward, self)] if self.guide else []
         if self.family.cross_attention:
             return [*found, Patch(fetch(part, self.family.tower), "forward", tower_forward, self)]
         found.append(Patch(part, "forward", read_forward, self, by_name=True))
@@ -94,7 +99,11 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         place = ".".join(filter(None, (self.part, self.guide)))
         guided = f", guided by {self.guidance} in {place}" if needs_attention(config) else ""
         asked = " and by the prompt's text" if config.question else ""
-        found = [f"  {self.part or 'model'} ({self.family.family}): reads {amount} ({config.selection}){guided}{asked}"]
+        sized = ""
+        if self.cross_attention is not None and config.reduce == "merge":
+            sized = ", in proportion to their sizes" if config.proportional else ", all alike"
+        reader = f"{self.part or 'model'} ({self.family.family})"
+        found = [f"  {reader}: reads {amount} ({config.selection}){guided}{asked}{sized}"]
         if config.visual_tolerance is not None and self.last:
             counts = [f"{each.kept.shape[1]} of {each.destination.shape[1]}" for each in self.last]
             found.append(f"  in the last prompt: {', '.join(counts)} tokens")
@@ -124,15 +133,17 @@ def find_readings(model: nn.Module, config: ReadConfig, merged: bool = False) ->
                 f"{name}=1 is a count: ONE token of each image is read; {name}=1.0 is the share that reads all of them",
                 stacklevel=4,
             )
-    if not config.proportional and config.cross_keep is None and not merged:
-        raise ConfigError(
-            "proportional=False: it would have no effect: visual_keep's tokens count alike, and no tower merges any "
-            "(r, keep or flops)"
-        )
     if config.visual_keep is not None:
-        found.append(find_reading(model, config))
+        reading = find_reading(model, config)
+        found.append(reading)
+        sized = reading.cross_attention is not None and config.reduce == "merge"
+        if not (config.proportional or config.cross_keep is not None or merged or sized):
+            raise ConfigError(
+                "proportional=False: it would have no effect: visual_keep's tokens count alike here, and no tower "
+                "merges any (r, keep or flops)"
+            )
     if config.cross_keep is not None:
-        found.append(find_cross(model, config))
+        found.append(find_cross(model, config, sized=merged or config.visual_keep is not None))
     for feature in found:
         names = {id(module): name for name, module in model.named_modules()}
         forwards = [patch.module for patch in feature.patches(model) if patch.name == "forward"]
@@ -149,10 +160,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     """
     found = [(name, part, family) for name, part in model.named_modules() if (family := family_of("vlm", part))]
     if not found:
-        raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {type(model).__name__} has no language model that reads visual tokens, "
-            f"as far as turbovlm knows{merges_inside(model)}; docs/language.md lists what is supported"
-        )
+        raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {_nothing_found(model)}{merges_inside(model)}")
     name, part, family = found[0]
     others = [other for other, module, of in found[1:] if fetch(module, of.tower) is not fetch(part, family.tower)]
     if others:
@@ -162,7 +170,8 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         )
     for owner in owners_of(model, part):
         if reason := refusal(owner):
-            raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {reason}{merges_inside(model)}")
+            told = f"{type(owner).__name__}: {reason}{merges_inside(model)}"
+            raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {told}")
     if not family.cross_attention and "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
         raise UnsupportedModelError(
             f"visual_keep={config.visual_keep}: {family.family} of {library_version(type(part))} does not take encoded "
@@ -171,23 +180,33 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     if family.cross_attention:
         _check_across(family, config)
     tower = fetch(part, family.tower)
+    if family.guide is None:
+        if needs_attention(config):
+            raise ConfigError(
+                f"visual_select={config.visual_select!r}: it goes by attention, and {family.family}'s tower has no row "
+                "of it with a number for each visual token: give a visual_select that goes by none, as 'redundancy'"
+            )
+        return ReadFeature(config, family, name, "", -1, 0, None, 0, "mean")
     block, blocks = family.guide(part), blocks_of(tower)
     guide = blocks[block]
     path = next(path for path, module in part.named_modules() if module is guide)
-    layout, cls, prefix = None, False, 0
-    if not family.packed:
+    layout, cls, prefix, suffix = None, False, 0, 0
+    if family.packed is None:
         layout = layout_of(guide)
         if layout is None:
             raise UnsupportedModelError(
                 f"visual_keep={config.visual_keep}: {family.family} with a tower of {type(guide).__qualname__}, whose "
                 "attention turbovlm cannot read"
             )
-        cls, prefix = layout.of_tower("cls", tower), layout.of_tower("prefix", tower)
+        cls, prefix, suffix = (layout.of_tower(field, tower) for field in ("cls", "prefix", "suffix"))
         layout = layout.resolve(guide)
     if config.guidance == "cls" and not cls:
         raise ConfigError(f"guidance='cls': {family.family}'s tower has no CLS token; use 'mean' or 'auto'")
     guidance = ("cls" if cls else "mean") if config.guidance == "auto" else config.guidance
-    return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance)
+    across = None if layout is None else cross_attention_to(model, tower, layout)
+    if across is not None:
+        check_cross_attention(across, model, config.proportional and config.reduce == "merge")
+    return ReadFeature(config, family, name, path, block, len(blocks), layout, prefix, guidance, suffix, across)
 
 
 def _check_across(family: VlmFamily, config: ReadConfig) -> None:
@@ -201,6 +220,23 @@ def _check_across(family: VlmFamily, config: ReadConfig) -> None:
             f"visual_tolerance={config.visual_tolerance:g}: {family.family} reads images by cross-attention, all of a "
             "batch with as many tokens: leave it out"
         )
+
+
+def _nothing_found(model: nn.Module) -> str:
+    """Why nothing in a model reads fewer visual tokens."""
+    for module in model.modules():
+        if reason := refusal(module):
+            return f"{type(module).__name__}: {reason}"
+    undescribed = [type(module).__name__ for module in model.modules() if is_undescribed(module)]
+    if undescribed:
+        return (
+            f"no family describes {undescribed[-1]}, which puts what its get_image_features gives in place of "
+            "placeholders, as known families do: register a VlmFamily for it (docs/extending.md)"
+        )
+    return (
+        f"{type(model).__name__} has no language model that reads visual tokens, as far as turbovlm knows; "
+        "docs/language.md lists what is supported"
+    )
 
 
 def merges_inside(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from turbovlm.errors import StateError
 
 TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Arguments with one number per token of the prompt. Models read the latter by its place in the cache."""
+"""Arguments with one number per token of the prompt, which masks read by its place in the cache."""
 Positions = Callable[[Tensor], Tensor]
 """`(mask) -> positions` that the library gives full prompts, `[..., 1 or batch, columns]`."""
 
@@ -60,9 +60,10 @@ class CachedPrompts:
         """The arguments of a call of `new` columns of text behind the prompts, mask and types by place in the cache."""
         columns = columns_in(inputs["past_key_values"], self) + new
         found = {"attention_mask": self.mask(full_mask(inputs, columns, self.seen))}
-        types = inputs.get("token_type_ids")
-        if types is not None and types.shape[-1] > new:  # of all columns
-            found["token_type_ids"] = self.types(types)
+        for name in TYPES:
+            types = inputs.get(name)
+            if types is not None and types.shape[-1] > new:  # of all columns
+                found[name] = self.types(types)
         return {**inputs, **found}
 
     def cropped(self, held: int) -> CachedPrompts:
@@ -120,7 +121,7 @@ class ShortenedPrompt:
             found["inputs_embeds"] = self.take_embeddings(inputs["inputs_embeds"])
         for name in TYPES:
             if inputs.get(name) is not None:
-                found[name] = self.types(inputs[name], by_place=name == "token_type_ids")
+                found[name] = self.types(inputs[name])
         return {**inputs, **found}
 
     @property
@@ -128,17 +129,16 @@ class ShortenedPrompt:
         """Whether what is attended to is a token, in the cache and behind it, `[batch, held + M]`, bool."""
         return torch.cat([self.earlier_seen, self.seen], dim=1)
 
-    def types(self, types: Tensor, by_place: bool) -> Tensor:
-        """Token types of the columns left, `[batch, M]`; by their place in the cache `[batch, held + M]`.
+    def types(self, types: Tensor) -> Tensor:
+        """Token types by their place in the cache, whose own are text, and of the columns left, `[batch, held + M]`.
 
         Args:
             types: of the new columns, or of all, `[batch, columns]`; those missing at the end are of text, as assisted
                 decoding leaves out its candidates'.
-            by_place: whether those of the cache stand in front, which all count as text.
         """
         new = types[..., self.earlier :] if types.shape[-1] > self.columns else types
         left = self.take(F.pad(new, (0, self.columns - new.shape[-1])))
-        return F.pad(left, (self.earlier_seen.shape[1], 0)) if by_place else left
+        return F.pad(left, (self.earlier_seen.shape[1], 0))
 
     def take(self, values: Tensor) -> Tensor:
         """`[batch, N]`, `[planes, batch, N]`, `[1, N]` or `[planes, 1, N]` to the same of M."""

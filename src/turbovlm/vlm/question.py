@@ -17,10 +17,9 @@ from torch import Tensor
 from turbovlm.errors import StateError
 from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.tracing import without_autocast
+from turbovlm.vlm.families import PIXELS, VlmFamily, placeholder_of
 from turbovlm.vlm.prompt import placeholders
 
-PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
-"""Fields of a model's config that name tokens which are no text."""
 LEAST_SPREAD = 1e-6
 """Of cosines, so that those of equal tokens are not divided by 0."""
 
@@ -63,10 +62,13 @@ class ImageText:
 NO_TEXT = ImageText()
 
 
-def text_around(model: Any, inputs: dict[str, Any], rows: Sequence[int], question: float) -> ImageText:
+def text_around(
+    family: VlmFamily, model: Any, inputs: dict[str, Any], rows: Sequence[int], question: float
+) -> ImageText:
     """The text of the prompts that images stand in.
 
     Args:
+        family: the model's.
         model: the part that puts visual features in place of placeholders.
         inputs: its arguments: a batch of prompts, or their embeddings.
         rows: which of the prompts each image stands in.
@@ -75,7 +77,7 @@ def text_around(model: Any, inputs: dict[str, Any], rows: Sequence[int], questio
     Raises:
         StateError: a prompt has placeholders and padding alone, and `question` goes by its text.
     """
-    text = _is_text(model, inputs)
+    text = _is_text(family, model, inputs)
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     words: dict[int, Tensor] = {}
     for row in sorted({*rows}):
@@ -90,9 +92,10 @@ def text_around(model: Any, inputs: dict[str, Any], rows: Sequence[int], questio
     return ImageText([words[row] for row in rows])
 
 
-def _is_text(model: Any, inputs: dict[str, Any]) -> Tensor:
+def _is_text(family: VlmFamily, model: Any, inputs: dict[str, Any]) -> Tensor:
     """Which of a call's columns are text, and no placeholders or padding, `[batch, N]`, bool."""
-    named = [getattr(model.config, name, None) for name in PLACEHOLDERS]
+    named = [placeholder_of(family, model, modality) for modality in PIXELS]
+    named.append(getattr(model.config, "audio_token_id", None))
     words = model.config.get_text_config().vocab_size
     known = [token for token in named if token is not None and (token < words or inputs.get("inputs_embeds") is None)]
     text = ~torch.stack([placeholders(model, inputs, token) for token in known]).any(dim=0)

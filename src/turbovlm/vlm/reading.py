@@ -20,10 +20,10 @@ from turbovlm.errors import StateError
 from turbovlm.ops.tracing import is_exporting, is_exporting_to_onnx
 from turbovlm.patching import Patch
 from turbovlm.vlm.cache import remember_prompts
-from turbovlm.vlm.families import PIXELS
+from turbovlm.vlm.families import PIXELS, VlmFamily, is_recurrent, placeholder_of
 from turbovlm.vlm.images import choose_tokens
 from turbovlm.vlm.marks import CACHED_PROMPTS, ENCODED
-from turbovlm.vlm.prompt import TYPES, CachedPrompts, follow_prompts, shorten_inputs
+from turbovlm.vlm.prompt import TYPES, CachedPrompts, ShortenedPrompt, follow_prompts, shorten_inputs
 from turbovlm.vlm.unread import check_text, drafting
 
 if TYPE_CHECKING:
@@ -55,10 +55,14 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
         )
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         raise StateError("a prompt is missing: give input_ids or inputs_embeds")
-    filler = _filler(model.config)
+    filler = _filler(feature.family, model)
     found = choose_tokens(model, feature, inputs, images)
     if found is None:
-        return original(**{**inputs, "mm_encoder_outputs": images})
+        original(**{**inputs, "mm_encoder_outputs": images})
+        raise StateError(
+            f"{feature.config.amount}: there are not as many placeholders as features, of which this model has read "
+            "some all the same, as by a video_compression_mask: which belong to which cannot be told"
+        )
     fewer, dropped, selections = found
     behind_a_cache = cache is not None and cache.get_seq_length() > 0
     if behind_a_cache and inputs.get("position_ids") is None and hasattr(model, "compute_3d_position_ids"):
@@ -66,14 +70,37 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
             "position_ids: give those of the new columns with an image behind a cache; the model cannot tell them"
         )
     prompt, shorter = shorten_inputs(inputs, prompts, dropped, positions, filler)
-    outputs = original(**{**shorter, "mm_encoder_outputs": fewer, "return_dict": True})
+    if behind_a_cache and is_recurrent(model) and not prompt.seen.all():
+        raise StateError(
+            "a batch of prompts with an image behind a cache, which lose different numbers of tokens or are padded: "
+            "the recurrent layers of this model would read the columns between; give the prompts one by one"
+        )
+    arguments = {**shorter, "mm_encoder_outputs": fewer, "return_dict": True}
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+        outputs = _with_head(model, original, prompt, arguments)
+    else:
+        outputs = original(**arguments)
+        outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
     feature.last = selections
-    outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(prompt.restore(hidden) for hidden in outputs.hidden_states)
     if outputs.past_key_values is not None:
         remember_prompts(outputs.past_key_values, prompt.cached())
     return outputs.to_tuple() if inputs.get("return_dict") is False else outputs
+
+
+def _with_head(model: Any, original: Any, prompt: ShortenedPrompt, arguments: dict[str, Any]) -> Any:
+    """Run a part that has a head itself, whose logits, and the loss of them, are to be of the full prompt's columns."""
+    labels, keep = (arguments.pop(name, None) for name in ("labels", "logits_to_keep"))
+    last = isinstance(keep, int) and keep == 1  # as generate asks: the last column left is read last
+    outputs = original(**arguments, logits_to_keep=int(last))
+    if not last:
+        logits = prompt.restore(outputs.logits)
+        outputs.logits = logits[:, -keep:] if isinstance(keep, int) else logits if keep is None else logits[:, keep]
+    if labels is not None:
+        size = model.config.get_text_config().vocab_size
+        outputs.loss = model.loss_function(logits=outputs.logits, labels=labels, vocab_size=size)
+    return outputs
 
 
 def prepare_inputs(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
@@ -146,9 +173,9 @@ def _encode(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return encoded
 
 
-def _filler(config: Any) -> int:
+def _filler(family: VlmFamily, model: Any) -> int:
     """A token that is no placeholder."""
-    return int(0 in {getattr(config, f"{modality}_token_id", None) for modality in PIXELS})
+    return int(0 in {placeholder_of(family, model, modality) for modality in PIXELS})
 
 
 def _full_positions(model: Any, inputs: dict[str, Any], mask: Tensor, first: int) -> Tensor:

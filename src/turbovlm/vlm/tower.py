@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.encoder.attention import attention_of_guide
+from turbovlm.encoder.cross_attention import Merged, attach
 from turbovlm.encoder.layout import fetch
 from turbovlm.encoder.state import STATE, State
 from turbovlm.errors import StateError
+from turbovlm.ops.averaging import precise_dtype
+from turbovlm.ops.segments import shortened
 from turbovlm.patching import Patch
-from turbovlm.vlm.families import block_read, sum_cells
+from turbovlm.vlm.families import Packed, block_read, sum_cells
 from turbovlm.vlm.marks import ATTENTION, GRIDS
 from turbovlm.vlm.select import kept_count, reads_attention, select
+from turbovlm.vlm.selection import Selection
 
 if TYPE_CHECKING:
     from turbovlm.vlm.install import ReadFeature
@@ -60,22 +65,25 @@ def _collect(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, 
         _ENCODING.rows = outer
 
 
-def guide_forward(patch: Patch, block: Any, original: Any, /, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def guide_forward(patch: Patch, block: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run the block that guides, accelerated where it is, and collect its row of A."""
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
-    out = original(hidden, *args, **kwargs)
+    out = original(*args, **kwargs)
     rows = _ENCODING.rows
     if rows is None:
         return out
-    if feature.layout is None:
-        rows.append(Row(packed_row(block, hidden, kwargs)))
+    spelled = feature.family.packed if feature.layout is None else feature.layout
+    assert spelled is not None
+    hidden, *others = args if args else (kwargs.get("hidden_states", kwargs.get("hidden_state")),)
+    arguments = {**dict(zip(spelled.arguments, others)), **kwargs}
+    if isinstance(spelled, Packed):
+        rows.append(Row(packed_row(block, spelled, hidden, arguments, feature.config.proportional)))
         return out
-    arguments = {**dict(zip(feature.layout.arguments, args)), **kwargs}
     config, guidance = feature.config, feature.guidance
     if getattr(hidden, STATE, None) is None:  # so that the mean query is that of the patches alone
         hidden = hidden.view_as(hidden)
-        setattr(hidden, STATE, State(0, (), feature.prefix))
-    row = attention_of_guide(block, feature.layout, config, 0, guidance, hidden, arguments)
+        setattr(hidden, STATE, State(0, (), feature.prefix, feature.suffix))
+    row = attention_of_guide(block, spelled, config, 0, guidance, hidden, arguments)
     state = getattr(out[0] if isinstance(out, tuple) else out, STATE, None)
     rows.append(Row(row) if state is None or state.tokens is not None else _of_merged(row, state))
     return out
@@ -91,27 +99,56 @@ def _of_merged(row: Tensor, state: State) -> Row:
 
 
 @torch.no_grad()
-def packed_row(block: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The mean query's attention row of one block of a Qwen tower, for each image of the packed sequence.
+def packed_row(
+    block: Any, spelled: Packed, hidden: Tensor, arguments: dict[str, Any], proportional: bool = True
+) -> Tensor:
+    """The mean query's attention row of one block of a packed tower, for each image of the sequence.
 
     Args:
-        block: a block with `norm1` and `attn.qkv`.
-        hidden: the block's input, `[patches of all images, width]`.
-        arguments: the block's keyword arguments: `cu_seqlens`, where each image ends, and `position_embeddings`.
+        block: the block, `spelled` as its family has it.
+        hidden: its input, `[patches of all images, width]`, or the same behind a batch of one; where some have merged,
+            with the encoder's state.
+        arguments: its arguments by name: `position_embeddings`, and where each image ends.
+        proportional: whether merged patches are attended to by their number.
 
     Returns:
-        `[patches of all images]`; sums to 1 over each image.
+        `[patches of all images]`; sums to 1 over each image. Patches that have merged share what their token gets.
     """
-    attention = block.attn
-    q, k, _ = attention.qkv(block.norm1(hidden)).view(len(hidden), 3, attention.num_heads, -1).unbind(1)
-    rotate = sys.modules[type(block).__module__].apply_rotary_pos_emb_vision
-    q, k = rotate(q, k, *arguments["position_embeddings"])
-    lengths = arguments["cu_seqlens"].diff().tolist()
+    state: State = getattr(hidden, STATE, State(0, (), 0))
+    hidden = (hidden if state.tokens is None else state.tokens).flatten(0, -2)
+    attention, normed = fetch(block, spelled.attention), fetch(block, spelled.norm)(hidden)
+    projected = torch.cat([fetch(attention, name)(normed) for name in spelled.project], dim=-1)
+    heads = getattr(attention, "num_heads", None) or attention.config.num_attention_heads
+    q, k, *_ = projected.view(len(normed), 2 if len(spelled.project) > 1 else 3, heads, -1).unbind(1)
+    if spelled.norms:
+        q, k = (fetch(attention, name)(values) for name, values in zip(spelled.norms, (q, k)))
+    rotary, kept = arguments["position_embeddings"], None if state.positions is None else state.positions[0]
+    rotary = rotary if kept is None else [angles[kept] for angles in rotary]
+    q, k = getattr(sys.modules[type(block).__module__], spelled.rotate)(q, k, *rotary)
+    sizes = q.new_ones(len(q), dtype=torch.float32) if state.sizes is None else state.sizes[0].float()
+    if kept is None:
+        lengths = _lengths(arguments, len(normed))
+    else:
+        lengths = list(shortened(arguments["cu_seqlens"], kept).lengths)
     rows = []
-    for queries, keys in zip(torch.split(q, lengths), torch.split(k, lengths)):
-        scores = torch.einsum("hd,nhd->hn", queries.float().mean(0) * attention.scaling, keys.float())
+    for queries, keys, counts in zip(*(torch.split(each, lengths) for each in (q.float(), k.float(), sizes))):
+        guide = torch.einsum("n,nhd->hd", counts / counts.sum(), queries) * attention.scaling
+        scores = torch.einsum("hd,nhd->hn", guide, keys)
+        scores = scores + counts.log() if proportional else scores
         rows.append(scores.softmax(dim=-1).mean(dim=0))
-    return torch.cat(rows)
+    row, source = torch.cat(rows), state.source()
+    return row if source is None else (row / sizes)[source[0]]
+
+
+def _lengths(arguments: dict[str, Any], patches: int) -> list[int]:
+    """How many patches each image of a packed sequence has, by where it ends or by the mask between images."""
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        if arguments.get(name) is not None:
+            ends: list[int] = arguments[name].diff().tolist()
+            return ends
+    mask: Tensor = arguments["attention_mask"]  # 0 within an image, `[1, 1, patches, patches]`
+    first = F.pad(torch.diagonal(mask[0, 0], offset=1) != 0, (1, 0), value=True).nonzero().squeeze(1)
+    return F.pad(first, (0, 1), value=patches).diff().tolist()
 
 
 def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
@@ -125,13 +162,14 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     if reads_attention(feature.config):
         _check_guide(model, feature, inputs.get("vision_feature_layer"))
     outputs, rows = _collect(original, **inputs)
+    grid = inputs.get(f"{patch.detail}_grid_thw")
+    if grid is not None and not isinstance(outputs, tuple):
+        setattr(outputs, GRIDS, list(torch.split(grid, 1)))
     if rows and not isinstance(outputs, tuple):
-        grid = inputs.get(f"{patch.detail}_grid_thw")
-        if grid is not None:
-            setattr(outputs, GRIDS, list(torch.split(grid, 1)))
-        lengths = [len(entry) for entry in outputs.pooler_output]
+        lengths = [len(entry) for entry in getattr(outputs, feature.family.features)]
         row = torch.cat([each.values for each in rows])
-        setattr(outputs, ATTENTION, list(torch.split(_of_tokens(model, feature, row, grid, lengths), lengths)))
+        values = _of_tokens(model, feature, row, inputs, lengths)
+        setattr(outputs, ATTENTION, list(torch.split(values, lengths)))
     return outputs
 
 
@@ -145,18 +183,20 @@ def _check_guide(model: Any, feature: ReadFeature, layers: Any) -> None:
         )
 
 
-def _of_tokens(model: Any, feature: ReadFeature, row: Tensor, grid: Tensor | None, lengths: list[int]) -> Tensor:
-    """A of every visual token, `[sum of lengths]`, from that of the tower's."""
+def _of_tokens(model: Any, feature: ReadFeature, row: Tensor, inputs: dict[str, Any], lengths: list[int]) -> Tensor:
+    """A of every visual token, `[sum of lengths]`, from that of the tower's, encoded with `inputs`."""
     family = feature.family
     side, tokens = family.cell(model), sum(lengths)
-    if family.packed:
-        values = row.view(-1, side * side).sum(dim=1)
-        if family.order is not None:
-            assert grid is not None
-            values = values[family.order(fetch(model, family.tower), grid)]
-    elif row.ndim == 1:  # rearranged; a token that separates videos ends each
+    if family.rearrange and row.ndim == 1:  # rearranged; a token that separates videos ends each
         separated = len(row) == tokens - len(lengths)
         values = F.pad(row.view(len(lengths), -1), (0, 1)).flatten() if separated else row
+    elif family.per_token is not None:
+        values = family.per_token(model, row, inputs)
+    elif family.packed is not None:
+        values = row.view(-1, side * side).sum(dim=1)
+        if family.order is not None:
+            grid = next(inputs[name] for name in inputs if name.endswith("_grid_thw") and inputs[name] is not None)
+            values = values[family.order(fetch(model, family.tower), grid)]
     else:
         handed_on = _handed_on(row, tokens * side * side // len(row))
         values = (sum_cells(handed_on, side) if side > 1 else handed_on).flatten()
@@ -189,21 +229,26 @@ def rearrange(patch: Patch, model: Any, original: Any, /, features: Any, *args: 
 
 
 def repeat_for_beams(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
-    """Run `_expand_multimodal_outputs`, which repeats A and grids as it does planes of features."""
-    marked = [
-        (outputs, [mark for mark in (ATTENTION, GRIDS) if getattr(outputs, mark, None)])
-        for outputs in inputs["mm_encoder_output"].values()
-    ]
-    for outputs, marks in marked:
-        planes = getattr(outputs, "deepstack_features", None) or []
-        beside = [[values.unsqueeze(-1) for values in getattr(outputs, mark)] for mark in marks]
-        outputs.deepstack_features = [*planes, *beside] or None
+    """Run `_expand_multimodal_outputs`, on A and the grid of each image as on its features."""
+    outputs, marked = inputs["mm_encoder_output"], {}
+    for mark in (ATTENTION, GRIDS):
+        marked[mark] = {
+            modality: SimpleNamespace(pooler_output=getattr(each, mark))
+            for modality, each in outputs.items()
+            if getattr(each, mark, None)
+        }
+        original(**{**inputs, "mm_encoder_output": marked[mark]})
     repeated = original(**inputs)
-    for outputs, marks in marked:
-        for mark in reversed(marks):
-            setattr(outputs, mark, [values.squeeze(-1) for values in outputs.deepstack_features.pop()])
-        outputs.deepstack_features = outputs.deepstack_features or None
+    for mark, entries in marked.items():
+        for modality, entry in entries.items():
+            setattr(repeated[modality], mark, entry.pooler_output)
     return repeated
+
+
+def sizes_left(selection: Selection, sizes: Tensor) -> Tensor:
+    """Sizes of the tokens that stay, `[images, k]`, of those of all, `[images, n]`; what is dropped does not count."""
+    counted = sizes * (selection.weights > 0)
+    return torch.zeros_like(sizes[:, : selection.kept.shape[1]]).scatter_add(1, selection.destination, counted)
 
 
 def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -214,11 +259,16 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     assert keep is not None
     front, patches = outputs[0][:, : feature.prefix], outputs[0][:, feature.prefix :]
     semantic = rows[0].values[:, feature.prefix :] if reads_attention(feature.config) else None
-    sizes = None if rows[0].sizes is None else rows[0].sizes[:, feature.prefix :]
+    before = rows[0].sizes
+    sizes = None if before is None else before[:, feature.prefix :]
     k = kept_count(keep, patches.shape[1], fewest=feature.config.min_visual_tokens)
     selection = select(patches.detach(), semantic, k, feature.config, sizes)
     feature.last = (selection,)
     left = torch.cat([front, selection.take(patches)], dim=1)
+    if k < patches.shape[1] and (before is not None or feature.config.reduce == "merge"):
+        sizes = outputs[0].new_ones(outputs[0].shape[:2], dtype=precise_dtype(left)) if before is None else before
+        before = torch.cat([sizes[:, : feature.prefix], sizes_left(selection, sizes[:, feature.prefix :])], dim=1)
+    attach(left, Merged.of(before, None, feature.config.proportional))
     if isinstance(outputs, tuple):
         return (left, *outputs[1:])
     outputs.last_hidden_state = left

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turbovlm.errors import StateError
 from turbovlm.ops.tracing import is_readable
-from turbovlm.vlm.families import PIXELS
+from turbovlm.vlm.families import PIXELS, placeholder_name, placeholder_of
 from turbovlm.vlm.prompt import placeholders
 
 if TYPE_CHECKING:
@@ -66,11 +66,12 @@ def check_text(model: Any, feature: ReadFeature, inputs: dict[str, Any]) -> None
         return
     amount = feature.config.amount
     for modality in PIXELS:
-        token = getattr(model.config, f"{modality}_token_id", None)
+        token = placeholder_of(feature.family, model, modality)
         if token is not None and (found := int(placeholders(model, inputs, token).sum())):
+            name = placeholder_name(feature.family, modality)
             raise StateError(
-                f"{amount}: a prompt has {found} placeholders of {modality}s ({modality}_token_id={token}) and comes "
-                f"without them, so that none would be left out: {WAYS}"
+                f"{amount}: a prompt has {found} placeholders of {modality}s ({name}={token}) and comes without them, "
+                f"so that none would be left out: {WAYS}"
             )
     if ids is not None:
         return

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from turbovlm.encoder import rows
 from turbovlm.errors import ConfigError
 from turbovlm_lab.evaluate.data import Sample
 from turbovlm_lab.evaluate.predictors.encoders import Pair, likeliest, vectors_of
 from turbovlm_lab.evaluate.predictors.images import DEFAULT, Features, Making, made_by
 from turbovlm_lab.evaluate.run import Predictor
 from turbovlm_lab.evaluate.scoring import encode_map
+
+if TYPE_CHECKING:
+    from turbovlm_lab.zoo.reader import SceneReader
 
 PIXELS = 224
 SIZES = range(14, PIXELS + 1, 14)
@@ -71,7 +75,11 @@ def zoo_predictor(
         from turbovlm_lab.evaluate.predictors.clip import clip_by_texts
 
         return clip_by_texts()
-    return _retrieval() if task == "retrieval" else _reading(task, EYES_OF[name])
+    if task == "retrieval":
+        return _retrieval()
+    from turbovlm_lab.zoo.reader import load_scene_reader
+
+    return reading(task, load_scene_reader(EYES_OF[name]))
 
 
 def _saliency() -> Predictor:
@@ -127,31 +135,35 @@ def _retrieval() -> Predictor:
     return vectors_of(pair)
 
 
-def _reading(task: str, eyes: str) -> Predictor:
-    """The scene reader, asked for captions, answers, or whether statements are true."""
-    from turbovlm_lab.zoo.reader import ANSWER, CAPTION, EYES, QUESTION, STATEMENT, load_scene_reader
+def reading(task: str, reader: SceneReader, dense: bool = True) -> Predictor:
+    """The scene reader, asked for captions, answers, or whether statements are true.
+
+    Args:
+        dense: whether it reads every position, restored; else it reads merged tokens, by their sizes.
+    """
+    from turbovlm_lab.zoo.reader import ANSWER, CAPTION, QUESTION, STATEMENT
 
     forms = {
         "captioning": CAPTION,
         "vqa": f"{QUESTION} {{}} {ANSWER}",
         "nlvr2": f"{STATEMENT} {{}} {ANSWER}",
     }
-    reader, seen = load_scene_reader(eyes), EYES[eyes]
     read = functools.partial(_read, reader, forms[task], task == "nlvr2")
-    images = functools.partial(_images, seen.preprocess)
-    return Predictor(reader.encoder, images, read, range(seen.patch, PIXELS + 1, seen.patch), dense=True)
+    images = functools.partial(_images, reader.eyes.preprocess)
+    sizes = range(reader.eyes.patch, PIXELS + 1, reader.eyes.patch)
+    return Predictor(reader.encoder if dense else reader, images, read, sizes, dense=dense)
 
 
 @torch.inference_mode()
 def _read(reader: Any, form: str, is_truth: bool, prepared: list[tuple[tuple[str, ...], Tensor, str]]) -> list[str]:
     """Images that several samples of the batch share are looked at once; texts of one length are read together."""
-    rows = {names: pixels for names, pixels, _ in prepared}
-    tokens = dict(zip(rows, reader.look(torch.stack(list(rows.values())))))
+    images = {names: pixels for names, pixels, _ in prepared}
+    tokens, row = reader.look(torch.stack(list(images.values()))), {names: i for i, names in enumerate(images)}
     beginnings = [form.format(text) for _, _, text in prepared]
     answers = [""] * len(prepared)
     for length in sorted({len(text.split()) for text in beginnings}):
         some = [i for i, text in enumerate(beginnings) if len(text.split()) == length]
-        seen = torch.stack([tokens[prepared[i][0]] for i in some])
+        seen = rows(tokens, torch.tensor([row[prepared[i][0]] for i in some]))
         for i, answer in zip(some, reader.write(seen, [beginnings[i] for i in some])):
             answers[i] = answer.capitalize() if is_truth else answer
     return answers

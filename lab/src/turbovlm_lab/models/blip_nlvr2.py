@@ -16,6 +16,7 @@ from transformers import BertConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.bert.modeling_bert import BertAttention, BertCrossAttention, BertIntermediate, BertOutput
 from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings
 
+from turbovlm.encoder import rows
 from turbovlm.errors import ConfigError
 from turbovlm_lab.models.checkpoint import load_checkpoint, read_checkpoint
 
@@ -107,7 +108,8 @@ class BlipForNLVR2(nn.Module):
             raise ConfigError(
                 f"pixel_values: two images per sentence expected, {len(pixel_values)} found for {len(input_ids)}"
             )
-        first, second = self.vision_model(pixel_values=pixel_values).last_hidden_state.chunk(2)
+        tokens = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        first, second = rows(tokens, slice(len(input_ids))), rows(tokens, slice(len(input_ids), None))
         mask = None if attention_mask is None else attention_mask[:, None, None].bool()
         encode = input_ids.new_full((len(input_ids), 1), self.encode_token)
         hidden = self.embeddings(input_ids=torch.cat([encode, input_ids[:, 1:]], dim=1))

@@ -21,6 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.apply import get_handle
+from turbovlm.encoder.cross_attention import Merged, attach, merged_into
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm_lab.zoo import clip, saliency
 from turbovlm_lab.zoo.grammar import words
@@ -88,8 +89,9 @@ class SceneReader(nn.Module):
     def look(self, pixel_values: Tensor) -> Tensor:
         """The tokens of the images.
 
-        Where tokens are merged, every position gets its token's value: a thing that became one token then weighs in the
-        words' attention what it weighed before.
+        Where tokens are merged, a thing that became one token weighs in the words' attention what it weighed before:
+        those of a reader that turbovlm was applied to count by size, and where it was applied to the encoder alone,
+        every position gets its token's value.
 
         Args:
             pixel_values: `[batch, 3, 224, 224]`, or `[batch, 2, 3, 224, 224]` for pairs, as the eyes' `preprocess` has
@@ -101,11 +103,17 @@ class SceneReader(nn.Module):
         if pixel_values.ndim == 4:
             given = {"interpolate_pos_encoding": True} if self.eyes.asks_to_resize else {}
             tokens: Tensor = self.connector(self.encoder(pixel_values=pixel_values, **given).last_hidden_state)
+            if merged_into(tokens) is not None:
+                return tokens
             height, width = (length // self.eyes.patch for length in pixel_values.shape[2:])
             merged = tokens.shape[1] < 1 + height * width
             return get_handle(self.encoder).restore(tokens) if merged else tokens
         each = self.look(pixel_values.flatten(0, 1))
-        return self.join(each.reshape(*pixel_values.shape[:2], *each.shape[1:]))
+        both, known = self.join(each.reshape(*pixel_values.shape[:2], *each.shape[1:])), merged_into(each)
+        if known is None:
+            return both
+        sizes = None if known.sizes is None else known.sizes.view(len(both), -1)
+        return attach(both, Merged.of(sizes, None, known.proportional))
 
     def join(self, tokens: Tensor) -> Tensor:
         """Two images' tokens, `[batch, 2, tokens, 256]`, as one sequence."""

@@ -35,6 +35,8 @@ COLOURS = {
 }
 """Hue in degrees and saturation of each tint."""
 MOST_KINDS, MOST_THINGS, MOST_ALIKE = 4, 7, 4
+SIZES = (0.6, 0.95)
+"""The smallest and the largest side of a thing, as shares of a cell's."""
 SHARED = 0.6
 """How likely a kind of the first scene of a pair is in the second one too."""
 
@@ -111,19 +113,44 @@ def draw_scene(scene: Scene, sprites: Mapping[str, Image], backgrounds: Sequence
     Raises:
         ConfigError: a thing has no sprite, or there is no background.
     """
-    from PIL import Image
-
     if not backgrounds:
         raise ConfigError("backgrounds: there is none")
     chance = random.Random(scene.seed)
-    image = _background(chance, chance.choice(backgrounds))
-    cell = SIDE / 3
+    image = background(chance, chance.choice(backgrounds))
+    stand(image, scene, sprites, chance)
+    return image
+
+
+def stand(
+    image: Image,
+    scene: Scene,
+    sprites: Mapping[str, Image],
+    chance: random.Random,
+    sizes: tuple[float, float] = SIZES,
+) -> dict[int, tuple[int, int, int]]:
+    """Draw the things of a scene on an image.
+
+    Args:
+        image: 224×224, RGB; it is changed.
+        sprites: by name, RGBA, square.
+        chance: decides sizes, turns and places within the cells.
+        sizes: the smallest and the largest side of a thing, as shares of a cell's.
+
+    Returns:
+        Left, top and side of each thing's square in pixels, by its cell.
+
+    Raises:
+        ConfigError: a thing has no sprite.
+    """
+    from PIL import Image
+
+    cell, squares = SIDE / 3, {}
     for kind in scene.kinds:
         if kind.name not in sprites:
             raise ConfigError(f"sprites: none is called {kind.name!r}")
         sprite = sprites[kind.name] if kind.colour is None else tint(sprites[kind.name], kind.colour)
         for number in kind.cells:
-            side = round(cell * chance.uniform(0.6, 0.95))
+            side = round(cell * chance.uniform(*sizes))
             thing = sprite.resize((side, side), Image.Resampling.LANCZOS)
             if chance.random() < 0.5:
                 thing = thing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -132,7 +159,8 @@ def draw_scene(scene: Scene, sprites: Mapping[str, Image], backgrounds: Sequence
             row, column = divmod(number, 3)
             left, top = (round(place * cell + slack * chance.random()) for place in (column, row))
             image.paste(thing, (left, top), thing)
-    return image
+            squares[number] = (left, top, side)
+    return squares
 
 
 def on_photo(drawing: Image, backgrounds: Sequence[Image], chance: random.Random) -> Image:
@@ -145,7 +173,7 @@ def on_photo(drawing: Image, backgrounds: Sequence[Image], chance: random.Random
     """
     from PIL import Image
 
-    image = _background(chance, chance.choice(backgrounds))
+    image = background(chance, chance.choice(backgrounds))
     side = round(SIDE * chance.uniform(0.45, 0.95))
     thing = drawing.resize((side, side), Image.Resampling.LANCZOS)
     if chance.random() < 0.5:
@@ -181,7 +209,8 @@ def _shades(saturation: float) -> tuple[tuple[int, int], ...]:
     return (round(255 * saturation), 90), (round(255 * saturation), 230), (round(110 * saturation), 255)
 
 
-def _background(chance: random.Random, photo: Image) -> Image:
+def background(chance: random.Random, photo: Image) -> Image:
+    """A square crop of a photograph, 224×224, mirrored as often as not."""
     from PIL import Image
 
     side = chance.uniform(0.4, 1.0) * min(photo.size)

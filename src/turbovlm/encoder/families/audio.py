@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.encoder.families.transformers import DEIT, MODELS
-from turbovlm.encoder.layout import Decoder, Layout, variant
+from turbovlm.encoder.layout import Layout, variant
 
 SECONDS = 5
 """Of a recording for an encoder of waveforms, which has no native length."""
@@ -105,7 +105,7 @@ WHISPER = Layout(
     end=_finite,
     skips="layerdrop",
     restore=True,
-    decoder=Decoder(f"{MODELS}.whisper.modeling_whisper.WhisperModel", "layer_norm", "decoder.layers", "encoder_attn"),
+    decoder=(f"{MODELS}.whisper.modeling_whisper.WhisperModel", "decoder"),
     line=True,
 )
 

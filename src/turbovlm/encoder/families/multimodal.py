@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +36,29 @@ def _needs_grid(tower: Any, block: Any, ancestors: Around) -> str | None:
 def _internvl_project(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     attention = block.attention
     return attention.q_norm(attention.q_proj(x)), attention.k_norm(attention.k_proj(x)), attention.v_proj(x)
+
+
+def _gemma4_project(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attention = block.self_attn
+    values = attention.v_proj(x)
+    normed = attention.v_norm(values.unflatten(-1, (-1, attention.head_dim)))
+    return attention.q_proj(x), attention.k_proj(x), normed.flatten(-2)
+
+
+def _gemma4_rotary(
+    block: nn.Module, q: Tensor, k: Tensor, positions: Tensor | None, arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    rotate = sys.modules[type(block).__module__].apply_multidimensional_rope
+    (cos, sin), places = arguments["position_embeddings"], arguments["position_ids"]
+    return rotate(q, cos, sin, places, unsqueeze_dim=1), rotate(k, cos, sin, places, unsqueeze_dim=1)
+
+
+def _llama4_rotary(
+    block: nn.Module, q: Tensor, k: Tensor, positions: Tensor | None, arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    rotate = sys.modules[type(block).__module__].vision_apply_rotary_emb
+    rotated = rotate(q.transpose(1, 2), k.transpose(1, 2), freqs_ci=arguments["freqs_ci"])
+    return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
 
 
 CLIP = Layout(
@@ -122,7 +147,7 @@ INTERN_VL = Layout(
     patches=native_patches,
     dropout="attention.attention_dropout",
     calls=tuple(f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")),
-    refuse=_needs_grid,
+    restore=True,
     inputs=native_input,
 )
 
@@ -131,7 +156,6 @@ IDEFICS3 = variant(
     family="transformers Idefics3 vision",
     block=f"{MODELS}.idefics3.modeling_idefics3.Idefics3EncoderLayer",
     towers=(f"{MODELS}.idefics3.modeling_idefics3.Idefics3VisionTransformer",),
-    refuse=_needs_grid,
 )
 
 SMOL_VLM = variant(
@@ -139,6 +163,77 @@ SMOL_VLM = variant(
     family="transformers SmolVLM vision",
     block=f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMEncoderLayer",
     towers=(f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer",),
+)
+
+OVIS_2 = variant(
+    SIGLIP,
+    family="transformers Ovis 2 vision",
+    block=f"{MODELS}.ovis2.modeling_ovis2.Ovis2VisionEncoderLayer",
+    towers=(f"{MODELS}.ovis2.modeling_ovis2.Ovis2VisionTransformer",),
+    norm1="rms_norm1",
+    project=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    heads="attention.num_heads",
+    after_attention=("attention.out_proj",),
+    mlp=("rms_norm2", "ffn"),
+    patch="embeddings.patch_embedding",
+    scale="attention.scale",
+    dropout="attention.dropout",
+    refuse=_needs_grid,
+)
+
+JANUS = variant(
+    SIGLIP,
+    family="transformers Janus vision",
+    block=f"{MODELS}.janus.modeling_janus.JanusVisionEncoderLayer",
+    towers=(f"{MODELS}.janus.modeling_janus.JanusVisionModel",),
+    after_attention=("self_attn.projection_layer", "self_attn.projection_dropout"),
+    dropout="self_attn.attention_dropout",
+)
+
+GEMMA_4 = Layout(
+    family="transformers Gemma 4 vision",
+    block=f"{MODELS}.gemma4.modeling_gemma4.Gemma4VisionEncoderLayer",
+    towers=(f"{MODELS}.gemma4.modeling_gemma4.Gemma4VisionModel",),
+    norm1="input_layernorm",
+    project=_gemma4_project,
+    heads="self_attn.config.num_attention_heads",
+    after_attention=("self_attn.o_proj", "post_attention_layernorm"),
+    mlp=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+    patch="patch_embedder.input_proj",
+    patches=lambda tower: int(tower.config.position_embedding_size),
+    prefix=0,
+    cls=False,
+    scale="self_attn.scaling",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    calls=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "v_norm")),
+    rotary=_gemma4_rotary,
+    understood=("position_embeddings", "position_ids"),
+    mask="attention_mask",
+    refuse=_needs_grid,
+    inputs=native_input,
+)
+
+LLAMA_4 = Layout(
+    family="transformers Llama 4 vision",
+    block=f"{MODELS}.llama4.modeling_llama4.Llama4VisionEncoderLayer",
+    towers=(f"{MODELS}.llama4.modeling_llama4.Llama4VisionModel",),
+    norm1="input_layernorm",
+    project=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    heads="self_attn.num_heads",
+    after_attention=("self_attn.o_proj",),
+    mlp=("post_attention_layernorm", "mlp"),
+    patch="patch_embedding.linear",
+    patches=native_patches,
+    prefix=0,
+    suffix=1,
+    cls=False,
+    dropout="self_attn.attention_dropout",
+    rotary=_llama4_rotary,
+    arguments=("freqs_ci", "attention_mask"),
+    understood=("freqs_ci",),
+    refuse=_needs_grid,
+    inputs=native_input,
 )
 
 VILT = variant(
@@ -165,6 +260,10 @@ LAYOUTS = (
     INTERN_VL,
     IDEFICS3,
     SMOL_VLM,
+    OVIS_2,
+    JANUS,
+    GEMMA_4,
+    LLAMA_4,
     VILT,
 )
 

@@ -26,6 +26,7 @@ COUNTS = (
     *("candidates_stride", "destinations_stride", "slots_stride", "first_candidate", "first_destination", "step"),
     "fewest",
     *("nearest_stride", "redundancy_stride", "bias_image"),
+    *("left", "every", "samples"),
 )
 """Arguments that change from block to block: no variant of a kernel is compiled for special values of them."""
 

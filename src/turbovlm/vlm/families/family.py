@@ -1,8 +1,4 @@
-"""Vision-language models, as data: where the tower is, whose attention says what matters, how patches become tokens.
-
-A language model reads visual tokens in place of placeholders in its prompt, or by cross-attention. A new family is a
-new `VlmFamily`.
-"""
+"""What an entry says of a family of vision-language models, and what can be told of a model by it."""
 
 from __future__ import annotations
 
@@ -22,6 +18,34 @@ from turbovlm.registry import named
 MODELS = "transformers.models"
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """The argument that carries the pixels of each modality."""
+RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+"""Types of layers that read a prompt as a sequence: they can leave out padding in front of it, and no other column."""
+
+
+def library(module: str, *names: str) -> tuple[str, ...]:
+    """Dotted paths of classes of `transformers`, of one of its models."""
+    return tuple(f"{MODELS}.{module}.modeling_{module}.{name}" for name in names)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a block of a tower is spelled that runs all images as one sequence, with rotary positions.
+
+    Args:
+        norm: path of the norm in front of attention.
+        attention: path of the attention module, with `scaling`.
+        project: its projections: one to queries, keys and values, or those to queries and to keys.
+        norms: its norms of queries and of keys, where it has some.
+        arguments: names of what the block is called with behind its hidden states, by position.
+        rotate: the function of the block's module that rotates both, given the cosines and sines.
+    """
+
+    norm: str = "norm1"
+    attention: str = "attn"
+    project: tuple[str, ...] = ("qkv",)
+    norms: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ("cu_seqlens", "position_embeddings")
+    rotate: str = "apply_rotary_pos_emb_vision"
 
 
 @dataclass(frozen=True)
@@ -33,17 +57,24 @@ class VlmFamily:
         classes: dotted paths of the classes that put visual features in place of placeholders, or attend to them.
         tower: path of the vision encoder in such a class.
         guide: index of the tower's block whose attention is the semantic value: the last one that the features pass.
+            None where no row of attention says what is paid to each visual token: tokens are chosen without A there.
         cell: side of the square of patches that one visual token is made of.
         cross_attention: whether visual tokens are read by cross-attention, and no prompt has placeholders for them.
-        cross_layers: path of the text model's layers that cross-attend to the image, for `cross_keep`; several
-            spellings are separated by `|`.
+        cross_attends: path of the text model, or what else has queries of its own, whose cross-attention to the
+            tower's tokens counts merged ones by size; several spellings are separated by `|`.
+        between: paths of modules that each token goes through on its way there, where the model has them.
+        cross_layers: path of the text model's layers that cross-attend to the image, for `cross_keep`, in the same way.
         merges_inside: whether tokens can be merged in the tower as well, and restored for the projector.
-        packed: whether the tower runs all images as one sequence, as Qwen's do.
+        packed: how a block of the tower is spelled, where that runs all images as one sequence, as Qwen's do.
         order: `(tower, grid)`: for such a tower, the place of each token among those the tower's blocks see, where
             it reorders them.
+        per_token: `(model, row, arguments)`: A of every visual token, from that of the tower's tokens as its blocks see
+            them, `[images, tokens]` or `[tokens]`, and what the images were encoded with; where `cell` does not say it.
         rearrange: methods that rearrange features after the projector; they rearrange the attention too.
         per_image: tokens of one image, where the library joins those of one prompt.
         first_position: position of a prompt's first token.
+        features: what has the features of the visual tokens, of what `get_image_features` returns.
+        video_token: the config's attribute with the placeholder of videos, which may be that of images.
     """
 
     kind: ClassVar[str] = "vlm"
@@ -51,16 +82,21 @@ class VlmFamily:
     family: str
     classes: tuple[str, ...]
     tower: str
-    guide: Callable[[Any], int] = lambda model: -1
+    guide: Callable[[Any], int] | None = lambda model: -1
     cell: Callable[[Any], int] = lambda model: 1
     cross_attention: bool = False
+    cross_attends: str | None = None
+    between: tuple[str, ...] = ()
     cross_layers: str | None = None
     merges_inside: bool = False
-    packed: bool = False
+    packed: Packed | None = None
     order: Callable[[Any, Tensor], Tensor] | None = None
+    per_token: Callable[[Any, Tensor, dict[str, Any]], Tensor] | None = None
     rearrange: tuple[str, ...] = ()
     per_image: Callable[[Any], int] | None = None
     first_position: int = 0
+    features: str = "pooler_output"
+    video_token: str = "video_token_id"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VlmFamily:
         return self
@@ -69,12 +105,38 @@ class VlmFamily:
         return named, (self.kind, self.classes[0])
 
 
+def placeholder_of(family: VlmFamily, model: Any, modality: str) -> int | None:
+    """The token that a prompt has where features of `"image"`s or `"video"`s are to stand; None where it has none."""
+    token: int | None = getattr(model.config, placeholder_name(family, modality), None)
+    return token
+
+
+def placeholder_name(family: VlmFamily, modality: str) -> str:
+    """The config's attribute with the placeholder of a modality."""
+    return family.video_token if modality == "video" else f"{modality}_token_id"
+
+
 def sum_cells(values: Tensor, side: int) -> Tensor:
     """The sum over squares of `side`×`side` patches of a square image: `[images, patches]` to `[images, tokens]`."""
     images, patches = values.shape
     length = math.isqrt(patches)
     squares = values.view(images, length // side, side, length // side, side)
     return squares.sum(dim=(2, 4)).flatten(1)
+
+
+def sum_grids(values: Tensor, grids: list[tuple[int, int]], side: int) -> Tensor:
+    """The sum over squares of `side`×`side` patches, where images of a sequence have grids of their own.
+
+    Args:
+        values: of the patches, row after row, image after image, `[patches]`.
+        grids: rows and columns of each image; what is over behind whole squares is left out.
+        side: of the squares.
+    """
+    found = []
+    for image, (rows, columns) in zip(torch.split(values, [rows * columns for rows, columns in grids]), grids):
+        squares = image.view(rows, columns)[: rows // side * side, : columns // side * side]
+        found.append(squares.reshape(rows // side, side, columns // side, side).sum(dim=(1, 3)).flatten())
+    return torch.cat(found)
 
 
 def states_read(model: Any, depth: int, layers: Any = None) -> list[int]:
@@ -88,7 +150,7 @@ def states_read(model: Any, depth: int, layers: Any = None) -> list[int]:
     return [layer if layer >= 0 else depth + 1 + layer for layer in ([found] if isinstance(found, int) else found)]
 
 
-def _read_layer(model: Any, depth: int | None = None, layers: Any = None) -> int:
+def read_layer(model: Any, depth: int | None = None, layers: Any = None) -> int:
     """The block, counted from the end, whose output the projector reads; the last of them, where it reads several.
 
     Raises:
@@ -107,7 +169,8 @@ def _read_layer(model: Any, depth: int | None = None, layers: Any = None) -> int
 
 def block_read(family: VlmFamily, model: Any, depth: int, layers: Any = None) -> int:
     """The guide's index, as the config, or `vision_feature_layer` of a call, has it now, of `depth` blocks."""
-    return _read_layer(model, depth, layers) if family.guide is _read_layer else family.guide(model)
+    assert family.guide is not None
+    return read_layer(model, depth, layers) if family.guide is read_layer else family.guide(model)
 
 
 def blocks_of(tower: nn.Module) -> nn.ModuleList:
@@ -135,148 +198,12 @@ def _tower_config(family: VlmFamily, model: Any) -> Any:
     return fetch(model, family.tower).config
 
 
+def is_recurrent(model: Any) -> bool:
+    """Whether some of the language model's layers read a prompt as a sequence."""
+    return not RECURRENT.isdisjoint(getattr(model.config.get_text_config(), "layer_types", None) or ())
+
+
 def several_layers(model: Any) -> bool:
     """Whether the projector reads the output of more than one block."""
     layers = getattr(model.config, "vision_feature_layer", -1)
     return not isinstance(layers, int) and len(layers) > 1
-
-
-def _last_full_attention(model: Any) -> int:
-    """The last block of Qwen2.5-VL with full attention; its last one, where all attend within windows."""
-    depth = len(model.visual.blocks)
-    return max((block for block in model.visual.fullatt_block_indexes if 0 <= block < depth), default=depth - 1)
-
-
-def _windows(tower: Any, grid: Tensor) -> Tensor:
-    """Where Qwen2.5-VL's tower has put each token for its windowed attention."""
-    from transformers.vision_utils import get_vision_window_index
-
-    index, _ = get_vision_window_index(
-        grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
-    )
-    return torch.argsort(index)
-
-
-def _merge_side(model: Any) -> int:
-    return int(model.visual.spatial_merge_size)
-
-
-def _shuffle(model: Any) -> int:
-    return int(1 / model.config.downsample_ratio)
-
-
-def _gemma_cell(model: Any) -> int:
-    return int(model.multi_modal_projector.kernel_size)
-
-
-LLAVA = VlmFamily(
-    "LLaVA", (f"{MODELS}.llava.modeling_llava.LlavaModel",), "vision_tower", _read_layer, merges_inside=True
-)
-LLAVA_NEXT = VlmFamily(
-    "LLaVA-NeXT",
-    (f"{MODELS}.llava_next.modeling_llava_next.LlavaNextModel",),
-    "vision_tower",
-    _read_layer,
-    merges_inside=True,
-    rearrange=("pack_image_features",),
-)
-LLAVA_ONEVISION = VlmFamily(
-    "LLaVA-OneVision",
-    (f"{MODELS}.llava_onevision.modeling_llava_onevision.LlavaOnevisionModel",),
-    "vision_tower",
-    _read_layer,
-    merges_inside=True,
-    rearrange=("pack_image_features", "apply_pooling"),
-)
-QWEN2_VL = VlmFamily(
-    "Qwen2-VL", (f"{MODELS}.qwen2_vl.modeling_qwen2_vl.Qwen2VLModel",), "visual", cell=_merge_side, packed=True
-)
-QWEN2_5_VL = VlmFamily(
-    "Qwen2.5-VL",
-    (f"{MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLModel",),
-    "visual",
-    _last_full_attention,
-    _merge_side,
-    packed=True,
-    order=_windows,
-)
-QWEN3_VL = VlmFamily(
-    "Qwen3-VL", (f"{MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLModel",), "visual", cell=_merge_side, packed=True
-)
-INTERN_VL = VlmFamily(
-    "InternVL", (f"{MODELS}.internvl.modeling_internvl.InternVLModel",), "vision_tower", _read_layer, cell=_shuffle
-)
-IDEFICS3 = VlmFamily(
-    "Idefics3",
-    (f"{MODELS}.idefics3.modeling_idefics3.Idefics3Model",),
-    "vision_model",
-    cell=lambda model: int(model.config.scale_factor),
-    per_image=lambda model: int(model.image_seq_len),
-)
-SMOL_VLM = VlmFamily(
-    "SmolVLM",
-    (f"{MODELS}.smolvlm.modeling_smolvlm.SmolVLMModel",),
-    "vision_model",
-    cell=lambda model: int(model.config.scale_factor),
-    per_image=lambda model: int(model.image_seq_len),
-)
-PALI_GEMMA = VlmFamily(
-    "PaliGemma",
-    (f"{MODELS}.paligemma.modeling_paligemma.PaliGemmaModel",),
-    "vision_tower",
-    merges_inside=True,
-    first_position=1,
-)
-GEMMA3 = VlmFamily("Gemma 3", (f"{MODELS}.gemma3.modeling_gemma3.Gemma3Model",), "vision_tower", cell=_gemma_cell)
-BLIP = VlmFamily(
-    "BLIP",
-    tuple(
-        f"{MODELS}.blip.modeling_blip.BlipFor{task}"
-        for task in ("ConditionalGeneration", "QuestionAnswering", "ImageTextRetrieval")
-    ),
-    "vision_model",
-    cross_attention=True,
-    cross_layers="text_encoder.encoder.layer|text_decoder.bert.encoder.layer",
-)
-BLIP_2 = VlmFamily(
-    "BLIP-2",
-    tuple(
-        f"{MODELS}.blip_2.modeling_blip_2.Blip2{name}"
-        for name in ("Model", "ForConditionalGeneration", "ForImageTextRetrieval")
-    ),
-    "vision_model",
-    cross_attention=True,
-)
-INSTRUCT_BLIP = VlmFamily(
-    "InstructBLIP",
-    tuple(
-        f"{MODELS}.instructblip.modeling_instructblip.InstructBlip{name}"
-        for name in ("Model", "ForConditionalGeneration")
-    ),
-    "vision_model",
-    cross_attention=True,
-)
-VISION_ENCODER_DECODER = VlmFamily(
-    "VisionEncoderDecoderModel",
-    (f"{MODELS}.vision_encoder_decoder.modeling_vision_encoder_decoder.VisionEncoderDecoderModel",),
-    "encoder",
-    cross_attention=True,
-)
-
-FAMILIES = (
-    LLAVA,
-    LLAVA_NEXT,
-    LLAVA_ONEVISION,
-    QWEN2_VL,
-    QWEN2_5_VL,
-    QWEN3_VL,
-    INTERN_VL,
-    IDEFICS3,
-    SMOL_VLM,
-    PALI_GEMMA,
-    GEMMA3,
-    BLIP,
-    BLIP_2,
-    INSTRUCT_BLIP,
-    VISION_ENCODER_DECODER,
-)

@@ -1,0 +1,153 @@
+"""The table and the plot of what evaluate.py asked: shares of right answers by sort of question, with intervals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from turbovlm_lab.evaluate.statistics import Interval, difference, mean, over_seeds
+from turbovlm_lab.zoo.small_vlm import TOKENS
+
+WHOLE, CONTROL, RANDOM = "all tokens", "smaller image", "random"
+SORTS = ("what", "place", "color", "number", "presence", "digits", "word", "new word", "list")
+MEANING = {
+    "what": "what stands at a place",
+    "place": "where something stands",
+    "color": "its colour",
+    "number": "how many there are",
+    "presence": "whether there is one",
+    "digits": "the number that is written",
+    "word": "the word that is written",
+    "new word": "the same, of words that no training image had",
+    "list": "a list of all there is, F1 of its items",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to read: scores of all questions, the mean over seeds."""
+
+    select: str
+    keep: float
+    reduce: str
+    question: float
+    scores: np.ndarray
+    by_seed: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        parts = [self.select, self.reduce if self.select not in (WHOLE, CONTROL, RANDOM) else ""]
+        return ", ".join([*filter(None, parts), *(["question"] if self.question else [])])
+
+
+def write_report(found: dict[str, Any], file: Path) -> None:
+    """`file` with other suffixes: `.md`, and `.png` where there is more than one share of the tokens."""
+    rows = rows_of(found)
+    file.with_suffix(".md").write_text(table(found, rows))
+    if len({row.keep for row in rows}) > 1:
+        plot(found, rows, file.with_suffix(".png"))
+
+
+def rows_of(found: dict[str, Any]) -> list[Row]:
+    """Settings that differ in their seed alone are one row."""
+    groups: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
+    for entry in found["scores"].values():
+        groups[entry["select"], entry["keep"], entry["reduce"], entry["question"]].append(entry["right"])
+    return [
+        Row(*key, np.mean(seeds, axis=0), tuple(float(np.mean(scores)) for scores in seeds))
+        for key, seeds in groups.items()
+    ]
+
+
+def of_sort(found: dict[str, Any], row: Row, sort: str | None) -> Interval:
+    """The mean score of a sort of questions, of all if None; images are drawn for the interval."""
+    at = places(found, sort)
+    return mean([float(row.scores[i]) for i in at], [found["asked"][i][0] for i in at])
+
+
+def places(found: dict[str, Any], sort: str | None) -> list[int]:
+    return [i for i, (_, asks) in enumerate(found["asked"]) if sort in (None, asks)]
+
+
+def table(found: dict[str, Any], rows: Sequence[Row]) -> str:
+    count = {sort: len(places(found, sort)) for sort in SORTS}
+    lines = [
+        "# The small VLM, reading fewer visual tokens",
+        "",
+        f"{found['images']} crowded scenes that it has never seen, {len(found['asked'])} questions. Shares of right",
+        "answers; all: the mean over all questions, with its 95 % bootstrap interval over images. Where something is",
+        "drawn, it is the mean over seeds, ± Student's 95 % of them. The last column is how much higher that mean is",
+        "than that of random tokens, over the same questions.",
+        f"Weights: sha256 {found['weights'][:16]}….",
+        "",
+        *(f"- {sort}: {MEANING[sort]} ({count[sort]} questions)" for sort in SORTS),
+        "",
+    ]
+    whole = [row for row in rows if row.select == WHOLE]
+    for keep in sorted({row.keep for row in rows if row.select != WHOLE}, reverse=True):
+        some = [*whole, *(row for row in rows if row.keep == keep and row.select != WHOLE)]
+        random = next((row for row in some if row.select == RANDOM), None)
+        lines += [
+            f"## {keep:g} of the tokens: {round(keep * TOKENS)} of {TOKENS}",
+            "",
+            f"| read | {' | '.join(SORTS)} | all | above random |",
+            "|---|" + "--:|" * (len(SORTS) + 1) + "---|",
+        ]
+        lines += [line(found, row, random) for row in some]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def line(found: dict[str, Any], row: Row, random: Row | None) -> str:
+    cells = [f"{of_sort(found, row, sort).value:.2f}" for sort in SORTS]
+    every = of_sort(found, row, None)
+    seeds = over_seeds(row.by_seed)
+    drawn = f" ± {seeds.high - seeds.value:.3f}" if len(row.by_seed) > 1 else ""
+    above = ""
+    if random is not None and row is not random:
+        images = [image for image, _ in found["asked"]]
+        gap = difference(row.scores.tolist(), random.scores.tolist(), images)
+        above = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+    cells += [f"{every.value:.3f} [{every.low:.3f}, {every.high:.3f}]{drawn}", above]
+    return f"| {row.name} | {' | '.join(cells)} |"
+
+
+def plot(found: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
+    """A panel for each sort of questions: scores against tokens read."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if not row.question and (row.reduce != "prune" or row.select in (RANDOM, "uniform"))]
+    names = list(dict.fromkeys(row.name for row in shown if row.select != WHOLE))
+    figure, panels = plt.subplots(2, 5, figsize=(17, 7), sharex=True)
+    for panel, sort in zip(panels.flat, (None, *SORTS)):
+        for whole in (row for row in rows if row.select == WHOLE):
+            at = of_sort(found, whole, sort)
+            panel.axhline(at.value, color="black", linewidth=1)
+            panel.axhspan(at.low, at.high, color="black", alpha=0.08)
+        for number, name in enumerate(names):
+            line_of = sorted((row for row in shown if row.name == name), key=lambda row: row.keep)
+            points = [of_sort(found, row, sort) for row in line_of]
+            values = [p.value for p in points]
+            reach = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
+            tokens = [row.keep * TOKENS * 2 ** (0.02 * (number - len(names) / 2)) for row in line_of]
+            style = {"color": "black" if name == RANDOM else "grey"} if name in (RANDOM, CONTROL) else {}
+            dashed = "--" if style else "-"
+            panel.errorbar(tokens, values, reach, label=name, linestyle=dashed, marker="o", markersize=3, **style)
+        panel.set_title("all questions" if sort is None else sort)
+        panel.set_xscale("log", base=2)
+        panel.grid(alpha=0.3)
+    for panel in panels[1]:
+        panel.set_xlabel(f"visual tokens of {TOKENS}")
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=6)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
