@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import turbovlm
+from more_vlms import MORE
 from turbovlm import ReadConfig
 from turbovlm.config import READINGS
 from turbovlm.errors import ConfigError, StateError
@@ -259,6 +260,28 @@ def test_a_selector_of_ones_own(llava, mask):
     assert [call[0] for call in calls] == [(3, 36, 32)] and calls[0][2:] == ([3, 4, 4], (1, 6, 6), 10)
     seen = inputs["attention_mask"].bool() & ~gone
     torch.testing.assert_close(logits[seen], masked_forward(llava, inputs, gone, LLAVA)[seen], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "fuyu", "hunyuan_vl", "idefics2", "mistral3"])
+@torch.no_grad()
+def test_towers_of_all_kinds(name):
+    """Those without a row of attention for each token, without a grid, with images of any size."""
+    family = MORE[name]
+    model, inputs = seeded(family.make), family.inputs([5, "image", 7], [8, "image", 9, "image", 10])
+    attention = []
+
+    def pick(features, row, text, grid, *, k):
+        attention.append(row is not None)
+        return brightest(features, row, text, grid, k=k)
+
+    ways = [{"visual_select": "coverage", "alpha": 0, "question": 1}, {"visual_select": pick}]
+    ways.append({"visual_select": "diversity", "visual_tolerance": 0.5, "visual_keep": 0.9})
+    for settings in ways:
+        with turbovlm.apply(model, **{"visual_keep": 0.4, **settings}) as handle:
+            assert model(**inputs).logits.isfinite().all()
+            assert all(len(tokens) < each.destination.shape[1] for tokens, each in zip(kept(handle), handle.visual))
+            generated(model, inputs)
+    assert {*attention} == {family.attention}
 
 
 @torch.no_grad()

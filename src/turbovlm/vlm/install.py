@@ -184,7 +184,8 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         if needs_attention(config):
             raise ConfigError(
                 f"visual_select={config.visual_select!r}: it goes by attention, and {family.family}'s tower has no row "
-                "of it with a number for each visual token: give a visual_select that goes by none, as 'redundancy'"
+                "of it with a number for each visual token: give a visual_select that goes by none, as 'redundancy' or "
+                "'diversity', or alpha=0 with 'coverage' or 'dpp'"
             )
         return ReadFeature(config, family, name, "", -1, 0, None, 0, "mean")
     block, blocks = family.guide(part), blocks_of(tower)

@@ -183,7 +183,7 @@ def _full_positions(model: Any, inputs: dict[str, Any], mask: Tensor, first: int
     if hasattr(model, "compute_3d_position_ids"):
         names = inspect.signature(type(model).compute_3d_position_ids).parameters
         arguments = {name: inputs.get(name) for name in names if name != "self"}
-        if arguments.get("inputs_embeds") is None:  # only its shape is read
+        if "inputs_embeds" in names and arguments["inputs_embeds"] is None:  # only its shape is read
             arguments["inputs_embeds"] = torch.empty(*inputs["input_ids"].shape, 0, device=mask.device)
         found: Tensor | None = model.compute_3d_position_ids(**{**arguments, "attention_mask": mask})
         if found is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.checks import brief, called
+from turbovlm.encoder.layout import fetch
 from turbovlm.errors import ConfigError
 from turbovlm.vlm.families import native_pixels, tokens_per_image
 from turbovlm.vlm.marks import GRIDS
@@ -90,7 +91,9 @@ def grids_of(model: Any, feature: ReadFeature, outputs: Any, modality: str, coun
         found = [(frames, height // side, width // side) for frames, height, width in torch.cat(said).tolist()]
         fits = [math.prod(grid) for grid in found] == counts
         return list(found) if fits else [None] * len(counts)
-    if family.packed or family.rearrange or modality != "image":
+    tower = getattr(fetch(model, family.tower), "config", None)
+    plain = hasattr(tower, "patch_size") and hasattr(tower, "image_size") and not family.packed and not family.rearrange
+    if not plain or modality != "image":
         return [None] * len(counts)
     square = tokens_per_image(family, model, native_pixels(family, model))
     side = math.isqrt(square)

@@ -159,7 +159,7 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
             of as many tokens as the guide has seen.
     """
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
-    if reads_attention(feature.config):
+    if feature.family.guide is not None and reads_attention(feature.config):
         _check_guide(model, feature, inputs.get("vision_feature_layer"))
     outputs, rows = _collect(original, **inputs)
     grid = inputs.get(f"{patch.detail}_grid_thw")
@@ -229,19 +229,20 @@ def rearrange(patch: Patch, model: Any, original: Any, /, features: Any, *args: 
 
 
 def repeat_for_beams(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
-    """Run `_expand_multimodal_outputs`, on A and the grid of each image as on its features."""
-    outputs, marked = inputs["mm_encoder_output"], {}
-    for mark in (ATTENTION, GRIDS):
-        marked[mark] = {
-            modality: SimpleNamespace(pooler_output=getattr(each, mark))
-            for modality, each in outputs.items()
-            if getattr(each, mark, None)
-        }
-        original(**{**inputs, "mm_encoder_output": marked[mark]})
+    """Run `_expand_multimodal_outputs`, on A and the grid of each image as on planes of its features."""
+    feature: ReadFeature = patch.feature  # type: ignore[assignment]
+    found: dict[str, Any] = {}
+    marked: dict[str, list[str]] = {}
+    for modality, outputs in inputs["mm_encoder_output"].items():
+        marked[modality] = [mark for mark in (ATTENTION, GRIDS) if getattr(outputs, mark, None)]
+        if marked[modality]:
+            entries, planes = getattr(outputs, feature.family.features), [getattr(outputs, m) for m in marked[modality]]
+            found[modality] = SimpleNamespace(pooler_output=list(entries), deepstack_features=planes)
+    original(**{**inputs, "mm_encoder_output": found})
     repeated = original(**inputs)
-    for mark, entries in marked.items():
-        for modality, entry in entries.items():
-            setattr(repeated[modality], mark, entry.pooler_output)
+    for modality, beside in found.items():
+        for mark, plane in zip(marked[modality], beside.deepstack_features):
+            setattr(repeated[modality], mark, plane)
     return repeated
 
 
