@@ -83,8 +83,8 @@ class TurboConfig(Settings):
         grid: patch rows and columns, for `partition="grid"` on images that are not square.
         order: order of the tokens left: `"partition"` (unmerged candidates, then destinations, as published)
             or `"spatial"` (that of the image).
-        proportional: attend in proportion to the patches that a token stands for (Turbo, equation 16), in the encoder and
-            in what cross-attends to its tokens.
+        proportional: attend in proportion to the patches that a token stands for (Turbo, equation 16), in the encoder
+            and in what cross-attends to its tokens.
         reduce: `"merge"` averages a token into its destination, weighted by size; `"keep_norm"` also makes the mean,
             which is shorter, as long as its parts are on average; `"prune"` drops the token.
         dense: hand on every position: behind the last block each gets its token back, by `restore`. Encoders whose

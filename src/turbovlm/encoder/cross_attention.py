@@ -22,7 +22,7 @@ from turbovlm.encoder.parts import ancestors, within
 from turbovlm.encoder.state import MERGED, State
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.ops.plain import log_sizes
-from turbovlm.ops.tracing import is_exporting
+from turbovlm.ops.tracing import is_exporting, is_transformed
 from turbovlm.patching import Feature, Patch, check_forwards
 from turbovlm.registry import class_paths, family_of
 
@@ -190,15 +190,30 @@ def _patches(found: CrossAttention, feature: Feature, model: nn.Module) -> Itera
 
 
 def attach(tokens: Tensor, merged: Merged) -> Tensor:
-    """The same tokens, which carry what was merged into them."""
+    """The same tokens, which carry what was merged into them, and so does what shares their memory.
+
+    A checkpoint runs its blocks again on tensors that were detached, which keep nothing else of what they were.
+    """
     setattr(tokens, MERGED, merged)
+    if _has_memory(tokens):
+        setattr(tokens.untyped_storage(), MERGED, (tokens.shape, tokens.storage_offset(), merged))
     return tokens
 
 
 def merged_into(tokens: Tensor) -> Merged | None:
     """What was merged into an encoder's tokens; None where they do not say."""
     found: Merged | None = getattr(tokens, MERGED, None)
+    if found is None and _has_memory(tokens):
+        shape, offset, merged = getattr(tokens.untyped_storage(), MERGED, (None, None, None))
+        found = merged if (shape, offset) == (tokens.shape, tokens.storage_offset()) else None
     return found
+
+
+def _has_memory(tokens: Tensor) -> bool:
+    """Whether a tensor's memory is its own, and no program is made of what is done with it."""
+    if torch.compiler.is_compiling() or is_exporting() or is_transformed(tokens):
+        return False
+    return type(tokens) in (Tensor, nn.Parameter)
 
 
 def rows(tokens: Tensor, index: Any) -> Tensor:
@@ -261,8 +276,8 @@ def check_whole(tokens: Tensor, spelling: Attention, proportional: bool) -> None
     if tokens.shape[1] != spelling.native and (spelling.timed or proportional):
         raise StateError(
             f"{spelling.path} got {tokens.shape[1]} of {spelling.native} tokens without their sizes: something moved, "
-            "cut, repeated or (reentrantly) checkpointed them on their way from the encoder; hand on the encoder's own "
-            "output, or rows of it by turbovlm.encoder.rows, apply to the whole model that generates, "
+            "cut or repeated them on their way from the encoder; hand on the encoder's own output, or rows of it by "
+            "turbovlm.encoder.rows, apply to the whole model that generates, "
             f"{_remedies(spelling.timed)}"
         )
 
