@@ -47,26 +47,22 @@ class Merged:
         sizes: positions that each stands for, `[batch, M]`; None where nothing was merged.
         source: for every position of the encoder's input, the token it is part of, `[batch, N]`; None where that is
             not known.
-        proportional: whether the tokens count by size.
-        logs: log s, `[batch, M]`.
+        logs: log s, `[batch, M]`, where they count by size.
     """
 
     sizes: Tensor | None = None
     source: Tensor | None = None
-    proportional: bool = True
     logs: Tensor | None = None
 
     @classmethod
-    def of(cls, sizes: Tensor | None, source: Tensor | None, proportional: bool, logs: Tensor | None = None) -> Merged:
-        """The same with the logarithms of its sizes, once for all layers."""
-        if proportional and sizes is not None and logs is None:
-            logs = log_sizes(sizes)
-        return cls(sizes, source, proportional, logs)
+    def of(cls, sizes: Tensor | None, source: Tensor | None, proportional: bool) -> Merged:
+        """With the logarithms of the sizes, once for all layers, where tokens count in proportion to them."""
+        return cls(sizes, source, log_sizes(sizes) if proportional and sizes is not None else None)
 
     def of_rows(self, index: Any) -> Merged:
         """That of the rows `index` of the batch."""
         sizes, source, logs = (None if x is None else x[index] for x in (self.sizes, self.source, self.logs))
-        return Merged(sizes, source, self.proportional, logs)
+        return Merged(sizes, source, logs)
 
     def spread(self, attention: Tensor) -> Tensor:
         """An attention map over the tokens, `[batch, heads, words, M]`, over positions: `[batch, heads, words, N]`."""
@@ -232,8 +228,7 @@ def hand_on(out: Any, state: State | None, proportional: bool) -> Any:
     tokens = out if isinstance(out, Tensor) else out[0]
     if state is None or (not is_exporting() and tokens.shape[1] != state.lengths[-1]):
         return out
-    sizes = state.sizes if state.merges else None
-    attach(tokens, Merged.of(sizes, state.source(), proportional, state.logs))
+    attach(tokens, Merged.of(state.sizes if state.merges else None, state.source(), proportional))
     return out
 
 
