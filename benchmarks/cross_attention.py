@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -43,7 +43,7 @@ from turbovlm_lab.zoo.reader import SceneReader, load_scene_reader
 
 TASKS = ("captioning", "vqa")
 EYES = {"vit": "ViT-S/14", "clip": "OpenAI's CLIP ViT-B/16"}
-SEEDS = 4
+SEEDS = 2
 KEEPS = (0.5, 0.25, 0.1)
 READ = {"alike": "alike", "sizes": "by size", "restored": "every position"}
 """How merged tokens are read, and what that is called in the table."""
@@ -52,7 +52,9 @@ READ = {"alike": "alike", "sizes": "by size", "restored": "every position"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--eyes", choices=EYES, default="vit", help="who looks (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=settings(1), metavar="WAY", help="of merging (default: all)")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"of what is drawn (default: {SEEDS})")
+    parser.add_argument("--again", action="store_true", help="ask what the files have, too")
     parser.add_argument("--quick", action="store_true", help="few images and seeds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
     args = parser.parse_args()
@@ -60,25 +62,36 @@ def main() -> None:
     seeds = seeds if args.seeds is None else args.seeds
     if seeds < 1:
         parser.error(f"--seeds {seeds}: must be at least 1")
-    name = "cross_attention_quick" if args.quick else "cross_attention"
-    runs = len(TASKS) * (1 + sum(len(c) * sum(map(len, readings(c))) for c in settings(seeds).values()))
+    file = args.out / f"cross_attention{'_quick' if args.quick else ''}.json"
+    entry = load(file).get(args.eyes, {"tasks": {task: {"ways": {}} for task in TASKS}})
+    known = () if args.again else entry["tasks"][TASKS[0]]["ways"]
+    todo = {
+        way: configs for way, configs in settings(seeds).items() if way in (args.ways or [way]) and way not in known
+    }
+    runs = len(TASKS) * (1 + sum(len(c) * sum(map(len, readings(c))) for c in todo.values()))
+    if not todo:
+        file.with_suffix(".md").write_text(report(load(file)))
+        return
     reader, where = load_scene_reader(args.eyes), machine()
     with progress_bar(runs, "asking") as advance:
-        tasks = measured(reader, seeds, images, advance)
-    found: dict[str, Any] = load(args.out / f"{name}.json") | {"images": images}
-    found[args.eyes] = {"machine": where, "tasks": tasks}
-    save(args.out / f"{name}.json", found)
-    (args.out / f"{name}.md").write_text(report(found))
-    print(report(found))
+        for task, way, row in measured(reader, todo, images, advance):
+            found: dict[str, Any] = load(file) | {"images": images}
+            found.setdefault(args.eyes, entry)
+            if way is None:
+                found[args.eyes]["tasks"][task] |= row
+            else:
+                found[args.eyes]["tasks"][task]["ways"][way] = row | {"machine": where}
+            save(file, found)
+    file.with_suffix(".md").write_text(report(load(file)))
+    print(report(load(file)))
 
 
 def settings(seeds: int) -> dict[str, list[Config]]:
     """Ways of merging by name, each with one config for every seed, or one where nothing is drawn."""
     drawn = {way: range(seeds if way in DRAWN else 1) for way in WAYS}
-    found: dict[str, list[Config]] = {
-        way: [replace(WAYS[way], dense=False, seed=seed) for seed in drawn[way]] for way in WAYS
-    }
-    return found | {f"visual_keep={keep}": [ReadConfig(keep)] for keep in KEEPS}
+    inside = {way: [replace(WAYS[way], dense=False, seed=seed) for seed in drawn[way]] for way in WAYS}
+    behind = {f"visual_keep={keep}": [ReadConfig(keep)] for keep in KEEPS}
+    return {"default": [*inside.pop("default")], **behind, **inside}
 
 
 def readings(configs: Sequence[Config]) -> list[tuple[str, ...]]:
@@ -88,8 +101,10 @@ def readings(configs: Sequence[Config]) -> list[tuple[str, ...]]:
 
 
 @torch.no_grad()
-def measured(reader: SceneReader, seeds: int, images: int, advance: Callable[[int], object]) -> dict[str, Any]:
-    """Of each task the unmerged reader's score, and what is kept of it by way of merging and of reading."""
+def measured(
+    reader: SceneReader, ways: Mapping[str, Sequence[Config]], images: int, advance: Callable[[int], object]
+) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Of each task the unmerged reader's score, by no way; then what is kept of it by each way, by way of reading."""
     data = {task: DATA[task](images) for task in TASKS}
     prepared = {task: [reading(task, reader).prepare(each, None) for each in data[task].samples] for task in TASKS}
 
@@ -105,22 +120,26 @@ def measured(reader: SceneReader, seeds: int, images: int, advance: Callable[[in
                 yield task, read, score
 
     own = {task: score for task, _, score in scores("unmerged", (), ("restored",))}
-    found: dict[str, Any] = {task: {"metric": own[task].name, "own": own[task].value, "ways": {}} for task in TASKS}
-    for way, configs in settings(seeds).items():
-        scored: dict[tuple[str, str], list[Score]] = {}
+    for task, score in own.items():
+        yield task, None, {"metric": score.name, "own": score.value}
+    for way, configs in ways.items():
+        scored: dict[str, dict[str, list[Score]]] = {task: {} for task in TASKS}
         for config in configs:
             for reads in readings(configs):
                 for task, read, score in scores(way, (config,), reads):
-                    scored.setdefault((task, read), []).append(score)
-        for (task, read), runs in scored.items():
-            parts, groups = own[task].parts, own[task].groups
-            row = found[task]["ways"].setdefault(way, {})
-            shares = [kept(score.parts, parts, groups).value for score in runs]
-            row[read] = {"kept": shares, "mean": astuple(kept(mean(runs), parts, groups))}
-            if read == "sizes":
-                more = [a - b for a, b in zip(mean(runs), mean(scored[task, "alike"]), strict=True)]
-                row["more"] = astuple(kept(more, parts, groups))
-    return found
+                    scored[task].setdefault(read, []).append(score)
+        for task, runs in scored.items():
+            yield task, way, kept_of(own[task], runs)
+
+
+def kept_of(own: Score, runs: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
+    """What is kept of a score by each way of reading, by seed and on average, and what sizes keep more than none."""
+    row: dict[str, Any] = {}
+    for read, scores in runs.items():
+        shares = [kept(score.parts, own.parts, own.groups).value for score in scores]
+        row[read] = {"kept": shares, "mean": astuple(kept(mean(scores), own.parts, own.groups))}
+    more = [a - b for a, b in zip(mean(runs["sizes"]), mean(runs["alike"]), strict=True)]
+    return row | {"more": astuple(kept(more, own.parts, own.groups))}
 
 
 def mean(scores: Sequence[Score]) -> list[float]:
@@ -152,7 +171,7 @@ def looking(reader: SceneReader, seen: dict[bytes, tuple[Tensor, Tensor | None]]
 
 
 def report(found: dict[str, Any]) -> str:
-    lines = ["# Cross-attention to merged tokens", ""]
+    lines, here = ["# Cross-attention to merged tokens", ""], dict[str, None]()
     lines += [
         f"What the scene reader keeps of its unmerged score, {found['images']} images, with 95 % bootstrap intervals",
         "over images; where something is drawn, the mean over as many seeds as stand behind the ×, ± their standard",
@@ -165,12 +184,13 @@ def report(found: dict[str, Any]) -> str:
         for task, entry in found.get(eyes, {"tasks": {}})["tasks"].items():
             lines += [f"## {task}, {who}: {entry['metric']}, {entry['own']:.3f} unmerged", ""]
             lines += [f"| merged | {' | '.join(READ.values())} | more |", "|---" * (2 + len(READ)) + "|"]
-            for way, row in entry["ways"].items():
+            for way in [way for way in settings(1) if way in entry["ways"]]:
+                row = entry["ways"][way]
                 cells = [cell(row[read]) if read in row else "" for read in READ]
                 lines.append(f"| {way} | {' | '.join(cells)} | {points(row['more'])} |")
             lines.append("")
-    where = [f"- {EYES[eyes]}: {described(found[eyes]['machine'])}." for eyes in EYES if eyes in found]
-    return "\n".join([*lines, *where]) + "\n"
+            here.update({described(row["machine"]): None for row in entry["ways"].values()})
+    return "\n".join([*lines, *(f"- {where}." for where in here)]) + "\n"
 
 
 def cell(row: dict[str, Any]) -> str:

@@ -107,7 +107,6 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
         "blip_cross_keep": Refused(
             "cross_keep with gradient checkpointing", "a checkpoint does not hand on what layers read"
         ),
-        "whisper_speech": Refused("tokens without their sizes", "a checkpoint does not hand on sizes"),
         **_each(
             WAVES, Neither("requires_grad flags of leaf variables", "`transformers` makes a leaf of what these hear")
         ),

@@ -320,11 +320,28 @@ def test_copies_and_pickles_read_by_size_too():
         assert torch.equal(case.say(each), plain)
 
 
-def test_gradients_pass_through():
-    model, case = made("BLIP, captions")
+@pytest.mark.parametrize("name", ["BLIP, captions", "BERT"])
+def test_gradients_pass_through(name):
+    """With checkpoints too, which run layers again on detached tokens."""
+    model, case = made(name)
+    found = []
     with turbovlm.apply(model, r=4, visual_keep=0.5):
-        case.say(model).square().mean().backward()
-    assert model.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+        for reentrant in (None, False, True):
+            if reentrant is not None:
+                model.train()
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            model.zero_grad()
+            case.say(model).square().mean().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    towers = [gradient for name, gradient in found[0].items() if name.startswith(case.tower)]
+    assert len(towers) > 20 and all(gradient.isfinite().all() for gradient in towers)
+    for each in found[1:]:
+        assert each.keys() == found[0].keys()
+        for name, gradient in each.items():
+            torch.testing.assert_close(gradient, found[0][name], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from turbovlm.encoder.parts import ancestors, within
 from turbovlm.encoder.state import MERGED, State
 from turbovlm.errors import StateError, UnsupportedModelError
 from turbovlm.ops.plain import log_sizes
-from turbovlm.ops.tracing import is_exporting
+from turbovlm.ops.tracing import is_exporting, is_transformed
 from turbovlm.patching import Feature, Patch, check_forwards
 from turbovlm.registry import class_paths, family_of
 
@@ -47,26 +47,22 @@ class Merged:
         sizes: positions that each stands for, `[batch, M]`; None where nothing was merged.
         source: for every position of the encoder's input, the token it is part of, `[batch, N]`; None where that is
             not known.
-        proportional: whether the tokens count by size.
-        logs: log s, `[batch, M]`.
+        logs: log s, `[batch, M]`, where they count by size.
     """
 
     sizes: Tensor | None = None
     source: Tensor | None = None
-    proportional: bool = True
     logs: Tensor | None = None
 
     @classmethod
-    def of(cls, sizes: Tensor | None, source: Tensor | None, proportional: bool, logs: Tensor | None = None) -> Merged:
-        """The same with the logarithms of its sizes, once for all layers."""
-        if proportional and sizes is not None and logs is None:
-            logs = log_sizes(sizes)
-        return cls(sizes, source, proportional, logs)
+    def of(cls, sizes: Tensor | None, source: Tensor | None, proportional: bool) -> Merged:
+        """With the logarithms of the sizes, once for all layers, where tokens count in proportion to them."""
+        return cls(sizes, source, log_sizes(sizes) if proportional and sizes is not None else None)
 
     def of_rows(self, index: Any) -> Merged:
         """That of the rows `index` of the batch."""
         sizes, source, logs = (None if x is None else x[index] for x in (self.sizes, self.source, self.logs))
-        return Merged(sizes, source, self.proportional, logs)
+        return Merged(sizes, source, logs)
 
     def spread(self, attention: Tensor) -> Tensor:
         """An attention map over the tokens, `[batch, heads, words, M]`, over positions: `[batch, heads, words, N]`."""
@@ -190,15 +186,30 @@ def _patches(found: CrossAttention, feature: Feature, model: nn.Module) -> Itera
 
 
 def attach(tokens: Tensor, merged: Merged) -> Tensor:
-    """The same tokens, which carry what was merged into them."""
+    """The same tokens, which carry what was merged into them, and so does what shares their memory.
+
+    A checkpoint runs its blocks again on tensors that were detached, which keep nothing else of what they were.
+    """
     setattr(tokens, MERGED, merged)
+    if _has_memory(tokens):
+        setattr(tokens.untyped_storage(), MERGED, (tokens.shape, tokens.storage_offset(), merged))
     return tokens
 
 
 def merged_into(tokens: Tensor) -> Merged | None:
     """What was merged into an encoder's tokens; None where they do not say."""
     found: Merged | None = getattr(tokens, MERGED, None)
+    if found is None and _has_memory(tokens):
+        shape, offset, merged = getattr(tokens.untyped_storage(), MERGED, (None, None, None))
+        found = merged if (shape, offset) == (tokens.shape, tokens.storage_offset()) else None
     return found
+
+
+def _has_memory(tokens: Tensor) -> bool:
+    """Whether a tensor's memory is its own, and no program is made of what is done with it."""
+    if torch.compiler.is_compiling() or is_exporting() or is_transformed(tokens):
+        return False
+    return type(tokens) in (Tensor, nn.Parameter)
 
 
 def rows(tokens: Tensor, index: Any) -> Tensor:
@@ -217,8 +228,7 @@ def hand_on(out: Any, state: State | None, proportional: bool) -> Any:
     tokens = out if isinstance(out, Tensor) else out[0]
     if state is None or (not is_exporting() and tokens.shape[1] != state.lengths[-1]):
         return out
-    sizes = state.sizes if state.merges else None
-    attach(tokens, Merged.of(sizes, state.source(), proportional, state.logs))
+    attach(tokens, Merged.of(state.sizes if state.merges else None, state.source(), proportional))
     return out
 
 
@@ -261,8 +271,8 @@ def check_whole(tokens: Tensor, spelling: Attention, proportional: bool) -> None
     if tokens.shape[1] != spelling.native and (spelling.timed or proportional):
         raise StateError(
             f"{spelling.path} got {tokens.shape[1]} of {spelling.native} tokens without their sizes: something moved, "
-            "cut, repeated or (reentrantly) checkpointed them on their way from the encoder; hand on the encoder's own "
-            "output, or rows of it by turbovlm.encoder.rows, apply to the whole model that generates, "
+            "cut or repeated them on their way from the encoder; hand on the encoder's own output, or rows of it by "
+            "turbovlm.encoder.rows, apply to the whole model that generates, "
             f"{_remedies(spelling.timed)}"
         )
 

@@ -113,7 +113,7 @@ class SceneReader(nn.Module):
         if known is None:
             return both
         sizes = None if known.sizes is None else known.sizes.view(len(both), -1)
-        return attach(both, Merged.of(sizes, None, known.proportional))
+        return attach(both, Merged.of(sizes, None, known.logs is not None))
 
     def join(self, tokens: Tensor) -> Tensor:
         """Two images' tokens, `[batch, 2, tokens, 256]`, as one sequence."""
