@@ -19,7 +19,7 @@ from turbovlm.threads import Remembering
 from turbovlm.vlm.around import encode_apart, fills_itself
 from turbovlm.vlm.cross import find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
-from turbovlm.vlm.families.refused import is_undescribed, refusal
+from turbovlm.vlm.families.refused import fills_placeholders, refusal
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
 from turbovlm.vlm.select import Selection, needs_attention
 from turbovlm.vlm.tower import encode, guide_forward, rearrange, repeat_for_beams, tower_forward
@@ -189,7 +189,7 @@ def _nothing_found(model: nn.Module) -> str:
     for module in model.modules():
         if reason := refusal(module):
             return f"{type(module).__name__}: {reason}"
-    undescribed = [type(module).__name__ for module in model.modules() if is_undescribed(module)]
+    undescribed = [cls.__name__ for cls in map(type, model.modules()) if fills_placeholders(cls)]
     if undescribed:
         return (
             f"no family describes {undescribed[-1]}, which puts what its get_image_features gives in place of "
