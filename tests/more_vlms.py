@@ -510,8 +510,9 @@ MORE = {
             ("LlamaConfig", TEXT),
             image_token_id=IMAGE,
             video_token_id=VIDEO,
+            projector_pooling_ratio=2,
         ),
-        one_in_many(36, 48),
+        one_in_many(9, 48),
         attention=False,
     ),
     "got_ocr2": Vlm(
@@ -536,7 +537,6 @@ MORE = {
             36,
             {"pixel_values": noise(index, 1, 3, 48, 48), "high_res_pixel_values": noise(index, 1, 3, 128, 128)},
         ),
-        attention=False,
     ),
     "gemma3n": Vlm(
         built(

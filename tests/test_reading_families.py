@@ -9,9 +9,12 @@ import torch
 
 import turbovlm
 from more_vlms import MORE
+from turbovlm.cli import main
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.vlm.families.refused import REFUSED
 from vlms import NEW, SPECIAL, dropped, full_positions, generated, masked_forward, masked_generate, seeded
+
+transformers = pytest.importorskip("transformers")
 
 ROWS = [[5, 6, "image", 7, 8], [3, 4, 5, 6], [7, "image", 9, 10, "image", 11]]
 FILMS = [[5, "video", 6, "image", 7], [3, 4], [8, "video", 9, "video", 4]]
@@ -212,3 +215,28 @@ def test_merged_inside_the_tower_as_well(name):
         assert not torch.equal(model(**inputs).logits, alone)
         assert handle.schedules[0].tokens == (36, 30, 30, 24, 24)
         assert [len(selection.kept[0]) for selection in handle.visual] == [18] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("idefics2", "Idefics2: 4 of 8 visual tokens would be read, chosen without attention"),
+        ("fast_vlm", "FastVLM: fewer of an image's visual tokens would be read, chosen without attention"),
+        ("gemma4", "Gemma 4: 392 of the 784 visual tokens would be read"),
+        ("mistral3", "Mistral 3: 5 of the 9 visual tokens would be read"),
+    ],
+)
+def test_inspect_says_what_would_be_read(name, words, tmp_path, capsys):
+    model = seeded(MORE[name].make)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--visual-keep", "0.5"]) == 0
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_built_without_a_tower_says_so():
+    config = MORE["gemma4"].make().config
+    config.vision_config = None
+    model = transformers.Gemma4ForConditionalGeneration(config)
+    with pytest.raises(UnsupportedModelError, match=r"this Gemma4Model reads no images: its vision_tower is None"):
+        turbovlm.apply(model, visual_keep=0.5)

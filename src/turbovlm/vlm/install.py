@@ -158,6 +158,10 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
             "images apart from the prompt; transformers ≥ 5.18 does"
         )
     tower = fetch(part, family.tower)
+    if tower is None:
+        raise UnsupportedModelError(
+            f"visual_keep={config.visual_keep}: this {type(part).__name__} reads no images: its {family.tower} is None"
+        )
     if family.guide is None:
         if needs_attention(config):
             raise ConfigError(
