@@ -12,7 +12,7 @@ from more_vlms import MORE
 from turbovlm.cli import main
 from turbovlm.errors import ConfigError, StateError, UnsupportedModelError
 from turbovlm.vlm.families.refused import REFUSED
-from vlms import NEW, SPECIAL, dropped, full_positions, generated, masked_forward, masked_generate, seeded
+from vlms import NEW, PAD, SPECIAL, dropped, full_positions, generated, masked_forward, masked_generate, noise, seeded
 
 transformers = pytest.importorskip("transformers")
 
@@ -240,3 +240,42 @@ def test_a_model_built_without_a_tower_says_so():
     model = transformers.Gemma4ForConditionalGeneration(config)
     with pytest.raises(UnsupportedModelError, match=r"this Gemma4Model reads no images: its vision_tower is None"):
         turbovlm.apply(model, visual_keep=0.5)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+@torch.no_grad()
+def test_inputs_of_every_layer_beside_embeddings(name):
+    family = MORE[name]
+    model = seeded(family.make)
+    inputs = family.inputs(*ROWS)
+    ids = inputs["input_ids"]
+    known = ids if name == "gemma3n" else ids.masked_fill(ids == family.token, PAD)
+    settings = {} if family.attention else {"visual_select": "redundancy"}
+    beside = {"per_layer_inputs": model.model.language_model.get_per_layer_inputs(known)}
+    with turbovlm.apply(model, visual_keep=0.4, reduce="prune", **settings) as handle:
+        wanted = model(**inputs).logits
+        seen = inputs["attention_mask"].bool() & ~dropped(handle, inputs, family)
+        del inputs["input_ids"]
+        found = model(**inputs, inputs_embeds=model.get_input_embeddings()(ids), **beside).logits
+    torch.testing.assert_close(found[seen], wanted[seen], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
+@torch.no_grad()
+def test_sound_beside_images_counts_for_positions(name):
+    family = MORE[name]
+    model = seeded(family.make)
+    sound = {"input_features": noise(9, 1, 8, 100), "feature_attention_mask": torch.ones(1, 100, dtype=torch.long)}
+    heard = model.model.get_audio_features(**sound, return_dict=True).last_hidden_state
+    inputs = family.inputs([5, 93, *[92] * len(heard), 94, 6, "image", 7, 8]) | sound
+    own = model(**inputs).logits
+    with turbovlm.apply(model, visual_keep=1.0):
+        torch.testing.assert_close(model(**inputs).logits, own, rtol=0, atol=1e-5)
+    lengths = sound["feature_attention_mask"].sum(dim=1)
+    names = ("input_ids", "image_grid_thw", "attention_mask")
+    positions = model.model.get_rope_index(**{n: inputs[n] for n in names}, audio_seqlens=lengths)[0]
+    with turbovlm.apply(model, visual_keep=0.4):
+        implied = model(**inputs).logits
+        given = model(**inputs, position_ids=positions).logits
+    torch.testing.assert_close(implied, given, rtol=0, atol=1e-5)
+    assert not torch.equal(implied, own)
