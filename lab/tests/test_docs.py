@@ -10,6 +10,7 @@ import torch
 
 import turbovlm
 from families import SPECTROGRAM, WAVE, WHISPER
+from more_vlms import MORE
 from test_joint import inputs as vilt_inputs
 from test_joint import make as vilt
 from test_models import conversation, minigpt, nlvr2, pairs
@@ -47,7 +48,8 @@ def whisper():
 
 
 def prompt(name):
-    return VLMS[name].make, VLMS[name].inputs([5, "image", 6, 7])
+    family = (VLMS | MORE)[name]
+    return family.make, family.inputs([5, "image", 6, 7])
 
 
 MODELS = {
@@ -57,6 +59,10 @@ MODELS = {
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": prompt("smolvlm"),
     "google/paligemma2-3b-mix-448": prompt("paligemma"),
     "google/gemma-3-4b-it": prompt("gemma3"),
+    "zai-org/GLM-4.1V-9B-Thinking": prompt("glm4v"),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": prompt("mistral3"),
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": prompt("llama4"),
+    "google/gemma-3n-E2B-it": prompt("gemma3n"),
     "Salesforce/blip-image-captioning-base": (lambda: blip("ConditionalGeneration"), WORDS),
     "Salesforce/blip-vqa-base": (lambda: blip("QuestionAnswering"), WORDS),
     "Salesforce/blip-itm-base-coco": (lambda: blip("ImageTextRetrieval"), WORDS),

@@ -100,13 +100,14 @@ def _run(args: argparse.Namespace) -> int:
         check_runs(args.model, model, "meta")
     if args.visual_keep is not None:
         check_reads(args.model, model, args.image_size)
-    schedules = turbovlm.apply(model, **settings, visual_keep=args.visual_keep).schedules
+    reads = {} if args.visual_keep is None else {"visual_keep": args.visual_keep, **_selection(model)}
+    schedules = turbovlm.apply(model, **settings, **reads).schedules
     out = console()
     for schedule in schedules:
         _print_schedule(out, args.model, model, schedule)
     reading = None
     if args.visual_keep is not None:
-        reading = _reading(args, model, turbovlm.ReadConfig(args.visual_keep), schedules)
+        reading = _reading(args, model, turbovlm.ReadConfig(**reads), schedules)
         _print_reading(out, reading)
     if args.json:
         encoders = [dataclasses.asdict(schedule) for schedule in schedules]
@@ -141,6 +142,14 @@ def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Sch
         console.print(f"Note: {schedule.note}.")
 
 
+def _selection(model: nn.Module) -> dict[str, Any]:
+    """A `visual_select` that goes by no attention, for a tower that has no row of it for visual tokens."""
+    from turbovlm.registry import family_of
+
+    families = [family_of("vlm", module) for module in model.modules()]
+    return {"visual_select": "redundancy"} if any(each and each.guide is None for each in families) else {}
+
+
 def _reading(args: argparse.Namespace, model: Any, config: ReadConfig, schedules: Sequence[Schedule]) -> dict[str, Any]:
     """What the language model reads of one image, by words and numbers."""
     from turbovlm.vlm.families import native_pixels, tokens_per_image
@@ -151,21 +160,31 @@ def _reading(args: argparse.Namespace, model: Any, config: ReadConfig, schedules
     part = model.get_submodule(feature.part)
     pixels = native_pixels(feature.family, part) if args.image_size is None else args.image_size
     tokens = tokens_per_image(feature.family, part, pixels)
+    assert config.visual_keep is not None
+    told = {
+        "family": feature.family.family,
+        "guide": f"{feature.part}.{feature.guide}".lstrip(".") if feature.guide else None,
+        "guidance": feature.guidance,
+        "pixels": pixels,
+        "tokens": None,
+    }
+    if tokens is None:
+        return told
     if tokens < 1:
         raise ConfigError(f"--image-size {pixels}: {args.model} makes no visual token of so small an image")
     if feature.family.cross_attention and schedules:  # merged in the tower, and not restored
         tokens = schedules[0].tokens[-1] - feature.prefix
-    assert config.visual_keep is not None
-    return {
-        "family": feature.family.family,
-        "guide": f"{feature.part}.{feature.guide}".lstrip("."),
-        "guidance": feature.guidance,
-        "pixels": pixels,
-        "tokens": [tokens, kept_count(config.visual_keep, tokens)],
-    }
+    return {**told, "tokens": [tokens, kept_count(config.visual_keep, tokens)]}
 
 
 def _print_reading(console: Console, reading: dict[str, Any]) -> None:
+    if reading["guide"] is None:
+        before, after = reading["tokens"] or ("an image's", "fewer")
+        console.print(
+            f"{reading['family']}: {after} of {before} visual tokens would be read, chosen without attention, as its "
+            "tower has no row of it for them: apply with visual_select='redundancy', or another that goes by none."
+        )
+        return
     before, after = reading["tokens"]
     console.print(
         f"{reading['family']}: {after} of the {before} visual tokens would be read of an image of "

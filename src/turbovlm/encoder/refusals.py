@@ -19,6 +19,7 @@ from turbovlm.registry import class_paths, family_of
 KNOWN = "docs/models.md lists what is supported"
 RESIDUAL_NORMS = "its norms stand behind attention and MLP, before the residual is added, as in no layout yet"
 DISENTANGLED = "its attention adds scores of relative positions, which a merged token does not have"
+ONE_SEQUENCE = "it runs all images as one sequence, and merged tokens would have to keep to their image"
 SPARSE = "its attention is sparse over blocks or hashes of tokens, and not softmax(QKᵀ)"
 _MODELS = "transformers.models"
 REFUSED = {
@@ -52,6 +53,14 @@ REFUSED = {
             f"{_MODELS}.mra.modeling_mra.MraLayer",
         ),
         SPARSE,
+    ),
+    **dict.fromkeys(
+        (
+            f"{_MODELS}.pixtral.modeling_pixtral.PixtralAttentionLayer",
+            f"{_MODELS}.video_llama_3.modeling_video_llama_3.VideoLlama3VisionEncoderLayer",
+            f"{_MODELS}.kimi_k25.modeling_kimi_k25.Kimi_K25VisionEncoderLayer",
+        ),
+        ONE_SEQUENCE,
     ),
     "timm.models.vision_transformer.ResPostBlock": RESIDUAL_NORMS,
     "timm.models.eva.EvaBlockPostNorm": RESIDUAL_NORMS,

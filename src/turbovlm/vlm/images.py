@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from turbovlm.errors import StateError
-from turbovlm.vlm.families import placeholder_of
+from turbovlm.vlm.families import placeholder_name, placeholder_of
 from turbovlm.vlm.marks import ATTENTION
 from turbovlm.vlm.prompt import placeholders
 from turbovlm.vlm.question import NO_TEXT, ImageText, text_around
@@ -48,7 +48,9 @@ def choose_tokens(
     selections: list[Selection] = []
     for modality, outputs in images.items():
         token = placeholder_of(feature.family, model, modality)
-        assert token is not None
+        if token is None:
+            name = placeholder_name(feature.family, modality)
+            raise StateError(f"{name}: the model's config has None, so it cannot be told where its {modality}s stand")
         places_of = placeholders(model, inputs, token)
         sizes = [_sizes_of_images(model, feature, len(entry)) for entry in getattr(outputs, feature.family.features)]
         columns = places_of.flatten().nonzero().squeeze(1)

@@ -20,7 +20,7 @@ from turbovlm.threads import Remembering
 from turbovlm.vlm.around import encode_apart, fills_itself
 from turbovlm.vlm.cross import cross_attention_to, find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
-from turbovlm.vlm.families.refused import is_undescribed, refusal
+from turbovlm.vlm.families.refused import fills_placeholders, refusal
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
 from turbovlm.vlm.select import needs_attention
 from turbovlm.vlm.selection import Selection
@@ -180,6 +180,10 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     if family.cross_attention:
         _check_across(family, config)
     tower = fetch(part, family.tower)
+    if tower is None:
+        raise UnsupportedModelError(
+            f"visual_keep={config.visual_keep}: this {type(part).__name__} reads no images: its {family.tower} is None"
+        )
     if family.guide is None:
         if needs_attention(config):
             raise ConfigError(
@@ -228,7 +232,7 @@ def _nothing_found(model: nn.Module) -> str:
     for module in model.modules():
         if reason := refusal(module):
             return f"{type(module).__name__}: {reason}"
-    undescribed = [type(module).__name__ for module in model.modules() if is_undescribed(module)]
+    undescribed = [cls.__name__ for cls in map(type, model.modules()) if fills_placeholders(cls)]
     if undescribed:
         return (
             f"no family describes {undescribed[-1]}, which puts what its get_image_features gives in place of "

@@ -119,6 +119,9 @@ class ShortenedPrompt:
             found["input_ids"] = self.take(inputs["input_ids"]).masked_fill(~self.seen, filler)
         if inputs.get("inputs_embeds") is not None:
             found["inputs_embeds"] = self.take_embeddings(inputs["inputs_embeds"])
+        if inputs.get("per_layer_inputs") is not None:  # of each layer of Gemma's language models, beside embeddings
+            rows = torch.arange(len(self.index), device=self.index.device).unsqueeze(1)
+            found["per_layer_inputs"] = inputs["per_layer_inputs"][rows, self.index]
         for name in TYPES:
             if inputs.get(name) is not None:
                 found[name] = self.types(inputs[name])

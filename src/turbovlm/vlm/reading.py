@@ -183,6 +183,9 @@ def _full_positions(model: Any, inputs: dict[str, Any], mask: Tensor, first: int
     if hasattr(model, "compute_3d_position_ids"):
         names = inspect.signature(type(model).compute_3d_position_ids).parameters
         arguments = {name: inputs.get(name) for name in names if name != "self"}
+        sound = inputs.get("feature_attention_mask")
+        if "audio_feature_lengths" in names and sound is not None:  # as the forwards of Qwen's Omni models have it
+            arguments["audio_feature_lengths"] = sound.sum(dim=1)
         if "inputs_embeds" in names and arguments["inputs_embeds"] is None:  # only its shape is read
             arguments["inputs_embeds"] = torch.empty(*inputs["input_ids"].shape, 0, device=mask.device)
         found: Tensor | None = model.compute_3d_position_ids(**{**arguments, "attention_mask": mask})

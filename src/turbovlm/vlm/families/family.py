@@ -69,7 +69,8 @@ class VlmFamily:
         order: `(tower, grid)`: for such a tower, the place of each token among those the tower's blocks see, where
             it reorders them.
         per_token: `(model, row, arguments)`: A of every visual token, from that of the tower's tokens as its blocks see
-            them, `[images, tokens]` or `[tokens]`, and what the images were encoded with; where `cell` does not say it.
+            them, `[images, tokens]` or `[tokens]`, and what the images were encoded with; where `cell`, of squares of
+            patches of square images, does not say it.
         rearrange: methods that rearrange features after the projector; they rearrange the attention too.
         per_image: tokens of one image, where the library joins those of one prompt.
         first_position: position of a prompt's first token.
@@ -185,17 +186,22 @@ def native_pixels(family: VlmFamily, model: Any) -> int:
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
-def tokens_per_image(family: VlmFamily, model: Any, pixels: int) -> int:
-    """Visual tokens of a square image, or tile of one, of `pixels` a side; `model` is the part that reads them."""
+def tokens_per_image(family: VlmFamily, model: Any, pixels: int) -> int | None:
+    """Visual tokens of a square image, or tile of one, of `pixels` a side; `model` is the part that reads them.
+
+    None where they are not made of the tower's patches, and the config does not tell how many there are.
+    """
     if family.per_image is not None:
         return family.per_image(model)
+    if family.guide is None:
+        return None
     patch = _tower_config(family, model).patch_size
     side = int(patch[0] if isinstance(patch, list | tuple) else patch) * family.cell(model)
     return int((pixels // side) ** 2)
 
 
 def _tower_config(family: VlmFamily, model: Any) -> Any:
-    return fetch(model, family.tower).config
+    return getattr(fetch(model, family.tower), "config", model.config)
 
 
 def is_recurrent(model: Any) -> bool:

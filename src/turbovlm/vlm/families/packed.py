@@ -45,9 +45,13 @@ def _packed(family: str, module: str, name: str, packed: Packed = AS_QWEN, **set
     return VlmFamily(family, library(module, name), "visual", cell=_side, packed=packed, **settings)
 
 
+def _pixtral_side(model: Any) -> int:
+    return int(model.config.spatial_merge_size)
+
+
 def _by_sizes(model: Any, row: Tensor, arguments: dict[str, Any]) -> Tensor:
     """A of the squares of patches of images whose patches are row after row, by their sizes in pixels."""
-    patch, side = int(model.config.vision_config.patch_size), int(model.config.spatial_merge_size)
+    patch, side = int(model.config.vision_config.patch_size), _pixtral_side(model)
     sizes = torch.as_tensor(arguments["image_sizes"]).tolist()
     return sum_grids(row, [(height // patch, width // patch) for height, width in sizes], side)
 
@@ -108,6 +112,7 @@ PADDLE_OCR_VL = VlmFamily(
     "PaddleOCR-VL",
     library("paddleocr_vl", "PaddleOCRVLModel"),
     "visual",
+    cell=lambda model: int(model.config.vision_config.spatial_merge_size),
     packed=AS_SIGLIP,
     per_token=_by_grids,
 )
@@ -122,6 +127,7 @@ KIMI = VlmFamily(
     "Kimi K2.5",
     library("kimi_k25", "Kimi_K25Model"),
     "vision_tower",
+    cell=lambda model: int(model.vision_tower.merge_kernel_size[0]),
     packed=Packed(project=("q_proj", "k_proj")),
     per_token=_over_time,
 )
@@ -130,11 +136,17 @@ MISTRAL_3 = VlmFamily(
     library("mistral3", "Mistral3Model"),
     "vision_tower",
     read_layer,
+    _pixtral_side,
     packed=AS_PIXTRAL,
     per_token=_by_sizes,
 )
 LIGHT_ON_OCR = VlmFamily(
-    "LightOnOCR", library("lighton_ocr", "LightOnOcrModel"), "vision_encoder", packed=AS_PIXTRAL, per_token=_by_sizes
+    "LightOnOCR",
+    library("lighton_ocr", "LightOnOcrModel"),
+    "vision_encoder",
+    cell=_pixtral_side,
+    packed=AS_PIXTRAL,
+    per_token=_by_sizes,
 )
 
 FAMILIES = (

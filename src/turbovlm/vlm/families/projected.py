@@ -33,12 +33,16 @@ def _unpadded(model: Any, row: Tensor, arguments: dict[str, Any]) -> Tensor:
     """A of LFM2-VL's squares of patches, of images of any shape that are filled up to as many patches."""
     grids = arguments["spatial_shapes"].tolist()
     patches = torch.cat([image[: rows * columns] for image, (rows, columns) in zip(row, grids)])
-    return sum_grids(patches, grids, int(model.config.downsample_factor))
+    return sum_grids(patches, grids, _downsample(model))
+
+
+def _pooling_side(model: Any) -> int:
+    return int(model.config.vision_config.pooling_kernel_size)
 
 
 def _by_places(model: Any, row: Tensor, arguments: dict[str, Any]) -> Tensor:
     """A of Gemma 4's squares of patches, by the places of the patches, which are negative for padding."""
-    side, found = int(model.config.vision_config.pooling_kernel_size), []
+    side, found = _pooling_side(model), []
     places = next(arguments[name] for name in arguments if name.endswith("_position_ids"))
     for image, place in zip(row, places):
         seen = (place >= 0).all(-1)
@@ -46,6 +50,10 @@ def _by_places(model: Any, row: Tensor, arguments: dict[str, Any]) -> Tensor:
         token = x + y * (x.max() + 1)
         found.append(image.new_zeros(int(token.max()) + 1).index_add(0, token, image[seen]))
     return torch.cat(found)
+
+
+def _soft_tokens(model: Any) -> int:
+    return int(model.config.vision_soft_tokens_per_image)
 
 
 LLAVA = VlmFamily("LLaVA", library("llava", "LlavaModel"), "vision_tower", read_layer, merges_inside=True)
@@ -107,8 +115,10 @@ AYA_VISION = VlmFamily(
 COHERE2_VISION = VlmFamily(
     "Command A Vision", library("cohere2_vision", "Cohere2VisionModel"), "vision_tower", cell=_downsample
 )
-GEMMA_3N = VlmFamily("Gemma 3n", library("gemma3n", "Gemma3nModel"), "vision_tower", None)
-GEMMA_4 = VlmFamily("Gemma 4", library("gemma4", "Gemma4Model"), "vision_tower", per_token=_by_places)
+GEMMA_3N = VlmFamily("Gemma 3n", library("gemma3n", "Gemma3nModel"), "vision_tower", None, per_image=_soft_tokens)
+GEMMA_4 = VlmFamily(
+    "Gemma 4", library("gemma4", "Gemma4Model"), "vision_tower", cell=_pooling_side, per_token=_by_places
+)
 LLAMA_4 = VlmFamily(
     "Llama 4",
     library("llama4", "Llama4ForConditionalGeneration"),
@@ -124,7 +134,7 @@ OVIS_2 = VlmFamily(
 )
 DEEPSEEK_VL = VlmFamily("DeepSeek-VL", library("deepseek_vl", "DeepseekVLModel"), "vision_model", merges_inside=True)
 JANUS = VlmFamily("Janus", library("janus", "JanusModel"), "vision_model", merges_inside=True)
-LFM2_VL = VlmFamily("LFM2-VL", library("lfm2_vl", "Lfm2VlModel"), "vision_tower", per_token=_unpadded)
+LFM2_VL = VlmFamily("LFM2-VL", library("lfm2_vl", "Lfm2VlModel"), "vision_tower", cell=_downsample, per_token=_unpadded)
 IDEFICS_2 = VlmFamily(
     "Idefics2",
     library("idefics2", "Idefics2Model"),
@@ -137,7 +147,7 @@ FAST_VLM = VlmFamily("FastVLM", library("fast_vlm", "FastVlmModel"), "vision_tow
 PERCEPTION_LM = VlmFamily("PerceptionLM", library("perception_lm", "PerceptionLMModel"), "vision_tower", None)
 GOT_OCR_2 = VlmFamily("GOT-OCR 2", library("got_ocr2", "GotOcr2Model"), "vision_tower", None)
 DEEPSEEK_VL_HYBRID = VlmFamily(
-    "DeepSeek-VL hybrid", library("deepseek_vl_hybrid", "DeepseekVLHybridModel"), "vision_model", None
+    "DeepSeek-VL hybrid", library("deepseek_vl_hybrid", "DeepseekVLHybridModel"), "vision_model"
 )
 VIDEO_LLAVA = VlmFamily("Video-LLaVA", library("video_llava", "VideoLlavaModel"), "image_tower", None)
 MINICPM_V = VlmFamily("MiniCPM-V 4.6", library("minicpmv4_6", "MiniCPMV4_6Model"), "vision_tower", None)

@@ -61,7 +61,6 @@ def refusal(module: nn.Module) -> str | None:
     return next((REFUSED[path] for path in class_paths(module) if path in REFUSED), None)
 
 
-def is_undescribed(module: nn.Module) -> bool:
-    """Whether a module fills placeholders as families do, by the look of it, and so may need no more than an entry."""
-    encodes = hasattr(type(module), "get_image_features")
-    return encodes and "mm_encoder_outputs" in inspect.signature(type(module).forward).parameters
+def fills_placeholders(cls: type[nn.Module]) -> bool:
+    """Whether a class puts features in place of placeholders as families' do, and so may need no more than an entry."""
+    return hasattr(cls, "get_image_features") and "mm_encoder_outputs" in inspect.signature(cls.forward).parameters
