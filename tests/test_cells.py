@@ -1,8 +1,9 @@
-"""Towers whose patches merge in cells: those of packed sequences, with windows and rotary positions, and others."""
+"""Towers whose reader joins squares of patches: packed sequences, with windows and rotary positions, and others."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -53,10 +54,15 @@ def test_nothing_merged_and_nothing_left_behind(name):
     for settings in ({"r": 0}, {"keep": 1.0}):
         with turbovlm.apply(model, **settings):
             assert torch.equal(model(**inputs).logits, plain)
+    with turbovlm.apply(model, keep=0.5, partition="cells") as handle:
+        merged = model(**inputs).logits
+        left = handle.features[0].last.lengths
+        assert left[-1] < left[0] and handle.features[0].shape.unit == 4
+        assert all((a - b) % 4 == 0 for a, b in itertools.pairwise(left))
     with turbovlm.apply(model, keep=0.5) as handle:
         found = model(**inputs).logits
-        assert not torch.equal(found, plain)
-        assert handle.schedules[0].tokens[-1] < handle.schedules[0].tokens[0]
+        assert not torch.equal(found, plain) and not torch.equal(found, merged)
+        assert handle.features[0].last.lengths[-1] < handle.features[0].last.lengths[0]
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, found)
         if name in PACKED:  # hooks that transformers leaves in some others do not pickle
             assert torch.equal(pickle.loads(pickle.dumps(model))(**inputs).logits, found)
@@ -64,7 +70,9 @@ def test_nothing_merged_and_nothing_left_behind(name):
     assert torch.equal(model(**inputs).logits, plain)
 
 
-@pytest.mark.parametrize("settings", [{"keep": 0.5}, {"r": 4, "partition": "random"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"keep": 0.5}, {"keep": 0.5, "partition": "cells"}, {"r": 4, "partition": "random"}], ids=str
+)
 @pytest.mark.parametrize("name", PACKED)
 @torch.no_grad()
 def test_images_stay_apart(name, settings):
@@ -104,15 +112,17 @@ def doubled(tower, grid):
     return twice(pixels_of(tower, grid)), known
 
 
+@pytest.mark.parametrize("partition", ["all", "cells"])
 @pytest.mark.parametrize("name", PACKED)
 @torch.no_grad()
-def test_doubled_cells_count_twice(name):
+def test_doubled_tokens_count_twice(name, partition):
     """Every cell stands twice at one place; its two tokens merge, and nothing changes."""
     tower, grid = tower_of(name), GRID[:2]
     wanted = encoded(tower, pixels_of(tower, grid), grid)
     pixels, known = doubled(tower, grid)
     depth, first = len(tower.blocks), 1 if name == "qwen2_5_vl" else 0
-    with turbovlm.apply(tower, keep=0.5, blocks=(first,), reduce="merge", restore="copy") as handle:
+    settings = {"partition": partition, "reduce": "merge", "restore": "copy"}
+    with turbovlm.apply(tower, keep=0.5, blocks=(first,), **settings) as handle:
         found = encoded(tower, pixels, grid, **known)
         assert handle.features[0].last.lengths == (len(pixels),) * (first + 1) + (len(pixels) // 2,) * (depth - first)
     equal([each[::2] for each in found], wanted, atol=1e-5)
@@ -139,16 +149,17 @@ def test_equal_cells_merge_without_a_change(name):
 
     hook = blocks[0].register_forward_pre_hook(make_equal)
     wanted = model(**inputs).logits
-    with turbovlm.apply(model, r=[12] + [0] * (len(blocks) - 1), reduce="merge", restore="copy") as handle:
+    settings = {"partition": "cells", "reduce": "merge", "restore": "copy"}
+    with turbovlm.apply(model, r=[12] + [0] * (len(blocks) - 1), **settings) as handle:
         torch.testing.assert_close(model(**inputs).logits, wanted, rtol=0, atol=1e-5)
         assert handle.features[0].last.lengths[-1] == handle.features[0].last.lengths[0] - 12
     hook.remove()
 
 
-def by_hand(tower, pixels, grid, r):
+def by_hand(tower, pixels, grid, r, unit):
     """A packed tower in plain lines: one image after the other, no code of the library; `r` cells go in some blocks.
 
-    Even cells merge into odd ones, by size, and every position gets its token back.
+    Cells of four merge any into any other, of one even into odd; by size, and every position gets its token back.
     """
     calls = []
     hooks = [b.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True) for b in tower.blocks]
@@ -175,15 +186,17 @@ def by_hand(tower, pixels, grid, r):
                 mixed[:, at] = reference.attention(q[:, at], key[:, at], v[:, at], s[at], attention.scaling)
             x = x + attention.proj(mixed.transpose(0, 1).flatten(1))
             if index in r:
-                cells = len(x) // 4
+                cells = len(x) // unit
                 guide = reference.guide_of(q, s, 0, "mean")
-                A = reference.semantic_value(guide, key, s, attention.scaling).view(cells, 4).sum(1)
-                features = content.view(cells, 4, -1).mean(1)
-                halves = [(list(range(0, cells, 2)), list(range(1, cells, 2)))]
-                R, partner = reference.mutual_redundancy(features, halves)
+                A = reference.semantic_value(guide, key, s, attention.scaling).view(cells, unit).sum(1)
+                every, step = list(range(cells)), 2 if unit == 1 else 1
+                halves = [(every[::step], every[step - 1 :: step])]
+                R, partner = reference.mutual_redundancy(content.reshape(cells, -1), halves)
                 E = reference.DEGREES["weighted_distance"](torch.stack(list(R.values())), A[list(R)], 1.0)
                 into = {list(R)[i]: partner[list(R)[i]] for i in E.argsort(descending=True)[: r[index]].tolist()}
-                tokens = {4 * i + place: 4 * j + place for i, j in into.items() for place in range(4)}
+                if unit > 1:
+                    into = reference.paired(dict(zip(R, E)), partner, r[index])
+                tokens = {unit * i + at: unit * j + at for i, j in into.items() for at in range(unit)}
                 _, x, s, merged = reference.merge(x, s, tokens, halves, "spatial", "merge")
                 place, source = place[[i for i in range(len(place)) if i not in tokens]], merged[source]
             x = x + block.mlp(block.norm2(x))
@@ -191,16 +204,17 @@ def by_hand(tower, pixels, grid, r):
     return torch.cat(found)
 
 
+@pytest.mark.parametrize("partition", ["alternate", "cells"])
 @pytest.mark.parametrize("name", PACKED)
 @torch.no_grad()
-def test_against_plain_lines(name):
+def test_against_plain_lines(name, partition):
     tower = tower_of(name, torch.float64)
     pixels, depth = pixels_of(tower, GRID), len(tower.blocks)
     r = {1: 3, 3: 1} if name == "qwen2_5_vl" else {0: 2, depth - 2: 1}
-    amounts = [4 * r.get(block, 0) for block in range(depth)]
-    settings = {"partition": "alternate", "reduce": "merge", "restore": "copy"}
-    wanted = by_hand(tower, pixels, GRID, r)
-    with turbovlm.apply(tower, r=amounts, **settings):
+    unit = 4 if partition == "cells" else 1
+    amounts = [unit * r.get(block, 0) for block in range(depth)]
+    wanted = by_hand(tower, pixels, GRID, r, unit)
+    with turbovlm.apply(tower, r=amounts, partition=partition, reduce="merge", restore="copy"):
         found = tower(pixels, grid_thw=torch.tensor(GRID)).last_hidden_state
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
 
@@ -257,13 +271,13 @@ def test_gradients_and_hooks():
 def test_what_is_not_possible():
     tower = tower_of("qwen2_5_vl")
     for settings, message in (
-        ({"r": [0, 6, 0, 0]}, "give multiples of 4"),
+        ({"r": [0, 6, 0, 0], "partition": "cells"}, "give multiples of 4"),
         ({"keep": 0.5, "blocks": (0, 1)}, r"block 0 of .* attends within windows; tokens merge in \[1, 3\]"),
         ({"r": [4, 0, 0, 0]}, "block 0 of"),
-        ({"keep": 0.5, "partition": "grid"}, "merge in cells of 2×2"),
-        ({"keep": 0.5, "partition": "random", "order": "partition"}, "order='spatial'"),
-        ({"r": 4, "trace": True}, "trace: the patches"),
-        ({"r": [0, 4, 0, 0], "thresholds": [0.0] * 4}, "thresholds: the patches"),
+        ({"keep": 0.5, "partition": "grid"}, "partition='grid': merges of"),
+        ({"keep": 0.5, "partition": "random", "order": "partition"}, "order='partition': merges of"),
+        ({"r": 4, "trace": True}, "trace: it is not kept"),
+        ({"r": [0, 4, 0, 0], "thresholds": [0.0] * 4}, "thresholds: it is not kept"),
         ({"r": 4, "guidance": "cls"}, "no CLS token"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -275,5 +289,9 @@ def test_what_is_not_possible():
     inputs = VLMS["idefics3"].inputs(["image", 6])
     inputs["pixel_attention_mask"] = torch.ones(1, 1, 48, 48, dtype=torch.bool)
     inputs["pixel_attention_mask"][..., 40:] = False
-    with turbovlm.apply(model, r=4), pytest.raises(StateError, match="padding inside"):
+    with turbovlm.apply(model, r=4, partition="cells"), pytest.raises(StateError, match="padding inside"):
         model(**inputs)
+    with turbovlm.apply(model, r=4):
+        model(**inputs)
+    with pytest.raises(ConfigError, match=r"nothing that reads .* is known to join squares"):
+        turbovlm.apply(model.model.vision_model, r=4, partition="cells")

@@ -29,7 +29,7 @@ from turbovlm.read_config import GUIDANCES, READINGS, ReadConfig
 from turbovlm.settings import REDUCTIONS, WITHOUT_ALPHA, Settings
 
 SIMILARITIES = ("heads", "keys", "queries", "hidden", "auto")
-PARTITIONS = ("auto", "all", "random", "alternate", "grid")
+PARTITIONS = ("auto", "all", "random", "alternate", "grid", "cells")
 ORDERS = ("partition", "spatial")
 RESTORES = ("auto", "copy", "residual")
 BLOCKS = ("auto", "every")
@@ -74,8 +74,10 @@ class TurboConfig(Settings):
             or `"auto"`: `"cls"` where the model has one, else `"mean"`.
         partition: who may be merged into whom: `"all"` (every patch into any other, pairs of highest E first),
             `"random"` (one half into the other, drawn anew in every block from `seed`), `"alternate"` (even into odd,
-            as published), `"grid"` (one destination in every 2×2 cell), or `"auto"`: `"all"` for images where half of
-            the blocks or fewer merge, also by `blocks="auto"`; else `"random"`, as for text and `order="partition"`.
+            as published), `"grid"` (one destination in every 2×2 cell), `"cells"` (whole squares of patches, any into
+            any other, in towers whose reader joins such squares; the output changes more), or `"auto"`: `"all"` for
+            images where half of the blocks or fewer merge, also by `blocks="auto"`; else `"random"`, as for text and
+            `order="partition"`.
         grid: patch rows and columns, for `partition="grid"` on images that are not square.
         order: order of the tokens left: `"partition"` (unmerged candidates, then destinations, as published)
             or `"spatial"` (that of the image).

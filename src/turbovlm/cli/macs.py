@@ -55,6 +55,12 @@ def run(args: argparse.Namespace) -> int:
     config = turbovlm.TurboConfig(**settings_from(args, 0))
     merging = config.r != 0
     model = load_model(ModelSpec(args.model, "meta"), args.image_size)
+    packed = next((tower for tower in find_towers(model) if tower.layout.packed), None)
+    if packed is not None:
+        raise TurboError(
+            f"macs: {packed.title} ({packed.layout.family}) runs images as one packed sequence, whose segments are "
+            "read off their sizes as it runs: turbovlm inspect counts its blocks by their shapes"
+        )
     if any(tower.layout.joint for tower in find_towers(model)):  # how long its sequence is depends on values
         model = load_model(ModelSpec(args.model), args.image_size)
     check_runs(args.model, model, next(model.parameters()).device.type)

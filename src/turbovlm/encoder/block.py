@@ -212,7 +212,7 @@ def _attend_and_merge(
     if not ranks:
         return x, state
     heads = seen[0]
-    if feature.shape.unit > 1:
+    if feature.shape.unit > 1 or state.segments is not None:
         merge, merged, cells = merge_cells(
             path, feature, index, state, r, x, _compared(parts, feature, heads, x), heads
         )

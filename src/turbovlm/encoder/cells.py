@@ -1,8 +1,8 @@
-"""Squares of patches that merge as one: the units of which a merger makes the language model's tokens.
+"""Merges that are chosen in parts: within the images of a packed sequence, and among whole squares of patches.
 
-Squares are compared by the means of their patches' features, and ranked by the sum of their A. Those that go are
-averaged into their destination place by place, so that every square left is whole: from there on, the merge is one of
-single tokens like any other.
+Squares are those that a merger joins. They are compared by their patches' features side by side, and ranked by the sum
+of their A. One that goes is averaged into its destination place by place, so that every square left is whole. Which
+tokens go where is all that differs: from there on, the merge is one like any other.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ if TYPE_CHECKING:
 
 
 def check_cells(tower: Tower, config: TurboConfig) -> None:
-    """See that settings are possible for a tower whose tokens merge in cells, or in some of its blocks alone.
+    """See that settings are possible for a tower of packed sequences, or of some blocks with windows, and for cells.
 
     Raises:
         ConfigError: saying which are.
     """
-    unit, windows = tower.cell**2, () if tower.layout.windows is None else tower.layout.windows(tower.module)
-    which = f"{tower.title} ({tower.layout.family})"
-    if unit == 1:
-        return
-    words = f"the patches of {which} merge in cells of {tower.cell}×{tower.cell}, which its reader joins"
-    if config.partition == "grid" or config.order == "partition":
+    which, in_cells = f"{tower.title} ({tower.layout.family})", config.partition == "cells"
+    if in_cells and tower.cell == 1:
+        raise ConfigError(f"partition='cells': nothing that reads {which} is known to join squares of its patches")
+    if in_cells or tower.layout.packed:
+        words = "of partition='cells'" if in_cells else f"of {which}, which runs images as one packed sequence,"
+        if config.partition == "grid" or config.order == "partition":
+            found = "order='partition'" if config.order == "partition" else "partition='grid'"
+            raise ConfigError(f"{found}: merges {words} know no such halves; use partition='all' or 'random'")
+        for name in ("thresholds", "trace"):
+            if getattr(config, name):
+                raise ConfigError(f"{name}: it is not kept of merges {words}: leave it out")
+    if in_cells and isinstance(config.r, tuple) and any(r % tower.cell**2 for r in config.r):
         raise ConfigError(
-            f"partition={config.partition!r}, order={config.order!r}: {words}: partition='all', 'random' or "
-            "'alternate', and order='spatial', pair cells"
+            f"r={list(config.r)}: squares of {tower.cell**2} patches merge as one: give multiples of {tower.cell**2}"
         )
-    for name in ("thresholds", "trace"):
-        if getattr(config, name):
-            raise ConfigError(f"{name}: {words}, and {name} is for towers whose patches merge one by one")
-    if isinstance(config.r, tuple) and any(r % unit for r in config.r):
-        raise ConfigError(f"r={list(config.r)}: {words}: give multiples of {unit}")
+    windows = () if tower.layout.windows is None else tower.layout.windows(tower.module)
     if not any(windows):
         return
     asked = config.blocks if isinstance(config.blocks, tuple) else range(len(tower.blocks))
@@ -69,7 +70,9 @@ def merge_cells(
     features: Tensor,
     heads: Heads,
 ) -> tuple[Merge, Tensor, Tensor | None]:
-    """Merge `r` tokens of each image of a batch, or `state.spare` of each segment of a packed sequence, in whole cells.
+    """Merge `r` tokens of each image of a batch, or `state.spare` of each segment of a packed sequence, in cells.
+
+    A cell is a square of patches for `partition="cells"`, else one patch.
 
     Args:
         x: the tokens, `[batch, N, width]`; a packed sequence is a batch of one.
@@ -120,10 +123,11 @@ def _choose(
     config, (images, count, unit) = feature.config, cells.shape
     flat = cells.flatten(1)
     alike = features.gather(1, flat.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
-    alike = alike.view(images, count, unit, -1).mean(dim=2)
+    alike = compared(alike.view(images, count, unit, -1))
     if semantic is not None:
         semantic = semantic.gather(1, flat).view(images, count, unit).sum(dim=2)
-    partition = Split(feature.partition, block=index, seed=config.seed).partition(count, features.device)
+    kind = "all" if feature.partition == "cells" else feature.partition
+    partition = Split(kind, block=index, seed=config.seed).partition(count, features.device)
     ranking = rank_candidates(
         *(alike, partition, semantic, len(state.merges)),
         degree=config.degree,
@@ -136,6 +140,11 @@ def _choose(
         return ranking.chosen
     chosen: tuple[Tensor, Tensor] = path.choose(ranking.degree, ranking.nearest, ranking.partition, r // unit)
     return chosen
+
+
+def compared(features: Tensor) -> Tensor:
+    """What cells are compared by, `[images, cells, width]`, of their patches' `[images, cells, unit, width]`."""
+    return features.flatten(2)
 
 
 def _semantic(path: ModuleType, feature: EncoderFeature, state: State, heads: Heads) -> Tensor | None:

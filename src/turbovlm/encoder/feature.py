@@ -47,6 +47,7 @@ PARTITION_WORDS = {
     "random": "random halves",
     "alternate": "even into odd",
     "grid": "one destination per 2×2 cell",
+    "cells": "any square of patches into any other",
 }
 
 
@@ -315,7 +316,8 @@ def own_blocks_of(tower: Tower, config: TurboConfig) -> BlockSets:
     """
     layout, depth = tower.layout, len(tower.blocks)
     asked = config.blocks == "auto" and not isinstance(config.r, tuple)
-    if not asked or layout.text or layout.line or config.partition not in ("auto", "all") or config.order != "spatial":
+    pairs = config.partition in ("auto", "all", "cells") and config.order == "spatial"
+    if not asked or layout.text or layout.line or not pairs:
         return ()
     if layout.windows is not None:
         whole = tuple(block for block, window in enumerate(layout.windows(tower.module)) if window == 0)
@@ -352,6 +354,6 @@ def _shape(tower: Tower, similarity: str, partition: str) -> EncoderShape:
         prefix=tower.prefix,
         suffix=tower.suffix,
         partition=partition,
-        unit=tower.cell**2,
+        unit=tower.cell**2 if partition == "cells" else 1,
         windows=() if layout.windows is None else layout.windows(tower.module),
     )

@@ -38,7 +38,7 @@ class EncoderShape:
         prefix: CLS, distillation and register tokens at the front, which are never merged.
         suffix: tokens behind the patches, which are never merged.
         partition: as in `TurboConfig`, settled: who is compared with whom.
-        unit: tokens that merge together: those of a square of patches.
+        unit: tokens that merge together: those of a square of patches for `partition="cells"`.
         windows: for each block, tokens of a window that it attends within, 0 where it attends to whole images, and
             only there tokens merge; empty where all blocks do. They are counted as if nothing had merged in them.
     """
@@ -77,13 +77,13 @@ class EncoderShape:
         macs = before * self.attention_weights[block] + 2 * before * seen * width
         macs += after * self.mlp_weights[block] + 5 * self.hidden_size * (before + after)
         if after < before:
-            macs += self._pairs((before - self.protected) // self.unit) * self.similarity_width[block]
+            macs += self._pairs((before - self.protected) // self.unit) * self.similarity_width[block] * self.unit
         return macs
 
     def _pairs(self, patches: int) -> int:
         """How many pairs of patches a merge compares."""
-        pairs = patches**2 if self.partition == "all" else patches // 2 * (patches - patches // 2)
-        return pairs // (window_count(patches) if self.partition in ("random", "all") else 1)
+        pairs = patches**2 if self.partition in ("all", "cells") else patches // 2 * (patches - patches // 2)
+        return pairs // (window_count(patches) if self.partition in ("random", "all", "cells") else 1)
 
     def macs(self, tokens: Sequence[int]) -> int:
         """Multiply-accumulates of the encoder with `tokens[l]` tokens before block l and `tokens[-1]` at its end."""

@@ -143,7 +143,8 @@ def _forward(model: Callable[..., Any], inputs: Any) -> Forward:
 
 def _batch(inputs: Any) -> int:
     args, kwargs = _arguments(inputs)
-    for value in (*args, *kwargs.values()):
+    grid = next((kwargs[name] for name in ("grid_thw", "image_grid_thw") if kwargs.get(name) is not None), None)
+    for value in (*args, *kwargs.values()) if grid is None else (grid,):  # of packed images, a row each
         if isinstance(value, Tensor) and value.ndim > 0:
             return int(value.shape[0])
     raise ConfigError("inputs: no tensor among them, so the number of images per forward is not known")
