@@ -9,21 +9,16 @@ import torch
 from features import DATA
 from safetensors.torch import load_file, save_file
 
-from turbovlm_lab.zoo.clip import CONFIG, load_clip
 from turbovlm_lab.zoo.gemma import load_gemma
-from turbovlm_lab.zoo.small_vlm import SmallVlm, join_parts, load_trained
+from turbovlm_lab.zoo.small_vlm import SmallVlm, load_trained, with_clip
 
 
 def assembled(weights: Path, device: str = "cpu") -> SmallVlm:
     """As `load_small_vlm` makes it, in bf16."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    tower = CLIPVisionModel(CLIPVisionConfig(**CONFIG, attn_implementation="sdpa"))
-    tower.load_state_dict(load_clip().vision_model.state_dict())
-    gemma, tokenizer = cached_gemma()
-    model = join_parts(tower, gemma)
-    load_trained(model, weights)
-    return SmallVlm(model.to(device, torch.bfloat16), tokenizer)
+    vlm = with_clip(*cached_gemma())
+    load_trained(vlm.model, weights)
+    vlm.model.to(device, torch.bfloat16)
+    return vlm
 
 
 def cached_gemma() -> tuple[Any, Any]:

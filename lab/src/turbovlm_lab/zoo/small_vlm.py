@@ -122,18 +122,17 @@ def join_parts(tower: Any, language_model: Any, image_token: int = IMAGE_TOKEN) 
     return model.eval()
 
 
-def untrained_vlm() -> SmallVlm:
-    """The model with a random projector and Gemma as it came, in eval mode, fp32, on the CPU.
+def with_clip(language_model: Any, tokenizer: Any) -> SmallVlm:
+    """CLIP's tower and Gemma without its head, fp32, on the CPU, joined by a projector with random weights.
 
     Raises:
-        TurboError: see `load_clip` and `load_gemma`.
+        TurboError: see `load_clip`.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     tower = CLIPVisionModel(CLIPVisionConfig(**CONFIG, attn_implementation="sdpa"))
     tower.load_state_dict(load_clip().vision_model.state_dict())
-    gemma = load_gemma()
-    return SmallVlm(join_parts(tower, gemma.model.model), gemma.tokenizer)
+    return SmallVlm(join_parts(tower, language_model), tokenizer)
 
 
 def load_small_vlm(weights: Path | str = WEIGHTS) -> SmallVlm:
@@ -147,7 +146,8 @@ def load_small_vlm(weights: Path | str = WEIGHTS) -> SmallVlm:
     """
     if not Path(weights).is_file():
         raise TurboError(f"{weights}: there are no such weights; studies/visual_tokens/train.py makes them")
-    vlm = untrained_vlm()
+    gemma = load_gemma()
+    vlm = with_clip(gemma.model.model, gemma.tokenizer)
     load_trained(vlm.model, weights)
     return vlm
 
