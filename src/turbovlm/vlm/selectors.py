@@ -87,7 +87,8 @@ def grids_of(model: Any, feature: ReadFeature, outputs: Any, modality: str, coun
     family, said = feature.family, getattr(outputs, GRIDS, None)
     if said is not None:
         side = family.cell(model)
-        found = [(frames, height // side, width // side) for frames, height, width in torch.cat(said).tolist()]
+        rows = [grid[0].tolist() for grid in said]
+        found = [(frames, height // side, width // side) for frames, height, width in rows]
         fits = [math.prod(grid) for grid in found] == counts
         return list(found) if fits else [None] * len(counts)
     if family.packed or family.rearrange or modality != "image":

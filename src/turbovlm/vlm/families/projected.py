@@ -64,6 +64,7 @@ LLAVA_ONEVISION = VlmFamily(
     read_layer,
     merges_inside=True,
     rearrange=("pack_image_features", "apply_pooling"),
+    frames="video",
 )
 LLAVA_NEXT_VIDEO = VlmFamily(
     "LLaVA-NeXT-Video",
@@ -72,10 +73,17 @@ LLAVA_NEXT_VIDEO = VlmFamily(
     read_layer,
     per_token=_pooled,
     rearrange=("pack_image_features",),
+    frames="video",
 )
 VIP_LLAVA = VlmFamily("VipLLaVA", library("vipllava", "VipLlavaModel"), "vision_tower", read_layer)
 INTERN_VL = VlmFamily(
-    "InternVL", library("internvl", "InternVLModel"), "vision_tower", read_layer, cell=_shuffle, merges_inside=True
+    "InternVL",
+    library("internvl", "InternVLModel"),
+    "vision_tower",
+    read_layer,
+    cell=_shuffle,
+    merges_inside=True,
+    frames="images",
 )
 IDEFICS3 = VlmFamily(
     "Idefics3",
@@ -108,7 +116,7 @@ COHERE2_VISION = VlmFamily(
     "Command A Vision", library("cohere2_vision", "Cohere2VisionModel"), "vision_tower", cell=_downsample
 )
 GEMMA_3N = VlmFamily("Gemma 3n", library("gemma3n", "Gemma3nModel"), "vision_tower", None)
-GEMMA_4 = VlmFamily("Gemma 4", library("gemma4", "Gemma4Model"), "vision_tower", per_token=_by_places)
+GEMMA_4 = VlmFamily("Gemma 4", library("gemma4", "Gemma4Model"), "vision_tower", per_token=_by_places, frames="video")
 LLAMA_4 = VlmFamily(
     "Llama 4",
     library("llama4", "Llama4ForConditionalGeneration"),
