@@ -250,6 +250,7 @@ SAVED = [
     ReadConfig(0.5, visual_select="attention", reduce="prune"),
     ReadConfig(cross_keep=12),
     ReadConfig(0.5, visual_select="coverage", alpha=2, question=0.5, visual_tolerance=0.1, min_visual_tokens=16),
+    ReadConfig(0.5, visual_select="dpp", change=0.5),
     DenoiseConfig([0.5, 0.75], components=["attention"], refresh=3, grid=(2, 8)),
     DenoiseConfig(0.5, grid=[(8, 12), (10, 14)]),
     DenoiseConfig({0: (0.5, 0.75), 0.6: 1.0}),

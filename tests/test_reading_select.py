@@ -300,6 +300,9 @@ def test_a_selector_knows_the_grids_of_images_and_videos():
         grids.clear()
         generated(model, family.inputs(["image", 5, "image"]), num_beams=3)
         assert grids == [((1, 4, 4), 3), ((1, 2, 6), 3)]
+        grids.clear()
+        generated(model, inputs, num_beams=2)
+        assert grids == [((1, 4, 4), 2), ((1, 2, 6), 2), ((1, 4, 2), 2), ((3, 2, 4), 2)]
 
 
 def test_a_selector_goes_where_the_model_goes(llava):

@@ -27,6 +27,8 @@ GREEDY = ("coverage", "diversity", "mmr", "dpp")
 VISUAL_SELECTIONS = ("information", "redundancy", "attention", *GREEDY, "random", "uniform", "pooling")
 SALIENCY = {"coverage": 1.0, "diversity": 0.0, "mmr": 0.2, "dpp": 1.0}
 """α of the greedy selections, where it is not given."""
+WEIGHING = ("question", "change")
+"""Fields of `ReadConfig` that say what else counts in a token's weight, and how much."""
 READINGS = ("visual_keep", "cross_keep")
 """Fields of `ReadConfig` that say how much is read; one of them at least is set."""
 
@@ -48,8 +50,8 @@ class ReadConfig(Settings):
             that adds most to what is covered of all tokens, times its weight; `"dpp"` the one of which most is not
             explained by those taken, times its weight; `"mmr"` weighs it against its similarity to those taken (log
             weight less cosine); `"diversity"` takes the one farthest from them. A token's weight is
-            w = (A/Ā)^α · e^(question · Q), Ā the image's mean. `"redundancy"`, `"attention"`, `"random"`, `"uniform"`
-            (every k-th) and `"pooling"` (averages of 2×2) are the baselines. Or a function of yours,
+            w = (A/Ā)^α · e^(question · Q) · D^change, Ā the image's mean. `"redundancy"`, `"attention"`, `"random"`,
+            `"uniform"` (every k-th) and `"pooling"` (averages of 2×2) are the baselines. Or a function of yours,
             `(features, attention, text, grid, *, k) -> which`: see docs/language.md.
         degree: as in `TurboConfig`.
         alpha: α: with `"information"` as in `TurboConfig`; with `"coverage"`, `"dpp"` (None is 1) and `"mmr"` (0.2) the
@@ -58,6 +60,10 @@ class ReadConfig(Settings):
             model's input space. Which tokens are read then depends on the text, so that a prompt's prefix can no
             longer be reused for another question. 0 is off, 1 makes a token that is one standard deviation nearer to
             a word e times as heavy.
+        change: how much D counts in the weight, in videos: how far a token is from the one at its place in the frame
+            before, 1 in the first frame. A frame then keeps tokens in proportion to the sum of their weights, one at
+            least where there are enough, and they are chosen frame by frame. 0 is off: a video's tokens are chosen as
+            those of one image. Images are chosen from as without it.
         visual_tolerance: an image is read with as few tokens as leave a cosine of 1 − this, at least, from each of its
             tokens to one that is read, taken in the same order; `visual_keep` is then the most. 0 spares equal tokens.
             For selections over all pairs.
@@ -81,6 +87,7 @@ class ReadConfig(Settings):
     degree: str | DegreeFunction = "weighted_difference"
     alpha: float | None = None
     question: float = 0.0
+    change: float = 0.0
     visual_tolerance: float | None = None
     min_visual_tokens: int = 0
     guidance: str = "auto"
@@ -100,14 +107,15 @@ class ReadConfig(Settings):
         if self.cross_keep is not None and self.visual_select == "pooling":
             raise ConfigError("visual_select='pooling': cross_keep takes tokens layer by layer, not squares of them")
         self._check_degree()
-        self._set(question=check_number("question", self.question, minimum=0))
+        for name in ("question", "change"):
+            self._set(**{name: check_number(name, getattr(self, name), minimum=0)})
         self._check_budget()
         check_choice("guidance", self.guidance, GUIDANCES)
         check_flag("proportional", self.proportional)
         check_choice("reduce", self.reduce, ("merge", "prune"))
         self._set(seed=check_seed(self.seed))
         self._check_unread()
-        if self.visual_select == "mmr" and not self.saliency and not self.question:
+        if self.visual_select == "mmr" and not (self.saliency or self.question or self.change):
             raise ConfigError(
                 "alpha=0: visual_select='mmr' weighs tokens by A or by the question; 'diversity' by neither"
             )
@@ -118,7 +126,7 @@ class ReadConfig(Settings):
         how = f"visual_select={brief(select)}"
         found: dict[str, str] = {}
         if callable(select):
-            found = dict.fromkeys(("degree", "alpha", "question"), "a visual_select that is a callable decides itself")
+            found = dict.fromkeys(("degree", "alpha", *WEIGHING), "a visual_select that is a callable decides itself")
         elif select in ("random", "uniform", "pooling"):
             found = dict.fromkeys(("degree", "alpha", "guidance"), f"{how} goes by no degree and no attention")
             if select == "pooling":
@@ -126,7 +134,7 @@ class ReadConfig(Settings):
         elif select in GREEDY:
             found["degree"] = f"{how} compares all pairs, and goes by no degree"
             if select == "diversity":
-                found |= dict.fromkeys(("alpha", "guidance", "question"), f"{how} weighs all tokens alike")
+                found |= dict.fromkeys(("alpha", "guidance", *WEIGHING), f"{how} weighs all tokens alike")
             elif isinstance(values["alpha"], int | float) and values["alpha"] == 0:
                 found["guidance"] = "alpha=0 leaves attention out"
         else:
@@ -134,10 +142,13 @@ class ReadConfig(Settings):
         if select not in GREEDY:
             found["visual_tolerance"] = f"{how} knows no distances; {', '.join(GREEDY)} do"
             found.setdefault("question", f"{how} goes by no text; coverage, mmr and dpp can")
+            found.setdefault("change", f"{how} knows no frames; coverage, mmr and dpp can")
+        elif values["change"]:
+            found["visual_tolerance"] = "change says how many tokens of each frame are read"
         if values["visual_keep"] is None:
             found["guidance"] = "cross_keep goes by the words' attention, and not by the tower's"
             found["question"] = "cross_keep goes by the words' attention already"
-            found |= dict.fromkeys(("visual_tolerance", "min_visual_tokens"), "it belongs to visual_keep")
+            found |= dict.fromkeys(("change", "visual_tolerance", "min_visual_tokens"), "it belongs to visual_keep")
         return found
 
     @classmethod
@@ -176,8 +187,7 @@ class ReadConfig(Settings):
         parts = [f"visual_select={select if isinstance(select, str) else called(select)}"]
         if select in SALIENCY and select != "diversity":
             parts.append(f"alpha={self.saliency:g}")
-        if self.question:
-            parts.append(f"question={self.question:g}")
+        parts += [f"{name}={value:g}" for name in WEIGHING if (value := getattr(self, name))]
         return ", ".join([*parts, self.reduce])
 
     @property

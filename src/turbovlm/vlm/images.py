@@ -10,6 +10,7 @@ from torch import Tensor
 
 from turbovlm.errors import StateError
 from turbovlm.vlm.families import placeholder_name, placeholder_of
+from turbovlm.vlm.frames import frames_of, join_frames, select_frames
 from turbovlm.vlm.marks import ATTENTION
 from turbovlm.vlm.prompt import placeholders
 from turbovlm.vlm.question import NO_TEXT, ImageText, text_around
@@ -39,8 +40,8 @@ def choose_tokens(
 
     Raises:
         ConfigError: no token of an image would be left, or a selector of the user's returned something else.
-        StateError: the choice goes by the tower's attention, which the outputs are without, or by the text of a prompt
-            that has none.
+        StateError: the choice goes by the tower's attention or by frames, which the outputs are without, or by the text
+            of a prompt that has none.
     """
     config = feature.config
     fewer: dict[str, Any] = {}
@@ -57,12 +58,17 @@ def choose_tokens(
         counts = [n for entry in sizes for n in entry]
         if len(columns) != sum(counts):
             return None
+        if config.change and feature.family.frames == "images":
+            sizes, frames = join_frames(sizes, columns, places_of.shape[1])
+            counts = [n for entry in sizes for n in entry]
+        else:
+            frames = frames_of(config, outputs, modality, counts)
         text = NO_TEXT
         if config.question or callable(config.visual_select):
             rows = [int(places[0]) // places_of.shape[1] for places in torch.split(columns, counts)]
             text = text_around(feature.family, model, inputs, rows, config.question)
         grids = grids_of(model, feature, outputs, modality, counts)
-        chosen, fewer[modality] = _select(feature, outputs, sizes, text, grids)
+        chosen, fewer[modality] = _select(feature, outputs, sizes, text, grids, frames)
         dropped = torch.zeros_like(places_of) if dropped is None else dropped
         for places, selection in zip(torch.split(columns, counts), chosen):  # row after row, image after image
             lost = torch.ones_like(places).index_fill(0, selection.kept[0], 0) > 0  # TorchScript fills no bool
@@ -81,11 +87,16 @@ def _sizes_of_images(model: Any, feature: ReadFeature, tokens: int) -> list[int]
 
 
 def _select(
-    feature: ReadFeature, outputs: Any, sizes: list[list[int]], text: ImageText, grids: list[Grid | None]
+    feature: ReadFeature,
+    outputs: Any,
+    sizes: list[list[int]],
+    text: ImageText,
+    grids: list[Grid | None],
+    frames: list[int],
 ) -> tuple[list[Selection], Any]:
     """What becomes of each image's tokens, and a copy of the library's outputs with the features that are left.
 
-    Images of equally many tokens, on equal grids where these matter, are chosen from together.
+    Images of equally many tokens, on equal grids where these matter, are chosen from together; videos frame by frame.
     """
     config = feature.config
     attention: list[Tensor] | None = getattr(outputs, ATTENTION, None)
@@ -99,10 +110,10 @@ def _select(
     features = [_by_image(plane, sizes) for plane in planes]
     semantic = None if attention is None else _by_image(attention, sizes)
     chosen: dict[int, Selection] = {}
-    for (n, grid), group in _groups(sizes, grids).items():
+    for (n, grid, over), group in _groups(sizes, grids, frames).items():
         together = [torch.stack([images[i] for i in group]) for images in features]
         row = None if semantic is None else torch.stack([semantic[i] for i in group])
-        found = _choose(config, together[0].detach(), row, n, text.of_images(group), grid)
+        found = _choose(config, together[0].detach(), row, n, text.of_images(group), grid, over)
         for images, stacked in zip(features, together):
             parts = torch.split(stacked, [len(each.kept) for each in found])
             for i, left in zip(group, (left for each, part in zip(found, parts) for left in each.take(part))):
@@ -127,24 +138,37 @@ def _as_tensor(entries: list[Tensor]) -> Tensor:
 
 
 def _choose(
-    config: ReadConfig, features: Tensor, semantic: Tensor | None, n: int, text: ImageText, grid: Grid | None
+    config: ReadConfig,
+    features: Tensor,
+    semantic: Tensor | None,
+    n: int,
+    text: ImageText,
+    grid: Grid | None,
+    frames: int,
 ) -> list[Selection]:
     """What becomes of the tokens of a group's images, `[images, n, width]`: of all together, or one by one."""
     assert config.visual_keep is not None
     k = kept_count(config.visual_keep, n, fewest=config.min_visual_tokens)
+    if frames > 1 and k < n:
+        rows = [None] * len(features) if semantic is None else torch.split(semantic, 1)
+        videos = enumerate(zip(torch.split(features, 1), rows))
+        return [select_frames(video, row, k, frames, config, text.of_images([i])) for i, (video, row) in videos]
     if config.visual_tolerance is not None:
         return select_within(features, semantic, min(config.min_visual_tokens, k), k, config, text)
     return [select(features, semantic, k, config, text=text, grid=grid)]
 
 
-def _groups(sizes: list[list[int]], grids: list[Grid | None]) -> dict[tuple[int, Grid | None], list[int]]:
-    """Which images have so many tokens on that grid, the images of all entries in a row."""
-    groups: dict[tuple[int, Grid | None], list[int]] = {}
+def _groups(
+    sizes: list[list[int]], grids: list[Grid | None], frames: list[int]
+) -> dict[tuple[int, Grid | None, int], list[int]]:
+    """Which images have so many tokens on that grid and so many frames, the images of all entries in a row."""
+    groups: dict[tuple[int, Grid | None, int], list[int]] = {}
     for i, n in enumerate(n for entry in sizes for n in entry):
-        groups.setdefault((n, grids[i]), []).append(i)
+        groups.setdefault((n, grids[i], frames[i]), []).append(i)
     return groups
 
 
 def _by_image(entries: Any, sizes: list[list[int]]) -> list[Tensor]:
     """The features of each image, `[tokens, width]`, or A of its tokens, `[tokens]`, those of all entries in a row."""
-    return [image for entry, counts in zip(entries, sizes) for image in torch.split(entry, counts)]
+    counts = [n for entry in sizes for n in entry]
+    return list(torch.split(torch.cat([*entries]), counts))

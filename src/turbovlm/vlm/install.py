@@ -99,6 +99,7 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         place = ".".join(filter(None, (self.part, self.guide)))
         guided = f", guided by {self.guidance} in {place}" if needs_attention(config) else ""
         asked = " and by the prompt's text" if config.question else ""
+        asked += ", frame by frame in videos" if config.change else ""
         sized = ""
         if self.cross_attention is not None and config.reduce == "merge":
             sized = ", in proportion to their sizes" if config.proportional else ", all alike"
@@ -155,7 +156,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     """How `model`'s visual tokens will be chosen.
 
     Raises:
-        ConfigError: `guidance="cls"` for a tower without CLS.
+        ConfigError: `guidance="cls"` for a tower without CLS, or `change` where no frames are known.
         UnsupportedModelError: nothing in the model reads visual tokens, or its library is too old for it.
     """
     found = [(name, part, family) for name, part in model.named_modules() if (family := family_of("vlm", part))]
@@ -179,6 +180,11 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         )
     if family.cross_attention:
         _check_across(family, config)
+    if config.change and family.frames is None:
+        raise ConfigError(
+            f"change={config.change:g}: which visual tokens are of which frame is not known of {family.family}: leave "
+            "change out"
+        )
     tower = fetch(part, family.tower)
     if tower is None:
         raise UnsupportedModelError(

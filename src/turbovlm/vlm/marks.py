@@ -16,7 +16,8 @@ ENCODED = "_turbovlm_encoded"
 
 GRIDS = "_turbovlm_grids"
 """On what `get_image_features` and `get_video_features` return, where the call says it: frames, rows and columns of
-patches, a list with one tensor `[1, 3]` for each entry of `pooler_output`."""
+patches, 0 where it does not; a list with one tensor `[tokens, 3]`, of equal rows, for each entry of
+`pooler_output`."""
 
 IMAGE = "_turbovlm_image"
 """On the words' hidden states between two cross-attention layers, and on the image tokens that a layer gets: the

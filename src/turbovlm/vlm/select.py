@@ -17,7 +17,7 @@ from turbovlm.config import ReadConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.degree import needs_semantic
-from turbovlm.ops.greedy import Chosen, choose_greedily
+from turbovlm.ops.greedy import PAIRS, Chosen, choose_greedily
 from turbovlm.ops.partition import hashed_uniform
 from turbovlm.ops.tracing import without_autocast
 from turbovlm.read_config import GREEDY
@@ -93,7 +93,7 @@ def select(
     how = config.visual_select
     if not isinstance(how, str):
         kept = ask_selector(how, features, semantic, text.words, grid, k)
-        return _with_rest(features, kept, config, sizes)
+        return with_rest(features, kept, config, sizes)
     if how == "uniform":
         middle = (torch.arange(k, device=features.device) + 0.5) * (n / k)
         return keep_alone(middle.long().expand(len(features), -1), n)
@@ -106,7 +106,7 @@ def select(
     if k == n:
         everyone = torch.arange(n, device=features.device).expand(len(features), -1)
         return average_rest(everyone, everyone, sizes)
-    chosen = choose_greedily(features, k, how, _log_weights(features, semantic, config, text), sizes)
+    chosen = choose_greedily(features, k, how, log_weights(features, semantic, config, text), sizes)
     return _in_order(chosen, n, config, sizes)
 
 
@@ -130,7 +130,7 @@ def select_within(
         A selection for each image.
     """
     assert isinstance(config.visual_select, str) and config.visual_tolerance is not None
-    weights = _log_weights(features, semantic, config, text)
+    weights = log_weights(features, semantic, config, text)
     until = 1 - config.visual_tolerance - ROUNDING
     chosen = choose_greedily(features, most, config.visual_select, weights, None, until, fewest)
     found = []
@@ -141,7 +141,7 @@ def select_within(
     return found
 
 
-def _log_weights(features: Tensor, semantic: Tensor | None, config: ReadConfig, text: ImageText) -> Tensor | None:
+def log_weights(features: Tensor, semantic: Tensor | None, config: ReadConfig, text: ImageText) -> Tensor | None:
     """log w = α log(A/Ā) + question · Q, `[images, n]`; None where all tokens weigh alike."""
     found: Tensor | None = None
     if config.saliency > 0:
@@ -165,14 +165,16 @@ def _in_order(chosen: Chosen, n: int, config: ReadConfig, sizes: Tensor | None) 
     return average_rest(kept, slots.gather(1, chosen.nearest), sizes)
 
 
-def _with_rest(features: Tensor, kept: Tensor, config: ReadConfig, sizes: Tensor | None) -> Selection:
+def with_rest(features: Tensor, kept: Tensor, config: ReadConfig, sizes: Tensor | None) -> Selection:
     """What becomes of the tokens beside those at `kept`, `[images, k]`."""
     if config.reduce == "prune":
         return keep_alone(kept, features.shape[1])
     x = F.normalize(features.to(precise_dtype(features)), dim=-1).nan_to_num()
+    staying = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])).transpose(1, 2)
+    at_once = max(1, PAIRS // kept.numel())
     with without_autocast(x.device):
-        cosines = x @ x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])).transpose(1, 2)
-    return average_rest(kept, cosines.argmax(dim=2), sizes)
+        nearest = torch.cat([(some @ staying).argmax(dim=2) for some in torch.split(x, at_once, dim=1)], dim=1)
+    return average_rest(kept, nearest, sizes)
 
 
 def _drawn(features: Tensor, k: int, seed: int) -> Tensor:

@@ -88,7 +88,8 @@ def grids_of(model: Any, feature: ReadFeature, outputs: Any, modality: str, coun
     family, said = feature.family, getattr(outputs, GRIDS, None)
     if said is not None:
         side = family.cell(model)
-        found = [(frames, height // side, width // side) for frames, height, width in torch.cat(said).tolist()]
+        rows = [grid[0].tolist() for grid in said]
+        found = [(frames, height // side, width // side) for frames, height, width in rows]
         fits = [math.prod(grid) for grid in found] == counts
         return list(found) if fits else [None] * len(counts)
     tower = getattr(fetch(model, family.tower), "config", None)
@@ -96,5 +97,7 @@ def grids_of(model: Any, feature: ReadFeature, outputs: Any, modality: str, coun
     if not plain or modality != "image":
         return [None] * len(counts)
     square = tokens_per_image(family, model, native_pixels(family, model))
+    if square is None:
+        return [None] * len(counts)
     side = math.isqrt(square)
     return [(1, side, side) if n == square == side * side else None for n in counts]

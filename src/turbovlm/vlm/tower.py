@@ -162,15 +162,30 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     if feature.family.guide is not None and reads_attention(feature.config):
         _check_guide(model, feature, inputs.get("vision_feature_layer"))
     outputs, rows = _collect(original, **inputs)
-    grid = inputs.get(f"{patch.detail}_grid_thw")
-    if grid is not None and not isinstance(outputs, tuple):
-        setattr(outputs, GRIDS, list(torch.split(grid, 1)))
-    if rows and not isinstance(outputs, tuple):
-        lengths = [len(entry) for entry in getattr(outputs, feature.family.features)]
+    if isinstance(outputs, tuple):
+        return outputs
+    grids = _grids(inputs, patch.detail)
+    if grids is None and not rows:
+        return outputs
+    lengths = [len(entry) for entry in getattr(outputs, feature.family.features)]
+    if grids is not None and len(grids) == len(lengths):
+        setattr(outputs, GRIDS, [grid.expand(n, 3) for grid, n in zip(grids, lengths)])
+    if rows:
         row = torch.cat([each.values for each in rows])
         values = _of_tokens(model, feature, row, inputs, lengths)
         setattr(outputs, ATTENTION, list(torch.split(values, lengths)))
     return outputs
+
+
+def _grids(inputs: dict[str, Any], modality: str) -> Tensor | None:
+    """Frames, rows and columns of each image or video as its call says them, `[images, 3]`, 0 what it does not say."""
+    grids: Tensor | None = inputs.get(f"{modality}_grid_thw")
+    if grids is not None or modality != "video":
+        return grids
+    pixels, frames = inputs.get("pixel_values_videos"), inputs.get("num_frames_per_video")
+    if frames is None and isinstance(pixels, Tensor) and pixels.ndim == 5:  # `[videos, frames, 3, height, width]`
+        frames = torch.tensor([pixels.shape[1]] * len(pixels))
+    return None if frames is None else F.pad(frames.unsqueeze(1), (0, 2))
 
 
 def _check_guide(model: Any, feature: ReadFeature, layers: Any) -> None:

@@ -76,6 +76,8 @@ class VlmFamily:
         first_position: position of a prompt's first token.
         features: what has the features of the visual tokens, of what `get_image_features` returns.
         video_token: the config's attribute with the placeholder of videos, which may be that of images.
+        frames: how a video's frames come: `"video"`, one after another in the tokens of one video, each as many, and
+            at most one token behind all; `"images"`, as images of the prompt. None where they are not known.
     """
 
     kind: ClassVar[str] = "vlm"
@@ -98,6 +100,7 @@ class VlmFamily:
     first_position: int = 0
     features: str = "pooler_output"
     video_token: str = "video_token_id"
+    frames: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VlmFamily:
         return self

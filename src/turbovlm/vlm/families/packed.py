@@ -42,7 +42,7 @@ def _windows(tower: Any, grid: Tensor) -> Tensor:
 
 def _packed(family: str, module: str, name: str, packed: Packed = AS_QWEN, **settings: Any) -> VlmFamily:
     """A family of Qwen2-VL's kind, all of whose blocks attend to whole images."""
-    return VlmFamily(family, library(module, name), "visual", cell=_side, packed=packed, **settings)
+    return VlmFamily(family, library(module, name), "visual", cell=_side, packed=packed, frames="video", **settings)
 
 
 def _pixtral_side(model: Any) -> int:
@@ -89,6 +89,7 @@ QWEN2_5_VL = VlmFamily(
     packed=AS_QWEN,
     order=_windows,
     merges_inside=True,
+    frames="video",
 )
 QWEN3_VL = _packed("Qwen3-VL", "qwen3_vl", "Qwen3VLModel", merges_inside=True)
 QWEN3_VL_MOE = _packed("Qwen3-VL-MoE", "qwen3_vl_moe", "Qwen3VLMoeModel")
@@ -106,6 +107,7 @@ QWEN2_5_OMNI = VlmFamily(
     _side,
     packed=Packed(project=("q", "k")),
     order=_windows,
+    frames="video",
 )
 QWEN3_OMNI = _packed("Qwen3-Omni", "qwen3_omni_moe", "Qwen3OmniMoeThinkerModel")
 PADDLE_OCR_VL = VlmFamily(
@@ -122,6 +124,7 @@ VIDEO_LLAMA_3 = VlmFamily(
     "vision_model",
     packed=AS_SIGLIP,
     per_token=_by_merge_sizes,
+    frames="video",
 )
 KIMI = VlmFamily(
     "Kimi K2.5",

@@ -72,6 +72,7 @@ LLAVA_ONEVISION = VlmFamily(
     read_layer,
     merges_inside=True,
     rearrange=("pack_image_features", "apply_pooling"),
+    frames="video",
 )
 LLAVA_NEXT_VIDEO = VlmFamily(
     "LLaVA-NeXT-Video",
@@ -80,10 +81,17 @@ LLAVA_NEXT_VIDEO = VlmFamily(
     read_layer,
     per_token=_pooled,
     rearrange=("pack_image_features",),
+    frames="video",
 )
 VIP_LLAVA = VlmFamily("VipLLaVA", library("vipllava", "VipLlavaModel"), "vision_tower", read_layer)
 INTERN_VL = VlmFamily(
-    "InternVL", library("internvl", "InternVLModel"), "vision_tower", read_layer, cell=_shuffle, merges_inside=True
+    "InternVL",
+    library("internvl", "InternVLModel"),
+    "vision_tower",
+    read_layer,
+    cell=_shuffle,
+    merges_inside=True,
+    frames="images",
 )
 IDEFICS3 = VlmFamily(
     "Idefics3",
@@ -117,7 +125,12 @@ COHERE2_VISION = VlmFamily(
 )
 GEMMA_3N = VlmFamily("Gemma 3n", library("gemma3n", "Gemma3nModel"), "vision_tower", None, per_image=_soft_tokens)
 GEMMA_4 = VlmFamily(
-    "Gemma 4", library("gemma4", "Gemma4Model"), "vision_tower", cell=_pooling_side, per_token=_by_places
+    "Gemma 4",
+    library("gemma4", "Gemma4Model"),
+    "vision_tower",
+    cell=_pooling_side,
+    per_token=_by_places,
+    frames="video",
 )
 LLAMA_4 = VlmFamily(
     "Llama 4",
