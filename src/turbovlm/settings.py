@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from turbovlm.checks import brief, called, check_choice, check_number
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import DEGREES, DegreeFunction, default_alpha
-from turbovlm.settings_file import read_settings, write_settings
 
 REDUCTIONS = ("merge", "keep_norm", "prune")
 WITHOUT_ALPHA = ("coupled_division", "redundancy", "semantics", "random")
@@ -35,6 +34,8 @@ class Settings:
         Raises:
             ConfigError: the degree is a callable other than `LayeredDegree`, which JSON has no word for.
         """
+        from turbovlm.settings_file import write_settings
+
         write_settings(path, self)
 
     @classmethod
@@ -44,6 +45,8 @@ class Settings:
         Raises:
             ConfigError: no such file, another format, a setting that is unknown or wrong, or settings of another class.
         """
+        from turbovlm.settings_file import read_settings
+
         return read_settings(path, cls)
 
     @property

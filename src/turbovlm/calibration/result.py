@@ -9,7 +9,6 @@ from typing import Any
 from turbovlm import config as configs
 from turbovlm.config import Config, TurboConfig
 from turbovlm.errors import ConfigError
-from turbovlm.settings_file import make_config, read_content, write_settings
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Calibration:
         """Write the settings and what they promise as JSON; `load` of the config's class reads it too."""
         measured = asdict(self)
         del measured["config"]
+        from turbovlm.settings_file import write_settings
+
         write_settings(path, self.config, promise=measured)
 
     @classmethod
@@ -65,6 +66,8 @@ class Calibration:
         Raises:
             ConfigError: no such file, another format, or settings that were not calibrated.
         """
+        from turbovlm.settings_file import make_config, read_content
+
         content = read_content(path)
         promise: dict[str, Any] | None = content.get("promise")
         if promise is None:
