@@ -49,8 +49,9 @@ def accelerated(base: Any) -> Any:
     """A class of lmms-eval's whose model merges.
 
     Beside what `base` takes it takes `r`, `keep` or `flops` of `TurboConfig`, and `visual_keep`, `visual_select`,
-    `question`, `visual_tolerance` and `min_visual_tokens` of `ReadConfig`; it has the `Handle` as `turbo`. Making
-    one raises TurboError where `base` runs no model of PyTorch in this process, and what `turbovlm.apply` raises.
+    `question`, `change`, `visual_tolerance` and `min_visual_tokens` of `ReadConfig`; it has the `Handle` as `turbo`.
+    Making one raises TurboError where `base` runs no model of PyTorch in this process, and what `turbovlm.apply`
+    raises.
     """
 
     def start(
@@ -61,12 +62,14 @@ def accelerated(base: Any) -> Any:
         visual_keep: float | int | None = None,
         visual_select: str | None = None,
         question: float | None = None,
+        change: float | None = None,
         visual_tolerance: float | None = None,
         min_visual_tokens: int | None = None,
         **settings: Any,
     ) -> None:
         named = {"r": r, "keep": keep, "flops": flops, "visual_keep": visual_keep, "visual_select": visual_select}
-        named |= {"question": question, "visual_tolerance": visual_tolerance, "min_visual_tokens": min_visual_tokens}
+        named |= {"question": question, "change": change, "visual_tolerance": visual_tolerance}
+        named |= {"min_visual_tokens": min_visual_tokens}
         asked = {name: value for name, value in named.items() if value is not None}
         configs = configs_from((), asked, denoises=False, model=base.__name__)
         base.__init__(self, **settings)
