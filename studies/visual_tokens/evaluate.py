@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--reduce", nargs="+", choices=("merge", "prune"), default=("merge", "prune"), help="(both)")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"of what is drawn (default {SEEDS})")
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"(default {IMAGES})")
+    parser.add_argument("--without-lists", action="store_true", help="ask for none: they take most of a CPU's time")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FILE", help="(default: those that ship)")
     parser.add_argument("--device", default="cpu", help="(default cpu)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default: %(default)s)")
@@ -111,8 +112,9 @@ def main() -> None:
         parser.error(f"--report: there is no {file}")
     if not args.report:
         about = {"images": args.images, "weights": hashlib.sha256(args.weights.read_bytes()).hexdigest()}
+        about["lists"] = not args.without_lists
         if any(found.get(name, value) != value for name, value in about.items()):
-            parser.error(f"{file} is of other weights or of another number of images: remove it, or give --out")
+            parser.error(f"{file} is of other weights, images or questions: remove it, or give --out")
         wanted = list(settings(args.selections, args.keeps, args.reduce, args.seeds))
         found = {**about, "asked": [], "scores": {}} | found
         fill(found, wanted, assembled(args.weights, args.device), file)
@@ -153,7 +155,8 @@ def fill(found: dict[str, Any], wanted: list[Setting], vlm: SmallVlm, file: Path
     style, shown = style_of("test"), []
     for number in range(found["images"]):
         seen, chance = crowd("test", number)
-        shown.append(Shown(seen, draw(seen, style)[0], asked(seen, chance)))
+        questions = [q for q in asked(seen, chance) if found["lists"] or q.asks != "list"]
+        shown.append(Shown(seen, draw(seen, style)[0], questions))
     found["asked"] = [[number, q.asks] for number, each in enumerate(shown) for q in each.questions]
     for setting in tqdm([each for each in wanted if each.key not in found["scores"]], unit=" settings"):
         found["scores"][setting.key] = vars(setting) | {"right": ask(vlm, setting, shown)}
@@ -187,11 +190,11 @@ def read(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown]) -> list[list[f
     packed = pack(texts, len(front)).to(vlm.model.device)
     hidden = hidden_behind(vlm.model.model.language_model, cache, packed)
     right = [[float(each) for each in row] for row in right_texts(hidden, packed, vlm.model.lm_head.weight)]
-    lists = [next(i for i, q in enumerate(each.questions) if q.asks == "list") for each in shown]
-    asked_for = [[*front, *texts[row][at][0]] for row, at in enumerate(lists)]
-    said = generate(vlm, asked_for, mm_encoder_outputs=encoded)
-    for row, at, text in zip(range(len(shown)), lists, said):
-        right[row][at] = f1(text, shown[row].questions[at].answer)
+    lists = [(row, i) for row, each in enumerate(shown) for i, q in enumerate(each.questions) if q.asks == "list"]
+    if lists:
+        said = generate(vlm, [[*front, *texts[row][i][0]] for row, i in lists], mm_encoder_outputs=encoded)
+        for (row, i), text in zip(lists, said):
+            right[row][i] = f1(text, shown[row].questions[i].answer)
     return right
 
 

@@ -75,16 +75,14 @@ def main() -> None:
     vlm, style, shown = assembled(args.weights, args.device), style_of("test"), []
     for number in range(args.images):
         seen, chance = crowd("test", number)
-        shown.append(Shown(seen, draw(seen, style)[0], asked(seen, chance)))
-    owners = [number for number, each in enumerate(shown) for q in each.questions if q.asks != "list"]
-    compared = [q.asks != "list" for each in shown for q in each.questions]
+        shown.append(Shown(seen, draw(seen, style)[0], [q for q in asked(seen, chance) if q.asks != "list"]))
+    owners = [number for number, each in enumerate(shown) for _ in each.questions]
     depth, rows = len(vlm.model.model.language_model.layers), []
     for stages in tqdm((Stages("all tokens", ()), *INSIDE), unit=" settings"):
         share = stages.mean(depth)
         rows.append({"how": stages.name, "left": stages.left, "share": share, "right": ask_inside(vlm, stages, shown)})
         for select in args.before if stages.left else ():
-            scores = ask(vlm, Setting(select, share, "merge"), shown)
-            right = [score for score, counts in zip(scores, compared) if counts]
+            right = ask(vlm, Setting(select, share, "merge"), shown)
             rows.append({"how": f"before, {select}", "left": stages.left, "share": share, "right": right})
     weights = hashlib.sha256(args.weights.read_bytes()).hexdigest()
     found = {"images": args.images, "weights": weights, "asked": owners, "rows": rows}
@@ -95,7 +93,7 @@ def main() -> None:
 
 @torch.no_grad()
 def ask_inside(vlm: SmallVlm, stages: Stages, shown: Sequence[Shown]) -> list[float]:
-    """Whether each answer is right, lists left out."""
+    """Whether each answer is right."""
     model, scores = vlm.model, []
     for start in range(0, len(shown), BATCH):
         some = shown[start : start + BATCH]
@@ -105,7 +103,6 @@ def ask_inside(vlm: SmallVlm, stages: Stages, shown: Sequence[Shown]) -> list[fl
             (image, vlm.encode(q.text), vlm.encode_answer(q.answer))
             for image, each in enumerate(some)
             for q in each.questions
-            if q.asks != "list"
         ]
         hidden = staged(model.model.language_model, visual, texts, stages)
         for row, (_, question, answer) in enumerate(texts):

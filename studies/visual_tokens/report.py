@@ -74,8 +74,13 @@ def places(found: dict[str, Any], sort: str | None) -> list[int]:
     return [i for i, (_, asks) in enumerate(found["asked"]) if sort in (None, asks)]
 
 
+def sorts_in(found: dict[str, Any]) -> list[str]:
+    """The sorts of questions that were asked."""
+    return [sort for sort in SORTS if places(found, sort)]
+
+
 def table(found: dict[str, Any], rows: Sequence[Row]) -> str:
-    count = {sort: len(places(found, sort)) for sort in SORTS}
+    count = {sort: len(places(found, sort)) for sort in sorts_in(found)}
     lines = [
         "# The small VLM, reading fewer visual tokens",
         "",
@@ -85,7 +90,7 @@ def table(found: dict[str, Any], rows: Sequence[Row]) -> str:
         "than that of random tokens, over the same questions.",
         f"Weights: sha256 {found['weights'][:16]}….",
         "",
-        *(f"- {sort}: {MEANING[sort]} ({count[sort]} questions)" for sort in SORTS),
+        *(f"- {sort}: {MEANING[sort]} ({number} questions)" for sort, number in count.items()),
         "",
     ]
     whole = [row for row in rows if row.select == WHOLE]
@@ -95,8 +100,8 @@ def table(found: dict[str, Any], rows: Sequence[Row]) -> str:
         lines += [
             f"## {keep:g} of the tokens: {round(keep * TOKENS)} of {TOKENS}",
             "",
-            f"| read | {' | '.join(SORTS)} | all | above random |",
-            "|---|" + "--:|" * (len(SORTS) + 1) + "---|",
+            f"| read | {' | '.join(count)} | all | above random |",
+            "|---|" + "--:|" * (len(count) + 1) + "---|",
         ]
         lines += [line(found, row, random) for row in some]
         lines.append("")
@@ -104,7 +109,7 @@ def table(found: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def line(found: dict[str, Any], row: Row, random: Row | None) -> str:
-    cells = [f"{of_sort(found, row, sort).value:.2f}" for sort in SORTS]
+    cells = [f"{of_sort(found, row, sort).value:.2f}" for sort in sorts_in(found)]
     every = of_sort(found, row, None)
     seeds = over_seeds(row.by_seed)
     drawn = f" ± {seeds.high - seeds.value:.3f}" if len(row.by_seed) > 1 else ""
@@ -127,7 +132,7 @@ def plot(found: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
     shown = [row for row in rows if not row.question and (row.reduce != "prune" or row.select in (RANDOM, "uniform"))]
     names = list(dict.fromkeys(row.name for row in shown if row.select != WHOLE))
     figure, panels = plt.subplots(2, 5, figsize=(17, 7), sharex=True)
-    for panel, sort in zip(panels.flat, (None, *SORTS)):
+    for panel, sort in zip(panels.flat, (None, *sorts_in(found))):
         for whole in (row for row in rows if row.select == WHOLE):
             at = of_sort(found, whole, sort)
             panel.axhline(at.value, color="black", linewidth=1)
