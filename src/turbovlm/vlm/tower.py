@@ -244,21 +244,30 @@ def rearrange(patch: Patch, model: Any, original: Any, /, features: Any, *args: 
 
 
 def repeat_for_beams(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
-    """Run `_expand_multimodal_outputs`, on A and the grid of each image as on planes of its features."""
-    feature: ReadFeature = patch.feature  # type: ignore[assignment]
-    found: dict[str, Any] = {}
-    marked: dict[str, list[str]] = {}
-    for modality, outputs in inputs["mm_encoder_output"].items():
-        marked[modality] = [mark for mark in (ATTENTION, GRIDS) if getattr(outputs, mark, None)]
-        if marked[modality]:
-            entries, planes = getattr(outputs, feature.family.features), [getattr(outputs, m) for m in marked[modality]]
-            found[modality] = SimpleNamespace(pooler_output=list(entries), deepstack_features=planes)
-    original(**{**inputs, "mm_encoder_output": found})
+    """Run `_expand_multimodal_outputs`, on A and the grid of each image as on its features, in a row for each token."""
+    found = {}
+    for mark in (ATTENTION, GRIDS):
+        found[mark] = {
+            modality: SimpleNamespace(pooler_output=_for_each_token(outputs, mark, patch.feature))
+            for modality, outputs in inputs["mm_encoder_output"].items()
+            if getattr(outputs, mark, None)
+        }
+        original(**{**inputs, "mm_encoder_output": found[mark]})
     repeated = original(**inputs)
-    for modality, beside in found.items():
-        for mark, plane in zip(marked[modality], beside.deepstack_features):
-            setattr(repeated[modality], mark, plane)
+    for mark, entries in found.items():
+        for modality, beside in entries.items():
+            values = [values[:1] if mark == GRIDS else values for values in beside.pooler_output]
+            setattr(repeated[modality], mark, values)
     return repeated
+
+
+def _for_each_token(outputs: Any, mark: str, feature: Any) -> list[Tensor]:
+    """What stands beside each image, in as many rows as it has tokens."""
+    values = getattr(outputs, mark)
+    if mark == ATTENTION:
+        return list(values)
+    counts = [len(entry) for entry in getattr(outputs, feature.family.features)]
+    return [grid.expand(count, -1) for grid, count in zip(values, counts)]
 
 
 def sizes_left(selection: Selection, sizes: Tensor) -> Tensor:
