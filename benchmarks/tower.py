@@ -1,6 +1,7 @@
 """A tower of Qwen2.5-VL's width that merges: time and multiply-accumulates, random weights, half of its depth.
 
     python benchmarks/tower.py                          # writes benchmarks/results/tower.{json,md}
+    python benchmarks/tower.py --patches 16 --rounds 1  # as committed
 
 Sixteen blocks of Qwen2.5-VL-7B's tower and its merger; every fourth block attends to whole images, the others within
 windows of 112 pixels. One image; the tokens are restored for the merger. Versions take turns, a forward each.

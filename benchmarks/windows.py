@@ -1,6 +1,7 @@
 """Windows attended to one by one and in one call: a tower of Qwen2.5-VL's width, random weights, few blocks.
 
     python benchmarks/windows.py                        # writes benchmarks/results/windows.{json,md}
+    python benchmarks/windows.py --images "448×448" "476×644, ragged edges" "16 images of 112×112"    # as committed
 
 The tower's blocks are those of Qwen2.5-VL-3B and -7B: width 1280, 16 heads, windows of 112 pixels. Three of them
 attend within windows and one to whole images, as one in eight does there. Measured are the whole tower, and the
