@@ -1,25 +1,29 @@
 """How many operators a denoising step runs, merged and not: on a GPU each is a launch, or several.
 
     python benchmarks/denoiser_operators.py     # writes benchmarks/results/denoiser_operators.{json,md}; five minutes
+    python benchmarks/denoiser_operators.py --times     # host time alone anew; half a minute
 
-Blocks as many as in the full-size models, and narrow ones, as their number does not depend on width. On a CPU there are
+Blocks as many as in the full-size models, and narrow ones, on small images, as their number depends on neither. On a CPU there are
 PyTorch's operators alone. For a GPU the kernels run in Triton's interpreter, and each is counted as one. What computes
-nothing (views, empty tensors) is not counted.
+nothing (views, empty tensors) is not counted. Host time is the process CPU time of a forward of these narrow models on
+one thread, most of which is spent in calls; medians of forwards in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 import torch
-from cases import RESULTS, described, machine, save
+from cases import RESULTS, described, load, machine, save
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import turbovlm
@@ -57,9 +61,16 @@ class Counter(TorchDispatchMode):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    results: dict[str, Any] = {"machine": machine(), "operators": {}}
+    parser.add_argument("--times", action="store_true", help="host time alone; what was counted before stays")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"operators": {}}
+    if args.times:
+        results = load(RESULTS / "denoiser_operators.json")
+    results |= {"machine": machine(), "ms": {name: host_times(*make()) for name, make in MODELS.items()}}
     for name, make in MODELS.items():
+        if args.times:
+            break
         model, inputs = make()
         found = {"model": operators(model, inputs)}
         for version, config in VERSIONS.items():
@@ -72,6 +83,20 @@ def main() -> None:
     save(RESULTS / "denoiser_operators.json", results)
     (RESULTS / "denoiser_operators.md").write_text(report(results))
     print(report(results))
+
+
+@torch.no_grad()
+def host_times(model: Any, inputs: dict[str, Any], rounds: int = 15) -> dict[str, float]:
+    """Milliseconds of a forward, by version."""
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for version in ("model", *VERSIONS):
+            with nullcontext() if version == "model" else turbovlm.apply(model, VERSIONS[version]):
+                model(**inputs)
+                before = time.process_time()
+                model(**inputs)
+                found.setdefault(version, []).append(1000 * (time.process_time() - before))
+    return {version: statistics.median(times) for version, times in found.items()}
 
 
 @torch.no_grad()
@@ -129,7 +154,7 @@ def unet(blocks: tuple[int, ...], levels: tuple[bool, ...]) -> Callable[[], tupl
             use_linear_projection=True,
         )
         return model.eval(), {
-            "sample": torch.randn(2, 4, 64, 64),
+            "sample": torch.randn(2, 4, 32, 32),
             "timestep": torch.tensor(500),
             "encoder_hidden_states": torch.randn(2, 77, 32),
         }
@@ -177,6 +202,11 @@ def report(results: dict[str, Any]) -> str:
     lines += [f"| | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
     for model, found in results["operators"].items():
         cells = [f"{found[name]:,} ({found[name] / found['model']:.2f}×)" for name in names]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    names = ["model", *VERSIONS]
+    lines += ["", "## Host time, ms", "", f"| | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+    for model, times in results["ms"].items():
+        cells = [f"{times[name]:.0f} ({times[name] / times['model']:.2f}×)" for name in names]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
