@@ -3,10 +3,10 @@
     python benchmarks/denoiser_operators.py     # writes benchmarks/results/denoiser_operators.{json,md}; five minutes
     python benchmarks/denoiser_operators.py --times     # host time alone anew; half a minute
 
-Blocks as many as in the full-size models, and narrow ones, on small images, as their number depends on neither. On a CPU there are
-PyTorch's operators alone. For a GPU the kernels run in Triton's interpreter, and each is counted as one. What computes
-nothing (views, empty tensors) is not counted. Host time is the process CPU time of a forward of these narrow models on
-one thread, most of which is spent in calls; medians of forwards in turn.
+Blocks as many as in the full-size models, and narrow ones, on small images, as their number depends on neither. On a
+CPU there are PyTorch's operators alone. For a GPU the kernels run in Triton's interpreter, and each is counted as one.
+What computes nothing (views, empty tensors) is not counted. Host time is the process CPU time of a forward of these
+narrow models on one thread, most of which is spent in calls; medians of forwards in turn.
 """
 
 from __future__ import annotations
