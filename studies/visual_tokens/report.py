@@ -132,6 +132,9 @@ def plot(found: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
     shown = [row for row in rows if not row.question and (row.reduce != "prune" or row.select in (RANDOM, "uniform"))]
     names = list(dict.fromkeys(row.name for row in shown if row.select != WHOLE))
     figure, panels = plt.subplots(2, 5, figsize=(17, 7), sharex=True)
+    counts = sorted({round(row.keep * TOKENS) for row in shown if row.select != WHOLE})
+    for panel in panels.flat[1 + len(sorts_in(found)) :]:
+        panel.set_visible(False)
     for panel, sort in zip(panels.flat, (None, *sorts_in(found))):
         for whole in (row for row in rows if row.select == WHOLE):
             at = of_sort(found, whole, sort)
@@ -147,7 +150,9 @@ def plot(found: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
             dashed = "--" if style else "-"
             panel.errorbar(tokens, values, reach, label=name, linestyle=dashed, marker="o", markersize=3, **style)
         panel.set_title("all questions" if sort is None else sort)
-        panel.set_xscale("log", base=2)
+        panel.set_xscale("log")
+        panel.set_xticks(counts, labels=map(str, counts))
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     for panel in panels[1]:
         panel.set_xlabel(f"visual tokens of {TOKENS}")

@@ -59,7 +59,7 @@ def part_forward(patch: Patch, module: Any, original: Any, /, *args: Any, **kwar
     config = run.feature.config
     for cut in part.cuts:
         if cut.name in kwargs:
-            kwargs[cut.name] = run.cut(site.key, merge, cut, kwargs[cut.name])
+            kwargs[cut.name] = run.cut(site.key, merge, cut, kwargs[cut.name], {})
     if part.attending is not None and part.attending.keys_apart and config.queries_only:
         out = original(read, *rest, **{**kwargs, "encoder_hidden_states": x})
     elif part.attending is not None and config.proportional:

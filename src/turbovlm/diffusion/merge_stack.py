@@ -7,7 +7,7 @@ position keeps its own input and receives what its token has gained (Turbo, §3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from turbovlm.diffusion.choose import Site, choice_of
 from turbovlm.diffusion.families import Block
 from turbovlm.diffusion.positions import beside_text, split_text
 from turbovlm.diffusion.restore import check_has_operator, is_linear, restore_update
-from turbovlm.diffusion.run import RUN, THREAD, Run, check_class, current_run, run_within
+from turbovlm.diffusion.run import RUN, THREAD, Cuts, Run, check_class, current_run, run_within
 from turbovlm.diffusion.whole import patches_below, reason_to_leave_block_whole, what_stands_on
 from turbovlm.ops.merging import Merge
 from turbovlm.patching import Patch, slot_of
@@ -68,12 +68,14 @@ class Stacked:
         x: the image's tokens before, `[batch, N, width]`.
         merged: behind it, `[batch, M, width]`.
         key: `Site.key` of the stack, by which the run keeps what is the same for all of its group.
+        cuts: what was cut of the blocks' arguments where autograd records.
     """
 
     merge: Merge
     x: Tensor
     merged: Tensor
     key: str
+    cuts: Cuts = field(default_factory=dict)
 
 
 COMPILED = "_compiled_call_impl"
@@ -131,7 +133,7 @@ def _run(run: Run, place: Place, block: Any, original: Any, given: dict[str, Any
     stacked: Stacked = run.stacked
     for cut in kind.cuts:
         if cut.name in given:
-            given[cut.name] = run.cut(stacked.key, stacked.merge, cut, given[cut.name])
+            given[cut.name] = run.cut(stacked.key, stacked.merge, cut, given[cut.name], stacked.cuts)
     if run.feature.config.proportional and block_slot(block) == COMPILED:
         out = _run_compiled(run, stacked, kind, block, original, given)
     else:

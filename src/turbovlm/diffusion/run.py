@@ -36,6 +36,10 @@ RUN = "_turbovlm_run"
 checkpointing."""
 
 
+Cuts = dict[tuple[str, str], tuple[Merge, Any, Any]]
+"""What was cut of arguments, by `Site.key` and name, with the merge and what it was cut from."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What the parts of a group of blocks read.
@@ -96,7 +100,7 @@ class Run:
         apart: whether something is added to tokens between blocks in this forward, so that each is a stack.
         stacked: what is merged at present, in a stack of blocks.
         biases: what lets sizes count, by `Site.key`, and the merge that they are of.
-        cuts: what was cut of the blocks' arguments, by `Site.key` and name, with the merge and what it was cut from.
+        cuts: what was cut of the blocks' arguments.
     """
 
     feature: DenoiseFeature
@@ -114,7 +118,7 @@ class Run:
     apart: bool = False
     stacked: Stacked | None = None
     biases: dict[str, tuple[Merge, Biases]] = field(default_factory=dict)
-    cuts: dict[tuple[str, str], tuple[Merge, Any, Any]] = field(default_factory=dict)
+    cuts: Cuts = field(default_factory=dict)
 
     def biases_of(self, key: str, merge: Merge, dtype: torch.dtype) -> Biases:
         """Those of the merged tokens' sizes, made once for all that read them."""
@@ -124,12 +128,19 @@ class Run:
             self.biases[key] = merge, found
         return found
 
-    def cut(self, key: str, merge: Merge, cut: Cut, value: Any) -> Any:
-        """An argument of the tokens that are left; blocks are given one object, which is cut once."""
-        of, whole, found = self.cuts.get((key, cut.name), (None, None, None))
+    def cut(self, key: str, merge: Merge, cut: Cut, value: Any, again: Cuts) -> Any:
+        """An argument of the tokens that are left; blocks are given one object, which is cut once.
+
+        Args:
+            key: `Site.key` of what is given it.
+            again: what was cut for the part or stack at hand, which is where autograd records all that is kept:
+                gradient checkpointing runs its first block once more, and this with it.
+        """
+        kept = again if torch.is_grad_enabled() else self.cuts
+        of, whole, found = kept.get((key, cut.name), (None, None, None))
         if of is not merge or whole is not value:
             found = cut.of_merged(value, merge)
-            self.cuts[key, cut.name] = merge, value, found
+            kept[key, cut.name] = merge, value, found
         return found
 
     def module_at(self, path: str) -> Any:
