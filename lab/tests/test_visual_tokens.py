@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,14 @@ TEXTS = [[([5, 6, 7], [8, 9, 1]), ([5, 10], [11, 1])], [([12, 13, 14, 15], [16, 
 
 @pytest.fixture
 def study(monkeypatch):
-    """Modules of the study, by name; others of that name, of other studies, are not taken."""
+    """Modules of the study, by name; others of that name, of other studies or packages, are put aside meanwhile."""
     monkeypatch.syspath_prepend(str(STUDY))
-    return importlib.import_module
+    names = [file.stem for file in STUDY.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
 
 
 @pytest.fixture(scope="module")
