@@ -14,6 +14,7 @@ from turbovlm_lab.evaluate.statistics import Interval, difference, mean, over_se
 from turbovlm_lab.zoo.small_vlm import TOKENS
 
 WHOLE, CONTROL, RANDOM = "all tokens", "smaller image", "random"
+ROUNDS, GREEDY = ("information", "attention", "redundancy"), ("coverage", "dpp", "mmr", "diversity")
 SORTS = ("what", "place", "color", "number", "presence", "digits", "word", "new word", "list")
 MEANING = {
     "what": "what stands at a place",
@@ -104,8 +105,23 @@ def table(found: dict[str, Any], rows: Sequence[Row]) -> str:
             "|---|" + "--:|" * (len(count) + 1) + "---|",
         ]
         lines += [line(found, row, random) for row in some]
-        lines.append("")
+        lines += ["", *pairs(found, [row for row in some if not row.question and row.reduce == "merge"])]
     return "\n".join(lines)
+
+
+def pairs(found: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """How much higher a choice over all pairs comes than one in rounds, over the same questions."""
+    others = [row for row in rows if row.select in ROUNDS]
+    greedy = [row for row in rows if row.select in GREEDY]
+    if not (others and greedy):
+        return []
+    images = [image for image, _ in found["asked"]]
+    lines = [f"| above | {' | '.join(row.name for row in others)} |", "|---|" + "---|" * len(others)]
+    for row in greedy:
+        gaps = [difference(row.scores.tolist(), other.scores.tolist(), images) for other in others]
+        cells = [f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]" for gap in gaps]
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def line(found: dict[str, Any], row: Row, random: Row | None) -> str:
