@@ -222,6 +222,11 @@ def test_every_selection_is_asked_for_once_and_reported_beside_random(study, tmp
     for select in evaluate.SELECTIONS:
         name = select if select == report.RANDOM else f"{select}, "
         assert f"\n| {name}" in table
-    assert table.count("+1.000 [+1.000, +1.000]") == table.count("\n| ") - 2 * len(evaluate.KEEPS)
+    pairs = len(report.GREEDY) * len(report.ROUNDS)
+    assert table.count("+0.000 [+0.000, +0.000]") == pairs * len(evaluate.KEEPS), (
+        "over all pairs and in rounds are equal"
+    )
+    rows = table.count("\n| ") - (1 + len(report.GREEDY)) * len(evaluate.KEEPS)
+    assert table.count("+1.000 [+1.000, +1.000]") == rows - 2 * len(evaluate.KEEPS)
     assert (tmp_path / "selections.png").stat().st_size > 10_000
     assert evaluate.f1("dog, two cats", "two cats, dog") == 1 and evaluate.f1("dog", "cat, dog") == pytest.approx(2 / 3)
