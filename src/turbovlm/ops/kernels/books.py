@@ -134,10 +134,12 @@ def _merge_books(
         valid = j < src_count
         source = tl.load(src + j, mask=valid, other=0)
         into = tl.load(rows + source, mask=valid, other=0) - image * left
-        share = 1.0 / tl.load(sizes + into, mask=valid, other=1.0)
+        part = 1.0 / tl.load(sizes + into, mask=valid, other=1.0)
         if PRUNE:
-            share = share * 0.0
-        at = tl.load(starts + into, mask=valid, other=0) - image * tokens + tl.load(places + j, mask=valid, other=0)
-        tl.store(bag + at, image * tokens + source, mask=valid)
-        tl.store(shares + at, share, mask=valid)
-        tl.store(weights + source, share, mask=valid)
+            part = part * 0.0
+        slot_in = (
+            tl.load(starts + into, mask=valid, other=0) - image * tokens + tl.load(places + j, mask=valid, other=0)
+        )
+        tl.store(bag + slot_in, image * tokens + source, mask=valid)
+        tl.store(shares + slot_in, part, mask=valid)
+        tl.store(weights + source, part, mask=valid)
