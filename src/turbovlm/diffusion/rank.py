@@ -133,7 +133,13 @@ def choose_unread(
     )
 
 
-@torch.library.custom_op("turbovlm::choose_at_positions", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+# CUDA graphs cannot repeat a look at values; releases of PyTorch without the tag fail in CUDA where one is captured
+_NOT_IN_CUDA_GRAPHS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@torch.library.custom_op("turbovlm::choose_at_positions", mutates_args=(), **_NOT_IN_CUDA_GRAPHS)
 def choose_at_positions(
     features: Tensor,
     positions: Tensor,
@@ -150,7 +156,7 @@ def choose_at_positions(
     alpha: float | None,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """`choose_unread`, of what operators take; it looks at the positions, which CUDA graphs cannot repeat."""
+    """`choose_unread`, of what operators take; it looks at the positions."""
     grids = OfPositions(name, row, column).read(positions, tokens)
     images = [(*grid, math.prod(grid) >= least) for grid in grids]
     expected = count_gone([grid for grid in grids if math.prod(grid) >= least], share)
