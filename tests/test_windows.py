@@ -153,3 +153,14 @@ def test_segments():
     assert torch.equal(parts[0][1], x[0, :, 5:]) and torch.equal(parts[1][0], x[0, :, 2:5])
     assert torch.equal(found.join([part.transpose(1, 2) for part in parts]), x.transpose(1, 2))
     assert segments_from([3, 3], torch.device("cpu")).order is None
+
+
+def test_bounds_that_change_in_place_are_read_again():
+    """As in static buffers, which one graph reads for all images."""
+    from turbovlm.ops.segments import segments_of, shortened
+
+    bounds, kept = torch.tensor([0, 4, 8]), torch.tensor([0, 1, 5])
+    assert segments_of(bounds).lengths == (4, 4) and shortened(bounds, kept).lengths == (2, 1)
+    assert segments_of(bounds) is segments_of(bounds)
+    bounds.copy_(torch.tensor([0, 1, 8]))
+    assert segments_of(bounds).lengths == (1, 7) and shortened(bounds, kept).lengths == (1, 2)

@@ -50,27 +50,33 @@ class Segments:
 def segments_of(bounds: Tensor) -> Segments:
     """The segments between `bounds`, `[segments + 1]`: the number of tokens before each, and of all.
 
-    They are read from the device once for each tensor, and kept on it.
+    They are read from the device once for each tensor, and kept on it until somebody changes it.
     """
-    known: Segments | None = getattr(bounds, SEGMENTS, None)
-    if known is None:
-        known = segments_from(bounds.diff().tolist(), bounds.device)
-        if not torch.compiler.is_compiling():
-            setattr(bounds, SEGMENTS, known)
-    return known
+    known: tuple[int, Segments] | None = getattr(bounds, SEGMENTS, None)
+    if known is not None and known[0] == _version(bounds):
+        return known[1]
+    found = segments_from(bounds.diff().tolist(), bounds.device)
+    if (version := _version(bounds)) is not None:
+        setattr(bounds, SEGMENTS, (version, found))
+    return found
+
+
+def _version(bounds: Tensor) -> int | None:
+    """How often a tensor was changed; None where nothing may be kept on it, or would not be seen to be old."""
+    return None if torch.compiler.is_compiling() or bounds.is_inference() else bounds._version
 
 
 def shortened(bounds: Tensor, kept: Tensor | None) -> Segments:
     """What is left of the segments between `bounds` where only the tokens at `kept`, `[left]`, are; all if None."""
     if kept is None:
         return segments_of(bounds)
-    known: tuple[Tensor, Segments] | None = getattr(bounds, SHORTENED, None)
-    if known is not None and known[0] is kept:
-        return known[1]
+    known: tuple[int, Tensor, Segments] | None = getattr(bounds, SHORTENED, None)
+    if known is not None and known[0] == _version(bounds) and known[1] is kept:
+        return known[2]
     numbers = torch.searchsorted(bounds, kept.to(bounds.dtype), right=True) - 1
     found = segments_from(torch.bincount(numbers, minlength=len(bounds) - 1).tolist(), kept.device)
-    if not torch.compiler.is_compiling():
-        setattr(bounds, SHORTENED, (kept, found))
+    if (version := _version(bounds)) is not None:
+        setattr(bounds, SHORTENED, (version, kept, found))
     return found
 
 

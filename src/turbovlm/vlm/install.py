@@ -22,7 +22,7 @@ from turbovlm.vlm.cross import cross_attention_to, find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
 from turbovlm.vlm.families.refused import fills_placeholders, refusal
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
-from turbovlm.vlm.select import needs_attention
+from turbovlm.vlm.select import needs_attention, reads_attention
 from turbovlm.vlm.selection import Selection
 from turbovlm.vlm.tower import encode, guide_forward, rearrange, repeat_for_beams, tower_forward
 
@@ -63,7 +63,9 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
     def patches(self, model: nn.Module) -> list[Patch]:
         """What the tower, the part that reads, and `generate` around it run instead of their own."""
         part = model.get_submodule(self.part)
-        found = [Patch(part.get_submodule(self.guide), "forward", guide_forward, self)] if self.guide else []
+        # readers by cross-attention learn the sizes of merged tokens from it, too
+        guided = self.guide and (self.family.cross_attention or reads_attention(self.config))
+        found = [Patch(part.get_submodule(self.guide), "forward", guide_forward, self)] if guided else []
         if self.family.cross_attention:
             return [*found, Patch(fetch(part, self.family.tower), "forward", tower_forward, self)]
         found.append(Patch(part, "forward", read_forward, self, by_name=True))
