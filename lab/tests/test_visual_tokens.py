@@ -18,7 +18,7 @@ pytest.importorskip("PIL.Image")
 
 from turbovlm_lab.zoo.low_rank import add_low_rank, low_rank_state, merge_low_rank
 from turbovlm_lab.zoo.scenes import PLACES
-from turbovlm_lab.zoo.small_vlm import load_small_vlm, load_trained
+from turbovlm_lab.zoo.small_vlm import SmallVlm, load_small_vlm, load_trained, packed, unpacked
 
 STUDY = Path(__file__).parents[2] / "studies" / "visual_tokens"
 FRONT = 37
@@ -113,8 +113,14 @@ def test_answers_behind_a_cache_are_those_that_are_generated(study, vlm, keep):
         cache = vlm.model(input_ids=ids, pixel_values=pixels, use_cache=True).past_key_values
         packed = packing.pack(rows, FRONT)
         hidden = packing.hidden_behind(vlm.model.language_model, cache, packed)
+        alone = []
+        for image, texts in zip(pixels, rows):
+            for question, answer in texts:
+                prompt = [[*front, *question]]
+                alone += study("evaluate").right_behind(SmallVlm(vlm, None), prompt, image[None], [answer])
     right = packing.right_texts(hidden, packed, vlm.lm_head.weight)
     assert right == [[True] * len(texts) + [False] * len(texts) for texts in TEXTS]
+    assert alone == [each for row in right for each in row]
 
 
 @torch.no_grad()
@@ -134,9 +140,18 @@ def test_parts_are_joined_as_llava_joins_them(vlm, tmp_path):
     state = {f"projector.{name}": 2 * value for name, value in vlm.model.multi_modal_projector.state_dict().items()}
     layer = "language.layers.0.mlp.down_proj"
     state |= {f"{layer}.down": torch.zeros(1, 48), f"{layer}.up": torch.zeros(32, 1)}
-    save_file(state, tmp_path / "weights.safetensors")
+    save_file(packed(state), tmp_path / "weights.safetensors")
     load_trained(vlm, tmp_path / "weights.safetensors")
     assert not torch.allclose(vlm(input_ids=ids, pixel_values=pixels).logits, own)
+
+
+def test_weights_are_kept_in_bytes_with_a_scale_for_every_row():
+    state = {"a.weight": noise(0, 5, 40) * torch.tensor([1e-4, 1, 30, 0, 2]).unsqueeze(1), "a.bias": noise(1, 5)}
+    kept = packed(state)
+    found, step = unpacked(kept), state["a.weight"].abs().amax(dim=1, keepdim=True) / 127
+    assert kept["a.weight"].dtype == torch.int8 and found.keys() == state.keys()
+    assert ((found["a.weight"] - state["a.weight"]).abs() <= 0.5001 * step).all()
+    assert torch.equal(found["a.bias"], state["a.bias"].half().float())
 
 
 def test_weights_that_are_not_there(tmp_path):

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from crowds import Crowd, asked, crowd, draw, style_of
 from model import assembled
-from packing import hidden_behind, pack, right_texts
+from packing import UNASKED, hidden_behind, pack, right_texts
 from report import write_report
 from torch import Tensor
 from tqdm import tqdm
@@ -171,7 +171,7 @@ def ask(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown], batch: int = BA
     try:
         for start in range(0, len(shown), batch):
             some = shown[start : start + batch]
-            answers = written(vlm, setting, some) if setting.question else read(vlm, setting, some)
+            answers = guided(vlm, setting, some) if setting.question else read(vlm, setting, some)
             scores += [score for image in answers for score in image]
     finally:
         if handle is not None:
@@ -198,20 +198,56 @@ def read(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown]) -> list[list[f
     return right
 
 
-def written(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown]) -> list[list[float]]:
-    """Every question is asked by itself, because the tokens that are read depend on it."""
+def guided(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown]) -> list[list[float]]:
+    """Every question is read by itself, because the tokens that are read depend on it."""
     pixels, _ = pixels_of(vlm, setting, shown)
-    found = []
-    for each, image in zip(shown, pixels):
-        prompts = [[BOS, *[IMAGE_TOKEN] * TOKENS, *vlm.encode(q.text)] for q in each.questions]
-        said = generate(vlm, prompts, pixel_values=image.expand(len(prompts), -1, -1, -1))
-        found.append(
-            [
-                f1(text, q.answer) if q.asks == "list" else float(text == q.answer)
-                for text, q in zip(said, each.questions)
-            ]
+    asked = [(row, i, q) for row, each in enumerate(shown) for i, q in enumerate(each.questions)]
+    prompts = [[BOS, *[IMAGE_TOKEN] * TOKENS, *vlm.encode(q.text)] for _, _, q in asked]
+    found = [[0.0] * len(each.questions) for each in shown]
+    for length in sorted({*map(len, prompts)}):  # prompts of one length need no padding
+        alike = [n for n, prompt in enumerate(prompts) if len(prompt) == length]
+        for start in range(0, len(alike), BATCH):
+            some = alike[start : start + BATCH]
+            rows = [asked[n] for n in some]
+            images = pixels[[row for row, _, _ in rows]]
+            right = right_behind(
+                vlm, [prompts[n] for n in some], images, [vlm.encode_answer(q.answer) for *_, q in rows]
+            )
+            for (row, i, _), is_right in zip(rows, right):
+                found[row][i] = float(is_right)
+    lists = [(row, i, q) for row, i, q in asked if q.asks == "list"]
+    if lists:
+        said = generate(
+            vlm,
+            [[BOS, *[IMAGE_TOKEN] * TOKENS, *vlm.encode(q.text)] for *_, q in lists],
+            pixel_values=pixels[[row for row, _, _ in lists]],
         )
+        for (row, i, q), text in zip(lists, said):
+            found[row][i] = f1(text, q.answer)
     return found
+
+
+def right_behind(
+    vlm: SmallVlm, prompts: Sequence[Sequence[int]], pixels: Tensor, answers: Sequence[Sequence[int]]
+) -> list[bool]:
+    """Whether greedy decoding would write each answer behind its prompt; the prompts are of one length."""
+    ids = torch.tensor(prompts, device=vlm.model.device)
+    longest = max(map(len, answers))
+    wanted = torch.tensor([[*answer, *[UNASKED] * (longest - len(answer))] for answer in answers], device=ids.device)
+    out = vlm.model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
+    likeliest = out.logits[:, -1:].argmax(-1)
+    if longest > 1:
+        columns = ids.shape[1] + longest - 1
+        places = torch.arange(ids.shape[1], columns, device=ids.device).expand(len(ids), -1)
+        more = vlm.model(
+            input_ids=wanted[:, :-1].clamp(min=0),
+            attention_mask=torch.ones(len(ids), columns, dtype=torch.long, device=ids.device),
+            position_ids=places,
+            past_key_values=out.past_key_values,
+        )
+        likeliest = torch.cat([likeliest, more.logits.argmax(-1)], dim=1)
+    right: list[bool] = ((likeliest == wanted) | (wanted == UNASKED)).all(dim=1).tolist()
+    return right
 
 
 def pixels_of(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown]) -> tuple[Tensor, int]:

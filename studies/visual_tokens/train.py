@@ -42,7 +42,7 @@ from tqdm import tqdm
 from turbovlm_lab.zoo.grammar import NUMBERS, plural
 from turbovlm_lab.zoo.low_rank import add_low_rank, low_rank_state
 from turbovlm_lab.zoo.scenes import COLOURS, PLACES
-from turbovlm_lab.zoo.small_vlm import BOS, LANGUAGE, PROJECTOR, SIDE, TOKENS, WEIGHTS, SmallVlm
+from turbovlm_lab.zoo.small_vlm import BOS, LANGUAGE, PROJECTOR, SIDE, TOKENS, WEIGHTS, SmallVlm, packed
 
 RANK = 16
 DRAWS = 2
@@ -164,6 +164,10 @@ def make_learner(device: str) -> Learner:
     vlm = SmallVlm(*cached_gemma())
     gemma: Any = vlm.model.requires_grad_(False).to(device, torch.bfloat16)
     add_low_rank(gemma, RANK)
+    if device == "cpu":
+        gemma.set_attn_implementation("eager")  # the backward pass of SDPA with a mask takes a third of a step there
+    for layer in gemma.layers:
+        layer.compile(dynamic=True)
     some = torch.from_numpy(load_chunk("train", 0)[0].astype(np.float32)).flatten(0, 1)
     projector = Projector(some.mean(0), some.std(0), gemma.config.hidden_size).to(device)
     answers = sorted({token for text in possible_answers() for token in vlm.encode_answer(text)})
@@ -324,11 +328,11 @@ def save(checkpoint: Path, learner: Learner, optimizer: torch.optim.Optimizer, s
 
 
 def write_weights(learner: Learner, file: Path, step: int, batch: int, images: int) -> None:
-    """In fp16, with what they were trained on."""
+    """As the zoo packs them, with what they were trained on."""
     state = {f"{PROJECTOR}{name}": value for name, value in learner.projector.folded().items()}
     state |= {f"{LANGUAGE}{name}": value for name, value in low_rank_state(learner.gemma).items()}
     about = {"steps": str(step), "batch": str(batch), "images": str(images)}
-    save_file({name: value.half().cpu().contiguous() for name, value in state.items()}, file, about)
+    save_file(packed(state), file, about)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ trained is the projector and a low-rank change of Gemma, `weights/small_vlm.safe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ TOKENS = SIDE**2
 """Of an image of 224×224 pixels."""
 IMAGE_TOKEN, BOS, EOS, PAD = 5, 2, 1, 0
 """Gemma's own `[multimodal]`, `<bos>`, `<eos>` and `<pad>`."""
+SCALE = ".scale"
+"""What the names of scales in the file of weights end with."""
 LAYER = -2
 """Of the tower's hidden states, the one that is projected."""
 PROJECTOR, LANGUAGE = "projector.", "language."
@@ -156,10 +158,29 @@ def load_trained(model: Any, weights: Path | str) -> None:
     """Give an untrained model the projector and the change of Gemma that a file holds."""
     from safetensors.torch import load_file
 
-    state = {name: value.float() for name, value in load_file(weights).items()}
+    state = unpacked(load_file(weights))
     inner = model.model
     inner.multi_modal_projector.load_state_dict(_within(state, PROJECTOR))
     merge_low_rank(inner.language_model, _within(state, LANGUAGE))
+
+
+def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for a file: of each matrix, `[out, in]`, bytes and a scale for every row; the rest in fp16."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if value.ndim != 2:
+            found[name] = value.half().cpu().contiguous()
+            continue
+        scale = value.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        found[name] = (value.float() / scale).round().to(torch.int8).cpu().contiguous()
+        found[name + SCALE] = scale.cpu()
+    return found
+
+
+def unpacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of such a file, fp32."""
+    values = {name: value.float() for name, value in state.items() if not name.endswith(SCALE)}
+    return {name: value * state[name + SCALE] if name + SCALE in state else value for name, value in values.items()}
 
 
 def _within(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
