@@ -1,46 +1,70 @@
-"""Prefill with fewer visual tokens: models of LLaVA-1.5's and Qwen2.5-VL's shapes, random weights, layers cut.
+"""Prefill with fewer visual tokens: models of the shapes of LLaVA-1.5, Qwen2.5-VL and Qwen3-VL, random weights.
 
     python benchmarks/prefill.py                        # writes benchmarks/results/prefill.{json,md}
+    python benchmarks/prefill.py --models Qwen3-VL      # this one anew, the others as they are in the file
+    python benchmarks/prefill.py --threads 1 --rounds 3 # as committed
 
-Widths, heads and MLPs are those of LLaVA-1.5-7B and Qwen2.5-VL-7B; of their language models two layers are left, and of
-Qwen's tower eight, so that it fits and ends. One image and 64 words. *Prefill* is the language model alone, the
-image encoded before; *all* begins with the pixels. Layers add up, so prefill's ratios are nearly those of the whole
-language model.
+Widths, heads and MLPs are those of LLaVA-1.5-7B, Qwen2.5-VL-7B and Qwen3-VL-8B; of their language models two layers are
+left, and of Qwen's towers eight blocks, so that it fits and ends. One image and 64 words. *Prefill* is the language
+model alone, the image encoded before. *To the first token* begins with the pixels, with the tower as it is and with
+`keep=0.5` inside it. It is of models that are not cut: what was measured of the tower, and of the language model, times
+the layers that there are for each that was left. The projector counts as a part of the tower, and the head as one of
+the language model, both times too many.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from cases import DTYPES, RESULTS, compare_shown, described, machine, save
 
 import turbovlm
-from turbovlm import ReadConfig
+from turbovlm import ReadConfig, TurboConfig
 
-KEEPS = (0.5, 0.33, 0.22, 0.11)
+KEEPS, INSIDE = (0.5, 0.25, 0.1), 0.5
 WORDS, LAYERS, TOWER_BLOCKS = 64, 2, 8
+CLOCK = "process CPU time"
 IMAGE = 31999
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model that is cut, and how many times as many layers the published one has, in the tower and behind it."""
+
+    make: Callable[[torch.dtype], tuple[Any, dict[str, Any]]]
+    tower: float
+    language: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: %(default)s)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), metavar="MODEL")
     args = parser.parse_args()
-    results: dict[str, Any] = {"machine": machine(), "dtype": args.dtype}
-    versions = {f"{keep:g}": ReadConfig(keep) for keep in KEEPS}
+    torch.set_num_threads(args.threads)
+    file = RESULTS / "prefill.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in args.models:
-        model, inputs = MODELS[name](DTYPES[args.dtype])
-        results[name] = {"prompt": int(inputs["input_ids"].shape[1]), "cache": caches(model, inputs)}
-        results[name]["all"] = compare_shown(model, inputs, versions, f"{name}, all", args.rounds).to_dict()
-        encoded = encode(model, inputs)
-        shown = compare_shown(model, encoded, versions, f"{name}, prefill", args.rounds)
-        results[name]["prefill"] = shown.to_dict()
-        save(RESULTS / "prefill.json", results)
+        model, inputs = MODELS[name].make(DTYPES[args.dtype])
+        versions: dict[str, Any] = {f"{keep:g}": ReadConfig(keep) for keep in KEEPS}
+        found = {"machine": machine(), "dtype": args.dtype, "prompt": int(inputs["input_ids"].shape[1])}
+        found["cache"] = caches(model, inputs)
+        shown = compare_shown(model, encode(model, inputs), versions, f"{name}, prefill", args.rounds)
+        found["prefill"] = shown.to_dict()
+        inside = TurboConfig(keep=INSIDE)
+        versions |= {f"{keep:g}, tower": (inside, ReadConfig(keep)) for keep in KEEPS}
+        shown = compare_shown(model, inputs, {"tower": inside, **versions}, f"{name}, all", args.rounds)
+        found["all"] = shown.to_dict()
+        results[name] = found
+        save(file, results)
     (RESULTS / "prefill.md").write_text(report(results))
     print(report(results))
 
@@ -76,7 +100,28 @@ def qwen2_5_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     return _made(lambda: Qwen2_5_VLForConditionalGeneration(config), dtype), inputs
 
 
-MODELS = {"LLaVA-1.5": llava, "Qwen2.5-VL": qwen2_5_vl}
+def qwen3_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """An image of 896×896 pixels: 784 visual tokens; one deepstack plane, of every eight blocks."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {"depth": TOWER_BLOCKS, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304}
+    vision |= {"out_hidden_size": 4096, "deepstack_visual_indexes": [TOWER_BLOCKS // 2]}
+    text = {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8}
+    text |= {"head_dim": 128, "num_hidden_layers": LAYERS, "vocab_size": 32064, "max_position_embeddings": 4096}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20], "rope_theta": 5e6}}
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=IMAGE - 1)
+    inputs = prompt(784)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    inputs["pixel_values"] = noise(56 * 56, 3 * 2 * 16 * 16).to(dtype)
+    inputs["image_grid_thw"] = torch.tensor([[1, 56, 56]])
+    return _made(lambda: Qwen3VLForConditionalGeneration(config), dtype), inputs
+
+
+MODELS = {
+    "LLaVA-1.5": Shape(llava, 1, 32 / LAYERS),
+    "Qwen2.5-VL": Shape(qwen2_5_vl, 32 / TOWER_BLOCKS, 28 / LAYERS),
+    "Qwen3-VL": Shape(qwen3_vl, 27 / TOWER_BLOCKS, 36 / LAYERS),
+}
 
 
 def _made(make: Callable[[], Any], dtype: torch.dtype) -> Any:
@@ -121,23 +166,37 @@ def caches(model: Any, inputs: dict[str, Any]) -> dict[str, int]:
 
 
 def report(results: dict[str, Any]) -> str:
-    lines = ["# Prefill with fewer visual tokens", "", described(results["machine"]), ""]
-    lines += [f"{results['dtype']}, batch 1, random weights; two layers of the language model. Medians.", ""]
+    lines = ["# Prefill with fewer visual tokens", ""]
+    lines += [f"Batch 1, random weights; two layers of the language model. Medians of {CLOCK}.", ""]
     for name in (name for name in MODELS if name in results):
-        lines += [f"## {name}'s shape, a prompt of {results[name]['prompt']} tokens", ""]
-        lines += ["| visual_keep | in the cache | prefill, s | speed-up | MACs | all, s | speed-up | peak MB |"]
+        found = results[name]
+        lines += [f"## {name}'s shape, a prompt of {found['prompt']} tokens", ""]
+        lines += [f"{described(found['machine'])}, {found['dtype']}", ""]
+        lines += ["| visual_keep | in the cache | prefill, s | speed-up | MACs | peak MB | to the first token | and "]
+        lines[-1] += f"`keep={INSIDE:g}` in the tower |"
         lines += ["|--:|--:|--:|--:|--:|--:|--:|--:|"]
-        for prefill, whole in zip(results[name]["prefill"]["runs"], results[name]["all"]["runs"]):
-            keep = "1" if prefill["name"] == "model" else prefill["name"]
-            seconds = [sorted(run["wall_seconds"])[len(run["wall_seconds"]) // 2] for run in (prefill, whole)]
-            columns = results[name]["cache"][prefill["name"]]
+        runs, whole = ({run["name"]: run for run in found[part]["runs"]} for part in ("prefill", "all"))
+        own = to_first_token(MODELS[name], runs["model"], whole["model"])
+        for version, prefill in runs.items():
+            inside = "tower" if version == "model" else f"{version}, tower"
+            faster = [own / to_first_token(MODELS[name], prefill, whole[which]) for which in (version, inside)]
             lines.append(
-                f"| {keep} | {columns} | {seconds[0]:.2f} | **{prefill['speedup']:.2f}×** "
-                f"| {prefill['macs_ratio']:.2f}× | {seconds[1]:.2f} | {whole['speedup']:.2f}× "
-                f"| {prefill['peak_bytes'] / 1e6:.0f} |"
+                f"| {1 if version == 'model' else version} | {found['cache'][version]} | {seconds(prefill):.2f} "
+                f"| **{prefill['speedup']:.2f}×** | {prefill['macs_ratio']:.2f}× | {prefill['peak_bytes'] / 1e6:.0f} "
+                f"| {faster[0]:.2f}× | {faster[1]:.2f}× |"
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def to_first_token(shape: Shape, prefill: dict[str, Any], whole: dict[str, Any]) -> float:
+    """Seconds from pixels to logits of a model that is not cut, of the runs of one that is."""
+    language = seconds(prefill)
+    return shape.tower * (seconds(whole) - language) + shape.language * language
+
+
+def seconds(run: dict[str, Any]) -> float:
+    return statistics.median(run["seconds"])
 
 
 if __name__ == "__main__":

@@ -101,6 +101,28 @@ def test_one_token_and_all_of_them(how):
     assert torch.equal(every.take(features), features)
 
 
+@pytest.mark.parametrize("how", ALL_PAIRS)
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 11, 29])
+def test_large_images_are_chosen_from_in_parts(how, k, monkeypatch):
+    """Each part gives its share and is chosen from by itself; fewer parts where there are too few tokens to give."""
+    monkeypatch.setattr("turbovlm.vlm.select.TOGETHER", 8)
+    generator = torch.Generator().manual_seed(k)
+    features, semantic = torch.randn(2, 30, 8, generator=generator), torch.rand(2, 30, generator=generator)
+    found = select(features, semantic, k, ReadConfig(k, visual_select=how))
+    assert found.kept.shape == (2, k) and (found.kept.diff(dim=1) > 0).all()
+    torch.testing.assert_close(torch.zeros(2, k).scatter_add(1, found.destination, found.weights), torch.ones(2, k))
+    ends = {1: [30], 2: [30], 3: [30], 7: [10, 20, 30]}.get(k, [7, 15, 22, 30])
+    before = 0
+    for start, end in zip([0, *ends], ends):
+        own = (found.kept[0] >= start) & (found.kept[0] < end)
+        count = int(own.sum())
+        assert abs(count - k * (end - start) / 30) < 1 and count > 0
+        alone = select(features[:, start:end], semantic[:, start:end], count, ReadConfig(count, visual_select=how))
+        assert torch.equal(found.kept[:, before : before + count] - start, alone.kept)
+        assert torch.equal(found.destination[:, start:end] - before, alone.destination)
+        before += count
+
+
 def test_attention_weighs_by_alpha():
     features, semantic = torch.randn(1, 20, 6, generator=torch.Generator().manual_seed(0)), torch.full((1, 20), 0.01)
     semantic[0, 13] = 1

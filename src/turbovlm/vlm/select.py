@@ -26,6 +26,8 @@ from turbovlm.vlm.rounds import choose_by_rounds
 from turbovlm.vlm.selection import Selection, average_rest, keep_alone
 from turbovlm.vlm.selectors import Grid, ask_selector
 
+TOGETHER = 4096
+"""Tokens of an image that are compared with each other at most; of more, parts that follow one another are."""
 LEAST_ATTENTION = 1e-4
 """A of every token, relative to the image's mean, counts as at least this."""
 ROUNDING = 1e-5
@@ -106,8 +108,10 @@ def select(
     if k == n:
         everyone = torch.arange(n, device=features.device).expand(len(features), -1)
         return average_rest(everyone, everyone, sizes)
-    chosen = choose_greedily(features, k, how, log_weights(features, semantic, config, text), sizes)
-    return _in_order(chosen, n, config, sizes)
+    weights = log_weights(features, semantic, config, text)
+    if n > TOGETHER:
+        return _select_in_parts(features, weights, k, config, sizes)
+    return _in_order(choose_greedily(features, k, how, weights, sizes), n, config, sizes)
 
 
 def select_within(
@@ -163,6 +167,28 @@ def _in_order(chosen: Chosen, n: int, config: ReadConfig, sizes: Tensor | None) 
     slots = torch.arange(kept.shape[1], device=kept.device).expand_as(place)
     slots = torch.empty_like(place).scatter(1, place, slots)  # of each step's token
     return average_rest(kept, slots.gather(1, chosen.nearest), sizes)
+
+
+def _select_in_parts(
+    features: Tensor, weights: Tensor | None, k: int, config: ReadConfig, sizes: Tensor | None
+) -> Selection:
+    """Choose from parts of an image that follow one another, of `TOGETHER` tokens at most, as large a share of each."""
+    assert isinstance(config.visual_select, str)
+    n = features.shape[1]
+    parts = max(1, min(-(-n // TOGETHER), k // 2))  # so that one token of each stays
+    ends = [n * (part + 1) // parts for part in range(parts)]
+    read = [k * end // n for end in ends]
+    found = []
+    for start, end, before, behind in zip([0, *ends], ends, [0, *read], read):
+        here = slice(start, end)
+        weight, size = (None if each is None else each[:, here] for each in (weights, sizes))
+        chosen = choose_greedily(features[:, here], behind - before, config.visual_select, weight, size)
+        found.append(_in_order(chosen, end - start, config, size))
+    return Selection(
+        torch.cat([each.kept + start for each, start in zip(found, [0, *ends])], dim=1),
+        torch.cat([each.destination + before for each, before in zip(found, [0, *read])], dim=1),
+        torch.cat([each.weights for each in found], dim=1),
+    )
 
 
 def with_rest(features: Tensor, kept: Tensor, config: ReadConfig, sizes: Tensor | None) -> Selection:
