@@ -151,5 +151,5 @@ def test_no_trial_undoes_what_was_asked_for():
     assert [trial.settings for trial in ReadingSubject.trials(subject, 0.5)] == [{}, {"reduce": "prune"}]
     subject = SimpleNamespace(base=ReadConfig(1.0, alpha=3), fixed=frozenset(["alpha"]))
     changes = [trial.settings for trial in ReadingSubject.trials(subject, 0.5)]
-    assert {"degree": "weighted_distance"} in changes and {"visual_select": "coverage"} in changes
-    assert {"degree": "redundancy"} not in changes and {"visual_select": "uniform"} not in changes
+    assert {"visual_select": "dpp"} in changes and {"reduce": "prune"} in changes
+    assert {"visual_select": "attention"} not in changes and {"visual_select": "uniform"} not in changes

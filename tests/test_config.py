@@ -366,8 +366,12 @@ UNREAD = [
     (TurboConfig, {"r": 4, "degree": own_degree, "alpha": 3.0}, r"alpha=3\.0: it would have no effect: .*a callable"),
     (TurboConfig, {"r": 4, "degree": LayeredDegree(2, 1, 0), "alpha": 3}, r"alpha=3\.0: .*put it there"),
     *(
-        (kind, {amount: 0.5, "degree": degree, "alpha": 0}, rf"alpha=0\.0: .*degree='{degree}' has no alpha")
-        for kind, amount in ((TurboConfig, "keep"), (ReadConfig, "visual_keep"), (DenoiseConfig, "keep"))
+        (kind, {**amount, "degree": degree, "alpha": 0}, rf"alpha=0\.0: .*degree='{degree}' has no alpha")
+        for kind, amount in (
+            (TurboConfig, {"keep": 0.5}),
+            (ReadConfig, {"visual_keep": 0.5, "visual_select": "information"}),
+            (DenoiseConfig, {"keep": 0.5}),
+        )
         for degree in ("coupled_division", "redundancy", "semantics", "random")
     ),
     (TurboConfig, {"r": 4, "degree": "redundancy", "guidance": "mean"}, "guidance='mean': .*needs no attention"),
@@ -381,7 +385,11 @@ UNREAD = [
     (ReadConfig, {"visual_keep": 0.5, "visual_select": "attention", "alpha": 1}, r"alpha=1\.0: .*degree of its own"),
     (ReadConfig, {"visual_keep": 0.5, "visual_select": "redundancy", "degree": "damped"}, "degree='damped'"),
     (ReadConfig, {"visual_keep": 0.5, "visual_select": "redundancy", "guidance": "mean"}, "guidance='mean'"),
-    (ReadConfig, {"visual_keep": 0.5, "degree": "redundancy", "guidance": "mean"}, "guidance='mean'"),
+    (
+        ReadConfig,
+        {"visual_keep": 0.5, "visual_select": "information", "degree": "redundancy", "guidance": "mean"},
+        "guidance='mean'",
+    ),
     (ReadConfig, {"cross_keep": 0.5, "guidance": "cls"}, "guidance='cls': .*the words' attention"),
     *(
         (ReadConfig, {"visual_keep": 0.5, "visual_select": "diversity", name: value}, f"{name}={value!r}: .*all tokens")
@@ -389,8 +397,17 @@ UNREAD = [
     ),
     (ReadConfig, {"visual_keep": 0.5, "visual_select": "dpp", "degree": "redundancy"}, "degree=.*compares all pairs"),
     (ReadConfig, {"visual_keep": 0.5, "visual_select": "dpp", "alpha": 0, "guidance": "mean"}, "guidance=.*leaves"),
-    (ReadConfig, {"visual_keep": 0.5, "question": 1}, r"question=1\.0: .*coverage, mmr and dpp can"),
-    (ReadConfig, {"visual_keep": 0.5, "visual_tolerance": 0.1}, r"visual_tolerance=0\.1: .*coverage, diversity, mmr"),
+    (ReadConfig, {"visual_keep": 0.5, "degree": "redundancy"}, "degree=.*'coverage' compares all pairs"),
+    (
+        ReadConfig,
+        {"visual_keep": 0.5, "visual_select": "random", "question": 1},
+        r"question=1\.0: .*coverage, mmr and dpp can",
+    ),
+    (
+        ReadConfig,
+        {"visual_keep": 0.5, "visual_select": "information", "visual_tolerance": 0.1},
+        r"visual_tolerance=0\.1: .*coverage, diversity, mmr",
+    ),
     (ReadConfig, {"visual_keep": 0.5, "visual_select": own_degree, "question": 1}, "question=.*decides itself"),
     (ReadConfig, {"visual_keep": 0.5, "visual_select": own_degree, "alpha": 1}, "alpha=.*decides itself"),
     *(
@@ -420,7 +437,7 @@ def test_what_has_an_effect_is_taken():
 
 
 def test_a_change_takes_what_nothing_reads_any_more_with_it():
-    config = ReadConfig(0.5, degree="damped", alpha=3, guidance="mean", reduce="prune")
+    config = ReadConfig(0.5, visual_select="information", degree="damped", alpha=3, guidance="mean", reduce="prune")
     assert config.changed(visual_select="uniform") == ReadConfig(0.5, visual_select="uniform", reduce="prune")
     assert config.changed(alpha=4) == dataclasses.replace(config, alpha=4)
     assert TurboConfig(r=4, alpha=3).changed(degree="redundancy") == TurboConfig(r=4, degree="redundancy")

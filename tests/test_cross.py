@@ -90,7 +90,7 @@ def test_alike_tokens_count_by_number(proportional):
         return model.text_encoder(input_ids=IDS[:1], encoder_hidden_states=image).last_hidden_state
 
     plain = read()
-    with turbovlm.apply(model, cross_keep=0.4, degree="redundancy", proportional=proportional):
+    with turbovlm.apply(model, cross_keep=0.4, visual_select="redundancy", proportional=proportional):
         gap = (read() - plain).abs().max()
     assert gap < 1e-5 if proportional else gap > 1e-4
 

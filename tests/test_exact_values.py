@@ -120,7 +120,8 @@ def test_patches_share_the_attention_of_the_token_they_became():
     inputs["pixel_values"] = inputs["pixel_values"].double()
     guide = turbovlm.encoder.towers.find_towers(model)[0].module.encoder.layers[2]  # the last that LLaVA reads
     degree = Recorded()
-    with turbovlm.apply(model, r=5, blocks="every", visual_keep=0.5, degree=degree, trace=True) as handle:
+    information = {"visual_select": "information", "degree": degree}
+    with turbovlm.apply(model, r=5, blocks="every", visual_keep=0.5, **information, trace=True) as handle:
         degree.semantic.clear()
         q, k = attention_row(guide, ("self_attn.q_proj", "self_attn.k_proj"), inputs, model)
         before = handle.trace[1]  # as tokens enter the block that guides
@@ -139,7 +140,8 @@ def test_a_merged_token_has_the_attention_of_all_its_patches():
     model = seeded(vision_encoder_decoder).double()
     guide = turbovlm.encoder.towers.find_towers(model)[0].blocks[-1][1]
     degree = Recorded()
-    with turbovlm.apply(model, r=5, blocks="every", visual_keep=0.5, degree=degree, trace=True) as handle:
+    information = {"visual_select": "information", "degree": degree}
+    with turbovlm.apply(model, r=5, blocks="every", visual_keep=0.5, **information, trace=True) as handle:
         degree.semantic.clear()
         pixels = {"pixel_values": randn(2, 3, 48, 48)}
         q, k = attention_row(guide, ("attention.q_proj", "attention.k_proj"), pixels, model.encoder)
@@ -167,7 +169,7 @@ def test_visual_tokens_are_chosen_in_rounds(tokens, k, degree, reduce, sized, se
     x = randn(2, tokens, 6, seed=seed)
     A = randn(2, tokens, seed=seed + 1).softmax(dim=1)
     sizes = torch.randint(1, 4, (2, tokens), generator=torch.Generator().manual_seed(seed)).double()
-    config = ReadConfig(0.5, degree=degree, reduce=reduce).changed(alpha=3)
+    config = ReadConfig(0.5, visual_select="information", degree=degree, reduce=reduce).changed(alpha=3)
     found = select(x, A, k, config, sizes if sized else None)
     for b in range(2):
         y, a, s = x[b], A[b], sizes[b] if sized else torch.ones(tokens).double()

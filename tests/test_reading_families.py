@@ -77,7 +77,7 @@ def test_pruned_equals_masked(name, rows):
     seen = inputs["attention_mask"].bool()
     before = model(**inputs, position_ids=positions).logits
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
-    settings = {} if family.attention else {"visual_select": "redundancy"}
+    settings = {} if family.attention else {"alpha": 0}
     with turbovlm.apply(model, visual_keep=1.0, **settings):
         whole = model(**inputs, position_ids=positions).logits
     torch.testing.assert_close(whole[seen], before[seen], rtol=0, atol=1e-5)
@@ -143,7 +143,7 @@ def test_ragged_images_behind_a_cache_of_recurrent_layers_are_refused():
 @pytest.mark.parametrize("name", [name for name, family in MORE.items() if not family.attention])
 def test_a_tower_without_a_row_for_each_token_says_so(name):
     model = seeded(MORE[name].make)
-    with pytest.raises(ConfigError, match=r"visual_select='information': it goes by attention, and .* as 'redundancy'"):
+    with pytest.raises(ConfigError, match=r"visual_select='coverage': it goes by attention, and .* alpha=0 with"):
         turbovlm.apply(model, visual_keep=0.5)
 
 
@@ -250,7 +250,7 @@ def test_inputs_of_every_layer_beside_embeddings(name):
     inputs = family.inputs(*ROWS)
     ids = inputs["input_ids"]
     known = ids if name == "gemma3n" else ids.masked_fill(ids == family.token, PAD)
-    settings = {} if family.attention else {"visual_select": "redundancy"}
+    settings = {} if family.attention else {"alpha": 0}
     beside = {"per_layer_inputs": model.model.language_model.get_per_layer_inputs(known)}
     with turbovlm.apply(model, visual_keep=0.4, reduce="prune", **settings) as handle:
         wanted = model(**inputs).logits

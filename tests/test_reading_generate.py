@@ -218,7 +218,7 @@ def test_what_follows_an_image_at_the_end(name):
             torch.testing.assert_close(model(**inputs).logits[:, -1], wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("select", ["information", "uniform"])
+@pytest.mark.parametrize("select", ["information", "coverage", "uniform"])
 @pytest.mark.parametrize("chunk", [10, 100])
 @torch.no_grad()
 def test_chunked_prefill_of_images_is_refused(select, chunk):

@@ -342,7 +342,7 @@ def test_families_without_frames_say_so(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "visual_select='information' knows no frames; coverage, mmr and dpp can"),
+        ({"visual_select": "information"}, "visual_select='information' knows no frames; coverage, mmr and dpp can"),
         ({"visual_select": "uniform"}, "visual_select='uniform' knows no frames"),
         ({"visual_select": "diversity"}, "visual_select='diversity' weighs all tokens alike"),
         ({"visual_select": len}, "a callable decides itself"),

@@ -15,9 +15,9 @@ def of(*configs, denoises=False, **settings):
 def test_keywords_go_to_every_class_in_use_that_has_them():
     assert of(r=16) == (TurboConfig(r=16),)
     assert of(visual_keep=0.5) == (ReadConfig(0.5),)
-    assert of(r=8, visual_keep=0.5, degree="redundancy", trace=True, seed=3) == (
+    assert of(r=8, visual_keep=0.5, visual_select="information", degree="redundancy", trace=True, seed=3) == (
         TurboConfig(r=8, degree="redundancy", trace=True, seed=3),
-        ReadConfig(0.5, degree="redundancy", seed=3),
+        ReadConfig(0.5, visual_select="information", degree="redundancy", seed=3),
     )
     assert of(keep=0.5, refresh=2, denoises=True) == (DenoiseConfig(0.5, refresh=2),)
     assert of(r=8, visual_keep=None) == (TurboConfig(r=8),)
@@ -38,6 +38,7 @@ def test_config_objects_are_taken_as_they_are():
         ((), {"r": 4, "keep": 0.5}, False, "give exactly one of r, keep and flops: got r=4, keep=0.5"),
         ((), {"keep": 0.5, "components": []}, True, r"components=\[\]: must be some of attention"),
         ((), {"r": 4, "visual_keep": 0.5, "degree": ["damped"]}, False, "degree=.*damped.*must be one of"),
+        ((), {"r": 4, "visual_keep": 0.5, "alpha": 3}, False, r"alpha=3: inside the tower .* ReadConfig\(0\.5\)"),
         ((), {"speed": 2}, False, "speed=2: no such setting; there are r, keep, flops"),
         ((), {"r": 4, "refresh": 2}, False, "refresh=2: DenoiseConfig has it, which is for denoisers .* this Model"),
         (
@@ -79,4 +80,4 @@ def test_a_shared_setting_goes_where_it_is_read():
         ReadConfig(0.5, visual_select="uniform"),
     )
     with pytest.raises(ConfigError, match=r"alpha=3\.0: it would have no effect"):
-        of(r=8, visual_keep=0.5, degree="redundancy", alpha=3)
+        of(r=8, visual_keep=0.5, visual_select="information", degree="redundancy", alpha=3)

@@ -117,7 +117,8 @@ def test_answers_behind_a_cache_are_those_that_are_generated(study, vlm, keep):
         for image, texts in zip(pixels, rows):
             for question, answer in texts:
                 prompt = [[*front, *question]]
-                alone += study("evaluate").right_behind(SmallVlm(vlm, None), prompt, image[None], [answer])
+                seen = vlm.get_image_features(image[None])
+                alone += study("evaluate").right_behind(SmallVlm(vlm, None), prompt, seen, [answer])
     right = packing.right_texts(hidden, packed, vlm.lm_head.weight)
     assert right == [[True] * len(texts) + [False] * len(texts) for texts in TEXTS]
     assert alone == [each for row in right for each in row]

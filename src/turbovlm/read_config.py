@@ -45,15 +45,15 @@ class ReadConfig(Settings):
             `1.0` is all of them, and `1` one.
         cross_keep: how many of each image's tokens the last third of a text model's cross-attention layers reads: a
             share, or a count. The first third reads all of them; A is the attention that the words have paid.
-        visual_select: which of them. `"information"` goes by the degree, R from the projected features and A from the
-            tower's attention. Over all pairs of an image's tokens, one token after another: `"coverage"` takes the one
-            that adds most to what is covered of all tokens, times its weight; `"dpp"` the one of which most is not
-            explained by those taken, times its weight; `"mmr"` weighs it against its similarity to those taken (log
-            weight less cosine); `"diversity"` takes the one farthest from them. A token's weight is
-            w = (A/Ā)^α · e^(question · Q) · D^change, Ā the image's mean. `"redundancy"`, `"attention"`, `"random"`,
-            `"uniform"` (every k-th) and `"pooling"` (averages of 2×2) are the baselines. Or a function of yours,
-            `(features, attention, text, grid, *, k) -> which`: see docs/language.md.
-        degree: as in `TurboConfig`.
+        visual_select: which of them. Over all pairs of an image's tokens, one token after another: `"coverage"`, the
+            default, takes the one that adds most to what is covered of all tokens, times its weight; `"dpp"` the one of
+            which most is not explained by those taken, times its weight; `"mmr"` weighs it against its similarity to
+            those taken (log weight less cosine); `"diversity"` takes the one farthest from them. A token's weight is
+            w = (A/Ā)^α · e^(question · Q) · D^change, A from the tower's attention, Ā the image's mean.
+            `"information"` goes by the degree, R from the projected features and A, in rounds. `"redundancy"`,
+            `"attention"`, `"random"`, `"uniform"` (every k-th) and `"pooling"` (averages of 2×2) are the baselines. Or
+            a function of yours, `(features, attention, text, grid, *, k) -> which`: see docs/language.md.
+        degree: as in `TurboConfig`, for `"information"`.
         alpha: α: with `"information"` as in `TurboConfig`; with `"coverage"`, `"dpp"` (None is 1) and `"mmr"` (0.2) the
             power of A in a token's weight; 0 leaves A out.
         question: how much Q counts in the weight: the cosines of a token to the words of its prompt, in the language
@@ -83,7 +83,7 @@ class ReadConfig(Settings):
     visual_keep: float | int | None = None
     _: dataclasses.KW_ONLY
     cross_keep: float | int | None = None
-    visual_select: str | SelectorFunction = "information"
+    visual_select: str | SelectorFunction = "coverage"
     degree: str | DegreeFunction = "weighted_difference"
     alpha: float | None = None
     question: float = 0.0

@@ -9,6 +9,7 @@ from typing import Any
 from turbovlm.calibration.result import Calibration
 from turbovlm.config import AMOUNTS, READINGS, Config, DenoiseConfig, ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError
+from turbovlm.read_config import SALIENCY
 
 ABOUT: dict[type, str] = {
     TurboConfig: "encoders: r, keep or flops",
@@ -74,6 +75,7 @@ def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tupl
     of: dict[Any, dict[str, Any]] = {
         kind: {name: value for name, value in settings.items() if name in names[kind]} for kind in wanted
     }
+    _check_alpha(of)
     unread = {kind: kind.unread(own) for kind, own in of.items()} if len(of) > 1 else {}
     for kind, own in of.items():  # what another class in use reads has an effect there
         shared = [
@@ -83,6 +85,20 @@ def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tupl
         ]
         of[kind] = {name: value for name, value in own.items() if name not in shared}
     return tuple(kind(**own) for kind, own in of.items())
+
+
+def _check_alpha(of: Mapping[Any, Mapping[str, Any]]) -> None:
+    """See that one α is not given to two classes in which it means something else."""
+    reading = of.get(ReadConfig)
+    if reading is None or TurboConfig not in of or "alpha" not in reading:
+        return
+    select = reading.get("visual_select", ReadConfig.visual_select)
+    if isinstance(select, str) and SALIENCY.get(select):
+        raise ConfigError(
+            f"alpha={reading['alpha']!r}: inside the tower it is that of the degree, and with visual_select={select!r} "
+            "the power of A in a token's weight: say which, as in apply(model, TurboConfig(r=8, alpha=10), "
+            "ReadConfig(0.5))"
+        )
 
 
 def _takes(denoises: bool, model: str) -> str:

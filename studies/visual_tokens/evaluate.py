@@ -16,6 +16,7 @@ there is, by the F1 of its items, for which it is written out.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import sys
@@ -35,6 +36,7 @@ from tqdm import tqdm
 import turbovlm
 from turbovlm import ReadConfig
 from turbovlm.errors import ConfigError
+from turbovlm.vlm.marks import ATTENTION
 from turbovlm_lab.zoo.clip import PATCH_SIZE, preprocess
 from turbovlm_lab.zoo.grammar import Question
 from turbovlm_lab.zoo.small_vlm import BOS, IMAGE_TOKEN, SIDE, TOKENS, WEIGHTS, SmallVlm
@@ -158,20 +160,28 @@ def fill(found: dict[str, Any], wanted: list[Setting], vlm: SmallVlm, file: Path
         questions = [q for q in asked(seen, chance) if found["lists"] or q.asks != "list"]
         shown.append(Shown(seen, draw(seen, style)[0], questions))
     found["asked"] = [[number, q.asks] for number, each in enumerate(shown) for q in each.questions]
+    seen = [look(vlm, shown[start : start + BATCH]) for start in tqdm(range(0, len(shown), BATCH), "looking")]
     for setting in tqdm([each for each in wanted if each.key not in found["scores"]], unit=" settings"):
-        found["scores"][setting.key] = vars(setting) | {"right": ask(vlm, setting, shown)}
+        found["scores"][setting.key] = vars(setting) | {"right": ask(vlm, setting, shown, seen)}
         file.write_text(json.dumps(found) + "\n")
 
 
 @torch.no_grad()
-def ask(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown], batch: int = BATCH) -> list[float]:
-    """The score of every question about every image, in their order."""
+def look(vlm: SmallVlm, shown: Sequence[Shown]) -> Any:
+    """What the tower and the projector make of images, with A of every token: no selection changes it."""
+    with turbovlm.apply(vlm.model, ReadConfig(1.0, visual_select="attention")):
+        return vlm.model.get_image_features(pixels_of(vlm, Setting(WHOLE), shown)[0])
+
+
+@torch.no_grad()
+def ask(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown], seen: Sequence[Any]) -> list[float]:
+    """The score of every question about every image, in their order; `seen` is what `look` made of each batch."""
     config, scores = setting.config(), []
     handle = None if config is None else turbovlm.apply(vlm.model, config)
     try:
-        for start in range(0, len(shown), batch):
-            some = shown[start : start + batch]
-            answers = guided(vlm, setting, some) if setting.question else read(vlm, setting, some)
+        for start, images in zip(range(0, len(shown), BATCH), seen):
+            some = shown[start : start + BATCH]
+            answers = guided(vlm, some, images) if setting.question else read(vlm, setting, some, images)
             scores += [score for image in answers for score in image]
     finally:
         if handle is not None:
@@ -179,28 +189,28 @@ def ask(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown], batch: int = BA
     return scores
 
 
-def read(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown]) -> list[list[float]]:
+def read(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown], images: Any) -> list[list[float]]:
     """Images are read once, and all questions about each behind them; only lists are written out."""
     pixels, side = pixels_of(vlm, setting, shown)
+    if setting.select == CONTROL:
+        images = vlm.model.get_image_features(pixels, interpolate_pos_encoding=True)
     front = [BOS, *[IMAGE_TOKEN] * (side // PATCH_SIZE) ** 2]
     ids = torch.tensor([front] * len(shown), device=vlm.model.device)
-    encoded = {"image": vlm.model.get_image_features(pixels, interpolate_pos_encoding=side != SIDE * PATCH_SIZE)}
-    cache = vlm.model.model(input_ids=ids, mm_encoder_outputs=dict(encoded), use_cache=True).past_key_values
+    cache = vlm.model.model(input_ids=ids, mm_encoder_outputs={"image": images}, use_cache=True).past_key_values
     texts = [[(vlm.encode(q.text), vlm.encode_answer(q.answer)) for q in each.questions] for each in shown]
     packed = pack(texts, len(front)).to(vlm.model.device)
     hidden = hidden_behind(vlm.model.model.language_model, cache, packed)
     right = [[float(each) for each in row] for row in right_texts(hidden, packed, vlm.model.lm_head.weight)]
     lists = [(row, i) for row, each in enumerate(shown) for i, q in enumerate(each.questions) if q.asks == "list"]
     if lists:
-        said = generate(vlm, [[*front, *texts[row][i][0]] for row, i in lists], mm_encoder_outputs=encoded)
+        said = generate(vlm, [[*front, *texts[row][i][0]] for row, i in lists], images)
         for (row, i), text in zip(lists, said):
             right[row][i] = f1(text, shown[row].questions[i].answer)
     return right
 
 
-def guided(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown]) -> list[list[float]]:
+def guided(vlm: SmallVlm, shown: Sequence[Shown], images: Any) -> list[list[float]]:
     """Every question is read by itself, because the tokens that are read depend on it."""
-    pixels, _ = pixels_of(vlm, setting, shown)
     asked = [(row, i, q) for row, each in enumerate(shown) for i, q in enumerate(each.questions)]
     prompts = [[BOS, *[IMAGE_TOKEN] * TOKENS, *vlm.encode(q.text)] for _, _, q in asked]
     found = [[0.0] * len(each.questions) for each in shown]
@@ -209,32 +219,35 @@ def guided(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown]) -> list[list
         for start in range(0, len(alike), BATCH):
             some = alike[start : start + BATCH]
             rows = [asked[n] for n in some]
-            images = pixels[[row for row, _, _ in rows]]
-            right = right_behind(
-                vlm, [prompts[n] for n in some], images, [vlm.encode_answer(q.answer) for *_, q in rows]
-            )
+            answers = [vlm.encode_answer(q.answer) for *_, q in rows]
+            right = right_behind(vlm, [prompts[n] for n in some], of_rows(images, [row for row, *_ in rows]), answers)
             for (row, i, _), is_right in zip(rows, right):
                 found[row][i] = float(is_right)
     lists = [(row, i, q) for row, i, q in asked if q.asks == "list"]
     if lists:
-        said = generate(
-            vlm,
-            [[BOS, *[IMAGE_TOKEN] * TOKENS, *vlm.encode(q.text)] for *_, q in lists],
-            pixel_values=pixels[[row for row, _, _ in lists]],
-        )
+        wanted = [[BOS, *[IMAGE_TOKEN] * TOKENS, *vlm.encode(q.text)] for *_, q in lists]
+        said = generate(vlm, wanted, of_rows(images, [row for row, *_ in lists]))
         for (row, i, q), text in zip(lists, said):
             found[row][i] = f1(text, q.answer)
     return found
 
 
+def of_rows(images: Any, rows: Sequence[int]) -> Any:
+    """The images at `rows`, which may have one of them several times."""
+    found = copy.copy(images)
+    found.pooler_output = [images.pooler_output[row] for row in rows]
+    setattr(found, ATTENTION, [getattr(images, ATTENTION)[row] for row in rows])
+    return found
+
+
 def right_behind(
-    vlm: SmallVlm, prompts: Sequence[Sequence[int]], pixels: Tensor, answers: Sequence[Sequence[int]]
+    vlm: SmallVlm, prompts: Sequence[Sequence[int]], images: Any, answers: Sequence[Sequence[int]]
 ) -> list[bool]:
     """Whether greedy decoding would write each answer behind its prompt; the prompts are of one length."""
     ids = torch.tensor(prompts, device=vlm.model.device)
     longest = max(map(len, answers))
     wanted = torch.tensor([[*answer, *[UNASKED] * (longest - len(answer))] for answer in answers], device=ids.device)
-    out = vlm.model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
+    out = vlm.model(input_ids=ids, mm_encoder_outputs={"image": images}, use_cache=True, logits_to_keep=1)
     likeliest = out.logits[:, -1:].argmax(-1)
     if longest > 1:
         columns = ids.shape[1] + longest - 1
@@ -256,12 +269,16 @@ def pixels_of(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown]) -> tuple[
     return preprocess([each.image for each in shown], side).to(vlm.model.device, vlm.model.dtype), side
 
 
-def generate(vlm: SmallVlm, prompts: Sequence[Sequence[int]], **images: Any) -> list[str]:
+def generate(vlm: SmallVlm, prompts: Sequence[Sequence[int]], images: Any) -> list[str]:
     """What greedy decoding writes behind prompts, padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=vlm.model.device)
     out = vlm.model.generate(
-        input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=48, do_sample=False, **images
+        input_ids=ids,
+        attention_mask=(ids != 0).long(),
+        mm_encoder_outputs={"image": images},
+        max_new_tokens=48,
+        do_sample=False,
     )
     return [vlm.decode(row) for row in out[:, longest:].tolist()]
 

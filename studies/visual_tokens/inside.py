@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from crowds import asked, crowd, draw, style_of
-from evaluate import RESULTS, SELECTIONS, Setting, Shown, ask, pixels_of
+from evaluate import BATCH, RESULTS, SELECTIONS, Setting, Shown, ask, look
 from model import assembled
 from torch import Tensor
 from tqdm import tqdm
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from turbovlm_lab.evaluate.statistics import difference, mean
 from turbovlm_lab.zoo.small_vlm import BOS, TOKENS, WEIGHTS, SmallVlm
 
-BATCH = 4
+TOGETHER = 4
 """Images whose questions are read together, each with its own copy of the image's tokens."""
 
 
@@ -76,13 +76,16 @@ def main() -> None:
     for number in range(args.images):
         seen, chance = crowd("test", number)
         shown.append(Shown(seen, draw(seen, style)[0], [q for q in asked(seen, chance) if q.asks != "list"]))
+    seen = [look(vlm, shown[start : start + BATCH]) for start in tqdm(range(0, len(shown), BATCH), "looking")]
+    features = [image for outputs in seen for image in outputs.pooler_output]
     owners = [number for number, each in enumerate(shown) for _ in each.questions]
     depth, rows = len(vlm.model.model.language_model.layers), []
     for stages in tqdm((Stages("all tokens", ()), *INSIDE), unit=" settings"):
         share = stages.mean(depth)
-        rows.append({"how": stages.name, "left": stages.left, "share": share, "right": ask_inside(vlm, stages, shown)})
+        right = ask_inside(vlm, stages, shown, features)
+        rows.append({"how": stages.name, "left": stages.left, "share": share, "right": right})
         for select in args.before if stages.left else ():
-            right = ask(vlm, Setting(select, share, "merge"), shown)
+            right = ask(vlm, Setting(select, share, "merge"), shown, seen)
             rows.append({"how": f"before, {select}", "left": stages.left, "share": share, "right": right})
     weights = hashlib.sha256(args.weights.read_bytes()).hexdigest()
     found = {"images": args.images, "weights": weights, "asked": owners, "rows": rows}
@@ -92,13 +95,12 @@ def main() -> None:
 
 
 @torch.no_grad()
-def ask_inside(vlm: SmallVlm, stages: Stages, shown: Sequence[Shown]) -> list[float]:
-    """Whether each answer is right."""
+def ask_inside(vlm: SmallVlm, stages: Stages, shown: Sequence[Shown], features: Sequence[Tensor]) -> list[float]:
+    """Whether each answer is right; `features` are the images', `[196, width]` each."""
     model, scores = vlm.model, []
-    for start in range(0, len(shown), BATCH):
-        some = shown[start : start + BATCH]
-        pixels, _ = pixels_of(vlm, Setting("all tokens"), some)
-        visual = torch.stack(list(model.get_image_features(pixels).pooler_output))
+    for start in range(0, len(shown), TOGETHER):
+        some = shown[start : start + TOGETHER]
+        visual = torch.stack([*features[start : start + TOGETHER]])
         texts = [
             (image, vlm.encode(q.text), vlm.encode_answer(q.answer))
             for image, each in enumerate(some)

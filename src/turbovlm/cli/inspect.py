@@ -143,11 +143,11 @@ def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Sch
 
 
 def _selection(model: nn.Module) -> dict[str, Any]:
-    """A `visual_select` that goes by no attention, for a tower that has no row of it for visual tokens."""
+    """Settings that go by no attention, for a tower that has no row of it for visual tokens."""
     from turbovlm.registry import family_of
 
     families = [family_of("vlm", module) for module in model.modules()]
-    return {"visual_select": "redundancy"} if any(each and each.guide is None for each in families) else {}
+    return {"alpha": 0} if any(each and each.guide is None for each in families) else {}
 
 
 def _reading(args: argparse.Namespace, model: Any, config: ReadConfig, schedules: Sequence[Schedule]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _print_reading(console: Console, reading: dict[str, Any]) -> None:
         before, after = reading["tokens"] or ("an image's", "fewer")
         console.print(
             f"{reading['family']}: {after} of {before} visual tokens would be read, chosen without attention, as its "
-            "tower has no row of it for them: apply with visual_select='redundancy', or another that goes by none."
+            "tower has no row of it for them: apply with alpha=0, or a visual_select that goes by none."
         )
         return
     before, after = reading["tokens"]

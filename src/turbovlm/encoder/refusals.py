@@ -136,7 +136,7 @@ def beside_text(model: nn.Module, texts: Collection[str]) -> str | None:
 def instead(model: nn.Module) -> str:
     """Which other setting shortens what a model reads of images, each asked for; empty where it reads none."""
     for setting, what in zip(READINGS, ("its language model", "its cross-attention")):
-        for others in ({}, {"visual_select": "redundancy"}):
+        for others in ({}, {"alpha": 0}):
             if reads(model, setting, **others):
                 words = "".join(f" with {name}={value!r}" for name, value in others.items())
                 return f"; {setting}{words} shortens what {what} reads"

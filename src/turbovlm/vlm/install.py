@@ -196,8 +196,8 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         if needs_attention(config):
             raise ConfigError(
                 f"visual_select={config.visual_select!r}: it goes by attention, and {family.family}'s tower has no row "
-                "of it with a number for each visual token: give a visual_select that goes by none, as 'redundancy' or "
-                "'diversity', or alpha=0 with 'coverage' or 'dpp'"
+                "of it with a number for each visual token: give alpha=0 with 'coverage' or 'dpp', which leaves "
+                "attention out, or a visual_select that goes by none, as 'diversity' or 'redundancy'"
             )
         return ReadFeature(config, family, name, "", -1, 0, None, 0, "mean")
     block, blocks = family.guide(part), blocks_of(tower)

@@ -19,15 +19,16 @@ from turbovlm.profile.macs import macs
 
 SETTINGS: tuple[Mapping[str, Any], ...] = (
     {},
-    {"degree": "weighted_distance"},
-    {"degree": "redundancy"},
-    {"reduce": "prune"},
+    {"visual_select": "coverage"},
+    {"visual_select": "dpp"},
+    {"visual_select": "mmr"},
+    {"visual_select": "information"},
     {"visual_select": "attention"},
     {"visual_select": "uniform"},
-    {"visual_select": "coverage"},
+    {"reduce": "prune"},
 )
-"""Changes of the best settings so far that are tried, none first: the rivals that benchmarks/rivals.py compares, and
-coverage over all pairs."""
+"""Changes of the best settings so far that are tried, none first: the selections that do best where
+studies/visual_tokens asks, those before them, and dropping the rest."""
 
 
 @dataclass(eq=False)
