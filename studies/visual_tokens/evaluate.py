@@ -22,6 +22,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ import torch
 from crowds import Crowd, asked, crowd, draw, style_of
 from model import assembled
 from packing import UNASKED, hidden_behind, pack, right_texts
-from report import write_report
+from report import ALONE, write_report
 from torch import Tensor
 from tqdm import tqdm
 
 import turbovlm
 from turbovlm import ReadConfig
 from turbovlm.errors import ConfigError
+from turbovlm.read_config import SALIENCY
 from turbovlm.vlm.marks import ATTENTION
 from turbovlm_lab.zoo.clip import PATCH_SIZE, preprocess
 from turbovlm_lab.zoo.grammar import Question
@@ -45,8 +47,6 @@ RESULTS = Path(__file__).parent / "results"
 SELECTIONS: tuple[str, ...] = vars(sys.modules[ReadConfig.__module__])["VISUAL_SELECTIONS"]
 DRAWN = ("information", "redundancy", "attention", "random")
 """Those that a seed decides something of."""
-ALONE = ("random", "uniform")
-"""Those that always drop the rest."""
 SMALLER = {0.5: 160, 0.25: 112, 0.1: 80}
 """Pixels a side of the image that has about as many tokens."""
 KEEPS, SEEDS, IMAGES, BATCH = tuple(SMALLER), 3, 200, 50
@@ -64,10 +64,12 @@ class Setting:
     reduce: str = ""
     question: float = 0.0
     seed: int = 0
+    alpha: float | None = None
 
     @property
     def key(self) -> str:
         parts = [self.select, f"{self.keep:g}", self.reduce, f"question {self.question:g}" if self.question else ""]
+        parts += [] if self.alpha is None else [f"alpha {self.alpha:g}"]
         return ", ".join([*filter(None, parts), f"seed {self.seed}"])
 
     def config(self) -> ReadConfig | None:
@@ -79,6 +81,7 @@ class Setting:
         if self.select in (WHOLE, CONTROL):
             return None
         given = {"question": self.question} if self.question else {}
+        given |= {} if self.alpha is None else {"alpha": self.alpha}
         return ReadConfig(self.keep, visual_select=self.select, reduce=self.reduce, seed=self.seed, **given)
 
 
@@ -96,6 +99,7 @@ def main() -> None:
     parser.add_argument("--selections", nargs="+", choices=(*SELECTIONS, WHOLE, CONTROL), metavar="NAME", help="(all)")
     parser.add_argument("--keeps", nargs="+", type=float, choices=KEEPS, default=KEEPS, help="shares of the tokens")
     parser.add_argument("--reduce", nargs="+", choices=("merge", "prune"), default=("merge", "prune"), help="(both)")
+    parser.add_argument("--alphas", nargs="+", type=float, metavar="A", help="of these only, not of the default's")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"of what is drawn (default {SEEDS})")
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"(default {IMAGES})")
     parser.add_argument("--without-lists", action="store_true", help="ask for none: they take most of a CPU's time")
@@ -117,16 +121,25 @@ def main() -> None:
         about["lists"] = not args.without_lists
         if any(found.get(name, value) != value for name, value in about.items()):
             parser.error(f"{file} is of other weights, images or questions: remove it, or give --out")
-        wanted = list(settings(args.selections, args.keeps, args.reduce, args.seeds))
+        wanted = list(settings(args.selections, args.keeps, args.reduce, args.seeds, args.alphas))
         found = {**about, "asked": [], "scores": {}} | found
         fill(found, wanted, assembled(args.weights, args.device), file)
     write_report(found, file)
 
 
 def settings(
-    selections: Sequence[str] | None, keeps: Sequence[float], reductions: Sequence[str], seeds: int
+    selections: Sequence[str] | None,
+    keeps: Sequence[float],
+    reductions: Sequence[str],
+    seeds: int,
+    alphas: Sequence[float] | None = None,
 ) -> Iterator[Setting]:
-    """Those that turbovlm has, and the controls."""
+    """Those that turbovlm has, and the controls; with `alphas`, selections over all pairs with these alone."""
+    if alphas is not None:
+        over_pairs = [select for select in selections or SALIENCY if SALIENCY.get(select)]
+        for keep, select, reduce, alpha in product(keeps, over_pairs, reductions, alphas):
+            yield Setting(select, keep, reduce, alpha=alpha)
+        return
     if selections is None or WHOLE in selections:
         yield Setting(WHOLE)
     questions = (0.0, QUESTION) if "question" in {field.name for field in fields(ReadConfig)} else (0.0,)

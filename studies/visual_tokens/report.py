@@ -15,6 +15,9 @@ from turbovlm_lab.zoo.small_vlm import TOKENS
 
 WHOLE, CONTROL, RANDOM = "all tokens", "smaller image", "random"
 ROUNDS, GREEDY = ("information", "attention", "redundancy"), ("coverage", "dpp", "mmr", "diversity")
+ALONE = (RANDOM, "uniform")
+"""Those that always drop the rest."""
+ORDER = (WHOLE, CONTROL, *ALONE, "pooling", *ROUNDS, *GREEDY)
 SORTS = ("what", "place", "color", "number", "presence", "digits", "word", "new word", "list")
 MEANING = {
     "what": "what stands at a place",
@@ -37,13 +40,21 @@ class Row:
     keep: float
     reduce: str
     question: float
+    alpha: float | None
     scores: np.ndarray
     by_seed: tuple[float, ...]
 
     @property
     def name(self) -> str:
         parts = [self.select, self.reduce if self.select not in (WHOLE, CONTROL, RANDOM) else ""]
-        return ", ".join([*filter(None, parts), *(["question"] if self.question else [])])
+        parts += [f"question={self.question:g}"] if self.question else []
+        parts += [] if self.alpha is None else [f"alpha={self.alpha:g}"]
+        return ", ".join(filter(None, parts))
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the selection was set."""
+        return not self.question and self.alpha is None
 
 
 def write_report(found: dict[str, Any], file: Path) -> None:
@@ -55,14 +66,21 @@ def write_report(found: dict[str, Any], file: Path) -> None:
 
 
 def rows_of(found: dict[str, Any]) -> list[Row]:
-    """Settings that differ in their seed alone are one row."""
+    """Settings that differ in their seed alone are one row. First those of defaults, in the order of `ORDER`."""
     groups: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
     for entry in found["scores"].values():
-        groups[entry["select"], entry["keep"], entry["reduce"], entry["question"]].append(entry["right"])
-    return [
+        key = entry["select"], entry["keep"], entry["reduce"], entry["question"], entry.get("alpha")
+        groups[key].append(entry["right"])
+    rows = [
         Row(*key, np.mean(seeds, axis=0), tuple(float(np.mean(scores)) for scores in seeds))
         for key, seeds in groups.items()
     ]
+
+    def place(row: Row) -> tuple[bool, bool, int, float]:
+        dropped = row.reduce == "prune" and row.select not in ALONE
+        return not row.plain, dropped, ORDER.index(row.select), row.alpha or 0
+
+    return sorted(rows, key=place)
 
 
 def of_sort(found: dict[str, Any], row: Row, sort: str | None) -> Interval:
@@ -105,7 +123,7 @@ def table(found: dict[str, Any], rows: Sequence[Row]) -> str:
             "|---|" + "--:|" * (len(count) + 1) + "---|",
         ]
         lines += [line(found, row, random) for row in some]
-        lines += ["", *pairs(found, [row for row in some if not row.question and row.reduce == "merge"])]
+        lines += ["", *pairs(found, [row for row in some if row.plain and row.reduce == "merge"])]
     return "\n".join(lines)
 
 
@@ -145,7 +163,7 @@ def plot(found: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [row for row in rows if not row.question and (row.reduce != "prune" or row.select in (RANDOM, "uniform"))]
+    shown = [row for row in rows if row.plain and (row.reduce != "prune" or row.select in ALONE)]
     names = list(dict.fromkeys(row.name for row in shown if row.select != WHOLE))
     figure, panels = plt.subplots(2, 5, figsize=(17, 7), sharex=True)
     counts = sorted({round(row.keep * TOKENS) for row in shown if row.select != WHOLE})
