@@ -141,7 +141,11 @@ def test_settings_are_told_apart_in_files():
     assert len({str(header) for header in headers}) == len(headers)
     assert headers[0]["setting"] == {}
     assert headers[1]["setting"] == {"TurboConfig": {"keep": 0.5}, "ReadConfig": {"visual_keep": 0.3}}
-    assert headers[2]["setting"]["ReadConfig"] == {"visual_keep": 0.3, "alpha": 180.0}
+    assert headers[2]["setting"]["ReadConfig"] == {
+        "visual_keep": 0.3,
+        "visual_select": "information",
+        "alpha": 180.0,
+    }
     assert {kind: plain["degree"] for kind, plain in headers[-1]["setting"].items()} == {
         "TurboConfig": "evenly",
         "ReadConfig": "evenly",

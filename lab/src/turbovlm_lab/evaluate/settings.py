@@ -35,6 +35,7 @@ _PAPER: dict[str, Any] = {
     "order": "partition",
     "reduce": "merge",
     "restore": "copy",
+    "visual_select": "information",
 }
 
 
@@ -53,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {**_PAPER, "degree": evenly},
 }
 """Settings besides the amount, for the configs that have such a field; all but the first match keys between alternate
-halves and restore by copies, as published."""
+halves and restore by copies, as published, and choose what a language model reads in rounds of such halves."""
 
 
 def methods(amounts: Sequence[Config], names: Sequence[str] = tuple(METHODS), seeds: int = 1) -> list[Setting]:
