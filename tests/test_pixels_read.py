@@ -112,8 +112,8 @@ def test_which_are_read(name):
             assert [each.kept.shape[1] for each in handle.visual] == list(map(min, wanted, left))
 
 
-def by_hand(tower, pixels, grid, within, proportional):
-    """A packed tower in plain lines on the patches that are left, each of the size of what it stands for."""
+def by_hand(tower, pixels, grid, within):
+    """A packed tower in plain lines on the patches that are left."""
     calls = []
     hooks = [b.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True) for b in tower.blocks]
     tower(pixels, grid_thw=grid)
@@ -128,7 +128,7 @@ def by_hand(tower, pixels, grid, within, proportional):
     place = {int(cell): i for i, cell in enumerate(order)}
     source = torch.tensor([4 * place[int(cells[cell])] + k for cell in order for k in range(4)])
     kept = source.unique()
-    sizes = torch.bincount(source)[kept].double() if proportional else torch.ones(len(kept)).double()
+    sizes = torch.ones(len(kept)).double()
     x, angles = calls[0][0][0][kept], calls[0][1]["position_embeddings"]
     rotate = __import__(type(tower).__module__, fromlist=["x"]).apply_rotary_pos_emb_vision
     for block, (_, known) in zip(tower.blocks, calls):
@@ -145,16 +145,15 @@ def by_hand(tower, pixels, grid, within, proportional):
     return x[torch.searchsorted(kept, source)]
 
 
-@pytest.mark.parametrize("proportional", [True, False])
 @pytest.mark.parametrize("name", PACKED)
 @torch.no_grad()
-def test_the_tower_against_plain_lines(name, proportional):
+def test_the_tower_against_plain_lines(name):
     family, model = made(name)
     tower = model.model.visual.double()
     inputs = drawn(family.inputs(*ROWS), family)
     pixels, grid = inputs["pixel_values"].double(), inputs["image_grid_thw"]
-    wanted = by_hand(tower, pixels, grid, 2 if name == "qwen2_5_vl" else 0, proportional)
-    with turbovlm.apply(model, pixel_tolerance=0, proportional=proportional) as handle:
+    wanted = by_hand(tower, pixels, grid, 2 if name == "qwen2_5_vl" else 0)
+    with turbovlm.apply(model, pixel_tolerance=0) as handle:
         found = model.model.get_image_features(pixels, grid, return_dict=True)
         lengths = handle.features[0].last.lengths
     torch.testing.assert_close(found.last_hidden_state, wanted, rtol=0, atol=1e-9)
@@ -297,7 +296,7 @@ def test_training(name):
     assert model.model.visual.patch_embed.proj.weight.grad.any()
 
 
-@pytest.mark.parametrize("what", ["tower", "language model"])
+@pytest.mark.parametrize("what", [pytest.param("tower", marks=pytest.mark.slow), "language model"])
 @torch.no_grad()
 def test_compiled(what):
     family, model = made("qwen3_vl")
@@ -342,6 +341,9 @@ def test_what_cannot_be_done_says_why():
         with pytest.raises(UnsupportedModelError, match=r"tower of .* as a batch of equal length"):
             turbovlm.apply(seeded(VLMS[name].make), pixel_tolerance=0)
     family, model = made("qwen3_vl")
+    with pytest.raises(ConfigError, match="proportional=False: it would have no effect"):
+        turbovlm.apply(model, pixel_tolerance=0, proportional=False)
+    turbovlm.apply(model, pixel_tolerance=0, r=4, proportional=False).remove()
     with pytest.raises(UnsupportedModelError, match=r"pixel_tolerance=0\.0: .* has no language model"):
         turbovlm.apply(model.model.visual, pixel_tolerance=0)
     inputs = family.inputs([5, "image", 6])

@@ -20,7 +20,6 @@ from turbovlm.encoder.state import State
 from turbovlm.errors import StateError
 from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.merging import Merge
-from turbovlm.ops.plain import log_sizes
 
 if TYPE_CHECKING:
     from turbovlm.encoder.feature import EncoderFeature
@@ -92,6 +91,9 @@ def standing_patches(
 def enter(feature: EncoderFeature, state: State, hidden: Tensor, standing: Tensor) -> tuple[Tensor, State]:
     """The tokens that stay before the first block, and the state with this merge.
 
+    One that stands for others keeps its own value, and counts as one in attention: of a tower whose weights are real,
+    counting all that it stands for, or the mean of their embeddings, changed the output more (benchmarks/pixels.py).
+
     Args:
         hidden: what the first block gets, `[1, tokens, width]`.
         standing: for each token the one that stands for it, `[tokens]`.
@@ -100,15 +102,11 @@ def enter(feature: EncoderFeature, state: State, hidden: Tensor, standing: Tenso
     stays = standing == torch.arange(len(standing), device=standing.device)
     kept, gone = (which.nonzero().squeeze(1) for which in (stays, ~stays))
     rows = (stays.cumsum(0) - 1)[standing]
-    dtype = precise_dtype(hidden)
-    sizes = torch.bincount(rows, minlength=len(kept)).to(dtype).unsqueeze(0)
-    logs = log_sizes(sizes)
-    merge = Merge(rows, gone.unsqueeze(0), stays.to(dtype).unsqueeze(0), sizes, logs=logs)
+    weights = stays.to(precise_dtype(hidden)).unsqueeze(0)
+    merge = Merge(rows, gone.unsqueeze(0), weights, torch.ones_like(weights[:, : len(kept)]))
     keeps_apart = feature.how == "residual" and (feature.restore or state.whole)
     where = (kept - state.prefix).unsqueeze(0)
     state = state.changed(
-        sizes=sizes,
-        logs=logs,
         merges=(merge,),
         lost=(None,) if keeps_apart else (),  # what an equal cell was apart is not given back
         positions=where if feature.layout.rotary is not None else None,

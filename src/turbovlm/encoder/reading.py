@@ -81,7 +81,7 @@ def keep_asked(feature: EncoderFeature, hidden: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _asking(asked: Asked) -> Iterator[None]:
+def asking(asked: Asked) -> Iterator[None]:
     outer: Asked | None = getattr(_CALL, "asked", None)
     _CALL.asked = asked
     try:
@@ -104,7 +104,7 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
     maps = bool(getattr(config, "output_attentions", False) if maps is None else maps)
     standing = standing_patches(feature, tower, args, kwargs)
     asked, across = Asked(feature, blocks, maps, standing), feature.cross_attention
-    with _asking(asked):
+    with asking(asked):
         out = original(*args, **kwargs)
     return out if across is None or across.restored else hand_on(out, asked.left, feature.config.proportional)
 

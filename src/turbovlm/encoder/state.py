@@ -60,7 +60,7 @@ class State:
         block: the block that comes next.
         amounts: tokens asked of each block.
         prefix: tokens in front that are never merged; `suffix`: those behind the patches.
-        sizes: patches each token stands for, `[batch, tokens]`; None while every token stands for itself.
+        sizes: patches each token stands for, `[batch, tokens]`; None while every token counts as one.
         logs: `log_sizes` of them, where they are known.
         merges: one per merge so far; `lost`: what each has lost (`Merge.lost`), where it is to be given back, None of
             one whose loss is not.

@@ -144,7 +144,6 @@ def find_readings(model: nn.Module, config: ReadConfig, encoders: Sequence[Encod
         UnsupportedModelError: nothing in the model that turbovlm knows reads images in that way.
     """
     found: list[Feature] = []
-    merged = bool(encoders) or config.pixel_tolerance is not None
     for name in READINGS:
         if type(amount := getattr(config, name)) is int and amount == 1:
             warnings.warn(
@@ -158,13 +157,13 @@ def find_readings(model: nn.Module, config: ReadConfig, encoders: Sequence[Encod
             found += [reading.encoder] if reading.encoder.implied else []
         found.append(reading)
         sized = reading.cross_attention is not None and config.reduce == "merge"
-        if not (config.proportional or config.cross_keep is not None or merged or sized):
+        if not (config.proportional or config.cross_keep is not None or encoders or sized):
             raise ConfigError(
-                "proportional=False: it would have no effect: visual_keep's tokens count alike here, and no tower "
+                "proportional=False: it would have no effect: the tokens that are read count alike here, and no tower "
                 "merges any (r, keep or flops)"
             )
     if config.cross_keep is not None:
-        found.append(find_cross(model, config, sized=merged or config.visual_keep is not None))
+        found.append(find_cross(model, config, sized=bool(encoders) or config.visual_keep is not None))
     for feature in found:
         names = {id(module): name for name, module in model.named_modules()}
         forwards = [patch.module for patch in feature.patches(model) if patch.name == "forward"]

@@ -59,8 +59,7 @@ def tower_to_shorten(
     if not found:
         from turbovlm.encoder.feature import find_encoders
 
-        settings = TurboConfig(r=0, proportional=config.proportional)
-        found = [encoder for encoder in find_encoders(model, settings) if encoder.tower == path]
+        found = [encoder for encoder in find_encoders(model, TurboConfig(r=0)) if encoder.tower == path]
         for encoder in found:
             encoder.implied = True
     return found[0]
