@@ -45,7 +45,7 @@ def test_config_objects_are_taken_as_they_are():
             (),
             {"r": 4, "visual_select": "random"},
             False,
-            "visual_select='random': ReadConfig has it, .* visual_keep or",
+            "visual_select='random': ReadConfig has it, .* visual_keep, cross_keep or",
         ),
         (
             (),

@@ -81,7 +81,8 @@ def _find(module: nn.Module, owner: Any, configs: tuple[Config, ...]) -> list[Fe
         elif isinstance(config, ReadConfig):
             from turbovlm.vlm.install import find_readings
 
-            features += find_readings(module, config, any(isinstance(other, TurboConfig) for other in configs))
+            encoders: list[Any] = features  # those of the workflows before
+            features += find_readings(module, config, encoders)
         elif isinstance(config, DenoiseConfig):
             from turbovlm.diffusion.find import find_denoiser
 
@@ -137,7 +138,8 @@ class Handle:
     @property
     def configs(self) -> tuple[Any, ...]:
         """The settings in force, one config of each workflow."""
-        return tuple(dict.fromkeys(feature.config for feature in self.features))
+        asked = [feature for feature in self.features if not getattr(feature, "implied", False)]
+        return tuple(dict.fromkeys(feature.config for feature in asked))
 
     @property
     def config(self) -> Any:
@@ -193,7 +195,8 @@ class Handle:
         """What became of each image's visual tokens in the last prompt, in the order of the prompts.
 
         Raises:
-            StateError: the config has no `visual_keep`, or no prompt with an image has been read yet.
+            StateError: the config has no `visual_keep` or `pixel_tolerance`, or no prompt with an image has been read
+                yet.
         """
         return self._selections("visual_keep", "no visual tokens are chosen", "no visual tokens have been chosen yet")
 

@@ -25,7 +25,7 @@ from turbovlm.checks import (
 from turbovlm.denoise_config import COMPONENTS, DenoiseConfig
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import DegreeFunction, LayeredDegree, needs_semantic
-from turbovlm.read_config import GUIDANCES, READINGS, ReadConfig
+from turbovlm.read_config import GUIDANCES, READINGS, READS, ReadConfig
 from turbovlm.settings import REDUCTIONS, WITHOUT_ALPHA, Settings
 
 SIMILARITIES = ("heads", "keys", "queries", "hidden", "auto")
@@ -256,4 +256,4 @@ class TurboConfig(Settings):
 
 Config = TurboConfig | ReadConfig | DenoiseConfig
 
-__all__ = ["COMPONENTS", "READINGS", "Config", "DenoiseConfig", "ReadConfig", "TurboConfig"]
+__all__ = ["COMPONENTS", "READINGS", "READS", "Config", "DenoiseConfig", "ReadConfig", "TurboConfig"]

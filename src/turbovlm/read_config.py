@@ -30,7 +30,9 @@ SALIENCY = {"coverage": 1.0, "diversity": 0.0, "mmr": 0.2, "dpp": 1.0}
 WEIGHING = ("question", "change")
 """Fields of `ReadConfig` that say what else counts in a token's weight, and how much."""
 READINGS = ("visual_keep", "cross_keep")
-"""Fields of `ReadConfig` that say how much is read; one of them at least is set."""
+"""Fields of `ReadConfig` that say how much is read."""
+READS = (*READINGS, "pixel_tolerance")
+"""These, and what else is read less of; one of them at least is set."""
 
 SelectorFunction = Callable[..., Any]
 """`(features, attention, text, grid, *, k) -> which`, positions `[images, k]` or a bool mask `[images, n]`."""
@@ -45,6 +47,10 @@ class ReadConfig(Settings):
             `1.0` is all of them, and `1` one.
         cross_keep: how many of each image's tokens the last third of a text model's cross-attention layers reads: a
             share, or a count. The first third reads all of them; A is the attention that the words have paid.
+        pixel_tolerance: cells, the squares of patches that one visual token is made of, are left out before the vision
+            tower, and not read, where the cell that stands for the one to their left, or else above them, differs from
+            them by at most this in every value that the model gets. 0 leaves out equal cells alone; None none. For
+            Qwen2-VL, Qwen2.5-VL and Qwen3-VL. `visual_keep` counts from all cells, and chooses among those left.
         visual_select: which of them. Over all pairs of an image's tokens, one token after another: `"coverage"`, the
             default, takes the one that adds most to what is covered of all tokens, times its weight; `"dpp"` the one of
             which most is not explained by those taken, times its weight; `"mmr"` weighs it against its similarity to
@@ -78,11 +84,12 @@ class ReadConfig(Settings):
         ConfigError: naming the field, the value and what is allowed.
     """
 
-    _amounts: ClassVar[tuple[str, ...]] = READINGS
+    _amounts: ClassVar[tuple[str, ...]] = READS
 
     visual_keep: float | int | None = None
     _: dataclasses.KW_ONLY
     cross_keep: float | int | None = None
+    pixel_tolerance: float | None = None
     visual_select: str | SelectorFunction = "coverage"
     degree: str | DegreeFunction = "weighted_difference"
     alpha: float | None = None
@@ -96,8 +103,11 @@ class ReadConfig(Settings):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if all(getattr(self, name) is None for name in READINGS):
-            raise ConfigError("give visual_keep or cross_keep: how much of an image is read")
+        if all(getattr(self, name) is None for name in READS):
+            raise ConfigError(
+                "give visual_keep or cross_keep: how much of an image is read; or pixel_tolerance: which of its cells "
+                "are as good as equal"
+            )
         for name in READINGS:
             if getattr(self, name) is not None:
                 self._set(**{name: check_share_or_count(name, getattr(self, name))})
@@ -106,6 +116,10 @@ class ReadConfig(Settings):
             check_choice("visual_select", self.visual_select, VISUAL_SELECTIONS, extra=extra)
         if self.cross_keep is not None and self.visual_select == "pooling":
             raise ConfigError("visual_select='pooling': cross_keep takes tokens layer by layer, not squares of them")
+        if self.pixel_tolerance is not None:
+            self._set(pixel_tolerance=check_number("pixel_tolerance", self.pixel_tolerance, minimum=0))
+            if self.visual_select == "pooling":
+                raise ConfigError("visual_select='pooling': with pixel_tolerance, what is left has no squares to pool")
         self._check_degree()
         for name in ("question", "change"):
             self._set(**{name: check_number(name, getattr(self, name), minimum=0)})
@@ -145,7 +159,11 @@ class ReadConfig(Settings):
             found.setdefault("change", f"{how} knows no frames; coverage, mmr and dpp can")
         elif values["change"]:
             found["visual_tolerance"] = "change says how many tokens of each frame are read"
-        if values["visual_keep"] is None:
+        if values["visual_keep"] is None and values["cross_keep"] is None:
+            chosen = ("visual_select", "degree", "alpha", "reduce", "guidance", *WEIGHING)
+            reason = "without visual_keep, all that pixel_tolerance leaves is read"
+            found |= dict.fromkeys((*chosen, "visual_tolerance", "min_visual_tokens"), reason)
+        elif values["visual_keep"] is None:
             found["guidance"] = "cross_keep goes by the words' attention, and not by the tower's"
             found["question"] = "cross_keep goes by the words' attention already"
             found |= dict.fromkeys(("change", "visual_tolerance", "min_visual_tokens"), "it belongs to visual_keep")
@@ -191,7 +209,14 @@ class ReadConfig(Settings):
         return ", ".join([*parts, self.reduce])
 
     @property
+    def of_images(self) -> str:
+        """What was asked for of what a prompt has of images: `"visual_keep=0.5, pixel_tolerance=0.0"`."""
+        return self._written(("visual_keep", "pixel_tolerance"))
+
+    @property
     def summary(self) -> str:
         """The settings that say which tokens are read."""
+        if self.visual_keep is None and self.cross_keep is None:
+            return "cells that another stands for are left out"
         how, _, reduce = self.selection.rpartition(", ")
         return f"{how}, {self.ranking}, {reduce}" if self.visual_select == "information" else self.selection

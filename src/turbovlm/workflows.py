@@ -7,13 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 from turbovlm.calibration.result import Calibration
-from turbovlm.config import AMOUNTS, READINGS, Config, DenoiseConfig, ReadConfig, TurboConfig
+from turbovlm.config import AMOUNTS, READS, Config, DenoiseConfig, ReadConfig, TurboConfig
 from turbovlm.errors import ConfigError
 from turbovlm.read_config import SALIENCY
 
 ABOUT: dict[type, str] = {
     TurboConfig: "encoders: r, keep or flops",
-    ReadConfig: "what a language model reads: visual_keep or cross_keep",
+    ReadConfig: "what a language model reads: visual_keep, cross_keep or pixel_tolerance",
     DenoiseConfig: "denoisers of image generation: keep",
 }
 """The classes, what each is for, and the fields that say how much."""
@@ -58,13 +58,15 @@ def _from_names(settings: Mapping[str, Any], denoises: bool, model: str) -> tupl
             known = ", ".join(dict.fromkeys(field.name for kind in ABOUT for field in fields(kind)))
             raise ConfigError(f"{name}={value!r}: no such setting; there are {known}")
     # an amount of None is none, so that a program can pass all of them on
-    settings = {name: value for name, value in settings.items() if name not in AMOUNTS + READINGS or value is not None}
+    settings = {name: value for name, value in settings.items() if name not in AMOUNTS + READS or value is not None}
     wanted: list[type] = [DenoiseConfig] if denoises else []
     if not denoises:
-        amounts = ((TurboConfig, AMOUNTS), (ReadConfig, READINGS))
+        amounts = ((TurboConfig, AMOUNTS), (ReadConfig, READS))
         wanted = [kind for kind, names_of_amounts in amounts if settings.keys() & set(names_of_amounts)]
     if not denoises and not wanted:
-        raise ConfigError("give exactly one of r, keep and flops: got none of them; or visual_keep, or cross_keep")
+        raise ConfigError(
+            "give exactly one of r, keep and flops: got none of them; or visual_keep, cross_keep or pixel_tolerance"
+        )
     for name, value in settings.items():
         if not any(name in names[kind] for kind in wanted):
             owners = [kind for kind in ABOUT if name in names[kind]]

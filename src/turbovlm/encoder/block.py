@@ -17,6 +17,7 @@ from torch import Tensor
 from turbovlm.config import TurboConfig
 from turbovlm.encoder.attention import Heads, apply_steps, first_half, guide_of, normalised, sizes_from_mask
 from turbovlm.encoder.cells import merge_cells
+from turbovlm.encoder.entrance import enter
 from turbovlm.encoder.layout import Layout, Parts
 from turbovlm.encoder.passed import has_hooks
 from turbovlm.encoder.reading import asked_of
@@ -51,6 +52,9 @@ def block_forward(
     index, config, layout = patch.detail, feature.config, feature.layout
     arguments = {**dict(zip(layout.arguments, args)), **kwargs}
     state = _begin(feature, hidden) if index == 0 else _resume(feature, index, block, hidden)
+    call = asked_of(feature, hidden) if index == 0 else None
+    if call is not None and call.standing is not None:
+        hidden, state = enter(feature, state, hidden, call.standing)
     if state.tokens is not None:  # what was handed on is restored; the merged tokens came with it
         hidden = state.tokens
     if layout.packed:
@@ -79,13 +83,16 @@ def _in_segments(feature: EncoderFeature, index: int, state: State, arguments: M
     Where tokens merge, segments are whole images or frames, whose first length says how many go.
     """
     bounds: Tensor = arguments["cu_seqlens"]
-    kept = None if state.positions is None else state.positions[0]
-    segments, first = shortened(bounds, kept), segments_of(bounds).lengths
+    segments, first = shortened(bounds, state.positions), segments_of(bounds).lengths
     spare = [0] * len(first)
     if index in feature.shape.merging and len(segments.lengths) == len(first):
         asked = [feature.amounts or feature.solved_amounts(tokens, 0, feature.solved_by) for tokens in first]
+        amounts = [own[index] for own in asked]
+        if state.entered is not None and feature.config.r is None:  # a share is one of what came in
+            entered = shortened(bounds, state.entered).lengths
+            amounts = [r * left // tokens for r, left, tokens in zip(amounts, entered, first)]
         least, unit = feature.config.min_tokens, feature.shape.unit
-        spare = [clamp(own[index], left, 0, least, unit) for own, left in zip(asked, segments.lengths)]
+        spare = [clamp(r, left, 0, least, unit) for r, left in zip(amounts, segments.lengths)]
     return state.changed(segments=segments, spare=tuple(spare))
 
 
@@ -107,7 +114,7 @@ def _begin(feature: EncoderFeature, hidden: Tensor) -> State:
     # Plain numbers: with `dynamic=True` Dynamo takes those of a patch for symbols, and reasons about them for minutes.
     own, suffix = operator.index(feature.shape.prefix), operator.index(feature.shape.suffix)
     prefix: int = getattr(hidden, PREFIX, own)
-    amounts, asked = () if feature.layout.packed else feature.amounts, asked_of(feature)
+    amounts, asked = () if feature.layout.packed else feature.amounts, asked_of(feature, hidden)
     blocks, maps = (frozenset(), False) if asked is None else (asked.blocks, asked.maps)
     if amounts is None:
         tokens = operator.index(hidden.shape[1])

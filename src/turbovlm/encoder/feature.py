@@ -77,6 +77,7 @@ class EncoderFeature(Remembering[State]):
         unknown_owner: the class of the module that reads the tower, where nothing is known of how.
         pair: whether attention returns its tokens and its map, rather than its tokens alone.
         plain_stem: whether the patch embedding is one projection, so that the cost of the whole encoder is known.
+        implied: whether nobody asked for merges in it: it only leaves out what `pixel_tolerance` says.
         launches: whether a GPU waits for Python in its forwards; `lookups`: what these know of their blocks.
         removed, last: as in `turbovlm.patching.Feature`; `last` is the state that the last forward of this thread has
             come to.
@@ -105,6 +106,7 @@ class EncoderFeature(Remembering[State]):
     unknown_owner: str | None
     plain_stem: bool
     pair: bool = True
+    implied: bool = False
     removed: bool = False
     launches: LaunchWatch = field(default_factory=LaunchWatch, repr=False)
     lookups: Lookups = field(default_factory=Lookups, repr=False)
@@ -181,6 +183,10 @@ class EncoderFeature(Remembering[State]):
 
     def describe(self) -> list[str]:
         """Tokens and multiply-accumulates of an input of native size, block by block, and of the last forward's."""
+        if self.implied:
+            found = f"  {self.tower}: cells of patches that another stands for are left out before {self.names[0]}"
+            lengths = () if self.last is None else self.last.lengths
+            return [found, *([f"    last forward: {lengths[0]} → {lengths[-1]} patches"] if lengths else [])]
         schedule = self.schedule()
         tokens, before, after = schedule.tokens, sum(schedule.macs_before), sum(schedule.macs_after)
         lines = [

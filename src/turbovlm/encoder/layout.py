@@ -100,6 +100,8 @@ class Layout:
         cell: `(tower)`: the side of these squares, for such a tower.
         windows: `(tower)`: for each block, how many tokens a window that it attends within has; 0 where it attends to
             whole images or frames, and only there tokens merge. None where all blocks do.
+        order: `(tower, grid, arguments)`: for a packed tower that reorders squares before its blocks, which square has
+            come to each place; `grid` and `arguments` are those of its call.
         reads: `(tower)`: the blocks before the last whose output the tower itself reads.
         pools: whether the tower reads its tokens itself, by a head or pooling of its own, or a function of the tower.
         example: `(block, patches)`: arguments with which the block can be tried on random tokens.
@@ -150,6 +152,7 @@ class Layout:
     packed: bool = False
     cell: Callable[[Any], int] | None = None
     windows: Callable[[Any], tuple[int, ...]] | None = None
+    order: Callable[[Any, Tensor, dict[str, Any]], Tensor] | None = None
     reads: Callable[[Any], Sequence[int]] | None = None
     pools: bool | Callable[[Any], bool] = False
     example: Callable[[Any, int], dict[str, Any]] | None = None

@@ -12,7 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from turbovlm.encoder.block import block_forward
-from turbovlm.encoder.state import STATE
+from turbovlm.encoder.reading import keep_asked
+from turbovlm.encoder.state import ASKED, STATE
 from turbovlm.patching import Patch
 
 
@@ -25,14 +26,16 @@ def packed_forward(
         out: Tensor = original(x.squeeze(0), *args, **kwargs)
         return out.unsqueeze(0)
 
+    if patch.detail == 0:
+        keep_asked(patch.feature, hidden)  # type: ignore[arg-type]
     out = block_forward(patch, block, own, _moved(hidden, hidden.unsqueeze(0)), *args, **kwargs)
     assert isinstance(out, Tensor)
     return _moved(out, out.squeeze(0))
 
 
 def _moved(x: Tensor, view: Tensor) -> Tensor:
-    """The view of `x`, with the state that `x` carries."""
-    state = getattr(x, STATE, None)
-    if state is not None:
-        setattr(view, STATE, state)
+    """The view of `x`, with what `x` carries."""
+    for name in (STATE, ASKED):
+        if (value := getattr(x, name, None)) is not None:
+            setattr(view, name, value)
     return view

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
+from torch import Tensor
 
 from turbovlm.encoder.cross_attention import hand_on
+from turbovlm.encoder.entrance import standing_patches
 from turbovlm.encoder.layout import Around, Layout, fetch
+from turbovlm.encoder.state import ASKED
 from turbovlm.errors import StateError
 from turbovlm.patching import Patch, patches_of
 
@@ -44,26 +47,41 @@ class Asked:
         feature: of the tower.
         blocks: indices of those that hand out every position.
         maps: whether attention maps are asked for, in the call or the config.
+        standing: for each patch of a packed sequence the one that stands for it, `[patches]`; None where all stay.
         left: what the last block has come to, once it has run, where it is handed on merged to cross-attention.
     """
 
     feature: EncoderFeature
     blocks: frozenset[int]
     maps: bool = False
+    standing: Tensor | None = None
     left: State | None = None
 
 
 _CALL = threading.local()  # of the call under way in this thread: `asked`
 
 
-def asked_of(feature: EncoderFeature) -> Asked | None:
-    """What the call under way asks of this feature's blocks; None outside of the tower's own methods."""
+def asked_of(feature: EncoderFeature, hidden: Tensor | None = None) -> Asked | None:
+    """What the call under way asks of this feature's blocks; None outside of the tower's own methods.
+
+    Args:
+        hidden: the first block's input, which may have it from `keep_asked`.
+    """
     asked: Asked | None = getattr(_CALL, "asked", None)
+    if asked is None and hidden is not None:
+        asked = getattr(hidden, ASKED, None)
     return asked if asked is not None and asked.feature is feature else None
 
 
+def keep_asked(feature: EncoderFeature, hidden: Tensor) -> None:
+    """Have the first block's input know which patches are left out, as it runs again for checkpointed gradients."""
+    asked = asked_of(feature)
+    if asked is not None and asked.standing is not None:
+        setattr(hidden, ASKED, asked)
+
+
 @contextlib.contextmanager
-def _asking(asked: Asked) -> Iterator[None]:
+def asking(asked: Asked) -> Iterator[None]:
     outer: Asked | None = getattr(_CALL, "asked", None)
     _CALL.asked = asked
     try:
@@ -84,8 +102,9 @@ def tower_forward(patch: Patch, tower: Any, original: Any, /, *args: Any, **kwar
         blocks |= {*feature.layout.reads(tower)}
     maps = kwargs.get("output_attentions")
     maps = bool(getattr(config, "output_attentions", False) if maps is None else maps)
-    asked, across = Asked(feature, blocks, maps), feature.cross_attention
-    with _asking(asked):
+    standing = standing_patches(feature, tower, args, kwargs)
+    asked, across = Asked(feature, blocks, maps, standing), feature.cross_attention
+    with asking(asked):
         out = original(*args, **kwargs)
     return out if across is None or across.restored else hand_on(out, asked.left, feature.config.proportional)
 

@@ -18,6 +18,8 @@ from turbovlm.ops.segments import Segments
 
 STATE = "_turbovlm"
 """Name of the attribute of the hidden states that carries the state."""
+ASKED = "_turbovlm_asked"
+"""Name of the attribute of a packed tower's first hidden states that says what the call asks of its blocks."""
 MERGED = "_turbovlm_merged"
 """Name of the attribute of the tokens that an encoder hands on: `turbovlm.encoder.cross_attention.Merged`."""
 PREFIX = "_turbovlm_prefix"
@@ -58,11 +60,12 @@ class State:
         block: the block that comes next.
         amounts: tokens asked of each block.
         prefix: tokens in front that are never merged; `suffix`: those behind the patches.
-        sizes: patches each token stands for, `[batch, tokens]`; None while every token stands for itself.
+        sizes: patches each token stands for, `[batch, tokens]`; None while every token counts as one.
         logs: `log_sizes` of them, where they are known.
-        merges: one per merge so far; `lost`: what each has lost (`Merge.lost`), where it is to be given back.
+        merges: one per merge so far; `lost`: what each has lost (`Merge.lost`), where it is to be given back, None of
+            one whose loss is not.
         positions: the input patch in whose place each patch token stands, `[batch, patches]`, for rotary positions;
-            None before the first merge.
+            None before the first merge. `entered`: the same in front of the first block; None where all are.
         destinations: where the fixed destinations of `partition="grid"` are, `[batch, destinations]`; None before the
             first merge.
         cells: the tokens of each square of patches that merges as one, `[batch, cells, tokens of a cell]`; None before
@@ -86,8 +89,9 @@ class State:
     sizes: Tensor | None = None
     logs: Tensor | None = None
     merges: tuple[Merge, ...] = ()
-    lost: tuple[Tensor, ...] = ()
+    lost: tuple[Tensor | None, ...] = ()
     positions: Tensor | None = None
+    entered: Tensor | None = None
     destinations: Tensor | None = None
     cells: Tensor | None = None
     segments: Segments | None = None

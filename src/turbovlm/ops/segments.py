@@ -67,13 +67,13 @@ def _version(bounds: Tensor) -> int | None:
 
 
 def shortened(bounds: Tensor, kept: Tensor | None) -> Segments:
-    """What is left of the segments between `bounds` where only the tokens at `kept`, `[left]`, are; all if None."""
+    """What is left of the segments between `bounds` where only the tokens at `kept`, `[1, left]`, are; all if None."""
     if kept is None:
         return segments_of(bounds)
     known: tuple[int, Tensor, Segments] | None = getattr(bounds, SHORTENED, None)
     if known is not None and known[0] == _version(bounds) and known[1] is kept:
         return known[2]
-    numbers = torch.searchsorted(bounds, kept.to(bounds.dtype), right=True) - 1
+    numbers = torch.searchsorted(bounds, kept[0].to(bounds.dtype), right=True) - 1
     found = segments_from(torch.bincount(numbers, minlength=len(bounds) - 1).tolist(), kept.device)
     if (version := _version(bounds)) is not None:
         setattr(bounds, SHORTENED, (version, kept, found))

@@ -37,20 +37,30 @@ def change(frames: Tensor) -> Tensor:
     return F.pad((moved / apart.clamp(min=ROUNDING)).clamp(LEAST_CHANGE, 1), (0, 0, 1, 0), value=1.0)
 
 
-def budgets(shares: Tensor, tokens: int, k: int) -> Tensor:
+def budgets(shares: Tensor, tokens: int, k: int, left: Tensor | None = None) -> Tensor:
     """How many of a frame's `tokens` are read, `[frames]`, `k` in all, in proportion to `shares`, `[frames]`.
+
+    Of a frame where only some are left, `left`, `[frames]`, no more than these.
 
     The method of highest averages (Sainte-Laguë): the j-th token goes to a frame at share / (j − ½). Every frame has
     one before any has two, the largest shares first; of equal ones the first.
     """
     scores = (shares / shares.max()).unsqueeze(1) / (torch.arange(tokens, device=shares.device) + 0.5)
     scores[:, 0] += 3  # above all others, which are 2/3 at most
+    if left is not None:
+        scores[torch.arange(tokens, device=shares.device) >= left.unsqueeze(1)] = -1
     given = scores.flatten().argsort(descending=True, stable=True)[:k] // tokens
     return torch.bincount(given, minlength=len(shares))
 
 
 def select_frames(
-    features: Tensor, semantic: Tensor | None, k: int, frames: int, config: ReadConfig, text: ImageText
+    features: Tensor,
+    semantic: Tensor | None,
+    k: int,
+    frames: int,
+    config: ReadConfig,
+    text: ImageText,
+    left: Tensor | None = None,
 ) -> Selection:
     """Choose `k` of the n tokens of one video, a number of each frame.
 
@@ -66,6 +76,8 @@ def select_frames(
         frames: how many there are.
         config: `visual_select`, a greedy one, `reduce`, `alpha`, `question` and `change` are used.
         text: what the video's prompt says.
+        left: the tokens that are chosen from, `[m]`, some of each frame, where the others are left out already: they
+            count for D alone, and the selection is one of those at `left`.
     """
     assert isinstance(config.visual_select, str)
     n = features.shape[1]
@@ -77,13 +89,21 @@ def select_frames(
     known = log_weights(features, semantic, config, text)
     if known is not None:
         weights = weights + known[0, : frames * tokens].view_as(weights)
+    here = None if left is None else torch.zeros_like(features[0, :, 0]).index_fill(0, left, 1)
+    here = None if here is None else here[: frames * tokens].view_as(weights)
+    if here is not None:
+        weights = weights.masked_fill(here == 0, -torch.inf)
     shares = weights.logsumexp(dim=1)
-    counts = budgets((shares - shares.max()).exp(), tokens, k - len(behind))
+    most_of_each = None if here is None else here.sum(dim=1)
+    counts = budgets((shares - shares.max()).exp(), tokens, k - len(behind), most_of_each)
     most = int(counts.max())
-    order = choose_greedily(by_frame, most, config.visual_select, weights).order
+    order = choose_greedily(by_frame, most, config.visual_select, weights, here).order
     places = order + torch.arange(0, frames * tokens, tokens, device=order.device).unsqueeze(1)
     read = places[torch.arange(most, device=order.device) < counts.unsqueeze(1)].sort().values
-    return with_rest(features, torch.cat([read, behind]).unsqueeze(0), config, None)
+    kept = torch.cat([read, behind])
+    if left is not None:
+        features, kept = features[:, left], torch.searchsorted(left, kept)
+    return with_rest(features, kept.unsqueeze(0), config, None)
 
 
 def frames_of(config: ReadConfig, outputs: Any, modality: str, counts: list[int]) -> list[int]:

@@ -12,10 +12,11 @@ from turbovlm.errors import StateError
 from turbovlm.vlm.families import placeholder_name, placeholder_of
 from turbovlm.vlm.frames import frames_of, join_frames, select_frames
 from turbovlm.vlm.marks import ATTENTION
+from turbovlm.vlm.pixels import alone, standing_in
 from turbovlm.vlm.prompt import placeholders
 from turbovlm.vlm.question import NO_TEXT, ImageText, text_around
 from turbovlm.vlm.select import kept_count, needs_attention, select, select_within
-from turbovlm.vlm.selection import Selection
+from turbovlm.vlm.selection import Selection, keep_alone
 from turbovlm.vlm.selectors import Grid, grids_of
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def choose_tokens(
 
     Raises:
         ConfigError: no token of an image would be left, or a selector of the user's returned something else.
-        StateError: the choice goes by the tower's attention or by frames, which the outputs are without, or by the text
-            of a prompt that has none.
+        StateError: the choice goes by the tower's attention, by frames or by pixels, which the outputs are without, or
+            by the text of a prompt that has none.
     """
     config = feature.config
     fewer: dict[str, Any] = {}
@@ -105,15 +106,21 @@ def _select(
             "mm_encoder_outputs without the tower's attention: encode the images with this model's own "
             "get_image_features while it is accelerated, or let generate do it"
         )
+    standing = standing_in(outputs, config)
+    staying = None if standing is None else [alone(image) for image in standing]
     entries = getattr(outputs, feature.family.features)
     planes = [entries, *(getattr(outputs, "deepstack_features", None) or [])]
     features = [_by_image(plane, sizes) for plane in planes]
     semantic = None if attention is None else _by_image(attention, sizes)
     chosen: dict[int, Selection] = {}
-    for (n, grid, over), group in _groups(sizes, grids, frames).items():
+    for (n, grid, over, _), group in _groups(sizes, grids, frames, staying).items():
         together = [torch.stack([images[i] for i in group]) for images in features]
         row = None if semantic is None else torch.stack([semantic[i] for i in group])
-        found = _choose(config, together[0].detach(), row, n, text.of_images(group), grid, over)
+        among = None if staying is None else torch.stack([staying[i] for i in group])
+        found = _choose(config, together[0].detach(), row, n, text.of_images(group), grid, over, among)
+        if staying is not None and standing is not None:
+            each = (selection.of_image(image) for selection in found for image in range(len(selection.kept)))
+            found = [selection.of_all(staying[i], standing[i]) for i, selection in zip(group, each)]
         for images, stacked in zip(features, together):
             parts = torch.split(stacked, [len(each.kept) for each in found])
             for i, left in zip(group, (left for each, part in zip(found, parts) for left in each.take(part))):
@@ -145,26 +152,41 @@ def _choose(
     text: ImageText,
     grid: Grid | None,
     frames: int,
+    left: Tensor | None,
 ) -> list[Selection]:
-    """What becomes of the tokens of a group's images, `[images, n, width]`: of all together, or one by one."""
-    assert config.visual_keep is not None
-    k = kept_count(config.visual_keep, n, fewest=config.min_visual_tokens)
-    if frames > 1 and k < n:
+    """What becomes of the tokens of a group's images, `[images, n, width]`: of all together, or one by one.
+
+    Where some are left out already, of those at `left`, `[images, m]`.
+    """
+    among = n if left is None else left.shape[1]
+    k = among
+    if config.visual_keep is not None:
+        k = min(kept_count(config.visual_keep, n, fewest=config.min_visual_tokens), among)
+    if frames > 1 and k < among:
         rows = [None] * len(features) if semantic is None else torch.split(semantic, 1)
         videos = enumerate(zip(torch.split(features, 1), rows))
-        return [select_frames(video, row, k, frames, config, text.of_images([i])) for i, (video, row) in videos]
+        return [
+            select_frames(video, row, k, frames, config, text.of_images([i]), None if left is None else left[i])
+            for i, (video, row) in videos
+        ]
+    if left is not None:
+        features = features.gather(1, left.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+        semantic = None if semantic is None else semantic.gather(1, left)
+        grid = grid if among == n else None
+    if config.visual_keep is None:
+        return [keep_alone(torch.arange(among, device=features.device).expand(len(features), -1), among)]
     if config.visual_tolerance is not None:
         return select_within(features, semantic, min(config.min_visual_tokens, k), k, config, text)
     return [select(features, semantic, k, config, text=text, grid=grid)]
 
 
 def _groups(
-    sizes: list[list[int]], grids: list[Grid | None], frames: list[int]
-) -> dict[tuple[int, Grid | None, int], list[int]]:
-    """Which images have so many tokens on that grid and so many frames, the images of all entries in a row."""
-    groups: dict[tuple[int, Grid | None, int], list[int]] = {}
+    sizes: list[list[int]], grids: list[Grid | None], frames: list[int], left: list[Tensor] | None
+) -> dict[tuple[int, Grid | None, int, int], list[int]]:
+    """Which images have so many tokens on that grid, so many frames, and so many left, of all entries in a row."""
+    groups: dict[tuple[int, Grid | None, int, int], list[int]] = {}
     for i, n in enumerate(n for entry in sizes for n in entry):
-        groups.setdefault((n, grids[i], frames[i]), []).append(i)
+        groups.setdefault((n, grids[i], frames[i], n if left is None else len(left[i])), []).append(i)
     return groups
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn as nn
 
@@ -21,15 +22,19 @@ from turbovlm.vlm.around import encode_apart, fills_itself
 from turbovlm.vlm.cross import cross_attention_to, find_cross
 from turbovlm.vlm.families import PIXELS, VlmFamily, blocks_of
 from turbovlm.vlm.families.refused import fills_placeholders, refusal
+from turbovlm.vlm.pixels import tower_to_shorten
 from turbovlm.vlm.reading import prefill, prepare_inputs, prepare_positions, read_forward
 from turbovlm.vlm.select import needs_attention, reads_attention
 from turbovlm.vlm.selection import Selection
 from turbovlm.vlm.tower import encode, guide_forward, rearrange, repeat_for_beams, tower_forward
 
+if TYPE_CHECKING:
+    from turbovlm.encoder.feature import EncoderFeature
+
 
 @dataclass(eq=False)
 class ReadFeature(Remembering[tuple[Selection, ...]]):
-    """How one model's language model reads fewer visual tokens (`visual_keep`).
+    """How one model's language model reads fewer visual tokens (`visual_keep`, `pixel_tolerance`).
 
     Attributes:
         config: the settings.
@@ -41,6 +46,7 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         prefix, suffix: tokens at the front and at the end of the tower's, which no visual token is made of.
         guidance: `"cls"` or `"mean"`: whose attention row is A.
         cross_attention: what cross-attends to the tower's tokens by their sizes; None where nothing does.
+        encoder: what runs the tower's blocks on the patches that `pixel_tolerance` leaves; None without it.
         removed, last: as in `turbovlm.patching.Feature`; `last` is a `Selection` per image of the last prompt of this
             thread.
     """
@@ -58,6 +64,7 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
     guidance: str
     suffix: int = 0
     cross_attention: CrossAttention | None = None
+    encoder: EncoderFeature | None = None
     removed: bool = False
 
     def patches(self, model: nn.Module) -> list[Patch]:
@@ -91,9 +98,12 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
     def describe(self) -> list[str]:
         """What the language model reads of each image."""
         config = self.config
+        reader = f"{self.part or 'model'} ({self.family.family})"
+        if config.visual_keep is None:
+            return [f"  {reader}: reads the visual tokens that are left", *self._last_prompt()]
         keep = config.visual_keep
         amount = f"{keep} visual tokens" if isinstance(keep, int) else f"{keep:.0%} of the visual tokens"
-        amount = f"{amount} of each image"
+        amount = f"{amount} of each image" if self.encoder is None else f"{amount} of each image, of those left,"
         if config.visual_tolerance is not None:
             amount = f"at most {amount}, as few as leave none farther than {config.visual_tolerance:g} from one read"
         if config.min_visual_tokens:
@@ -105,12 +115,16 @@ class ReadFeature(Remembering[tuple[Selection, ...]]):
         sized = ""
         if self.cross_attention is not None and config.reduce == "merge":
             sized = ", in proportion to their sizes" if config.proportional else ", all alike"
-        reader = f"{self.part or 'model'} ({self.family.family})"
         found = [f"  {reader}: reads {amount} ({config.selection}){guided}{asked}{sized}"]
-        if config.visual_tolerance is not None and self.last:
-            counts = [f"{each.kept.shape[1]} of {each.destination.shape[1]}" for each in self.last]
-            found.append(f"  in the last prompt: {', '.join(counts)} tokens")
-        return found
+        by_content = config.visual_tolerance is not None or self.encoder is not None
+        return [*found, *self._last_prompt()] if by_content else found
+
+    def _last_prompt(self) -> list[str]:
+        """How many tokens of each image of the last prompt were read."""
+        if not self.last:
+            return []
+        counts = [f"{each.kept.shape[1]} of {each.destination.shape[1]}" for each in self.last]
+        return [f"  in the last prompt: {', '.join(counts)} tokens"]
 
 
 def owners_of(model: nn.Module, part: nn.Module) -> list[nn.Module]:
@@ -118,11 +132,11 @@ def owners_of(model: nn.Module, part: nn.Module) -> list[nn.Module]:
     return [owner for owner in model.modules() if any(module is part for module in owner.modules())]
 
 
-def find_readings(model: nn.Module, config: ReadConfig, merged: bool = False) -> list[Feature]:
-    """A feature for `visual_keep` and one for `cross_keep`, of those that are set.
+def find_readings(model: nn.Module, config: ReadConfig, encoders: Sequence[EncoderFeature] = ()) -> list[Feature]:
+    """A feature for `visual_keep` and `pixel_tolerance`, and one for `cross_keep`, of those that are set.
 
     Args:
-        merged: whether tokens are merged inside the tower as well.
+        encoders: those whose tokens are merged as well.
 
     Raises:
         ConfigError: `guidance="cls"` for a tower without CLS, or `proportional=False` where no token is merged.
@@ -136,17 +150,20 @@ def find_readings(model: nn.Module, config: ReadConfig, merged: bool = False) ->
                 f"{name}=1 is a count: ONE token of each image is read; {name}=1.0 is the share that reads all of them",
                 stacklevel=4,
             )
-    if config.visual_keep is not None:
+    if config.visual_keep is not None or config.pixel_tolerance is not None:
         reading = find_reading(model, config)
+        if config.pixel_tolerance is not None:
+            reading.encoder = tower_to_shorten(model, reading.part, reading.family, config, encoders)
+            found += [reading.encoder] if reading.encoder.implied else []
         found.append(reading)
         sized = reading.cross_attention is not None and config.reduce == "merge"
-        if not (config.proportional or config.cross_keep is not None or merged or sized):
+        if not (config.proportional or config.cross_keep is not None or encoders or sized):
             raise ConfigError(
-                "proportional=False: it would have no effect: visual_keep's tokens count alike here, and no tower "
+                "proportional=False: it would have no effect: the tokens that are read count alike here, and no tower "
                 "merges any (r, keep or flops)"
             )
     if config.cross_keep is not None:
-        found.append(find_cross(model, config, sized=merged or config.visual_keep is not None))
+        found.append(find_cross(model, config, sized=bool(encoders) or config.visual_keep is not None))
     for feature in found:
         names = {id(module): name for name, module in model.named_modules()}
         forwards = [patch.module for patch in feature.patches(model) if patch.name == "forward"]
@@ -163,21 +180,21 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     """
     found = [(name, part, family) for name, part in model.named_modules() if (family := family_of("vlm", part))]
     if not found:
-        raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {_nothing_found(model)}{merges_inside(model)}")
+        raise UnsupportedModelError(f"{config.of_images}: {_nothing_found(model)}{merges_inside(model)}")
     name, part, family = found[0]
     others = [other for other, module, of in found[1:] if fetch(module, of.tower) is not fetch(part, family.tower)]
     if others:
         raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {type(model).__name__} has several language models that read images "
+            f"{config.of_images}: {type(model).__name__} has several language models that read images "
             f"({', '.join([name, *others])}): apply turbovlm to each of them"
         )
     for owner in owners_of(model, part):
         if reason := refusal(owner):
             told = f"{type(owner).__name__}: {reason}{merges_inside(model)}"
-            raise UnsupportedModelError(f"visual_keep={config.visual_keep}: {told}")
+            raise UnsupportedModelError(f"{config.of_images}: {told}")
     if not family.cross_attention and "mm_encoder_outputs" not in inspect.signature(type(part).forward).parameters:
         raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: {family.family} of {library_version(type(part))} does not take encoded "
+            f"{config.of_images}: {family.family} of {library_version(type(part))} does not take encoded "
             "images apart from the prompt; transformers ≥ 5.18 does"
         )
     if family.cross_attention:
@@ -190,7 +207,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
     tower = fetch(part, family.tower)
     if tower is None:
         raise UnsupportedModelError(
-            f"visual_keep={config.visual_keep}: this {type(part).__name__} reads no images: its {family.tower} is None"
+            f"{config.of_images}: this {type(part).__name__} reads no images: its {family.tower} is None"
         )
     if family.guide is None:
         if needs_attention(config):
@@ -208,7 +225,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
         layout = layout_of(guide)
         if layout is None:
             raise UnsupportedModelError(
-                f"visual_keep={config.visual_keep}: {family.family} with a tower of {type(guide).__qualname__}, whose "
+                f"{config.of_images}: {family.family} with a tower of {type(guide).__qualname__}, whose "
                 "attention turbovlm cannot read"
             )
         cls, prefix, suffix = (layout.of_tower(field, tower) for field in ("cls", "prefix", "suffix"))

@@ -19,6 +19,11 @@ GRIDS = "_turbovlm_grids"
 patches, 0 where it does not; a list with one tensor `[tokens, 3]`, of equal rows, for each entry of
 `pooler_output`."""
 
+STANDING = "_turbovlm_standing"
+"""On what `get_image_features` and `get_video_features` return, with `pixel_tolerance`: for each visual token the one
+of its image that stands for it, itself where it stays; a list with one tensor `[tokens]` for each entry of
+`pooler_output`."""
+
 IMAGE = "_turbovlm_image"
 """On the words' hidden states between two cross-attention layers, and on the image tokens that a layer gets: the
 `Image` to be read."""

@@ -64,6 +64,10 @@ def read_forward(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> A
             "some all the same, as by a video_compression_mask: which belong to which cannot be told"
         )
     fewer, dropped, selections = found
+    if prompts is None and not dropped.any():  # a prompt that stays as it is
+        outputs = original(**{**inputs, "mm_encoder_outputs": fewer})
+        feature.last = selections
+        return outputs
     behind_a_cache = cache is not None and cache.get_seq_length() > 0
     if behind_a_cache and inputs.get("position_ids") is None and hasattr(model, "compute_3d_position_ids"):
         raise StateError(

@@ -51,6 +51,8 @@ def kept_count(keep: float | int, tokens: int, name: str = "visual_keep", fewest
 
 def needs_attention(config: ReadConfig) -> bool:
     """Whether `select` needs the tower's attention A."""
+    if config.visual_keep is None:  # all that is left is read
+        return False
     if config.visual_select == "information":
         return needs_semantic(config.degree)
     return config.visual_select == "attention" or config.saliency > 0
@@ -58,7 +60,7 @@ def needs_attention(config: ReadConfig) -> bool:
 
 def reads_attention(config: ReadConfig) -> bool:
     """Whether `select` needs A, or hands it to a selector of the user's, who may do without."""
-    return needs_attention(config) or callable(config.visual_select)
+    return needs_attention(config) or (config.visual_keep is not None and callable(config.visual_select))
 
 
 def select(

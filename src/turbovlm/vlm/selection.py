@@ -27,6 +27,17 @@ class Selection:
         one = slice(image, image + 1)
         return Selection(self.kept[one], self.destination[one], self.weights[one])
 
+    def of_all(self, left: Tensor, standing: Tensor) -> Selection:
+        """The same of all n tokens of one image, where this is of those at `left`, `[m]`, and the others are dropped.
+
+        Args:
+            standing: for each of the n the one of `left` that stands for it, into whose destination it counts as gone.
+        """
+        slots = torch.arange(len(left), device=left.device)
+        slots = torch.zeros_like(standing).scatter(0, left, slots).index_select(0, standing)
+        stays = torch.zeros_like(standing).index_fill(0, left, 1)
+        return Selection(left[self.kept], self.destination[:, slots], self.weights[:, slots] * stays)
+
     def take(self, x: Tensor) -> Tensor:
         """`[images, n, width]` to `[images, k, width]`: averages where tokens are merged."""
         images, k, width = *self.kept.shape, x.shape[-1]

@@ -6,6 +6,7 @@ become one number per visual token and travel with the library's outputs, `marks
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from turbovlm.encoder.attention import attention_of_guide
 from turbovlm.encoder.cross_attention import Merged, attach
+from turbovlm.encoder.entrance import leaving_out
 from turbovlm.encoder.layout import fetch
 from turbovlm.encoder.state import STATE, State
 from turbovlm.errors import StateError
@@ -26,7 +28,8 @@ from turbovlm.ops.averaging import precise_dtype
 from turbovlm.ops.segments import shortened
 from turbovlm.patching import Patch
 from turbovlm.vlm.families import Packed, block_read, sum_cells
-from turbovlm.vlm.marks import ATTENTION, GRIDS
+from turbovlm.vlm.marks import ATTENTION, GRIDS, STANDING
+from turbovlm.vlm.pixels import mark_standing, standing_cells
 from turbovlm.vlm.select import kept_count, reads_attention, select
 from turbovlm.vlm.selection import Selection
 
@@ -129,7 +132,7 @@ def packed_row(
     if kept is None:
         lengths = _lengths(arguments, len(normed))
     else:
-        lengths = list(shortened(arguments["cu_seqlens"], kept).lengths)
+        lengths = list(shortened(arguments["cu_seqlens"], state.positions).lengths)
     rows = []
     for queries, keys, counts in zip(*(torch.split(each, lengths) for each in (q.float(), k.float(), sizes))):
         guide = torch.einsum("n,nhd->hd", counts / counts.sum(), queries) * attention.scaling
@@ -161,7 +164,9 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     feature: ReadFeature = patch.feature  # type: ignore[assignment]
     if feature.family.guide is not None and reads_attention(feature.config):
         _check_guide(model, feature, inputs.get("vision_feature_layer"))
-    outputs, rows = _collect(original, **inputs)
+    standing = standing_cells(model, feature, inputs, patch.detail)
+    with contextlib.nullcontext() if standing is None else leaving_out(standing):
+        outputs, rows = _collect(original, **inputs)
     if isinstance(outputs, tuple):
         return outputs
     grids = _grids(inputs, patch.detail)
@@ -170,6 +175,8 @@ def encode(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
     lengths = [len(entry) for entry in getattr(outputs, feature.family.features)]
     if grids is not None and len(grids) == len(lengths):
         setattr(outputs, GRIDS, [grid.expand(n, 3) for grid, n in zip(grids, lengths)])
+    if standing is not None:
+        mark_standing(outputs, standing, lengths)
     if rows:
         row = torch.cat([each.values for each in rows])
         values = _of_tokens(model, feature, row, inputs, lengths)
@@ -244,9 +251,9 @@ def rearrange(patch: Patch, model: Any, original: Any, /, features: Any, *args: 
 
 
 def repeat_for_beams(patch: Patch, model: Any, original: Any, /, **inputs: Any) -> Any:
-    """Run `_expand_multimodal_outputs`, on A and the grid of each image as on its features, in a row for each token."""
+    """Run `_expand_multimodal_outputs`, on what is known of each image as on its features, in a row for each token."""
     found = {}
-    for mark in (ATTENTION, GRIDS):
+    for mark in (ATTENTION, GRIDS, STANDING):
         found[mark] = {
             modality: SimpleNamespace(pooler_output=_for_each_token(outputs, mark, patch.feature))
             for modality, outputs in inputs["mm_encoder_output"].items()
@@ -264,7 +271,7 @@ def repeat_for_beams(patch: Patch, model: Any, original: Any, /, **inputs: Any) 
 def _for_each_token(outputs: Any, mark: str, feature: Any) -> list[Tensor]:
     """What stands beside each image, in as many rows as it has tokens."""
     values = getattr(outputs, mark)
-    if mark == ATTENTION:
+    if mark != GRIDS:
         return list(values)
     counts = [len(entry) for entry in getattr(outputs, feature.family.features)]
     return [grid.expand(count, -1) for grid, count in zip(values, counts)]

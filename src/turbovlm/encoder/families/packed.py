@@ -61,6 +61,17 @@ def _windows(tower: Any) -> tuple[int, ...]:
     return tuple(0 if block in tower.fullatt_block_indexes else tokens for block in range(len(tower.blocks)))
 
 
+def window_order(tower: Any, grid: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The square of patches at each place where Qwen2.5-VL's tower has put them for its windowed attention."""
+    from transformers.vision_utils import get_vision_window_index
+
+    side, window, patch = (getattr(tower, name) for name in ("spatial_merge_size", "window_size", "patch_size"))
+    index: Tensor = get_vision_window_index(
+        grid, spatial_merge_size=side, window_size=window, patch_size=patch, kwargs=arguments
+    )[0]
+    return index
+
+
 def _windows_alone(tower: Any, block: Any, ancestors: Around) -> str | None:
     if all(_windows(tower)):
         return "all of its blocks attend within windows, and none to whole images"
@@ -98,6 +109,7 @@ QWEN2_5_VL = variant(
     block=f"{MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock",
     towers=(f"{MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",),
     windows=_windows,
+    order=window_order,
     refuse=_windows_alone,
 )
 

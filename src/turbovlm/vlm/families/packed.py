@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turbovlm.encoder.families.packed import window_order
 from turbovlm.vlm.families.family import Packed, VlmFamily, library, read_layer, sum_grids
 
 AS_QWEN = Packed()
@@ -32,12 +33,7 @@ def _last_full_attention(model: Any) -> int:
 
 def _windows(tower: Any, grid: Tensor) -> Tensor:
     """Where Qwen2.5-VL's tower has put each token for its windowed attention."""
-    from transformers.vision_utils import get_vision_window_index
-
-    index, _ = get_vision_window_index(
-        grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
-    )
-    return torch.argsort(index)
+    return torch.argsort(window_order(tower, grid, {}))
 
 
 def _packed(family: str, module: str, name: str, packed: Packed = AS_QWEN, **settings: Any) -> VlmFamily:
