@@ -41,6 +41,7 @@ from turbovlm.ops.pixels import predicted, predicted_in_sequence
 SEEDS = 4
 TOLERANCES = (0.0, 0.02, 0.05, 0.1, 0.2)
 IMAGE, WORDS = 1999, 64
+TIMES = ("Qwen2.5-VL", "Qwen3-VL")
 TIMED = ("text", "settings screen", "photograph")
 PICTURES = {
     **PAGES,
@@ -61,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS))
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="forwards of each version (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="forwards of each version (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results: dict[str, Any] = load(RESULTS / "pixels.json") | {"machine": machine()}
@@ -101,16 +102,14 @@ def shares(rounds: int) -> dict[str, Any]:
     return found
 
 
-def times(rounds: int) -> dict[str, Any]:
+def times(model: Any, patch: int, rounds: int) -> dict[str, Any]:
     """Seconds of the tower and of the prefill, whole and with what is equal left out."""
     found: dict[str, Any] = {}
-    for name, make in {"Qwen2.5-VL": qwen2_5, "Qwen3-VL": qwen3}.items():
-        model, patch = make()
-        for kind in TIMED:
-            pixels, grid = processed(PICTURES[kind](560, 728, 0), patch)
-            inputs = prompt(len(pixels) // 4) | {"pixel_values": pixels, "image_grid_thw": grid}
-            found[f"{name}, {kind}"] = in_turn(model, inputs, rounds)
-            print(name, kind, found[f"{name}, {kind}"], flush=True)
+    for kind in TIMED:
+        pixels, grid = processed(PICTURES[kind](560, 728, 0), patch)
+        inputs = prompt(len(pixels) // 4) | {"pixel_values": pixels, "image_grid_thw": grid}
+        found[kind] = in_turn(model, inputs, rounds)
+        print(kind, found[kind], flush=True)
     return found
 
 
@@ -230,7 +229,12 @@ def averages(standing: Tensor) -> Any:
     return hook
 
 
-PARTS = {"shares": shares, "drift": drift, "times": times}
+PARTS = {
+    "shares": shares,
+    "drift": drift,
+    "Qwen2.5-VL": lambda rounds: times(*qwen2_5(), rounds),
+    "Qwen3-VL": lambda rounds: times(*qwen3(), rounds),
+}
 
 
 def report(results: dict[str, Any]) -> str:
@@ -247,11 +251,12 @@ def report(results: dict[str, Any]) -> str:
                 for name, found in results["shares"].items()
             ),
         )
-    if "times" in results:
+    timed = [(f"{name}, {kind}", one) for name in TIMES for kind, one in results.get(name, {}).items()]
+    if timed:
         lines += ["Two blocks of the tower and two layers of prefill, medians, s of CPU time; tolerance 0.", ""]
         heads = ["", "tokens", "left", "tower", "left out", "speed-up", "prefill", "left out", "speed-up"]
         rows = []
-        for name, found in results["times"].items():
+        for name, found in timed:
             row = [name, str(found["cells"]), str(found["left"])]
             for part in ("tower", "prefill"):
                 own, less = (statistics.median(found["seconds"][f"{part}, {way}"]) for way in ("whole", "left out"))

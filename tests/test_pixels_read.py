@@ -207,6 +207,19 @@ def test_a_tolerance_is_of_what_the_model_gets():
             assert handle.visual[0].kept.shape[1] == left
 
 
+@pytest.mark.parametrize(("settings", "less"), [({"keep": 0.5}, 0.5), ({"keep": 0.75}, 0.75), ({"r": [4, 0, 4]}, None)])
+@torch.no_grad()
+def test_shares_are_of_what_is_left(settings, less):
+    family, model = made("qwen2_vl")
+    inputs = drawn(family.inputs([5, "image", 6]), family, kinds=5)
+    with turbovlm.apply(model, pixel_tolerance=0, **settings) as handle:
+        model(**inputs)
+        left = 4 * handle.visual[0].kept.shape[1]
+        assert left < len(inputs["pixel_values"])
+        wanted = left - 8 if less is None else less * left
+        assert abs(handle.features[0].last.lengths[-1] - wanted) <= 2
+
+
 @torch.no_grad()
 def test_selections_choose_among_those_left():
     family, model = made("qwen3_vl")

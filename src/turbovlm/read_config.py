@@ -32,7 +32,7 @@ WEIGHING = ("question", "change")
 READINGS = ("visual_keep", "cross_keep")
 """Fields of `ReadConfig` that say how much is read."""
 READS = (*READINGS, "pixel_tolerance")
-"""These, and what else is read less of; one of them at least is set."""
+"""Fields of `ReadConfig` that have less be read; one of them at least is set."""
 
 SelectorFunction = Callable[..., Any]
 """`(features, attention, text, grid, *, k) -> which`, positions `[images, k]` or a bool mask `[images, n]`."""

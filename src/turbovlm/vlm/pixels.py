@@ -78,7 +78,7 @@ def standing_cells(model: Any, feature: ReadFeature, inputs: dict[str, Any], mod
     Raises:
         StateError: the program is exported.
     """
-    tolerance, pixels, grid = feature.config.pixel_tolerance, inputs.get(PIXELS[modality]), None
+    tolerance, side = feature.config.pixel_tolerance, feature.family.cell(model)
     if tolerance is None or is_announced():
         return None
     if is_exporting():
@@ -86,7 +86,7 @@ def standing_cells(model: Any, feature: ReadFeature, inputs: dict[str, Any], mod
             "pixel_tolerance cannot be exported: how many cells are left depends on an image's pixels; call "
             "handle.remove()"
         )
-    grid, side = inputs.get(f"{modality}_grid_thw"), feature.family.cell(model)
+    pixels, grid = inputs.get(PIXELS[modality]), inputs.get(f"{modality}_grid_thw")
     if pixels is None or grid is None or pixels.ndim != 2 or len(pixels) != int(grid.prod(dim=1).sum()):
         return None
     encoder = feature.encoder
