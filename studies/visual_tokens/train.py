@@ -11,7 +11,8 @@ First the projector alone: a patch is to be near the word embedding of what it s
 column. This takes minutes, and stays a part of the loss. Then Gemma reads each image of a batch once, with all that can
 be asked about it, twice, in one row (packing.py). The loss is that of the answers; among the tokens that compete are
 all that answers have, and others, drawn anew in every step. AdamW; the rate stays after a warm-up, and falls over the
-last quarter. Gemma in bf16, what is trained in fp32. Checkpoint and log go beside the features, weights to --weights.
+last quarter. Gemma in bf16, what is trained in fp32. The checkpoint goes beside the features, a log to
+results/training.jsonl, weights to --weights.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from turbovlm_lab.zoo.low_rank import add_low_rank, low_rank_state
 from turbovlm_lab.zoo.scenes import COLOURS, PLACES
 from turbovlm_lab.zoo.small_vlm import BOS, LANGUAGE, PROJECTOR, SIDE, TOKENS, WEIGHTS, SmallVlm, packed
 
+LOG = Path(__file__).parent / "results" / "training.jsonl"
 RANK = 16
 DRAWS = 2
 """How often an image's questions are drawn; its list of things is asked for once."""
@@ -127,7 +129,7 @@ def main() -> None:
     learner = make_learner(args.device)
     trained = [*learner.projector.parameters(), *(p for p in learner.gemma.parameters() if p.requires_grad)]
     optimizer = torch.optim.AdamW(trained, RATE, betas=(0.9, 0.98), weight_decay=DECAY)
-    checkpoint, log, step = DATA / "checkpoint.pt", DATA / "log.jsonl", 0
+    checkpoint, log, step = DATA / "checkpoint.pt", LOG, 0
     if checkpoint.exists():
         stored = torch.load(checkpoint, map_location=args.device)
         learner.projector.load_state_dict(stored["projector"])
