@@ -22,6 +22,7 @@ from turbovlm.engines.vllm.positions import (
     with_offsets,
 )
 from turbovlm.engines.vllm.settings import RELEASES, family_served, put_settings, reading_from, settings_of
+from turbovlm.engines.vllm.tower import guide_rows
 from turbovlm.errors import ConfigError, UnsupportedModelError
 
 RELEASE = f"{RELEASES[-1]}.0"
@@ -86,20 +87,40 @@ def test_a_config_takes_settings_along():
 
 
 def engine(**asked):
-    parallel = SimpleNamespace(pipeline_parallel_size=asked.get("stages", 1), use_ubatching=False)
-    nothing = dict.fromkeys(("speculative_config", "kv_transfer_config", "ec_transfer_config", "lora_config"))
-    return SimpleNamespace(
-        model_config=SimpleNamespace(multimodal_config=SimpleNamespace(video_pruning_rate=asked.get("rate"))),
-        parallel_config=parallel,
-        compilation_config=SimpleNamespace(cudagraph_mm_encoder=False),
-        **nothing,
-    )
+    """A config of vLLM's as far as it is read."""
+    multimodal = {"video_pruning_rate": None, "mm_encoder_tp_mode": "weights", "enable_mm_embeds": False}
+    parallel = {"pipeline_parallel_size": 1, "tensor_parallel_size": 1, "use_ubatching": False}
+    compilation = {"cudagraph_mm_encoder": False, "compile_mm_encoder": False}
+    beside = dict.fromkeys(("speculative_config", "kv_transfer_config", "ec_transfer_config", "lora_config"))
+    parts = (multimodal, parallel, compilation, beside)
+    for name, value in asked.items():
+        next(part for part in parts if name in part)[name] = value
+    multimodal, parallel, compilation = (SimpleNamespace(**part) for part in parts[:3])
+    model = SimpleNamespace(multimodal_config=multimodal)
+    return SimpleNamespace(model_config=model, parallel_config=parallel, compilation_config=compilation, **beside)
 
 
 def test_features_that_do_not_go_with_shorter_prompts_are_refused():
-    refuse_features(engine())
+    refuse_features(engine(), attention=True)
     with pytest.raises(ConfigError, match="pipeline_parallel_size, video_pruning_rate: does not go"):
-        refuse_features(engine(stages=2, rate=0.5))
+        refuse_features(engine(pipeline_parallel_size=2, video_pruning_rate=0.5), attention=False)
+    refuse_features(engine(enable_mm_embeds=True), attention=False)
+    with pytest.raises(ConfigError, match=r"enable_mm_embeds: .* by no attention"):
+        refuse_features(engine(enable_mm_embeds=True), attention=True)
+
+
+def test_a_row_of_the_tower_is_what_the_reference_says():
+    query, key = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    for first in (True, False):
+        for image, row in enumerate(guide_rows(query, key, heads=2, scale=0.5, first=first, lengths=None)):
+            heads = []
+            for head in (slice(0, 3), slice(3, 6)):
+                guide = query[image, 0, head] if first else query[image, :, head].mean(0)
+                heads.append(torch.softmax(key[image, :, head] @ guide * 0.5, dim=0))
+            torch.testing.assert_close(row, torch.stack(heads).mean(0))
+    alone = [guide_rows(query[:1, part], key[:1, part], 2, 0.5, False, None)[0] for part in (slice(2), slice(2, 5))]
+    for row, other in zip(guide_rows(query[:1], key[:1], 2, 0.5, False, [2, 3]), alone):
+        torch.testing.assert_close(row, other)
 
 
 IMAGES = [ImagePlace(first=2, kept=2, tokens=5), ImagePlace(first=4, kept=1, tokens=3), ImagePlace(6, 2, 2)]

@@ -8,9 +8,12 @@ from typing import Any
 from turbovlm.config import ReadConfig
 from turbovlm.engines.vllm.settings import KEY, family_served, put_settings, reading_from
 from turbovlm.errors import ConfigError
+from turbovlm.vlm.select import needs_attention
 
 CHECKED = "_turbovlm_checked"
 """Marks the method that checks, so that it is wrapped once."""
+OF_ATTENTION = ("compile_mm_encoder", "enable_mm_embeds", "mm_encoder_tp_mode='data'")
+"""What does not go with reading the tower's attention: it runs in graphs, not at all, or elsewhere."""
 
 
 def check_when_configured() -> None:
@@ -48,7 +51,7 @@ def configure(config: Any, reading: ReadConfig) -> None:
     """
     model = config.model_config
     family = family_served(model.architecture, model.hf_config, reading)
-    refuse_features(config)
+    refuse_features(config, needs_attention(reading))
     text = model.hf_text_config
     columns = int(getattr(text, "max_position_embeddings", model.max_model_len))
     put_settings(model.hf_config, reading, columns)
@@ -59,8 +62,11 @@ def configure(config: Any, reading: ReadConfig) -> None:
         text.max_position_embeddings = columns + model.max_model_len
 
 
-def refuse_features(config: Any) -> None:
+def refuse_features(config: Any, attention: bool) -> None:
     """Refuse an engine that would not read positions, or features, where the plug-in puts them.
+
+    Args:
+        attention: whether the tower's attention is read.
 
     Raises:
         ConfigError: naming what was asked for.
@@ -79,8 +85,13 @@ def refuse_features(config: Any) -> None:
         "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "decode_context_parallel_size": getattr(parallel, "decode_context_parallel_size", 1) > 1,
     }
-    found = [name for name, is_asked in asked.items() if is_asked]
-    if found:
+    if attention:
+        sharded = multimodal.mm_encoder_tp_mode == "data" and parallel.tensor_parallel_size > 1
+        asked |= dict(
+            zip(OF_ATTENTION, (config.compilation_config.compile_mm_encoder, multimodal.enable_mm_embeds, sharded))
+        )
+    if found := [name for name, is_asked in asked.items() if is_asked]:
+        without = ", or choose tokens by no attention" if set(found) <= set(OF_ATTENTION) else ""
         raise ConfigError(
-            f"{', '.join(found)}: does not go with {KEY!r} in --additional-config: leave out one of the two"
+            f"{', '.join(found)}: does not go with {KEY!r} in --additional-config: leave out one of the two{without}"
         )

@@ -25,7 +25,9 @@ from turbovlm.engines.vllm.families import ServedFamily, served
 from turbovlm.engines.vllm.positions import PLANES, ImagePlace, resolve, split_offsets, unresolved, with_offsets
 from turbovlm.engines.vllm.processing import IMAGE, TOKENS, register_fewer
 from turbovlm.engines.vllm.settings import settings_of
-from turbovlm.vlm.select import kept_count, select
+from turbovlm.engines.vllm.tower import GuideRows
+from turbovlm.errors import StateError
+from turbovlm.vlm.select import kept_count, needs_attention, select
 
 
 class FewerTokens:
@@ -40,6 +42,7 @@ class FewerTokens:
     family: ServedFamily
     width: int
     offsets: Tensor
+    rows: GuideRows | None = None
     supports_mrope = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -49,25 +52,34 @@ class FewerTokens:
         if found is not None and family is not None:
             self.reading, self.family = found[0], family
             self.width = vllm_config.model_config.hf_text_config.hidden_size
+            if needs_attention(self.reading):
+                self.rows = GuideRows(family, self)
             # graphs that were captured read it where it is
             self.offsets = torch.zeros(PLANES, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int64)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """The features of each image's tokens that are left, `[k, width + DIGITS]`."""
         counts = kwargs.pop(TOKENS, None)
-        encoded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if self.reading is None or counts is None:
-            return encoded
-        grids: Any = kwargs[self.family.grid] if self.family.grid else [None] * len(encoded)
-        return tuple(self._fewer(features, grid) for features, grid in zip(encoded, grids))
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        grids = kwargs[self.family.grid] if self.family.grid else None
+        if self.rows is not None:
+            self.rows.start(grids)
+        encoded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        each = [None] * len(encoded) if grids is None else [*grids]
+        rows = [None] * len(encoded) if self.rows is None else self.rows.of_images()
+        if len(rows) != len(encoded):
+            raise StateError(f"{len(encoded)} images of which the tower's attention came for {len(rows)}")
+        return tuple(self._fewer(*image) for image in zip(encoded, each, rows))
 
     @torch.no_grad()
-    def _fewer(self, features: Tensor, grid: Tensor | None) -> Tensor:
+    def _fewer(self, features: Tensor, grid: Tensor | None, row: Tensor | None) -> Tensor:
         reading = self.reading
         assert reading is not None and reading.visual_keep is not None
         n = len(features)
         k = kept_count(reading.visual_keep, n, fewest=reading.min_visual_tokens)
-        selection = select(features[None, :, : self.width], None, k, reading)
+        semantic = None if row is None else self.family.per_token(self, row, n, grid)[None]
+        selection = select(features[None, :, : self.width], semantic, k, reading)
         offsets = self._offsets(n, grid).to(features.device)[:, selection.kept[0]]
         return with_offsets(selection.take(features[None])[0], offsets)
 

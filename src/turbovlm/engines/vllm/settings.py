@@ -10,7 +10,6 @@ from turbovlm.checks import brief
 from turbovlm.config import ReadConfig
 from turbovlm.engines.vllm.families import FAMILIES, ServedFamily, served
 from turbovlm.errors import ConfigError, UnsupportedModelError
-from turbovlm.vlm.select import needs_attention
 
 KEY = "turbovlm"
 """In vLLM's `additional_config`, and the attribute of the model's config that takes settings to each process."""
@@ -23,7 +22,7 @@ NOT_SERVED = {
     "question": "what is kept of an image would depend on the question, and prefix caching takes it for the same",
     "change": "videos are not shortened by the plug-in",
     "visual_tolerance": "how many tokens are left would depend on the image's content, and vLLM asks before it encodes",
-    "guidance": "no attention of the tower is read by the plug-in",
+    "guidance": "A is the row of CLS where the tower has it, and of the mean query elsewhere",
     "proportional": "no tokens are merged inside the tower by the plug-in",
 }
 """Why the others cannot."""
@@ -63,15 +62,7 @@ def reading_from(settings: Any, release: str) -> ReadConfig:
             raise ConfigError(f"{name}={brief(value)}: a function cannot be sent to vLLM's processes; give a name")
     if settings.get("visual_keep") is None:
         raise ConfigError(f"{KEY}={brief(dict(settings))}: give visual_keep, how many of an image's tokens are read")
-    reading = ReadConfig(**settings)
-    if needs_attention(reading):
-        wanted = reading.visual_select
-        without = "give alpha=0, or " if wanted in ("coverage", "dpp") else ""
-        raise ConfigError(
-            f"visual_select={wanted!r}: goes by the tower's attention, which the plug-in does not read; {without}one "
-            'of "redundancy", "diversity", "uniform", "random", or "coverage" and "dpp" with alpha=0'
-        )
-    return reading
+    return ReadConfig(**settings)
 
 
 def family_served(architecture: str, config: Any, reading: ReadConfig) -> ServedFamily:
