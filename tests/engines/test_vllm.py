@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from answer import images
-from tiny_served import PLACEHOLDER, save
+from tiny_served import MAKE, PLACEHOLDER, save
 
 import turbovlm
 
@@ -20,11 +20,16 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed: make test-engines sets up an environment with it", allow_module_level=True)
 
 NEW, LONG = 8, 40
-SIZES = {"llava": [[48, 48]], "qwen2_5": [[48, 48], [56, 84], [112, 56], [84, 84]]}
+SIZES = {
+    "llava": [[48, 48]],
+    "onevision": [[48, 48], [96, 48], [40, 90]],
+    "qwen2_5": [[112, 112], [112, 168], [224, 112], [168, 168]],
+    "qwen3": [[128, 128], [128, 192], [256, 128], [192, 192]],
+}
 """Of images, by their number."""
 ENGINE = {
     "dtype": "float32",
-    "max_model_len": 256,
+    "max_model_len": 512,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 64,  # less than the longest prompt: it is read in chunks
     "block_size": 32,
@@ -61,7 +66,7 @@ def environment(**changes):
     return {**os.environ, **ALONE, **changes, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5"])
+@pytest.fixture(scope="module", params=[*MAKE])
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     save(request.param, folder)

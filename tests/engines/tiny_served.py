@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 WORDS = 100
-MARKS = {"llava": ("<image>",), "qwen2_5": ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")}
-"""Special tokens of each family."""
-PLACEHOLDER = {"llava": "<image>", "qwen2_5": "<|vision_start|> <|image_pad|> <|vision_end|>"}
+QWEN_IDS = {"vision_start_token_id": 4, "vision_end_token_id": 5, "image_token_id": 6, "video_token_id": 7}
+QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+OF_QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
+PLACEHOLDER = {"llava": "<image>", "onevision": "<image>", "qwen2_5": OF_QWEN, "qwen3": OF_QWEN}
 """What stands for an image in a prompt."""
 TEXT = {
     "vocab_size": WORDS,
@@ -20,7 +21,7 @@ TEXT = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 1024,
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": 2,
@@ -40,11 +41,11 @@ CLIP = {
 def save(family: str, folder: Path) -> None:
     """Save the small model of a family, its tokenizer and its processor."""
     torch.manual_seed(0)
-    model, processor = {"llava": _llava, "qwen2_5": _qwen2_5}[family]()
+    model, processor = MAKE[family]()
     _enliven(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if family == "llava":
+    if family in ("llava", "onevision"):
         _name_as_published(folder / "model.safetensors")
 
 
@@ -97,7 +98,7 @@ def _llava() -> tuple[Any, Any]:
     images = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
     processor = LlavaProcessor(
         images,
-        _tokenizer(MARKS["llava"]),
+        _tokenizer(("<image>",)),
         patch_size=8,
         vision_feature_select_strategy="default",
         image_token="<image>",
@@ -129,18 +130,67 @@ def _qwen2_5() -> tuple[Any, Any]:
     vision = {"depth": 4, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 64}
     vision |= {"window_size": 56, "fullatt_block_indexes": [1, 3]}
     text = TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}}
-    start, end, image, video = (4 + i for i in range(4))
-    config = Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-    )
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
-    tokenizer = _tokenizer(MARKS["qwen2_5"])
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, **QWEN_IDS)
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}
+    tokenizer = _tokenizer(QWEN)
     processor = Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(size=pixels), tokenizer, Qwen2VLVideoProcessor(size=pixels), chat_template=None
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval(), processor
+
+
+def _qwen3() -> tuple[Any, Any]:
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    vision = {"depth": 4, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 64}
+    vision |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
+    rope = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True, "rope_theta": 10000.0}
+    text = TEXT | {"head_dim": 32, "rope_parameters": rope}
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, **QWEN_IDS)
+    pixels = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
+    processor = Qwen3VLProcessor(
+        Qwen2VLImageProcessor(size=pixels, patch_size=16),
+        _tokenizer(QWEN),
+        Qwen3VLVideoProcessor(size=pixels),
+        chat_template=None,
+    )
+    return Qwen3VLForConditionalGeneration(config).eval(), processor
+
+
+def _onevision() -> tuple[Any, Any]:
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    grids = [[48, 48], [48, 96], [96, 48]]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**CLIP),
+        text_config=Qwen2Config(**TEXT),
+        image_token_index=4,
+        video_token_index=5,
+        image_grid_pinpoints=grids,
+    )
+    size = {"height": 48, "width": 48}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grids),
+        _tokenizer(("<image>", "<video>")),
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=36,
+        vision_feature_select_strategy="full",
+    )
+    return LlavaOnevisionForConditionalGeneration(config).eval(), processor
+
+
+MAKE = {"llava": _llava, "onevision": _onevision, "qwen2_5": _qwen2_5, "qwen3": _qwen3}

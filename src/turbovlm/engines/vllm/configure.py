@@ -55,7 +55,7 @@ def configure(config: Any, reading: ReadConfig) -> None:
     text = model.hf_text_config
     columns = int(getattr(text, "max_position_embeddings", model.max_model_len))
     put_settings(model.hf_config, reading, columns)
-    if family.grid is None:
+    if not family.packed:
         # vLLM keeps positions of a prompt's own where a config says that they have planes; they are all equal here,
         # and `models.FewerTokens.forward` hands one of them on
         model.hf_config.mrope_section = [1, 1, 1]

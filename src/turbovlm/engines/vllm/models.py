@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration as Llava
+from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration as LlavaOnevision
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Qwen2_5_VL
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Qwen3VL
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
     MultiModalFeatureSpec,
@@ -26,7 +28,6 @@ from turbovlm.engines.vllm.positions import PLANES, ImagePlace, resolve, split_o
 from turbovlm.engines.vllm.processing import IMAGE, TOKENS, register_fewer
 from turbovlm.engines.vllm.settings import settings_of
 from turbovlm.engines.vllm.tower import GuideRows
-from turbovlm.errors import StateError
 from turbovlm.vlm.select import kept_count, needs_attention, select
 
 
@@ -62,35 +63,35 @@ class FewerTokens:
         counts = kwargs.pop(TOKENS, None)
         if self.reading is None or counts is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        grids = kwargs[self.family.grid] if self.family.grid else None
+        shapes = None if self.family.shape is None else kwargs[self.family.shape]
         if self.rows is not None:
-            self.rows.start(grids)
+            self.rows.start(shapes if self.family.packed else None)
         encoded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        each = [None] * len(encoded) if grids is None else [*grids]
-        rows = [None] * len(encoded) if self.rows is None else self.rows.of_images()
-        if len(rows) != len(encoded):
-            raise StateError(f"{len(encoded)} images of which the tower's attention came for {len(rows)}")
+        each = [None] * len(encoded) if shapes is None else [*shapes]
+        tiles = [len(pixels) for pixels in kwargs["pixel_values"]] if self.family.tiles else [1] * len(encoded)
+        rows = [None] * len(encoded) if self.rows is None else self.rows.of_images(tiles)
         return tuple(self._fewer(*image) for image in zip(encoded, each, rows))
 
     @torch.no_grad()
-    def _fewer(self, features: Tensor, grid: Tensor | None, row: Tensor | None) -> Tensor:
+    def _fewer(self, features: Tensor, shape: Tensor | None, rows: list[Tensor] | None) -> Tensor:
         reading = self.reading
         assert reading is not None and reading.visual_keep is not None
         n = len(features)
         k = kept_count(reading.visual_keep, n, fewest=reading.min_visual_tokens)
-        semantic = None if row is None else self.family.per_token(self, row, n, grid)[None]
+        semantic = None if rows is None else self.family.per_token(self, rows, n, shape)[None]
         selection = select(features[None, :, : self.width], semantic, k, reading)
-        offsets = self._offsets(n, grid).to(features.device)[:, selection.kept[0]]
+        offsets = self._offsets(n, shape).to(features.device)[:, selection.kept[0]]
         return with_offsets(selection.take(features[None])[0], offsets)
 
-    def _offsets(self, n: int, grid: Tensor | None) -> Tensor:
+    def _offsets(self, n: int, shape: Tensor | None) -> Tensor:
         """The positions of an image's n tokens in front of a prompt, `[3, n]`."""
-        if self.family.grid is None or grid is None:
+        if not self.family.packed or shape is None:
             return torch.arange(n).expand(PLANES, n)
-        elem = MultiModalFieldElem(data=grid.cpu(), field=MultiModalBatchedField(keep_on_cpu=True))
-        item = MultiModalKwargsItem({self.family.grid: elem})
+        elem = MultiModalFieldElem(data=shape.cpu(), field=MultiModalBatchedField(keep_on_cpu=True))
+        item = MultiModalKwargsItem({self.family.shape: elem})
         alone = MultiModalFeatureSpec(item, IMAGE, "", PlaceholderRange(0, n))
-        positions: Tensor = super().get_mrope_input_positions([0] * n, [alone])[0]  # type: ignore[misc]
+        token = self.config.image_token_id  # type: ignore[attr-defined]
+        positions: Tensor = super().get_mrope_input_positions([token] * n, [alone])[0]  # type: ignore[misc]
         return positions.long()
 
     def embed_input_ids(
@@ -119,7 +120,7 @@ class FewerTokens:
         dropped = sum(image.tokens - image.kept for image in images)
         columns = len(input_tokens) + dropped
         full, delta = torch.arange(columns).expand(PLANES, columns), 0
-        if self.family.grid is not None:
+        if self.family.packed:
             tokens, shifted = _full_prompt(input_tokens, features, images)
             full, delta = super().get_mrope_input_positions(tokens, shifted)  # type: ignore[misc]
         return unresolved(full, len(input_tokens), images), delta + dropped
@@ -135,7 +136,7 @@ class FewerTokens:
         """The library's, at the positions of the full prompt."""
         if self.reading is not None:
             resolve(positions, self.offsets[:, : positions.shape[1]])
-            if self.family.grid is None:
+            if not self.family.packed:
                 positions = positions[0]
         return super().forward(  # type: ignore[misc]
             input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds, **kwargs
@@ -171,4 +172,14 @@ class LlavaForConditionalGeneration(FewerTokens, Llava):  # type: ignore[misc]
 
 @register_fewer
 class Qwen2_5_VLForConditionalGeneration(FewerTokens, Qwen2_5_VL):  # type: ignore[misc]
+    pass
+
+
+@register_fewer
+class LlavaOnevisionForConditionalGeneration(FewerTokens, LlavaOnevision):  # type: ignore[misc]
+    pass
+
+
+@register_fewer
+class Qwen3VLForConditionalGeneration(FewerTokens, Qwen3VL):  # type: ignore[misc]
     pass

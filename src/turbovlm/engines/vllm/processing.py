@@ -36,7 +36,14 @@ class FewerInfo:
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
         limits = super().get_supported_mm_limits()  # type: ignore[misc]
-        return {IMAGE: limits[IMAGE]}
+        return {modality: limit if modality == IMAGE else 0 for modality, limit in limits.items()}
+
+    def get_mm_max_tokens_per_item(self, *args: Any, **kwargs: Any) -> Any:
+        """How many tokens an image has at most, which the encoder's cache is made for; None where vLLM looks itself."""
+        found = super().get_mm_max_tokens_per_item(*args, **kwargs)  # type: ignore[misc]
+        if found is None:
+            return None
+        return {modality: _kept(self.ctx, n) if modality == IMAGE else n for modality, n in found.items()}
 
     @property
     def model_id(self) -> str:
@@ -66,8 +73,6 @@ class FewerPlaceholders:
 
     def _shorten(self, update: Any) -> tuple[Any, int]:
         """A resolved update with fewer placeholders, and how many there were."""
-        found = settings_of(self.info.ctx.model_config.hf_config)
-        assert found is not None and found[0].visual_keep is not None
         content = update.content
         full = list(content.full)
         is_token = torch.ones(len(full), dtype=torch.bool) if content.is_embed is None else content.is_embed(full)
@@ -75,7 +80,7 @@ class FewerPlaceholders:
         n = len(places)
         if places[-1] - places[0] != n - 1:
             raise ConfigError("an image's placeholders with other tokens between them: not served with visual_keep")
-        k = kept_count(found[0].visual_keep, n, fewest=found[0].min_visual_tokens)
+        k = _kept(self.info.ctx, n)
         last = places[0] + k
         shorter = [*full[:last], *full[places[-1] + 1 :]]
         mask = torch.cat([is_token[:last], is_token[places[-1] + 1 :]])
@@ -93,6 +98,13 @@ class FewerPlaceholders:
                 f"keep the positions of the full prompt, and the model has {found[1]} of them"
             )
         return prompt, places
+
+
+def _kept(ctx: Any, tokens: int) -> int:
+    """How many of an image's tokens are read."""
+    found = settings_of(ctx.model_config.hf_config)
+    assert found is not None and found[0].visual_keep is not None
+    return kept_count(found[0].visual_keep, tokens, fewest=found[0].min_visual_tokens)
 
 
 def register_fewer(cls: Any) -> Any:

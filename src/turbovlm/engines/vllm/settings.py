@@ -86,7 +86,7 @@ def family_served(architecture: str, config: Any, reading: ReadConfig) -> Served
         raise UnsupportedModelError(
             f"{architecture} with a tower of type {vision}: served with {', '.join(family.vision)} alone"
         )
-    if family.grid is None:
+    if not family.packed:
         rope = rope_type(config.get_text_config())
         if rope not in ROPES:
             raise UnsupportedModelError(

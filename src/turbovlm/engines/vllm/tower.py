@@ -33,18 +33,19 @@ class GuideRows:
         self.rows = []
         self.lengths = None if grids is None else grids.prod(dim=-1).tolist()
 
-    def of_images(self) -> list[Tensor]:
-        """A of the patches of each image that was encoded, `[patches]`, those in front included.
+    def of_images(self, tiles: Sequence[int]) -> list[list[Tensor]]:
+        """A of the patches of each of an image's tiles, `[patches]`, those in front included; `tiles` says how many.
 
         Raises:
-            StateError: the tower has encoded none.
+            StateError: the tower has not encoded as many.
         """
-        if not self.rows:
+        if len(self.rows) != sum(tiles):
             raise StateError(
-                "images came encoded: which of their tokens are read goes by the tower's attention, which is not "
-                "there; serve them with visual_select='redundancy', or another that goes by none"
+                f"the tower's attention came for {len(self.rows)} of {sum(tiles)} images: which tokens are read goes "
+                "by it; visual_select='redundancy' goes by none"
             )
-        return self.rows
+        rows = iter(self.rows)
+        return [[next(rows) for _ in range(count)] for count in tiles]
 
     def _collect(self, attention: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         query, key = (args[0], args[1]) if args else (kwargs["query"], kwargs["key"])
