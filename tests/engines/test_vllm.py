@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from answer import images
+from served import ENGINE, LONG, NEW, SETTINGS, environment, python_of_vllm
 from tiny_served import MAKE, PLACEHOLDER, save
 
 import turbovlm
@@ -19,7 +18,6 @@ import turbovlm
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed: make test-engines sets up an environment with it", allow_module_level=True)
 
-NEW, LONG = 8, 40
 SIZES = {
     "llava": [[48, 48]],
     "onevision": [[48, 48], [96, 48], [40, 90]],
@@ -27,26 +25,6 @@ SIZES = {
     "qwen3": [[128, 128], [128, 192], [256, 128], [192, 192]],
 }
 """Of images, by their number."""
-ENGINE = {
-    "dtype": "float32",
-    "max_model_len": 512,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 64,  # less than the longest prompt: it is read in chunks
-    "block_size": 32,
-    "enforce_eager": True,
-    "limit_mm_per_prompt": {"image": 4},
-    "enable_prefix_caching": True,
-    "enable_chunked_prefill": True,
-    "distributed_executor_backend": "uni",
-}
-ALONE = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
 PROMPTS = [
     ("w3 w4 I w5 w6", [0]),
     ("w9 w8 w7", []),
@@ -54,16 +32,6 @@ PROMPTS = [
     ("w9 w8 w7 w5 w5 w5 w1 w2 I I w1 I", [0, 3, 1]),
     ("w3 w4 I w5 w6 w7", [0]),
 ]
-SETTINGS = {
-    "off": None,
-    "the default": {"visual_keep": 0.5},
-    "prune": {"visual_keep": 0.3, "visual_select": "redundancy", "reduce": "prune"},
-    "all pairs": {"visual_keep": 5, "visual_select": "coverage"},
-}
-
-
-def environment(**changes):
-    return {**os.environ, **ALONE, **changes, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(scope="module", params=[*MAKE])
@@ -103,7 +71,7 @@ def job(name, folder, settings, rounds=1, new=NEW, **engine):
 def by_vllm(folder, jobs, **changes):
     jobs_file, out = folder / "jobs.json", folder / "answers.json"
     jobs_file.write_text(json.dumps(jobs))
-    script = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("answer.py")), str(jobs_file), str(out)]
+    script = [python_of_vllm(), "-W", "ignore", str(Path(__file__).with_name("answer.py")), str(jobs_file), str(out)]
     done = subprocess.run(script, env=environment(**changes), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(out.read_text())
