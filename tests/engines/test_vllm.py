@@ -23,6 +23,7 @@ SIZES = {
     "onevision": [[48, 48], [96, 48], [40, 90]],
     "qwen2_5": [[112, 112], [112, 168], [224, 112], [168, 168]],
     "qwen3": [[128, 128], [128, 192], [256, 128], [192, 192]],
+    "internvl": [[48, 48], [96, 48], [40, 90]],
 }
 """Of images, by their number."""
 PROMPTS = [
@@ -82,7 +83,7 @@ def answers(family):
     """Two rounds of each of the settings, and one in which requests are preempted."""
     name, folder = family
     jobs = [job(name, folder, settings, rounds=2) for settings in SETTINGS.values()]
-    few = {"num_gpu_blocks_override": 5, "max_model_len": 128, "disable_log_stats": False}
+    few = {"num_gpu_blocks_override": 9, "max_model_len": 256, "disable_log_stats": False}
     jobs.append(job(name, folder, SETTINGS["the default"], new=LONG, **few))
     return dict(zip([*SETTINGS, "preempted"], by_vllm(folder, jobs)))
 

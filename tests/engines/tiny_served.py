@@ -12,7 +12,13 @@ WORDS = 100
 QWEN_IDS = {"vision_start_token_id": 4, "vision_end_token_id": 5, "image_token_id": 6, "video_token_id": 7}
 QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 OF_QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
-PLACEHOLDER = {"llava": "<image>", "onevision": "<image>", "qwen2_5": OF_QWEN, "qwen3": OF_QWEN}
+PLACEHOLDER = {
+    "llava": "<image>",
+    "onevision": "<image>",
+    "qwen2_5": OF_QWEN,
+    "qwen3": OF_QWEN,
+    "internvl": "<IMG_CONTEXT>",
+}
 """What stands for an image in a prompt."""
 TEXT = {
     "vocab_size": WORDS,
@@ -66,7 +72,7 @@ def _enliven(model: Any) -> None:
                 weight.mul_(2)
 
 
-def _tokenizer(marks: tuple[str, ...]) -> Any:
+def _tokenizer(marks: tuple[str, ...], **settings: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +86,7 @@ def _tokenizer(marks: tuple[str, ...]) -> Any:
         eos_token="<eos>",
         bos_token="<bos>",
         unk_token="<unk>",
-        additional_special_tokens=list(marks),
+        **{"additional_special_tokens": list(marks), **settings},
     )
 
 
@@ -193,4 +199,35 @@ def _onevision() -> tuple[Any, Any]:
     return LlavaOnevisionForConditionalGeneration(config).eval(), processor
 
 
-MAKE = {"llava": _llava, "onevision": _onevision, "qwen2_5": _qwen2_5, "qwen3": _qwen3}
+def _internvl() -> tuple[Any, Any]:
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        InternVLVisionConfig,
+        Qwen2Config,
+    )
+
+    vision = {**CLIP, "image_size": [48, 48], "patch_size": [6, 6]}
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(**vision),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=4,
+        tie_word_embeddings=False,
+    )
+    named = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
+    named["video_token"] = "<video>"
+    tokenizer = _tokenizer(tuple(named.values()), extra_special_tokens=named)
+    size = {"height": 48, "width": 48}
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=3),
+        tokenizer,
+        InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+    )
+    return InternVLForConditionalGeneration(config).eval(), processor
+
+
+MAKE = {"llava": _llava, "onevision": _onevision, "qwen2_5": _qwen2_5, "qwen3": _qwen3, "internvl": _internvl}

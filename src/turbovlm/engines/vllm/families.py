@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from turbovlm.vlm.families.family import sum_cells
 
 MODELS = "turbovlm.engines.vllm.models"
 """The module with the subclasses of vLLM's models, one for each family, by the name of its architecture."""
@@ -26,7 +28,8 @@ class ServedFamily:
         shape: the processor's output that says how patches of an image lie.
         packed: whether the tower runs all images as one sequence, whose lengths `shape` says; such images have rotary
             positions of three planes. Elsewhere a token's position is its column.
-        tiles: whether an image may be several tiles, the first dimension of its pixels.
+        tiles: `(outputs)`: of how many tiles each image is, by the processor's outputs; one each if None.
+        apart: whether tokens of each tile are chosen from by themselves.
         vision: values of the vision config's `model_type` that it is known with; empty for all.
         cls: `(config)`: whether the tower has a CLS token in front, which guides; else the mean query does.
     """
@@ -36,7 +39,8 @@ class ServedFamily:
     per_token: Callable[[Any, list[Tensor], int, Tensor | None], Tensor]
     shape: str | None = None
     packed: bool = False
-    tiles: bool = False
+    tiles: Callable[[Mapping[str, Any]], list[int]] | None = None
+    apart: bool = False
     vision: tuple[str, ...] = ()
     cls: Callable[[Any], bool] | None = None
 
@@ -66,6 +70,13 @@ def _of_tiles(model: Any, rows: list[Tensor], tokens: int, shape: Tensor | None)
     return merged.flatten()
 
 
+def _of_shuffled(model: Any, rows: list[Tensor], tokens: int, shape: Tensor | None) -> Tensor:
+    """The sum over squares of each tile's patches."""
+    side = round(1 / model.config.downsample_ratio)
+    patches = tokens // len(rows) * side * side
+    return sum_cells(torch.stack([row[-patches:] for row in rows]), side).flatten()
+
+
 def _last_full_attention(model: Any) -> Any:
     """The last block that sees whole images."""
     return model.visual.blocks[max(model.visual.fullatt_block_indexes)].attn.attn
@@ -91,7 +102,7 @@ FAMILIES = (
         _last_built,
         _of_tiles,
         shape="image_sizes",
-        tiles=True,
+        tiles=lambda outputs: [len(pixels) for pixels in outputs["pixel_values"]],
         vision=CLIP_OR_SIGLIP,
         cls=_has_cls,
     ),
@@ -108,6 +119,14 @@ FAMILIES = (
         _of_squares,
         shape="image_grid_thw",
         packed=True,
+    ),
+    ServedFamily(
+        "InternVLForConditionalGeneration",
+        lambda model: model.vision_tower.encoder.layer[-1].attention.attn,
+        _of_shuffled,
+        tiles=lambda outputs: outputs["image_num_patches"].tolist(),
+        apart=True,
+        cls=lambda config: True,
     ),
 )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration as InternVL
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration as Llava
 from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration as LlavaOnevision
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Qwen2_5_VL
@@ -68,20 +69,23 @@ class FewerTokens:
             self.rows.start(shapes if self.family.packed else None)
         encoded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         each = [None] * len(encoded) if shapes is None else [*shapes]
-        tiles = [len(pixels) for pixels in kwargs["pixel_values"]] if self.family.tiles else [1] * len(encoded)
+        tiles = [1] * len(encoded) if self.family.tiles is None else self.family.tiles(kwargs)
         rows = [None] * len(encoded) if self.rows is None else self.rows.of_images(tiles)
-        return tuple(self._fewer(*image) for image in zip(encoded, each, rows))
+        return tuple(self._fewer(*image) for image in zip(encoded, each, rows, tiles))
 
     @torch.no_grad()
-    def _fewer(self, features: Tensor, shape: Tensor | None, rows: list[Tensor] | None) -> Tensor:
+    def _fewer(self, features: Tensor, shape: Tensor | None, rows: list[Tensor] | None, tiles: int) -> Tensor:
         reading = self.reading
         assert reading is not None and reading.visual_keep is not None
-        n = len(features)
+        parts = tiles if self.family.apart else 1
+        n = len(features) // parts
         k = kept_count(reading.visual_keep, n, fewest=reading.min_visual_tokens)
-        semantic = None if rows is None else self.family.per_token(self, rows, n, shape)[None]
-        selection = select(features[None, :, : self.width], semantic, k, reading)
-        offsets = self._offsets(n, shape).to(features.device)[:, selection.kept[0]]
-        return with_offsets(selection.take(features[None])[0], offsets)
+        semantic = None if rows is None else self.family.per_token(self, rows, len(features), shape).view(parts, n)
+        each = features.view(parts, n, -1)
+        selection = select(each[..., : self.width], semantic, k, reading)
+        first = torch.arange(parts, device=features.device).unsqueeze(1) * n
+        offsets = self._offsets(len(features), shape).to(features.device)[:, (first + selection.kept).flatten()]
+        return with_offsets(selection.take(each).flatten(0, 1), offsets)
 
     def _offsets(self, n: int, shape: Tensor | None) -> Tensor:
         """The positions of an image's n tokens in front of a prompt, `[3, n]`."""
@@ -182,4 +186,9 @@ class LlavaOnevisionForConditionalGeneration(FewerTokens, LlavaOnevision):  # ty
 
 @register_fewer
 class Qwen3VLForConditionalGeneration(FewerTokens, Qwen3VL):  # type: ignore[misc]
+    pass
+
+
+@register_fewer
+class InternVLForConditionalGeneration(FewerTokens, InternVL):  # type: ignore[misc]
     pass

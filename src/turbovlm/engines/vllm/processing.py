@@ -13,6 +13,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from turbovlm.engines.vllm.families import served
 from turbovlm.engines.vllm.settings import KEY, settings_of
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm.vlm.select import kept_count
@@ -63,16 +64,22 @@ class FewerPlaceholders:
             mm_items, hf_processor_mm_kwargs, out_mm_kwargs
         )
         fewer = []
+        family = served(self.info.ctx.model_config.architecture)
+        assert family is not None
         for index, of_image in enumerate(updates.get(IMAGE, ())):
-            shorter, counts = zip(*(self._shorten(update) for update in of_image))
+            parts = 1
+            if family.apart and family.tiles is not None:
+                outputs = {name: elem.data[None] for name, elem in out_mm_kwargs[IMAGE][index].items()}
+                parts = family.tiles(outputs)[0]
+            shorter, counts = zip(*(self._shorten(update, parts) for update in of_image))
             assert len(set(counts)) == 1
             tokens = MultiModalFieldElem(data=torch.tensor(counts[0]), field=MultiModalBatchedField(keep_on_cpu=True))
             out_mm_kwargs[IMAGE][index][TOKENS] = tokens
             fewer.append(list(shorter))
         return {**updates, IMAGE: fewer} if fewer else updates
 
-    def _shorten(self, update: Any) -> tuple[Any, int]:
-        """A resolved update with fewer placeholders, and how many there were."""
+    def _shorten(self, update: Any, parts: int) -> tuple[Any, int]:
+        """A resolved update with fewer placeholders, of an image of that many parts, and how many there were."""
         content = update.content
         full = list(content.full)
         is_token = torch.ones(len(full), dtype=torch.bool) if content.is_embed is None else content.is_embed(full)
@@ -80,7 +87,7 @@ class FewerPlaceholders:
         n = len(places)
         if places[-1] - places[0] != n - 1:
             raise ConfigError("an image's placeholders with other tokens between them: not served with visual_keep")
-        k = _kept(self.info.ctx, n)
+        k = _kept(self.info.ctx, n // parts) * parts
         last = places[0] + k
         shorter = [*full[:last], *full[places[-1] + 1 :]]
         mask = torch.cat([is_token[:last], is_token[places[-1] + 1 :]])
