@@ -1,4 +1,4 @@
-"""`vllm serve` with the plug-in, asked by the `openai` client over loopback; and what is refused before it starts."""
+"""vLLM's server with the plug-in, asked by the `openai` client over loopback; and what is refused before it starts."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ def client(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {name: ENGINE[name] for name in ("dtype", "max_model_len", "max_num_batched_tokens", "block_size")}
-    command = [python_of_vllm(), "-W", "ignore", "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    options = {name: ENGINE[name] for name in ("dtype", "max_num_batched_tokens", "block_size")} | {
+        "max_model_len": 768
+    }
+    command = [python_of_vllm(), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command += ["--enforce-eager", "--served-model-name", "small", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--chat-template", str(folder / "chat.jinja"), "--additional-config", json.dumps({"turbovlm": SETTING})]
@@ -114,22 +116,23 @@ def test_streams_are_what_transformers_generates(folder, client):
             assert prompt_tokens == length - 18 * len(seeds)
 
 
-def test_a_video_is_refused_and_the_server_goes_on(client):
+def test_a_prompt_beyond_the_model_s_positions_is_refused_and_the_server_goes_on(client):
     import openai
 
-    content = [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}]
-    with pytest.raises(openai.APIStatusError):
-        client.chat.completions.create(model="small", messages=[{"role": "user", "content": content}])
+    with pytest.raises(openai.BadRequestError, match="keep the positions of the full prompt"):
+        _ask(client, ("w5", list(range(30))))  # 1,080 tokens, of which 540 would be read
     assert _ask(client, QUESTIONS[1])[0]
 
 
 REFUSALS = """
 import json, sys
 from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
 for model, given, beside in json.loads(sys.argv[1]):
     try:
-        EngineArgs(model=model, additional_config={"turbovlm": given}, **beside).create_engine_config()
-        print("accepted")
+        config = EngineArgs(model=model, additional_config={"turbovlm": given}, **beside).create_engine_config()
+        limits = MULTIMODAL_REGISTRY.get_processing_info(config.model_config).allowed_mm_limits
+        print("accepted", {modality: limit > 0 for modality, limit in limits.items()})
     except ValueError as error:
         print(type(error).__name__, " ".join(str(error).split()))
 """
@@ -142,9 +145,11 @@ def test_what_is_wrong_is_named_before_an_engine_starts(folder, tmp_path):
     LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((folder / name).read_text())
-    llava, llama = str(folder), str(tmp_path)
+    save("qwen3", tmp_path / "qwen")
+    llava, llama, qwen = str(folder), str(tmp_path), str(tmp_path / "qwen")
     cases = [
-        (llava, {"visual_keep": 0.5}, {}, "accepted"),
+        (llava, {"visual_keep": 0.5}, {}, "accepted {'image': True}"),
+        (qwen, {"visual_keep": 0.5}, {}, "accepted {'image': True, 'video': False}"),
         (llava, {"keep": 0.5}, {}, "ConfigError keep=0.5: no such setting"),
         (llava, {"visual_keep": 2.5}, {}, "ConfigError visual_keep=2.5"),
         (llama, {"visual_keep": 0.5}, {}, "UnsupportedModelError LlamaForCausalLM"),

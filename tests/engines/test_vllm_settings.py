@@ -96,7 +96,7 @@ def engine(**asked):
     for name, value in asked.items():
         next(part for part in parts if name in part)[name] = value
     multimodal, parallel, compilation = (SimpleNamespace(**part) for part in parts[:3])
-    model = SimpleNamespace(multimodal_config=multimodal)
+    model = SimpleNamespace(multimodal_config=multimodal, runner_type="generate")
     return SimpleNamespace(model_config=model, parallel_config=parallel, compilation_config=compilation, **beside)
 
 
@@ -104,9 +104,9 @@ def test_features_that_do_not_go_with_shorter_prompts_are_refused():
     refuse_features(engine(), attention=True)
     with pytest.raises(ConfigError, match="pipeline_parallel_size, video_pruning_rate: does not go"):
         refuse_features(engine(pipeline_parallel_size=2, video_pruning_rate=0.5), attention=False)
-    refuse_features(engine(enable_mm_embeds=True), attention=False)
-    with pytest.raises(ConfigError, match=r"enable_mm_embeds: .* by no attention"):
-        refuse_features(engine(enable_mm_embeds=True), attention=True)
+    refuse_features(engine(compile_mm_encoder=True), attention=False)
+    with pytest.raises(ConfigError, match=r"compile_mm_encoder: .* by no attention"):
+        refuse_features(engine(compile_mm_encoder=True), attention=True)
 
 
 def test_a_row_of_the_tower_is_what_the_reference_says():

@@ -12,8 +12,6 @@ from turbovlm.vlm.select import needs_attention
 
 CHECKED = "_turbovlm_checked"
 """Marks the method that checks, so that it is wrapped once."""
-OF_ATTENTION = ("compile_mm_encoder", "enable_mm_embeds", "mm_encoder_tp_mode='data'")
-"""What does not go with reading the tower's attention: it runs in graphs, not at all, or elsewhere."""
 
 
 def check_when_configured() -> None:
@@ -73,6 +71,8 @@ def refuse_features(config: Any, attention: bool) -> None:
     """
     multimodal, parallel = config.model_config.multimodal_config, config.parallel_config
     asked = {
+        "runner": config.model_config.runner_type != "generate",
+        "enable_mm_embeds": multimodal.enable_mm_embeds,
         "pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
         "enable_dbo": parallel.use_ubatching,
         "speculative_config": config.speculative_config is not None,
@@ -85,13 +85,14 @@ def refuse_features(config: Any, attention: bool) -> None:
         "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "decode_context_parallel_size": getattr(parallel, "decode_context_parallel_size", 1) > 1,
     }
+    of_attention = {
+        "compile_mm_encoder": config.compilation_config.compile_mm_encoder,
+        "mm_encoder_tp_mode": multimodal.mm_encoder_tp_mode == "data" and parallel.tensor_parallel_size > 1,
+    }
     if attention:
-        sharded = multimodal.mm_encoder_tp_mode == "data" and parallel.tensor_parallel_size > 1
-        asked |= dict(
-            zip(OF_ATTENTION, (config.compilation_config.compile_mm_encoder, multimodal.enable_mm_embeds, sharded))
-        )
+        asked |= of_attention
     if found := [name for name, is_asked in asked.items() if is_asked]:
-        without = ", or choose tokens by no attention" if set(found) <= set(OF_ATTENTION) else ""
+        without = ", or choose tokens by no attention" if {*found} <= {*of_attention} else ""
         raise ConfigError(
             f"{', '.join(found)}: does not go with {KEY!r} in --additional-config: leave out one of the two{without}"
         )

@@ -50,7 +50,7 @@ class FewerTokens:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         found = settings_of(vllm_config.model_config.hf_config)
-        family = served(type(self).__name__)
+        family = served(vllm_config.model_config.architecture)
         if found is not None and family is not None:
             self.reading, self.family = found[0], family
             self.width = vllm_config.model_config.hf_text_config.hidden_size
