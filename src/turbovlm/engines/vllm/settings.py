@@ -53,11 +53,10 @@ def reading_from(settings: Any, release: str) -> ReadConfig:
         )
     if not isinstance(settings, Mapping):
         raise ConfigError(f'{KEY}={brief(settings)}: must be settings by name, such as {{"visual_keep": 0.5}}')
-    fields = {field.name for field in dataclasses.fields(ReadConfig)}
     for name, value in settings.items():
         if name in NOT_SERVED:
             raise ConfigError(f"{name}={brief(value)}: cannot be served: {NOT_SERVED[name]}")
-        if name not in fields:
+        if name not in SETTINGS:
             raise ConfigError(f"{name}={brief(value)}: no such setting; there are {', '.join(SETTINGS)}")
         if callable(value):
             raise ConfigError(f"{name}={brief(value)}: a function cannot be sent to vLLM's processes; give a name")
