@@ -122,7 +122,7 @@ def test_snippet_runs(snippet, monkeypatch):
     assert "with turbovlm" in snippet or turbovlm.get_handle(model).active
 
 
-MEASURED = ("reproduce/report", "clip_tasks", "seeds", "speech", "cross_attention")
+MEASURED = ("reproduce/report", "clip_tasks", "seeds", "speech", "cross_attention", "choices")
 
 
 def test_the_evidence_is_what_was_measured():
