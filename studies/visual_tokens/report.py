@@ -19,6 +19,8 @@ ALONE = (RANDOM, "uniform")
 """Those that always drop the rest."""
 ORDER = (WHOLE, CONTROL, *ALONE, "pooling", *ROUNDS, *GREEDY)
 SORTS = ("what", "place", "color", "number", "presence", "digits", "word", "new word", "list")
+TEXT = ("digits", "word")
+"""Sorts that ask for what is written, with words of the training."""
 MEANING = {
     "what": "what stands at a place",
     "place": "where something stands",
@@ -85,12 +87,12 @@ def rows_of(found: dict[str, Any]) -> list[Row]:
 
 def of_sort(found: dict[str, Any], row: Row, sort: str | None) -> Interval:
     """The mean score of a sort of questions, of all if None; images are drawn for the interval."""
-    at = places(found, sort)
-    return mean([float(row.scores[i]) for i in at], [found["asked"][i][0] for i in at])
+    return mean([float(row.scores[i]) for i in places(found, sort)], images_of(found, sort))
 
 
-def places(found: dict[str, Any], sort: str | None) -> list[int]:
-    return [i for i, (_, asks) in enumerate(found["asked"]) if sort in (None, asks)]
+def places(found: dict[str, Any], *sorts: str | None) -> list[int]:
+    """The questions of some sorts, of all if None."""
+    return [i for i, (_, asks) in enumerate(found["asked"]) if asks in sorts or None in sorts]
 
 
 def sorts_in(found: dict[str, Any]) -> list[str]:
@@ -123,7 +125,8 @@ def table(found: dict[str, Any], rows: Sequence[Row]) -> str:
             "|---|" + "--:|" * (len(count) + 1) + "---|",
         ]
         lines += [line(found, row, random) for row in some]
-        lines += ["", *pairs(found, [row for row in some if row.plain and row.reduce == "merge"])]
+        merged = [row for row in some if row.plain and row.reduce == "merge"]
+        lines += ["", *pairs(found, merged), *settings(found, some), *to_be_read(found, [*whole, *merged])]
     return "\n".join(lines)
 
 
@@ -133,13 +136,47 @@ def pairs(found: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     greedy = [row for row in rows if row.select in GREEDY]
     if not (others and greedy):
         return []
-    images = [image for image, _ in found["asked"]]
     lines = [f"| above | {' | '.join(row.name for row in others)} |", "|---|" + "---|" * len(others)]
     for row in greedy:
-        gaps = [difference(row.scores.tolist(), other.scores.tolist(), images) for other in others]
-        cells = [f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]" for gap in gaps]
-        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+        gaps = [difference(row.scores.tolist(), other.scores.tolist(), images_of(found, None)) for other in others]
+        lines.append(f"| {row.name} | {' | '.join(map(said, gaps))} |")
     return [*lines, ""]
+
+
+def settings(found: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """What merging is worth beside dropping, and the question beside none, over the same questions."""
+    lines = []
+    for select in GREEDY:
+        of = {(row.reduce, row.question): row for row in rows if row.select == select and row.alpha is None}
+        for better, worse in ((("merge", 0.0), ("prune", 0.0)), (("merge", 1.0), ("merge", 0.0))):
+            if better in of and worse in of:
+                gap = difference(of[better].scores.tolist(), of[worse].scores.tolist(), images_of(found, None))
+                lines.append(f"- {of[better].name}, above {of[worse].name}: {said(gap)}")
+    return [*lines, ""] if lines else []
+
+
+def to_be_read(found: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """How many fewer of the numbers and words in the image are right than with all tokens, the first of `rows`."""
+    lines = []
+    for row in rows[1:]:
+        gaps = []
+        for sorts in (TEXT, *((sort,) for sort in TEXT)):
+            own, whole = ([float(each.scores[i]) for i in places(found, *sorts)] for each in (row, rows[0]))
+            gaps.append(said(difference(own, whole, images_of(found, *sorts))))
+        lines.append(f"| {row.name} | {' | '.join(gaps)} |")
+    if not lines:
+        return []
+    head = f"| above all tokens, of what is to be read | {' and '.join(TEXT)} | {' | '.join(TEXT)} |"
+    return [head, "|---|---|---|---|", *lines, ""]
+
+
+def images_of(found: dict[str, Any], *sorts: str | None) -> list[int]:
+    """The image of every question of some sorts, of all if None."""
+    return [found["asked"][i][0] for i in places(found, *sorts)]
+
+
+def said(gap: Interval) -> str:
+    return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 def line(found: dict[str, Any], row: Row, random: Row | None) -> str:
@@ -149,9 +186,7 @@ def line(found: dict[str, Any], row: Row, random: Row | None) -> str:
     drawn = f" ± {seeds.high - seeds.value:.3f}" if len(row.by_seed) > 1 else ""
     above = ""
     if random is not None and row is not random:
-        images = [image for image, _ in found["asked"]]
-        gap = difference(row.scores.tolist(), random.scores.tolist(), images)
-        above = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+        above = said(difference(row.scores.tolist(), random.scores.tolist(), images_of(found, None)))
     cells += [f"{every.value:.3f} [{every.low:.3f}, {every.high:.3f}]{drawn}", above]
     return f"| {row.name} | {' | '.join(cells)} |"
 
