@@ -204,7 +204,9 @@ def plot(found: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
     counts = sorted({round(row.keep * TOKENS) for row in shown if row.select != WHOLE})
     for panel in panels.flat[1 + len(sorts_in(found)) :]:
         panel.set_visible(False)
+    colours = [colour for colour in plt.get_cmap("tab10").colors if len({*colour}) > 1]  # type: ignore[attr-defined]
     for panel, sort in zip(panels.flat, (None, *sorts_in(found))):
+        panel.set_prop_cycle(color=[*colours, "navy"])
         for whole in (row for row in rows if row.select == WHOLE):
             at = of_sort(found, whole, sort)
             panel.axhline(at.value, color="black", linewidth=1)
