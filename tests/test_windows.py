@@ -159,7 +159,7 @@ def test_bounds_that_change_in_place_are_read_again():
     """As in static buffers, which one graph reads for all images."""
     from turbovlm.ops.segments import segments_of, shortened
 
-    bounds, kept = torch.tensor([0, 4, 8]), torch.tensor([0, 1, 5])
+    bounds, kept = torch.tensor([0, 4, 8]), torch.tensor([[0, 1, 5]])
     assert segments_of(bounds).lengths == (4, 4) and shortened(bounds, kept).lengths == (2, 1)
     assert segments_of(bounds) is segments_of(bounds)
     bounds.copy_(torch.tensor([0, 1, 8]))
