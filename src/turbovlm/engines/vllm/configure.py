@@ -18,6 +18,7 @@ def check_when_configured() -> None:
     """Have `EngineArgs.create_engine_config` check the settings under `additional_config["turbovlm"]`."""
     from vllm import __version__
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.logger import init_logger
 
     original = EngineArgs.create_engine_config
     if hasattr(original, CHECKED):
@@ -31,6 +32,7 @@ def check_when_configured() -> None:
         reading = reading_from(given[KEY], __version__)
         config = original(self, *args, **kwargs)
         configure(config, reading)
+        init_logger("vllm.plugins.turbovlm").info("turbovlm: %s, %s of each image", reading.amount, reading.summary)
         return config
 
     setattr(create_engine_config, CHECKED, True)
