@@ -2,14 +2,13 @@
 
     python benchmarks/prefill.py                        # writes benchmarks/results/prefill.{json,md}
     python benchmarks/prefill.py --models Qwen3-VL      # this one anew, the others as they are in the file
-    python benchmarks/prefill.py --threads 1 --rounds 3 # as committed
+    python benchmarks/prefill.py --threads 1            # as committed
 
-Widths, heads and MLPs are those of LLaVA-1.5-7B, Qwen2.5-VL-7B and Qwen3-VL-8B; of their language models two layers are
-left, and of Qwen's towers eight blocks, so that it fits and ends. One image and 64 words. *Prefill* is the language
-model alone, the image encoded before. *To the first token* begins with the pixels, with the tower as it is and with
-`keep=0.5` inside it. It is of models that are not cut: what was measured of the tower, and of the language model, times
-the layers that there are for each that was left. The projector counts as a part of the tower, and the head as one of
-the language model, both times too many.
+Widths, heads and MLPs are those of LLaVA-1.5-7B, Qwen2.5-VL-7B and Qwen3-VL-8B; the towers are whole, and of the
+language models two layers are left, so that they fit. One image and 64 words. *Prefill* is the language model alone,
+the image encoded before, timed. *To the first token* are multiply-accumulates from the pixels on, with the tower as it
+is and with `keep=0.5` inside it: those of the tower, and of the language model times the layers that there are for each
+that was left (its head counts as often). They are counted and not timed.
 """
 
 from __future__ import annotations
@@ -26,20 +25,19 @@ from cases import DTYPES, RESULTS, compare_shown, described, machine, save
 
 import turbovlm
 from turbovlm import ReadConfig, TurboConfig
+from turbovlm.profile.macs import macs
 
-KEEPS, INSIDE = (0.5, 0.25, 0.1), 0.5
-WORDS, LAYERS, TOWER_BLOCKS = 64, 2, 8
-CLOCK = "process CPU time"
+KEEPS, INSIDE = (0.5, 0.25, 0.1), TurboConfig(keep=0.5)
+WORDS, LAYERS = 64, 2
 IMAGE = 31999
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model that is cut, and how many times as many layers the published one has, in the tower and behind it."""
+    """A model whose language model is cut, and how many layers the published one has."""
 
     make: Callable[[torch.dtype], tuple[Any, dict[str, Any]]]
-    tower: float
-    language: float
+    layers: int
 
 
 def main() -> None:
@@ -56,17 +54,26 @@ def main() -> None:
         model, inputs = MODELS[name].make(DTYPES[args.dtype])
         versions: dict[str, Any] = {f"{keep:g}": ReadConfig(keep) for keep in KEEPS}
         found = {"machine": machine(), "dtype": args.dtype, "prompt": int(inputs["input_ids"].shape[1])}
-        found["cache"] = caches(model, inputs)
-        shown = compare_shown(model, encode(model, inputs), versions, f"{name}, prefill", args.rounds)
+        encoded = encode(model, inputs)
+        found["cache"] = caches(model, encoded)
+        shown = compare_shown(model, encoded, versions, f"{name}, prefill", args.rounds)
         found["prefill"] = shown.to_dict()
-        inside = TurboConfig(keep=INSIDE)
-        versions |= {f"{keep:g}, tower": (inside, ReadConfig(keep)) for keep in KEEPS}
-        shown = compare_shown(model, inputs, {"tower": inside, **versions}, f"{name}, all", args.rounds)
-        found["all"] = shown.to_dict()
+        found["macs"] = {
+            inside: {version: counted(model, inputs, config, inside == "tower") for version, config in versions.items()}
+            for inside in ("", "tower")
+        }
+        found["macs"][""]["model"] = macs(model, **inputs)
+        found["macs"]["tower"]["model"] = counted(model, inputs, None, True)
         results[name] = found
         save(file, results)
     (RESULTS / "prefill.md").write_text(report(results))
     print(report(results))
+
+
+def counted(model: Any, inputs: dict[str, Any], reading: ReadConfig | None, inside: bool) -> int:
+    """Multiply-accumulates of a prompt."""
+    with turbovlm.apply(model, *filter(None, (INSIDE if inside else None, reading))):
+        return macs(model, **inputs)
 
 
 def llava(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -87,8 +94,8 @@ def qwen2_5_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """An image of 784×784 pixels: 784 visual tokens."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    vision = {"depth": TOWER_BLOCKS, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420}
-    vision |= {"out_hidden_size": 3584, "fullatt_block_indexes": [TOWER_BLOCKS - 1]}
+    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420}
+    vision |= {"out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31]}
     text = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
     text |= {"num_hidden_layers": LAYERS, "vocab_size": 32064, "max_position_embeddings": 4096}
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}}
@@ -101,11 +108,11 @@ def qwen2_5_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
 
 
 def qwen3_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """An image of 896×896 pixels: 784 visual tokens; one deepstack plane, of every eight blocks."""
+    """An image of 896×896 pixels: 784 visual tokens, and three deepstack planes."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    vision = {"depth": TOWER_BLOCKS, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304}
-    vision |= {"out_hidden_size": 4096, "deepstack_visual_indexes": [TOWER_BLOCKS // 2]}
+    vision = {"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304}
+    vision |= {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]}
     text = {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8}
     text |= {"head_dim": 128, "num_hidden_layers": LAYERS, "vocab_size": 32064, "max_position_embeddings": 4096}
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20], "rope_theta": 5e6}}
@@ -117,11 +124,7 @@ def qwen3_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     return _made(lambda: Qwen3VLForConditionalGeneration(config), dtype), inputs
 
 
-MODELS = {
-    "LLaVA-1.5": Shape(llava, 1, 32 / LAYERS),
-    "Qwen2.5-VL": Shape(qwen2_5_vl, 32 / TOWER_BLOCKS, 28 / LAYERS),
-    "Qwen3-VL": Shape(qwen3_vl, 27 / TOWER_BLOCKS, 36 / LAYERS),
-}
+MODELS = {"LLaVA-1.5": Shape(llava, 32), "Qwen2.5-VL": Shape(qwen2_5_vl, 28), "Qwen3-VL": Shape(qwen3_vl, 36)}
 
 
 def _made(make: Callable[[], Any], dtype: torch.dtype) -> Any:
@@ -167,36 +170,33 @@ def caches(model: Any, inputs: dict[str, Any]) -> dict[str, int]:
 
 def report(results: dict[str, Any]) -> str:
     lines = ["# Prefill with fewer visual tokens", ""]
-    lines += [f"Batch 1, random weights; two layers of the language model. Medians of {CLOCK}.", ""]
+    lines += ["Batch 1, random weights; two layers of the language model. Medians of process CPU time.", ""]
     for name in (name for name in MODELS if name in results):
         found = results[name]
         lines += [f"## {name}'s shape, a prompt of {found['prompt']} tokens", ""]
         lines += [f"{described(found['machine'])}, {found['dtype']}", ""]
-        lines += ["| visual_keep | in the cache | prefill, s | speed-up | MACs | peak MB | to the first token | and "]
-        lines[-1] += f"`keep={INSIDE:g}` in the tower |"
+        lines += [
+            "| visual_keep | in the cache | prefill, s | speed-up | MACs | peak MB | MACs to the first token | and "
+        ]
+        lines[-1] += f"`{INSIDE.amount}` in the tower |"
         lines += ["|--:|--:|--:|--:|--:|--:|--:|--:|"]
-        runs, whole = ({run["name"]: run for run in found[part]["runs"]} for part in ("prefill", "all"))
-        own = to_first_token(MODELS[name], runs["model"], whole["model"])
-        for version, prefill in runs.items():
-            inside = "tower" if version == "model" else f"{version}, tower"
-            faster = [own / to_first_token(MODELS[name], prefill, whole[which]) for which in (version, inside)]
+        runs = {run["name"]: run for run in found["prefill"]["runs"]}
+        own = whole(MODELS[name], found["macs"][""]["model"], runs["model"])
+        for version, run in runs.items():
+            fewer = [own / whole(MODELS[name], found["macs"][inside][version], run) for inside in ("", "tower")]
+            seconds = statistics.median(run["seconds"])
             lines.append(
-                f"| {1 if version == 'model' else version} | {found['cache'][version]} | {seconds(prefill):.2f} "
-                f"| **{prefill['speedup']:.2f}×** | {prefill['macs_ratio']:.2f}× | {prefill['peak_bytes'] / 1e6:.0f} "
-                f"| {faster[0]:.2f}× | {faster[1]:.2f}× |"
+                f"| {1 if version == 'model' else version} | {found['cache'][version]} | {seconds:.2f} "
+                f"| **{run['speedup']:.2f}×** | {run['macs_ratio']:.2f}× | {run['peak_bytes'] / 1e6:.0f} "
+                f"| {fewer[0]:.2f}× | {fewer[1]:.2f}× |"
             )
         lines.append("")
     return "\n".join(lines)
 
 
-def to_first_token(shape: Shape, prefill: dict[str, Any], whole: dict[str, Any]) -> float:
-    """Seconds from pixels to logits of a model that is not cut, of the runs of one that is."""
-    language = seconds(prefill)
-    return shape.tower * (seconds(whole) - language) + shape.language * language
-
-
-def seconds(run: dict[str, Any]) -> float:
-    return statistics.median(run["seconds"])
+def whole(shape: Shape, found: int, prefill: dict[str, Any]) -> float:
+    """Multiply-accumulates to the first token of the model that is not cut."""
+    return found + (shape.layers / LAYERS - 1) * prefill["macs"]
 
 
 if __name__ == "__main__":
