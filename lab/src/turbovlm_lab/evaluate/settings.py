@@ -35,7 +35,6 @@ _PAPER: dict[str, Any] = {
     "order": "partition",
     "reduce": "merge",
     "restore": "copy",
-    "visual_select": "information",
 }
 
 
@@ -54,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {**_PAPER, "degree": evenly},
 }
 """Settings besides the amount, for the configs that have such a field; all but the first match keys between alternate
-halves and restore by copies, as published, and choose what a language model reads in rounds of such halves."""
+halves and restore by copies, as published. What a language model reads they choose in rounds."""
 
 
 def methods(amounts: Sequence[Config], names: Sequence[str] = tuple(METHODS), seeds: int = 1) -> list[Setting]:
@@ -82,7 +81,8 @@ def methods(amounts: Sequence[Config], names: Sequence[str] = tuple(METHODS), se
 
 def by_method(amount: Config, name: str) -> Config:
     """The settings with those of a method that their class has, such as the degree."""
-    changes = {field: value for field, value in METHODS[name].items() if hasattr(amount, field)}
+    method = {"visual_select": "information", **METHODS[name]} if METHODS[name] else {}
+    changes = {field: value for field, value in method.items() if hasattr(amount, field)}
     config: Config = amount.changed(**changes)
     return config
 
