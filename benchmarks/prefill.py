@@ -100,11 +100,7 @@ def qwen2_5_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     text |= {"num_hidden_layers": LAYERS, "vocab_size": 32064, "max_position_embeddings": 4096}
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}}
     config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=IMAGE - 1)
-    inputs = prompt(784)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    inputs["pixel_values"] = noise(56 * 56, 3 * 2 * 14 * 14).to(dtype)
-    inputs["image_grid_thw"] = torch.tensor([[1, 56, 56]])
-    return _made(lambda: Qwen2_5_VLForConditionalGeneration(config), dtype), inputs
+    return _made(lambda: Qwen2_5_VLForConditionalGeneration(config), dtype), qwens_prompt(14, dtype)
 
 
 def qwen3_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -117,11 +113,7 @@ def qwen3_vl(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     text |= {"head_dim": 128, "num_hidden_layers": LAYERS, "vocab_size": 32064, "max_position_embeddings": 4096}
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20], "rope_theta": 5e6}}
     config = Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=IMAGE - 1)
-    inputs = prompt(784)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    inputs["pixel_values"] = noise(56 * 56, 3 * 2 * 16 * 16).to(dtype)
-    inputs["image_grid_thw"] = torch.tensor([[1, 56, 56]])
-    return _made(lambda: Qwen3VLForConditionalGeneration(config), dtype), inputs
+    return _made(lambda: Qwen3VLForConditionalGeneration(config), dtype), qwens_prompt(16, dtype)
 
 
 MODELS = {"LLaVA-1.5": Shape(llava, 32), "Qwen2.5-VL": Shape(qwen2_5_vl, 28), "Qwen3-VL": Shape(qwen3_vl, 36)}
@@ -146,6 +138,15 @@ def prompt(visual: int) -> dict[str, Any]:
     words = torch.arange(100, 100 + WORDS)
     ids = torch.cat([words[: WORDS // 2], torch.full((visual,), IMAGE), words[WORDS // 2 :]]).unsqueeze(0)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": 1}
+
+
+def qwens_prompt(patch: int, dtype: torch.dtype) -> dict[str, Any]:
+    """With an image of 56×56 patches of so many pixels a side, two frames deep, of which four make a token."""
+    inputs = prompt(28 * 28)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    inputs["pixel_values"] = noise(56 * 56, 3 * 2 * patch * patch).to(dtype)
+    inputs["image_grid_thw"] = torch.tensor([[1, 56, 56]])
+    return inputs
 
 
 @torch.inference_mode()
@@ -175,10 +176,8 @@ def report(results: dict[str, Any]) -> str:
         found = results[name]
         lines += [f"## {name}'s shape, a prompt of {found['prompt']} tokens", ""]
         lines += [f"{described(found['machine'])}, {found['dtype']}", ""]
-        lines += [
-            "| visual_keep | in the cache | prefill, s | speed-up | MACs | peak MB | MACs to the first token | and "
-        ]
-        lines[-1] += f"`{INSIDE.amount}` in the tower |"
+        heads = ["visual_keep", "in the cache", "prefill, s", "speed-up", "MACs", "peak MB", "MACs to the first token"]
+        lines += [f"| {' | '.join(heads)} | and `{INSIDE.amount}` in the tower |"]
         lines += ["|--:|--:|--:|--:|--:|--:|--:|--:|"]
         runs = {run["name"]: run for run in found["prefill"]["runs"]}
         own = whole(MODELS[name], found["macs"][""]["model"], runs["model"])

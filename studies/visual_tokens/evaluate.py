@@ -3,6 +3,8 @@
     python studies/visual_tokens/evaluate.py                  # writes selections.{json,md,png} in results/
     python studies/visual_tokens/evaluate.py --keeps 0.25     # what the file has is not asked again
     python studies/visual_tokens/evaluate.py --selections random attention --seeds 5
+    python studies/visual_tokens/evaluate.py --images 150 --without-lists    # the committed are of these
+    python studies/visual_tokens/evaluate.py --selections coverage --alphas 0 0.5 2    # other weights of attention
     python studies/visual_tokens/evaluate.py --report         # only the table and the plot anew
     python studies/visual_tokens/evaluate.py --quick --out /tmp   # few images, to see that it runs
 
@@ -204,8 +206,9 @@ def ask(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown], seen: Sequence[
 
 def read(vlm: SmallVlm, setting: Setting, shown: Sequence[Shown], images: Any) -> list[list[float]]:
     """Images are read once, and all questions about each behind them; only lists are written out."""
-    pixels, side = pixels_of(vlm, setting, shown)
+    side = SIDE * PATCH_SIZE
     if setting.select == CONTROL:
+        pixels, side = pixels_of(vlm, setting, shown)
         images = vlm.model.get_image_features(pixels, interpolate_pos_encoding=True)
     front = [BOS, *[IMAGE_TOKEN] * (side // PATCH_SIZE) ** 2]
     ids = torch.tensor([front] * len(shown), device=vlm.model.device)

@@ -1,6 +1,7 @@
 """Visual tokens dropped inside the language model, against choosing before it, at equal cost.
 
     python studies/visual_tokens/inside.py                # writes inside.{json,md} in results/
+    python studies/visual_tokens/inside.py --images 50 --before information coverage     # as committed
     python studies/visual_tokens/inside.py --images 8 --out /tmp   # few images, to see that it runs
 
 Inside: after some layers the question's last token attends to the visual tokens that are left, and those it attends to

@@ -138,6 +138,7 @@ def main() -> None:
         optimizer.load_state_dict(stored["optimizer"])
         step = stored["step"]
     elif args.steps:
+        log.unlink(missing_ok=True)  # that of another training
         learn_meanings(learner, args.device)
         save(checkpoint, learner, optimizer, step)
         write_log(log, {"step": step, "patches": right_patches(learner, args.device)})
