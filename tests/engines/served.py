@@ -29,9 +29,9 @@ ALONE = {
 }
 SETTINGS = {
     "off": None,
-    "the default": {"visual_keep": 0.5},
+    "in rounds": {"visual_keep": 0.5, "visual_select": "information"},
     "prune": {"visual_keep": 0.3, "visual_select": "redundancy", "reduce": "prune"},
-    "all pairs": {"visual_keep": 5, "visual_select": "coverage"},
+    "the default": {"visual_keep": 5},  # of more, tokens of random models tie, and rounding says which of them stay
 }
 
 

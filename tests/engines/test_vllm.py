@@ -84,7 +84,7 @@ def answers(family):
     name, folder = family
     jobs = [job(name, folder, settings, rounds=2) for settings in SETTINGS.values()]
     few = {"num_gpu_blocks_override": 9, "max_model_len": 256, "disable_log_stats": False}
-    jobs.append(job(name, folder, SETTINGS["the default"], new=LONG, **few))
+    jobs.append(job(name, folder, SETTINGS["in rounds"], new=LONG, **few))
     return dict(zip([*SETTINGS, "preempted"], by_vllm(folder, jobs)))
 
 
@@ -103,7 +103,7 @@ def test_settings_change_what_is_generated(answers):
     assert len({tuple(tokens[1][0]) for tokens in said}) == 1  # of text alone
 
 
-@pytest.mark.parametrize("how", ["the default", "prune"])
+@pytest.mark.parametrize("how", ["in rounds", "prune"])
 def test_prompts_are_as_much_shorter(family, answers, how):
     """Placeholders, and with them blocks of the cache: of prompts with images alone."""
     name, folder = family
@@ -116,12 +116,12 @@ def test_prompts_are_as_much_shorter(family, answers, how):
 
 
 def test_prefixes_are_cached(answers):
-    first, second = answers["the default"]["rounds"]
+    first, second = answers["in rounds"]["rounds"]
     assert sum(cached for _, _, cached in second) > 0
     assert [tokens for tokens, _, _ in first] == [tokens for tokens, _, _ in second]
 
 
 def test_a_preempted_request_goes_on(family, answers):
     assert answers["preempted"]["preempted"] > 0
-    expected = by_transformers(*family, SETTINGS["the default"], new=LONG)
+    expected = by_transformers(*family, SETTINGS["in rounds"], new=LONG)
     assert [tokens for tokens, _, _ in answers["preempted"]["rounds"][0]] == [tokens for tokens, _ in expected]

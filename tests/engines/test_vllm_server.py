@@ -26,7 +26,7 @@ if importlib.util.find_spec("openai") is None:
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %} w1"
 QUESTIONS = [("w5 w6", [0]), ("w9 w8 w7", []), ("w6 w9 w11", [1, 2]), ("w5 w6 w7", [0])]
-SETTING = SETTINGS["the default"]
+SETTING = SETTINGS["in rounds"]
 
 
 @pytest.fixture(scope="module")
