@@ -1,7 +1,7 @@
 """A corpus embedded on Ray Data: tasks read and decode, actors hold the model, this process writes.
 
-A shard is read by one task, which gives its batches one after another; Ray Data hands each to an actor that is free, and
-halts the tasks where actors fall behind. Batches are those of the engine in one process, so the rows are the same.
+A shard is read by one task, which gives its batches one after another; Ray Data hands each to an actor that is free,
+and halts the tasks where actors fall behind. Batches are those of the engine in one process, so the rows are the same.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from turbovlm.corpus.embed import Engine
 from turbovlm.corpus.embedder import Embedder, Rows
 from turbovlm.corpus.job import Job
-from turbovlm.corpus.reading import read_batches
+from turbovlm.corpus.reading import Record, batch_of, read_batches
 from turbovlm.corpus.shards import Shard
-from turbovlm.corpus.tables import Columns
-from turbovlm.errors import ConfigError, TurboError
+from turbovlm.corpus.tables import Columns, column_of
+from turbovlm.errors import ConfigError, DataError, TurboError
+from turbovlm.loading import ModelSpec
 from turbovlm.loading.processors import load_preparation
 
 OLDEST = (2, 60)
@@ -107,7 +109,7 @@ def _gpus(device: str) -> int:
 @contextlib.contextmanager
 def _cluster() -> Iterator[list[dict[str, float]]]:
     """What the nodes of a cluster have; what was not started before is quiet, and stops at the end."""
-    import ray
+    import ray.data
 
     own = not ray.is_initialized()
     if own:
@@ -123,8 +125,7 @@ def _cluster() -> Iterator[list[dict[str, float]]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Let Ray Data say on the terminal what is a warning or worse; its log file has the rest."""
-    import ray.data  # which adds the handlers
+    """Let Ray Data say on the terminal what is a warning or worse; its log file has the rest. It must be imported."""
 
     def matters(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING and not str(record.msg).startswith("Progress bars")
@@ -139,9 +140,7 @@ def _quiet() -> Iterator[None]:
             handler.removeFilter(matters)
 
 
-def _run(
-    job: Job, shards: Sequence[Shard], columns: Columns, concurrency: int, cpus: int, gpus: int
-) -> Iterator[Rows]:
+def _run(job: Job, shards: Sequence[Shard], columns: Columns, concurrency: int, cpus: int, gpus: int) -> Iterator[Rows]:
     import ray
 
     context = ray.data.DataContext.get_current().copy()
@@ -194,8 +193,6 @@ class _Actor:
     """
 
     def __init__(self, job: Job, threads: int) -> None:
-        import torch
-
         if job.model.device == "cpu":
             torch.set_num_threads(threads)
         self.embedder: Embedder | TurboError
@@ -212,6 +209,78 @@ class _Actor:
             return {"rows": [_packed(batch if isinstance(batch, TurboError) else self.embedder(batch))]}
         except TurboError as error:
             return {"rows": [_packed(error)]}
+
+
+class ImageEmbedder:
+    """What `turbovlm embed` makes of images, for a Ray Data pipeline of your own.
+
+        images.map_batches(
+            ImageEmbedder,
+            fn_constructor_kwargs={"model": "openai/clip-vit-base-patch16", "r": 8},
+            batch_size=32,
+            compute=ray.data.ActorPoolStrategy(size=2),
+        )
+
+    It adds the outputs to a batch, and the column `error`, which says why an image has none. Images are decoded and
+    prepared in the actor too.
+
+    Args:
+        model: a hub id, a folder, timm:NAME …
+        outputs, labels, prompt, max_new_tokens: see `Job`.
+        image: the column of images: files' bytes, or pixels in uint8, `[height, width, 3]`, as `ray.data.read_images`
+            gives them.
+        device: CUDA if None where the actor has a GPU.
+        dtype: of the model.
+        settings: keywords of `turbovlm.apply`; none leaves the model as it is.
+
+    Raises:
+        TurboError: the model cannot be loaded.
+        ConfigError: it has not such an output, or a setting is wrong.
+        UnsupportedModelError: nothing in it can be accelerated.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        outputs: Sequence[str] = (),
+        labels: Sequence[str] = (),
+        prompt: str | None = None,
+        max_new_tokens: int = 32,
+        image: str = "image",
+        device: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> None:
+        spec = ModelSpec(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+        self.image = image
+        self.embedder = Embedder(
+            Job(spec, tuple(outputs), settings, labels=tuple(labels), prompt=prompt, max_new_tokens=max_new_tokens)
+        )
+        self.prepare = load_preparation(spec, prompt, generates="caption" in outputs)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Embed a batch of columns.
+
+        Raises:
+            DataError: it has no such column, or none of images.
+        """
+        if self.image not in batch:
+            raise DataError(f"image={self.image!r}: there is no such column; there are {', '.join(batch)}")
+        made = self.embedder(batch_of([self._record(value) for value in batch[self.image]], self.prepare))
+        return {
+            **batch,
+            **{name: column_of(name, values) for name, values in made.columns.items()},
+            "error": column_of("error", made.errors),
+        }
+
+    def _record(self, value: Any) -> Record:
+        if value is None:
+            return Record("", None, "cannot be read: the row is empty")
+        if isinstance(value, bytes) or (isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim > 1):
+            return Record("", value)
+        kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise DataError(f"column {self.image!r}: must hold files' bytes or pixels in uint8, has {kind}")
 
 
 def _packed(value: object) -> bytes:
