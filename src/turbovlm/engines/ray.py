@@ -77,9 +77,7 @@ def check_resources(concurrency: int, cpus: int, gpus: int, has: dict[str, float
         )
 
 
-def _run(
-    job: Job, shards: Sequence[Shard], columns: Columns, concurrency: int, cpus: int, gpus: int
-) -> Iterator[Rows]:
+def _run(job: Job, shards: Sequence[Shard], columns: Columns, concurrency: int, cpus: int, gpus: int) -> Iterator[Rows]:
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -126,5 +124,3 @@ class _Actor:
     def __call__(self, row: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
         rows = self.embedder(pickle.loads(row["batch"][0]))
         return {"rows": [pickle.dumps(rows, pickle.HIGHEST_PROTOCOL)]}
-
-
