@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
+import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,7 +164,22 @@ class _Reading(torch.utils.data.IterableDataset[Batch]):
 
 def _batches(job: Job, shards: Sequence[Shard], columns: Columns, workers: int) -> Iterable[Batch]:
     reading, ahead = _Reading(job, shards, columns), AHEAD if workers else None
-    return torch.utils.data.DataLoader(reading, batch_size=None, num_workers=workers, prefetch_factor=ahead)
+    begin = functools.partial(_end_with, os.getpid())
+    return torch.utils.data.DataLoader(
+        reading, batch_size=None, num_workers=workers, prefetch_factor=ahead, worker_init_fn=begin
+    )
+
+
+def _end_with(parent: int, _: int) -> None:
+    """End this process when its parent has ended: where that was killed, a loader's process would wait for ever, and
+    hold the folder's lock, which it has inherited."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _collected(found: Iterable[Rows], shards: Sequence[Shard]) -> Iterator[tuple[Shard, int | list[Rows]]]:

@@ -187,20 +187,17 @@ def compute(
     dual = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
     classifies = type(model).__name__.endswith("ForImageClassification")
     reads: Any = whole.get_image_features if dual else whole if classifies else tower.module
-    with _output_of(tower.module) as seen:
+    with _output_of(tower.module) as inner:
         out = reads(**inputs)
-    inner = seen[0]
     if dual:
         found["projected"] = _tensor(out)
         if texts is not None:
             images = torch.nn.functional.normalize(found["projected"].float(), dim=-1)
             found["label"] = images @ texts.T * _scale(model)
-    pooled = getattr(inner, "pooler_output", None)
-    if isinstance(pooled, Tensor):
-        found["pooled"] = pooled
-    tokens = getattr(inner, "last_hidden_state", None)
-    if tower.cls and isinstance(tokens, Tensor):
-        found["cls"] = tokens[:, 0]
+    if "pooler_output" in inner:
+        found["pooled"] = inner["pooler_output"]
+    if tower.cls and "last_hidden_state" in inner:
+        found["cls"] = inner["last_hidden_state"][:, 0]
     logits = getattr(out, "logits", None)
     if isinstance(logits, Tensor) and logits.ndim == 2:
         found["label"] = logits
@@ -227,10 +224,17 @@ def _tower(model: nn.Module) -> Tower:
 
 
 @contextmanager
-def _output_of(module: nn.Module) -> Iterator[list[Any]]:
-    """Collect what a module gives in the meantime."""
-    seen: list[Any] = []
-    hook = module.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+def _output_of(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect the tensors that a module gives in the meantime, at once: what calls it may put others in their place."""
+    seen: dict[str, Tensor] = {}
+
+    def look(_module: nn.Module, _inputs: Any, out: Any) -> None:
+        for name in ("pooler_output", "last_hidden_state"):
+            value = getattr(out, name, None)
+            if isinstance(value, Tensor):
+                seen[name] = value
+
+    hook = module.register_forward_hook(look)
     try:
         yield seen
     finally:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MANIFEST, LOCK, UNFINISHED = "_run.json", ".lock", "_unfinished-"  # readers of a folder of Parquet pass over these
 FORMAT = 1
+PATIENCE = 3.0
+"""Seconds until a lock counts as another run's: processes that read end a moment after the run that was killed."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,9 @@ def opened(
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK, blocking=False)
+    lock = filelock.FileLock(folder / LOCK)
     try:
-        lock.acquire()
+        lock.acquire(timeout=PATIENCE)
     except filelock.Timeout:
         raise StateError(f"{folder}: another run is writing to it; wait for its end, or give another folder") from None
     try:
