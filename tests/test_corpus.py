@@ -145,7 +145,7 @@ def test_models_of_timm(photos, tmp_path, monkeypatch):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+    return {path.name: path.read_bytes() for path in folder.glob("part-*.parquet")}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
