@@ -1,0 +1,212 @@
+"""Images/s of a corpus embedded by a plain loop, by the engine in one process, and on Ray Data with 1, 2 and 4 actors.
+
+    python benchmarks/corpus_actors.py     # in an environment with ray; writes benchmarks/results/corpus_actors.{json,md}
+
+A CLIP ViT-B/32 vision tower, random weights, `r=4`, batches of 16, one thread for each process that holds the model.
+Images are JPEGs of coloured fields and noise, 320×240. The plain loop opens files, calls the processor on a batch of
+them and the model on what it gives, and keeps a list. The engines read shards of 64 images and write Parquet as well.
+The more actors, the more images in proportion. Ray is told of eight cores, whatever the machine has, so that all actors
+start. Rounds interleave.
+
+What is counted begins when each process with a model has given a batch (before are imports, weights, processes), and
+ends ten batches before the last: Ray reads ahead what its object store holds (160 MB, of which Ray Data takes half: eight
+batches), and would else be counted without reading. CPU time is that of all processes: this one, Ray's own, those that
+read and those that hold the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cases import RESULTS, described, machine, save
+from PIL import Image
+
+import turbovlm
+from turbovlm.corpus import Job, embed
+from turbovlm.corpus.embed import Engine, local
+from turbovlm.corpus.embedder import Rows
+from turbovlm.engines.ray import on_ray
+from turbovlm.loading import ModelSpec
+
+BATCH, SHARD, R = 16, 64, 4
+ACTORS = (1, 2, 4)
+STORE, TAIL = 160_000_000, 10
+GOAL = 0.10
+MARK = "TURBOVLM_BENCHMARK"
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Clock:
+    """Wall and CPU seconds of the batches behind the first `warm`, of which `counted` are counted."""
+
+    def __init__(self, warm: int, counted: int) -> None:
+        self.warm, self.counted, self.begun = warm, counted, time.perf_counter()
+        self.seen = 0
+        self.at: list[tuple[float, dict[str, float]]] = []
+
+    def batch(self) -> None:
+        """Note that a batch is there."""
+        self.seen += 1
+        if self.seen in (self.warm, self.warm + self.counted):
+            self.at.append((time.perf_counter(), cpu_seconds()))
+
+    def found(self) -> dict[str, float]:
+        (begun, before), (ended, after) = self.at
+        cpu = sum(value - before.get(name, 0.0) for name, value in after.items())
+        wall, images = ended - begun, self.counted * BATCH
+        return {"images": images, "wall": wall, "cpu": cpu, "start_up": begun - self.begun}
+
+
+def cpu_seconds() -> dict[str, float]:
+    """CPU seconds of this process and those that come from it, by process."""
+    mark, found = f"{MARK}={os.environ[MARK]}".encode(), {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if path.name == str(os.getpid()) or mark in (path / "environ").read_bytes():
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+                found[path.name] = (int(fields[11]) + int(fields[12])) / TICKS
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+def plain(model: str, folder: Path, counted: int) -> dict[str, float]:
+    """The loop that one writes without an engine."""
+    from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+
+    clock = Clock(1, counted)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(model).eval()
+    processor: Any = AutoImageProcessor.from_pretrained(model)
+    turbovlm.apply(encoder, r=R)
+    found = []
+    files = sorted(folder.iterdir())[: BATCH * (counted + 1)]
+    with torch.inference_mode():
+        for start in range(0, len(files), BATCH):
+            images = [Image.open(path).convert("RGB") for path in files[start : start + BATCH]]
+            outputs: Any = encoder(**processor(images=images, return_tensors="pt"))
+            found.append(outputs.image_embeds.numpy())
+            clock.batch()
+    return clock.found()
+
+
+def by(engine: Engine, model: str, folder: Path, counted: int, actors: int = 1) -> dict[str, float]:
+    """A corpus embedded by an engine."""
+    clock = Clock(actors, counted)
+
+    def clocked(*asked: Any) -> Iterator[Rows]:
+        for rows in engine(*asked):
+            clock.batch()
+            yield rows
+
+    out = Path(tempfile.mkdtemp())
+    try:
+        job = Job(ModelSpec(model), ("pooled",), {"r": R}, BATCH)
+        embed(folder, out / "embeddings", job, shard_size=SHARD, engine=clocked)
+    finally:
+        shutil.rmtree(out)
+    return clock.found()
+
+
+def drawn(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        fields = Image.fromarray(generator.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((320, 240))
+        noise = generator.integers(-8, 8, (240, 320, 3))
+        pixels = np.clip(np.asarray(fields) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:05d}.jpg", quality=85)
+    return folder
+
+
+def save_model(folder: Path) -> str:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(CLIPVisionConfig()).save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+    return str(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, default=10, help="of each process with a model (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ[MARK] = uuid.uuid4().hex
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import ray
+
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        model = save_model(Path(name) / "model")
+        counted = {count: count * args.batches for count in ACTORS}
+        folders = {count: drawn(Path(name) / str(count), (counted[count] + count + TAIL) * BATCH) for count in ACTORS}
+        ray.init(
+            num_cpus=8, object_store_memory=STORE, log_to_driver=False, logging_level="ERROR", include_dashboard=False
+        )
+        versions: dict[str, Callable[[], dict[str, float]]] = {
+            "a plain loop": lambda: plain(model, folders[1], counted[1]),
+            "one process": lambda: by(local(0), model, folders[1], counted[1]),
+        }
+        for count in ACTORS:
+            what = f"Ray, {count} actor" + ("s" if count > 1 else "")
+            versions[what] = lambda n=count: by(on_ray(n), model, folders[n], counted[n], n)  # type: ignore[misc]
+        runs: dict[str, list[dict[str, float]]] = {version: [] for version in versions}
+        for _ in range(args.rounds):
+            for version, run in versions.items():
+                runs[version].append(run())
+                print(version, {key: round(value, 2) for key, value in runs[version][-1].items()}, flush=True)
+        ray.shutdown()
+    results = {"machine": {**machine(), "ray": ray.__version__, "load_before": load}, "runs": runs}
+    save(RESULTS / "corpus_actors.json", results)
+    (RESULTS / "corpus_actors.md").write_text(report(results))
+    print(report(results))
+
+
+def report(results: dict[str, Any]) -> str:
+    lines = ["# A corpus embedded: a loop, one process, actors of Ray Data", ""]
+    lines += [
+        "CLIP ViT-B/32, random weights, `r=4`, batches of 16, one thread for each model. Medians; in brackets the"
+    ]
+    lines += [
+        "least and the most. Start-up is not in images/s. Overhead is CPU time per image, of all processes, beyond"
+    ]
+    lines += [f"the plain loop's of the same round; the goal is at most {GOAL:.0%}.", "", described(results["machine"])]
+    lines += ["", "| | images | images/s | CPU ms per image | overhead | start-up, s |", "|---|--:|--:|--:|--:|--:|"]
+    loop = [run["cpu"] / run["images"] for run in results["runs"]["a plain loop"]]
+    for version, runs in results["runs"].items():
+        each = [run["cpu"] / run["images"] for run in runs]
+        over = [own / base - 1 for own, base in zip(each, loop)]
+        shown = (
+            ""
+            if version == "a plain loop"
+            else f"**{statistics.median(over):+.1%}** ({min(over):+.0%} … {max(over):+.0%})"
+        )
+        speeds = [run["images"] / run["wall"] for run in runs]
+        lines.append(
+            f"| {version} | {runs[0]['images']:.0f} | {statistics.median(speeds):.1f} "
+            f"({min(speeds):.1f} … {max(speeds):.1f}) | {1000 * statistics.median(each):.1f} | {shown} "
+            f"| {statistics.median(run['start_up'] for run in runs):.1f} |"
+        )
+    lines += [
+        "",
+        "Actors beyond the cores that the machine has share them. With one actor, reading runs beside it.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
