@@ -43,18 +43,26 @@ fuzz: setup
 ENGINES := .venv-engines
 RELEASES := 0.32 0.31
 
-test-engines: $(RELEASES:%=$(ENGINES)/%/.ready)
+test-engines: $(RELEASES:%=$(ENGINES)/%/.ready) $(ENGINES)/ray/.ready
 	$(ENGINES)/0.32/bin/python -m pytest tests/engines
 	TURBOVLM_TEST_VLLM=$(ENGINES)/0.31/bin/python $(ENGINES)/0.32/bin/python -m pytest tests/engines
+	$(ENGINES)/ray/bin/python -m pytest tests/engines/test_ray*.py
 
-$(ENGINES)/%/.ready: pyproject.toml tools/engines/vllm-%.txt tools/torchvision_cpu.py
-	$(PYTHON) -m venv $(ENGINES)/$*
-	$(ENGINES)/$*/bin/pip install --quiet torch==2.13.0
-	$(ENGINES)/$*/bin/pip install --quiet -r tools/engines/vllm-$*.txt
-	$(ENGINES)/$*/bin/pip uninstall --quiet --yes torchaudio torchcodec
-	$(ENGINES)/$*/bin/pip install --quiet --no-deps -e .
-	$(ENGINES)/$*/bin/python tools/install_torchvision_cpu.py
-	touch $@
+$(ENGINES)/ray/.ready: tools/engines/ray.txt pyproject.toml tools/torchvision_cpu.py
+	$(engine)
+
+$(ENGINES)/%/.ready: tools/engines/vllm-%.txt pyproject.toml tools/torchvision_cpu.py
+	$(engine)
+
+define engine
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/pip install --quiet torch==2.13.0
+$(@D)/bin/pip install --quiet -r $<
+$(@D)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+$(@D)/bin/pip install --quiet --no-deps -e .
+$(@D)/bin/python tools/install_torchvision_cpu.py
+touch $@
+endef
 
 clean:
 	rm -rf .venv .venv-engines build dist report.html

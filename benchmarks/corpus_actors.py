@@ -1,22 +1,23 @@
 """Images/s of a corpus embedded by a plain loop, by the engine in one process, and on Ray Data with 1, 2 and 4 actors.
 
-    python benchmarks/corpus_actors.py     # in an environment with ray; writes benchmarks/results/corpus_actors.{json,md}
+    python benchmarks/corpus_actors.py    # where ray is installed; writes benchmarks/results/corpus_actors.{json,md}
 
 A CLIP ViT-B/32 vision tower, random weights, `r=4`, batches of 16, one thread for each process that holds the model.
 Images are JPEGs of coloured fields and noise, 320×240. The plain loop opens files, calls the processor on a batch of
 them and the model on what it gives, and keeps a list. The engines read shards of 64 images and write Parquet as well.
-The more actors, the more images in proportion. Ray is told of eight cores, whatever the machine has, so that all actors
-start. Rounds interleave.
+The more actors, the more images in proportion. Ray is told of a core for each actor and one for reading, whatever the
+machine has, so that all start. Rounds interleave.
 
 What is counted begins when each process with a model has given a batch (before are imports, weights, processes), and
-ends ten batches before the last: Ray reads ahead what its object store holds (160 MB, of which Ray Data takes half: eight
-batches), and would else be counted without reading. CPU time is that of all processes: this one, Ray's own, those that
-read and those that hold the model.
+ends ten batches before the last: Ray reads ahead what its object store holds (160 MB, of which Ray Data takes half:
+eight batches), and would else be counted without reading. CPU time is that of all processes: this one, Ray's own,
+those that read and those that hold the model.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import shutil
 import statistics
@@ -42,6 +43,7 @@ from turbovlm.loading import ModelSpec
 BATCH, SHARD, R = 16, 64, 4
 ACTORS = (1, 2, 4)
 STORE, TAIL = 160_000_000, 10
+KINDS = ("model", "reading", "engine")
 GOAL = 0.10
 MARK = "TURBOVLM_BENCHMARK"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -53,7 +55,7 @@ class Clock:
     def __init__(self, warm: int, counted: int) -> None:
         self.warm, self.counted, self.begun = warm, counted, time.perf_counter()
         self.seen = 0
-        self.at: list[tuple[float, dict[str, float]]] = []
+        self.at: list[tuple[float, dict[tuple[str, str], float]]] = []
 
     def batch(self) -> None:
         """Note that a batch is there."""
@@ -63,22 +65,34 @@ class Clock:
 
     def found(self) -> dict[str, float]:
         (begun, before), (ended, after) = self.at
-        cpu = sum(value - before.get(name, 0.0) for name, value in after.items())
-        wall, images = ended - begun, self.counted * BATCH
-        return {"images": images, "wall": wall, "cpu": cpu, "start_up": begun - self.begun}
+        kinds = dict.fromkeys(KINDS, 0.0)
+        for (name, kind), seconds in after.items():
+            kinds[kind] += seconds - sum(value for (other, _), value in before.items() if other == name)
+        found = {"images": self.counted * BATCH, "wall": ended - begun, "start_up": begun - self.begun}
+        return {**found, "cpu": sum(kinds.values()), **kinds}
 
 
-def cpu_seconds() -> dict[str, float]:
-    """CPU seconds of this process and those that come from it, by process."""
+def cpu_seconds() -> dict[tuple[str, str], float]:
+    """CPU seconds of this process and those that come from it, by process and kind."""
     mark, found = f"{MARK}={os.environ[MARK]}".encode(), {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if path.name == str(os.getpid()) or mark in (path / "environ").read_bytes():
                 fields = (path / "stat").read_text().rpartition(")")[2].split()
-                found[path.name] = (int(fields[11]) + int(fields[12])) / TICKS
+                found[path.name, kind_of(path)] = (int(fields[11]) + int(fields[12])) / TICKS
         except OSError:  # it has ended, or is another user's
             continue
     return found
+
+
+def kind_of(process: Path) -> str:
+    """What a process does: hold the model, read, or run the engine. This one is of the last kind, alone or not."""
+    command = (process / "cmdline").read_bytes()
+    if command.startswith(b"ray::MapWorker"):
+        return "model"
+    if command.startswith((b"ray::MapBatches", b"ray::IDLE")):  # which is what tasks' processes are between tasks
+        return "reading"
+    return "engine"
 
 
 def plain(model: str, folder: Path, counted: int) -> dict[str, float]:
@@ -118,6 +132,23 @@ def by(engine: Engine, model: str, folder: Path, counted: int, actors: int = 1) 
     return clock.found()
 
 
+def on_actors(actors: int, model: str, folder: Path, counted: int) -> dict[str, float]:
+    """On Ray with a core for each actor and one for reading, whether the machine has them or not."""
+    import ray
+
+    ray.init(
+        num_cpus=actors + 1,
+        object_store_memory=STORE,
+        log_to_driver=False,
+        logging_level="ERROR",
+        include_dashboard=False,
+    )
+    try:
+        return by(on_ray(actors), model, folder, counted, actors)
+    finally:
+        ray.shutdown()
+
+
 def drawn(folder: Path, count: int) -> Path:
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -146,30 +177,24 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ[MARK] = uuid.uuid4().hex
     os.environ["OMP_NUM_THREADS"] = "1"
-    import ray
-
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         model = save_model(Path(name) / "model")
         counted = {count: count * args.batches for count in ACTORS}
         folders = {count: drawn(Path(name) / str(count), (counted[count] + count + TAIL) * BATCH) for count in ACTORS}
-        ray.init(
-            num_cpus=8, object_store_memory=STORE, log_to_driver=False, logging_level="ERROR", include_dashboard=False
-        )
         versions: dict[str, Callable[[], dict[str, float]]] = {
             "a plain loop": lambda: plain(model, folders[1], counted[1]),
             "one process": lambda: by(local(0), model, folders[1], counted[1]),
         }
         for count in ACTORS:
             what = f"Ray, {count} actor" + ("s" if count > 1 else "")
-            versions[what] = lambda n=count: by(on_ray(n), model, folders[n], counted[n], n)  # type: ignore[misc]
+            versions[what] = lambda n=count: on_actors(n, model, folders[n], counted[n])  # type: ignore[misc]
         runs: dict[str, list[dict[str, float]]] = {version: [] for version in versions}
         for _ in range(args.rounds):
             for version, run in versions.items():
                 runs[version].append(run())
                 print(version, {key: round(value, 2) for key, value in runs[version][-1].items()}, flush=True)
-        ray.shutdown()
-    results = {"machine": {**machine(), "ray": ray.__version__, "load_before": load}, "runs": runs}
+    results = {"machine": {**machine(), "ray": importlib.metadata.version("ray"), "load_before": load}, "runs": runs}
     save(RESULTS / "corpus_actors.json", results)
     (RESULTS / "corpus_actors.md").write_text(report(results))
     print(report(results))
@@ -184,7 +209,11 @@ def report(results: dict[str, Any]) -> str:
         "least and the most. Start-up is not in images/s. Overhead is CPU time per image, of all processes, beyond"
     ]
     lines += [f"the plain loop's of the same round; the goal is at most {GOAL:.0%}.", "", described(results["machine"])]
-    lines += ["", "| | images | images/s | CPU ms per image | overhead | start-up, s |", "|---|--:|--:|--:|--:|--:|"]
+    lines += [
+        "",
+        "| | images | images/s | CPU ms per image | overhead | of Ray itself, CPU | start-up, s |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
     loop = [run["cpu"] / run["images"] for run in results["runs"]["a plain loop"]]
     for version, runs in results["runs"].items():
         each = [run["cpu"] / run["images"] for run in runs]
@@ -194,10 +223,12 @@ def report(results: dict[str, Any]) -> str:
             if version == "a plain loop"
             else f"**{statistics.median(over):+.1%}** ({min(over):+.0%} … {max(over):+.0%})"
         )
+        own = [run["engine"] / run["cpu"] for run in runs]
+        ray = f"{statistics.median(own):.1%}" if version.startswith("Ray") else ""
         speeds = [run["images"] / run["wall"] for run in runs]
         lines.append(
             f"| {version} | {runs[0]['images']:.0f} | {statistics.median(speeds):.1f} "
-            f"({min(speeds):.1f} … {max(speeds):.1f}) | {1000 * statistics.median(each):.1f} | {shown} "
+            f"({min(speeds):.1f} … {max(speeds):.1f}) | {1000 * statistics.median(each):.1f} | {shown} | {ray} "
             f"| {statistics.median(run['start_up'] for run in runs):.1f} |"
         )
     lines += [
