@@ -44,8 +44,8 @@ ENGINES := .venv-engines
 RELEASES := 0.32 0.31
 
 test-engines: $(RELEASES:%=$(ENGINES)/%/.ready) $(ENGINES)/ray/.ready
-	$(ENGINES)/0.32/bin/python -m pytest tests/engines
-	TURBOVLM_TEST_VLLM=$(ENGINES)/0.31/bin/python $(ENGINES)/0.32/bin/python -m pytest tests/engines
+	$(ENGINES)/0.32/bin/python -m pytest tests/engines/test_vllm*.py
+	TURBOVLM_TEST_VLLM=$(ENGINES)/0.31/bin/python $(ENGINES)/0.32/bin/python -m pytest tests/engines/test_vllm*.py
 	$(ENGINES)/ray/bin/python -m pytest tests/engines/test_ray*.py
 
 $(ENGINES)/ray/.ready: tools/engines/ray.txt pyproject.toml tools/torchvision_cpu.py
