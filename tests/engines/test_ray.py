@@ -223,6 +223,17 @@ def test_too_many_actors_are_refused_before_any_starts(cluster, model, photos, t
         next(iter(on_ray(1)(Job(ModelSpec(model, "cuda:1")), [], engine.Columns())))
 
 
+def test_a_cluster_that_is_not_there_is_named(monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:1")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(TurboError, match=r"RAY_ADDRESS=127\.0\.0\.1:1: Failed to connect .* unset it"):
+        next(iter(on_ray()(Job(ModelSpec("any")), [], engine.Columns())))
+
+
 @pytest.mark.parametrize("release", ["2.59.1", "3.0.0"])
 def test_releases_that_were_not_tried_are_refused(monkeypatch, release):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: release)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ def on_ray(concurrency: int = 1, cpus_per_actor: int = 1) -> Engine:
         cpus_per_actor: cores of each. Those that are left read and decode, one shard each.
 
     Raises:
-        TurboError: Ray is not installed, or an older release.
+        TurboError: Ray is not installed, or an older release; later, that there is no such cluster.
     """
     _check_installed()
 
@@ -113,7 +114,11 @@ def _cluster() -> Iterator[list[dict[str, float]]]:
 
     own = not ray.is_initialized()
     if own:
-        ray.init(log_to_driver=False, logging_level="ERROR")  # warnings of the start are of every start
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR")  # warnings of the start are of every start
+        except ConnectionError as error:
+            address = os.environ.get("RAY_ADDRESS", "unset")
+            raise TurboError(f"RAY_ADDRESS={address}: {error}; unset it to run on this machine") from error
         logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         with _quiet() if own else contextlib.nullcontext():
