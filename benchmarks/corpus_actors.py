@@ -215,6 +215,7 @@ def on_actors(actors: int, model: str, folder: Path, counted: int) -> dict[str, 
     import ray
 
     ray.init(
+        "local",
         num_cpus=actors + 1,
         object_store_memory=STORE,
         log_to_driver=False,

@@ -57,7 +57,7 @@ def whole(model, photos, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     """Three cores by name, for two actors and one task that reads, whatever the machine has."""
-    ray.init(num_cpus=3, object_store_memory=STORE, log_to_driver=False, include_dashboard=False)
+    ray.init("local", num_cpus=3, object_store_memory=STORE, log_to_driver=False, include_dashboard=False)
     yield
     ray.shutdown()
 
@@ -253,6 +253,7 @@ def test_a_run_that_is_stopped_goes_on(model, photos, tmp_path, how):
     command += ["--out", str(out), "--shard-size", "5", "--batch", "2", "--engine", "ray"]
     name, value = mark.split("=")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+    environment["RAY_ADDRESS"] = "local"
     run = subprocess.Popen(
         command, env={**environment, name: value}, start_new_session=True, stderr=subprocess.PIPE, text=True
     )

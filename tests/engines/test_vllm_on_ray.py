@@ -95,7 +95,7 @@ def captions(folder: str, settings):
 def main() -> None:
     import ray
 
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     folder, settings = sys.argv[1], json.loads(sys.argv[2])
     Path(folder, "captions.json").write_text(json.dumps([captions(folder, each) for each in settings]))
 

@@ -33,9 +33,9 @@ OLDEST = (2, 60)
 def on_ray(concurrency: int = 1, cpus_per_actor: int = 1) -> Engine:
     """The engine that runs the model in actors of Ray Data.
 
-    It runs on the cluster that the caller has called `ray.init` for, else on the one that `RAY_ADDRESS` names, else on
-    one that it starts on this machine and stops again. Every node must see the source under the same path or URL, have
-    the model's files, and have turbovlm installed; only this process writes.
+    It runs on the cluster that the caller has called `ray.init` for, else on the one that `RAY_ADDRESS` names or that
+    `ray start` has started here, else on one that it starts on this machine and stops again. Every node must see the
+    source under the same path or URL, have the model's files, and have turbovlm installed; only this process writes.
 
     Args:
         concurrency: actors, each with the model, on a GPU of its own where the job's device is one.
