@@ -24,7 +24,7 @@ LEAST_LEFT = 3 * RIDGE
 LAST = -1e30
 """Log weight of padding, which comes behind all tokens."""
 TIE = 1e-3
-"""By how much less than the best a token may add and be its equal: in log units, or of a cosine where that counts."""
+"""How much less than the best counts as much: of a logarithm, for `"coverage"` and `"dpp"`, else of a cosine."""
 PAIRS = 1 << 26
 """Pairs of tokens whose cosines are held together, 256 MB of them; images beyond that follow one another."""
 
@@ -56,8 +56,8 @@ def choose_greedily(
     """Choose tokens of each image greedily; of equals, the first.
 
     w is a token's weight, C the tokens chosen so far, and cos the cosine of features. A step takes the token that has
-    most of what follows. All that come within `TIE` of the most are equals, so that rounding decides nothing between
-    tokens that are copies of each other: of logarithms for `"coverage"` and `"dpp"`, and else of the term as it is.
+    most of what follows, and of all that come within `TIE` of it the first, so that rounding does not decide between
+    copies of a token: `"coverage"` and `"dpp"` are compared by their logarithms, the others as they stand.
 
     - `"coverage"`: w · Σ_u s_u [cos(u, ·) − max_{c ∈ C ∪ 0} cos(u, c)]₊, what it adds to how well all tokens u, of
       size s, are covered by the most similar chosen one (facility location; SCOPE has w = A^α);
