@@ -10,7 +10,8 @@ SETTINGS = {
     "off": None,
     "r": {"r": 5},
     "keep, everywhere": {"keep": 0.3, "blocks": "every", "restore": "copy", "partition": "random", "reduce": "merge"},
-    "and in rounds": {"r": 5, "visual_keep": 0.5, "visual_select": "information", "degree": "weighted_difference"},
+    "and in rounds": {"r": 5, "visual_keep": 0.5, "visual_select": "information", "proportional": False},
+    "and the default": {"r": 5, "visual_keep": 5},
     "and pruned": {"flops": 0.8, "visual_keep": 0.3, "visual_select": "redundancy", "reduce": "prune"},
 }
 
@@ -26,7 +27,9 @@ def family(request, tmp_path_factory):
 def answers(family):
     """Two rounds of each of the settings."""
     name, folder = family
-    jobs = [job(name, folder, settings, rounds=2) for settings in SETTINGS.values()]
+    # vLLM makes its cache of images for OneVision's largest one as published, of which this model has 90 tokens of 114
+    room = {"max_num_batched_tokens": 128} if name == "onevision" else {}
+    jobs = [job(name, folder, settings, rounds=2, **room) for settings in SETTINGS.values()]
     return dict(zip(SETTINGS, by_vllm(folder, jobs)))
 
 
@@ -40,7 +43,7 @@ def test_tokens_are_those_of_transformers(family, answers, how):
 
 
 def test_settings_change_what_is_generated(answers):
-    said = [answers[how]["rounds"][0] for how in SETTINGS]
-    for i, (_, seeds) in enumerate(PROMPTS):
-        told = {tuple(tokens[i][0]) for tokens in said}
-        assert len(told) == len(SETTINGS) if seeds else len(told) == 1
+    said = [[tuple(tokens) for tokens, _, _ in answers[how]["rounds"][0]] for how in SETTINGS]
+    of_images = {tuple(tokens for tokens, (_, seeds) in zip(each, PROMPTS) if seeds) for each in said}
+    of_text = {tuple(tokens for tokens, (_, seeds) in zip(each, PROMPTS) if not seeds) for each in said}
+    assert len(of_images) == len(SETTINGS) and len(of_text) == 1

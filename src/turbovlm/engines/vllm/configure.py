@@ -80,7 +80,9 @@ def refuse_features(config: Any, serving: Serving) -> None:
         names = ", ".join(dict.fromkeys(name for names, _ in found for name in names))
         hints = [instead for _, instead in found]
         without = f", or {' and '.join(hints)}" if all(hints) else ""
-        raise ConfigError(f"{names}: does not go with {KEY!r} in --additional-config: leave out one of the two{without}")
+        raise ConfigError(
+            f"{names}: does not go with {KEY!r} in --additional-config: leave out one of the two{without}"
+        )
 
 
 def _beside_reading(config: Any) -> dict[str, bool]:

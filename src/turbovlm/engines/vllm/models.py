@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration as InternVL
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration as Llava
 from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration as LlavaOnevision
@@ -92,6 +93,7 @@ class FewerTokens:
         self.merging = apply(tower, encoder)
         (feature,) = self.merging.features
         assert isinstance(feature, EncoderFeature)
+        init_logger("vllm.plugins.turbovlm").info("turbovlm: %s", feature.describe()[0].strip())
         if self.reading is not None and needs_attention(self.reading):
             self.rows = rows_of_merged(tower, feature, self.reading)
 
