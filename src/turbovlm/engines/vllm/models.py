@@ -71,7 +71,7 @@ class FewerTokens:
             self.offsets = torch.zeros(PLANES, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int64)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The features of each image's tokens that are left, `[k, width + DIGITS]`."""
+        """The features of each image's tokens that are left, `[k, width + DIGITS]`; the library's if all are read."""
         if self.encoder is not None and self.merging is None:
             self._merge_inside(self.encoder)
         counts = kwargs.pop(TOKENS, None)
@@ -87,7 +87,11 @@ class FewerTokens:
         return tuple(self._fewer(*image) for image in zip(encoded, each, rows, tiles))
 
     def _merge_inside(self, encoder: TurboConfig) -> None:
-        """Have the tower merge: at the first image, as its weights are there by then, and it is tried on them."""
+        """Have the tower merge. Called at the first image: by then its weights are there, on which it is tried.
+
+        Raises:
+            UnsupportedModelError: its blocks compute something else than their layout says.
+        """
         assert self.family.merges is not None
         tower = fetch(self, self.family.merges)
         self.merging = apply(tower, encoder)
