@@ -22,7 +22,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -138,15 +138,21 @@ def main() -> None:
     if args.quick:
         sizes, loads, keeps, rounds = {"tiny": TINY}, QUICK, KEEPS[:2], 1
     results: dict[str, Any] = {"machine": machine() | {"vllm": vllm_version()}, "dtype": "bf16", "seed": 0}
-    results |= {"rounds": rounds, "block": BLOCK, "sizes": {}}
+    results |= {"block": BLOCK, "sizes": {}}
     for name, size in sizes.items():
         with tempfile.TemporaryDirectory() as folder:
-            made = make(size, Path(folder), keeps)
-            found = asyncio.run(measure(size, folder, keeps, loads, rounds, name))
-        results["sizes"][name] = {**asdict(size), **made, **found}
-        save(args.out / "serving.json", results)
-    (args.out / "serving.md").write_text(report(results))
+            results["sizes"][name] = {**asdict(size), **make(size, Path(folder), keeps)}
+            asyncio.run(keep_rounds(measure(size, folder, keeps, loads, rounds), name, results, args.out))
     print(report(results))
+
+
+async def keep_rounds(rounds: AsyncIterator[dict[str, Any]], name: str, results: dict[str, Any], out: Path) -> None:
+    """Write what there is after each round."""
+    async for found in rounds:
+        results["sizes"][name] |= found
+        save(out / "serving.json", results)
+        (out / "serving.md").write_text(report(results))
+        print(f"{name}: round {found['rounds']}", flush=True)
 
 
 def vllm_version() -> str:
@@ -338,9 +344,9 @@ def requests_of(load: Load, size: Size, seed: int) -> list[dict[str, Any]]:
 
 
 async def measure(
-    size: Size, folder: str, keeps: Sequence[float], loads: Sequence[Load], rounds: int, name: str
-) -> dict[str, Any]:
-    """For each load, what each engine did with it in each round; and how busy the machine was with other things."""
+    size: Size, folder: str, keeps: Sequence[float], loads: Sequence[Load], rounds: int
+) -> AsyncIterator[dict[str, Any]]:
+    """After each round, what each engine did with each load so far, and how busy the machine was with other things."""
     engines = {f"{keep:g}": Engine(folder, keep, size) for keep in keeps}
     seeds = itertools.count(1)
     served: list[dict[str, list[Any]]] = [{keep: [] for keep in engines} for _ in loads]
@@ -356,13 +362,12 @@ async def measure(
                 turned = [*engines][round_ % len(engines) :] + [*engines][: round_ % len(engines)]
                 for keep in turned:
                     found[keep].append(asdict(await engines[keep].serve(requests, load)))
-            print(f"{name}: round {round_ + 1} of {rounds}", flush=True)
-        elsewhere = (others(own) - elsewhere) / (time.perf_counter() - start)
+            busy_cores = (others(own) - elsewhere) / (time.perf_counter() - start)
+            done = [{"load": asdict(load), "served": found} for load, found in zip(loads, served)]
+            yield {"rounds": round_ + 1, "others_cores": round(busy_cores, 3), "loads": done}
     finally:
         for engine in engines.values():
             engine.llm.shutdown()
-    loads_served = [{"load": asdict(load), "served": found} for load, found in zip(loads, served)]
-    return {"others_cores": round(elsewhere, 3), "loads": loads_served}
 
 
 if __name__ == "__main__":

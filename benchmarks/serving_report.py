@@ -24,14 +24,15 @@ def report(results: dict[str, Any]) -> str:
     lines = ["# Serving by vLLM with fewer visual tokens", "", described(results["machine"]), ""]
     lines += [
         f"LLaVA-1.5's shape, random weights, {results['dtype']}, eager, one engine for each `visual_keep` (1: vLLM as "
-        f"it is), {results['rounds']} rounds. *First token*: the median over requests, and what 90 % of them stay "
-        "below. *Read*: tokens of a prompt that the language model reads, without those in the prefix cache. "
-        f"*Blocks*: of {results['block']} tokens, in use at most. *Worker*: processor time of the process that runs "
-        "the model, a request. Ratios are to vLLM as it is in the same round, medians: above 1 is more requests, a "
-        "sooner first token, less work.",
+        "it is). *First token*: the median over requests, and what 90 % of them stay below. *Read*: tokens of a prompt "
+        "that the language model reads, without those in the prefix cache. *Blocks*: of "
+        f"{results['block']} tokens, in use at most. *Worker*: processor time of the process that runs the model, a "
+        "request. Ratios are to vLLM as it is in the same round, medians: above 1 is more requests, a sooner first "
+        "token, less work.",
         "",
     ]
-    for name, found in results["sizes"].items():
+    measured = {name: found for name, found in results["sizes"].items() if "loads" in found}
+    for name, found in measured.items():
         macs = found["macs"]
         keeps = [keep for keep in macs if keep not in ("1", "tower")]
         fewer = ", ".join(f"{macs['1'] / macs[keep]:.2f}× fewer with {keep}" for keep in keeps)
@@ -39,15 +40,15 @@ def report(results: dict[str, Any]) -> str:
             f"## {name}: a language model of {found['parameters']['text'] / 1e6:.0f} M parameters",
             "",
             f"To the first token {macs['1'] / 1e9:.1f} G multiply-accumulates, of which the tower has "
-            f"{macs['tower'] / 1e9:.1f}, which do not get fewer; {fewer}. Other processes kept "
-            f"{found['others_cores']:.1f} of the machine's cores busy meanwhile.",
+            f"{macs['tower'] / 1e9:.1f}, which do not get fewer; {fewer}. {found['rounds']} rounds; other processes "
+            f"kept {found['others_cores']:.1f} of the machine's cores busy meanwhile.",
             "",
         ]
         for title, entries in tables(found["loads"]):
             lines += [f"### {title}", "", f"| {HEADS} |", f"|{'--:|' * (HEADS.count('|') + 1)}"]
             lines += [row(entry, keep) for entry in entries for keep in entry["served"]] + [""]
     lines += ["## Where fewer tokens do not serve more requests", "", f"Less than {GAIN:g} times as many:", ""]
-    lines += [f"- {text}" for text in no_gain(results)] or ["nowhere."]
+    lines += [f"- {text}" for text in no_gain(measured)] or ["nowhere."]
     return "\n".join(lines) + "\n"
 
 
@@ -87,8 +88,9 @@ def row(entry: dict[str, Any], keep: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def no_gain(results: dict[str, Any]) -> Iterator[str]:
-    for name, found in results["sizes"].items():
+def no_gain(sizes: dict[str, Any]) -> Iterator[str]:
+    """What serves fewer than `GAIN` times as many requests."""
+    for name, found in sizes.items():
         for title, entries in tables(found["loads"]):
             for entry in entries:
                 rounds = entry["served"]["1"]
