@@ -20,6 +20,7 @@ import asyncio
 import itertools
 import os
 import re
+import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -40,6 +41,8 @@ BEFORE, BEHIND = 8, 32
 """Words of a prompt in front of its image and behind it."""
 WORDS = 32000
 MARKS = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
+CHOSEN_BY = ("coverage", "redundancy")
+"""The default, and one in rounds, which takes less time."""
 BLOCK = 32
 """Tokens of a block of the cache."""
 SETTLED = 1.1
@@ -215,7 +218,28 @@ def make(size: Size, folder: Path, keeps: Sequence[float]) -> dict[str, Any]:
                 counts[f"{keep:g}"] = macs(model, **inputs)
     parts = {"tower": model.model.vision_tower, "text": model.model.language_model}
     parameters = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
-    return {"parameters": parameters, "macs": counts}
+    return {"parameters": parameters, "macs": counts, "choosing": choosing(size, keeps)}
+
+
+def choosing(size: Size, keeps: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Seconds of processor time that an image's tokens are chosen in, by selection and keep, medians of 9."""
+    from turbovlm import ReadConfig
+    from turbovlm.vlm.select import kept_count, select
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, size.tokens, size.text["hidden_size"], generator=generator).to(torch.bfloat16)
+    semantic = torch.rand(1, size.tokens, generator=generator)
+    found: dict[str, dict[str, float]] = {}
+    for keep, chosen_by in itertools.product(keeps, CHOSEN_BY):
+        if keep == 1:
+            continue
+        config, seconds = ReadConfig(keep, visual_select=chosen_by), []
+        for _ in range(9):
+            start = time.process_time()
+            select(features, semantic, kept_count(keep, size.tokens), config)
+            seconds.append(time.process_time() - start)
+        found.setdefault(chosen_by, {})[f"{keep:g}"] = round(statistics.median(seconds), 5)
+    return found
 
 
 def tokenizer() -> Any:

@@ -28,7 +28,7 @@ def report(results: dict[str, Any]) -> str:
         "that the language model reads, without those in the prefix cache. *Blocks*: of "
         f"{results['block']} tokens, in use at most. *Worker*: processor time of the process that runs the model, a "
         "request. Ratios are to vLLM as it is in the same round, medians: above 1 is more requests, a sooner first "
-        "token, less work.",
+        "token, less work. How far they are from 1 without images, two engines differ by themselves.",
         "",
     ]
     measured = {name: found for name, found in results["sizes"].items() if "loads" in found}
@@ -41,7 +41,8 @@ def report(results: dict[str, Any]) -> str:
             "",
             f"To the first token {macs['1'] / 1e9:.1f} G multiply-accumulates, of which the tower has "
             f"{macs['tower'] / 1e9:.1f}, which do not get fewer; {fewer}. {found['rounds']} rounds; other processes "
-            f"kept {found['others_cores']:.1f} of the machine's cores busy meanwhile.",
+            f"kept {found['others_cores']:.1f} of the machine's cores busy meanwhile. An image's tokens are chosen in "
+            f"{chosen(found['choosing'])} of processor time.",
             "",
         ]
         for title, entries in tables(found["loads"]):
@@ -52,12 +53,20 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def chosen(choosing: dict[str, dict[str, float]]) -> str:
+    parts = (
+        " and ".join(f"{1000 * seconds:.0f} ms ({keep})" for keep, seconds in by_keep.items()) + f' by "{selection}"'
+        for selection, by_keep in choosing.items()
+    )
+    return ", ".join(parts)
+
+
 def tables(loads: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Loads that stand in one table, under its title."""
     titles = {
         DISTINCT: "Another image in each request, {} tokens asked for",
         REPEATED: "The same image in each request, {} tokens asked for",
-        NONE: "No image, {} tokens asked for",
+        NONE: "No image, {} tokens asked for: the engines do the same",
     }
     for (images, new), entries in itertools.groupby(loads, lambda each: (each["load"]["images"], each["load"]["new"])):
         yield titles[images].format(new), list(entries)
@@ -98,8 +107,8 @@ def no_gain(sizes: dict[str, Any]) -> Iterator[str]:
                 first = statistics.median(seconds for each in rounds for seconds in each["first"])
                 for keep in entry["served"]:
                     if keep != "1" and (times := ratio(entry, keep, "seconds")) < GAIN:
+                        clients = f"{entry['load']['clients']} client{'s'[: entry['load']['clients'] > 1]}"
                         yield (
-                            f"{name}, {title[0].lower()}{title[1:]}, {entry['load']['clients']} clients, `visual_keep` "
-                            f"{keep}: {times:.2f}×; {1 - first / whole:.0%} of a request's time is behind its first "
-                            "token"
+                            f"{name}, {title[0].lower()}{title[1:]}, {clients}, `visual_keep` {keep}: {times:.2f}×; "
+                            f"{1 - first / whole:.0%} of a request's time is behind its first token"
                         )
