@@ -41,8 +41,8 @@ def report(results: dict[str, Any]) -> str:
             "",
             f"To the first token {macs['1'] / 1e9:.1f} G multiply-accumulates, of which the tower has "
             f"{macs['tower'] / 1e9:.1f}, which do not get fewer; {fewer}. {found['rounds']} rounds; other processes "
-            f"kept {found['others_cores']:.1f} of the machine's cores busy meanwhile. An image's tokens are chosen in "
-            f"{chosen(found['choosing'])} of processor time.",
+            f"kept {found['others_cores']:.1f} of the machine's cores busy meanwhile. Processor time in which an "
+            f"image's tokens are chosen: {chosen(found['choosing'])}.",
             "",
         ]
         for title, entries in tables(found["loads"]):
