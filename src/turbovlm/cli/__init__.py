@@ -16,12 +16,12 @@ from importlib.metadata import entry_points
 from types import ModuleType
 
 from turbovlm import __version__, process
-from turbovlm.cli import bench, calibrate, inspect, macs, measuring
+from turbovlm.cli import bench, calibrate, embed, inspect, macs, measuring
 from turbovlm.cli.ending import BROKEN_PIPE, drop_output, interruptible, reader_is_gone, reason_of
 from turbovlm.cli.remarks import without_remarks
 from turbovlm.errors import TurboError
 
-COMMANDS = (inspect, bench, calibrate, macs)
+COMMANDS = (inspect, bench, calibrate, embed, macs)
 
 LAB_COMMANDS = {
     "demo": "measure on photographs what merging saves and costs, and write a report",
@@ -36,6 +36,7 @@ examples:
   turbovlm inspect timm:vit_base_patch16_384      which blocks would be accelerated, and what it would save
   turbovlm bench timm:vit_base_patch16_384 --r 35 what it saves on this machine, in time and memory
   turbovlm calibrate zoo:saliency photos --flops 0.6    which settings keep most of it, on your images
+  turbovlm embed photos --model zoo:pairs --r 8 --out embeddings    a folder of images to Parquet
   turbovlm evaluate saliency                      what it costs in quality, on a task
   turbovlm macs --paper                           published encoder costs beside ours
 

@@ -55,7 +55,7 @@ def check_numbers(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value, least = getattr(args, name), 0 if name == "warmup" and not args.compile else 1
         if value is not None and value < least:
-            raise ConfigError(f"--{name} {value}: must be an integer ≥ {least}")
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be an integer ≥ {least}")
 
 
 def check_workers(count: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from turbovlm.loading.spec import ModelSpec, library_errors
 Prepare = Callable[[Sequence[Any]], Any]
 """RGB images to what the model takes: a tensor, or tensors by argument name; a list of tensors where images stay of
 several sizes."""
+PrepareOne = Callable[[Any], Mapping[str, torch.Tensor]]
+"""An RGB image to a model's input of it, tensors `[1, …]` by argument name."""
+CAPTION_PROMPT = "Describe this image in one sentence."
+"""What a chat model is asked of an image where nothing else is."""
 
 
 def load_for_images(spec: ModelSpec) -> tuple[Any, Prepare]:
@@ -52,6 +57,63 @@ def load_for_images(spec: ModelSpec) -> tuple[Any, Prepare]:
         return [_placed(made["pixel_values"][0], spec) for made in each]
 
     return model, prepared
+
+
+def load_preparation(spec: ModelSpec, prompt: str | None = None, *, generates: bool = False) -> PrepareOne:
+    """What turns an image into a model's input, on the CPU and without the model's weights.
+
+    Args:
+        spec: the model.
+        prompt: what a model that generates is asked beside the image.
+        generates: whether its input is that of `generate`, and not of its encoder.
+
+    Returns:
+        A function from an RGB image to tensors `[1, …]` by argument name; the one input of timm's models is `"x"`, that
+        of models that other packages bring `"pixel_values"`.
+
+    Raises:
+        TurboError: its processor is not there, or it takes no images.
+    """
+    added = spec.added
+    if added is not None:
+        prepare = added.prepare
+        if prepare is None:
+            raise TurboError(f"{spec.text}: makes images, and takes none")
+        return lambda image: {"pixel_values": prepare([image])}
+    if spec.library == "timm":
+        import timm
+
+        outline: Any = load_model(dataclasses.replace(spec, device="meta"))
+        settings = timm.data.resolve_model_data_config(outline)
+        transform = timm.data.create_transform(**settings, is_training=False)
+        return lambda image: {"x": transform(image).unsqueeze(0)}
+    if spec.library != "transformers":
+        raise TurboError(f"{spec.text}: {spec.library!r} is none of transformers, timm")
+    with library_errors(spec):
+        import transformers
+
+        processor = transformers.AutoProcessor.from_pretrained(spec.name)
+    if not generates:
+        image_processor = getattr(processor, "image_processor", processor)
+        return lambda image: dict(image_processor(images=[image], return_tensors="pt"))
+    return lambda image: dict(_with_prompt(processor, image, prompt))
+
+
+def _with_prompt(processor: Any, image: Any, prompt: str | None) -> Mapping[str, Any]:
+    """An image and a prompt as the processor of a model that generates has them."""
+    made: Mapping[str, Any]
+    if getattr(processor, "chat_template", None):
+        said = [{"type": "image", "image": image}, {"type": "text", "text": prompt or CAPTION_PROMPT}]
+        made = processor.apply_chat_template(
+            [{"role": "user", "content": said}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        return made
+    made = processor(images=image, return_tensors="pt", **({} if prompt is None else {"text": prompt}))
+    return made
 
 
 def load_timm(spec: ModelSpec) -> tuple[Any, Callable[[Any], torch.Tensor]]:
