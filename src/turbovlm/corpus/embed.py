@@ -23,7 +23,7 @@ from turbovlm.corpus.folder import Counts
 from turbovlm.corpus.job import Job
 from turbovlm.corpus.reading import Batch, read_batches
 from turbovlm.corpus.shards import Shard, find_shards
-from turbovlm.corpus.tables import Columns
+from turbovlm.corpus.tables import Columns, column_of
 from turbovlm.errors import DataError, TurboError
 from turbovlm.loading.processors import load_preparation
 
@@ -220,10 +220,9 @@ def _table(batches: Sequence[Rows]) -> pyarrow.Table:
         "width": pyarrow.array([size and size[0] for size in sizes], pyarrow.int32()),
         "height": pyarrow.array([size and size[1] for size in sizes], pyarrow.int32()),
     }
-    kinds = {"label": pyarrow.string(), "caption": pyarrow.string(), "score": pyarrow.float32()}
     for name in batches[0].columns:
         values = joined(lambda rows, name=name: rows.columns[name])  # type: ignore[misc]
-        columns[name] = pyarrow.array(values, kinds.get(name, pyarrow.list_(pyarrow.float32())))
+        columns[name] = column_of(name, values)
     columns["error"] = pyarrow.array(joined(lambda rows: rows.errors), pyarrow.string())
     return pyarrow.table(columns)
 

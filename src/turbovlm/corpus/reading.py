@@ -6,7 +6,7 @@ import gzip
 import io
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,12 @@ class Record:
 
     Attributes:
         name: of its file, relative to the source, or of its row.
-        content: the file; None where it could not be read.
+        content: the file, or pixels `[height, width, 3]`; None where it could not be read.
         error: why; None where it could.
     """
 
     name: str
-    content: bytes | None
+    content: bytes | np.ndarray[Any, Any] | None
     error: str | None = None
 
 
@@ -75,13 +75,16 @@ def read_batches(shard: Shard, size: int, prepare: PrepareOne, columns: Columns 
     some, number = list(islice(records, size)), 0
     while True:
         following = list(islice(records, size))
-        yield _batch(shard.index, number, not following, some, prepare)
+        yield batch_of(some, prepare, shard.index, number, not following)
         if not following:
             return
         some, number = following, number + 1
 
 
-def _batch(shard: int, number: int, last: bool, records: list[Record], prepare: PrepareOne) -> Batch:
+def batch_of(
+    records: Sequence[Record], prepare: PrepareOne, shard: int = 0, number: int = 0, last: bool = True
+) -> Batch:
+    """Decode and prepare these images."""
     sizes: list[tuple[int, int] | None] = []
     errors: list[str | None] = []
     groups: dict[tuple[Any, ...], tuple[list[int], list[dict[str, np.ndarray[Any, Any]]]]] = {}
@@ -109,7 +112,7 @@ def _batch(shard: int, number: int, last: bool, records: list[Record], prepare: 
     return Batch(shard, number, last, [record.name for record in records], sizes, errors, joined)
 
 
-def decode(content: bytes) -> Image:
+def decode(content: bytes | np.ndarray[Any, Any]) -> Image:
     """The image, RGB, turned as its EXIF says; the first frame of several.
 
     Raises:
@@ -118,6 +121,8 @@ def decode(content: bytes) -> Image:
     from PIL import Image, ImageOps
 
     try:
+        if isinstance(content, np.ndarray):
+            return Image.fromarray(content).convert("RGB")
         with Image.open(io.BytesIO(content)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # decoders raise many kinds, that of too many pixels among them

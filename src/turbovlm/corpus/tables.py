@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from turbovlm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,11 @@ def load_dataset(source: str, split: str) -> Any:
     except Exception as error:  # the hub, the network and each format have their own kinds
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{source}: there is no such folder or file, and datasets cannot load it: {said}") from error
+
+
+def column_of(output: str, values: Sequence[Any]) -> pyarrow.Array:
+    """Values of an output as a column, of one type whether there are values in it or none."""
+    import pyarrow
+
+    kinds = {"score": pyarrow.float32()} | dict.fromkeys(("label", "caption", "error"), pyarrow.string())
+    return pyarrow.array(values, kinds.get(output, pyarrow.list_(pyarrow.float32())))
