@@ -153,7 +153,7 @@ def take_in_turn(tokens: int) -> None:
     """The kernel of greedy choices, of each kind."""
     cosines, even = torch.zeros(2, tokens, tokens), torch.ones(2, tokens)
     for by, added, until in (("coverage", even.double(), None), ("dpp", even, None), ("mmr", even, 0.5)):
-        kernels.take_in_turn(cosines, even, even, added, 17, by, until, 1, 0.0 if by == "mmr" else 1e-3)
+        kernels.take_in_turn(cosines, even, even, added, 17, by, until, 1, 0.0 if by == "mmr" else 1e-3, 1e-3, 1e-3)
 
 
 if __name__ == "__main__":

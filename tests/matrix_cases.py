@@ -220,8 +220,7 @@ def _vlm(name: str) -> Case:
     def make() -> Any:
         return livelier(vlms.seeded(family.make))
 
-    # by rounds where the tower merges: of equal copies of a patch, rounding says which one coverage takes
-    settings = {"visual_keep": 0.5} | ({"r": 4, "visual_select": "information"} if name in INSIDE else {})
+    settings = {"visual_keep": 0.5} | ({"r": 4} if name in INSIDE else {})
     ids = first()["input_ids"]
     labels = ids.masked_fill((ids == family.token) | (ids == vlms.PAD), -100)
     return Case(name, "language", make, first, _logits, settings, make, {"labels": labels})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from turbovlm.ops.greedy import LEAST_GAIN, RIDGE, STATES, choose_greedily
+from turbovlm.ops.greedy import LEAST_GAIN, LEAST_LEFT, RIDGE, STATES, TIE, choose_greedily
 
 WAYS = tuple(STATES)
 
@@ -15,7 +17,8 @@ def plain(features, k, by, log_weights, sizes):
     """The choice for one image, `[n, width]`, of which every step looks at every token anew."""
     x = F.normalize(features.double(), dim=-1)
     cosines, n = x @ x.T, len(x)
-    weights = log_weights.double().exp()
+    log_weights = log_weights.double()
+    weights = log_weights.exp()
     chosen: list[int] = []
     for _ in range(k):
         values = torch.full((n,), -torch.inf, dtype=torch.float64)
@@ -23,17 +26,18 @@ def plain(features, k, by, log_weights, sizes):
             if by == "coverage":
                 covered = cosines[chosen].amax(0).clamp(min=0) if chosen else torch.zeros(n, dtype=torch.float64)
                 gain = float((sizes.double() * (cosines[token] - covered).clamp(min=0)).sum())
-                values[token] = weights[token] * max(gain, LEAST_GAIN)
+                values[token] = log_weights[token] + math.log(max(gain, LEAST_GAIN))
             elif by == "dpp":
                 kernel = weights.outer(weights).sqrt() * (cosines + RIDGE * torch.eye(n, dtype=torch.float64))
                 both = [*chosen, token]
-                values[token] = torch.linalg.det(kernel[both][:, both])
-                values[token] /= torch.linalg.det(kernel[chosen][:, chosen])
+                ratio = torch.linalg.det(kernel[both][:, both]) / torch.linalg.det(kernel[chosen][:, chosen])
+                left = float(ratio / weights[token])
+                values[token] = log_weights[token] + math.log(max(left, LEAST_LEFT))
             else:
                 others = [other for other in range(n) if other != token] if by == "diversity" and not chosen else chosen
                 near = cosines[token, others].max() if others else 0.0
                 values[token] = (log_weights[token] if by == "mmr" else 0.0) - near
-        chosen.append(int(values.argmax()))
+        chosen.append(int((values >= values.max() - TIE).nonzero()[0]))
     return chosen
 
 
@@ -78,7 +82,7 @@ def test_images_by_themselves_and_shorter_choices_agree(by, monkeypatch):
 
 @pytest.mark.parametrize("by", WAYS)
 def test_tokens_in_another_order(by):
-    features, log_weights = drawn()
+    features, log_weights = drawn(seed=1)  # no two come within TIE of each other where one is taken
     order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
     found = choose_greedily(features, 10, by, weighed(by, log_weights))
     moved = choose_greedily(features[:, order], 10, by, weighed(by, log_weights[:, order]))
@@ -92,6 +96,28 @@ def test_of_equal_tokens_the_first_is_chosen(by):
     assert found.order[0].tolist() == [0, 3, 6, 9]
     assert found.nearest[0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert len({*choose_greedily(features, 12, by).order[0].tolist()}) == 12
+
+
+def copied(images=3, n=48, noise=0.0):
+    """Tokens that are copies of a third as many, in no order, and log weights; noise of that size on both."""
+    generator = torch.Generator().manual_seed(3)
+    of = torch.randint(0, n // 3, (images, n), generator=generator)
+    parts = []
+    for part in drawn(images, n // 3, 32):
+        index = of.view(images, n, *[1] * (part.ndim - 2)).expand(-1, -1, *part.shape[2:])
+        part = part.gather(1, index)
+        parts.append(part + noise * torch.randn(part.shape, generator=generator))
+    return parts
+
+
+@pytest.mark.parametrize("by", WAYS)
+@pytest.mark.parametrize("k", [10, 32, 48])
+def test_of_copies_but_for_rounding_the_first_is_chosen(by, k):
+    features, log_weights = copied()
+    wanted = choose_greedily(features, k, by, weighed(by, log_weights)).order
+    for features, log_weights in (copied(noise=1e-6), copied(noise=-1e-6)):
+        assert torch.equal(choose_greedily(features, k, by, weighed(by, log_weights)).order, wanted)
+    assert all(len({*row.tolist()}) == k for row in wanted)
 
 
 @pytest.mark.parametrize("by", WAYS)
@@ -129,6 +155,12 @@ def test_numbers_that_are_none_leave_a_choice(by):
     features[0, 3], features[1, 4] = torch.nan, torch.inf
     order = choose_greedily(features, 24, by, weighed(by, log_weights)).order
     assert torch.equal(order.sort(dim=1).values, torch.arange(24).expand(3, -1))
+    features, log_weights = drawn()
+    log_weights[0, 2:9], log_weights[1, 4] = -torch.inf, torch.nan
+    log_weights[2] = -torch.inf
+    order = choose_greedily(features, 24, by, log_weights).order
+    assert torch.equal(order.sort(dim=1).values, torch.arange(24).expand(3, -1))
+    assert torch.equal(order[0, 17:], torch.arange(2, 9)) and order[1, 23] == 4
 
 
 @pytest.mark.parametrize("by", WAYS)

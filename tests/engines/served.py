@@ -31,7 +31,7 @@ SETTINGS = {
     "off": None,
     "in rounds": {"visual_keep": 0.5, "visual_select": "information"},
     "prune": {"visual_keep": 0.3, "visual_select": "redundancy", "reduce": "prune"},
-    "the default": {"visual_keep": 5},  # of more, tokens of random models tie, and rounding says which of them stay
+    "the default": {"visual_keep": 0.25},
 }
 
 

@@ -128,7 +128,7 @@ def test_a_tar_that_breaks_off_is_counted(cluster, model, tmp_path):
 
 
 def test_reading_waits_for_actors(cluster, tmp_path, monkeypatch):
-    """Prepared images of twice the object store's size, read faster than embedded, pass through it unspilled."""
+    """Twice the object store in prepared images, which are read faster than embedded, pass through it unspilled."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -150,7 +150,13 @@ def test_what_is_wrong_is_named_before_an_engine_starts(folder, tmp_path):
     cases = [
         (llava, {"visual_keep": 0.5}, {}, "accepted {'image': True}"),
         (qwen, {"visual_keep": 0.5}, {}, "accepted {'image': True, 'video': False}"),
-        (llava, {"keep": 0.5}, {}, "ConfigError keep=0.5: no such setting"),
+        (llava, {"tokens": 0.5}, {}, "ConfigError tokens=0.5: no such setting"),
+        (llava, {"keep": 0.5}, {}, "accepted {'image': True}"),
+        (llava, {"r": 4, "blocks": [3]}, {}, "ConfigError blocks=[3]: the encoder in 'vision_tower' has 3 blocks"),
+        (qwen, {"r": 4}, {}, "UnsupportedModelError Qwen3VLForConditionalGeneration: r=4 merges inside the towers of"),
+        (llava, {"r": 4}, {"tensor_parallel_size": 2}, "ConfigError tensor_parallel_size"),
+        (llava, {"r": 4}, {"compilation_config": {"compile_mm_encoder": True}}, "ConfigError compile_mm_encoder"),
+        (llava, {"r": 4}, {"cpu_offload_gb": 1}, "ConfigError cpu_offload_gb"),
         (llava, {"visual_keep": 2.5}, {}, "ConfigError visual_keep=2.5"),
         (llama, {"visual_keep": 0.5}, {}, "UnsupportedModelError LlamaForCausalLM"),
         (llava, {"visual_keep": 0.5}, {"enable_mm_embeds": True}, "ConfigError enable_mm_embeds"),
@@ -161,4 +167,4 @@ def test_what_is_wrong_is_named_before_an_engine_starts(folder, tmp_path):
     said = [line for line in done.stdout.splitlines() if line.startswith(("accepted", "ConfigError", "Unsupp", "Val"))]
     assert len(said) == len(cases), done.stdout[-3000:]
     for line, case in zip(said, cases):
-        assert line.startswith(case[3])
+        assert line.startswith(case[3]), line

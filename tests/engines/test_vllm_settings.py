@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from turbovlm import ReadConfig
+from turbovlm import ReadConfig, TurboConfig
 from turbovlm.engines.vllm.configure import refuse_features
 from turbovlm.engines.vllm.positions import (
     DIGITS,
@@ -21,7 +23,15 @@ from turbovlm.engines.vllm.positions import (
     unresolved,
     with_offsets,
 )
-from turbovlm.engines.vllm.settings import RELEASES, family_served, put_settings, reading_from, settings_of
+from turbovlm.engines.vllm.settings import (
+    KEY,
+    RELEASES,
+    Serving,
+    family_served,
+    put_settings,
+    serving_from,
+    settings_of,
+)
 from turbovlm.engines.vllm.tower import guide_rows
 from turbovlm.errors import ConfigError, UnsupportedModelError
 
@@ -29,9 +39,15 @@ RELEASE = f"{RELEASES[-1]}.0"
 GIVEN = {"visual_keep": 0.5, "visual_select": "redundancy"}
 
 
-def test_settings_become_a_read_config():
-    assert reading_from(GIVEN, RELEASE) == ReadConfig(**GIVEN)
-    assert reading_from({**GIVEN, "min_visual_tokens": 4}, f"{RELEASES[0]}.1+cpu").min_visual_tokens == 4
+def test_settings_become_configs():
+    assert serving_from(GIVEN, RELEASE) == Serving(None, ReadConfig(**GIVEN))
+    assert serving_from({**GIVEN, "min_visual_tokens": 4}, f"{RELEASES[0]}.1+cpu").reading.min_visual_tokens == 4
+    merges = {"keep": 0.4, "blocks": [1, 2], "min_tokens": 9}
+    assert serving_from(merges, RELEASE) == Serving(TurboConfig(**merges), None)
+    both = serving_from({**GIVEN, "r": 8, "reduce": "prune", "proportional": False, "partition": "random"}, RELEASE)
+    assert both.encoder == TurboConfig(r=8, reduce="prune", proportional=False, partition="random")
+    assert both.reading == ReadConfig(**GIVEN, reduce="prune", proportional=False)
+    assert both.amount == "r=8, visual_keep=0.5"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +56,17 @@ def test_settings_become_a_read_config():
         (0.5, "must be settings by name"),
         ({}, "give visual_keep"),
         ({"visual_select": "redundancy"}, "give visual_keep"),
-        ({**GIVEN, "keep": 0.5}, "keep=0.5: no such setting; there are visual_keep"),
+        ({**GIVEN, "tokens": 0.5}, "tokens=0.5: no such setting; there are visual_keep"),
+        ({"blocks": "every"}, "give visual_keep, how many of an image's tokens are read, or r, keep, flops"),
+        ({**GIVEN, "blocks": "every"}, "blocks='every': TurboConfig has it"),
+        ({"r": 4, "visual_select": "dpp"}, "visual_select='dpp': ReadConfig has it"),
+        ({"r": 4, "keep": 0.5}, "exactly one of r, keep and flops"),
+        ({"r": -1}, "r=-1"),
+        ({"r": [2, 2], "thresholds": [0, 0]}, r"thresholds=\[0, 0\]: cannot be served"),
+        ({"r": 4, "partition": "cells"}, "partition='cells': no projector"),
+        ({"r": 4, "partition": "grid", "grid": [6, 6]}, r"grid=\[6, 6\]: cannot be served"),
+        ({"r": 4, "dense": True}, "dense=True: cannot be served"),
+        ({**GIVEN, "proportional": False}, "proportional=False: it would have no effect: no tokens merge"),
         ({**GIVEN, "visual_keep": 1.5}, "visual_keep=1.5"),
         ({**GIVEN, "reduce": "drop"}, "reduce='drop'"),
         ({**GIVEN, "alpha": 2}, "alpha=2"),
@@ -52,17 +78,18 @@ def test_settings_become_a_read_config():
 )
 def test_bad_settings_are_named(given, said):
     with pytest.raises(ConfigError, match=said):
-        reading_from(given, RELEASE)
+        serving_from(given, RELEASE)
 
 
 def test_another_release_is_refused_with_its_number():
     with pytest.raises(ConfigError, match=r"vLLM 0\.1\.2: .*0\.31"):
-        reading_from(GIVEN, "0.1.2")
+        serving_from(GIVEN, "0.1.2")
 
 
-def llava(vision="clip_vision_model", **rope):
+def llava(vision="clip_vision_model", layer=-2, **rope):
     text = SimpleNamespace(rope_parameters=rope)
-    return SimpleNamespace(vision_config=SimpleNamespace(model_type=vision), get_text_config=lambda: text)
+    tower = SimpleNamespace(model_type=vision, num_hidden_layers=4)
+    return SimpleNamespace(vision_config=tower, vision_feature_layer=layer, get_text_config=lambda: text)
 
 
 @pytest.mark.parametrize(
@@ -75,38 +102,115 @@ def llava(vision="clip_vision_model", **rope):
 )
 def test_models_that_are_not_known_are_refused(architecture, config, said):
     with pytest.raises(UnsupportedModelError, match=said):
-        family_served(architecture, config, reading_from(GIVEN, RELEASE))
+        family_served(architecture, config, serving_from(GIVEN, RELEASE))
 
 
-def test_a_config_takes_settings_along():
+@pytest.mark.parametrize("layer", [-2, 3])
+def test_settings_have_to_fit_the_blocks_that_vllm_builds(layer):
+    config = llava(layer=layer)
+    for fitting in ({"r": [1, 2, 3]}, {"r": 4, "blocks": [2]}, {"flops": 0.7}):
+        assert family_served("LlavaForConditionalGeneration", config, serving_from(fitting, RELEASE)).merges
+    with pytest.raises(ConfigError, match="r has 4 entries, but the encoder in 'vision_tower' has 3 blocks"):
+        family_served("LlavaForConditionalGeneration", config, serving_from({"r": [1, 2, 3, 4]}, RELEASE))
+    with pytest.raises(ConfigError, match=r"blocks=\[3\]: .* has 3 blocks"):
+        family_served("LlavaForConditionalGeneration", config, serving_from({"r": 4, "blocks": [3]}, RELEASE))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "said"),
+    [
+        ("Qwen3VLForConditionalGeneration", llava(), "Qwen3VL.*: r=4 merges inside the towers of Llava"),
+        ("InternVLForConditionalGeneration", llava(), "r=4 merges inside the towers of Llava.*give visual_keep alone"),
+        ("LlavaForConditionalGeneration", llava(layer=[-2, -1]), r"vision_feature_layer=\[-2, -1\]: r=4 merges"),
+    ],
+)
+def test_towers_that_cannot_merge_are_refused(architecture, config, said):
+    with pytest.raises(UnsupportedModelError, match=said):
+        family_served(architecture, config, serving_from({**GIVEN, "r": 4}, RELEASE))
+
+
+def test_rotary_positions_do_not_matter_to_a_tower_alone():
+    config = llava(rope_type="yarn")
+    assert family_served("LlavaForConditionalGeneration", config, serving_from({"r": 4}, RELEASE)).merges
+
+
+@pytest.mark.parametrize("more", [{}, {"r": [2, 0, 4]}, {"keep": 0.5, "blocks": [0, 2]}])
+def test_a_config_takes_settings_along(more):
     config = llava()
     assert settings_of(config) is None
-    reading = reading_from({**GIVEN, "seed": 3}, RELEASE)
-    put_settings(config, reading, 512)
-    assert settings_of(config) == (reading, 512)
+    serving = serving_from({**GIVEN, "seed": 3, **more}, RELEASE)
+    put_settings(config, serving, 512)
+    assert settings_of(copy.deepcopy(config)) == (serving, 512)
+    assert json.loads(json.dumps(getattr(config, KEY)))["columns"] == 512  # what caches hash
 
 
 def engine(**asked):
     """A config of vLLM's as far as it is read."""
     multimodal = {"video_pruning_rate": None, "mm_encoder_tp_mode": "weights", "enable_mm_embeds": False}
+    multimodal |= {"mm_encoder_attn_dtype": None}
     parallel = {"pipeline_parallel_size": 1, "tensor_parallel_size": 1, "use_ubatching": False}
     compilation = {"cudagraph_mm_encoder": False, "compile_mm_encoder": False}
     beside = dict.fromkeys(("speculative_config", "kv_transfer_config", "ec_transfer_config", "lora_config"))
-    parts = (multimodal, parallel, compilation, beside)
+    moved, grouped, model = {"cpu_offload_gb": 0}, {"offload_group_size": 0}, {"quantization": None}
+    parts = (multimodal, parallel, compilation, beside, moved, grouped, model)
     for name, value in asked.items():
         next(part for part in parts if name in part)[name] = value
     multimodal, parallel, compilation = (SimpleNamespace(**part) for part in parts[:3])
-    model = SimpleNamespace(multimodal_config=multimodal, runner_type="generate")
-    return SimpleNamespace(model_config=model, parallel_config=parallel, compilation_config=compilation, **beside)
+    beside["model_config"] = SimpleNamespace(multimodal_config=multimodal, runner_type="generate", **model)
+    beside["offload_config"] = SimpleNamespace(uva=SimpleNamespace(**moved), prefetch=SimpleNamespace(**grouped))
+    return SimpleNamespace(parallel_config=parallel, compilation_config=compilation, **beside)
+
+
+READING, BY_A = serving_from(GIVEN, RELEASE), serving_from({"visual_keep": 0.5}, RELEASE)
+MERGING, BOTH = serving_from({"r": 4}, RELEASE), serving_from({"r": 4, "visual_keep": 0.5}, RELEASE)
 
 
 def test_features_that_do_not_go_with_shorter_prompts_are_refused():
-    refuse_features(engine(), attention=True)
+    refuse_features(engine(), BY_A)
     with pytest.raises(ConfigError, match="pipeline_parallel_size, video_pruning_rate: does not go"):
-        refuse_features(engine(pipeline_parallel_size=2, video_pruning_rate=0.5), attention=False)
-    refuse_features(engine(compile_mm_encoder=True), attention=False)
+        refuse_features(engine(pipeline_parallel_size=2, video_pruning_rate=0.5), READING)
+    refuse_features(engine(compile_mm_encoder=True), READING)
     with pytest.raises(ConfigError, match=r"compile_mm_encoder: .* by no attention"):
-        refuse_features(engine(compile_mm_encoder=True), attention=True)
+        refuse_features(engine(compile_mm_encoder=True), BY_A)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tensor_parallel_size": 2},
+        {"compile_mm_encoder": True},
+        {"cudagraph_mm_encoder": True},
+        {"quantization": "awq"},
+        {"mm_encoder_attn_dtype": "fp8"},
+        {"lora_config": SimpleNamespace(enable_tower_connector_lora=True)},
+        {"cpu_offload_gb": 4.0},
+        {"offload_group_size": 8},
+        {"enable_mm_embeds": True},
+    ],
+)
+def test_features_that_do_not_go_with_merged_tokens_are_refused(asked):
+    (name,) = asked
+    said = "enable_tower_connector_lora" if name == "lora_config" else name
+    for serving in (MERGING, BOTH):
+        with pytest.raises(ConfigError, match=f"^{said}: does not go with"):
+            refuse_features(engine(**asked), serving)
+
+
+def test_what_reads_positions_elsewhere_goes_with_merged_tokens():
+    beside = {"speculative_config": object(), "pipeline_parallel_size": 2}
+    refuse_features(engine(**beside), MERGING)
+    with pytest.raises(ConfigError, match="pipeline_parallel_size, speculative_config: does not go"):
+        refuse_features(engine(**beside), BOTH)
+
+
+def test_a_refusal_says_which_settings_to_leave_out():
+    refuse_features(engine(tensor_parallel_size=2), BY_A)
+    with pytest.raises(ConfigError, match=r"leave out one of the two, or leave out r=4$"):
+        refuse_features(engine(tensor_parallel_size=2), BOTH)
+    with pytest.raises(ConfigError, match=r"one of the two, or choose tokens by no attention and leave out r=4$"):
+        refuse_features(engine(compile_mm_encoder=True), BOTH)
+    with pytest.raises(ConfigError, match=r"leave out one of the two$"):
+        refuse_features(engine(tensor_parallel_size=2, kv_transfer_config=object()), BOTH)
 
 
 def test_a_row_of_the_tower_is_what_the_reference_says():

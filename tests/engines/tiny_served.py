@@ -14,6 +14,7 @@ QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 OF_QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 PLACEHOLDER = {
     "llava": "<image>",
+    "llava_siglip": "<image>",
     "onevision": "<image>",
     "qwen2_5": OF_QWEN,
     "qwen3": OF_QWEN,
@@ -47,11 +48,11 @@ CLIP = {
 def save(family: str, folder: Path) -> None:
     """Save the small model of a family, its tokenizer and its processor."""
     torch.manual_seed(0)
-    model, processor = MAKE[family]()
+    model, processor = {**MAKE, **TOWERS}[family]()
     _enliven(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if family in ("llava", "onevision"):
+    if family in TOWERS:
         _name_as_published(folder / "model.safetensors")
 
 
@@ -91,24 +92,34 @@ def _tokenizer(marks: tuple[str, ...], **settings: Any) -> Any:
 
 
 def _llava() -> tuple[Any, Any]:
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+    from transformers import CLIPVisionConfig
 
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**TEXT), image_token_index=4)
+    return _llava_with(CLIPVisionConfig(**CLIP), "default")
+
+
+def _llava_siglip() -> tuple[Any, Any]:
+    from transformers import SiglipVisionConfig
+
+    return _llava_with(SiglipVisionConfig(**CLIP), "full")
+
+
+def _llava_with(vision: Any, strategy: str) -> tuple[Any, Any]:
+    from transformers import CLIPImageProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=4,
+        vision_feature_select_strategy=strategy,
+    )
     images = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
     processor = LlavaProcessor(
         images,
         _tokenizer(("<image>",)),
         patch_size=8,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         image_token="<image>",
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(strategy == "default"),
     )
     return LlavaForConditionalGeneration(config).eval(), processor
 
@@ -231,3 +242,5 @@ def _internvl() -> tuple[Any, Any]:
 
 
 MAKE = {"llava": _llava, "onevision": _onevision, "qwen2_5": _qwen2_5, "qwen3": _qwen3, "internvl": _internvl}
+TOWERS = {"llava": _llava, "llava_siglip": _llava_siglip, "onevision": _onevision}
+"""Those with vLLM's CLIP or SigLIP, in which tokens merge as well."""

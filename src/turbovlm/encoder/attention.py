@@ -244,10 +244,11 @@ def guide_of(heads: Heads, guidance: str, state: State, of_features: bool = Fals
 
 
 def apply_steps(steps: tuple[Any, ...], x: Tensor) -> Tensor:
-    """Call what can be called, multiply by tensors and numbers, skip None, in order."""
+    """Call what can be called, take the first of a tuple, multiply by tensors and numbers, skip None, in order."""
     for step in steps:
         if callable(step):
-            x = step(x)
+            out = step(x)
+            x = out[0] if isinstance(out, tuple) else out
         elif step is not None:
             x = x * step
     return x

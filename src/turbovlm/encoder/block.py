@@ -43,7 +43,7 @@ OF_NO_EFFECT = ("num_items_in_batch",)
 
 def block_forward(
     patch: Patch, block: nn.Module, original: Any, /, hidden: Tensor, *args: Any, **kwargs: Any
-) -> Tensor | tuple[Tensor]:
+) -> Tensor | tuple[Tensor | None, ...]:
     """Run one block of an encoder, with a merge between its halves.
 
     A block that has nothing to merge, on tokens that were never merged, runs its own forward where it can.
@@ -164,7 +164,7 @@ def _version(x: Tensor) -> int | None:
     return x._version
 
 
-def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor) -> Tensor | tuple[Tensor]:
+def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor) -> Tensor | tuple[Tensor | None, ...]:
     """Attach the state for the next block, and keep it; restore where every position is read."""
     depth, ran = len(feature.names), state.block + 1
     hooked = has_hooks(block, "_forward_hooks")
@@ -183,7 +183,8 @@ def _hand_on(feature: EncoderFeature, block: nn.Module, state: State, x: Tensor)
         setattr(x, STATE, state.changed(tokens=merged, version=_version(x)))
     elif ran < depth or not feature.restore:
         setattr(x, STATE, state)
-    return (x,) if feature.layout.returns_tuple else x
+    entries = feature.layout.returns_tuple
+    return (x, *(None,) * (entries - 1)) if entries else x
 
 
 def _check_arguments(feature: EncoderFeature, index: int, state: State, arguments: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ class Layout:
             each `[batch, tokens, heads * head_dim]`.
         heads: path of the number of heads.
         after_attention: what is applied to attention's `[batch, tokens, heads * head_dim]` before the residual, in
-            order: modules are called, tensors and numbers multiply, None is skipped.
+            order: modules are called, and of a tuple they return its first entry counts, tensors and numbers multiply,
+            None is skipped.
         mlp: the second half's steps, in the same way; the first is the norm before the MLP.
         patch: path, from the tower, of the patch embedding's projection; where it is more than one projection, a
             function of the tower: multiply-accumulates for each patch before the blocks; None for tokens that are
@@ -72,8 +73,8 @@ class Layout:
         norm_after_attention, norm_after_mlp: what normalises each half's sum with the residual.
         joint: path, from the tower, of the module that puts text tokens in front of an image's; they are never merged,
             and `prefix` counts the longest text.
-        returns_tuple: whether the block returns its tokens in a tuple; None to go by its annotation, as where
-            releases differ.
+        returns_tuple: whether the block returns its tokens in a tuple, or how many entries this has, None behind the
+            tokens; None to go by its annotation, as where releases differ.
         text: whether it encodes text, and so stays as it is in a model that also encodes images.
         scale: path of what attention multiplies its scores by; 1/√head_dim where it is None, or there is none.
         query_norm, key_norm: paths of the norms of each head's queries and keys.
@@ -130,7 +131,7 @@ class Layout:
     norm_after_attention: str | None = None
     norm_after_mlp: str | None = None
     joint: str | None = None
-    returns_tuple: bool | None = None
+    returns_tuple: int | None = None
     text: bool = False
     scale: str | None = None
     query_norm: str | None = None

@@ -182,8 +182,11 @@ def matrix_shape(step: Any) -> tuple[int, int] | None:
     for weight in step.parameters(recurse=False):
         if weight.ndim == 2 and weight.is_floating_point():
             return weight.shape[0], weight.shape[1]
-    given, taken = getattr(step, "out_features", None), getattr(step, "in_features", None)
-    return (given, taken) if isinstance(given, int) and isinstance(taken, int) else None
+    for names in (("out_features", "in_features"), ("output_size", "input_size")):
+        given, taken = (getattr(step, name, None) for name in names)
+        if isinstance(given, int) and isinstance(taken, int):
+            return given, taken
+    return None
 
 
 def matrix_entries(step: Any, name: str = "") -> int:

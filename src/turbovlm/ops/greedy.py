@@ -19,8 +19,12 @@ LEAST_GAIN = 1e-3
 """Coverage that every token is taken to add at least, so that weights order those that add nothing."""
 RIDGE = 1e-3
 """Added to every token's cosine with itself in the determinant, which more tokens than directions would make 0."""
+LEAST_LEFT = 3 * RIDGE
+"""Of a token's cosine with itself, what is taken to be left of it at least: of a copy of a chosen one, 2 RIDGE is."""
 LAST = -1e30
 """Log weight of padding, which comes behind all tokens."""
+TIE = 1e-3
+"""How much less than the best counts as much: of a logarithm, for `"coverage"` and `"dpp"`, else of a cosine."""
 PAIRS = 1 << 26
 """Pairs of tokens whose cosines are held together, 256 MB of them; images beyond that follow one another."""
 
@@ -52,7 +56,8 @@ def choose_greedily(
     """Choose tokens of each image greedily; of equals, the first.
 
     w is a token's weight, C the tokens chosen so far, and cos the cosine of features. A step takes the token that has
-    most of
+    most of what follows, and of all that come within `TIE` of it the first, so that rounding does not decide between
+    copies of a token: `"coverage"` and `"dpp"` are compared by their logarithms, the others as they stand.
 
     - `"coverage"`: w · Σ_u s_u [cos(u, ·) − max_{c ∈ C ∪ 0} cos(u, c)]₊, what it adds to how well all tokens u, of
       size s, are covered by the most similar chosen one (facility location; SCOPE has w = A^α);
@@ -92,13 +97,14 @@ def take_in_turn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`choose_greedily` of the cosines of all pairs, `[images, n, n]`: the three parts of `Chosen`."""
     padding = sizes <= 0
-    weights = log_weights.masked_fill(padding, LAST)
+    weights = log_weights.nan_to_num(nan=LAST, neginf=LAST).masked_fill(padding, LAST)  # -inf: what is taken
     state = STATES[by](cosines, sizes, k)
     if cosines.is_cuda:
         from turbovlm.ops import kernels  # imports triton
 
         if kernels.usable(cosines) and cosines.dtype == torch.float32 and cosines.shape[1] <= kernels.MOST_TAKEN_FROM:
-            return kernels.take_in_turn(cosines, weights, sizes, state.value, k, by, until, fewest, state.least or 0.0)
+            steps = (k, by, until, fewest, state.least or 0.0, TIE, RIDGE)
+            return kernels.take_in_turn(cosines, weights, sizes, state.value, *steps)
     images, n = log_weights.shape
     image = torch.arange(images, device=cosines.device)
     closest = torch.full_like(log_weights, -torch.inf)
@@ -108,7 +114,8 @@ def take_in_turn(
     done = torch.zeros_like(image, dtype=torch.bool)
     for step in range(k):
         adds = state.value if state.least is None else state.value.clamp(min=state.least).log()
-        token = (weights + adds).argmax(dim=1)
+        score = weights + adds
+        token = (score >= score.amax(dim=1, keepdim=True) - TIE).int().argmax(dim=1)
         order[:, step] = token
         row = cosines[image, token]
         nearest = torch.where((row > closest) & ~done.unsqueeze(1), step, nearest)
@@ -214,7 +221,7 @@ class _Diverse(_Apart):
 class _Determinant:
     """How much of each token no chosen one explains."""
 
-    least: float | None = RIDGE
+    least: float | None = LEAST_LEFT
 
     def __init__(self, cosines: Tensor, sizes: Tensor, k: int) -> None:
         self.rows = cosines.new_empty(len(cosines), k, cosines.shape[1])  # of the cosines' Cholesky factor

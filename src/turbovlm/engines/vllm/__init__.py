@@ -1,7 +1,8 @@
 """Fewer visual tokens in vLLM: a plug-in that `vllm serve` loads by itself, off until it is given settings.
 
 `register` is the entry point. `settings.py` says what may be set and what is refused; `families.py` which models there
-are; `processing.py` shortens prompts, `models.py` what the encoder returns, and `positions.py` keeps the positions.
+are; `processing.py` shortens prompts, `models.py` what the encoder returns, and `positions.py` keeps the positions;
+`encoders.py` says which towers merge tokens inside.
 """
 
 from __future__ import annotations

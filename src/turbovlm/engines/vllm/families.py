@@ -32,6 +32,7 @@ class ServedFamily:
         apart: whether tokens of each tile are chosen from by themselves.
         vision: values of the vision config's `model_type` that it is known with; empty for all.
         cls: `(config)`: whether the tower has a CLS token in front, which guides; else the mean query does.
+        merges: path of the tower, where tokens can be merged inside it (`encoders.LAYOUTS`); None where not.
     """
 
     architecture: str
@@ -43,6 +44,7 @@ class ServedFamily:
     apart: bool = False
     vision: tuple[str, ...] = ()
     cls: Callable[[Any], bool] | None = None
+    merges: str | None = None
 
 
 def _last_built(model: Any) -> Any:
@@ -96,7 +98,14 @@ def _out_of_windows(model: Any, rows: list[Tensor], tokens: int, shape: Tensor |
 
 CLIP_OR_SIGLIP = ("clip_vision_model", "siglip_vision_model")
 FAMILIES = (
-    ServedFamily("LlavaForConditionalGeneration", _last_built, _handed_on, vision=CLIP_OR_SIGLIP, cls=_has_cls),
+    ServedFamily(
+        "LlavaForConditionalGeneration",
+        _last_built,
+        _handed_on,
+        vision=CLIP_OR_SIGLIP,
+        cls=_has_cls,
+        merges="vision_tower",
+    ),
     ServedFamily(
         "LlavaOnevisionForConditionalGeneration",
         _last_built,
@@ -105,6 +114,7 @@ FAMILIES = (
         tiles=lambda outputs: [len(pixels) for pixels in outputs["pixel_values"]],
         vision=CLIP_OR_SIGLIP,
         cls=_has_cls,
+        merges="vision_tower",
     ),
     ServedFamily(
         "Qwen2_5_VLForConditionalGeneration",

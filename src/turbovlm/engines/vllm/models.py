@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration as InternVL
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration as Llava
 from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration as LlavaOnevision
@@ -23,13 +24,20 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
-from turbovlm.config import ReadConfig
+from turbovlm.apply import Handle, apply
+from turbovlm.config import ReadConfig, TurboConfig
+from turbovlm.encoder.feature import EncoderFeature
+from turbovlm.encoder.layout import fetch
+from turbovlm.engines.vllm.encoders import LAYOUTS
 from turbovlm.engines.vllm.families import ServedFamily, served
 from turbovlm.engines.vllm.positions import PLANES, ImagePlace, resolve, split_offsets, unresolved, with_offsets
 from turbovlm.engines.vllm.processing import IMAGE, TOKENS, register_fewer
 from turbovlm.engines.vllm.settings import settings_of
-from turbovlm.engines.vllm.tower import GuideRows
+from turbovlm.engines.vllm.tower import GuideRows, rows_of_attention, rows_of_merged
+from turbovlm.registry import register
 from turbovlm.vlm.select import kept_count, needs_attention, select
+
+register(*LAYOUTS)
 
 
 class FewerTokens:
@@ -40,11 +48,13 @@ class FewerTokens:
     `forward`, where positions are known.
     """
 
+    encoder: TurboConfig | None = None
     reading: ReadConfig | None = None
     family: ServedFamily
     width: int
     offsets: Tensor
     rows: GuideRows | None = None
+    merging: Handle | None = None
     supports_mrope = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -52,15 +62,18 @@ class FewerTokens:
         found = settings_of(vllm_config.model_config.hf_config)
         family = served(vllm_config.model_config.architecture)
         if found is not None and family is not None:
-            self.reading, self.family = found[0], family
+            self.encoder, self.reading, self.family = found[0].encoder, found[0].reading, family
+        if self.reading is not None:
             self.width = vllm_config.model_config.hf_text_config.hidden_size
-            if needs_attention(self.reading):
-                self.rows = GuideRows(family, self)
+            if self.encoder is None and needs_attention(self.reading):
+                self.rows = rows_of_attention(self.family, self)
             # graphs that were captured read it where it is
             self.offsets = torch.zeros(PLANES, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int64)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The features of each image's tokens that are left, `[k, width + DIGITS]`."""
+        """The features of each image's tokens that are left, `[k, width + DIGITS]`; the library's if all are read."""
+        if self.encoder is not None and self.merging is None:
+            self._merge_inside(self.encoder)
         counts = kwargs.pop(TOKENS, None)
         if self.reading is None or counts is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
@@ -72,6 +85,21 @@ class FewerTokens:
         tiles = [1] * len(encoded) if self.family.tiles is None else self.family.tiles(kwargs)
         rows = [None] * len(encoded) if self.rows is None else self.rows.of_images(tiles)
         return tuple(self._fewer(*image) for image in zip(encoded, each, rows, tiles))
+
+    def _merge_inside(self, encoder: TurboConfig) -> None:
+        """Have the tower merge. Called at the first image: by then its weights are there, on which it is tried.
+
+        Raises:
+            UnsupportedModelError: its blocks compute something else than their layout says.
+        """
+        assert self.family.merges is not None
+        tower = fetch(self, self.family.merges)
+        self.merging = apply(tower, encoder)
+        (feature,) = self.merging.features
+        assert isinstance(feature, EncoderFeature)
+        init_logger("vllm.plugins.turbovlm").info("turbovlm: %s", feature.describe()[0].strip())
+        if self.reading is not None and needs_attention(self.reading):
+            self.rows = rows_of_merged(tower, feature, self.reading)
 
     @torch.no_grad()
     def _fewer(self, features: Tensor, shape: Tensor | None, rows: list[Tensor] | None, tiles: int) -> Tensor:

@@ -13,6 +13,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from turbovlm.config import ReadConfig
 from turbovlm.engines.vllm.families import served
 from turbovlm.engines.vllm.settings import KEY, settings_of
 from turbovlm.errors import ConfigError, TurboError
@@ -30,7 +31,7 @@ class FewerDetails(PromptUpdateDetails):  # type: ignore[misc]
     dropped: int = 0
 
 
-class FewerInfo:
+class KeyedInfo:
     """Mixed into a model's processing info: images alone, under keys of their own in caches."""
 
     ctx: Any
@@ -39,19 +40,23 @@ class FewerInfo:
         limits = super().get_supported_mm_limits()  # type: ignore[misc]
         return {modality: limit if modality == IMAGE else 0 for modality, limit in limits.items()}
 
-    def get_mm_max_tokens_per_item(self, *args: Any, **kwargs: Any) -> Any:
-        """How many tokens an image has at most, which the encoder's cache is made for; None where vLLM looks itself."""
-        found = super().get_mm_max_tokens_per_item(*args, **kwargs)  # type: ignore[misc]
-        if found is None:
-            return None
-        return {modality: _kept(self.ctx, n) if modality == IMAGE else n for modality, n in found.items()}
-
     @property
     def model_id(self) -> str:
         """What vLLM hashes beside an image: with settings, its features are others."""
         said = json.dumps(getattr(self.ctx.model_config.hf_config, KEY), sort_keys=True)
         digest = hashlib.sha256(said.encode()).hexdigest()[:16]
         return f"{super().model_id} {KEY} {digest}"  # type: ignore[misc]
+
+
+class FewerInfo(KeyedInfo):
+    """The same where fewer tokens are read."""
+
+    def get_mm_max_tokens_per_item(self, *args: Any, **kwargs: Any) -> Any:
+        """How many tokens an image has at most, which the encoder's cache is made for; None where vLLM looks itself."""
+        found = super().get_mm_max_tokens_per_item(*args, **kwargs)  # type: ignore[misc]
+        if found is None:
+            return None
+        return {modality: _kept(self.ctx, n) if modality == IMAGE else n for modality, n in found.items()}
 
 
 class FewerPlaceholders:
@@ -109,9 +114,14 @@ class FewerPlaceholders:
 
 def _kept(ctx: Any, tokens: int) -> int:
     """How many of an image's tokens are read."""
+    reading = _reading(ctx)
+    assert reading is not None and reading.visual_keep is not None
+    return kept_count(reading.visual_keep, tokens, fewest=reading.min_visual_tokens)
+
+
+def _reading(ctx: Any) -> ReadConfig | None:
     found = settings_of(ctx.model_config.hf_config)
-    assert found is not None and found[0].visual_keep is not None
-    return kept_count(found[0].visual_keep, tokens, fewest=found[0].min_visual_tokens)
+    return None if found is None else found[0].reading
 
 
 def register_fewer(cls: Any) -> Any:
@@ -120,13 +130,13 @@ def register_fewer(cls: Any) -> Any:
 
     def info(ctx: Any) -> Any:
         found = base.info(ctx)
-        return found if settings_of(ctx.model_config.hf_config) is None else _mixed(FewerInfo, found)(ctx)
+        if settings_of(ctx.model_config.hf_config) is None:
+            return found
+        return _mixed(KeyedInfo if _reading(ctx) is None else FewerInfo, found)(ctx)
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
         found = base.processor(info, dummy_inputs)
-        if settings_of(info.ctx.model_config.hf_config) is None:
-            return found
-        return _mixed(FewerPlaceholders, found)(info, dummy_inputs)
+        return found if _reading(info.ctx) is None else _mixed(FewerPlaceholders, found)(info, dummy_inputs)
 
     return MULTIMODAL_REGISTRY.register_processor(processor, info=info, dummy_inputs=base.dummy_inputs)(cls)
 

@@ -6,27 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
+from turbovlm.config import ReadConfig
+from turbovlm.encoder.attention import attention_of_guide
+from turbovlm.encoder.feature import EncoderFeature
 from turbovlm.engines.vllm.families import ServedFamily
 from turbovlm.errors import StateError
 
 
 class GuideRows:
-    """Collects the guide's rows of the images that a tower encodes.
+    """Collects the guide's rows of the images that a tower encodes."""
 
-    It is a hook in front of the attention of the block that guides, which vLLM's towers call with queries and keys of
-    all their heads in this process, rotated where they rotate.
-    """
-
-    def __init__(self, family: ServedFamily, model: Any) -> None:
-        assert family.guide is not None
-        attention = family.guide(model)
-        self.heads, self.scale = int(attention.num_heads), float(attention.scale)
-        self.first = family.cls is not None and family.cls(model.config)
+    def __init__(self) -> None:
         self.rows: list[Tensor] = []
         self.lengths: list[int] | None = None
-        attention.register_forward_pre_hook(self._collect, with_kwargs=True)
 
     def start(self, grids: Tensor | None) -> None:
         """Forget what was collected; `grids`, `[images, 3]`, says where images end that are one sequence."""
@@ -47,10 +42,35 @@ class GuideRows:
         rows = iter(self.rows)
         return [[next(rows) for _ in range(count)] for count in tiles]
 
-    def _collect(self, attention: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+
+def rows_of_attention(family: ServedFamily, model: Any) -> GuideRows:
+    """Those of a tower that merges nothing, by a hook in front of the attention of the block that guides.
+
+    vLLM's towers call it with queries and keys of all their heads in this process, rotated where they rotate.
+    """
+    found, attention = GuideRows(), family.guide(model)
+    heads, scale = int(attention.num_heads), float(attention.scale)
+    first = family.cls is not None and family.cls(model.config)
+
+    def collect(module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         query, key = (args[0], args[1]) if args else (kwargs["query"], kwargs["key"])
-        rows = guide_rows(query, key, self.heads, self.scale, self.first, self.lengths)
-        self.rows += [_mean_over_processes(row) for row in rows]
+        rows = guide_rows(query, key, heads, scale, first, found.lengths)
+        found.rows += [_mean_over_processes(row) for row in rows]
+
+    attention.register_forward_pre_hook(collect, with_kwargs=True)
+    return found
+
+
+def rows_of_merged(tower: nn.Module, encoder: EncoderFeature, reading: ReadConfig) -> GuideRows:
+    """Those of a tower that merges, by a hook in front of its last block: patches of one token share what it gets."""
+    found, block = GuideRows(), tower.get_submodule(encoder.names[-1])
+    prefix, guidance = encoder.shape.prefix, encoder.guidance
+
+    def collect(module: Any, args: Sequence[Any]) -> None:
+        found.rows += attention_of_guide(block, encoder.layout, reading, prefix, guidance, args[0], {})
+
+    block.register_forward_pre_hook(collect)
+    return found
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ def take_in_turn(
     until: float | None,
     fewest: int,
     least: float,
+    tie: float,
+    ridge: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The steps of `turbovlm.ops.greedy.take_in_turn`, whose arguments and results these are, but for
 
@@ -35,6 +37,8 @@ def take_in_turn(
         added: what each token adds to none, `[images, n]`, float64 for `"coverage"`, which sums it in that, else
             float32; of `"coverage"` and `"dpp"`, not its logarithm.
         least: what a token is taken to add at least, of these two.
+        tie: how much less than the best counts as much; the first of these is taken.
+        ridge: of `"dpp"`, what no choice takes from a token.
     """
     images, n = log_weights.shape
     block = max(triton.next_power_of_2(n), 64)
@@ -49,6 +53,8 @@ def take_in_turn(
             *(places, beside, order, nearest, counts, 0.0 if until is None else until, n, k, fewest),
             BY=by,
             LEAST=least,
+            TIE=tie,
+            RIDGE=ridge,
             UNTIL=until is not None,
             BLOCK=block,
             ROWS=max(ELEMENTS // block, 1),
@@ -62,7 +68,8 @@ def _take_in_turn(
     cosines: tl.tensor, log_weights: tl.tensor, sizes: tl.tensor, added: tl.tensor,
     places: tl.tensor, beside: tl.tensor, order: tl.tensor, nearest: tl.tensor, counts: tl.tensor,
     until: tl.tensor, tokens: tl.tensor, src_count: tl.tensor, fewest: tl.tensor,
-    BY: tl.constexpr, LEAST: tl.constexpr, UNTIL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BY: tl.constexpr, LEAST: tl.constexpr, TIE: tl.constexpr, RIDGE: tl.constexpr,
+    UNTIL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per image."""
     image = tl.program_id(0).to(tl.int64)
@@ -82,7 +89,7 @@ def _take_in_turn(
             score = weight + tl.log(tl.maximum(adds, LEAST)).to(tl.float32)
         else:
             score = weight + adds
-        token = tl.argmax(score, axis=0)
+        token = tl.min(tl.where(score >= tl.max(score, axis=0) - TIE, place, BLOCK), axis=0)
         tl.store(order + image * src_count + step, token.to(tl.int64))
         row = tl.load(cosines + (first + token) * tokens + place, mask=there, other=-1.0)
         owner = tl.where(row > closest, step, owner)
@@ -120,7 +127,7 @@ def _take_in_turn(
                 own = tl.load(line + token, mask=taken, other=0.0)
                 known = tl.load(line[:, None] + place[None, :], mask=taken[:, None] & there[None, :], other=0.0)
                 explained += tl.sum(own[:, None] * known, axis=0)
-            length = tl.sqrt(tl.maximum(tl.sum(tl.where(place == token, adds, 0.0), axis=0), LEAST))
+            length = tl.sqrt(tl.maximum(tl.sum(tl.where(place == token, adds, 0.0), axis=0), RIDGE))
             new = tl.where(place == token, length, (row - explained) / length)
             tl.store(beside + (image * src_count + step) * tokens + place, new, mask=there)
             tl.debug_barrier()
