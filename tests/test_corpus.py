@@ -19,10 +19,12 @@ from PIL import Image
 
 import turbovlm
 from corpora import in_folder, in_tar, save_captioner, save_classifier, save_clip, save_dino
+from turbovlm.cli import embed as cli_embed
 from turbovlm.cli import main
 from turbovlm.corpus import Job, embed
 from turbovlm.corpus import folder as folders
 from turbovlm.corpus.embed import local
+from turbovlm.corpus.job import OUTPUTS
 from turbovlm.errors import ConfigError, DataError, StateError, UnsupportedModelError
 from turbovlm.loading import ModelSpec
 
@@ -230,6 +232,13 @@ def test_folders_that_are_none_of_a_run(models, photos, tmp_path):
         embed(photos, tmp_path, job_of(models["clip"]))
     with pytest.raises(DataError, match="is a file"):
         embed(photos, tmp_path / "thesis.tex", job_of(models["clip"]))
+    with pytest.raises(DataError, match="lies in the source"):
+        embed(photos, photos / "embeddings", job_of(models["clip"]))
+    assert not (photos / "embeddings").exists()
+
+
+def test_the_command_knows_all_outputs():
+    assert cli_embed.OUTPUTS == OUTPUTS
 
 
 def test_two_runs_at_once(models, photos, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import os
 import shutil
@@ -20,11 +21,11 @@ import pytest
 from corpora import drawn, in_folder, in_tar, save_clip
 from turbovlm.corpus import Job, embed
 from turbovlm.corpus import folder as folders
-from turbovlm.corpus.reading import decode
 from turbovlm.engines import ray as engine
 from turbovlm.engines.ray import ImageEmbedder, check_resources, on_ray
 from turbovlm.errors import ConfigError, DataError, TurboError
 from turbovlm.loading import ModelSpec
+from turbovlm.loading.images import decode
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed: make test-engines sets up an environment with it", allow_module_level=True)
@@ -180,7 +181,7 @@ def test_a_pipeline_of_ones_own(cluster, model):
     assert rows[3]["error"].startswith("does not decode")
     for row, content in zip(rows, contents):
         if row["error"] is None:
-            pixels = np.asarray(decode(content))  # as Ray's read_images gives them
+            pixels = np.asarray(decode(io.BytesIO(content)))  # as Ray's read_images gives them
             own = embedder({"image": pixels[None]})
             np.testing.assert_allclose(row["projected"], own["projected"].to_pylist()[0], atol=1e-5)
 

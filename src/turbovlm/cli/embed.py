@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from turbovlm.corpus.embed import Engine
 
 OUTPUTS = ("projected", "pooled", "cls", "label", "caption")
+"""Those of `turbovlm.corpus.job`, without importing it."""
 RAY_ONLY = ("concurrency", "cpus_per_actor")
 
 _EPILOG = """\

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbovlm.errors import DataError
+from turbovlm.loading.images import IMAGE_SUFFIXES, decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 NAMED = 5
 """Files that a message names at most."""
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def image_files(folder: Path, limit: int) -> list[Path]:
@@ -56,11 +56,7 @@ def read_image(file: Path) -> Image:
     Raises:
         DataError: it does not decode; the message names it.
     """
-    from PIL import Image
-
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise many kinds, that of too many pixels among them
-        said = str(error).replace("\n", " ")
-        raise DataError(f"{file}: does not decode ({said})") from error
+        return decode(file)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error

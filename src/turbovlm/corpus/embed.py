@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -107,13 +108,17 @@ def embed(
         raise DataError(f"{source}: holds no images")
     out = Path(out).expanduser()
     run = {"source": str(source), **job.described(), "columns": vars(columns)}
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise DataError(
+            f"{out}: lies in the source {source}, which would hold its parts the next time; give another folder"
+        )
     folders.check_folder(out, run, shards)
     check(job)
     total = sum(shard.images or 0 for shard in shards) if all(shard.images is not None for shard in shards) else None
     with folders.opened(out, run, shards, _versions()):
         before = [shard for shard in shards if folders.is_done(out, shard)]
         counts = sum((folders.counts_of(out, shard) for shard in before), Counts())
-        done = counts.images
+        done = found = counts.images
         if progress is not None:
             progress(total, done)
         left = [shard for shard in shards if not folders.is_done(out, shard)]
@@ -126,8 +131,7 @@ def embed(
                 counts += folders.write_part(out, shard, _table(rows))
     if counts.images == counts.errors:
         raise DataError(f"{source}: none of {counts.images} images could be read, such as {counts.examples[0]}")
-    made = counts.images - sum((folders.counts_of(out, shard).images for shard in before), 0)
-    return Summary(out, len(shards), len(before), counts, made, time.perf_counter() - begun)
+    return Summary(out, len(shards), len(before), counts, counts.images - found, time.perf_counter() - begun)
 
 
 def local(workers: int | None = None) -> Engine:
@@ -234,10 +238,8 @@ def _check_installed() -> None:
 
 
 def _versions() -> Mapping[str, str]:
-    names = [name for name in ("transformers", "timm", "pillow", "pyarrow") if _installed(name)]
-    own = {"turbovlm": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return own | {name: importlib.metadata.version(name) for name in names}
-
-
-def _installed(name: str) -> bool:
-    return importlib.util.find_spec("PIL" if name == "pillow" else name) is not None
+    found = {"turbovlm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    for name in ("transformers", "timm", "pillow", "pyarrow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import turbovlm
 from turbovlm.corpus.job import EMBEDDINGS, Job
-from turbovlm.corpus.reading import Batch
+from turbovlm.corpus.reading import Batch, Images
 from turbovlm.encoder.towers import Tower, find_towers
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.loading import ModelSpec, library_errors, running
@@ -25,20 +25,13 @@ GENERATING = "AutoModelForImageTextToText"
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Images):
     """What became of a batch.
 
     Attributes:
-        shard, number, last, names, sizes, errors: of the batch.
         columns: by output, a value for each image; None for those with an error.
     """
 
-    shard: int
-    number: int
-    last: bool
-    names: list[str]
-    sizes: list[tuple[int, int] | None]
-    errors: list[str | None]
     columns: dict[str, list[Any]]
 
 
@@ -73,7 +66,10 @@ class Embedder:
         columns: dict[str, list[Any]] = {name: [None] * len(batch.names) for name in names}
         for places, arrays in batch.groups:
             inputs = {name: self._placed(value) for name, value in arrays.items()}
-            with running(self.spec.text, "take these images"):
+            alone = running(self.spec.text, "take these images")
+            with (
+                contextlib.nullcontext() if self.job.settings else alone
+            ):  # which says that it is the model's own fault
                 found = self._captions(inputs) if self.generates else self._encode(inputs)
             for name, values in found.items():
                 for place, value in zip(places, values):
@@ -223,7 +219,7 @@ def _tower(model: nn.Module) -> Tower:
     return vision[0]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _output_of(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collect the tensors that a module gives in the meantime, at once: what calls it may put others in their place."""
     seen: dict[str, Tensor] = {}

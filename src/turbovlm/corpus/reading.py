@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from turbovlm.corpus.shards import IMAGE_SUFFIXES, Shard
+from turbovlm.corpus.shards import Shard
 from turbovlm.corpus.tables import Columns, columns_of, load_dataset
 from turbovlm.errors import DataError
+from turbovlm.loading.images import IMAGE_SUFFIXES, decode
 from turbovlm.loading.processors import PrepareOne
 
 if TYPE_CHECKING:
@@ -40,14 +41,13 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Consecutive images of a shard, prepared.
+class Images:
+    """Consecutive images of a shard.
 
     Attributes:
         shard, number: of the shard, and which of its batches this is.
         last: whether it is the shard's last.
         names, sizes, errors: of each image; (width, height) in pixels, and why it does not decode; None otherwise.
-        groups: the images of each size: their places in the batch, and the model's input of them by argument name.
     """
 
     shard: int
@@ -56,6 +56,16 @@ class Batch:
     names: list[str]
     sizes: list[tuple[int, int] | None]
     errors: list[str | None]
+
+
+@dataclass(frozen=True)
+class Batch(Images):
+    """Images prepared for a model.
+
+    Attributes:
+        groups: the images of each size: their places in the batch, and the model's input of them by argument name.
+    """
+
     groups: list[tuple[list[int], dict[str, np.ndarray[Any, Any]]]]
 
 
@@ -93,7 +103,7 @@ def batch_of(
         error = record.error
         if record.content is not None:
             try:
-                image = decode(record.content)
+                image = _image(record.content)
             except DataError as reason:
                 error = str(reason)
             else:
@@ -112,22 +122,15 @@ def batch_of(
     return Batch(shard, number, last, [record.name for record in records], sizes, errors, joined)
 
 
-def decode(content: bytes | np.ndarray[Any, Any]) -> Image:
-    """The image, RGB, turned as its EXIF says; the first frame of several.
-
-    Raises:
-        DataError: it does not decode, or has more pixels than Pillow takes.
-    """
-    from PIL import Image, ImageOps
+def _image(content: bytes | np.ndarray[Any, Any]) -> Image:
+    if isinstance(content, bytes):
+        return decode(io.BytesIO(content))
+    from PIL import Image
 
     try:
-        if isinstance(content, np.ndarray):
-            return Image.fromarray(content).convert("RGB")
-        with Image.open(io.BytesIO(content)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # decoders raise many kinds, that of too many pixels among them
-        said = str(error).partition(" <_io")[0].replace("\n", " ")
-        raise DataError(f"does not decode: {type(error).__name__}: {said}") from error
+        return Image.fromarray(content).convert("RGB")
+    except (TypeError, ValueError) as error:
+        raise DataError(f"holds no pixels of an image ({error})") from error
 
 
 def read_records(shard: Shard, columns: Columns = Columns()) -> Iterator[Record]:  # noqa: B008

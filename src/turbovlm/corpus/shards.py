@@ -10,8 +10,8 @@ from typing import Any
 
 from turbovlm.corpus.tables import Columns, columns_of, load_dataset
 from turbovlm.errors import ConfigError, DataError, TurboError
+from turbovlm.loading.images import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LEAST, MOST = 1_000, 10_000
 """Images of a shard where the user names none: a part of 10,000 embeddings is about 30 MB, and 100 million images then

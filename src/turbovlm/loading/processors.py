@@ -81,11 +81,7 @@ def load_preparation(spec: ModelSpec, prompt: str | None = None, *, generates: b
             raise TurboError(f"{spec.text}: makes images, and takes none")
         return lambda image: {"pixel_values": prepare([image])}
     if spec.library == "timm":
-        import timm
-
-        outline: Any = load_model(dataclasses.replace(spec, device="meta"))
-        settings = timm.data.resolve_model_data_config(outline)
-        transform = timm.data.create_transform(**settings, is_training=False)
+        transform = _timm_transform(load_model(dataclasses.replace(spec, device="meta")))
         return lambda image: {"x": transform(image).unsqueeze(0)}
     if spec.library != "transformers":
         raise TurboError(f"{spec.text}: {spec.library!r} is none of transformers, timm")
@@ -123,11 +119,15 @@ def load_timm(spec: ModelSpec) -> tuple[Any, Callable[[Any], torch.Tensor]]:
         TurboError: there is no such model, or there are no weights.
     """
     model: Any = load_model(spec, pretrained=True)
+    return model, _timm_transform(model)
+
+
+def _timm_transform(model: Any) -> Callable[[Any], torch.Tensor]:
     import timm
 
     settings = timm.data.resolve_model_data_config(model)
     transform: Callable[[Any], torch.Tensor] = timm.data.create_transform(**settings, is_training=False)
-    return model, transform
+    return transform
 
 
 def transformers_class(spec: ModelSpec, endings: Sequence[str] = ("",)) -> Any:

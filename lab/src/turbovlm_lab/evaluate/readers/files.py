@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from turbovlm.cli.images import IMAGE_SUFFIXES
 from turbovlm.errors import DataError
+from turbovlm.loading.images import IMAGE_SUFFIXES
 from turbovlm_lab.evaluate.data import LazyImage
 
 T = TypeVar("T")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from turbovlm.cli.images import IMAGE_SUFFIXES
 from turbovlm.errors import DataError
+from turbovlm.loading.images import IMAGE_SUFFIXES
 from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.readers.files import lines_of, listed_images, read_text, unique
 
