@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from turbovlm.errors import TurboError
 from turbovlm_lab.studio import encoders, looking
 from turbovlm_lab.studio.subjects import Models, Subject
 from turbovlm_lab.studio.uploads import MEGABYTES
@@ -70,35 +71,43 @@ def serve(settings: Settings, ready: Callable[[str], None], until: threading.Eve
         ready: called with the page's address once it answers and the first model is loaded.
 
     Raises:
-        OSError: the port is taken.
+        TurboError: the port is taken, or the first model cannot be loaded.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     shop = Models(subjects(settings))
     with tempfile.TemporaryDirectory(prefix="turbovlm-studio-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(settings, shop).queue(max_size=64)
-        _, url, _ = page.launch(
-            server_name=settings.host,
-            server_port=settings.port or _free_port(settings.host),
-            inbrowser=settings.opens,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            allowed_paths=[],
-            max_file_size=MEGABYTES * 1_000_000,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            theme=gr.themes.Base(primary_hue="blue", font=FONTS, font_mono=("ui-monospace", "monospace")),
-            css_paths=[PAGE / "studio.css"],
-            head=f"<script>{(PAGE / 'studio.js').read_text(encoding='utf-8')}</script>",
-        )
         try:
-            shop[next(iter(shop.subjects))]
+            _, url, _ = page.launch(
+                server_name=settings.host,
+                server_port=settings.port or _free_port(settings.host),
+                inbrowser=settings.opens,
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                allowed_paths=[],
+                max_file_size=MEGABYTES * 1_000_000,
+                footer_links=[],
+                run_history=False,
+                ssr_mode=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                theme=gr.themes.Base(primary_hue="blue", font=FONTS, font_mono=("ui-monospace", "monospace")),
+                css_paths=[PAGE / "studio.css"],
+                head=f"<script>{(PAGE / 'studio.js').read_text(encoding='utf-8')}</script>",
+            )
+        except OSError as error:
+            raise TurboError(
+                f"--host {settings.host} --port {settings.port}: cannot be served ({error.strerror or 'it is taken'}); "
+                "--port 0 takes a free one"
+            ) from error
+        try:
+            looking.warm(shop)
             ready(url)
             (until or threading.Event()).wait()
+        except KeyboardInterrupt:
+            pass
         finally:
             page.close(verbose=False)
 

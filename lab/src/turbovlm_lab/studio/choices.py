@@ -27,8 +27,27 @@ AMOUNTS = {
     "r": "r · tokens merged per block",
     "visual_keep": "visual_keep · share of the image's tokens that are read",
 }
-RANGES = {"flops": (0.3, 1.0, 0.01), "keep": (0.05, 1.0, 0.01), "r": (0, 32, 1), "visual_keep": (0.05, 1.0, 0.01)}
-"""Lowest, highest and step of the slider."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Of a slider."""
+
+    low: float
+    high: float
+    step: float
+
+    def inside(self, value: float) -> float:
+        """The nearest value that the slider has room for."""
+        return min(max(value, self.low), self.high)
+
+
+RANGES = {
+    "flops": Range(0.3, 1.0, 0.01),
+    "keep": Range(0.05, 1.0, 0.01),
+    "r": Range(0, 32, 1),
+    "visual_keep": Range(0.05, 1.0, 0.01),
+}
 OPTIONS: Mapping[str, Sequence[str]] = {
     "degree": tuple(DEGREES),
     "similarity": SIMILARITIES,
@@ -49,7 +68,7 @@ class Choice:
     """
 
     amount: str
-    value: float
+    value: float | None
     alpha: float | None = None
     degree: str = DEFAULT
     similarity: str = DEFAULT
@@ -82,6 +101,11 @@ class Choice:
                 choice = replace(choice, **{field.name: _parsed(field.name, text)})
             except ValueError:
                 wrong.append(f"{field.name}={text[:40]}: {_allowed(field.name)}")
+        span = RANGES[choice.amount]
+        assert choice.value is not None
+        if choice.value != span.inside(choice.value):
+            wrong.append(f"value={choice.value:g}: {choice.amount} goes from {span.low:g} to {span.high:g} here")
+            choice = replace(choice, value=span.inside(choice.value))
         return choice, f"This link has {'; '.join(wrong)}." if wrong else None
 
     def to_link(self, subject: Subject) -> dict[str, str]:
@@ -122,6 +146,8 @@ class Choice:
         return configs_from((), self.settings(subject, depth), subject.denoises, type(model).__name__)
 
     def _amount(self, depth: int) -> Any:
+        if self.value is None:
+            raise ConfigError(f"{self.amount}: give a number")
         value = int(self.value) if self.amount == "r" and float(self.value).is_integer() else self.value
         if self.schedule in (DEFAULT, "constant") and self.amount != "r":
             return value
@@ -154,7 +180,7 @@ def listed(text: str) -> list[int]:
     parts = text.replace(",", " ").split()
     if not parts or not all(part.isascii() and part.isdigit() for part in parts):
         raise ConfigError(
-            f"schedule={text[:60]!r}: must be whole numbers, one for each block, as in 0, 0, 16, 16, 8, 8"
+            f"schedule: {text[:60]!r} must be whole numbers, one for each block, as in 0, 0, 16, 16, 8, 8"
         )
     return [int(part[:9]) for part in parts]
 
