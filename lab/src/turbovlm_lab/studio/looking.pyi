@@ -30,7 +30,6 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
 """Where a message stands, by the setting that it begins with; all others stand beside the amount."""
 ASK = f"Drop an image here, or choose a file ({', '.join(FORMATS)}; {MEGABYTES} MB, {MEGAPIXELS} megapixels at most)"
 
-
 class _Slider(gr.Slider):
     """A slider whose field takes any number: what is wrong with one, turbovlm's settings say."""
 
@@ -43,10 +42,10 @@ class _Slider(gr.Slider):
     from typing import TYPE_CHECKING, Any, Literal
 
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 @dataclass(frozen=True, eq=False)
 class _Controls:
@@ -99,7 +98,6 @@ class _Controls:
             **self.of_choice(choice, subject),
         }
 
-
 @dataclass(frozen=True, eq=False)
 class _Results:
     """The components of the right side, and the lines beside the controls for what is wrong."""
@@ -134,13 +132,11 @@ class _Results:
         not_run = "<p class='note'>Nothing was run: see the message beside the control.</p>"
         return {self.costs: not_run, self.answers: "", self.view: "", self.code: "", **shown}
 
-
 def photos_of(subject: Subject) -> list[Photo]:
     """The built-in images of a subject; none where it takes words alone."""
     if subject.photos is not None:
         return list(subject.photos())
     return list(demo_photos()) if subject.takes == IMAGE else []
-
 
 def tab(shop: Models) -> None:
     """Add the tab's components."""
@@ -152,7 +148,6 @@ def tab(shop: Models) -> None:
         with gr.Column(scale=4, min_width=300):
             results = _right(slots)
     _wire(shop, controls, results, uploaded, reset)
-
 
 def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], gr.Button]:
     choice, slots = Choice.default(first), {"link": gr.HTML("", elem_id="problem-link")}
@@ -205,7 +200,6 @@ def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], 
     rest = {"steps": steps, "alpha": alpha, "schedule": schedule, "listed": listed}
     return _Controls(**kept, **rest, **values, **drops), slots, reset
 
-
 def _right(slots: dict[str, gr.HTML]) -> _Results:
     costs = gr.HTML("<p class='note'>Loading the model …</p>", elem_id="costs", min_height=90)
     with gr.Row():
@@ -216,7 +210,6 @@ def _right(slots: dict[str, gr.HTML]) -> _Results:
     with gr.Accordion("In Python", open=False):
         code = gr.HTML("", elem_id="code")
     return _Results(costs, answers, view, code, slots)
-
 
 def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.State, reset: gr.Button) -> None:
     """Run the model when something changes: one listener for all, so that the latest request wins."""
@@ -287,9 +280,7 @@ def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.Sta
         show_progress_on=[results.costs],
     )
 
-
 UPLOAD_HAS_NO_LINK = "An uploaded image stays in this page: for others, this link shows a built-in one."
-
 
 def _run(
     subject: Subject, loaded: Loaded, given: Mapping[str, Any], upload: Photo | None, results: _Results
@@ -308,13 +299,11 @@ def _run(
     yield results.of(outcome, line, link)
     yield {results.costs: render.costs(outcome, outcome.time(), link)}
 
-
 def _sample(subject: Subject, given: Mapping[str, Any], upload: Photo | None) -> Sample:
     photos = {photo.key: photo for photo in photos_of(subject)}
     photo = upload if given["picked"] == UPLOADED else photos.get(given["picked"])
     words = given["words"] or ""
     return Sample("", words=words) if photo is None else Sample(photo.key, photo.image, words=words)
-
 
 def _link(subject: Subject, choice: Choice, sample: Sample) -> dict[str, str]:
     """Every name that a link can have, empty where it is at its default."""
@@ -323,7 +312,6 @@ def _link(subject: Subject, choice: Choice, sample: Sample) -> dict[str, str]:
     own["image"] = "" if sample.key.startswith(UPLOADED) else sample.key
     own["words"] = "" if sample.words == subject.default_words else sample.words
     return {**dict.fromkeys(names, ""), **own}
-
 
 def _linked(shop: Models, query: Mapping[str, str], controls: _Controls, results: _Results) -> dict[Any, Any]:
     """What the controls are to show for a link, and what is wrong with it."""
@@ -345,7 +333,6 @@ def _linked(shop: Models, query: Mapping[str, str], controls: _Controls, results
         **controls.of_subject(subject, choice, picked, words),
         results.slots["link"]: render.problem("; ".join(wrong) or None),
     }
-
 
 def _page(name: str) -> str:
     return (PAGE / name).read_text(encoding="utf-8")
