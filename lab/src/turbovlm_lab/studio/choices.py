@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -68,7 +69,7 @@ class Choice:
     """
 
     amount: str
-    value: float | None
+    value: float
     alpha: float | None = None
     degree: str = DEFAULT
     similarity: str = DEFAULT
@@ -102,7 +103,6 @@ class Choice:
             except ValueError:
                 wrong.append(f"{field.name}={text[:40]}: {_allowed(field.name)}")
         span = RANGES[choice.amount]
-        assert choice.value is not None
         if choice.value != span.inside(choice.value):
             wrong.append(f"value={choice.value:g}: {choice.amount} goes from {span.low:g} to {span.high:g} here")
             choice = replace(choice, value=span.inside(choice.value))
@@ -146,8 +146,6 @@ class Choice:
         return configs_from((), self.settings(subject, depth), subject.denoises, type(model).__name__)
 
     def _amount(self, depth: int) -> Any:
-        if self.value is None:
-            raise ConfigError(f"{self.amount}: give a number")
         value = int(self.value) if self.amount == "r" and float(self.value).is_integer() else self.value
         if self.schedule in (DEFAULT, "constant") and self.amount != "r":
             return value
@@ -162,6 +160,21 @@ class Choice:
         if self.schedule == "decreasing":
             return decreasing(value, depth)
         return listed(self.listed)
+
+
+def number(name: str, value: object) -> float:
+    """A finite number that the page gave.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(f"{name}={str(value)[:40]}: must be a number")
+    return found
 
 
 def decreasing(r: float, depth: int) -> list[int]:

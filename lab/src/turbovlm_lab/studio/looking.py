@@ -14,7 +14,18 @@ import gradio as gr
 
 from turbovlm.errors import DataError, TurboError
 from turbovlm_lab.studio import render
-from turbovlm_lab.studio.choices import AMOUNTS, DEFAULT, OPTIONS, RANGES, SCHEDULES, STEPS, Choice, written
+from turbovlm_lab.studio.choices import (
+    AMOUNTS,
+    DEFAULT,
+    OPTIONS,
+    RANGES,
+    SCHEDULES,
+    STEPS,
+    Choice,
+    Range,
+    number,
+    written,
+)
 from turbovlm_lab.studio.patches import as_json, payload
 from turbovlm_lab.studio.photos import demo_photos, pictures
 from turbovlm_lab.studio.subjects import IMAGE, Loaded, Models, Outcome, Photo, Sample, Subject
@@ -31,16 +42,6 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
 ASK = f"Drop an image here, or choose a file ({', '.join(FORMATS)}; {MEGABYTES} MB, {MEGAPIXELS} megapixels at most)"
 
 
-class _Slider(gr.Slider):  # type: ignore[misc]
-    """A slider that takes from its field what it then shows: the nearest number that it has room for."""
-
-    def preprocess(self, payload: float | None) -> float | None:
-        return payload if payload is None else min(max(payload, self.minimum), self.maximum)
-
-    def get_block_name(self) -> str:
-        return "slider"
-
-
 @dataclass(frozen=True, eq=False)
 class _Controls:
     """The components of the left side, which say what is run."""
@@ -51,11 +52,11 @@ class _Controls:
     drop: gr.HTML
     words: gr.Textbox
     amount: gr.Radio
-    flops: gr.Slider
-    keep: gr.Slider
-    r: gr.Slider
-    visual_keep: gr.Slider
-    steps: gr.Slider
+    flops: gr.HTML
+    keep: gr.HTML
+    r: gr.HTML
+    visual_keep: gr.HTML
+    steps: gr.HTML
     alpha: gr.Number
     degree: gr.Dropdown
     similarity: gr.Dropdown
@@ -76,7 +77,7 @@ class _Controls:
         }
         for name in AMOUNTS:
             value = choice.value if name == choice.amount else subject.amounts.get(name, RANGES[name].high)
-            updates[getattr(self, name)] = gr.update(value=RANGES[name].inside(value), visible=name == choice.amount)
+            updates[getattr(self, name)] = gr.update(value=value, visible=name == choice.amount)
         for name in OPTIONS:
             updates[getattr(self, name)] = gr.update(value=getattr(choice, name), visible=name in on)
         return updates
@@ -182,19 +183,11 @@ def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], 
     amounts = [(AMOUNTS[name], name) for name in first.amounts]
     amount = gr.Radio(amounts, value=choice.amount, label="How much is merged", elem_id="amount")
     values = {
-        name: _Slider(
-            *(span.low, span.high, first.amounts.get(name, span.high)),
-            step=span.step,
-            label=name,
-            visible=name == choice.amount,
-            elem_id=name,
-            elem_classes="value",
-            buttons=[],
-        )
+        name: _slider(name, name, span, first.amounts.get(name, span.high), name == choice.amount)
         for name, span in RANGES.items()
     }
     slots["amount"] = gr.HTML("", elem_id="problem-amount")
-    steps = _Slider(*STEPS, STEPS[0], step=1, label="denoising steps", visible=False, elem_id="steps", buttons=[])
+    steps = _slider("steps", "denoising steps", Range(*STEPS, 1), STEPS[0], first.steps is not None)
     with gr.Accordion("Which tokens, and where", open=False, elem_id="more"):
         alpha = gr.Number(None, label="α · weight of the semantic value (empty: the library's)", elem_id="alpha")
         drops = {
@@ -211,6 +204,12 @@ def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], 
     kept = {"model": model, "about": about, "picked": picked, "drop": drop, "words": words, "amount": amount}
     rest = {"steps": steps, "alpha": alpha, "schedule": schedule, "listed": listed}
     return _Controls(**kept, **rest, **values, **drops), slots, reset
+
+
+def _slider(name: str, label: str, span: Range, value: float, visible: bool) -> gr.HTML:
+    parts: dict[str, Any] = {"html_template": _page("slider.html"), "js_on_load": _page("slider.js")}
+    span_of = {"label": label, "low": span.low, "high": span.high, "step": span.step}
+    return gr.HTML(value, **parts, **span_of, visible=visible, elem_id=name)
 
 
 def _right(slots: dict[str, gr.HTML]) -> _Results:
@@ -302,9 +301,7 @@ def _run(
     subject: Subject, loaded: Loaded, given: Mapping[str, Any], upload: Photo | None, results: _Results
 ) -> Iterator[dict[Any, Any]]:
     """Run what the controls say, and then time it."""
-    values = {field.name: given[field.name] for field in fields(Choice) if field.name != "value"}
-    choice = Choice(**{**values, "value": given[given["amount"]]})
-    choice = choice if subject.steps is not None else replace(choice, steps=None)
+    choice = _choice(subject, given)
     sample = _sample(subject, given, upload)
     settings = choice.settings(subject, loaded.depth)
     outcome = loaded.run(sample, choice.configs(subject, loaded.depth, loaded.model))
@@ -314,6 +311,18 @@ def _run(
     link = _link(subject, choice, sample)
     yield results.of(outcome, line, link)
     yield {results.costs: render.costs(outcome, outcome.time(), link)}
+
+
+def _choice(subject: Subject, given: Mapping[str, Any]) -> Choice:
+    """What the controls say.
+
+    Raises:
+        ConfigError: a number that is none.
+    """
+    values = {field.name: given[field.name] for field in fields(Choice) if field.name != "value"}
+    values |= {"value": number(given["amount"], given.get(given["amount"]))}
+    values["steps"] = None if subject.steps is None else int(number("steps", given["steps"]))
+    return Choice(**values)
 
 
 def _sample(subject: Subject, given: Mapping[str, Any], upload: Photo | None) -> Sample:
