@@ -12,7 +12,7 @@ from pathlib import Path
 import gradio as gr
 
 from turbovlm.errors import TurboError
-from turbovlm_lab.studio import encoders, looking
+from turbovlm_lab.studio import encoders, generating, looking
 from turbovlm_lab.studio.folders import folder_subject
 from turbovlm_lab.studio.subjects import Models, Subject
 from turbovlm_lab.studio.uploads import MEGABYTES
@@ -41,7 +41,7 @@ class Settings:
 
 def subjects(settings: Settings) -> list[Subject]:
     """The built-in models and those of the folders."""
-    return [*encoders.BUILT_IN, *map(folder_subject, settings.folders)]
+    return [*encoders.BUILT_IN, *generating.BUILT_IN, *map(folder_subject, settings.folders)]
 
 
 def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:
