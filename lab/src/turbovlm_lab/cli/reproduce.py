@@ -112,12 +112,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from turbovlm.cli.output import console, print_table, write_json
+    from turbovlm.cli.output import console, write_json
     from turbovlm_lab.reproduce.studies import every_study
 
     every = every_study()
     header, rows = ("key", "task", "title"), [(study.key, study.task, study.title) for study in every]
-    print_table(console(), "", header, rows, names=len(header))
+    out = console()
+    for key, task, title in rows:
+        out.print(f"{key:45} {task}")
+        out.print(f"    {title}")
     if args.json:
         write_json(args.json, {"studies": [dict(zip(header, row)) for row in rows]})
     return 0
