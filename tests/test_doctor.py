@@ -92,6 +92,18 @@ def test_a_release_out_of_range(monkeypatch, capsys):
     assert problem == {"what": "torch 2.1.0 is installed, not >=2.6", "remedy": "pip install --upgrade 'turbovlm'"}
 
 
+def test_a_lab_of_another_release(monkeypatch, capsys):
+    import importlib.metadata
+
+    quickly(monkeypatch)
+    requires = importlib.metadata.requires
+    asked = {"turbovlm-lab": ["turbovlm[cli]<0.2,>=0.1", "onnx>=1.17"]}
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked.get(name) or requires(name))
+    monkeypatch.setattr(diagnosis, "_installed", lambda name: "0.1.0" if name == "turbovlm-lab" else None)
+    (problem,) = document(capsys, 1)["problems"]
+    assert "made for turbovlm <0.2,>=0.1" in problem["what"] and "turbovlm-lab" in problem["remedy"]
+
+
 def test_a_plug_in_that_does_not_load(monkeypatch, capsys):
     from importlib.metadata import EntryPoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import importlib.util
 import os
@@ -21,6 +22,7 @@ from turbovlm.cli.measuring import device_named
 from turbovlm.registry import ENTRY_POINTS as FAMILIES
 from turbovlm.registry import OWN, families
 
+LAB = "turbovlm-lab"
 DEVELOPMENT = "dev"
 """The extra of those who work on turbovlm: its packages are no business of users."""
 GROUPS = ("turbovlm.commands", FAMILIES, "turbovlm.models", "vllm.general_plugins", "lmms_eval.models")
@@ -68,13 +70,26 @@ def examine() -> Findings:
 def _versions(found: Findings) -> Iterator[dict[str, Any]]:
     yield {"name": "python", "installed": platform.python_version(), "needed": "", "for": ""}
     yield {"name": "turbovlm", "installed": turbovlm.__version__, "needed": "", "for": ""}
-    yield {"name": "turbovlm-lab", "installed": _installed("turbovlm-lab"), "needed": "", "for": "the lab"}
+    yield from _lab(found)
     for name, specifier, extra in _needed(found):
         version = _installed(name)
         yield {"name": name, "installed": version, "needed": str(specifier), "for": extra or "turbovlm"}
         if version is not None and not specifier.contains(version, prereleases=True):
             install = f"turbovlm[{extra}]" if extra else "turbovlm"
             found.problem(f"{name} {version} is installed, not {specifier}", f"pip install --upgrade '{install}'")
+
+
+def _lab(found: Findings) -> Iterator[dict[str, Any]]:
+    """The lab's release, and the releases of turbovlm that it is made for."""
+    from packaging.requirements import Requirement
+
+    version = _installed(LAB)
+    yield {"name": LAB, "installed": version, "needed": "", "for": "the lab"}
+    for line in importlib.metadata.requires(LAB) or [] if version is not None else []:
+        each = Requirement(line)
+        if each.name == "turbovlm" and not each.specifier.contains(turbovlm.__version__, prereleases=True):
+            what = f"{LAB} {version} is made for turbovlm {each.specifier}, not for {turbovlm.__version__}"
+            found.problem(what, f"pip install --upgrade turbovlm {LAB}")
 
 
 def _needed(found: Findings) -> Iterator[tuple[str, Any, str]]:
@@ -205,7 +220,6 @@ def _is_there(path: str) -> bool:
 
 def _caches(found: Findings) -> Iterator[dict[str, Any]]:
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    user = os.environ.get("USER", "user")
     places = {
         "models of the hub": ("HF_HOME", Path(os.environ.get("HF_HUB_CACHE", home / "hub"))),
         "Triton's kernels": (
@@ -214,7 +228,7 @@ def _caches(found: Findings) -> Iterator[dict[str, Any]]:
         ),
         "compiled programs": (
             "TORCHINDUCTOR_CACHE_DIR",
-            Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{user}")),
+            Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{_user()}")),
         ),
     }
     for what, (variable, place) in places.items():
@@ -228,6 +242,14 @@ def _caches(found: Findings) -> Iterator[dict[str, Any]]:
             )
         elif free < SPACE:
             found.note(f"{place} has {_gb(free)} GB left", f"set {variable} to a folder with more")
+
+
+def _user() -> str:
+    """As PyTorch names the folder of its compiled programs."""
+    try:
+        return getpass.getuser()
+    except (KeyError, ImportError, OSError):  # a container's user may have no name
+        return f"uid_{os.getuid()}"
 
 
 def _short(place: Path) -> str:
