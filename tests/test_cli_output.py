@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -146,3 +148,10 @@ def test_completion_without_shtab(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "shtab" else found(name))
     assert main(["completion", "bash"]) == 2
     assert "pip install 'turbovlm[cli]'" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_was_printed():
+    root = Path(__file__).parents[1]
+    blocks = re.findall(r"^```\n(\$ .*?)^```", (root / "docs" / "terminal.md").read_text(), re.DOTALL | re.MULTILINE)
+    measured = (root / "benchmarks" / "results" / "terminal.md").read_text()
+    assert blocks and all(block in measured for block in blocks)

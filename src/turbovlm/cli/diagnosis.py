@@ -123,7 +123,7 @@ def _installed(name: str) -> str | None:
 
 
 def _devices(found: Findings) -> Iterator[dict[str, Any]]:
-    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    threads = f"PyTorch uses {torch.get_num_threads()} of {os.cpu_count()} cores"
     capability = torch.backends.cpu.get_cpu_capability()
     yield {"device": "cpu", "name": f"{_cpu()}, {capability}, {threads}", "free_gb": _free_memory()}
     for index in range(torch.cuda.device_count()):
