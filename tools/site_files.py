@@ -26,7 +26,8 @@ SOURCE = {".py": "python", ".toml": "toml", ".txt": "text"}
 """Suffixes of files that become a page with their text, and the language that it is coloured in."""
 
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
-UNSEARCHED = "---\nsearch: {exclude: true}\n---\n\n"
+ASIDE = "---\nsearch: {exclude: true}\nhide: [toc]\n---\n\n"
+"""In front of pages from elsewhere: searches pass over them, and their tables have more room."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -43,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if text is None:
             files.append(File.generated(config, uri(path), abs_src_path=str(ROOT / path)))
         else:
-            files.append(File.generated(config, uri(path), content=UNSEARCHED + text))
+            files.append(File.generated(config, uri(path), content=ASIDE + text))
             waiting += linked(path, text)
     return files
 
