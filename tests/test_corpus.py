@@ -308,9 +308,9 @@ def test_a_corrupt_tar_is_counted(models, tmp_path, capsys):
     whole = in_tar(tmp_path / "b.tar", range(6)).read_bytes()
     (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 2])
     assert main(["embed", str(tmp_path / "*.tar"), "--model", models["clip"], "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
+    said, remarks = capsys.readouterr()
     assert "1 could not be read" in said and "b.tar: cannot be read behind its first" in said
-    assert "the model as it is; --r, --keep or --flops make it faster" in said
+    assert "the model as it is; --r, --keep or --flops make it faster" in remarks
 
 
 def test_nothing_that_can_be_read(models, tmp_path):
