@@ -69,7 +69,7 @@ def test_every_block_of_code_is_known():
     for page in PAGES:
         fences = re.findall(r"^```", page.read_text(encoding="utf-8"), re.M)
         assert len(fences) == 2 * sum(snippet.page == page.name for snippet in ALL), page.name
-    assert {snippet.language for snippet in ALL} <= set(LANGUAGES)
+    assert {snippet.language for snippet in ALL} <= set(LANGUAGES), "what is only shown is text"
 
 
 def prompted(monkeypatch):
@@ -160,13 +160,13 @@ SETTINGS = {
     "compression.md": compressed,
     "migration.md": other_methods,
 }
-"""What the snippets of a page find: names, and functions of libraries that make small models."""
+"""What the snippets of a page find: names, and functions of libraries that make small models. Of other pages: nothing."""
 
 
 @pytest.fixture
 def ready(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    return lambda page: {"turbovlm": turbovlm, **SETTINGS[page](monkeypatch)}
+    return lambda page: {"turbovlm": turbovlm, **SETTINGS.get(page, lambda _: {})(monkeypatch)}
 
 
 @pytest.mark.parametrize(
@@ -213,19 +213,15 @@ SHELL = [(str(snippet), words) for snippet in of("bash") for words in commands(s
 
 @pytest.fixture(scope="module")
 def parser():
-    from turbovlm import cli
-    from turbovlm_lab.cli import demo, evaluate, macs, reproduce
+    from turbovlm.cli import whole_parser
 
-    return cli._parser([*cli.COMMANDS, *(m for m in (demo, evaluate, macs, reproduce) if m not in cli.COMMANDS)])
+    return whole_parser()
 
 
-def extras():
+def project(folder):
     import tomllib
 
-    return {
-        folder: set(tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-        for folder in (".", "lab")
-    }
+    return tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 @pytest.mark.parametrize(("where", "words"), SHELL, ids=[f"{where}-{words[0]}" for where, words in SHELL])
@@ -240,9 +236,10 @@ def test_a_command_is_one(where, words, parser):
     elif words[:2] == ["pip", "install"]:
         for what in words[2:]:
             folder, _, named = what.partition("[")
-            assert not named or set(named.rstrip("]").split(",")) <= extras()[folder.removeprefix("./") or "."]
+            known = project(folder.removeprefix("./") or ".")["optional-dependencies"]
+            assert not named or set(named.rstrip("]").split(",")) <= set(known)
     else:
-        assert words[:2] == ["vllm", "serve"]
+        assert words[:2] == ["vllm", "serve"], "not a command that can be checked: <!-- not run: why --> before it"
         given = json.loads(words[words.index("--additional-config") + 1])
         assert turbovlm.ReadConfig(**given["turbovlm"])
 
