@@ -160,7 +160,7 @@ SETTINGS = {
     "compression.md": compressed,
     "migration.md": other_methods,
 }
-"""What the snippets of a page find: names, and functions of libraries that make small models. Of other pages: nothing."""
+"""What the snippets of a page find: names, and functions of libraries that make small models."""
 
 
 @pytest.fixture
