@@ -19,8 +19,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "repository"
-ALWAYS = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
-"""What the navigation names, linked to or not."""
+ALWAYS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+"""What comes into the site linked to or not, so that its own links are checked as well."""
 
 SOURCE = {".py": "python", ".toml": "toml", ".txt": "text"}
 """Suffixes of files that become a page with their text, and the language that it is coloured in."""
