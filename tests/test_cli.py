@@ -27,12 +27,17 @@ def folder(tmp_path):
     return str(tmp_path / "model")
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"], ["bench"], ["macs"]])
-def test_help_teaches_by_example(command, capsys):
+COMMANDS = ("inspect", "bench", "calibrate", "embed", "macs", "doctor", "demo", "evaluate", "reproduce")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help_teaches_by_example_in_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0
-    assert "examples:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "examples:" in printed and max(map(len, printed.splitlines())) <= 80
 
 
 def test_inspect_a_folder(folder, tmp_path, capsys):

@@ -51,6 +51,13 @@ def test_the_self_test_passes_and_leaves_nothing_behind(hidden, names, monkeypat
     assert registry.families("encoder") == before
 
 
+def test_a_library_that_does_not_import(monkeypatch):
+    monkeypatch.setattr(selftest, "_transformers", lambda: 1 / 0)
+    hide(monkeypatch, "timm")
+    checks = selftest.run(["cpu"], False, lambda *_: None)
+    assert [check.passed for check in checks] == [True] * 4 + [False] * 3 and "ZeroDivisionError" in checks[-1].found
+
+
 @pytest.mark.slow
 def test_the_self_test_compiles(monkeypatch):
     hide(monkeypatch, "transformers", "timm")

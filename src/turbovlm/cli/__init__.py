@@ -18,6 +18,7 @@ from types import ModuleType
 from turbovlm import __version__, process
 from turbovlm.cli import bench, calibrate, completion, doctor, embed, inspect, macs, measuring
 from turbovlm.cli.ending import BROKEN_PIPE, drop_output, interruptible, reader_is_gone, reason_of
+from turbovlm.cli.help import Help
 from turbovlm.cli.output import kept_for_json
 from turbovlm.cli.remarks import without_remarks
 from turbovlm.errors import TurboError
@@ -37,7 +38,7 @@ examples:
   turbovlm demo                                   CLIP names photographs, merged and unmerged; writes report.html
   turbovlm studio                                 see in the browser which tokens merge, on your own images
   turbovlm inspect timm:vit_base_patch16_384      which blocks would be accelerated, and what it would save
-  turbovlm bench timm:vit_base_patch16_384 --r 35 what it saves on this machine, in time and memory
+  turbovlm bench timm:vit_base_patch16_384 --r 35  what it saves on this machine, in time and memory
   turbovlm calibrate zoo:saliency photos --flops 0.6    which settings keep most of it, on your images
   turbovlm embed photos --model zoo:pairs --r 8 --out embeddings    a folder of images to Parquet
   turbovlm evaluate saliency                      what it costs in quality, on a task
@@ -46,8 +47,9 @@ examples:
   eval "$(turbovlm completion bash)"              completes commands, options and files in this shell
 
 demo, studio, evaluate, reproduce and models named zoo:… come with the package turbovlm-lab.
---json prints what was found as one JSON document, and nothing else, to standard output; --json FILE writes it.
-turbovlm COMMAND --help explains each command.
+
+--json prints what a command has found as one JSON document, and nothing else, to standard output; --json FILE writes
+it to a file, beside what is printed. turbovlm COMMAND --help explains each command.
 """
 
 
@@ -127,7 +129,7 @@ def whole_parser() -> argparse.ArgumentParser:
         prog="turbovlm",
         description="Faster vision transformers without retraining, by merging tokens.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"turbovlm {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.help import Help
 from turbovlm.cli.measuring import QUANTIZATIONS, check_plot, versions_used, written
 from turbovlm.cli.output import add_json_option, check_json, console, print_table, write_json
 from turbovlm.errors import ConfigError
@@ -61,7 +62,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Time a model's vision encoders, or image generation, with and without Turbo: speed, memory, "
         "and how far images change.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "model",

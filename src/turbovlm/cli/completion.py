@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from turbovlm.cli.help import Help
 from turbovlm.errors import TurboError
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -34,7 +35,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="a script that completes commands, options and files in your shell",
         description="Print a script by which a shell completes the commands and options of turbovlm.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     parser.set_defaults(run=run)

@@ -221,10 +221,16 @@ def _caches(found: Findings) -> Iterator[dict[str, Any]]:
         there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
         writable = there.is_dir() and os.access(there, os.W_OK)
         free = shutil.disk_usage(there).free
-        yield {"what": what, "folder": str(place), "writable": writable, "free_gb": _gb(free)}
+        yield {"what": what, "folder": _short(place), "writable": writable, "free_gb": _gb(free)}
         if not writable:
             found.problem(
                 f"nothing may be written to {place}, the cache of {what}", f"set {variable} to another folder"
             )
         elif free < SPACE:
             found.note(f"{place} has {_gb(free)} GB left", f"set {variable} to a folder with more")
+
+
+def _short(place: Path) -> str:
+    """A folder without the user's name, where it lies at home."""
+    home = Path.home()
+    return f"~/{place.relative_to(home)}" if place.is_relative_to(home) else str(place)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.help import Help
 from turbovlm.cli.output import add_json_option, check_json, console, print_table, write_json
 from turbovlm.errors import TurboError
 
@@ -35,7 +36,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what is installed here, what of it works, and what to do about the rest",
         description="Say which versions, devices, kernels, families and plug-ins are here, and try them.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--compile", action="store_true", help="also try torch.compile, which takes a minute")
     add_json_option(parser)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from turbovlm.cli.amounts import pixels_from
+from turbovlm.cli.help import Help
 from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="which blocks of a model would be accelerated, and what it would save",
         description="Say which blocks of a model would be accelerated and what it would save, without its weights.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "model",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from turbovlm.cli.help import Help
 from turbovlm.errors import TurboError
 
 _EPILOG = """\
@@ -27,7 +28,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="count the multiply-accumulates of an encoder, merged or not",
         description="Count the multiply-accumulates of a model's vision encoders for one image.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     parser.add_argument("--paper", action="store_true", help="the published costs beside ours (turbovlm-lab)")

@@ -97,10 +97,10 @@ LAYOUT = Layout(
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its position embeddings, and how its CLS token is had of images."""
+    """How a model is made, what its position embeddings are, and how its CLS token is had of images."""
 
     name: str
-    model: nn.Module
+    make: Callable[[], nn.Module]
     positions: Callable[[Any], Tensor]
     cls: Callable[[Any, Tensor], Tensor]
 
@@ -109,16 +109,21 @@ def subjects() -> Iterator[Subject]:
     """A plain model, which is known while it is looked at, and one of a library where one is installed."""
     turbovlm.register(LAYOUT)
     try:
-        yield Subject("plain PyTorch", PlainViT(), lambda model: model.positions, lambda model, x: model(x))
+        yield Subject("plain PyTorch", PlainViT, lambda model: model.positions, lambda model, x: model(x))
     finally:
         unregister(LAYOUT)
     if importlib.util.find_spec("transformers") is not None:
-        yield _transformers()
+        yield Subject(
+            "transformers ViT",
+            _transformers,
+            lambda model: model.embeddings.position_embeddings,
+            lambda model, x: model(pixel_values=x).last_hidden_state[:, 0],
+        )
     elif importlib.util.find_spec("timm") is not None:
-        yield _timm()
+        yield Subject("timm ViT", _timm, lambda model: model.pos_embed, lambda model, x: model(x))
 
 
-def _transformers() -> Subject:
+def _transformers() -> nn.Module:
     import transformers
 
     config = transformers.ViTConfig(
@@ -130,19 +135,15 @@ def _transformers() -> Subject:
         patch_size=PATCH,
         attn_implementation="sdpa",
     )
-    return Subject(
-        "transformers ViT",
-        transformers.ViTModel(config, add_pooling_layer=False),
-        lambda model: model.embeddings.position_embeddings,
-        lambda model, x: model(pixel_values=x).last_hidden_state[:, 0],
-    )
+    model: nn.Module = transformers.ViTModel(config, add_pooling_layer=False)
+    return model
 
 
-def _timm() -> Subject:
+def _timm() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(SIDE, PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=0)
-    return Subject("timm ViT", model, lambda model: model.pos_embed, lambda model, x: model(x))
+    model: nn.Module = VisionTransformer(SIDE, PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=0)
+    return model
 
 
 def run(devices: list[str], compile: bool, advance: Callable[[int, str], object]) -> list[Check]:
@@ -166,24 +167,28 @@ def run(devices: list[str], compile: bool, advance: Callable[[int, str], object]
 
     for device in devices:
         check("a merge equals the formulas", f"ops on {device}", lambda d=device: _formulas(d))  # type: ignore[misc]
-    generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(1, 3, SIDE, SIDE // PATCH // 2, PATCH, generator=generator)
-    doubled = columns.repeat_interleave(2, dim=3).flatten(3)
+    tried = {
+        "r=0 changes nothing": _nothing,
+        "equal patches merge unseen": _equal,
+        "remove() restores the model": _removed,
+        **({"torch.compile agrees": _compiled} if compile else {}),
+    }
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
         for subject in subjects():
-            subject.positions(subject.model).zero_()  # else doubled patches differ
             for device in devices:
-                model, images = subject.model.eval().to(device), doubled.to(device)
-                tried = {
-                    "r=0 changes nothing": _nothing,
-                    "equal patches merge unseen": _equal,
-                    "remove() restores the model": _removed,
-                    **({"torch.compile agrees": _compiled} if compile else {}),
-                }
                 for what, attempt in tried.items():
-                    check(what, f"{subject.name} on {device}", lambda a=attempt: a(subject, model, images))  # type: ignore[misc]  # noqa: B023
+                    given = subject, device
+                    check(what, f"{subject.name} on {device}", lambda a=attempt, g=given: a(g[0], *_ready(*g)))  # type: ignore[misc]
     return checks
+
+
+def _ready(subject: Subject, device: str) -> tuple[nn.Module, Tensor]:
+    """A subject's model, the same every time, and an image in which every second patch equals the one before."""
+    torch.manual_seed(0)
+    columns = torch.randn(1, 3, SIDE, SIDE // PATCH // 2, PATCH)
+    model = subject.make().eval()
+    subject.positions(model).zero_()  # else equal patches differ
+    return model.to(device), columns.repeat_interleave(2, dim=3).flatten(3).to(device)
 
 
 def count(devices: list[str], compile: bool) -> int:

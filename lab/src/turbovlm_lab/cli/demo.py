@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from turbovlm.cli.help import Help
 from turbovlm.cli.measuring import check_file, progress_bar, written
 from turbovlm.cli.output import add_json_option, check_json, write_json
 from turbovlm.cli.output import console as output
@@ -55,7 +56,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Name photographs by CLIP, merged and unmerged: labels and their probabilities, time, and how\n"
         "close the embeddings stay, for turbovlm's default, ToMe, random choice and a smaller image.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--images", nargs="+", metavar="PATH", help="image files or folders of your own")
     parser.add_argument("--labels", metavar="LIST", help='what they may be, separated by commas: "cat, dog, beach"')

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.help import Help
 from turbovlm.cli.measuring import QUANTIZATIONS
 from turbovlm.cli.output import add_json_option
 from turbovlm.errors import ConfigError, DataError
@@ -29,8 +30,8 @@ examples:
   turbovlm evaluate saliency --flops 0.5 --controls --plot saliency.png
   turbovlm evaluate saliency --settings turbo.json             what `turbovlm calibrate` found, beside the default
   turbovlm evaluate saliency --quantize int8 nf4               weights in 8 and in 4 bits, with and without merging
-  turbovlm evaluate captioning --model Salesforce/blip-image-captioning-base \\
-      --data dataset_coco.json --images coco --split test --r 16 --batch 32 --dtype bfloat16
+  turbovlm evaluate captioning --model Salesforce/blip-image-captioning-base \
+--data dataset_coco.json --images coco --split test --r 16 --batch 32 --dtype bfloat16
   turbovlm evaluate vqa --model ./blip-vqa --data questions.json annotations.json --images val2014 --limit 5000
   turbovlm evaluate retrieval --model openai/clip-vit-base-patch32 --data datasets:nlphuji/flickr30k --keep 0.5
   turbovlm evaluate classification --model timm:vit_base_patch16_224 --data imagenet --split val --r 13
@@ -52,7 +53,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what merging costs on a task, beside what it saves",
         description="Ask a model with and without Turbo, and compare official metrics over the same samples.",
         epilog=_EPILOG.format(formats=_formats()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--model", metavar="MODEL", help="a hub id, a folder, timm:NAME, … (default: the built-in one)")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.help import Help
 from turbovlm.cli.output import add_json_option
 from turbovlm.errors import ConfigError, DataError
 
@@ -40,7 +41,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the paper's tables and figures, beside the printed numbers",
         description="Run the Turbo paper's tables and figures, with your models and data or built-in ones.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("what", nargs="*", metavar="WHAT", help="all, tasks, tables, figures, table5, figure4, a key …")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop there")
