@@ -142,17 +142,17 @@ def warm(shop: Models) -> None:
     Raises:
         TurboError: the model cannot be loaded.
     """
-    subject = next(iter(shop.subjects.values()))
+    subject = shop.first
     loaded, choice = shop[subject.key], Choice.default(subject)
     photo = next(iter(photos_of(subject)), None)
     sample = Sample("" if photo is None else photo.key, photo and photo.image, words=subject.default_words)
     with shop.computing:
-        loaded.run(sample, choice.configs(subject, loaded.depth, loaded.model)).time()
+        loaded.run(sample, choice.configs(subject, loaded)).time()
 
 
 def tab(shop: Models) -> None:
     """Add the tab's components."""
-    first = next(iter(shop.subjects.values()))
+    first = shop.first
     uploaded = gr.State(None, time_to_live=3600)
     with gr.Row(elem_classes="studio"):
         with gr.Column(scale=2, min_width=300):
@@ -303,8 +303,8 @@ def _run(
     """Run what the controls say, and then time it."""
     choice = _choice(subject, given)
     sample = _sample(subject, given, upload)
-    settings = choice.settings(subject, loaded.depth)
-    outcome = loaded.run(sample, choice.configs(subject, loaded.depth, loaded.model))
+    settings = choice.settings(subject, loaded)
+    outcome = loaded.run(sample, choice.configs(subject, loaded))
     if sample.key.startswith(UPLOADED):
         outcome = replace(outcome, notes=(*outcome.notes, UPLOAD_HAS_NO_LINK))
     line = f"import turbovlm\n\nhandle = turbovlm.apply(model, {written(settings)})"
@@ -344,10 +344,10 @@ def _link(subject: Subject, choice: Choice, sample: Sample) -> dict[str, str]:
 def _linked(shop: Models, query: Mapping[str, str], controls: _Controls, results: _Results) -> dict[Any, Any]:
     """What the controls are to show for a link, and what is wrong with it."""
     wrong = []
-    key = query.get("model", next(iter(shop.subjects)))
+    key = query.get("model", shop.first.key)
     if key not in shop.subjects:
         wrong.append(f"model={key[:40]}: there is no such model here; there are {', '.join(shop.subjects)}")
-        key = next(iter(shop.subjects))
+        key = shop.first.key
     subject = shop.subjects[key]
     choice, mistaken = Choice.of_link(subject, query)
     photos = {photo.key: photo for photo in photos_of(subject)}
