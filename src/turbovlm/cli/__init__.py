@@ -29,12 +29,14 @@ LAB_COMMANDS = {
     "demo": "measure on photographs what merging saves and costs, and write a report",
     "evaluate": "what merging costs in quality, on a task",
     "reproduce": "the paper's tables and figures",
+    "studio": "see in the browser which tokens merge, what it saves, and what it costs",
 }
 """Subcommands that the package turbovlm-lab brings, named here to say so where it is not installed."""
 
 _EPILOG = """\
 examples:
   turbovlm demo                                   CLIP names photographs, merged and unmerged; writes report.html
+  turbovlm studio                                 see in the browser which tokens merge, on your own images
   turbovlm inspect timm:vit_base_patch16_384      which blocks would be accelerated, and what it would save
   turbovlm bench timm:vit_base_patch16_384 --r 35  what it saves on this machine, in time and memory
   turbovlm calibrate zoo:saliency photos --flops 0.6    which settings keep most of it, on your images
@@ -44,7 +46,7 @@ examples:
   turbovlm doctor                                 what is installed here, what of it works, and what to do about it
   eval "$(turbovlm completion bash)"              completes commands, options and files in this shell
 
-demo, evaluate, reproduce and models named zoo:… come with the package turbovlm-lab.
+demo, studio, evaluate, reproduce and models named zoo:… come with the package turbovlm-lab.
 
 --json prints what a command has found as one JSON document, and nothing else, to standard output; --json FILE writes
 it to a file, beside what is printed. turbovlm COMMAND --help explains each command.
