@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm_lab.demo.photos import Photo
@@ -29,6 +28,7 @@ from turbovlm_lab.demo.versions import (
     Encoder,
     Run,
     Version,
+    agreement,
     costs,
     count_forwards,
     in_turn,
@@ -105,12 +105,11 @@ def _as_it_is(version: Version, output: Tensor) -> Tensor:
 
 def _rows(runs: Mapping[Version, Run], names: ClipNames) -> tuple[Row, ...]:
     full = next(iter(runs.values())).output
-    labels, centre, rows = names.probabilities(full).argmax(dim=1), full.mean(dim=0), []
+    labels, rows = names.probabilities(full).argmax(dim=1), []
     for cost, output in costs(runs):
-        cosine = F.cosine_similarity(full, output)
-        drift = 1 - F.cosine_similarity(full - centre, output - centre).mean().item()
+        kept = agreement(full, output)
         same = int((names.probabilities(output).argmax(dim=1) == labels).sum())
-        rows.append(Row(cost, same, cosine.mean().item(), cosine.min().item(), drift if len(full) > 1 else None))
+        rows.append(Row(cost, same, kept.cosine, kept.worst, kept.drift))
     return tuple(rows)
 
 

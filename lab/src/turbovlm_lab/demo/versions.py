@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import turbovlm
@@ -67,16 +68,36 @@ class Run:
     seconds: Sequence[float]
 
 
-def versions_of(encoder: Encoder, shares: Sequence[float]) -> list[Version]:
-    """The unmerged encoder, then all methods at every share; those beside `TURBO` cost what it turned out to cost."""
+@dataclass(frozen=True)
+class Agreement:
+    """How close outputs stay to the unmerged model's.
+
+    Attributes:
+        cosine: mean over the images; `worst`: the smallest.
+        drift: 1 − cosine with the mean of the unmerged outputs taken off both, mean; None for one image.
+    """
+
+    cosine: float
+    worst: float
+    drift: float | None
+
+
+def versions_of(
+    encoder: Encoder, shares: Sequence[float], methods: Sequence[Method] = METHODS, *, trace: bool = False
+) -> list[Version]:
+    """The unmerged encoder, then methods at every share, `TURBO` first; the others cost what it turned out to cost.
+
+    Args:
+        trace: record where tokens go, which takes time.
+    """
     with turbovlm.apply(twin(encoder.model), r=0) as handle:
         shape = _shape(handle)
     made = [_version(encoder, UNMERGED, None, f"{encoder.side} px", encoder.side, shape, None)]
     for share in shares:
-        merged = merged_version(encoder, share)
+        merged = merged_version(encoder, share, trace=trace)
         made.append(merged)
         cost = merged.macs / made[0].macs
-        made += [_at_cost(encoder, method, share, cost, shape) for method in METHODS if method is not TURBO]
+        made += [_at_cost(encoder, method, share, cost, shape, trace) for method in methods if method is not TURBO]
     return made
 
 
@@ -104,7 +125,9 @@ def smaller_side(encoder: Encoder, shape: EncoderShape, cost: float) -> int:
     return min(sides, key=lambda side: abs(macs(side) / macs(encoder.side) - cost))
 
 
-def _at_cost(encoder: Encoder, method: Method, share: float, cost: float, shape: EncoderShape) -> Version:
+def _at_cost(
+    encoder: Encoder, method: Method, share: float, cost: float, shape: EncoderShape, trace: bool
+) -> Version:
     if method is SMALLER:
         side = smaller_side(encoder, shape, cost)
         return _version(encoder, method, share, f"{side} px", side, shape, None)
@@ -112,7 +135,7 @@ def _at_cost(encoder: Encoder, method: Method, share: float, cost: float, shape:
         shape = _shape(unused)
     amounts = equal_amounts(shape, encoder.tokens(encoder.side, shape.protected), cost)
     model = twin(encoder.model)
-    handle = turbovlm.apply(model, r=amounts, **method.settings)
+    handle = turbovlm.apply(model, r=amounts, trace=trace, **method.settings)
     few, many = min(amounts), max(amounts)
     setting = f"r={few}" if few == many else f"r={few}–{many}"
     return _version(encoder, method, share, setting, encoder.side, shape, handle, model)
@@ -141,9 +164,9 @@ def _shape(handle: Handle) -> EncoderShape:
     return cast(EncoderFeature, feature).shape
 
 
-def count_forwards(images: int, settings: Settings) -> int:
+def count_forwards(images: int, settings: Settings, methods: int = len(METHODS)) -> int:
     """How often `in_turn` calls `advance`, for the versions of `versions_of`."""
-    return _rounds(images, settings) * (1 + len(METHODS) * len(settings.shares))
+    return _rounds(images, settings) * (1 + methods * len(settings.shares))
 
 
 def _rounds(images: int, settings: Settings) -> int:
@@ -207,6 +230,13 @@ def costs(runs: Mapping[Version, Run]) -> Iterator[tuple[Cost, Tensor]]:
             speedup_range=_range(ratios, 0.25),
         )
         yield cost, run.output
+
+
+def agreement(whole: Tensor, output: Tensor) -> Agreement:
+    """Of a version's outputs with the unmerged model's, `[images, width]` each."""
+    cosine, centre = F.cosine_similarity(whole, output), whole.mean(dim=0)
+    drift = 1 - F.cosine_similarity(whole - centre, output - centre).mean().item()
+    return Agreement(cosine.mean().item(), cosine.min().item(), drift if len(whole) > 1 else None)
 
 
 def timing_of(runs: Mapping[Version, Run]) -> Timing:
