@@ -1,0 +1,185 @@
+"""Subjects that encode an image: CLIP, which names it, and a ViT that finds what stands out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import turbovlm
+from turbovlm.config import Config, TurboConfig
+from turbovlm.errors import ConfigError
+from turbovlm.sharing import twin
+from turbovlm_lab.studio.measuring import counted, drift_of, timed_in_turn
+from turbovlm_lab.studio.subjects import IMAGE, Answer, Outcome, Sample, Subject, View
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+KEPT = 8
+"""Samples of which the unmerged result is kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A sample, prepared, and what the unmerged model makes of it."""
+
+    pixels: Any
+    output: Tensor
+    gmacs: float
+
+
+class ImageEncoder:
+    """An encoder of images with its weights; see `turbovlm_lab.studio.subjects.Encodes`.
+
+    Args:
+        model: the encoder.
+        side, patch: pixels per side of its images and of its patches.
+        prepare: RGB images and pixels per side → its input.
+        encode: a model and an input → what drift is measured on, `[images, …]`.
+        answer: of a sample and what `encode` gave, in words or as a picture: fields of `Answer`.
+        mean: of `encode`'s outputs over other images, for the centred drift.
+        measured: what `encode` runs, for the reader.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        side: int,
+        patch: int,
+        prepare: Callable[[Sequence[Image], int], Any],
+        encode: Callable[[nn.Module, Any], Tensor],
+        answer: Callable[[Sample, Tensor], dict[str, Any]],
+        measured: str,
+        mean: Callable[[ImageEncoder], Tensor] | None = None,
+    ) -> None:
+        self.model, self.side, self.patch, self.encode, self.measured = model, side, patch, encode, measured
+        self._prepare, self._answer, self._mean_of = prepare, answer, mean
+        self._mean: Tensor | None = None
+        self._merged = twin(model)
+        self._wholes: OrderedDict[str, _Whole] = OrderedDict()
+
+    def prepare(self, images: Sequence[Image], side: int | None = None) -> Any:
+        return self._prepare(images, self.side if side is None else side)
+
+    @torch.inference_mode()
+    def run(self, sample: Sample, configs: Sequence[Config]) -> Outcome:
+        whole, model = self._whole(sample), self._merged
+        answer = self._answer(sample, whole.output)  # what is wrong with the words is said first
+        with turbovlm.apply(model, *configs) as handle:
+            output, gmacs = counted(lambda: self.encode(model, whole.pixels))
+            both = (lambda: self.encode(self.model, whole.pixels), lambda: self.encode(model, whole.pixels))
+            unmerged, merged = timed_in_turn(both)
+            said = repr(handle)
+        view, tokens = self._trace(sample, configs, whole.pixels)
+        return Outcome(
+            unmerged=Answer(whole.gmacs, unmerged.cpu, unmerged.wall, (tokens[0],) * len(tokens), **answer),
+            merged=Answer(gmacs, merged.cpu, merged.wall, tokens, **self._answer(sample, output)),
+            measured=self.measured,
+            runs=merged.runs,
+            said=said,
+            drift=drift_of(output, whole.output),
+            centred=None if self.mean is None else drift_of(output, whole.output, self.mean),
+            view=view,
+        )
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Of outputs over the built-in images."""
+        if self._mean is None and self._mean_of is not None:
+            self._mean = self._mean_of(self)
+        return self._mean
+
+    def _whole(self, sample: Sample) -> _Whole:
+        if sample.image is None:
+            raise ConfigError("image: choose one, or upload one")
+        if sample.key not in self._wholes:
+            pixels = self.prepare([sample.image])
+            output, gmacs = counted(lambda: self.encode(self.model, pixels))
+            self._wholes[sample.key] = _Whole(pixels, output, gmacs)
+            while len(self._wholes) > KEPT:
+                self._wholes.popitem(last=False)
+        return self._wholes[sample.key]
+
+    def _trace(self, sample: Sample, configs: Sequence[Config], pixels: Any) -> tuple[View | None, tuple[int, ...]]:
+        """What each block merged, in a forward of its own: recording takes time."""
+        from turbovlm_lab.zoo.saliency import centre_square
+
+        config = next(config for config in configs if isinstance(config, TurboConfig))
+        with turbovlm.apply(self._merged, config.changed(trace=True)) as handle:
+            self.encode(self._merged, pixels)
+            traces = tuple(handle.trace)
+        first = traces[0]
+        side = round((first.source.shape[1] - first.prefix - first.suffix) ** 0.5)
+        assert sample.image is not None
+        shown = centre_square(sample.image).resize((self.side, self.side))
+        tokens = (first.source.shape[1], *(trace.sizes.shape[1] for trace in traces))
+        return View(shown, (side, side), traces), tokens
+
+
+LABELS = "astronaut, cat, cup of coffee, rocket, motorcycle, temple, flower, dog, castle, bicycle"
+
+
+def labels_in(words: str) -> list[str]:
+    """Labels, separated by commas.
+
+    Raises:
+        ConfigError: fewer than two different ones, or too many.
+    """
+    labels = list(dict.fromkeys(" ".join(label.split()) for label in words.split(",") if label.strip()))
+    if len({label.lower() for label in labels}) < len(labels) or len(labels) < 2:
+        raise ConfigError('labels: give at least two different ones, separated by commas: "cat, dog, beach"')
+    if len(labels) > 200:
+        raise ConfigError(f"labels: {len(labels)} are too many; give at most 200")
+    return labels
+
+
+def _load_clip() -> ImageEncoder:
+    from turbovlm_lab.zoo import clip
+    from turbovlm_lab.zoo.clip_text import load_clip_text
+
+    texts = load_clip_text()
+    known: dict[tuple[str, ...], Any] = {}
+
+    def answer(sample: Sample, output: Tensor) -> dict[str, Any]:
+        labels = tuple(labels_in(sample.words))
+        if labels not in known:
+            known.clear()
+            known[labels] = texts.names(labels)
+        shares = known[labels].probabilities(output)[0].tolist()
+        return {"labels": dict(zip(labels, shares))}
+
+    return ImageEncoder(
+        clip.load_clip(),
+        clip.IMAGE_SIZE,
+        clip.PATCH_SIZE,
+        clip.preprocess,
+        clip.embed,
+        answer,
+        "CLIP's image tower",
+        mean=lambda loaded: loaded.encode(loaded.model, loaded.prepare([p.image for p in _photos()])).mean(dim=0),
+    )
+
+
+def _photos() -> list[Any]:
+    from turbovlm_lab.demo.photos import load_photos
+
+    return load_photos()[:7]
+
+
+CLIP = Subject(
+    key="clip",
+    title="CLIP ViT-B/16 · names an image",
+    about="OpenAI's image tower. It says which of your labels fits best.",
+    takes=IMAGE,
+    load=_load_clip,
+    words="Labels, separated by commas",
+    default_words=LABELS,
+    encodes=True,
+)
+BUILT_IN = (CLIP,)
