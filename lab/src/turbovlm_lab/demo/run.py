@@ -32,8 +32,8 @@ from turbovlm_lab.demo.versions import (
     costs,
     count_forwards,
     in_turn,
-    merged_version,
     timing_of,
+    trace_of,
     versions_of,
 )
 from turbovlm_lab.zoo import clip
@@ -81,7 +81,7 @@ def measure(
         pixels = {side: clip.preprocess(images, side) for side in {version.side for version in versions}}
         runs = in_turn(versions, pixels, encoder.encode, _as_it_is, settings, lambda: advance("CLIP, in turn"))
         named = [_probabilities(runs, names, method) for method in (UNMERGED, TURBO)]
-        drawn = _groups(encoder, shown, pixels[encoder.side], settings)
+        drawn = _groups(encoder, versions, shown, pixels[encoder.side], settings.batch)
         advance("CLIP, drawings")
         second = None if saliency is None else measure_saliency(saliency, photos, settings, advance)
     return Result(
@@ -135,18 +135,16 @@ def _likeliest(labels: Sequence[str], named: Sequence[Tensor], place: int) -> tu
 
 
 def _groups(
-    encoder: Encoder, shown: Sequence[Photo], pixels: Tensor, settings: Settings
+    encoder: Encoder, versions: Sequence[Version], shown: Sequence[Photo], pixels: Tensor, batch: int
 ) -> list[dict[int, tuple[int, Image]]]:
     """Of each photograph, which patches have become one token, by the library's defaults at the first share."""
     from turbovlm.visualize import groups
 
-    version = merged_version(encoder, settings.shares[0], trace=True)
-    assert version.handle is not None
+    version = next(version for version in versions if version.method is TURBO)
     drawn: list[dict[int, tuple[int, Image]]] = []
-    for first in range(0, len(shown), settings.batch):
-        some = shown[first : first + settings.batch]
-        encoder.encode(version.model, pixels[first : first + len(some)])
-        trace = version.handle.trace
+    for first in range(0, len(shown), batch):
+        some = shown[first : first + batch]
+        trace = trace_of(encoder, version, pixels[first : first + len(some)])
         blocks = [round(part * len(trace)) - 1 for part in SHOWN_PARTS]
         drawn += [
             {b: (trace[b].sizes.shape[1], groups(trace, photo.image, block=b, batch_index=i, cell=16)) for b in blocks}

@@ -18,6 +18,7 @@ import turbovlm
 from turbovlm.apply import Handle
 from turbovlm.encoder.feature import EncoderFeature
 from turbovlm.encoder.schedule import EncoderShape, spread, token_counts
+from turbovlm.encoder.state import BlockTrace
 from turbovlm.profile.macs import counting
 from turbovlm.sharing import twin
 from turbovlm_lab.demo.result import METHODS, MIN_ROUNDS, SMALLER, TURBO, UNMERGED, Cost, Method, Settings, Timing
@@ -83,29 +84,43 @@ class Agreement:
 
 
 def versions_of(
-    encoder: Encoder, shares: Sequence[float], methods: Sequence[Method] = METHODS, *, trace: bool = False
+    encoder: Encoder,
+    shares: Sequence[float],
+    methods: Sequence[Method] = METHODS,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[Version]:
     """The unmerged encoder, then methods at every share, `TURBO` first; the others cost what it turned out to cost.
 
     Args:
-        trace: record where tokens go, which takes time.
+        advance: called after each share.
     """
     with turbovlm.apply(twin(encoder.model), r=0) as handle:
         shape = _shape(handle)
     made = [_version(encoder, UNMERGED, None, f"{encoder.side} px", encoder.side, shape, None)]
     for share in shares:
-        merged = merged_version(encoder, share, trace=trace)
+        merged = merged_version(encoder, share)
         made.append(merged)
         cost = merged.macs / made[0].macs
-        made += [_at_cost(encoder, method, share, cost, shape, trace) for method in methods if method is not TURBO]
+        made += [_at_cost(encoder, method, share, cost, shape) for method in methods if method is not TURBO]
+        advance()
     return made
 
 
-def merged_version(encoder: Encoder, share: float, *, trace: bool = False) -> Version:
+def merged_version(encoder: Encoder, share: float) -> Version:
     """The encoder as the library's defaults merge it."""
     model = twin(encoder.model)
-    handle = turbovlm.apply(model, flops=share, trace=trace, **TURBO.settings)
+    handle = turbovlm.apply(model, flops=share, **TURBO.settings)
     return _version(encoder, TURBO, share, f"flops={share:g}", encoder.side, _shape(handle), handle, model)
+
+
+def trace_of(encoder: Encoder, version: Version, pixels: Tensor) -> Sequence[BlockTrace]:
+    """Where a version's tokens go: none where nothing merges. In a copy of it, as recording takes time."""
+    if version.handle is None:
+        return ()
+    (feature,), model = version.handle.features, twin(encoder.model)
+    with turbovlm.apply(model, cast(EncoderFeature, feature).config.changed(trace=True)) as handle:
+        encoder.encode(model, pixels)
+        return handle.trace
 
 
 def equal_amounts(shape: EncoderShape, tokens: int, cost: float) -> tuple[int, ...]:
@@ -125,9 +140,7 @@ def smaller_side(encoder: Encoder, shape: EncoderShape, cost: float) -> int:
     return min(sides, key=lambda side: abs(macs(side) / macs(encoder.side) - cost))
 
 
-def _at_cost(
-    encoder: Encoder, method: Method, share: float, cost: float, shape: EncoderShape, trace: bool
-) -> Version:
+def _at_cost(encoder: Encoder, method: Method, share: float, cost: float, shape: EncoderShape) -> Version:
     if method is SMALLER:
         side = smaller_side(encoder, shape, cost)
         return _version(encoder, method, share, f"{side} px", side, shape, None)
@@ -135,7 +148,7 @@ def _at_cost(
         shape = _shape(unused)
     amounts = equal_amounts(shape, encoder.tokens(encoder.side, shape.protected), cost)
     model = twin(encoder.model)
-    handle = turbovlm.apply(model, r=amounts, trace=trace, **method.settings)
+    handle = turbovlm.apply(model, r=amounts, **method.settings)
     few, many = min(amounts), max(amounts)
     setting = f"r={few}" if few == many else f"r={few}–{many}"
     return _version(encoder, method, share, setting, encoder.side, shape, handle, model)

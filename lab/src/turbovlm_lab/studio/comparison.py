@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import ConfigError
 from turbovlm_lab.demo.report import FEW, label_of, method_settings, unsteady
 from turbovlm_lab.demo.result import (
     METHODS,
-    SMALLER,
     TURBO,
     UNMERGED,
     Cost,
@@ -38,6 +36,7 @@ from turbovlm_lab.demo.versions import (
     count_forwards,
     in_turn,
     timing_of,
+    trace_of,
     versions_of,
 )
 from turbovlm_lab.studio.jobs import Report
@@ -124,14 +123,14 @@ def compare(
     methods = tuple(method for method in METHODS if method is TURBO or method in methods)
     started, encoder = time.perf_counter(), Encoder(loaded.model, loaded.side, loaded.patch, loaded.encode)
     with torch.inference_mode():
-        report.begin("preparing versions of equal cost")
-        versions = versions_of(encoder, settings.shares, methods)
+        report.begin("preparing versions of equal cost", len(settings.shares))
+        versions = versions_of(encoder, settings.shares, methods, report.advance)
         report.begin("preparing the images")
         pixels = {side: loaded.prepare(images, side) for side in {version.side for version in versions}}
         report.begin("encoding, all versions in turn", count_forwards(len(images), settings, len(methods)))
         runs = in_turn(versions, pixels, encoder.encode, _vectors, settings, report.advance)
-        report.begin("drawing what was merged")
-        merged = _merged(encoder, pixels, settings, methods, report)
+        report.begin("recording what was merged", len(versions))
+        merged = _merged(encoder, versions[1:], pixels, settings.shown, report)
     whole = next(iter(runs.values())).output
     return Comparison(
         title=title,
@@ -175,8 +174,8 @@ def summary(found: Comparison) -> list[str]:
         own, *others = [row for row in found.rows if row.cost.share == share]
         beside = ", ".join(f"{label_of(row.cost)} {_drift(row):.3f}" for row in others)
         said.append(
-            f"At {own.cost.macs:.0%} of the multiply-accumulates turbovlm is {own.cost.speedup:.2f}× as fast and drifts "
-            f"{_drift(own):.3f}{f' ({beside})' if beside else ''}."
+            f"At {own.cost.macs:.0%} of the multiply-accumulates turbovlm is {own.cost.speedup:.2f}× as fast and "
+            f"drifts {_drift(own):.3f}{f' ({beside})' if beside else ''}."
         )
     return said
 
@@ -245,22 +244,14 @@ def _vectors(_: Version, output: Tensor) -> Tensor:
 
 
 def _merged(
-    encoder: Encoder,
-    pixels: Mapping[int, Tensor],
-    settings: Settings,
-    methods: Sequence[Method],
-    report: Report,
+    encoder: Encoder, versions: Sequence[Version], pixels: Mapping[int, Tensor], shown: int, report: Report
 ) -> dict[tuple[str, float], Merged]:
-    """Where tokens of the first images went: in forwards of their own, as recording takes time."""
     made = {}
-    for version in versions_of(encoder, settings.shares, methods, trace=True)[1:]:
-        assert version.share is not None
-        traces: tuple[BlockTrace, ...] = ()
-        if version.handle is not None:
-            encoder.encode(version.model, pixels[version.side][: settings.shown])
-            traces = tuple(version.handle.trace)
+    for version in versions:
+        assert version.share is not None, "the unmerged one is not among them"
+        traces = tuple(trace_of(encoder, version, pixels[version.side][:shown]))
         made[version.method.key, version.share] = Merged(traces, version.side // encoder.patch)
-        report.check()
+        report.advance()
     return made
 
 
@@ -294,13 +285,7 @@ def _drift(row: Row) -> float:
 
 def _flat(row: Row) -> dict[str, Any]:
     """One level of names, as a table has them."""
-    values = dataclasses.asdict(row.cost) | {f"drift_{name}": value for name, value in vars(row.kept).items()}
-    low, high = values.pop("speedup_range")
-    return {
-        **values,
-        "speedup_low": low,
-        "speedup_high": high,
-        "drift": values.pop("drift_drift"),
-        "cosine": values.pop("drift_cosine"),
-        "cosine_worst": values.pop("drift_worst"),
-    }
+    cost = dataclasses.asdict(row.cost)
+    low, high = cost.pop("speedup_range")
+    kept = {"drift": row.kept.drift, "cosine": row.kept.cosine, "cosine_worst": row.kept.worst}
+    return {**cost, "speedup_low": low, "speedup_high": high, **kept}

@@ -1,4 +1,4 @@
-"""Work of seconds to minutes in a thread of its own: how far it is, how long it will still take, and a way to stop it."""
+"""Work of minutes in a thread of its own: how far it is, how long it will still take, and a way to stop it."""
 
 from __future__ import annotations
 
