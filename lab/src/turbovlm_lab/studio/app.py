@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import gradio as gr
 
 from turbovlm_lab.studio import encoders, looking
 from turbovlm_lab.studio.subjects import Models, Subject
+from turbovlm_lab.studio.uploads import MEGABYTES
 
-if TYPE_CHECKING:
-    import gradio as gr
-
+PAGE = Path(__file__).parent / "page"
+FONTS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TABS: tuple[tuple[str, str, Callable[[Models], None]], ...] = (("look", "Look", looking.tab),)
 """Of each tab: its name in links, its title, and what adds its components."""
 
@@ -38,13 +43,76 @@ def subjects(settings: Settings) -> list[Subject]:
     return list(encoders.BUILT_IN)
 
 
-def build(settings: Settings) -> gr.Blocks:
-    """The page, not yet served."""
-    import gradio as gr
+def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:
+    """The page, not yet served.
 
-    shop = Models(subjects(settings))
-    with gr.Blocks(title="turbovlm studio", analytics_enabled=False) as page, gr.Tabs():
-        for key, title, add in TABS:
-            with gr.Tab(title, id=key):
-                add(shop)
+    Args:
+        shop: the models; those of the settings if None.
+    """
+    shop = Models(subjects(settings)) if shop is None else shop
+    with gr.Blocks(title="turbovlm studio", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.HTML("<h1>turbovlm studio</h1><p>See which tokens become one, what it saves, and what it costs.</p>")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            for key, title, add in TABS:
+                with gr.Tab(title, id=key) as each:
+                    add(shop)
+                each.select(None, js=f"() => {{ window.studio.link({{tab: '{key}'}}); }}")
+        page.load(_tab_of_link, None, tabs, queue=False, show_progress="hidden")
     return page
+
+
+def serve(settings: Settings, ready: Callable[[str], None], until: threading.Event | None = None) -> None:
+    """Serve the page until Ctrl-C, or until `until` is set.
+
+    Uploads lie in a folder of this process, which is removed at the end.
+
+    Args:
+        ready: called with the page's address once it answers and the first model is loaded.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    shop = Models(subjects(settings))
+    with tempfile.TemporaryDirectory(prefix="turbovlm-studio-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build(settings, shop).queue(max_size=64)
+        _, url, _ = page.launch(
+            server_name=settings.host,
+            server_port=settings.port or _free_port(settings.host),
+            inbrowser=settings.opens,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            allowed_paths=[],
+            max_file_size=MEGABYTES * 1_000_000,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            theme=gr.themes.Base(primary_hue="blue", font=FONTS, font_mono=("ui-monospace", "monospace")),
+            css_paths=[PAGE / "studio.css"],
+            head=f"<script>{(PAGE / 'studio.js').read_text(encoding='utf-8')}</script>",
+        )
+        try:
+            shop[next(iter(shop.subjects))]
+            ready(url)
+            (until or threading.Event()).wait()
+        finally:
+            page.close(verbose=False)
+
+
+def _free_port(host: str) -> int:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind((host, 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def _tab_of_link(request: gr.Request) -> gr.Tabs:
+    asked = request.query_params.get("tab")
+    keys = [key for key, _, _ in TABS]
+    return gr.Tabs(selected=asked if asked in keys else keys[0])

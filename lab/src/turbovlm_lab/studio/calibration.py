@@ -15,7 +15,7 @@ from turbovlm.cli.calibrate import EFFORT, PASSES
 from turbovlm.cli.calibrate_pipelines import PASSES as PIPELINE_PASSES
 from turbovlm.errors import ConfigError
 from turbovlm_lab.studio.jobs import Report
-from turbovlm_lab.studio.uploads import MOST_IMAGES, Pictures
+from turbovlm_lab.studio.image_sets import MOST_IMAGES, ImageSet
 
 if TYPE_CHECKING:
     from turbovlm_lab.studio.subjects import Encodes
@@ -75,7 +75,7 @@ class Calibrated:
     seconds: float
 
 
-def calibrate_encoder(loaded: Encodes, title: str, pictures: Pictures, wanted: Wanted, report: Report) -> Calibrated:
+def calibrate_encoder(loaded: Encodes, title: str, pictures: ImageSet, wanted: Wanted, report: Report) -> Calibrated:
     """Find an encoder's settings.
 
     Raises:
@@ -90,8 +90,7 @@ def calibrate_encoder(loaded: Encodes, title: str, pictures: Pictures, wanted: W
     measure, started = _measure_of(loaded), time.perf_counter()
     options = {"effort": wanted.effort, "per_image": wanted.per_image, "measure": measure}
     found = _found(loaded.model, pixels, wanted, options, report)
-    names = [named.name for named in pictures.images]
-    searched, held = _halves(names, wanted)
+    searched, held = _halves(pictures.names, wanted)
     seconds = time.perf_counter() - started
     return Calibrated(title, "images", wanted, found, searched, held, pictures.left_out, seconds)
 

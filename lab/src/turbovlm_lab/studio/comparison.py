@@ -40,7 +40,7 @@ from turbovlm_lab.demo.versions import (
     versions_of,
 )
 from turbovlm_lab.studio.jobs import Report
-from turbovlm_lab.studio.uploads import MOST_IMAGES, Named, Pictures
+from turbovlm_lab.studio.image_sets import MOST_IMAGES, ImageSet, Named
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +107,7 @@ class Comparison:
 
 
 def compare(
-    loaded: Encodes, title: str, pictures: Pictures, settings: Settings, methods: Sequence[Method], report: Report
+    loaded: Encodes, title: str, pictures: ImageSet, settings: Settings, methods: Sequence[Method], report: Report
 ) -> Comparison:
     """Measure every method at every share, in turn.
 
@@ -139,7 +139,7 @@ def compare(
         methods=methods,
         timing=timing_of(runs),
         rows=tuple(Row(cost, agreement(whole, output)) for cost, output in costs(runs)),
-        names=tuple(named.name for named in pictures.images),
+        names=pictures.names,
         left_out=pictures.left_out,
         shown=pictures.images[: settings.shown],
         merged=merged,

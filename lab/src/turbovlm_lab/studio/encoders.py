@@ -58,10 +58,13 @@ class ImageEncoder:
         measured: str,
         mean: Callable[[ImageEncoder], Tensor] | None = None,
     ) -> None:
-        self.model, self.side, self.patch, self.encode, self.measured = model, side, patch, encode, measured
+        self.model: Any = model
+        self.side, self.patch, self.encode, self.measured = side, patch, encode, measured
         self._prepare, self._answer, self._mean_of = prepare, answer, mean
         self._mean: Tensor | None = None
         self._merged = twin(model)
+        with turbovlm.apply(self._merged, r=0) as handle:
+            self.depth = len(handle.schedules[0].tokens) - 1
         self._wholes: OrderedDict[str, _Whole] = OrderedDict()
 
     def prepare(self, images: Sequence[Image], side: int | None = None) -> Any:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 IMAGE, RECORDING, WORDS = "image", "recording", "words"
 """What a subject takes, beside words."""
+ENCODER_SETTINGS = ("alpha", "degree", "similarity", "partition", "schedule")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +110,11 @@ class Loaded(Protocol):
 
     Attributes:
         model: what `turbovlm.apply` takes; nobody leaves anything applied to it.
+        depth: blocks that can merge.
     """
 
     model: Any
+    depth: int
 
     def run(self, sample: Sample, configs: Sequence[Config]) -> Outcome:
         """Run a sample unmerged and merged by these settings.
@@ -158,6 +161,9 @@ class Subject:
         load: gives it with its weights.
         words: what the words beside it are, None where it takes none; `default_words`: what stands there at first.
         amounts: keywords of `apply` that say how much, the first the default, and the values of each at first.
+        settings: those of the other controls that the page has for it.
+        steps: of denoising, at first; None where there are none.
+        denoises: whether its settings are those of denoisers.
         encodes: whether it is an encoder of images: an `Encodes`.
         needs: why it cannot be loaded here, such as a package that is missing and the command that brings it; None
             where it can.
@@ -172,6 +178,9 @@ class Subject:
     words: str | None = None
     default_words: str = ""
     amounts: Mapping[str, float] = field(default_factory=lambda: {"flops": 0.6, "keep": 0.4, "r": 12.0})
+    settings: tuple[str, ...] = ENCODER_SETTINGS
+    steps: int | None = None
+    denoises: bool = False
     encodes: bool = False
     needs: Callable[[], str | None] = lambda: None
     photos: Callable[[], Sequence[Photo]] | None = None

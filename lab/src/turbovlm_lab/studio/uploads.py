@@ -1,108 +1,74 @@
-"""Images of a user's: uploaded, or in a folder that the command line names. Each is bounded, and refused by name."""
+"""Images that somebody uploads: what is taken, and why something is not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbovlm.errors import DataError
-from turbovlm.loading.images import IMAGE_SUFFIXES, decode
+from turbovlm.loading.images import decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""As Pillow names them; of several frames the first counts."""
-MOST_BYTES, MOST_PIXELS = 25_000_000, 40_000_000
-"""Of one image."""
-MOST_IMAGES = 200
-"""In one run."""
-LONGEST = 1024
-"""Pixels of the longer side at which many images are kept; models read 224 to 518."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+"""Of which the first frame counts."""
+MEGABYTES, MEGAPIXELS = 25, 40
+KEPT_SIDE = 1024
+"""Pixels of the longer side of what is kept; models see fewer."""
 
 
-@dataclass(frozen=True, eq=False)
-class Named:
-    """An image, RGB, and what its file is called."""
+def read_upload(path: str | Path) -> Image:
+    """The image, RGB, turned as its EXIF says, no larger than `KEPT_SIDE`.
 
-    name: str
-    image: Image
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Images that were read; `left_out`: why others were not, one sentence each."""
-
-    images: tuple[Named, ...]
-    left_out: tuple[str, ...] = ()
-
-
-def read_image(path: str | Path) -> Image:
-    """An image, RGB, turned as its EXIF says.
+    Sizes are checked before anything is decoded.
 
     Raises:
-        DataError: no image, too large a file, or too many pixels; the message names the file, not its folder.
+        DataError: the file is too large or empty, is no image of these formats, has too many pixels or does not decode;
+            the message names the file, what it is and what is allowed.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image as pillow
+    from PIL import UnidentifiedImageError
 
     path = Path(path)
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise DataError(f"{path.name}: {size / 1e6:.1f} MB; at most {MOST_BYTES / 1e6:.0f} MB are taken")
+    name, megabytes = shown(path.name), path.stat().st_size / 1e6
+    if megabytes > MEGABYTES:
+        raise DataError(f"{name}: {megabytes:.1f} MB is too large; at most {MEGABYTES} MB are taken")
+    if megabytes == 0:
+        raise DataError(f"{name}: the file is empty")
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            width, height = opened.size
-    except Image.DecompressionBombError:
-        raise DataError(f"{path.name}: more than {MOST_PIXELS / 1e6:.0f} megapixels, the most that are taken") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise DataError(f"{path.name}: is no image ({', '.join(FORMATS)}), whatever its name says") from None
-    if width * height > MOST_PIXELS:
+        with pillow.open(path, formats=FORMATS) as image:
+            width, height = image.size
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+        if isinstance(error, pillow.DecompressionBombError):
+            raise DataError(f"{name}: too many pixels; at most {MEGAPIXELS} megapixels are taken") from error
+        raise DataError(f"{name}: is not an image; {', '.join(FORMATS)} are taken") from error
+    if width * height > MEGAPIXELS * 1e6:
         raise DataError(
-            f"{path.name}: {width}×{height} are {width * height / 1e6:.0f} megapixels; at most "
-            f"{MOST_PIXELS / 1e6:.0f} are taken"
+            f"{name}: {width}×{height} pixels are {width * height / 1e6:.0f} megapixels; at most {MEGAPIXELS} are taken"
         )
     try:
-        return decode(path)
+        found = decode(path)
     except DataError as error:
-        raise DataError(f"{path.name}: {error}") from error
+        raise DataError(f"{name}: {error}") from error
+    found.thumbnail((KEPT_SIDE, KEPT_SIDE))
+    return found
 
 
-def read_images(paths: Sequence[str | Path], advance: Callable[[], object] = lambda: None) -> Pictures:
-    """The images that can be read, none longer than `LONGEST`, and why others are left out.
-
-    Args:
-        advance: called after each.
-
-    Raises:
-        DataError: more files than `MOST_IMAGES`.
-    """
-    if len(paths) > MOST_IMAGES:
-        raise DataError(f"{len(paths)} images; at most {MOST_IMAGES} are taken at once")
-    images, left_out = [], []
-    for path in map(Path, paths):
-        try:
-            image = read_image(path)
-            image.thumbnail((LONGEST, LONGEST))
-            images.append(Named(path.name, image))
-        except DataError as error:
-            left_out.append(str(error))
-        advance()
-    return Pictures(tuple(images), tuple(left_out))
+def shown(name: str) -> str:
+    """A file's name for a message, no longer than 60 characters."""
+    return name if len(name) <= 60 else f"{name[:40]}…{name[-16:]}"
 
 
-def files_in(folder: Path, limit: int = MOST_IMAGES) -> list[Path]:
-    """Files of images in a folder and the folders in it, evenly spaced if there are more than `limit`.
+def inside_uploads(path: object) -> Path:
+    """A path that the browser says it has uploaded to, if it is one.
 
     Raises:
-        DataError: no such folder, or no images in it.
+        DataError: it is not a file below the folder of uploads.
     """
-    from turbovlm.cli.images import image_files
+    from gradio.utils import get_upload_folder
 
-    return image_files(folder, limit)
-
-
-def suffixes() -> list[str]:
-    """Of the files that a browser offers."""
-    return sorted(IMAGE_SUFFIXES)
+    folder, file = Path(get_upload_folder()).resolve(), Path(str(path)).resolve()
+    if not file.is_relative_to(folder) or not file.is_file():
+        raise DataError("image: this file was not uploaded here")
+    return file
