@@ -14,8 +14,8 @@ from turbovlm.calibration.outputs import Measure
 from turbovlm.cli.calibrate import EFFORT, PASSES
 from turbovlm.cli.calibrate_pipelines import PASSES as PIPELINE_PASSES
 from turbovlm.errors import ConfigError
-from turbovlm_lab.studio.jobs import Report
 from turbovlm_lab.studio.image_sets import MOST_IMAGES, ImageSet
+from turbovlm_lab.studio.jobs import Report
 
 if TYPE_CHECKING:
     from turbovlm_lab.studio.subjects import Encodes

@@ -39,8 +39,8 @@ from turbovlm_lab.demo.versions import (
     trace_of,
     versions_of,
 )
-from turbovlm_lab.studio.jobs import Report
 from turbovlm_lab.studio.image_sets import MOST_IMAGES, ImageSet, Named
+from turbovlm_lab.studio.jobs import Report
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,16 +15,16 @@ def costs(outcome: Outcome) -> str:
     whole, merged = outcome.unmerged, outcome.merged
     cards = []
     if merged.tokens:
-        cards.append(_card("Tokens", _change(whole.tokens[-1], merged.tokens[-1]), "behind the last block"))
+        cards.append(card("Tokens", _change(whole.tokens[-1], merged.tokens[-1]), "behind the last block"))
     share = f"{merged.gmacs / whole.gmacs:.0%} of them left" if whole.gmacs else ""
-    cards.append(_card("Multiply-accumulates", f"{_change(_gmacs(whole), _gmacs(merged))} G", share))
+    cards.append(card("Multiply-accumulates", f"{_change(_gmacs(whole), _gmacs(merged))} G", share))
     faster = whole.cpu / merged.cpu
     said = f"{faster:.2f}× as fast" if faster >= 1 else f"{1 / faster:.2f}× as slow"
     detail = f"{said} · clock {_ms(whole.wall)} → {_ms(merged.wall)} ms"
-    cards.append(_card("CPU time", f"{_change(_ms(whole.cpu), _ms(merged.cpu))} ms", detail))
+    cards.append(card("CPU time", f"{_change(_ms(whole.cpu), _ms(merged.cpu))} ms", detail))
     if outcome.drift is not None:
         centred = "1 − cosine" if outcome.centred is None else f"1 − cosine · centred {_small(outcome.centred)}"
-        cards.append(_card("Drift", _small(outcome.drift), centred))
+        cards.append(card("Drift", _small(outcome.drift), centred))
     runs = f"median of {outcome.runs} run{'s' if outcome.runs > 1 else ''} of each, in turn"
     note = f"<p class='note'>Of {escape(outcome.measured)}; times are the {runs}.</p>"
     return f"<div class='cards'>{''.join(cards)}</div>{note}"
@@ -55,7 +55,8 @@ def problem(message: str | None) -> str:
     return "" if message is None else f"<p class='problem' role='alert'>{escape(message)}</p>"
 
 
-def _card(title: str, value: str, detail: str) -> str:
+def card(title: str, value: str, detail: str) -> str:
+    """A number with its title above and what must be known of it beneath."""
     return f"<div class='card'><span>{title}</span><b>{value}</b><small>{escape(detail)}</small></div>"
 
 

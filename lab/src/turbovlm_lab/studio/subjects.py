@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -187,12 +188,18 @@ class Subject:
 
 
 class Models:
-    """Subjects by their keys, each loaded on first use, once; and one lock for all that computes."""
+    """Subjects by their keys, each loaded on first use, once; and one lock for all that computes.
 
-    def __init__(self, subjects: Sequence[Subject]) -> None:
+    Args:
+        subjects: one at least; the page begins with the first.
+        folders: of images, that the page may read beside what is uploaded.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], folders: Sequence[Path] = ()) -> None:
         if not subjects:
             raise ConfigError("subjects=[]: the studio needs one at least")
         self.subjects = {subject.key: subject for subject in subjects}
+        self.folders = tuple(folders)
         self.computing = threading.RLock()
         """Held while a model runs: times of two at once would mean nothing."""
         self._loaded: dict[str, Loaded] = {}
