@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +17,11 @@ pytest.importorskip("gradio")
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 
 from PIL import Image
+from playwright import sync_api
 
-from turbovlm.patching import patches_on
 from turbovlm_lab.studio.app import Settings, serve
 from turbovlm_lab.studio.encoders import ImageEncoder
 from turbovlm_lab.studio.subjects import IMAGE, Models, Subject
@@ -137,6 +136,4 @@ def test_methods_are_compared_on_three_photographs(page, address, tmp_path) -> N
     before = strips.first.locator("img").nth(1).get_attribute("src")
     page.locator("#compare-block input[type=number]").fill("1")
     page.locator("#compare-block input[type=number]").press("Enter")
-    page.wait_for_function(
-        "before => document.querySelectorAll('#compare-patches img')[1].src !== before", arg=before
-    )
+    page.wait_for_function("before => document.querySelectorAll('#compare-patches img')[1].src !== before", arg=before)

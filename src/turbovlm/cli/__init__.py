@@ -27,12 +27,14 @@ LAB_COMMANDS = {
     "demo": "measure on photographs what merging saves and costs, and write a report",
     "evaluate": "what merging costs in quality, on a task",
     "reproduce": "the paper's tables and figures",
+    "studio": "see in the browser which tokens merge, what it saves, and what it costs",
 }
 """Subcommands that the package turbovlm-lab brings, named here to say so where it is not installed."""
 
 _EPILOG = """\
 examples:
   turbovlm demo                                   CLIP names photographs, merged and unmerged; writes report.html
+  turbovlm studio                                 see in the browser which tokens merge, on your own images
   turbovlm inspect timm:vit_base_patch16_384      which blocks would be accelerated, and what it would save
   turbovlm bench timm:vit_base_patch16_384 --r 35 what it saves on this machine, in time and memory
   turbovlm calibrate zoo:saliency photos --flops 0.6    which settings keep most of it, on your images
@@ -40,7 +42,7 @@ examples:
   turbovlm evaluate saliency                      what it costs in quality, on a task
   turbovlm macs --paper                           published encoder costs beside ours
 
-demo, evaluate, reproduce and models named zoo:… come with the package turbovlm-lab.
+demo, studio, evaluate, reproduce and models named zoo:… come with the package turbovlm-lab.
 turbovlm COMMAND --help explains each command.
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from turbovlm.errors import TurboError
 from turbovlm_lab.studio import calibrating, comparing, encoders, looking
 from turbovlm_lab.studio.subjects import Models, Subject
 from turbovlm_lab.studio.uploads import MEGABYTES
@@ -40,8 +41,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 7860
     folders: tuple[Path, ...] = ()
-    images: tuple[Path, ...] = ()
     opens: bool = False
+    images: tuple[Path, ...] = ()
 
 
 def subjects(settings: Settings) -> list[Subject]:
@@ -83,35 +84,43 @@ def serve(
         shop: the models; those of the settings if None.
 
     Raises:
-        OSError: the port is taken.
+        TurboError: the port is taken, or the first model cannot be loaded.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     shop = Models(subjects(settings), settings.images) if shop is None else shop
     with tempfile.TemporaryDirectory(prefix="turbovlm-studio-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(settings, shop).queue(max_size=64)
-        _, url, _ = page.launch(
-            server_name=settings.host,
-            server_port=settings.port or _free_port(settings.host),
-            inbrowser=settings.opens,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            allowed_paths=[],
-            max_file_size=MEGABYTES * 1_000_000,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            theme=gr.themes.Base(primary_hue="blue", font=FONTS, font_mono=("ui-monospace", "monospace")),
-            css_paths=[PAGE / "studio.css", PAGE / "tabs.css"],
-            head=f"<script>{(PAGE / 'studio.js').read_text(encoding='utf-8')}</script>",
-        )
         try:
-            shop[next(iter(shop.subjects))]
+            _, url, _ = page.launch(
+                server_name=settings.host,
+                server_port=settings.port or _free_port(settings.host),
+                inbrowser=settings.opens,
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                allowed_paths=[],
+                max_file_size=MEGABYTES * 1_000_000,
+                footer_links=[],
+                run_history=False,
+                ssr_mode=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                theme=gr.themes.Base(primary_hue="blue", font=FONTS, font_mono=("ui-monospace", "monospace")),
+                css_paths=[PAGE / "studio.css", PAGE / "tabs.css"],
+                head=f"<script>{(PAGE / 'studio.js').read_text(encoding='utf-8')}</script>",
+            )
+        except OSError as error:
+            raise TurboError(
+                f"--host {settings.host} --port {settings.port}: cannot be served ({error.strerror or 'it is taken'}); "
+                "--port 0 takes a free one"
+            ) from error
+        try:
+            looking.warm(shop)
             ready(url)
             (until or threading.Event()).wait()
+        except KeyboardInterrupt:
+            pass
         finally:
             page.close(verbose=False)
 

@@ -39,7 +39,11 @@ UPLOAD, FOLDER = "upload", "folder"
 EFFORTS = (1, 16, EFFORT)
 """At least, at most, at first."""
 MOST_STEPS = 50
+DEPENDING = ("images", "files", "prompts", "effort", "per_image", "dense", "steps")
+"""Controls that there are for some models only."""
 FILE = "turbo.json"
+CHECKED = {"true": True, "false": False}
+"""A checkbox as a link has it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +56,7 @@ class _Controls:
     value: gr.Number
     effort: gr.Slider
     per_image: gr.Checkbox
+    dense: gr.Checkbox
     steps: gr.Slider
 
     @property
@@ -101,7 +106,9 @@ def tab(shop: Models) -> None:
         shop, partial(_prepare, shop), controls.all, lambda made: results.of(made, Path(written.name)), results.all
     )
     again = {"queue": False, "show_progress": "hidden"}
-    depending = [getattr(controls, name) for name in ("images", "files", "prompts", "effort", "per_image", "steps")]
+    depending = [
+        getattr(controls, name) for name in ("images", "files", "prompts", "effort", "per_image", "dense", "steps")
+    ]
     gr.on(
         [controls.model.input, controls.images.input],
         partial(_depending, shop),
@@ -116,8 +123,7 @@ def tab(shop: Models) -> None:
         values, wrong = links.read("calibrate", _readers(shop), request)
         chosen = {name: gr.update(value=value) for name, value in values.items()}
         model = values.get("model", next(iter(_subjects(shop))))
-        names = ("images", "files", "prompts", "effort", "per_image", "steps")
-        for name, update in zip(names, _depending(shop, model, values.get("images", UPLOAD))):
+        for name, update in zip(DEPENDING, _depending(shop, model, values.get("images", UPLOAD))):
             chosen[name] = {**update, **chosen.get(name, {})}
         if "target" in values:
             chosen["value"] = {**_of_target(values["target"]), **chosen.get("value", {})}
@@ -171,7 +177,7 @@ def _left(shop: Models) -> _Controls:
     models = [(title, key) for key, title in _subjects(shop).items()]
     folders = [(folder.name, f"{FOLDER}{place}") for place, folder in enumerate(shop.folders, 1)]
     first, target = models[0][1], next(iter(TARGETS))
-    images, files, prompts, effort, per_image, steps = _depending(shop, first, UPLOAD)
+    images, files, prompts, effort, per_image, dense, steps = _depending(shop, first, UPLOAD)
     return _Controls(
         model=gr.Dropdown(models, value=first, label="Model", elem_id="calibrate-model", filterable=False),
         images=gr.Radio(
@@ -219,6 +225,12 @@ def _left(shop: Models) -> _Controls:
             elem_id="calibrate-per_image",
             visible=per_image["visible"],
         ),
+        dense=gr.Checkbox(
+            False,
+            label="Dense: what reads the model needs every position",
+            elem_id="calibrate-dense",
+            visible=dense["visible"],
+        ),
         steps=gr.Slider(
             1,
             MOST_STEPS,
@@ -250,12 +262,13 @@ def _right() -> _Results:
 
 
 def _depending(shop: Models, model: str, images: str) -> tuple[dict[str, Any], ...]:
-    """What there is of the other controls for a model and where its images are: images to steps."""
+    """What there is of the other controls for a model and where its images are, as `DEPENDING`."""
     encodes = shop.subjects[model].encodes
     return (
         gr.update(visible=encodes and bool(shop.folders)),
         gr.update(visible=encodes and images == UPLOAD),
         gr.update(visible=not encodes, **({} if encodes else {"value": "\n".join(_prompts(model))})),
+        gr.update(visible=encodes),
         gr.update(visible=encodes),
         gr.update(visible=encodes),
         gr.update(visible=not encodes),
@@ -287,13 +300,14 @@ def _prepare(
     value: float | None,
     effort: int,
     per_image: bool,
+    dense: bool,
     steps: int,
 ) -> Work:
     """What there is to do, checked as far as it can be without the model."""
     subject = shop.subjects[model]
     if value is None:
         raise ConfigError(f"{target}: give a number, such as {TARGETS[target][1]}")
-    wanted = Wanted(target, float(value), int(effort), bool(per_image), int(steps))
+    wanted = Wanted(target, float(value), int(effort), bool(per_image), bool(dense), int(steps))
 
     def loaded(report: Report) -> Any:
         if not shop.is_loaded(model):
@@ -330,6 +344,7 @@ def _readers(shop: Models) -> dict[str, links.Reader]:
         "target": links.one_of({target: target for target in TARGETS}),
         "value": links.number(0, 100, float),
         "effort": links.number(*EFFORTS[:2]),
-        "per_image": links.one_of({"true": True, "false": False}),
+        "per_image": links.one_of(CHECKED),
+        "dense": links.one_of(CHECKED),
         "steps": links.number(1, MOST_STEPS),
     }

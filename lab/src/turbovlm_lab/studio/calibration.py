@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import turbovlm
 from turbovlm import Calibration
 from turbovlm.calibration.calibrate import check_count, check_target, split
-from turbovlm.calibration.outputs import Measure
 from turbovlm.cli.calibrate import EFFORT, PASSES
 from turbovlm.cli.calibrate_pipelines import PASSES as PIPELINE_PASSES
 from turbovlm.errors import ConfigError
@@ -38,6 +37,7 @@ class Wanted:
         target: one of `TARGETS`; `value`: of it.
         effort: how often the images go through the model in the search, about.
         per_image: whether images with more redundancy lose more.
+        dense: whether every position is there behind the last block.
         steps: denoising steps of an image, of pipelines.
         seed: of the split and the search.
     """
@@ -46,6 +46,7 @@ class Wanted:
     value: float
     effort: int = EFFORT
     per_image: bool = False
+    dense: bool = False
     steps: int = STEPS
     seed: int = 0
 
@@ -87,9 +88,9 @@ def calibrate_encoder(loaded: Encodes, title: str, pictures: ImageSet, wanted: W
     report.begin("preparing the images")
     pixels = loaded.prepare(images)
     report.begin("calibrating", len(images) // 2 * (wanted.effort + PASSES))
-    measure, started = _measure_of(loaded), time.perf_counter()
-    options = {"effort": wanted.effort, "per_image": wanted.per_image, "measure": measure}
-    found = _found(loaded.model, pixels, wanted, options, report)
+    started = time.perf_counter()
+    how = {"effort": wanted.effort, "per_image": wanted.per_image, "dense": wanted.dense}
+    found = _found(loaded.model, pixels, wanted, {**how, "measure": loaded.encode}, report)
     searched, held = _halves(pictures.names, wanted)
     seconds = time.perf_counter() - started
     return Calibrated(title, "images", wanted, found, searched, held, pictures.left_out, seconds)
@@ -142,11 +143,6 @@ print(handle)
 def _found(model: Any, samples: Any, wanted: Wanted, options: Mapping[str, Any], report: Report) -> Calibration:
     asked: dict[str, Any] = {wanted.target: wanted.value, **options}
     return turbovlm.calibrate(model, samples, seed=wanted.seed, progress=report.advance, **asked)
-
-
-def _measure_of(loaded: Encodes) -> Measure:
-    """By what the studio measures drift everywhere."""
-    return lambda model, pixels: loaded.encode(model, pixels).flatten(1)
 
 
 def _halves(names: Sequence[str], wanted: Wanted) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -27,8 +28,27 @@ AMOUNTS = {
     "r": "r · tokens merged per block",
     "visual_keep": "visual_keep · share of the image's tokens that are read",
 }
-RANGES = {"flops": (0.3, 1.0, 0.01), "keep": (0.05, 1.0, 0.01), "r": (0, 32, 1), "visual_keep": (0.05, 1.0, 0.01)}
-"""Lowest, highest and step of the slider."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Of a slider."""
+
+    low: float
+    high: float
+    step: float
+
+    def inside(self, value: float) -> float:
+        """The nearest value that the slider has room for."""
+        return min(max(value, self.low), self.high)
+
+
+RANGES = {
+    "flops": Range(0.3, 1.0, 0.01),
+    "keep": Range(0.05, 1.0, 0.01),
+    "r": Range(0, 32, 1),
+    "visual_keep": Range(0.05, 1.0, 0.01),
+}
 OPTIONS: Mapping[str, Sequence[str]] = {
     "degree": tuple(DEGREES),
     "similarity": SIMILARITIES,
@@ -82,6 +102,10 @@ class Choice:
                 choice = replace(choice, **{field.name: _parsed(field.name, text)})
             except ValueError:
                 wrong.append(f"{field.name}={text[:40]}: {_allowed(field.name)}")
+        span = RANGES[choice.amount]
+        if choice.value != span.inside(choice.value):
+            wrong.append(f"value={choice.value:g}: {choice.amount} goes from {span.low:g} to {span.high:g} here")
+            choice = replace(choice, value=span.inside(choice.value))
         return choice, f"This link has {'; '.join(wrong)}." if wrong else None
 
     def to_link(self, subject: Subject) -> dict[str, str]:
@@ -138,6 +162,21 @@ class Choice:
         return listed(self.listed)
 
 
+def number(name: str, value: object) -> float:
+    """A finite number that the page gave.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(f"{name}={str(value)[:40]}: must be a number")
+    return found
+
+
 def decreasing(r: float, depth: int) -> list[int]:
     """r tokens per block on average, from 2r in the first block to none in the last."""
     if depth == 1:
@@ -154,7 +193,7 @@ def listed(text: str) -> list[int]:
     parts = text.replace(",", " ").split()
     if not parts or not all(part.isascii() and part.isdigit() for part in parts):
         raise ConfigError(
-            f"schedule={text[:60]!r}: must be whole numbers, one for each block, as in 0, 0, 16, 16, 8, 8"
+            f"schedule: {text[:60]!r} must be whole numbers, one for each block, as in 0, 0, 16, 16, 8, 8"
         )
     return [int(part[:9]) for part in parts]
 

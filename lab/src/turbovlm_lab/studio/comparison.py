@@ -9,9 +9,11 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.errors import ConfigError
@@ -128,7 +130,8 @@ def compare(
         report.begin("preparing the images")
         pixels = {side: loaded.prepare(images, side) for side in {version.side for version in versions}}
         report.begin("encoding, all versions in turn", count_forwards(len(images), settings, len(methods)))
-        runs = in_turn(versions, pixels, encoder.encode, _vectors, settings, report.advance)
+        finish = partial(_vectors, encoder)
+        runs = in_turn(versions, pixels, encoder.encode, finish, settings, report.advance)
         report.begin("recording what was merged", len(versions))
         merged = _merged(encoder, versions[1:], pixels, settings.shown, report)
     whole = next(iter(runs.values())).output
@@ -138,7 +141,7 @@ def compare(
         settings=settings,
         methods=methods,
         timing=timing_of(runs),
-        rows=tuple(Row(cost, agreement(whole, output)) for cost, output in costs(runs)),
+        rows=tuple(Row(cost, agreement(whole.float(), output.float())) for cost, output in costs(runs)),
         names=pictures.names,
         left_out=pictures.left_out,
         shown=pictures.images[: settings.shown],
@@ -239,8 +242,20 @@ def whole_image(found: Comparison, place: int) -> Image:
     return _square(found.shown[place].image)
 
 
-def _vectors(_: Version, output: Tensor) -> Tensor:
-    return output.flatten(1)
+def _vectors(encoder: Encoder, version: Version, output: Tensor) -> Tensor:
+    """What an image is compared by, `[images, width]`: an embedding, or all tokens, those of a smaller image resized.
+
+    Tokens are kept in bfloat16, as those of 200 images by a dozen versions would fill a gigabyte.
+    """
+    if output.ndim != 3:
+        return output.flatten(1)
+    side, whole = version.side // encoder.patch, encoder.side // encoder.patch
+    if side != whole:
+        prefix = output.shape[1] - side**2
+        grid = output[:, prefix:].transpose(1, 2).reshape(len(output), -1, side, side)
+        resized = F.interpolate(grid, size=(whole, whole), mode="bilinear").flatten(2).transpose(1, 2)
+        output = torch.cat([output[:, :prefix], resized], dim=1)
+    return output.flatten(1).bfloat16()
 
 
 def _merged(

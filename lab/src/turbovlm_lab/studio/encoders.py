@@ -15,7 +15,8 @@ import turbovlm
 from turbovlm.config import Config, TurboConfig
 from turbovlm.errors import ConfigError
 from turbovlm.sharing import twin
-from turbovlm_lab.studio.measuring import counted, drift_of, timed_in_turn
+from turbovlm_lab.studio.measuring import Times, counted, drift_of, timed_in_turn
+from turbovlm_lab.studio.photos import demo_photos
 from turbovlm_lab.studio.subjects import IMAGE, Answer, Outcome, Sample, Subject, View
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class ImageEncoder:
         prepare: RGB images and pixels per side → its input.
         encode: a model and an input → what drift is measured on, `[images, …]`.
         answer: of a sample and what `encode` gave, in words or as a picture: fields of `Answer`.
-        mean: of `encode`'s outputs over other images, for the centred drift.
+        mean: of `encode`'s outputs over other images, for the centred drift; `notes`: see `Outcome`.
         measured: what `encode` runs, for the reader.
     """
 
@@ -57,10 +58,11 @@ class ImageEncoder:
         answer: Callable[[Sample, Tensor], dict[str, Any]],
         measured: str,
         mean: Callable[[ImageEncoder], Tensor] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.model: Any = model
         self.side, self.patch, self.encode, self.measured = side, patch, encode, measured
-        self._prepare, self._answer, self._mean_of = prepare, answer, mean
+        self._prepare, self._answer, self._mean_of, self._notes = prepare, answer, mean, notes
         self._mean: Tensor | None = None
         self._merged = twin(model)
         with turbovlm.apply(self._merged, r=0) as handle:
@@ -76,20 +78,24 @@ class ImageEncoder:
         answer = self._answer(sample, whole.output)  # what is wrong with the words is said first
         with turbovlm.apply(model, *configs) as handle:
             output, gmacs = counted(lambda: self.encode(model, whole.pixels))
-            both = (lambda: self.encode(self.model, whole.pixels), lambda: self.encode(model, whole.pixels))
-            unmerged, merged = timed_in_turn(both)
             said = repr(handle)
         view, tokens = self._trace(sample, configs, whole.pixels)
         return Outcome(
-            unmerged=Answer(whole.gmacs, unmerged.cpu, unmerged.wall, (tokens[0],) * len(tokens), **answer),
-            merged=Answer(gmacs, merged.cpu, merged.wall, tokens, **self._answer(sample, output)),
+            unmerged=Answer(whole.gmacs, (tokens[0],) * len(tokens), **answer),
+            merged=Answer(gmacs, tokens, **self._answer(sample, output)),
             measured=self.measured,
-            runs=merged.runs,
+            time=lambda: self._time(whole.pixels, configs),
             said=said,
             drift=drift_of(output, whole.output),
             centred=None if self.mean is None else drift_of(output, whole.output, self.mean),
             view=view,
+            notes=self._notes,
         )
+
+    @torch.inference_mode()
+    def _time(self, pixels: Any, configs: Sequence[Config]) -> list[Times]:
+        with turbovlm.apply(self._merged, *configs):
+            return timed_in_turn([lambda: self.encode(self.model, pixels), lambda: self.encode(self._merged, pixels)])
 
     @property
     def mean(self) -> Tensor | None:
@@ -165,14 +171,38 @@ def _load_clip() -> ImageEncoder:
         clip.embed,
         answer,
         "CLIP's image tower",
-        mean=lambda loaded: loaded.encode(loaded.model, loaded.prepare([p.image for p in _photos()])).mean(dim=0),
+        mean=lambda loaded: loaded.encode(loaded.model, loaded.prepare([p.image for p in demo_photos()[:7]])).mean(0),
     )
 
 
-def _photos() -> list[Any]:
-    from turbovlm_lab.demo.photos import load_photos
+def _load_saliency() -> ImageEncoder:
+    from turbovlm.visualize import heatmap
+    from turbovlm_lab.demo.saliency import SALIENT
+    from turbovlm_lab.zoo import saliency
 
-    return load_photos()[:7]
+    model = saliency.load_saliency_vit()
+
+    def heat_of(tokens: Tensor) -> Tensor:
+        found: Tensor = model.head(tokens[:, 1:])
+        return found
+
+    def encode(backbone: nn.Module, pixels: Tensor) -> Tensor:
+        """Every position's token; where some have merged, each gets its own back."""
+        tokens: Tensor = backbone(pixel_values=pixels).last_hidden_state
+        whole = 1 + (pixels.shape[-1] // saliency.PATCH_SIZE) ** 2
+        return tokens if tokens.shape[1] == whole else turbovlm.get_handle(backbone).restore(tokens)
+
+    def answer(sample: Sample, output: Tensor) -> dict[str, Any]:
+        assert sample.image is not None
+        square = saliency.centre_square(sample.image)
+        return {"picture": heatmap(heat_of(output)[0, 0], square, high=1.0, outline=SALIENT)}
+
+    return ImageEncoder(
+        *(model.backbone, saliency.IMAGE_SIZE, saliency.PATCH_SIZE, saliency.preprocess, encode, answer),
+        "the ViT, without the head",
+        mean=lambda loaded: loaded.encode(loaded.model, loaded.prepare([p.image for p in demo_photos()[:7]])).mean(0),
+        notes=("Lighter is more salient; inside the white line the map reaches half of its largest value.",),
+    )
 
 
 CLIP = Subject(
@@ -185,4 +215,12 @@ CLIP = Subject(
     default_words=LABELS,
     encodes=True,
 )
-BUILT_IN = (CLIP,)
+SALIENCY = Subject(
+    key="saliency",
+    title="ViT-S/14 · finds what stands out",
+    about="DINOv2's ViT-S/14, fine-tuned for saliency. Its head reads every position: each gets its token back.",
+    takes=IMAGE,
+    load=_load_saliency,
+    encodes=True,
+)
+BUILT_IN = (CLIP, SALIENCY)

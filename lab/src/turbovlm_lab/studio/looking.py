@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
 from turbovlm.errors import DataError, TurboError
 from turbovlm_lab.studio import render
-from turbovlm_lab.studio.choices import AMOUNTS, DEFAULT, OPTIONS, RANGES, SCHEDULES, STEPS, Choice, written
+from turbovlm_lab.studio.choices import (
+    AMOUNTS,
+    DEFAULT,
+    OPTIONS,
+    RANGES,
+    SCHEDULES,
+    STEPS,
+    Choice,
+    Range,
+    number,
+    written,
+)
 from turbovlm_lab.studio.patches import as_json, payload
 from turbovlm_lab.studio.photos import demo_photos, pictures
 from turbovlm_lab.studio.subjects import IMAGE, Loaded, Models, Outcome, Photo, Sample, Subject
 from turbovlm_lab.studio.uploads import FORMATS, MEGABYTES, MEGAPIXELS, inside_uploads, read_upload
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 PAGE = Path(__file__).parent / "page"
 UPLOADED = "upload"
@@ -43,8 +52,11 @@ class _Controls:
     drop: gr.HTML
     words: gr.Textbox
     amount: gr.Radio
-    value: gr.Slider
-    steps: gr.Slider
+    flops: gr.HTML
+    keep: gr.HTML
+    r: gr.HTML
+    visual_keep: gr.HTML
+    steps: gr.HTML
     alpha: gr.Number
     degree: gr.Dropdown
     similarity: gr.Dropdown
@@ -55,16 +67,17 @@ class _Controls:
 
     def of_choice(self, choice: Choice, subject: Subject) -> dict[Any, Any]:
         """What the controls are to show."""
-        low, high, step = RANGES[choice.amount]
         on = subject.settings
         updates: dict[Any, Any] = {
             self.amount: gr.update(choices=[(AMOUNTS[name], name) for name in subject.amounts], value=choice.amount),
-            self.value: gr.update(minimum=low, maximum=high, step=step, value=choice.value, label=choice.amount),
             self.steps: gr.update(value=choice.steps or STEPS[0], visible=subject.steps is not None),
             self.alpha: gr.update(value=choice.alpha, visible="alpha" in on),
             self.schedule: gr.update(value=choice.schedule, visible="schedule" in on),
             self.listed: gr.update(value=choice.listed, visible=choice.schedule == "list"),
         }
+        for name in AMOUNTS:
+            value = choice.value if name == choice.amount else subject.amounts.get(name, RANGES[name].high)
+            updates[getattr(self, name)] = gr.update(value=value, visible=name == choice.amount)
         for name in OPTIONS:
             updates[getattr(self, name)] = gr.update(value=getattr(choice, name), visible=name in on)
         return updates
@@ -96,8 +109,9 @@ class _Results:
         return [self.costs, self.answers, self.view, self.code, *self.slots.values()]
 
     def of(self, outcome: Outcome, line: str, link: Mapping[str, str]) -> dict[Any, Any]:
+        """All but the times."""
         return {
-            self.costs: render.costs(outcome),
+            self.costs: render.costs(outcome, None, link),
             self.answers: render.answers(outcome),
             self.view: as_json({**payload(outcome.view), "link": link}),
             self.code: render.code(line, outcome.said),
@@ -122,6 +136,20 @@ def photos_of(subject: Subject) -> list[Photo]:
     return list(demo_photos()) if subject.takes == IMAGE else []
 
 
+def warm(shop: Models) -> None:
+    """Load the first model and run what the page shows at first, so that nobody waits for it.
+
+    Raises:
+        TurboError: the model cannot be loaded.
+    """
+    subject = next(iter(shop.subjects.values()))
+    loaded, choice = shop[subject.key], Choice.default(subject)
+    photo = next(iter(photos_of(subject)), None)
+    sample = Sample("" if photo is None else photo.key, photo and photo.image, words=subject.default_words)
+    with shop.computing:
+        loaded.run(sample, choice.configs(subject, loaded.depth, loaded.model)).time()
+
+
 def tab(shop: Models) -> None:
     """Add the tab's components."""
     first = next(iter(shop.subjects.values()))
@@ -135,7 +163,7 @@ def tab(shop: Models) -> None:
 
 
 def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], gr.Button]:
-    choice, slots = Choice.default(first), {}
+    choice, slots = Choice.default(first), {"link": gr.HTML("", elem_id="problem-link")}
     titles = [(subject.title, key) for key, subject in shop.subjects.items()]
     model = gr.Dropdown(titles, value=first.key, label="Model", elem_id="model", filterable=False)
     about = gr.Markdown(first.about)
@@ -154,10 +182,12 @@ def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], 
     slots["sample"] = gr.HTML("", elem_id="problem-sample")
     amounts = [(AMOUNTS[name], name) for name in first.amounts]
     amount = gr.Radio(amounts, value=choice.amount, label="How much is merged", elem_id="amount")
-    low, high, step = RANGES[choice.amount]
-    value = gr.Slider(low, high, choice.value, step=step, label=choice.amount, elem_id="value", buttons=[])
+    values = {
+        name: _slider(name, name, span, first.amounts.get(name, span.high), name == choice.amount)
+        for name, span in RANGES.items()
+    }
     slots["amount"] = gr.HTML("", elem_id="problem-amount")
-    steps = gr.Slider(*STEPS, STEPS[0], step=1, label="denoising steps", visible=False, elem_id="steps", buttons=[])
+    steps = _slider("steps", "denoising steps", Range(*STEPS, 1), STEPS[0], first.steps is not None)
     with gr.Accordion("Which tokens, and where", open=False, elem_id="more"):
         alpha = gr.Number(None, label="α · weight of the semantic value (empty: the library's)", elem_id="alpha")
         drops = {
@@ -172,8 +202,14 @@ def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], 
         slots["schedule"] = gr.HTML("", elem_id="problem-schedule")
     reset = gr.Button("Reset to defaults", size="sm", elem_id="reset")
     kept = {"model": model, "about": about, "picked": picked, "drop": drop, "words": words, "amount": amount}
-    rest = {"value": value, "steps": steps, "alpha": alpha, "schedule": schedule, "listed": listed}
-    return _Controls(**kept, **rest, **drops), slots, reset
+    rest = {"steps": steps, "alpha": alpha, "schedule": schedule, "listed": listed}
+    return _Controls(**kept, **rest, **values, **drops), slots, reset
+
+
+def _slider(name: str, label: str, span: Range, value: float, visible: bool) -> gr.HTML:
+    parts: dict[str, Any] = {"html_template": _page("slider.html"), "js_on_load": _page("slider.js")}
+    span_of = {"label": label, "low": span.low, "high": span.high, "step": span.step}
+    return gr.HTML(value, **parts, **span_of, visible=visible, elem_id=name)
 
 
 def _right(slots: dict[str, gr.HTML]) -> _Results:
@@ -189,110 +225,120 @@ def _right(slots: dict[str, gr.HTML]) -> _Results:
 
 
 def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.State, reset: gr.Button) -> None:
+    """Run the model when something changes: one listener for all, so that the latest request wins."""
     every = [getattr(controls, field.name) for field in fields(_Controls)]
-    chosen = [component for component in every if component not in (controls.about, controls.drop)]
     names = [field.name for field in fields(_Controls) if field.name not in ("about", "drop")]
-    running = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
-    running |= {"show_progress": "minimal", "show_progress_on": [results.costs]}
+    chosen = [getattr(controls, name) for name in names]
+    asked = gr.State(0.0)
 
-    def show(progress: gr.Progress, upload: Image | None, *values: Any) -> dict[Any, Any]:
+    def run(upload: Photo | None, *values: Any) -> Iterator[dict[Any, Any]]:
         given = dict(zip(names, values))
         subject = shop.subjects[given["model"]]
         try:
             if not shop.is_loaded(subject.key):
-                progress(0.3, f"loading {subject.title}")
+                yield {results.costs: f"<p class='note'>Loading {subject.title} …</p>", results.answers: ""}
             with shop.computing:
-                return _run(subject, shop[subject.key], given, upload, results)
+                yield from _run(subject, shop[subject.key], given, upload, results)
         except TurboError as error:
-            return results.of_error(error)
-
-    def run(upload: Image | None, *values: Any, progress: gr.Progress = gr.Progress()) -> dict[Any, Any]:  # noqa: B008
-        return show(progress, upload, *values)
+            yield results.of_error(error)
 
     def choose_model(key: str) -> dict[Any, Any]:
         subject = shop.subjects[key]
-        photos = photos_of(subject)
-        first = photos[0].key if photos else ""
-        return controls.of_subject(subject, Choice.default(subject), first, subject.default_words)
+        first = next((photo.key for photo in photos_of(subject)), "")
+        shown = controls.of_subject(subject, Choice.default(subject), first, subject.default_words)
+        return {**shown, asked: time.monotonic()}
 
-    def choose_amount(model: str, amount: str) -> Any:
-        low, high, step = RANGES[amount]
-        value = shop.subjects[model].amounts[amount]
-        return gr.update(minimum=low, maximum=high, step=step, value=value, label=amount)
+    def choose_amount(amount: str) -> dict[Any, Any]:
+        shown = {getattr(controls, name): gr.update(visible=name == amount) for name in AMOUNTS}
+        return {**shown, asked: time.monotonic()}
+
+    def choose_schedule(schedule: str) -> dict[Any, Any]:
+        return {controls.listed: gr.update(visible=schedule == "list"), asked: time.monotonic()}
+
+    def go_back(key: str) -> dict[Any, Any]:
+        subject = shop.subjects[key]
+        return {**controls.of_choice(Choice.default(subject), subject), asked: time.monotonic()}
 
     def take(value: str) -> dict[Any, Any]:
+        slot = results.slots["sample"]
         try:
             image = read_upload(inside_uploads(json.loads(value)["path"]))
         except DataError as error:
-            return {results.slots["sample"]: render.problem(str(error))}
-        return {uploaded: image, controls.picked: UPLOADED, results.slots["sample"]: UPLOAD_HAS_NO_LINK}
+            return {slot: render.problem(str(error))}
+        photo = Photo(f"{UPLOADED}-{time.time_ns()}", "your image", image)
+        return {uploaded: photo, controls.picked: UPLOADED, asked: time.monotonic()}
 
     def open_link(request: gr.Request) -> dict[Any, Any]:
-        return _linked(shop, dict(request.query_params), controls, results)
+        return {**_linked(shop, dict(request.query_params), controls, results), asked: time.monotonic()}
 
-    blocks = gr.context.Context.root_block
-    again = {"fn": run, "inputs": [uploaded, *chosen], "outputs": results.all, **running}
-    blocks.load(open_link, None, [*every, *results.slots.values()], queue=False, show_progress="hidden").then(**again)
-    controls.model.input(choose_model, controls.model, every, queue=False, show_progress="hidden").then(**again)
-    reset.click(
-        lambda model: controls.of_choice(Choice.default(shop.subjects[model]), shop.subjects[model]),
-        controls.model,
-        every,
-        queue=False,
-        show_progress="hidden",
-    ).then(**again)
-    controls.amount.input(
-        choose_amount, [controls.model, controls.amount], controls.value, queue=False, show_progress="hidden"
-    ).then(**again)
-    controls.schedule.input(
-        lambda schedule: gr.update(visible=schedule == "list"),
-        controls.schedule,
-        controls.listed,
-        queue=False,
-        show_progress="hidden",
-    ).then(**again)
-    controls.drop.upload(
-        take,
-        controls.drop,
-        [uploaded, controls.picked, results.slots["sample"]],
-        show_progress="hidden",
-    ).success(**again)
-    moved = [controls.picked.input, controls.value.input, controls.steps.input]
-    moved += [getattr(controls, name).input for name in OPTIONS]
+    quick = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+    gr.on(None, open_link, None, [*every, asked, results.slots["link"]], **quick)  # when the page loads
+    controls.model.input(choose_model, controls.model, [*every, asked], **quick)
+    controls.amount.input(choose_amount, controls.amount, [*(getattr(controls, a) for a in AMOUNTS), asked], **quick)
+    controls.schedule.input(choose_schedule, controls.schedule, [controls.listed, asked], **quick)
+    reset.click(go_back, controls.model, [*every, asked], **quick)
+    controls.drop.upload(take, controls.drop, [uploaded, controls.picked, results.slots["sample"], asked], **quick)
+    moved = (controls.picked, controls.steps, *(getattr(controls, name) for name in (*AMOUNTS, *OPTIONS)))
     typed = (controls.words, controls.alpha, controls.listed)
-    gr.on([*moved, *(each.submit for each in typed), *(each.blur for each in typed)], **again)
+    gr.on(
+        [asked.change, *(each.input for each in moved), *(each.submit for each in typed)],
+        run,
+        [uploaded, *chosen],
+        results.all,
+        concurrency_limit=1,
+        concurrency_id="model",
+        trigger_mode="always_last",
+        api_visibility="private",
+        show_progress="minimal",
+        show_progress_on=[results.costs],
+    )
 
 
-UPLOAD_HAS_NO_LINK = (
-    "<p class='note'>Your image stays in this page: the link shows a built-in one to whoever else opens it.</p>"
-)
+UPLOAD_HAS_NO_LINK = "An uploaded image stays in this page: for others, this link shows a built-in one."
 
 
 def _run(
-    subject: Subject, loaded: Loaded, given: Mapping[str, Any], upload: Image | None, results: _Results
-) -> dict[Any, Any]:
-    """Run what the controls say, once."""
-    picked = given["picked"]
-    values = {field.name: given[field.name] for field in fields(Choice)}
-    if subject.steps is None:
-        values["steps"] = None
-    choice = Choice(**values)
-    words, link = given["words"] or "", {"model": subject.key}
-    if picked == UPLOADED and upload is not None:
-        sample = Sample(f"{UPLOADED}:{id(upload)}", upload, words=words)
-    else:
-        photo = next((photo for photo in photos_of(subject) if photo.key == picked), None)
-        sample = Sample(picked, None if photo is None else photo.image, words=words)
-        link |= {} if photo is None else {"image": photo.key}
+    subject: Subject, loaded: Loaded, given: Mapping[str, Any], upload: Photo | None, results: _Results
+) -> Iterator[dict[Any, Any]]:
+    """Run what the controls say, and then time it."""
+    choice = _choice(subject, given)
+    sample = _sample(subject, given, upload)
     settings = choice.settings(subject, loaded.depth)
-    configs = choice.configs(subject, loaded.depth, loaded.model)
-    outcome = loaded.run(sample, configs)
-    named = choice.to_link(subject)
-    names = ["image", *(field.name for field in fields(Choice)), "words"]
-    said = {**dict.fromkeys(names, ""), **link, **named}
-    said["words"] = words if words != subject.default_words else ""
+    outcome = loaded.run(sample, choice.configs(subject, loaded.depth, loaded.model))
+    if sample.key.startswith(UPLOADED):
+        outcome = replace(outcome, notes=(*outcome.notes, UPLOAD_HAS_NO_LINK))
     line = f"import turbovlm\n\nhandle = turbovlm.apply(model, {written(settings)})"
-    return results.of(outcome, line, said)
+    link = _link(subject, choice, sample)
+    yield results.of(outcome, line, link)
+    yield {results.costs: render.costs(outcome, outcome.time(), link)}
+
+
+def _choice(subject: Subject, given: Mapping[str, Any]) -> Choice:
+    """What the controls say.
+
+    Raises:
+        ConfigError: a number that is none.
+    """
+    values = {field.name: given[field.name] for field in fields(Choice) if field.name != "value"}
+    values |= {"value": number(given["amount"], given.get(given["amount"]))}
+    values["steps"] = None if subject.steps is None else int(number("steps", given["steps"]))
+    return Choice(**values)
+
+
+def _sample(subject: Subject, given: Mapping[str, Any], upload: Photo | None) -> Sample:
+    photos = {photo.key: photo for photo in photos_of(subject)}
+    photo = upload if given["picked"] == UPLOADED else photos.get(given["picked"])
+    words = given["words"] or ""
+    return Sample("", words=words) if photo is None else Sample(photo.key, photo.image, words=words)
+
+
+def _link(subject: Subject, choice: Choice, sample: Sample) -> dict[str, str]:
+    """Every name that a link can have, empty where it is at its default."""
+    names = ("model", "image", *(field.name for field in fields(Choice)), "words")
+    own = {"model": subject.key, **choice.to_link(subject)}
+    own["image"] = "" if sample.key.startswith(UPLOADED) else sample.key
+    own["words"] = "" if sample.words == subject.default_words else sample.words
+    return {**dict.fromkeys(names, ""), **own}
 
 
 def _linked(shop: Models, query: Mapping[str, str], controls: _Controls, results: _Results) -> dict[Any, Any]:
@@ -313,8 +359,7 @@ def _linked(shop: Models, query: Mapping[str, str], controls: _Controls, results
     wrong += [mistaken] if mistaken else []
     return {
         **controls.of_subject(subject, choice, picked, words),
-        **dict.fromkeys(results.slots.values(), ""),
-        results.slots["sample"]: render.problem("; ".join(wrong) or None),
+        results.slots["link"]: render.problem("; ".join(wrong) or None),
     }
 
 

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
 
+from turbovlm_lab.studio.measuring import Times
 from turbovlm_lab.studio.patches import data_uri
 from turbovlm_lab.studio.subjects import Answer, Outcome
 
 SHOWN_LABELS = 6
 
 
-def costs(outcome: Outcome) -> str:
-    """Tokens, multiply-accumulates, time and drift, one beside the other."""
+def costs(outcome: Outcome, times: Sequence[Times] | None, link: Mapping[str, str]) -> str:
+    """Tokens, multiply-accumulates, time and drift, one beside the other.
+
+    Args:
+        times: of the unmerged and of the merged model; None while they are being measured.
+        link: what was run; tests read it off the page.
+    """
     whole, merged = outcome.unmerged, outcome.merged
     cards = []
     if merged.tokens:
-        cards.append(card("Tokens", _change(whole.tokens[-1], merged.tokens[-1]), "behind the last block"))
+        cards.append(card("Tokens", f"{whole.tokens[-1]} → {merged.tokens[-1]}", "behind the last block"))
     share = f"{merged.gmacs / whole.gmacs:.0%} of them left" if whole.gmacs else ""
-    cards.append(card("Multiply-accumulates", f"{_change(_gmacs(whole), _gmacs(merged))} G", share))
-    faster = whole.cpu / merged.cpu
-    said = f"{faster:.2f}× as fast" if faster >= 1 else f"{1 / faster:.2f}× as slow"
-    detail = f"{said} · clock {_ms(whole.wall)} → {_ms(merged.wall)} ms"
-    cards.append(card("CPU time", f"{_change(_ms(whole.cpu), _ms(merged.cpu))} ms", detail))
+    cards.append(card("Multiply-accumulates", f"{whole.gmacs:.3g} → {merged.gmacs:.3g} G", share))
+    cards.append(_time(times))
     if outcome.drift is not None:
         centred = "1 − cosine" if outcome.centred is None else f"1 − cosine · centred {_small(outcome.centred)}"
         cards.append(card("Drift", _small(outcome.drift), centred))
-    runs = f"median of {outcome.runs} run{'s' if outcome.runs > 1 else ''} of each, in turn"
-    note = f"<p class='note'>Of {escape(outcome.measured)}; times are the {runs}.</p>"
-    return f"<div class='cards'>{''.join(cards)}</div>{note}"
+    note = f"Of {outcome.measured}"
+    if times is not None:
+        runs = times[1].runs
+        note += f"; times are the median of {runs} runs of each, in turn" if runs > 1 else "; time of one run of each"
+    state = escape("&".join(f"{name}={value}" for name, value in link.items() if value), quote=True)
+    done = "measuring" if times is None else "done"
+    return (
+        f"<div class='cards' data-state='{state}' data-stage='{done}'>{''.join(cards)}</div>"
+        f"<p class='note'>{escape(note)}.</p>"
+    )
 
 
 def answers(outcome: Outcome) -> str:
@@ -60,12 +71,14 @@ def card(title: str, value: str, detail: str) -> str:
     return f"<div class='card'><span>{title}</span><b>{value}</b><small>{escape(detail)}</small></div>"
 
 
-def _change(before: object, after: object) -> str:
-    return f"{before} → {after}"
-
-
-def _gmacs(answer: Answer) -> str:
-    return f"{answer.gmacs:.3g}"
+def _time(times: Sequence[Times] | None) -> str:
+    if times is None:
+        return card("CPU time", "…", "being measured")
+    whole, merged = times
+    faster = whole.cpu / merged.cpu
+    said = f"{faster:.2f}× as fast" if faster >= 1 else f"{1 / faster:.2f}× as slow"
+    clock = f"clock {_ms(whole.wall)} → {_ms(merged.wall)} ms"
+    return card("CPU time", f"{_ms(whole.cpu)} → {_ms(merged.cpu)} ms", f"{said} · {clock}")
 
 
 def _ms(seconds: float) -> str:

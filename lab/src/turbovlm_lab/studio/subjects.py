@@ -18,6 +18,7 @@ from torch import Tensor
 
 from turbovlm.config import Config
 from turbovlm.errors import ConfigError, TurboError
+from turbovlm_lab.studio.measuring import Times
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,13 +53,10 @@ class Answer:
 
     Attributes:
         gmacs: 10⁹ multiply-accumulates, counted as the model ran.
-        cpu, wall: median seconds of the process's CPU time, all threads, and of the clock's.
         tokens: of the sequence before the first block and after each.
     """
 
     gmacs: float
-    cpu: float
-    wall: float
     tokens: tuple[int, ...] = ()
     labels: Mapping[str, float] = field(default_factory=dict)
     picture: Image | None = None
@@ -90,7 +88,7 @@ class Outcome:
         measured: the part whose tokens, multiply-accumulates and time the answers have, such as `"the image tower"`.
         drift: 1 − cosine of what the merged model gives to what the unmerged one gives; None where there is no such.
         centred: the same with the mean over other samples taken off both.
-        runs: of each version, timed in turn.
+        time: times both, unmerged and merged, in turn.
         said: what turbovlm says of the settings on this model: the lines of `print(handle)`.
         notes: what must be known to read the result, in sentences.
     """
@@ -98,7 +96,7 @@ class Outcome:
     unmerged: Answer
     merged: Answer
     measured: str
-    runs: int
+    time: Callable[[], Sequence[Times]]
     said: str
     drift: float | None = None
     centred: float | None = None
