@@ -33,7 +33,7 @@ from turbovlm_lab.studio.image_sets import MOST_IMAGES, files_in, read_files
 from turbovlm_lab.studio.jobs import Report, in_words
 from turbovlm_lab.studio.running import Runner, Updates, Work
 from turbovlm_lab.studio.subjects import WORDS, Models
-from turbovlm_lab.studio.uploads import MEGABYTES, MEGAPIXELS, inside_uploads
+from turbovlm_lab.studio.uploads import FORMATS, MEGABYTES, MEGAPIXELS, inside_uploads
 
 UPLOAD, FOLDER = "upload", "folder"
 EFFORTS = (1, 16, EFFORT)
@@ -80,7 +80,7 @@ class _Results:
         """What a calibration is shown as; its file is written into the folder."""
         own = Path(tempfile.mkdtemp(dir=folder))
         made.found.save(own / FILE)
-        save_calibration(made.found, own / "turbo.png", title=made.title)
+        save_calibration(made.found, own / "turbo.png", title=made.subject.title)
         return {
             self.said: said(made),
             self.figure: figure(made, own / "turbo.png"),
@@ -190,7 +190,7 @@ def _left(shop: Models) -> _Controls:
         files=gr.File(
             file_count="multiple",
             file_types=["image"],
-            label=f"{FEWEST} to {MOST_IMAGES} images; {MEGABYTES} MB, {MEGAPIXELS} megapixels each at most",
+            label=f"{FEWEST} to {MOST_IMAGES} images, {MEGABYTES} MB each",
             elem_id="calibrate-files",
             visible=files["visible"],
             height=180,
@@ -248,12 +248,13 @@ def _right() -> _Results:
     start = (
         "<p class='note'>Images need no labels: give those that the model will see. Half of them are searched on, by "
         "chance; on the others it is measured what can be promised. This takes minutes, and the model stays as it is."
-        "</p>"
+        f"</p><p class='note'>{', '.join(FORMATS)}; at most {MEGABYTES} MB and {MEGAPIXELS} megapixels each. They stay "
+        "in this process.</p>"
     )
     return _Results(
         gr.HTML(start, elem_id="calibrate-said"),
         gr.HTML("", elem_id="calibrate-figure"),
-        gr.DownloadButton(FILE, visible=False, elem_id="calibrate-settings"),
+        gr.DownloadButton(f"Download {FILE}", size="md", visible=False, elem_id="calibrate-settings"),
         gr.Code(
             label="In Python", language="python", visible=False, interactive=False, elem_id="calibrate-lines", lines=5
         ),
@@ -317,14 +318,15 @@ def _prepare(
     if not subject.encodes:
         given = prompts_in(prompts)
         check_count("prompts", len(given))
-        return lambda report: calibrate_pipeline(loaded(report).model, subject.title, given, wanted, report)
+        return lambda report: calibrate_pipeline(loaded(report).model, subject, given, wanted, report)
     paths = _files(shop, images, files)
     check_images(len(paths))
 
     def work(report: Report) -> Calibrated:
         encoder = loaded(report)
         report.begin("reading the images", len(paths))
-        return calibrate_encoder(encoder, subject.title, read_files(paths, report.advance), wanted, report)
+        pictures = read_files(paths, report.advance)
+        return calibrate_encoder(encoder, subject, pictures, wanted, report)
 
     return work
 

@@ -17,7 +17,7 @@ from turbovlm_lab.studio.image_sets import MOST_IMAGES, ImageSet
 from turbovlm_lab.studio.jobs import Report
 
 if TYPE_CHECKING:
-    from turbovlm_lab.studio.subjects import Encodes
+    from turbovlm_lab.studio.subjects import Encodes, Subject
 
 TARGETS: Mapping[str, tuple[str, float]] = {
     "flops": ("Share of the multiply-accumulates left", 0.6),
@@ -25,6 +25,12 @@ TARGETS: Mapping[str, tuple[str, float]] = {
     "speedup": ("Times faster, measured on this machine", 1.5),
 }
 """Of each target: its title, and the value at first."""
+LOADS: Mapping[str, str] = {
+    "clip": "from turbovlm_lab.zoo.clip import load_clip\n\nmodel = load_clip()",
+    "saliency": "from turbovlm_lab.zoo import load_saliency_vit\n\nmodel = load_saliency_vit().backbone",
+    "emoji": "from turbovlm_lab.zoo import load_emoji_pipeline\n\npipe = load_emoji_pipeline()",
+}
+"""Lines that load a built-in model, by its key."""
 STEPS = 10
 """Denoising steps of an image at first."""
 
@@ -61,12 +67,12 @@ class Calibrated:
     """What was found.
 
     Attributes:
-        title: the model's; `noun`: what its samples are called.
+        subject: the model; `noun`: what its samples are called.
         searched, held: names of the samples that were searched on, and of those that took no part in it.
         left_out: why others were not read.
     """
 
-    title: str
+    subject: Subject
     noun: str
     wanted: Wanted
     found: Calibration
@@ -76,7 +82,9 @@ class Calibrated:
     seconds: float
 
 
-def calibrate_encoder(loaded: Encodes, title: str, pictures: ImageSet, wanted: Wanted, report: Report) -> Calibrated:
+def calibrate_encoder(
+    loaded: Encodes, subject: Subject, pictures: ImageSet, wanted: Wanted, report: Report
+) -> Calibrated:
     """Find an encoder's settings.
 
     Raises:
@@ -93,10 +101,12 @@ def calibrate_encoder(loaded: Encodes, title: str, pictures: ImageSet, wanted: W
     found = _found(loaded.model, pixels, wanted, {**how, "measure": loaded.encode}, report)
     searched, held = _halves(pictures.names, wanted)
     seconds = time.perf_counter() - started
-    return Calibrated(title, "images", wanted, found, searched, held, pictures.left_out, seconds)
+    return Calibrated(subject, "images", wanted, found, searched, held, pictures.left_out, seconds)
 
 
-def calibrate_pipeline(pipe: Any, title: str, prompts: Sequence[str], wanted: Wanted, report: Report) -> Calibrated:
+def calibrate_pipeline(
+    pipe: Any, subject: Subject, prompts: Sequence[str], wanted: Wanted, report: Report
+) -> Calibrated:
     """Find a pipeline's settings.
 
     Raises:
@@ -108,7 +118,7 @@ def calibrate_pipeline(pipe: Any, title: str, prompts: Sequence[str], wanted: Wa
     started = time.perf_counter()
     found = _found(pipe, list(prompts), wanted, {"steps": wanted.steps}, report)
     searched, held = _halves(prompts, wanted)
-    return Calibrated(title, "prompts", wanted, found, searched, held, (), time.perf_counter() - started)
+    return Calibrated(subject, "prompts", wanted, found, searched, held, (), time.perf_counter() - started)
 
 
 def check_images(count: int) -> None:
@@ -129,14 +139,14 @@ def prompts_in(text: str) -> list[str]:
 
 def lines_of(made: Calibrated, file: str = "turbo.json") -> str:
     """Python that puts the settings to use."""
-    what, kind = ("pipe", "your pipeline") if made.noun == "prompts" else ("model", "your model")
+    name, unknown = ("pipe", "pipeline") if made.noun == "prompts" else ("model", "model")
+    loads = LOADS.get(made.subject.key, f"{name} = ...  # your {unknown}: {made.subject.title}")
     return f"""\
 import turbovlm
-
-config = turbovlm.{type(made.found.config).__name__}.load("{file}")
-handle = turbovlm.apply({what}, config)  # {kind}: {made.title}
+{loads}
+handle = turbovlm.apply({name}, turbovlm.{type(made.found.config).__name__}.load("{file}"))
 print(handle)
-# handle.remove() makes it what it was
+handle.remove()  # and it is what it was
 """
 
 

@@ -18,7 +18,7 @@ from turbovlm_lab.studio.image_sets import MOST_IMAGES, built_in, files_in, read
 from turbovlm_lab.studio.jobs import Report
 from turbovlm_lab.studio.running import Runner, Updates, Work
 from turbovlm_lab.studio.subjects import Models
-from turbovlm_lab.studio.uploads import MEGABYTES, MEGAPIXELS, inside_uploads
+from turbovlm_lab.studio.uploads import FORMATS, MEGABYTES, MEGAPIXELS, inside_uploads
 
 DEMO, UPLOAD, FOLDER = "demo", "upload", "folder"
 BATCH = 8
@@ -95,8 +95,15 @@ def tab(shop: Models) -> None:
     )
     again = {"queue": False, "show_progress": "hidden"}
     controls.images.input(partial(_of_images, shop), controls.images, [controls.count, controls.files], **again)
-    for moved in (results.share.input, results.block.release):
-        moved(_patches, [results.found, results.share, results.block], results.patches, **again)
+    shown = [results.found, results.share, results.block]
+    gr.on(
+        [results.share.input, results.block.input],
+        _patches,
+        shown,
+        results.patches,
+        trigger_mode="always_last",
+        **again,
+    )
     links.keep("compare", {name: getattr(controls, name) for name in _readers(shop)})
 
     def open_link(request: gr.Request) -> Updates:
@@ -118,7 +125,7 @@ def _left(shop: Models) -> _Controls:
         files=gr.File(
             file_count="multiple",
             file_types=["image"],
-            label=f"2 to {MOST_IMAGES} images; {MEGABYTES} MB, {MEGAPIXELS} megapixels each at most",
+            label=f"2 to {MOST_IMAGES} images, {MEGABYTES} MB each",
             elem_id="compare-files",
             visible=False,
             height=180,
@@ -143,7 +150,8 @@ def _right() -> _Results:
     start = (
         "<p class='note'>Every method encodes the same images, in turn, round by round, at the cost that turbovlm "
         "turns out to have at each share. Drift is how far the model's output moves from the unmerged one's. "
-        "Press Compare.</p>"
+        f"Press Compare.</p><p class='note'>Images of yours: {', '.join(FORMATS)}; at most {MEGABYTES} MB and "
+        f"{MEGAPIXELS} megapixels each. They stay in this process.</p>"
     )
     said = gr.HTML(start, elem_id="compare-said")
     chart = gr.HTML("", elem_id="compare-chart")

@@ -176,9 +176,10 @@ def summary(found: Comparison) -> list[str]:
     for share in found.settings.shares:
         own, *others = [row for row in found.rows if row.cost.share == share]
         beside = ", ".join(f"{label_of(row.cost)} {_drift(row):.3f}" for row in others)
+        slower = "" if own.cost.speedup >= 1 else ", which is slower than unmerged,"
         said.append(
-            f"At {own.cost.macs:.0%} of the multiply-accumulates turbovlm is {own.cost.speedup:.2f}× as fast and "
-            f"drifts {_drift(own):.3f}{f' ({beside})' if beside else ''}."
+            f"At {own.cost.macs:.0%} of the multiply-accumulates turbovlm is {own.cost.speedup:.2f}× as fast{slower} "
+            f"and drifts {_drift(own):.3f}{f' ({beside})' if beside else ''}."
         )
     return said
 
