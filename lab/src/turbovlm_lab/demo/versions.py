@@ -6,8 +6,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import turbovlm
 from turbovlm.apply import Handle
+from turbovlm.calibration.outputs import count_images, select_images
 from turbovlm.encoder.feature import EncoderFeature
 from turbovlm.encoder.schedule import EncoderShape, spread, token_counts
 from turbovlm.encoder.state import BlockTrace
@@ -23,18 +24,23 @@ from turbovlm.profile.macs import counting
 from turbovlm.sharing import twin
 from turbovlm_lab.demo.result import METHODS, MIN_ROUNDS, SMALLER, TURBO, UNMERGED, Cost, Method, Settings, Timing
 
-Encode = Callable[[nn.Module, Tensor], Tensor]
+Encode = Callable[[nn.Module, Any], Tensor]
 """What is timed: a version of the encoder and a batch's pixels → what it makes of the images."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder, pixels per side of its images and of its patches, and how it is run."""
+    """An encoder, pixels per side of its images and of its patches, and how it is run.
+
+    Attributes:
+        settings: of `TurboConfig`, with which it is merged by every method.
+    """
 
     model: nn.Module
     side: int
     patch: int
     encode: Encode
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def tokens(self, side: int, prefix: int) -> int:
         """Of an image of that many pixels per side."""
@@ -94,7 +100,7 @@ def versions_of(
     Args:
         advance: called after each share.
     """
-    with turbovlm.apply(twin(encoder.model), r=0) as handle:
+    with turbovlm.apply(twin(encoder.model), r=0, **encoder.settings) as handle:
         shape = _shape(handle)
     made = [_version(encoder, UNMERGED, None, f"{encoder.side} px", encoder.side, shape, None)]
     for share in shares:
@@ -109,11 +115,11 @@ def versions_of(
 def merged_version(encoder: Encoder, share: float) -> Version:
     """The encoder as the library's defaults merge it."""
     model = twin(encoder.model)
-    handle = turbovlm.apply(model, flops=share, **TURBO.settings)
+    handle = turbovlm.apply(model, flops=share, **encoder.settings, **TURBO.settings)
     return _version(encoder, TURBO, share, f"flops={share:g}", encoder.side, _shape(handle), handle, model)
 
 
-def trace_of(encoder: Encoder, version: Version, pixels: Tensor) -> Sequence[BlockTrace]:
+def trace_of(encoder: Encoder, version: Version, pixels: Any) -> Sequence[BlockTrace]:
     """Where a version's tokens go: none where nothing merges. In a copy of it, as recording takes time."""
     if version.handle is None:
         return ()
@@ -144,11 +150,11 @@ def _at_cost(encoder: Encoder, method: Method, share: float, cost: float, shape:
     if method is SMALLER:
         side = smaller_side(encoder, shape, cost)
         return _version(encoder, method, share, f"{side} px", side, shape, None)
-    with turbovlm.apply(twin(encoder.model), r=0, **method.settings) as unused:
+    with turbovlm.apply(twin(encoder.model), r=0, **encoder.settings, **method.settings) as unused:
         shape = _shape(unused)
     amounts = equal_amounts(shape, encoder.tokens(encoder.side, shape.protected), cost)
     model = twin(encoder.model)
-    handle = turbovlm.apply(model, r=amounts, **method.settings)
+    handle = turbovlm.apply(model, r=amounts, **encoder.settings, **method.settings)
     few, many = min(amounts), max(amounts)
     setting = f"r={few}" if few == many else f"r={few}–{many}"
     return _version(encoder, method, share, setting, encoder.side, shape, handle, model)
@@ -189,7 +195,7 @@ def _rounds(images: int, settings: Settings) -> int:
 
 def in_turn(
     versions: Sequence[Version],
-    pixels: Mapping[int, Tensor],
+    pixels: Mapping[int, Any],
     encode: Encode,
     finish: Callable[[Version, Tensor], Tensor],
     settings: Settings,
@@ -200,21 +206,21 @@ def in_turn(
     Rounds walk through the images, and again from the first where they are fewer than the rounds can take.
 
     Args:
-        pixels: by side, every image, `[images, 3, side, side]`.
+        pixels: by side, every image, `[images, 3, side, side]`, or tensors by name.
         finish: what is kept of a version's output, `[batch, …]`; not timed.
         advance: called after each of `count_forwards(images, settings)` forwards, run or left out.
     """
-    images, started = len(next(iter(pixels.values()))), time.perf_counter()
+    images, started = count_images(next(iter(pixels.values()))), time.perf_counter()
     outputs: dict[Version, list[Tensor]] = {version: [] for version in versions}
     seconds: dict[Version, list[float]] = {version: [] for version in versions}
     for turn in range(_rounds(images, settings)):
         first = turn * settings.batch
         late = time.perf_counter() - started > settings.timing_seconds
         skipped = late and first >= images and turn > MIN_ROUNDS
-        places = torch.arange(first, first + settings.batch) % images
+        places = [place % images for place in range(first, first + settings.batch)]
         for version in versions[:: 1 if turn % 2 == 0 else -1]:
             if not skipped:
-                batch = pixels[version.side][places]
+                batch = select_images(pixels[version.side], places)
                 start = time.process_time()
                 output = encode(version.model, batch)
                 taken = time.process_time() - start

@@ -13,12 +13,12 @@ import gradio as gr
 
 from turbovlm.errors import TurboError
 from turbovlm_lab.studio import calibrating, comparing, encoders, looking
+from turbovlm_lab.studio.folders import folder_subject
 from turbovlm_lab.studio.subjects import Models, Subject
 from turbovlm_lab.studio.uploads import MEGABYTES
 
 PAGE = Path(__file__).parent / "page"
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TABS: tuple[tuple[str, str, Callable[[Models], None]], ...] = (
     ("look", "Look", looking.tab),
     ("compare", "Compare", comparing.tab),
@@ -47,7 +47,7 @@ class Settings:
 
 def subjects(settings: Settings) -> list[Subject]:
     """The built-in models and those of the folders."""
-    return list(encoders.BUILT_IN)
+    return [*encoders.BUILT_IN, *map(folder_subject, settings.folders)]
 
 
 def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:

@@ -69,7 +69,7 @@ class _Results:
     said: gr.HTML
     figure: gr.HTML
     settings: gr.DownloadButton
-    lines: gr.Code
+    lines: gr.HTML
     held: gr.HTML
 
     @property
@@ -85,7 +85,7 @@ class _Results:
             self.said: said(made),
             self.figure: figure(made, own / "turbo.png"),
             self.settings: gr.update(value=str(own / FILE), visible=True),
-            self.lines: gr.update(value=lines_of(made, FILE), visible=True),
+            self.lines: f"<h3>In Python</h3><pre class='code' tabindex='0'>{escape(lines_of(made, FILE))}</pre>",
             self.held: held(made),
         }
 
@@ -255,9 +255,7 @@ def _right() -> _Results:
         gr.HTML(start, elem_id="calibrate-said"),
         gr.HTML("", elem_id="calibrate-figure"),
         gr.DownloadButton(f"Download {FILE}", size="md", visible=False, elem_id="calibrate-settings"),
-        gr.Code(
-            label="In Python", language="python", visible=False, interactive=False, elem_id="calibrate-lines", lines=5
-        ),
+        gr.HTML("", elem_id="calibrate-lines"),
         gr.HTML("", elem_id="calibrate-held"),
     )
 

@@ -97,7 +97,7 @@ def calibrate_encoder(
     pixels = loaded.prepare(images)
     report.begin("calibrating", len(images) // 2 * (wanted.effort + PASSES))
     started = time.perf_counter()
-    how = {"effort": wanted.effort, "per_image": wanted.per_image, "dense": wanted.dense}
+    how = {"effort": wanted.effort, "per_image": wanted.per_image, "dense": wanted.dense, **loaded.fixed}
     found = _found(loaded.model, pixels, wanted, {**how, "measure": loaded.encode}, report)
     searched, held = _halves(pictures.names, wanted)
     seconds = time.perf_counter() - started

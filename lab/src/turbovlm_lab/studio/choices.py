@@ -12,7 +12,7 @@ from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import DEGREES
 from turbovlm.read_config import VISUAL_SELECTIONS
 from turbovlm.workflows import configs_from
-from turbovlm_lab.studio.subjects import Subject
+from turbovlm_lab.studio.subjects import Loaded, Subject
 
 DEFAULT = ""
 """Of a choice: what the library does unasked."""
@@ -119,31 +119,28 @@ class Choice:
             said[field.name] = f"{value:g}" if isinstance(value, int | float) else value
         return said
 
-    def settings(self, subject: Subject, depth: int) -> dict[str, Any]:
+    def settings(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
         """Keywords of `apply`.
-
-        Args:
-            depth: blocks of the encoder.
 
         Raises:
             ConfigError: a list that is none, or a schedule beside an amount that has its own.
         """
-        found: dict[str, Any] = {self.amount: self._amount(depth)}
+        found: dict[str, Any] = {self.amount: self._amount(loaded.depth)}
         if self.schedule == "constant" and self.amount != "r":
             found["blocks"] = "every"
         for name in ("alpha", *OPTIONS):
             value = getattr(self, name)
             if name in subject.settings and value not in (None, DEFAULT):
                 found[name] = value
-        return found
+        return {**found, **loaded.fixed}
 
-    def configs(self, subject: Subject, depth: int, model: Any) -> tuple[Config, ...]:
+    def configs(self, subject: Subject, loaded: Loaded) -> tuple[Config, ...]:
         """The same as config objects.
 
         Raises:
             ConfigError: as `settings`, and as the configs raise it.
         """
-        return configs_from((), self.settings(subject, depth), subject.denoises, type(model).__name__)
+        return configs_from((), self.settings(subject, loaded), subject.denoises, type(loaded.model).__name__)
 
     def _amount(self, depth: int) -> Any:
         value = int(self.value) if self.amount == "r" and float(self.value).is_integer() else self.value

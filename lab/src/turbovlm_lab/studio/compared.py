@@ -8,7 +8,7 @@ from turbovlm_lab.demo.chart import line_chart, method_curves
 from turbovlm_lab.demo.page import cost_table
 from turbovlm_lab.demo.report import COST_HEADINGS, cost_cells, machine_line
 from turbovlm_lab.demo.result import UNMERGED
-from turbovlm_lab.studio.comparison import Comparison, Row, drawings, points, summary, warnings, whole_image
+from turbovlm_lab.studio.comparison import Comparison, Row, drawings, points, summary, warnings
 from turbovlm_lab.studio.patches import data_uri
 
 HEADINGS = (*COST_HEADINGS, "ms", "drift", "cosine", "worst")
@@ -51,7 +51,7 @@ def patches(found: Comparison, share: float, block: int) -> str:
 
 def _image(found: Comparison, share: float, block: int, place: int) -> str:
     name = found.shown[place].name
-    shown = [_figure(data_uri(whole_image(found, place)), name, f"the image {name}")]
+    shown = [_figure(data_uri(found.shown[place].image), name, f"the image {name}")]
     for key, (tokens, drawn) in drawings(found, share, block, place).items():
         label = next(method.label for method in found.methods if method.key == key)
         shown.append(_figure(data_uri(drawn, sharp=True), f"{label}: {tokens} tokens", f"{name}: tokens of {label}"))

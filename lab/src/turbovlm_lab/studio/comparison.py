@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbovlm.errors import ConfigError
+from turbovlm.calibration.outputs import count_images, select_images
+from turbovlm.errors import ConfigError, TurboError
 from turbovlm_lab.demo.report import FEW, label_of, method_settings, unsteady
 from turbovlm_lab.demo.result import (
     METHODS,
+    SMALLER,
     TURBO,
     UNMERGED,
     Cost,
@@ -86,8 +88,8 @@ class Comparison:
 
     Attributes:
         title: the model's.
-        names: of the images, in order; `left_out`: why others were not read.
-        shown: the first of them; `merged`: by method and share, what became of those.
+        names: of the images, in order; `left_out`: why others were not read, and a method not measured.
+        shown: the first of them, as the model saw them; `merged`: by method and share, what became of those.
     """
 
     title: str
@@ -123,9 +125,13 @@ def compare(
     images = [named.image for named in pictures.images]
     check(len(images), settings.shares)
     methods = tuple(method for method in METHODS if method is TURBO or method in methods)
-    started, encoder = time.perf_counter(), Encoder(loaded.model, loaded.side, loaded.patch, loaded.encode)
+    started = time.perf_counter()
+    encoder = Encoder(loaded.model, loaded.side, loaded.patch, loaded.encode, loaded.fixed)
     with torch.inference_mode():
         report.begin("preparing versions of equal cost", len(settings.shares))
+        without = _not_smaller(encoder) if SMALLER in methods else None
+        if without is not None:
+            methods = tuple(method for method in methods if method is not SMALLER)
         versions = versions_of(encoder, settings.shares, methods, report.advance)
         report.begin("preparing the images")
         pixels = {side: loaded.prepare(images, side) for side in {version.side for version in versions}}
@@ -143,8 +149,8 @@ def compare(
         timing=timing_of(runs),
         rows=tuple(Row(cost, agreement(whole.float(), output.float())) for cost, output in costs(runs)),
         names=pictures.names,
-        left_out=pictures.left_out,
-        shown=pictures.images[: settings.shown],
+        left_out=pictures.left_out if without is None else (*pictures.left_out, without),
+        shown=tuple(Named(named.name, _seen(loaded, named.image)) for named in pictures.images[: settings.shown]),
         merged=merged,
         seconds=time.perf_counter() - started,
     )
@@ -225,7 +231,7 @@ def drawings(found: Comparison, share: float, block: int, place: int) -> dict[st
     """
     from turbovlm.visualize import groups
 
-    drawn, image = {}, _square(found.shown[place].image)
+    drawn, image = {}, found.shown[place].image
     for method in found.methods:
         merged = found.merged[method.key, share]
         if merged.traces:
@@ -236,11 +242,6 @@ def drawings(found: Comparison, share: float, block: int, place: int) -> dict[st
         else:
             drawn[method.key] = (_row(found, method, share).cost.tokens, _cells(image, merged.side))
     return drawn
-
-
-def whole_image(found: Comparison, place: int) -> Image:
-    """One of the images shown, as the unmerged model saw it."""
-    return _square(found.shown[place].image)
 
 
 def _vectors(encoder: Encoder, version: Version, output: Tensor) -> Tensor:
@@ -260,21 +261,32 @@ def _vectors(encoder: Encoder, version: Version, output: Tensor) -> Tensor:
 
 
 def _merged(
-    encoder: Encoder, versions: Sequence[Version], pixels: Mapping[int, Tensor], shown: int, report: Report
+    encoder: Encoder, versions: Sequence[Version], pixels: Mapping[int, Any], shown: int, report: Report
 ) -> dict[tuple[str, float], Merged]:
     made = {}
     for version in versions:
         assert version.share is not None, "the unmerged one is not among them"
-        traces = tuple(trace_of(encoder, version, pixels[version.side][:shown]))
+        some = range(min(shown, count_images(pixels[version.side])))
+        traces = tuple(trace_of(encoder, version, select_images(pixels[version.side], some)))
         made[version.method.key, version.share] = Merged(traces, version.side // encoder.patch)
         report.advance()
     return made
 
 
-def _square(image: Image) -> Image:
-    from turbovlm_lab.zoo.saliency import centre_square
+def _seen(loaded: Encodes, image: Image) -> Image:
+    return loaded.seen(image).resize((SIDE, SIDE))
 
-    return centre_square(image).resize((SIDE, SIDE))
+
+def _not_smaller(encoder: Encoder) -> str | None:
+    """Why the encoder cannot be given smaller images, in a sentence; None where it can."""
+    whole, less = (torch.zeros(1, 3, side, side) for side in (encoder.side, encoder.side - encoder.patch))
+    try:
+        given, wanted = encoder.encode(encoder.model, less), encoder.encode(encoder.model, whole)
+    except TurboError as error:
+        return f"Smaller images are left out: {error}."
+    if given.ndim != 3 and given.shape != wanted.shape:
+        return "Smaller images are left out: the model gives fewer values of them, which cannot be compared."
+    return None
 
 
 def _cells(image: Image, side: int) -> Image:

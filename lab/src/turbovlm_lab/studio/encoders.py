@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from turbovlm.errors import ConfigError
 from turbovlm.sharing import twin
 from turbovlm_lab.studio.measuring import Times, counted, drift_of, timed_in_turn
 from turbovlm_lab.studio.photos import demo_photos
-from turbovlm_lab.studio.subjects import IMAGE, Answer, Outcome, Sample, Subject, View
+from turbovlm_lab.studio.subjects import IMAGE, Answer, Loaded, Outcome, Sample, Subject, View, packages
+from turbovlm_lab.zoo import clip, minilm, saliency
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +36,7 @@ class _Whole:
     gmacs: float
 
 
-class ImageEncoder:
+class ImageEncoder(Loaded):
     """An encoder of images with its weights; see `turbovlm_lab.studio.subjects.Encodes`.
 
     Args:
@@ -45,6 +46,7 @@ class ImageEncoder:
         encode: a model and an input → what drift is measured on, `[images, …]`.
         answer: of a sample and what `encode` gave, in words or as a picture: fields of `Answer`.
         mean: of `encode`'s outputs over other images, for the centred drift; `notes`: see `Outcome`.
+        shown: its input of one image → the image as the model saw it; None where that is the centre square.
         measured: what `encode` runs, for the reader.
     """
 
@@ -59,10 +61,13 @@ class ImageEncoder:
         measured: str,
         mean: Callable[[ImageEncoder], Tensor] | None = None,
         notes: tuple[str, ...] = (),
+        shown: Callable[[Any], Image] | None = None,
+        fixed: Mapping[str, Any] | None = None,
     ) -> None:
         self.model: Any = model
+        self.fixed = dict(fixed or {})
         self.side, self.patch, self.encode, self.measured = side, patch, encode, measured
-        self._prepare, self._answer, self._mean_of, self._notes = prepare, answer, mean, notes
+        self._prepare, self._answer, self._mean_of, self._notes, self._shown = prepare, answer, mean, notes, shown
         self._mean: Tensor | None = None
         self._merged = twin(model)
         with turbovlm.apply(self._merged, r=0) as handle:
@@ -71,6 +76,11 @@ class ImageEncoder:
 
     def prepare(self, images: Sequence[Image], side: int | None = None) -> Any:
         return self._prepare(images, self.side if side is None else side)
+
+    def seen(self, image: Image) -> Image:
+        if self._shown is not None:
+            return self._shown(self.prepare([image]))
+        return saliency.centre_square(image).resize((self.side, self.side))
 
     @torch.inference_mode()
     def run(self, sample: Sample, configs: Sequence[Config]) -> Outcome:
@@ -117,18 +127,18 @@ class ImageEncoder:
 
     def _trace(self, sample: Sample, configs: Sequence[Config], pixels: Any) -> tuple[View | None, tuple[int, ...]]:
         """What each block merged, in a forward of its own: recording takes time."""
-        from turbovlm_lab.zoo.saliency import centre_square
-
         config = next(config for config in configs if isinstance(config, TurboConfig))
         with turbovlm.apply(self._merged, config.changed(trace=True)) as handle:
             self.encode(self._merged, pixels)
             traces = tuple(handle.trace)
         first = traces[0]
-        side = round((first.source.shape[1] - first.prefix - first.suffix) ** 0.5)
-        assert sample.image is not None
-        shown = centre_square(sample.image).resize((self.side, self.side))
+        patches = first.source.shape[1] - first.prefix - first.suffix
         tokens = (first.source.shape[1], *(trace.sizes.shape[1] for trace in traces))
-        return View(shown, (side, side), traces), tokens
+        assert sample.image is not None
+        image = self.seen(sample.image)
+        columns = round((patches * image.width / image.height) ** 0.5)
+        rows = patches // columns
+        return (View(image, (rows, columns), traces) if rows * columns == patches else None), tokens
 
 
 LABELS = "astronaut, cat, cup of coffee, rocket, motorcycle, temple, flower, dog, castle, bicycle"
@@ -149,7 +159,6 @@ def labels_in(words: str) -> list[str]:
 
 
 def _load_clip() -> ImageEncoder:
-    from turbovlm_lab.zoo import clip
     from turbovlm_lab.zoo.clip_text import load_clip_text
 
     texts = load_clip_text()
@@ -178,7 +187,6 @@ def _load_clip() -> ImageEncoder:
 def _load_saliency() -> ImageEncoder:
     from turbovlm.visualize import heatmap
     from turbovlm_lab.demo.saliency import SALIENT
-    from turbovlm_lab.zoo import saliency
 
     model = saliency.load_saliency_vit()
 
@@ -214,6 +222,7 @@ CLIP = Subject(
     words="Labels, separated by commas",
     default_words=LABELS,
     encodes=True,
+    needs=packages(clip.FILE, minilm.FILE),
 )
 SALIENCY = Subject(
     key="saliency",
@@ -222,5 +231,6 @@ SALIENCY = Subject(
     takes=IMAGE,
     load=_load_saliency,
     encodes=True,
+    needs=packages(saliency.FILE),
 )
 BUILT_IN = (CLIP, SALIENCY)

@@ -28,7 +28,7 @@ from turbovlm_lab.studio.choices import (
 )
 from turbovlm_lab.studio.patches import as_json, payload
 from turbovlm_lab.studio.photos import demo_photos, pictures
-from turbovlm_lab.studio.subjects import IMAGE, Loaded, Models, Outcome, Photo, Sample, Subject
+from turbovlm_lab.studio.subjects import IMAGE, Models, Outcome, Photo, Sample, Subject
 from turbovlm_lab.studio.uploads import FORMATS, MEGABYTES, MEGAPIXELS, inside_uploads, read_upload
 
 PAGE = Path(__file__).parent / "page"
@@ -142,17 +142,17 @@ def warm(shop: Models) -> None:
     Raises:
         TurboError: the model cannot be loaded.
     """
-    subject = next(iter(shop.subjects.values()))
+    subject = shop.first
     loaded, choice = shop[subject.key], Choice.default(subject)
     photo = next(iter(photos_of(subject)), None)
     sample = Sample("" if photo is None else photo.key, photo and photo.image, words=subject.default_words)
     with shop.computing:
-        loaded.run(sample, choice.configs(subject, loaded.depth, loaded.model)).time()
+        loaded.run(sample, choice.configs(subject, loaded)).time()
 
 
 def tab(shop: Models) -> None:
     """Add the tab's components."""
-    first = next(iter(shop.subjects.values()))
+    first = shop.first
     uploaded = gr.State(None, time_to_live=3600)
     with gr.Row(elem_classes="studio"):
         with gr.Column(scale=2, min_width=300):
@@ -237,8 +237,7 @@ def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.Sta
         try:
             if not shop.is_loaded(subject.key):
                 yield {results.costs: f"<p class='note'>Loading {subject.title} …</p>", results.answers: ""}
-            with shop.computing:
-                yield from _run(subject, shop[subject.key], given, upload, results)
+            yield from _run(shop, subject, given, upload, results)
         except TurboError as error:
             yield results.of_error(error)
 
@@ -298,19 +297,27 @@ UPLOAD_HAS_NO_LINK = "An uploaded image stays in this page: for others, this lin
 
 
 def _run(
-    subject: Subject, loaded: Loaded, given: Mapping[str, Any], upload: Photo | None, results: _Results
+    shop: Models, subject: Subject, given: Mapping[str, Any], upload: Photo | None, results: _Results
 ) -> Iterator[dict[Any, Any]]:
-    """Run what the controls say, and then time it."""
+    """Run what the controls say, and then time it.
+
+    Nothing is yielded with the lock held: each part of a generator may run in another thread, or none where the page is
+    closed.
+    """
+    loaded = shop[subject.key]
     choice = _choice(subject, given)
     sample = _sample(subject, given, upload)
-    settings = choice.settings(subject, loaded.depth)
-    outcome = loaded.run(sample, choice.configs(subject, loaded.depth, loaded.model))
+    settings = choice.settings(subject, loaded)
+    with shop.computing:
+        outcome = loaded.run(sample, choice.configs(subject, loaded))
     if sample.key.startswith(UPLOADED):
         outcome = replace(outcome, notes=(*outcome.notes, UPLOAD_HAS_NO_LINK))
     line = f"import turbovlm\n\nhandle = turbovlm.apply(model, {written(settings)})"
     link = _link(subject, choice, sample)
     yield results.of(outcome, line, link)
-    yield {results.costs: render.costs(outcome, outcome.time(), link)}
+    with shop.computing:
+        times = outcome.time()
+    yield {results.costs: render.costs(outcome, times, link)}
 
 
 def _choice(subject: Subject, given: Mapping[str, Any]) -> Choice:
@@ -344,10 +351,10 @@ def _link(subject: Subject, choice: Choice, sample: Sample) -> dict[str, str]:
 def _linked(shop: Models, query: Mapping[str, str], controls: _Controls, results: _Results) -> dict[Any, Any]:
     """What the controls are to show for a link, and what is wrong with it."""
     wrong = []
-    key = query.get("model", next(iter(shop.subjects)))
+    key = query.get("model", shop.first.key)
     if key not in shop.subjects:
         wrong.append(f"model={key[:40]}: there is no such model here; there are {', '.join(shop.subjects)}")
-        key = next(iter(shop.subjects))
+        key = shop.first.key
     subject = shop.subjects[key]
     choice, mistaken = Choice.of_link(subject, query)
     photos = {photo.key: photo for photo in photos_of(subject)}

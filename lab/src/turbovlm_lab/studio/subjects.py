@@ -6,6 +6,7 @@ gives an `Outcome`. `Models` holds all of them for the page's tabs.
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 from turbovlm.config import Config
 from turbovlm.errors import ConfigError, TurboError
 from turbovlm_lab.studio.measuring import Times
+from turbovlm_lab.zoo.packages import PackageFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,10 +112,12 @@ class Loaded(Protocol):
     Attributes:
         model: what `turbovlm.apply` takes; nobody leaves anything applied to it.
         depth: blocks that can merge.
+        fixed: settings that it is always applied with.
     """
 
     model: Any
     depth: int
+    fixed: Mapping[str, Any]
 
     def run(self, sample: Sample, configs: Sequence[Config]) -> Outcome:
         """Run a sample unmerged and merged by these settings.
@@ -135,6 +139,9 @@ class Encodes(Loaded, Protocol):
 
     def prepare(self, images: Sequence[Image], side: int | None = None) -> Any:
         """RGB images to pixels; `side`: of another size than its own."""
+
+    def seen(self, image: Image) -> Image:
+        """The image as the model sees it: cropped and resized."""
 
     def encode(self, model: nn.Module, pixels: Any) -> Tensor:
         """What drift is measured on, `[images, …]`, by this model or a copy of it."""
@@ -185,6 +192,16 @@ class Subject:
     photos: Callable[[], Sequence[Photo]] | None = None
 
 
+def packages(*files: PackageFile) -> Callable[[], str | None]:
+    """A subject's `needs`: the packages that its weights come in."""
+
+    def missing() -> str | None:
+        absent = [file for file in files if importlib.util.find_spec(file.module) is None]
+        return f"{absent[0].what} is not installed: {absent[0].remedy}" if absent else None
+
+    return missing
+
+
 class Models:
     """Subjects by their keys, each loaded on first use, once; and one lock for all that computes.
 
@@ -220,6 +237,19 @@ class Models:
                 with torch.inference_mode(False):
                     self._loaded[key] = subject.load()
             return self._loaded[key]
+
+    @property
+    def first(self) -> Subject:
+        """What the page shows at first: the first that can be loaded here.
+
+        Raises:
+            TurboError: none can; the message says what is missing.
+        """
+        missing = {key: subject.needs() for key, subject in self.subjects.items()}
+        for key, reason in missing.items():
+            if reason is None:
+                return self.subjects[key]
+        raise TurboError("; ".join(f"{key}: {reason}" for key, reason in missing.items()))
 
     def is_loaded(self, key: str) -> bool:
         """Whether its weights are in memory."""
