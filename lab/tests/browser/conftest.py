@@ -149,7 +149,7 @@ def watched(browser: Any, studio: Served, width: int) -> Iterator[Any]:
 
 
 def is_wrong(message: Any) -> bool:
-    """Whether the console says that something is wrong, and not that Gradio closed what told of an upload's progress."""
+    """Whether something is wrong: not that Gradio has closed what told it of an upload's progress."""
     return message.type in ("error", "warning") and message.text != "Method not implemented."
 
 
