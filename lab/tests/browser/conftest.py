@@ -26,7 +26,7 @@ args = parser.parse_args()
 args.run(args)
 """
 """The command alone, which also runs where the entry points of a checkout are not installed."""
-SECONDS = 120
+SECONDS = 40
 """To wait for anything, on a machine that is busy."""
 
 
@@ -97,7 +97,7 @@ def _address(process: subprocess.Popen[str]) -> str:
             lines.put(line)
 
     threading.Thread(target=read, daemon=True).start()
-    said, until = [], time.monotonic() + SECONDS
+    said, until = [], time.monotonic() + 3 * SECONDS
     while time.monotonic() < until and (process.poll() is None or not lines.empty()):
         try:
             said.append(lines.get(timeout=1))

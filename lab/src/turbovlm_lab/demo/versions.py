@@ -138,8 +138,9 @@ def equal_amounts(shape: EncoderShape, tokens: int, cost: float) -> tuple[int, .
         return shape.macs(token_counts(spread(total, shape.depth), tokens, shape.protected, 0)) / full
 
     most = shape.depth * (tokens // 2)
-    enough = bisect.bisect_left(range(most), -cost, key=lambda total: -share(total))  # more merge, less is left
-    return spread(min((max(enough - 1, 0), enough), key=lambda total: abs(share(total) - cost)), shape.depth)
+    about = bisect.bisect_left(range(most), -cost, key=lambda total: -share(total))
+    near = range(max(about - shape.depth, 0), min(about + shape.depth, most) + 1)  # which blocks merge one more matters
+    return spread(min(near, key=lambda total: abs(share(total) - cost)), shape.depth)
 
 
 def smaller_side(encoder: Encoder, shape: EncoderShape, cost: float) -> int:
