@@ -115,9 +115,10 @@ def tab(shop: Models) -> None:
 def _left(shop: Models) -> _Controls:
     models = [(subject.title, key) for key, subject in shop.encoders.items()]
     folders = [(folder.name, f"{FOLDER}{place}") for place, folder in enumerate(shop.folders, 1)]
+    first = next((key for key, subject in shop.encoders.items() if subject.needs() is None), models[0][1])
     low, high, count = COUNTS
     return _Controls(
-        model=gr.Dropdown(models, value=models[0][1], label="Model", elem_id="compare-model", filterable=False),
+        model=gr.Dropdown(models, value=first, label="Model", elem_id="compare-model", filterable=False),
         images=gr.Radio(
             [("built in", DEMO), *folders, ("my own", UPLOAD)], value=DEMO, label="Images", elem_id="compare-images"
         ),
