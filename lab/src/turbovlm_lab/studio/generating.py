@@ -233,7 +233,7 @@ def _load_whisper() -> Generating:
         view = View(sample.image, (1, frames), tuple(handle.trace), "frame")
         return Seen(_traced_tokens(handle), handle.restore(output), view)
 
-    notes = ("Whisper always hears 30 seconds: of a short recording most tokens are silence, which merges first.",)
+    notes = ("Whisper always hears 30 seconds: of a short recording most tokens are silence.",)
     measured = "the whole: the encoder, and the decoder that writes"
     where = "behind the encoder's last block"
     return Generating(loaded.model, 6, make, look, measured, where, notes, OrderedDict(), {})
