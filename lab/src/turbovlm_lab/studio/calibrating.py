@@ -105,7 +105,7 @@ def tab(shop: Models) -> None:
     runner.wire(
         shop, partial(_prepare, shop), controls.all, lambda made: results.of(made, Path(written.name)), results.all
     )
-    again = {"queue": False, "show_progress": "hidden"}
+    again = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     depending = [
         getattr(controls, name) for name in ("images", "files", "prompts", "effort", "per_image", "dense", "steps")
     ]

@@ -93,7 +93,7 @@ def tab(shop: Models) -> None:
     runner.wire(
         shop, partial(_prepare, shop), controls.all, lambda found: results.of(found, Path(written.name)), results.all
     )
-    again = {"queue": False, "show_progress": "hidden"}
+    again = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     controls.images.input(partial(_of_images, shop), controls.images, [controls.count, controls.files], **again)
     shown = [results.found, results.share, results.block]
     gr.on(
