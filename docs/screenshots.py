@@ -1,5 +1,8 @@
 """Takes the studio's pictures of docs, in Debian's Chromium:  python docs/screenshots.py [NAME …]
 
+studio-look.png: CLIP names a cat; one token is lit up.
+studio-scenes.png: the scene reader with three tenths of its tokens.
+studio-narrow.png: a heat map, on a telephone's screen.
 studio-compare.png: methods compared by the ViT-S/14 on seven photographs.
 studio-calibrate.png: settings calibrated for the ViT-S/14 on 32 crops of these photographs.
 """
@@ -8,7 +11,6 @@ import io
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,29 +27,17 @@ CROPS = 32
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
-    from turbovlm_lab.studio.app import Settings, serve
+    from turbovlm_lab.studio.app import Settings, serving
 
     wanted = sys.argv[1:] or list(SHOTS)
-    address: list[str] = []
-    ready, until = threading.Event(), threading.Event()
-
-    def begun(url: str) -> None:
-        address.append(url)
-        ready.set()
-
-    server = threading.Thread(target=serve, args=(Settings(port=0), begun, until), daemon=True)
-    server.start()
-    ready.wait()
-    with sync_playwright() as playwright:
+    with serving(Settings(port=0)) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name in wanted:
-            page = browser.new_page(viewport={"width": WIDTH, "height": 900}, base_url=address[0])
+            page = browser.new_page(viewport={"width": WIDTH, "height": 900}, base_url=url)
             page.set_default_timeout(PATIENCE)
             save(name, SHOTS[name](page))
             page.close()
         browser.close()
-    until.set()
-    server.join()
 
 
 def save(name: str, shot: bytes) -> None:
@@ -65,6 +55,17 @@ def open_tab(page: Any, tab: str, **asked: Any) -> None:
     page.goto(f"/?tab={tab}&{query}")
     page.locator(f"#{tab}-start").wait_for()
     page.wait_for_function("window.studio && window.studio.asked === null")
+
+
+def look(page: Any, link: str, width: int, patch: int | None = None) -> bytes:
+    """The first tab, with the pointer on a patch if one is given."""
+    page.set_viewport_size({"width": width, "height": 860})
+    page.goto(link)
+    page.locator("#costs .cards[data-stage=done]").wait_for()
+    if patch is not None:
+        page.hover(f'[data-patch="{patch}"]')
+    shot: bytes = page.screenshot(full_page=True)
+    return shot
 
 
 def compare(page: Any) -> bytes:
@@ -101,7 +102,13 @@ def crops(folder: Path) -> list[Path]:
     return files
 
 
-SHOTS: Mapping[str, Callable[[Any], bytes]] = {"compare": compare, "calibrate": calibrate}
+SHOTS: Mapping[str, Callable[[Any], bytes]] = {
+    "look": lambda page: look(page, "/?model=clip&image=chelsea&block=7", 1280, 118),
+    "scenes": lambda page: look(page, "/?model=scenes&image=scene-0&amount=keep&value=0.3", 1280),
+    "narrow": lambda page: look(page, "/?model=saliency&image=coffee", 390),
+    "compare": compare,
+    "calibrate": calibrate,
+}
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import turbovlm
-from turbovlm.registry import unregister
+from turbovlm.registry import OWN, unregister
 from vlms import IMAGE, TEXT, VIDEO, Vlm, qwen3_image, seeded
 
 transformers = pytest.importorskip("transformers")
@@ -41,6 +42,13 @@ def registered():
 def test_an_entry_has_fifteen_lines_at_most(name):
     lines = ENTRIES[name].split(f"{name} = ")[1].split("\n)\n")[0].splitlines()
     assert len(lines) + 1 <= 15
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_own_families_are_loaded_where_one_of_their_classes_is_seen(kind):
+    module, begin = OWN[kind]
+    paths = [path for family in importlib.import_module(module).FAMILIES for path in family.classes]
+    assert [path for path in paths if begin and not path.startswith(begin)] == []
 
 
 def pixio():

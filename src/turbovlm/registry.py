@@ -37,7 +37,7 @@ class Family(Protocol):
 OWN = {
     "encoder": ("turbovlm.encoder.families", ()),
     "vlm": ("turbovlm.vlm.families", ("transformers.",)),
-    "denoiser": ("turbovlm.diffusion.families", ("diffusers.",)),
+    "denoiser": ("turbovlm.diffusion.families", ("diffusers.", "comfy.ldm.", "backend.nn.")),
 }
 """Where turbovlm's own families of each kind are, and what the paths of all their classes begin with: they are imported
 when such a class is seen."""

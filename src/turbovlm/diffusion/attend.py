@@ -35,6 +35,8 @@ class Attending:
         keys_apart: whether keys and values are made of `encoder_hidden_states`, where it is given.
         each: whether every image attends by itself, to those words that are no padding.
         asked: whether other tokens ask, as a sound's do; the image's give keys and values only.
+        added: name of the argument whose value the module itself adds to the scores, `[batch, 1, 1, keys]`; empty where
+            a processor attends.
     """
 
     text: str | None = None
@@ -42,6 +44,7 @@ class Attending:
     keys_apart: bool = False
     each: bool = False
     asked: bool = False
+    added: str = ""
 
 
 def attend_merged(
@@ -70,6 +73,8 @@ def attend_merged(
     # some are given what they read as both
     words = x.shape[1] - biases.bias.shape[-1] if text is None or text is x else text.shape[1]
     bias = biases.beside(attending.text, 0 if attending.asked else words)
+    if attending.added:
+        return original(x, *rest, **{**kwargs, attending.added: bias})
     processor = getattr(attention, "processor", None)
     if ends_in_sdpa(processor):
         counting = CountSizes(path, attending, biases.bias, bias)

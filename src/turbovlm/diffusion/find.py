@@ -15,6 +15,7 @@ from turbovlm.diffusion.denoiser import COMPILED, Holder, is_compiled
 from turbovlm.diffusion.families import Block, Denoiser, Part
 from turbovlm.diffusion.feature import DenoiseFeature
 from turbovlm.diffusion.grids import OfPositions, OfShapes
+from turbovlm.diffusion.levels import halvings, is_unet, stage_of
 from turbovlm.diffusion.merge_stack import Place, Stack
 from turbovlm.diffusion.refresh import Steps
 from turbovlm.diffusion.whole import what_stands_in_block, what_stood_inside
@@ -132,10 +133,12 @@ def _check_wanted(modules: dict[str, nn.Module], found: dict[str, Denoiser], con
 def _find_roots(modules: dict[str, nn.Module], found: dict[str, Denoiser]) -> list[str]:
     """Paths of the outermost denoisers."""
     roots: list[str] = []
+    others = {path for family in found.values() for path in family.roots}
     for name, module in modules.items():
         inside = any(root == "" or name.startswith(f"{root}.") for root in roots)
         begins = any(name == "" or block.startswith(f"{name}.") for block in found)
-        if not inside and begins and set(class_paths(module)) >= MODEL:
+        paths = set(class_paths(module))
+        if not inside and begins and (paths >= MODEL or paths & others):
             roots.append(name)
     return roots
 
@@ -146,7 +149,7 @@ def _find_sites(
     """The parts that merge, in groups of up to `SHARED_BY` blocks of one stage."""
     sites: list[Site] = []
     groups: list[str] = []
-    for stage, blocks in _stages(found, roots).items():
+    for stage, blocks in _stages(modules, found, roots).items():
         for place, name in enumerate(blocks):
             if place % SHARED_BY == 0:
                 groups.append(f"{stage}:{place // SHARED_BY}")
@@ -165,12 +168,12 @@ def _root_of(name: str, roots: list[str]) -> str:
     return next((f"{root}." for root in roots if root and name.startswith(f"{root}.")), "")
 
 
-def _stages(found: dict[str, Denoiser], roots: list[str]) -> dict[str, list[str]]:
+def _stages(modules: dict[str, nn.Module], found: dict[str, Denoiser], roots: list[str]) -> dict[str, list[str]]:
     """The paths of blocks by the parts of the denoiser in which they have equally many tokens."""
     stages: dict[str, list[str]] = {}
     for name in found:
         root = _root_of(name, roots)
-        stages.setdefault(root + _stage_of(name.removeprefix(root)), []).append(name)
+        stages.setdefault(root + stage_of(modules[root[:-1]], name.removeprefix(root)), []).append(name)
     return stages
 
 
@@ -185,7 +188,7 @@ def _find_places(
     whole = _whole_first(modules, found, roots, config)
     places: list[Place] = []
     number = 0
-    for stage, blocks in _stages(found, roots).items():
+    for stage, blocks in _stages(modules, found, roots).items():
         sharing = SHARED_BY_STACKED
         for names in _runs_of([name for name in blocks if name not in whole], modules, span):
             if sharing >= SHARED_BY_STACKED:
@@ -218,7 +221,7 @@ def _whole_first(
     whole: set[str] = set()
     for root in roots:
         blocks = [name for name in found if root == "" or name.startswith(f"{root}.")]
-        if hasattr(modules[root], "down_blocks"):
+        if is_unet(modules[root]):
             continue
         count = config.whole_first
         if count is None:
@@ -266,25 +269,10 @@ def _parts_of(module: nn.Module, family: Denoiser) -> tuple[Block, list[Part]]:
     return block, [part for part in block.parts if getattr(module, part.path, None) is not None]
 
 
-def _stage_of(name: str) -> str:
-    """Path of the part of a denoiser in which all blocks have equally many tokens."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0].endswith("_blocks") and len(parts) > 3 else parts[0]
-
-
 def _halved_before(denoiser: Any, name: str, blocks: Iterable[str]) -> int:
     """How often a denoiser halves rows and columns before the largest resolution that has blocks."""
-    downs, ups = getattr(denoiser, "down_blocks", None) or (), getattr(denoiser, "up_blocks", None) or ()
-    level, levels = 0, dict[str, int]()
-    for i, stage in enumerate(downs):
-        levels[f"down_blocks.{i}."] = level
-        level += getattr(stage, "downsamplers", None) is not None
-    levels["mid_block."] = level
-    for i, stage in enumerate(ups):
-        levels[f"up_blocks.{i}."] = level
-        level -= getattr(stage, "upsamplers", None) is not None
     inside = f"{name}." if name else ""
-    stages = {f"{inside}{stage}": halved for stage, halved in levels.items()}
+    stages = {f"{inside}{stage}": halved for stage, halved in halvings(denoiser).items()}
     return min((halved for stage, halved in stages.items() for block in blocks if block.startswith(stage)), default=0)
 
 

@@ -153,7 +153,8 @@ def _enter(run: Run, place: Place, given: dict[str, Any]) -> None:
     x, words = split_text(hidden, merge.weights.shape[1], place.kind.text)
     merged = merge.merge(x, path=run.path)
     run.stacked = Stacked(merge, x, merged, place.stack.site.key)
-    given[place.arguments[0]] = beside_text(hidden, words, merged, place.kind.text)
+    read = beside_text(hidden, words, merged, place.kind.text)
+    given[place.arguments[0]] = read.clone() if place.kind.in_place else read
 
 
 def _left(run: Run, name: str, stacked: Stacked, kind: Block, out: Any) -> Any:

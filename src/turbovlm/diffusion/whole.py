@@ -65,8 +65,11 @@ def reason_to_leave_block_whole(block: Any, kind: Block, given: dict[str, Any]) 
         given: its arguments, by name.
     """
     for name in kind.whole_if:
-        if given.get(name, getattr(block, name, None)) is not None:
+        value = given.get(name, getattr(block, name, None))
+        if value is not None and value is not False:
             return f"its {name} is set, by which positions are not alike"
+    if kind.reason is not None and (reason := kind.reason(given)) is not None:
+        return reason
     for value in given.values():
         if isinstance(value, dict):
             for name in POSITIONAL:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,22 +70,48 @@ def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:
     return page
 
 
+<<<<<<< HEAD
+def serve(settings: Settings, ready: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        ready: called with the page's address once it answers.
+
+    Raises:
+        TurboError: see `serving`.
+    """
+    with serving(settings) as url:
+        ready(url)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+@contextlib.contextmanager
+def serving(settings: Settings, shop: Models | None = None) -> Iterator[str]:
+    """Serve the page inside; gives its address, with the first model loaded.
+=======
 def serve(settings: Settings, ready: Callable[[str], None], until: threading.Event | None = None) -> None:
     """Serve the page until Ctrl-C, or until `until` is set.
+>>>>>>> studio-tabs
 
     Uploads lie in a folder of this process, which is removed at the end.
 
     Args:
+<<<<<<< HEAD
+        shop: the models; those of the settings if None.
+=======
         ready: called with the page's address once it answers and the first model is loaded.
+>>>>>>> studio-tabs
 
     Raises:
-        TurboError: the port is taken, or the first model cannot be loaded.
+        TurboError: the port is taken, or no model can be loaded.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     shop = Models(subjects(settings), settings.images)
     with tempfile.TemporaryDirectory(prefix="turbovlm-studio-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(settings, shop).queue(max_size=64)
+        looking.warm(shop)
         try:
             _, url, _ = page.launch(
                 server_name=settings.host,
@@ -110,11 +137,7 @@ def serve(settings: Settings, ready: Callable[[str], None], until: threading.Eve
                 "--port 0 takes a free one"
             ) from error
         try:
-            looking.warm(shop)
-            ready(url)
-            (until or threading.Event()).wait()
-        except KeyboardInterrupt:
-            pass
+            yield url
         finally:
             page.close(verbose=False)
 

@@ -190,7 +190,8 @@ def _run(
 ) -> Iterator[dict[Any, Any]]:
     """Run what the controls say, and then time it.
 
-    The lock is not held in between: a page that is closed there never comes back.
+    Nothing is yielded with the lock held: each part of a generator may run in another thread, or none where the page is
+    closed.
     """
     loaded = shop[subject.key]
     choice = _choice(subject, given)

@@ -13,6 +13,7 @@ from turbovlm.apply import apply, denoiser_of
 from turbovlm.calibration.speed import device_in_words
 from turbovlm.calibration.subject import NEAR, Spread, Subject, Trial, solve_amount
 from turbovlm.config import DenoiseConfig
+from turbovlm.diffusion.levels import is_unet
 from turbovlm.errors import ConfigError
 from turbovlm.profile.images import compare_images
 from turbovlm.profile.pipelines import WatchedPipeline, inputs_of
@@ -137,7 +138,7 @@ class DenoiserSubject(Subject):
         denoiser: Any = denoiser_of(self.model)
         blocks = sum(family_of("denoiser", module) is not None for module in denoiser.modules())
         counts = dict.fromkeys(int(blocks * share) for share in WHOLE_SHARES)
-        return [] if hasattr(denoiser, "down_blocks") else [{"whole_first": count} for count in counts]
+        return [] if is_unet(denoiser) else [{"whole_first": count} for count in counts]
 
     def _can_try(self, change: Mapping[str, Any]) -> bool:
         """Whether a change is one, leaves alone what was given, and the denoiser is of a family that has it."""

@@ -3,8 +3,9 @@ paths (`dataclasses.replace`)."""
 
 from turbovlm.diffusion.families.entry import Block, Denoiser, Part
 from turbovlm.diffusion.families.images import BASIC, FLUX, FLUX_DOUBLE, FLUX_SINGLE, IMAGES, SD3
+from turbovlm.diffusion.families.rows import ROWS
 from turbovlm.diffusion.families.videos import VIDEOS
 
-FAMILIES = IMAGES + VIDEOS
+FAMILIES = IMAGES + VIDEOS + ROWS
 
 __all__ = ["BASIC", "FAMILIES", "FLUX", "FLUX_DOUBLE", "FLUX_SINGLE", "SD3", "Block", "Denoiser", "Part"]

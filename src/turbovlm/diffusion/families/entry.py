@@ -7,8 +7,9 @@ copy of another with other paths (`dataclasses.replace`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from turbovlm.diffusion.attend import Attending
 from turbovlm.diffusion.grids import GridReader, OfLatent
@@ -55,7 +56,10 @@ class Block:
             apart, or there is none.
         words: the argument that has the text's tokens, where they are apart.
         by_parts: whether its parts can also merge by themselves.
-        whole_if: its attributes and arguments that make it treat positions differently, where they are not None.
+        whole_if: its attributes and arguments that make it treat positions differently, where they are neither None nor
+            False.
+        reason: what says of its arguments, by name, why it has to read all tokens; None where it need not.
+        in_place: whether it writes to what it is given.
     """
 
     path: str
@@ -67,6 +71,8 @@ class Block:
     words: str = "encoder_hidden_states"
     by_parts: bool = True
     whole_if: tuple[str, ...] = ()
+    reason: Callable[[Mapping[str, Any]], str | None] | None = None
+    in_place: bool = False
 
     @property
     def library(self) -> str:
@@ -87,6 +93,7 @@ class Denoiser:
         between: arguments of the holder's that add something to tokens between blocks, or skip blocks.
         lists: names of the lists of blocks that the image's tokens go through, where others of the same class have the
             text's; empty for all.
+        roots: dotted paths of the denoisers, where they are no models of `diffusers`.
     """
 
     kind: ClassVar[str] = "denoiser"
@@ -98,6 +105,7 @@ class Denoiser:
     refused: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
