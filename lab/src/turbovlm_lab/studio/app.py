@@ -70,7 +70,6 @@ def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:
     return page
 
 
-<<<<<<< HEAD
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
     """Serve the page until Ctrl-C.
 
@@ -89,25 +88,17 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
 @contextlib.contextmanager
 def serving(settings: Settings, shop: Models | None = None) -> Iterator[str]:
     """Serve the page inside; gives its address, with the first model loaded.
-=======
-def serve(settings: Settings, ready: Callable[[str], None], until: threading.Event | None = None) -> None:
-    """Serve the page until Ctrl-C, or until `until` is set.
->>>>>>> studio-tabs
 
     Uploads lie in a folder of this process, which is removed at the end.
 
     Args:
-<<<<<<< HEAD
         shop: the models; those of the settings if None.
-=======
-        ready: called with the page's address once it answers and the first model is loaded.
->>>>>>> studio-tabs
 
     Raises:
         TurboError: the port is taken, or no model can be loaded.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    shop = Models(subjects(settings), settings.images)
+    shop = Models(subjects(settings), settings.images) if shop is None else shop
     with tempfile.TemporaryDirectory(prefix="turbovlm-studio-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(settings, shop).queue(max_size=64)
