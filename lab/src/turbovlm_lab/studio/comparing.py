@@ -24,6 +24,8 @@ DEMO, UPLOAD, FOLDER = "demo", "upload", "folder"
 BATCH = 8
 ROUNDS = (2, 12, 4)
 """Rounds of timing: at least, at most, at first."""
+SECONDS = 300
+"""After which no further round of timing begins."""
 COUNTS = (2, 28, 7)
 """Built-in images: at least, at most, at first."""
 FIRST_SHARES = (0.8, 0.6, 0.4)
@@ -184,7 +186,8 @@ def _prepare(
         paths = files_in(shop.folders[int(images.removeprefix(FOLDER)) - 1], int(count))
     found = int(count) if images == DEMO else len(paths)
     check(found, shares)
-    settings = Settings(tuple(sorted(shares, reverse=True)), batch=min(BATCH, found), rounds=int(rounds), shown=SHOWN)
+    falling = tuple(sorted(shares, reverse=True))
+    settings = Settings(falling, min(BATCH, found), int(rounds), SECONDS, SHOWN)
     chosen = [method for method in OTHERS if method.key in methods]
     title = shop.encoders[model].title
 
