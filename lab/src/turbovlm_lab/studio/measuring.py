@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -36,31 +35,25 @@ def counted(run: Callable[[], T]) -> tuple[T, float]:
 
 
 def timed_in_turn(
-    versions: Sequence[Callable[[], object]],
-    rounds: tuple[int, int] = ROUNDS,
-    seconds: float = SECONDS,
-    within: Sequence[Callable[[], AbstractContextManager[object]]] = (),
+    versions: Sequence[Callable[[], object]], rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS
 ) -> list[Times]:
     """Time each version once per round, forwards and backwards in turn, so that a busy machine slows all alike.
 
     Args:
         versions: what is timed.
         rounds: at least and at most; `seconds`: after which no further one begins.
-        within: for each version what it runs in, entered before the clock starts; nothing if left out.
     """
     started = time.perf_counter()
-    around = within or [nullcontext] * len(versions)
     cpu: list[list[float]] = [[] for _ in versions]
     wall: list[list[float]] = [[] for _ in versions]
     for turn in range(rounds[1]):
         if turn >= rounds[0] and time.perf_counter() - started > seconds:
             break
         for place in range(len(versions))[:: 1 if turn % 2 == 0 else -1]:
-            with around[place]():
-                clock, process = time.perf_counter(), time.process_time()
-                versions[place]()
-                cpu[place].append(time.process_time() - process)
-                wall[place].append(time.perf_counter() - clock)
+            clock, process = time.perf_counter(), time.process_time()
+            versions[place]()
+            cpu[place].append(time.process_time() - process)
+            wall[place].append(time.perf_counter() - clock)
     return [Times(statistics.median(c), statistics.median(w), len(c)) for c, w in zip(cpu, wall)]
 
 
