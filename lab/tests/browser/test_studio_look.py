@@ -57,8 +57,9 @@ def test_clip_names_an_image_and_shows_what_became_of_its_patches(page: Any) -> 
 def test_a_slider_another_image_and_own_labels(page: Any) -> None:
     page.goto("/?value=0.9")
     settled(page, "value=0.9")
-    page.locator("#words textarea").fill("a cat, a dog")
-    page.locator("#words textarea").press("Enter")
+    words = page.locator("#words textarea")
+    words.fill("a cat, a dog")
+    words.press("Shift+Enter")
     page.locator("[name=picked][value=chelsea]").check(force=True)
     settled(page, "image=chelsea", "words=a cat, a dog")
     assert page.inner_text(".labels .label b >> nth=0") == "a cat"
@@ -86,6 +87,7 @@ def test_what_a_link_has_wrong_is_said(page: Any) -> None:
     page.goto(f"{TINY}&image=nothing&degree=best&value=many")
     text = problem(page, "#problem-link")
     assert "image=nothing" in text and "degree=best" in text and "value=many" in text
+    settled(page, "model=folder-tiny")
     page.goto("/?model=gpt")
     assert "there are clip, " in problem(page, "#problem-link")
     settled(page, "model=clip")

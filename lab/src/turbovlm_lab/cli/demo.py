@@ -185,7 +185,7 @@ def show(result: Result, console: Console) -> None:
     for table in tables(result):
         console.print(table)
         console.print()
-    for sentence in (*warnings(result), *summary(result), machine_line(result)):
+    for sentence in (*warnings(result), *summary(result), machine_line(result.machine)):
         console.print(sentence, highlight=False)
 
 

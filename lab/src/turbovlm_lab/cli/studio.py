@@ -16,6 +16,7 @@ examples:
   turbovlm studio                      then open http://127.0.0.1:7860 in a browser
   turbovlm studio --open               opens it for you
   turbovlm studio --model ./my-vit     a model of yours beside the built-in ones: a folder of transformers, with weights
+  turbovlm studio --images ./holiday   methods compared, and settings calibrated, on a folder of images
   turbovlm studio --port 0             a free port; the address is printed
 
 What you see there: which patches become one token, block by block; a token's R, A, E and size under the pointer; the
@@ -45,6 +46,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FOLDER",
         help="a model of yours: a folder of transformers; may be given several times",
     )
+    parser.add_argument(
+        "--images",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a folder of images to compare and calibrate on; may be given several times",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="where to serve; others than this machine by 0.0.0.0")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="0 for a free one (default: %(default)s)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
@@ -68,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"--model {folder}: must be a folder of transformers, with a config.json")
+    images = tuple(Path(folder).expanduser() for folder in args.images)
+    for folder in images:
+        if not folder.is_dir():
+            raise ConfigError(f"--images {folder}: must be a folder of images")
     if args.host not in LOOPBACK:
         print(
             f"turbovlm: --host {args.host}: whoever reaches this machine can use the page; nothing asks who they are",
@@ -82,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:
-        serve(Settings(args.host, args.port, folders, args.open), _say)
+        serve(Settings(args.host, args.port, folders, args.open, images), _say)
     finally:
         torch.set_num_threads(threads)
     return 0

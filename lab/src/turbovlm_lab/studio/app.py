@@ -12,14 +12,18 @@ from pathlib import Path
 import gradio as gr
 
 from turbovlm.errors import TurboError
-from turbovlm_lab.studio import encoders, looking
+from turbovlm_lab.studio import calibrating, comparing, encoders, looking
 from turbovlm_lab.studio.folders import folder_subject
 from turbovlm_lab.studio.subjects import Models, Subject
 from turbovlm_lab.studio.uploads import MEGABYTES
 
 PAGE = Path(__file__).parent / "page"
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
-TABS: tuple[tuple[str, str, Callable[[Models], None]], ...] = (("look", "Look", looking.tab),)
+TABS: tuple[tuple[str, str, Callable[[Models], None]], ...] = (
+    ("look", "Look", looking.tab),
+    ("compare", "Compare", comparing.tab),
+    ("calibrate", "Calibrate", calibrating.tab),
+)
 """Of each tab: its name in links, its title, and what adds its components."""
 
 
@@ -30,6 +34,7 @@ class Settings:
     Attributes:
         host, port: where the page is served; port 0 takes a free one.
         folders: of models, which are offered beside the built-in ones.
+        images: folders of images, which methods can be compared on.
         opens: whether to open it in the browser.
     """
 
@@ -37,6 +42,7 @@ class Settings:
     port: int = 7860
     folders: tuple[Path, ...] = ()
     opens: bool = False
+    images: tuple[Path, ...] = ()
 
 
 def subjects(settings: Settings) -> list[Subject]:
@@ -50,31 +56,38 @@ def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:
     Args:
         shop: the models; those of the settings if None.
     """
-    shop = Models(subjects(settings)) if shop is None else shop
+    shop = Models(subjects(settings), settings.images) if shop is None else shop
     with gr.Blocks(title="turbovlm studio", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML("<h1>turbovlm studio</h1><p>See which tokens become one, what it saves, and what it costs.</p>")
         with gr.Tabs(elem_id="tabs") as tabs:
             for key, title, add in TABS:
                 with gr.Tab(title, id=key) as each:
                     add(shop)
-                each.select(None, js=f"() => {{ window.studio.link({{tab: '{key}'}}); }}")
-        page.load(_tab_of_link, None, tabs, queue=False, show_progress="hidden")
+                each.select(None, js=f"() => {{ window.studio.tab('{key}'); }}")
+        opened = page.load(_tab_of_link, None, tabs, queue=False, show_progress="hidden")
+        opened.then(None, js="() => { window.studio.asked = null; }")
     return page
 
 
-def serve(settings: Settings, ready: Callable[[str], None], until: threading.Event | None = None) -> None:
+def serve(
+    settings: Settings,
+    ready: Callable[[str], None],
+    until: threading.Event | None = None,
+    shop: Models | None = None,
+) -> None:
     """Serve the page until Ctrl-C, or until `until` is set.
 
     Uploads lie in a folder of this process, which is removed at the end.
 
     Args:
         ready: called with the page's address once it answers and the first model is loaded.
+        shop: the models; those of the settings if None.
 
     Raises:
         TurboError: the port is taken, or the first model cannot be loaded.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    shop = Models(subjects(settings))
+    shop = Models(subjects(settings), settings.images) if shop is None else shop
     with tempfile.TemporaryDirectory(prefix="turbovlm-studio-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(settings, shop).queue(max_size=64)
@@ -94,7 +107,7 @@ def serve(settings: Settings, ready: Callable[[str], None], until: threading.Eve
                 mcp_server=False,
                 enable_monitoring=False,
                 theme=gr.themes.Base(primary_hue="blue", font=FONTS, font_mono=("ui-monospace", "monospace")),
-                css_paths=[PAGE / "studio.css"],
+                css_paths=[PAGE / "studio.css", PAGE / "tabs.css"],
                 head=f"<script>{(PAGE / 'studio.js').read_text(encoding='utf-8')}</script>",
             )
         except OSError as error:

@@ -77,6 +77,11 @@ class ImageEncoder(Loaded):
     def prepare(self, images: Sequence[Image], side: int | None = None) -> Any:
         return self._prepare(images, self.side if side is None else side)
 
+    def seen(self, image: Image) -> Image:
+        if self._shown is not None:
+            return self._shown(self.prepare([image]))
+        return saliency.centre_square(image).resize((self.side, self.side))
+
     @torch.inference_mode()
     def run(self, sample: Sample, configs: Sequence[Config]) -> Outcome:
         whole, model = self._whole(sample), self._merged
@@ -129,11 +134,8 @@ class ImageEncoder(Loaded):
         first = traces[0]
         patches = first.source.shape[1] - first.prefix - first.suffix
         tokens = (first.source.shape[1], *(trace.sizes.shape[1] for trace in traces))
-        if self._shown is not None:
-            image = self._shown(pixels)
-        else:
-            assert sample.image is not None
-            image = saliency.centre_square(sample.image).resize((self.side, self.side))
+        assert sample.image is not None
+        image = self.seen(sample.image)
         columns = round((patches * image.width / image.height) ** 0.5)
         rows = patches // columns
         return (View(image, (rows, columns), traces) if rows * columns == patches else None), tokens

@@ -28,7 +28,7 @@ from turbovlm_lab.studio.choices import (
 )
 from turbovlm_lab.studio.patches import as_json, payload
 from turbovlm_lab.studio.photos import demo_photos, pictures
-from turbovlm_lab.studio.subjects import IMAGE, Loaded, Models, Outcome, Photo, Sample, Subject
+from turbovlm_lab.studio.subjects import IMAGE, Models, Outcome, Photo, Sample, Subject
 from turbovlm_lab.studio.uploads import FORMATS, MEGABYTES, MEGAPIXELS, inside_uploads, read_upload
 
 PAGE = Path(__file__).parent / "page"
@@ -70,16 +70,16 @@ class _Controls:
         on = subject.settings
         updates: dict[Any, Any] = {
             self.amount: gr.update(choices=[(AMOUNTS[name], name) for name in subject.amounts], value=choice.amount),
-            self.steps: gr.update(value=choice.steps or STEPS[0], visible=subject.steps is not None),
-            self.alpha: gr.update(value=choice.alpha, visible="alpha" in on),
-            self.schedule: gr.update(value=choice.schedule, visible="schedule" in on),
-            self.listed: gr.update(value=choice.listed, visible=choice.schedule == "list"),
+            self.steps: gr.update(value=choice.steps or STEPS[0], visible=_seen(subject.steps is not None)),
+            self.alpha: gr.update(value=choice.alpha, visible=_seen("alpha" in on)),
+            self.schedule: gr.update(value=choice.schedule, visible=_seen("schedule" in on)),
+            self.listed: gr.update(value=choice.listed, visible=_seen(choice.schedule == "list")),
         }
         for name in AMOUNTS:
             value = choice.value if name == choice.amount else subject.amounts.get(name, RANGES[name].high)
-            updates[getattr(self, name)] = gr.update(value=value, visible=name == choice.amount)
+            updates[getattr(self, name)] = gr.update(value=value, visible=_seen(name == choice.amount))
         for name in OPTIONS:
-            updates[getattr(self, name)] = gr.update(value=getattr(choice, name), visible=name in on)
+            updates[getattr(self, name)] = gr.update(value=getattr(choice, name), visible=_seen(name in on))
         return updates
 
     def of_subject(self, subject: Subject, choice: Choice, picked: str, words: str) -> dict[Any, Any]:
@@ -88,8 +88,8 @@ class _Controls:
             self.model: subject.key,
             self.about: subject.about,
             self.picked: gr.update(items=pictures(photos_of(subject), picked), value=picked),
-            self.drop: gr.update(visible=subject.takes == IMAGE),
-            self.words: gr.update(label=subject.words, value=words, visible=subject.words is not None),
+            self.drop: gr.update(visible=_seen(subject.takes == IMAGE)),
+            self.words: gr.update(label=subject.words, value=words, visible=_seen(subject.words is not None)),
             **self.of_choice(choice, subject),
         }
 
@@ -127,6 +127,11 @@ class _Results:
         }
         not_run = "<p class='note'>Nothing was run: see the message beside the control.</p>"
         return {self.costs: not_run, self.answers: "", self.view: "", self.code: "", **shown}
+
+
+def _seen(on: bool) -> bool | str:
+    """A component's `visible`: what is not shown stays in the page, as Gradio loses the props of what is left out."""
+    return True if on else "hidden"
 
 
 def photos_of(subject: Subject) -> list[Photo]:
@@ -178,7 +183,14 @@ def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], 
     drop = gr.HTML(
         "", html_template=_page("drop.html"), js_on_load=_page("drop.js"), ask=ASK, megabytes=MEGABYTES, elem_id="drop"
     )
-    words = gr.Textbox(first.default_words, label=first.words, elem_id="words", max_lines=4, max_length=4000)
+    words = gr.Textbox(
+        first.default_words,
+        label=first.words,
+        visible=_seen(first.words is not None),
+        elem_id="words",
+        max_lines=4,
+        max_length=4000,
+    )
     slots["sample"] = gr.HTML("", elem_id="problem-sample")
     amounts = [(AMOUNTS[name], name) for name in first.amounts]
     amount = gr.Radio(amounts, value=choice.amount, label="How much is merged", elem_id="amount")
@@ -191,14 +203,20 @@ def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], 
     with gr.Accordion("Which tokens, and where", open=False, elem_id="more"):
         alpha = gr.Number(None, label="α · weight of the semantic value (empty: the library's)", elem_id="alpha")
         drops = {
-            name: gr.Dropdown([("the library's", DEFAULT), *options], value=DEFAULT, label=name, elem_id=name)
+            name: gr.Dropdown(
+                [("the library's", DEFAULT), *options],
+                value=DEFAULT,
+                label=name,
+                visible=_seen(name in first.settings),
+                elem_id=name,
+            )
             for name, options in OPTIONS.items()
         }
         slots["ranking"] = gr.HTML("", elem_id="problem-ranking")
         schedule = gr.Dropdown(
             [(title, key) for key, title in SCHEDULES.items()], value=DEFAULT, label="schedule", elem_id="schedule"
         )
-        listed = gr.Textbox("", label="tokens merged in each block", visible=False, elem_id="listed", max_length=400)
+        listed = gr.Textbox("", label="tokens merged in each block", visible="hidden", elem_id="listed", max_length=400)
         slots["schedule"] = gr.HTML("", elem_id="problem-schedule")
     reset = gr.Button("Reset to defaults", size="sm", elem_id="reset")
     kept = {"model": model, "about": about, "picked": picked, "drop": drop, "words": words, "amount": amount}
@@ -209,7 +227,7 @@ def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], 
 def _slider(name: str, label: str, span: Range, value: float, visible: bool) -> gr.HTML:
     parts: dict[str, Any] = {"html_template": _page("slider.html"), "js_on_load": _page("slider.js")}
     span_of = {"label": label, "low": span.low, "high": span.high, "step": span.step}
-    return gr.HTML(value, **parts, **span_of, visible=visible, elem_id=name)
+    return gr.HTML(value, **parts, **span_of, visible=_seen(visible), elem_id=name)
 
 
 def _right(slots: dict[str, gr.HTML]) -> _Results:
@@ -237,8 +255,7 @@ def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.Sta
         try:
             if not shop.is_loaded(subject.key):
                 yield {results.costs: f"<p class='note'>Loading {subject.title} …</p>", results.answers: ""}
-            with shop.computing:
-                yield from _run(subject, shop[subject.key], given, upload, results)
+            yield from _run(shop, subject, given, upload, results)
         except TurboError as error:
             yield results.of_error(error)
 
@@ -249,11 +266,11 @@ def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.Sta
         return {**shown, asked: time.monotonic()}
 
     def choose_amount(amount: str) -> dict[Any, Any]:
-        shown = {getattr(controls, name): gr.update(visible=name == amount) for name in AMOUNTS}
+        shown = {getattr(controls, name): gr.update(visible=_seen(name == amount)) for name in AMOUNTS}
         return {**shown, asked: time.monotonic()}
 
     def choose_schedule(schedule: str) -> dict[Any, Any]:
-        return {controls.listed: gr.update(visible=schedule == "list"), asked: time.monotonic()}
+        return {controls.listed: gr.update(visible=_seen(schedule == "list")), asked: time.monotonic()}
 
     def go_back(key: str) -> dict[Any, Any]:
         subject = shop.subjects[key]
@@ -298,19 +315,27 @@ UPLOAD_HAS_NO_LINK = "An uploaded image stays in this page: for others, this lin
 
 
 def _run(
-    subject: Subject, loaded: Loaded, given: Mapping[str, Any], upload: Photo | None, results: _Results
+    shop: Models, subject: Subject, given: Mapping[str, Any], upload: Photo | None, results: _Results
 ) -> Iterator[dict[Any, Any]]:
-    """Run what the controls say, and then time it."""
+    """Run what the controls say, and then time it.
+
+    Nothing is yielded with the lock held: each part of a generator may run in another thread, or none where the page is
+    closed.
+    """
+    loaded = shop[subject.key]
     choice = _choice(subject, given)
     sample = _sample(subject, given, upload)
     settings = choice.settings(subject, loaded)
-    outcome = loaded.run(sample, choice.configs(subject, loaded))
+    with shop.computing:
+        outcome = loaded.run(sample, choice.configs(subject, loaded))
     if sample.key.startswith(UPLOADED):
         outcome = replace(outcome, notes=(*outcome.notes, UPLOAD_HAS_NO_LINK))
     line = f"import turbovlm\n\nhandle = turbovlm.apply(model, {written(settings)})"
     link = _link(subject, choice, sample)
     yield results.of(outcome, line, link)
-    yield {results.costs: render.costs(outcome, outcome.time(), link)}
+    with shop.computing:
+        times = outcome.time()
+    yield {results.costs: render.costs(outcome, times, link)}
 
 
 def _choice(subject: Subject, given: Mapping[str, Any]) -> Choice:

@@ -22,13 +22,13 @@ def costs(outcome: Outcome, times: Sequence[Times] | None, link: Mapping[str, st
     whole, merged = outcome.unmerged, outcome.merged
     cards = []
     if merged.tokens:
-        cards.append(_card("Tokens", f"{whole.tokens[-1]} → {merged.tokens[-1]}", "behind the last block"))
+        cards.append(card("Tokens", f"{whole.tokens[-1]} → {merged.tokens[-1]}", "behind the last block"))
     share = f"{merged.gmacs / whole.gmacs:.0%} of them left" if whole.gmacs else ""
-    cards.append(_card("Multiply-accumulates", f"{whole.gmacs:.3g} → {merged.gmacs:.3g} G", share))
+    cards.append(card("Multiply-accumulates", f"{whole.gmacs:.3g} → {merged.gmacs:.3g} G", share))
     cards.append(_time(times))
     if outcome.drift is not None:
         centred = "1 − cosine" if outcome.centred is None else f"1 − cosine · centred {_small(outcome.centred)}"
-        cards.append(_card("Drift", _small(outcome.drift), centred))
+        cards.append(card("Drift", _small(outcome.drift), centred))
     note = f"Of {outcome.measured}"
     if times is not None:
         runs = times[1].runs
@@ -66,18 +66,19 @@ def problem(message: str | None) -> str:
     return "" if message is None else f"<p class='problem' role='alert'>{escape(message)}</p>"
 
 
-def _card(title: str, value: str, detail: str) -> str:
+def card(title: str, value: str, detail: str) -> str:
+    """A number with its title above and what must be known of it beneath."""
     return f"<div class='card'><span>{title}</span><b>{value}</b><small>{escape(detail)}</small></div>"
 
 
 def _time(times: Sequence[Times] | None) -> str:
     if times is None:
-        return _card("CPU time", "…", "being measured")
+        return card("CPU time", "…", "being measured")
     whole, merged = times
     faster = whole.cpu / merged.cpu
     said = f"{faster:.2f}× as fast" if faster >= 1 else f"{1 / faster:.2f}× as slow"
     clock = f"clock {_ms(whole.wall)} → {_ms(merged.wall)} ms"
-    return _card("CPU time", f"{_ms(whole.cpu)} → {_ms(merged.cpu)} ms", f"{said} · {clock}")
+    return card("CPU time", f"{_ms(whole.cpu)} → {_ms(merged.cpu)} ms", f"{said} · {clock}")
 
 
 def _ms(seconds: float) -> str:

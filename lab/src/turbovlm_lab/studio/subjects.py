@@ -10,6 +10,7 @@ import importlib.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -139,6 +140,9 @@ class Encodes(Loaded, Protocol):
     def prepare(self, images: Sequence[Image], side: int | None = None) -> Any:
         """RGB images to pixels; `side`: of another size than its own."""
 
+    def seen(self, image: Image) -> Image:
+        """The image as the model sees it: cropped and resized."""
+
     def encode(self, model: nn.Module, pixels: Any) -> Tensor:
         """What drift is measured on, `[images, …]`, by this model or a copy of it."""
 
@@ -199,12 +203,18 @@ def packages(*files: PackageFile) -> Callable[[], str | None]:
 
 
 class Models:
-    """Subjects by their keys, each loaded on first use, once; and one lock for all that computes."""
+    """Subjects by their keys, each loaded on first use, once; and one lock for all that computes.
 
-    def __init__(self, subjects: Sequence[Subject]) -> None:
+    Args:
+        subjects: one at least; the page begins with the first.
+        folders: of images, that the page may read beside what is uploaded.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], folders: Sequence[Path] = ()) -> None:
         if not subjects:
             raise ConfigError("subjects=[]: the studio needs one at least")
         self.subjects = {subject.key: subject for subject in subjects}
+        self.folders = tuple(folders)
         self.computing = threading.RLock()
         """Held while a model runs: times of two at once would mean nothing."""
         self._loaded: dict[str, Loaded] = {}
