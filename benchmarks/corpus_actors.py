@@ -240,12 +240,15 @@ def drawn(folder: Path, count: int) -> Path:
     return folder
 
 
-def save_model(folder: Path) -> str:
+def save_model(folder: Path, **config: int) -> str:
+    """A CLIP vision tower with random weights and its processor; ViT-B/32 where nothing else is said."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
-    CLIPVisionModelWithProjection(CLIPVisionConfig()).save_pretrained(folder)
-    CLIPImageProcessor().save_pretrained(folder)
+    made = CLIPVisionConfig(**config)
+    CLIPVisionModelWithProjection(made).save_pretrained(folder)
+    side = made.image_size
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(folder)
     return str(folder)
 
 

@@ -55,7 +55,7 @@ def written_into(page: str, result: Result) -> str:
     labels = f"{len(result.texts.labels)} labels by {result.texts.source}"
     said = textwrap.fill(
         f"CLIP ViT-B/16 on {len(result.found)} photographs and crops, fp32, batch {result.settings.batch}; {labels}. "
-        f"{machine_line(result)}.",
+        f"{machine_line(result.machine)}.",
         width=120,
         break_on_hyphens=False,
     )

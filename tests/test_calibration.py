@@ -580,7 +580,11 @@ def test_from_the_command_line(folder, vit, capsys, monkeypatch):
     from turbovlm.cli import main
 
     monkeypatch.chdir(folder)
-    assert main(["calibrate", "./vit", "images", "--flops", "0.7", "--effort", "1", "--limit", "30"]) == 0
+    argv = ["calibrate", "./vit", "images", "--flops", "0.7", "--effort", "1", "--limit", "30", "--json", "a.json"]
+    assert main(argv) == 0
+    document = json.loads((folder / "a.json").read_text())
+    assert document["calibration"] == json.loads((folder / "turbo.json").read_text())
+    assert document["files"] == ["turbo.json", "turbo.png"] and document["target"] == {"flops": 0.7}
     said = " ".join(capsys.readouterr().out.split())
     found = Calibration.load("turbo.json")
     assert str(found) in said and found.images == 15 and "settings: turbo.json; drift over cost: turbo.png" in said

@@ -263,12 +263,13 @@ def test_a_full_disk_leaves_whole_parts_and_the_run_goes_on(models, photos, tmp_
         written.append(path)
         if len(written) == 3:
             path.write_bytes(path.read_bytes()[:100])
-            raise OSError(28, "No space left on device", str(path))
+            raise OSError(28, "of pyarrow's, which names no file")
 
     command = ["embed", str(photos), "--model", models["clip"], "--shard-size", "8", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(pyarrow.parquet, "write_table", filling)
     assert main(command) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / 'part-000002.parquet'}: No space left on device; parts that are done stay" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".parquet") == [
         "part-000000.parquet",
         "part-000001.parquet",
@@ -279,14 +280,37 @@ def test_a_full_disk_leaves_whole_parts_and_the_run_goes_on(models, photos, tmp_
     assert len(pd.read_parquet(tmp_path / "out")) == 30
 
 
+def test_a_disk_that_is_too_small(models, photos, tmp_path, capsys):
+    """A file system of 16 kB, for some of the four parts."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    command = ["embed", str(photos), "--model", models["clip"], "--shard-size", "8", "--out", str(disk / "out")]
+    try:
+        assert main(command) == 2
+        assert "No space left on device; parts that are done stay" in capsys.readouterr().err
+        there = contents(disk / "out")
+        assert 0 < len(there) < 4
+        assert not list((disk / "out").glob(f"{folders.UNFINISHED}*"))
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        assert main(command) == 0
+        assert contents(disk / "out").items() > there.items()
+        embed(photos, tmp_path / "whole", job_of(models["clip"], batch=32), shard_size=8)
+        assert contents(disk / "out") == contents(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_a_corrupt_tar_is_counted(models, tmp_path, capsys):
     in_tar(tmp_path / "a.tar", range(6))
     whole = in_tar(tmp_path / "b.tar", range(6)).read_bytes()
     (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 2])
     assert main(["embed", str(tmp_path / "*.tar"), "--model", models["clip"], "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
+    said, remarks = capsys.readouterr()
     assert "1 could not be read" in said and "b.tar: cannot be read behind its first" in said
-    assert "the model as it is; --r, --keep or --flops make it faster" in said
+    assert "the model as it is; --r, --keep or --flops make it faster" in remarks
 
 
 def test_nothing_that_can_be_read(models, tmp_path):

@@ -44,12 +44,15 @@ def captioning(tmp_path, coco, *more):
     return main(["evaluate", "captioning", *map(str, given)])
 
 
-def test_a_model_and_data_from_folders(tmp_path, coco, capsys):
+def test_a_model_and_data_from_folders(tmp_path, coco, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     code = captioning(tmp_path, coco, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png", "--batch", 3)
     out, err = capsys.readouterr()
     assert code == 0, err
     assert "CIDEr" in out and "BLEU-4" in out and "4 samples" in out
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
     study = json.loads((tmp_path / "a.json").read_text())
+    assert captioning(tmp_path, coco, "--json") == 0 and json.loads(capsys.readouterr().out) == study
     assert [row["setting"] for row in study["rows"]] == ["unmerged", "turbovlm"]
     assert study["rows"][1]["ratio"] < 0.9 and study["data"] == "dataset_coco.json"
     assert Image.open(tmp_path / "a.png").size[0] > 500

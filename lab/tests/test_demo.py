@@ -312,6 +312,14 @@ def test_terminal_shows_the_tables(quick: Run) -> None:
 # ---- the command
 
 
+def test_the_document_alone(embedded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(clip, "load_clip", small_clip)
+    arguments = ["--names", str(embedded), "--out", str(tmp_path / "report.html"), "--json"]
+    assert main(["demo", "--quick", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["report"] == arguments[3] and len(found["rows"]) > 3
+
+
 def test_bad_image_ends_with_one_sentence(embedded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"nonsense")

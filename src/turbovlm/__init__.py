@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from turbovlm.sharing import share_weights
     from turbovlm.windows import batch_windows
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockTrace",

@@ -49,7 +49,8 @@ class DenoiseConfig(Settings):
             over the tokens says of the difference between the two; or `"auto"`: `"linear"`, but `"copy"` behind parts
             that run elsewhere than on a CPU.
         min_tokens: images of fewer tokens are left whole; those below 64 always are.
-        degree, alpha: as in `TurboConfig`.
+        degree: as in `TurboConfig`.
+        alpha: as in `TurboConfig`.
         grid: rows and columns of FLUX's tokens, where they cannot be read off `img_ids`; or of each image of a
             sequence, in a list.
         proportional: attend in proportion to the tokens that a merged one stands for (Turbo, equation 16).

@@ -18,6 +18,9 @@ QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
 variable that is set already stays."""
 BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Where standard error is no terminal: bars of downloads and of loading, of all the libraries that use the hub."""
+SAFE, UNSAFE = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""Whichever library loads a checkpoint, PyTorch takes tensors of it alone and runs no code in it; who sets the other
+variable has decided otherwise."""
 NAMES = ("turbovlm", "turbovlm.exe", "turbovlm-script.py")
 
 
@@ -30,8 +33,9 @@ def is_command() -> bool:
 
 
 def begin() -> None:
-    """Set what PyTorch reads when it is imported, and end without a traceback at Ctrl-C from now on."""
-    for name, value in (QUIET if sys.stderr.isatty() else QUIET | BARS).items():
+    """Set what PyTorch reads, and end without a traceback at Ctrl-C from now on."""
+    safe = {} if UNSAFE in os.environ else SAFE
+    for name, value in (QUIET | safe if sys.stderr.isatty() else QUIET | safe | BARS).items():
         os.environ.setdefault(name, value)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, stop)

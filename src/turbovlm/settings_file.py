@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from turbovlm.checks import brief
 from turbovlm.errors import ConfigError
 from turbovlm.ops.degree import LayeredDegree
 
@@ -15,6 +16,8 @@ FORMAT = 4
 mean over all blocks; 1 had the fields of all workflows in one class. Up to 3 denoisers merged in parts of blocks."""
 
 KINDS = ("TurboConfig", "ReadConfig", "DenoiseConfig")
+PARTS = {"kind", "settings", "promise"}
+"""What a file holds beside the number of its format."""
 
 OLD_DENOISING: dict[str, Any] = {
     "components": ["attention", "cross_attention", "ffn"],
@@ -76,20 +79,26 @@ def read_content(path: str | Path, wanted: str | None = None) -> dict[str, Any]:
         ConfigError: no such file, or it is of another format.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
+        content = json.loads(text, object_pairs_hook=_each_once)
         version = content.pop("turbovlm")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: holds no settings of turbovlm ({error!r})") from error
-    if version not in range(1, FORMAT + 1):
-        raise ConfigError(f"{path}: is of format {version!r}; this release reads 1 to {FORMAT}")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: holds no settings of turbovlm ({brief(error)})") from error
+    if type(version) is not int or version not in range(1, FORMAT + 1):
+        raise ConfigError(f"{path}: is of format {brief(version)}; this release reads 1 to {FORMAT}")
     if version == 1:
         content = _from_first_format(path, content, wanted)
     if content.get("kind") not in KINDS or not isinstance(content.get("settings"), dict):
-        raise ConfigError(f"{path}: holds no settings of turbovlm (kind {content.get('kind')!r})")
+        raise ConfigError(f"{path}: holds no settings of turbovlm (kind {brief(content.get('kind'))})")
+    unknown = content.keys() - PARTS
+    if unknown:
+        raise ConfigError(f"{path}: holds what this release does not know: {brief(sorted(unknown))}")
     if version < 4 and content["kind"] == "DenoiseConfig":
         content["settings"] = {"scope": "part", "degree": "weighted_difference", **content["settings"]}
     if version < 3 and content["kind"] == "TurboConfig":
@@ -107,15 +116,30 @@ def make_config(path: str | Path, kind: type, settings: dict[str, Any]) -> Any:
     """
     unknown = settings.keys() - kind.__dataclass_fields__.keys()  # type: ignore[attr-defined]
     if unknown:
-        raise ConfigError(f"{path}: settings that this release does not know: {', '.join(sorted(unknown))}")
+        raise ConfigError(f"{path}: settings that this release does not know: {brief(', '.join(sorted(unknown)))}")
     try:
         degree = settings.get("degree")
         if isinstance(degree, dict):
+            if degree.keys() != {"layered"}:
+                raise ConfigError(f"degree={brief(degree)}: must be a name, or the numbers of one that is layered")
             settings = {**settings, "degree": LayeredDegree(**degree["layered"])}
         unread: dict[str, str] = kind.unread(settings)  # type: ignore[attr-defined]
         return kind(**{name: value for name, value in settings.items() if name not in unread})
-    except (TypeError, KeyError) as error:
+    except (TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        ConfigError: a name stands in it twice.
+    """
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"has {brief(twice)} twice in one object")
+    return dict(pairs)
 
 
 def _from_second_format(settings: dict[str, Any]) -> dict[str, Any]:

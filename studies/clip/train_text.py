@@ -203,7 +203,7 @@ def spaced(text: str) -> str:
 def embedded(said: list[list[str]]) -> Tensor:
     """MiniLM's vectors, `[texts, ways, 384]`; a file keeps those of all texts that were ever asked for."""
     file = DATA / "sentences.pt"
-    known: dict[str, Tensor] = torch.load(file) if file.exists() else {}
+    known: dict[str, Tensor] = torch.load(file, weights_only=True) if file.exists() else {}
     new = sorted({text for texts in said for text in texts} - known.keys(), key=lambda text: (len(text), text))
     if new:
         minilm = load_minilm()

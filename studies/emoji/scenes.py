@@ -39,7 +39,7 @@ class Emoji:
 
 def load_emoji(file: Path) -> Emoji:
     """What `prepare.py` has written, the photographs out of focus."""
-    content = torch.load(file)
+    content = torch.load(file, weights_only=True)
     return Emoji(content["names"], content["styles"], content["pictures"], blurred(content["photos"]))
 
 

@@ -50,7 +50,7 @@ def main() -> None:
         for model in (unet, average):
             model.load_state_dict({name: value.float() for name, value in load_file(args.weights).items()})
     if CHECKPOINT.exists():
-        saved = torch.load(CHECKPOINT)
+        saved = torch.load(CHECKPOINT, weights_only=True)
         for name, part in state.items():
             part.load_state_dict(saved[name])
         step, fade_from = saved["step"], saved["fade_from"]

@@ -51,7 +51,7 @@ def restored(model: nn.Module, average: nn.Module, checkpoint: Path, weights: Pa
     muon = torch.optim.Muon(inner, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     training = Training(model.train(), average, (muon, torch.optim.AdamW(outer, lr=RATE, betas=(0.9, 0.99))))
     if checkpoint.exists():
-        saved = torch.load(checkpoint)
+        saved = torch.load(checkpoint, weights_only=True)
         for name, part in training.parts.items():
             part.load_state_dict(saved[name])
         training.step = saved["step"]

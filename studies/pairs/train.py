@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], metavar="SOURCE", help="such as clipart")
     args = parser.parse_args()
     about = json.loads((DATA / "features.json").read_text())
-    features = torch.load(DATA / "features.pt").float()
+    features = torch.load(DATA / "features.pt", weights_only=True).float()
     texts, text_of = sentences(about)
     concept = concepts(about)
     kept = torch.tensor([entry["source"] not in args.without for entry in about])
@@ -126,7 +126,7 @@ def sentences(about: list[dict]) -> tuple[Tensor, Tensor]:
     unique = sorted({text for texts in said.values() for text in texts})
     number = {text: i for i, text in enumerate(unique)}
     text_of = torch.tensor([[number[t] for t in said[(entry["title"], *entry["tags"])]] for entry in about])
-    if cached.exists() and (saved := torch.load(cached))["texts"] == unique:
+    if cached.exists() and (saved := torch.load(cached, weights_only=True))["texts"] == unique:
         return saved["vectors"], text_of
     minilm = load_minilm()
     with torch.inference_mode():

@@ -88,7 +88,7 @@ def main() -> None:
     if not checkpoint.exists():
         bring_together(reader, stored, MIDDLES[args.eyes])
     else:
-        saved = torch.load(checkpoint)
+        saved = torch.load(checkpoint, weights_only=True)
         reader.load_state_dict(saved["reader"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]

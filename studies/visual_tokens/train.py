@@ -131,7 +131,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, RATE, betas=(0.9, 0.98), weight_decay=DECAY)
     checkpoint, log, step = DATA / "checkpoint.pt", LOG, 0
     if checkpoint.exists():
-        stored = torch.load(checkpoint, map_location=args.device)
+        stored = torch.load(checkpoint, map_location=args.device, weights_only=True)
         learner.projector.load_state_dict(stored["projector"])
         if unknown := learner.gemma.load_state_dict(stored["change"], strict=False).unexpected_keys:
             parser.error(f"{checkpoint} changes layers that there are not, such as {unknown[0]}: remove it")

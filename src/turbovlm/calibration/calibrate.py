@@ -115,17 +115,13 @@ def calibrate(
         raise ConfigError("per_image: a speed-up is measured in batches, which thresholds are not for; give flops")
     _check_model(model)
     base, count = kind.config(kind.whole, **settings), kind.count_samples(samples)
-    if count < FEWEST:
-        raise ConfigError(
-            f"{kind.noun}: {count} are too few, at least {FEWEST} are needed: half of them for what is promised"
-        )
+    check_count(kind.noun, count)
     if kind is EncoderSubject:
         check_different(samples, FEWEST)
         if per_image and len(sizes_of(samples)) > 1:
             raise ConfigError("per_image: thresholds are found on images of one size; give a tensor of them")
     subject = kind(model, samples, base, frozenset(settings), seed, progress or (lambda _: None), **options)
-    order = random.Random(seed).sample(range(count), count)
-    searched, held = sorted(order[: count // 2]), sorted(order[count // 2 :])
+    searched, held = split(count, seed)
     timed = None
     if target == "max_drift":
         found = search.within_drift(subject, value, searched)
@@ -183,6 +179,27 @@ def _target_of(kind: type[Subject], targets: dict[str, Any], visual_keep: Any) -
     name, value = asked.popitem()
     check_target(**{name: value})
     return name, value
+
+
+def check_count(noun: str, count: int) -> None:
+    """See that there are samples enough.
+
+    Args:
+        noun: what they are called, `"images"` or `"prompts"`.
+
+    Raises:
+        ConfigError: there are not.
+    """
+    if count < FEWEST:
+        raise ConfigError(
+            f"{noun}: {count} are too few, at least {FEWEST} are needed: half of them for what is promised"
+        )
+
+
+def split(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Places of the samples that are searched on, and of those that are held out: half each, by chance."""
+    order = random.Random(seed).sample(range(count), count)
+    return sorted(order[: count // 2]), sorted(order[count // 2 :])
 
 
 def check_target(**asked: Any) -> None:

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from turbovlm import config as configs
+from turbovlm.checks import brief, check_number
 from turbovlm.config import Config, TurboConfig
 from turbovlm.errors import ConfigError
+
+MEASURED = ("flops", "drift", "bound", "coverage", "images")
+"""Fields that are numbers in every file."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,23 @@ class Calibration:
         """Read what `save` has written.
 
         Raises:
-            ConfigError: no such file, another format, or settings that were not calibrated.
+            ConfigError: no such file, another format, settings that were not calibrated, or a promise that is none.
         """
         from turbovlm.settings_file import make_config, read_content
 
         content = read_content(path)
-        promise: dict[str, Any] | None = content.get("promise")
+        promise: Any = content.get("promise")
         if promise is None:
             raise ConfigError(f"{path}: these settings were not calibrated: read them with {content['kind']}.load")
         config = make_config(path, getattr(configs, content["kind"]), content["settings"])
-        return cls(config, **{**promise, "curve": tuple((share, drift) for share, drift in promise["curve"])})
+        try:
+            numbers = {name: promise[name] for name in MEASURED}
+            curve = tuple((float(share), float(drift)) for share, drift in promise["curve"])
+            found = cls(config, **{**promise, "curve": curve})
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise ConfigError(f"{path}: its promise is none of a calibration ({brief(error)})") from error
+        for name, value in numbers.items():
+            check_number(f"{path}: {name}", value)
+        if found.speedup is not None:
+            check_number(f"{path}: speedup", found.speedup)
+        return found

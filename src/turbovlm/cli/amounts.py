@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from turbovlm.cli.generation import SHARES_HELP, shares
+from turbovlm.cli.output import add_json_option
 from turbovlm.errors import ConfigError
 
 
@@ -33,7 +34,7 @@ def add_amount_options(parser: argparse.ArgumentParser, required: bool, generati
         help="pixels per side, instead of the model's own"
         + ("; of a denoiser also WIDTHxHEIGHT" if generation else ""),
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
+    add_json_option(parser)
 
 
 def pixels_from(text: str | None) -> int | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from turbovlm.cli.measuring import QUANTIZATIONS, check_file, check_plot, versions_used, write_json, written
+from turbovlm.cli.help import Help
+from turbovlm.cli.measuring import QUANTIZATIONS, check_plot, versions_used, written
+from turbovlm.cli.output import add_json_option, check_json, console, print_table, write_json
 from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,9 +45,6 @@ drift (root mean square error of the last latent over that of the latent itself)
 Random weights say nothing about images, so there both are left out. One image is a small sample: --batch 8.
 """
 
-WIDTH = 80
-"""Columns of a line of results, so that they can be read in any terminal."""
-
 _IMAGES_ONLY = ("steps", "refresh", "components", "prompt", "seed", "guidance_scale", "frames")
 
 
@@ -64,7 +62,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Time a model's vision encoders, or image generation, with and without Turbo: speed, memory, "
         "and how far images change.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "model",
@@ -120,7 +118,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--pretrained", action="store_true", help="load the model's weights instead of random ones")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (default 10; 3 of a pipeline)")
     parser.add_argument("--warmup", type=int, metavar="N", help="rounds before them (default 2; 1 of a pipeline)")
-    parser.add_argument("--json", metavar="FILE", help="also write every sample as JSON")
+    add_json_option(parser)
     parser.add_argument(
         "--plot",
         metavar="FILE",
@@ -152,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     from turbovlm.cli import bench_encoders, bench_images
     from turbovlm.loading import ModelSpec
 
-    check_file("--json", args.json)
+    check_json(args)
     check_plot(args.plot)
     if ModelSpec(args.model).makes_images:
         for name in ("r", "flops"):
@@ -199,9 +197,10 @@ class Results:
             drift: whether to show how images changed.
         """
         self.comparisons[name] = comparison
-        print(f"{self.args.model}, {title}{self.settings}")
-        print(comparison.table(drift=drift))
-        print(textwrap.fill(comparison.conditions, WIDTH), end="\n\n")
+        out = console()
+        header, rows = comparison.columns(drift=drift)
+        print_table(out, f"{self.args.model}, {title}{self.settings}", header, rows, names=header.count(""))
+        out.print(comparison.conditions, end="\n\n")
 
     def write(self) -> None:
         """Write the plot and the JSON that were asked for.

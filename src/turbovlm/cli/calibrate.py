@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.help import Help
+from turbovlm.cli.output import add_json_option
 from turbovlm.errors import ConfigError, DataError, TurboError
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="find the settings that keep most of your model, on your images",
         description="Find which tokens to merge, and how many in which block, on unlabelled images or on prompts.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "model",
@@ -73,6 +76,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
     parser.add_argument("--out", default="turbo.json", metavar="FILE", help="(default turbo.json; a figure beside it)")
+    add_json_option(parser)
     making = parser.add_argument_group("image generation only")
     making.add_argument("--steps", type=int, metavar="N", help="denoising steps per image (default 20)")
     making.add_argument("--image-size", metavar="SIZE", help="N or WIDTHxHEIGHT in pixels, instead of the pipeline's")
@@ -87,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     from turbovlm.calibration.calibrate import FEWEST, check_target
     from turbovlm.calibration.plot import save_calibration
     from turbovlm.cli import calibrate_pipelines
-    from turbovlm.cli.measuring import check_file, check_numbers, console, written
+    from turbovlm.cli.measuring import check_file, check_numbers, written
+    from turbovlm.cli.output import check_json, console, write_json
     from turbovlm.loading import ModelSpec
 
     check_numbers(args, "limit", "effort", "batch")
@@ -98,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     out, figure = Path(args.out), Path(args.out).with_suffix(".png")
     check_file("--out", args.out, (".json",))
     check_file("--out", str(figure))
+    check_json(args)
     if args.limit < FEWEST:
         raise ConfigError(f"--limit {args.limit}: must be at least {FEWEST}, better 64 to 256; on half of them a bound")
     target = {name: getattr(args, name) for name in ("flops", "max_drift", "speedup")}
@@ -111,9 +117,17 @@ def run(args: argparse.Namespace) -> int:
     save_calibration(found, figure, title=title)
     written.append(str(figure))
     shown = console()
-    shown.print(str(found), highlight=False)
-    shown.print(f"settings: {out}; drift over cost: {figure}", highlight=False)
+    shown.print(str(found))
+    shown.print(f"settings: {out}; drift over cost: {figure}", soft_wrap=True)
+    if args.json:
+        about = {"model": args.model, "samples": args.samples, "count": count, "target": _asked(target)}
+        saved = json.loads(out.read_text(encoding="utf-8"))
+        write_json(args.json, {**about, "calibration": saved, "files": [str(out), str(figure)]})
     return 0
+
+
+def _asked(target: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in target.items() if value is not None}
 
 
 def _find(args: argparse.Namespace, target: Mapping[str, Any]) -> tuple[Calibration, int]:

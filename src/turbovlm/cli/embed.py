@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.help import Help
+from turbovlm.cli.output import add_json_option
 from turbovlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="embeddings, labels or captions of a folder, tar or Parquet files",
         description="Embed a corpus of images into Parquet files, in this process or on Ray.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "source",
@@ -88,27 +88,31 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     running.add_argument("--engine", choices=("local", "ray"), default="local", help="(default local: this process)")
     running.add_argument("--concurrency", type=int, metavar="N", help="Ray: processes that hold the model (default 1)")
     running.add_argument("--cpus-per-actor", type=int, metavar="N", help="Ray: cores of each of them (default 1)")
+    add_json_option(parser)
     parser.set_defaults(run=run, kept=lambda args: f"parts that are done are in {args.out}; the same command goes on")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, embed, and say what was done."""
-    from turbovlm.cli.measuring import check_folder, check_numbers, console
+    from turbovlm.cli.measuring import check_folder, check_numbers, progress_bar
+    from turbovlm.cli.output import check_json, console, write_json
     from turbovlm.corpus import embed
     from turbovlm.corpus.tables import Columns
 
     check_numbers(args, "batch", "shard_size", "max_new_tokens", *RAY_ONLY)
     check_folder("--out", args.out)
+    check_json(args)
     engine, job = _engine(args), _job(args)
     columns = Columns(args.image_column, args.name_column, args.split)
-    shown = console()
     if not job.settings:
-        shown.print("the model as it is; --r, --keep or --flops make it faster", highlight=False)
-    with _progress() as progress:
+        print("the model as it is; --r, --keep or --flops make it faster", file=sys.stderr)
+    with progress_bar(None, "images") as advance:
         summary = embed(
-            args.source, args.out, job, shard_size=args.shard_size, columns=columns, engine=engine, progress=progress
+            args.source, args.out, job, shard_size=args.shard_size, columns=columns, engine=engine, progress=advance.to
         )
-    shown.print(str(summary), highlight=False, markup=False)
+    console().print(str(summary))
+    if args.json:
+        write_json(args.json, {"model": args.model, "source": args.source, **summary.to_dict()})
     return 0
 
 
@@ -185,27 +189,3 @@ def _engine(args: argparse.Namespace) -> Engine:
     from turbovlm.engines.ray import on_ray
 
     return on_ray(args.concurrency or 1, args.cpus_per_actor or 1)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int | None, int], object]]:
-    """A bar on standard error, if that is a terminal; its total is known once the source has been looked at."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console, begun, before = Console(stderr=True), 0.0, 0
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-    with Progress(
-        TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("images", total=None, speed="")
-
-        def show(total: int | None, done: int) -> None:
-            nonlocal begun, before
-            if not begun:
-                begun, before = time.perf_counter(), done
-            seconds = time.perf_counter() - begun
-            speed = f"{(done - before) / seconds:.1f}/s" if done > before else ""
-            bar.update(task, total=total, completed=done, speed=speed)
-
-        yield show

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from turbovlm.cli.amounts import pixels_from
+from turbovlm.cli.help import Help
 from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="which blocks of a model would be accelerated, and what it would save",
         description="Say which blocks of a model would be accelerated and what it would save, without its weights.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "model",
@@ -70,10 +71,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Print the schedule of every encoder found and what a language model reads of it, and write both as JSON."""
     from turbovlm.cli import inspect_denoisers
-    from turbovlm.cli.measuring import check_file
+    from turbovlm.cli.output import check_json
     from turbovlm.loading import ModelSpec
 
-    check_file("--json", args.json)
+    check_json(args)
     if ModelSpec(args.model).makes_images:
         return inspect_denoisers.run(args)
     for name in ("settings", "frames"):
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     import turbovlm
     from turbovlm.cli.amounts import settings_from
-    from turbovlm.cli.measuring import console, write_json
+    from turbovlm.cli.output import console, write_json
     from turbovlm.loading import ModelSpec
     from turbovlm.loading.models import check_reads, check_runs, load_model
     from turbovlm.workflows import configs_from
@@ -116,22 +117,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _print_schedule(console: Console, name: str, model: nn.Module, schedule: Schedule) -> None:
-    from rich.table import Table
-
+    from turbovlm.cli.output import print_table
     from turbovlm.encoder.towers import find_towers
 
     tower = next(tower for tower in find_towers(model) if tower.name == schedule.tower)
     before, after = sum(schedule.macs_before) / 1e9, sum(schedule.macs_after) / 1e9
-    table = Table(title=f"{name}: {schedule.tower or 'the model'} ({tower.layout.family}), {schedule.asked}")
-    table.add_column("block", overflow="fold")
-    for column in ("tokens\nbefore", "tokens\nafter", "GMACs\nbefore", "GMACs\nafter"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for i, block in enumerate(schedule.blocks):
         gmacs = (f"{schedule.macs_before[i] / 1e9:.3f}", f"{schedule.macs_after[i] / 1e9:.3f}")
-        table.add_row(block, str(schedule.tokens[i]), str(schedule.tokens[i + 1]), *gmacs)
-    table.add_section()
-    table.add_row("all blocks", str(schedule.tokens[0]), str(schedule.tokens[-1]), f"{before:.3f}", f"{after:.3f}")
-    console.print(table)
+        rows.append((block, str(schedule.tokens[i]), str(schedule.tokens[i + 1]), *gmacs))
+    rows.append(("all blocks", str(schedule.tokens[0]), str(schedule.tokens[-1]), f"{before:.3f}", f"{after:.3f}"))
+    title = f"{name}: {schedule.tower or 'the model'} ({tower.layout.family}), {schedule.asked}"
+    header = ("block", "tokens before", "tokens after", "GMACs before", "GMACs after")
+    print_table(console, title, header, rows, sections=(len(rows) - 1,))
     console.print(
         f"{len(schedule.blocks)} blocks would be accelerated: {schedule.ratio:.1%} of the encoder's "
         f"multiply-accumulates left, at best {1 / schedule.ratio:.2f}x faster."

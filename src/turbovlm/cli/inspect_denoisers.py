@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from turbovlm.cli.generation import Size, saved_settings, sizes_from
-from turbovlm.cli.measuring import console_for_tables, write_json
+from turbovlm.cli.output import console, write_json
 from turbovlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -134,7 +135,10 @@ def _print(name: str, request: Request, handle: Handle, before: int | None, afte
             f"  {_billions(before)} → {_billions(after)} GMACs of one forward: {after / before:.1%} left, at best "
             f"{before / after:.2f}x faster"
         )
-    console_for_tables().print("\n".join(lines), highlight=False, soft_wrap=True)
+    out = console()
+    for line in "\n".join(lines).splitlines():
+        indent = len(line) - len(line.lstrip()) + 2
+        out.print(textwrap.fill(line, out.width, subsequent_indent=" " * indent))
 
 
 def _billions(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from turbovlm.cli.help import Help
 from turbovlm.errors import TurboError
 
 _EPILOG = """\
@@ -27,7 +28,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="count the multiply-accumulates of an encoder, merged or not",
         description="Count the multiply-accumulates of a model's vision encoders for one image.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     parser.add_argument("--paper", action="store_true", help="the published costs beside ours (turbovlm-lab)")
@@ -42,16 +43,15 @@ def run(args: argparse.Namespace) -> int:
     if args.paper:
         raise TurboError("--paper comes with the package turbovlm-lab: pip install turbovlm-lab")
     import torch
-    from rich.table import Table
 
     import turbovlm
     from turbovlm.cli.amounts import settings_from
-    from turbovlm.cli.measuring import check_file, console_for_tables, write_json
+    from turbovlm.cli.output import check_json, console, print_table, write_json
     from turbovlm.encoder.towers import find_towers
     from turbovlm.loading import ModelSpec
     from turbovlm.loading.models import check_runs, load_model
 
-    check_file("--json", args.json)
+    check_json(args)
     config = turbovlm.TurboConfig(**settings_from(args, 0))
     merging = config.r != 0
     model = load_model(ModelSpec(args.model, "meta"), args.image_size)
@@ -64,10 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if any(tower.layout.joint for tower in find_towers(model)):  # how long its sequence is depends on values
         model = load_model(ModelSpec(args.model), args.image_size)
     check_runs(args.model, model, next(model.parameters()).device.type)
-    table = Table(title=f"{args.model}, one image" + (f", {config.amount}" if merging else ""))
-    for column in ("encoder", "tokens", "GMACs", *(("tokens left", "GMACs left", "ratio") if merging else ())):
-        table.add_column(column, justify="left" if column == "encoder" else "right")
-    rows = []
+    header = ("encoder", "tokens", "GMACs", *(("tokens left", "GMACs left", "ratio") if merging else ()))
+    rows, cells = [], []
     for tower in find_towers(model):
         inputs = tower.random_inputs(1, torch.float32, "cpu" if tower.layout.joint else "meta")
         before = turbovlm.profile.macs(tower.module, **inputs)
@@ -77,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
         name = tower.name or type(tower.module).__name__
         rows.append({"encoder": name, "tokens": [tokens[0], tokens[-1]], "macs": before, "macs_merged": after})
         merged = (str(tokens[-1]), f"{after / 1e9:.2f}", f"{after / before:.1%}") if merging else ()
-        table.add_row(name, str(tokens[0]), f"{before / 1e9:.2f}", *merged)
-    console_for_tables().print(table)
+        cells.append((name, str(tokens[0]), f"{before / 1e9:.2f}", *merged))
+    print_table(console(), f"{args.model}, one image" + (f", {config.amount}" if merging else ""), header, cells)
     if args.json:
         write_json(args.json, {"model": args.model, "amount": config.amount, "encoders": rows})
     return 0

@@ -1,49 +1,29 @@
-"""What commands share: checks of options before anything is built, a device, progress, tables, files."""
+"""What commands share: checks of options before anything is built, a device, progress, versions."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib.util
-import json
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbovlm.errors import ConfigError, TurboError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 QUANTIZATIONS = ("int8", "int8-dynamic", "nf4")
 """Those of `turbovlm.profile.quantize`, without importing it."""
 
 MOST_STEPS, MOST_SEED = 1000, 2**63 - 1
 """Denoising steps that schedulers were trained with, and the largest seed that a generator takes."""
-WIDE = 300
-"""Columns of a table that is written to a file or a pipe: none of it is cut."""
 
 written: list[str] = []
 """Files that the command has written so far: what it says of itself where it is interrupted."""
-
-
-def console_for_tables() -> Console:
-    """Standard output; as wide as the terminal if it is one."""
-    return console(None if sys.stdout.isatty() else WIDE)
-
-
-def console(width: int | None = None) -> Console:
-    """Standard output, of so many columns."""
-    from rich.console import Console
-
-    class Output(Console):  # type: ignore[misc]
-        def on_broken_pipe(self) -> None:
-            raise  # the BrokenPipeError at hand, which `turbovlm.cli.main` ends with; rich would exit with 1
-
-    return Output(width=width)
 
 
 def check_numbers(args: argparse.Namespace, *names: str) -> None:
@@ -140,19 +120,6 @@ def check_plot(name: str | None) -> None:
     check_file("--plot", name, (".png", ".svg", ".pdf"))
 
 
-def write_json(name: str, content: Any) -> None:
-    """Write what `--json` asked for.
-
-    Raises:
-        TurboError: the file cannot be written.
-    """
-    try:
-        Path(name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TurboError(f"--json {name}: {error.strerror}") from error
-    written.append(name)
-
-
 def device_named(name: str | None) -> str:
     """A device to measure on: CUDA where there is one, unless another is named.
 
@@ -173,18 +140,36 @@ def device_named(name: str | None) -> str:
     return name
 
 
-@contextlib.contextmanager
-def progress_bar(total: int, what: str = "measuring") -> Iterator[Callable[[int], object]]:
-    """On standard error, if that is a terminal; gives a function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+class Advance:
+    """Moves a bar on: `advance(3)` by three."""
 
-    console, columns = Console(stderr=True), (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(task, done)
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def __call__(self, done: int = 1, what: str | None = None) -> None:
+        """By so many; `what` is done now, if that has changed."""
+        self._bar.update(self._task, advance=done, description=what)
+
+    def to(self, total: int | None, done: int) -> None:
+        """To `done` of `total`, which may become known on the way."""
+        self._bar.update(self._task, total=total, completed=done)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int | None, what: str = "measuring") -> Iterator[Advance]:
+    """On standard error, if that is a terminal: how many of how many, how fast, and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):  # type: ignore[misc]
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.speed:.3g}/s" if task.speed else "")
+
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+    shown = Console(stderr=True)
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
+        yield Advance(bar, bar.add_task(what, total=total))
 
 
 def versions_used(*libraries: str) -> dict[str, str]:

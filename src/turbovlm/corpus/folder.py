@@ -159,6 +159,11 @@ def _whole(path: Path) -> Iterator[Path]:
             os.fsync(directory)  # else a power cut can undo the renaming
         finally:
             os.close(directory)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        said = f"{os.strerror(error.errno)}; parts that are done stay, and the same call goes on once this is cured"
+        raise OSError(error.errno, said, str(path)) from error
     finally:
         other.unlink(missing_ok=True)
 

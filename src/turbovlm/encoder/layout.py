@@ -70,14 +70,16 @@ class Layout:
         blocks_at: shares of the depth at which blocks merge by default, the first of these sets that has enough to
             give, or a function of the tower; where it is empty, every second block, or six of a deeper encoder. For
             families whose real weights lost less so.
-        norm_after_attention, norm_after_mlp: what normalises each half's sum with the residual.
+        norm_after_attention: what normalises the sum of attention and the residual.
+        norm_after_mlp: the same of the MLP.
         joint: path, from the tower, of the module that puts text tokens in front of an image's; they are never merged,
             and `prefix` counts the longest text.
         returns_tuple: whether the block returns its tokens in a tuple, or how many entries this has, None behind the
             tokens; None to go by its annotation, as where releases differ.
         text: whether it encodes text, and so stays as it is in a model that also encodes images.
         scale: path of what attention multiplies its scores by; 1/√head_dim where it is None, or there is none.
-        query_norm, key_norm: paths of the norms of each head's queries and keys.
+        query_norm: path of the norm of each head's queries.
+        key_norm: path of that of its keys.
         dropout: path of attention's dropout, a number or an `nn.Dropout`.
         calls: paths of modules that the function `project`, or `end` where there is none, calls.
         drops: paths among the steps of numbers that are no factors but the share which dropout drops in training.

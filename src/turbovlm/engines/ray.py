@@ -231,7 +231,10 @@ class ImageEmbedder:
 
     Args:
         model: a hub id, a folder, timm:NAME …
-        outputs, labels, prompt, max_new_tokens: see `Job`.
+        outputs: see `Job`.
+        labels: see `Job`.
+        prompt: see `Job`.
+        max_new_tokens: see `Job`.
         image: the column of images: files' bytes, or pixels in uint8, `[height, width, 3]`, as `ray.data.read_images`
             gives them.
         device: CUDA if None where the actor has a GPU.

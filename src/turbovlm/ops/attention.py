@@ -37,7 +37,9 @@ def proportional_attention(
     """`softmax(QKᵀ·scale + log s) V`; the map itself is never stored whole.
 
     Args:
-        queries, keys, values: `[batch, heads, tokens, head_dim]`.
+        queries: `[batch, heads, tokens, head_dim]`.
+        keys: the same.
+        values: the same.
         sizes: `[batch, tokens]`; None (all ones) leaves plain attention, and its fastest kernel.
         scale: 1/√head_dim if None.
         dropout_p: dropout of the attention weights, for training.

@@ -310,7 +310,14 @@ def match(
         semantic: A of every token, `[batch, tokens]`; not needed for `"redundancy"` and `"random"`.
         sizes: patches each token stands for, `[batch, tokens]`; ones if None.
         prefix: tokens at the front (CLS, distillation, registers) that never merge.
-        block, degree, alpha, partition, grid, order, reduce, seed: as in `TurboConfig`.
+        block: the index of the merging block, which a `LayeredDegree` and the seed go by.
+        degree: as in `TurboConfig`.
+        alpha: as in `TurboConfig`.
+        partition: as in `TurboConfig`.
+        grid: as in `TurboConfig`.
+        order: as in `TurboConfig`.
+        reduce: as in `TurboConfig`.
+        seed: as in `TurboConfig`.
 
     Returns:
         A `Merge` of `tokens` into `tokens − r`.

@@ -230,12 +230,16 @@ class Comparison:
         Args:
             drift: whether to show how images changed, where any were made.
         """
+        return aligned(*self.columns(drift=drift))
+
+    def columns(self, *, drift: bool = True) -> tuple[list[str], list[list[str]]]:
+        """Headings of one line or two, and the cells of each row of `table`; what names a row has an empty heading."""
         columns = ["run", "timing", *_MADE, *(_CHANGED if drift else ())] if self.generation else ["run", *_RUN]
         if any(run.weight_bytes != self.baseline.weight_bytes for run in self.runs):
             columns.append("weights\nMB")
         cells = [self._cells(run, timing) for run in self.runs for timing in self.timings]
         header = ["" if column in ("run", "timing") else column for column in columns]
-        return aligned(header, [[row[column] for column in columns] for row in cells])
+        return header, [[row[column] for column in columns] for row in cells]
 
     def _cells(self, run: Run, timing: str) -> dict[str, str]:
         """What the table says of one timing; what is of the whole run stands in the row that it belongs to."""

@@ -29,7 +29,8 @@ def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 
     Args:
         model: any module; it runs once, without gradients, in the mode it is in.
-        args, kwargs: what its forward takes.
+        args: what its forward takes by position.
+        kwargs: what it takes by name.
 
     Returns:
         One multiplication with its addition counts as 1; published FLOPs of vision transformers mostly count this way.

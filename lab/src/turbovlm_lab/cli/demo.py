@@ -6,14 +6,15 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbovlm.cli.measuring import check_file, written
-from turbovlm.cli.measuring import console as output
+from turbovlm.cli.help import Help
+from turbovlm.cli.measuring import check_file, progress_bar, written
+from turbovlm.cli.output import add_json_option, check_json, write_json
+from turbovlm.cli.output import console as output
 from turbovlm.errors import ConfigError, TurboError
 
 if TYPE_CHECKING:
@@ -55,14 +56,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Name photographs by CLIP, merged and unmerged: labels and their probabilities, time, and how\n"
         "close the embeddings stay, for turbovlm's default, ToMe, random choice and a smaller image.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--images", nargs="+", metavar="PATH", help="image files or folders of your own")
     parser.add_argument("--labels", metavar="LIST", help='what they may be, separated by commas: "cat, dog, beach"')
     parser.add_argument("--names", metavar="PATH", help="labels embedded by CLIP's own text tower, see below")
     parser.add_argument("--saliency", action="store_true", help="also run the second part: a saliency ViT-S/14")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the HTML report (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
+    add_json_option(parser)
     parser.add_argument("--batch", type=int, metavar="N", help="images per batch (default: 7, 2 with --quick)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads PyTorch computes with (default: its own)")
     parser.add_argument("--quick", action="store_true", help="four images, one amount, two rounds")
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch is not None and args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: must be an integer ≥ 1")
     check_file("--out", args.out, (".html", ".htm"))
-    check_file("--json", args.json)
+    check_json(args)
     labels = None if args.labels is None else labels_in(args.labels)
     import torch
 
@@ -160,17 +161,11 @@ def run_demo(
     settings: Settings, photos: Sequence[Photo], names: ClipNames, source: str, with_saliency: bool = False
 ) -> Result:
     """Load the models and measure, with a progress bar on standard error where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from turbovlm_lab.demo.run import count_steps, measure
     from turbovlm_lab.zoo import load_saliency_vit
     from turbovlm_lab.zoo.clip import load_clip
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    errors = Console(stderr=True)
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("loading", total=count_steps(len(photos), settings, with_saliency))
+    with progress_bar(count_steps(len(photos), settings, with_saliency), "loading") as advance:
         saliency = load_saliency_vit() if with_saliency else None
         return measure(
             load_clip(),
@@ -178,7 +173,7 @@ def run_demo(
             source,
             photos,
             settings,
-            lambda stage: progress.update(task, advance=1, description=stage),
+            lambda stage: advance(1, stage),
             saliency,
         )
 
@@ -190,7 +185,7 @@ def show(result: Result, console: Console) -> None:
     for table in tables(result):
         console.print(table)
         console.print()
-    for sentence in (*warnings(result), *summary(result), machine_line(result)):
+    for sentence in (*warnings(result), *summary(result), machine_line(result.machine)):
         console.print(sentence, highlight=False)
 
 
@@ -207,15 +202,12 @@ def _measure_and_show(args: argparse.Namespace, labels: Sequence[str] | None) ->
     if args.quick:
         photos = photos[:QUICK_IMAGES]
     result = run_demo(settings, photos, *texts(labels, args.names), args.saliency)
-    files = {args.out: html_report(result)}
-    if args.json is not None:
-        files[args.json] = json.dumps(to_json(result), indent=2) + "\n"
-    for name, content in files.items():
-        Path(name).write_text(content, encoding="utf-8")
-        written.append(name)
+    Path(args.out).write_text(html_report(result), encoding="utf-8")
+    written.append(args.out)
     console = output()
     show(result, console)
     if args.images is not None and args.labels is None and args.names is None:
         console.print('The labels are the demo\'s own: give those of your images, as in --labels "cat, dog, beach".')
-    said = f"Report: {args.out}" + ("" if args.json is None else f"   JSON: {args.json}")
-    console.print(said, highlight=False, soft_wrap=True)
+    console.print(f"Report: {args.out}", soft_wrap=True)
+    if args.json:
+        write_json(args.json, {**to_json(result), "report": args.out})

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.help import Help
 from turbovlm.cli.measuring import QUANTIZATIONS
+from turbovlm.cli.output import add_json_option
 from turbovlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ examples:
   turbovlm evaluate saliency --flops 0.5 --controls --plot saliency.png
   turbovlm evaluate saliency --settings turbo.json             what `turbovlm calibrate` found, beside the default
   turbovlm evaluate saliency --quantize int8 nf4               weights in 8 and in 4 bits, with and without merging
-  turbovlm evaluate captioning --model Salesforce/blip-image-captioning-base \\
-      --data dataset_coco.json --images coco --split test --r 16 --batch 32 --dtype bfloat16
+  turbovlm evaluate captioning --model Salesforce/blip-image-captioning-base \
+--data dataset_coco.json --images coco --split test --r 16 --batch 32 --dtype bfloat16
   turbovlm evaluate vqa --model ./blip-vqa --data questions.json annotations.json --images val2014 --limit 5000
   turbovlm evaluate retrieval --model openai/clip-vit-base-patch32 --data datasets:nlphuji/flickr30k --keep 0.5
   turbovlm evaluate classification --model timm:vit_base_patch16_224 --data imagenet --split val --r 13
@@ -51,7 +53,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what merging costs on a task, beside what it saves",
         description="Ask a model with and without Turbo, and compare official metrics over the same samples.",
         epilog=_EPILOG.format(formats=_formats()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--model", metavar="MODEL", help="a hub id, a folder, timm:NAME, … (default: the built-in one)")
@@ -104,7 +106,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument(
         "--out", metavar="FOLDER", help="of predictions (default turbovlm-evaluate/TASK-MODEL, and what else was given)"
     )
-    how.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
+    add_json_option(how)
     how.add_argument("--plot", metavar="FILE", help="also draw score against cost: .png, .svg or .pdf")
     made = parser.add_argument_group("text-to-image only")
     made.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the pipeline's)")
@@ -135,19 +137,22 @@ def kept(args: argparse.Namespace) -> str | None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, ask, compare, print, and write what was asked for."""
-    from turbovlm.cli.measuring import check_numbers, console_for_tables, write_json
+    from turbovlm.cli.measuring import check_numbers
+    from turbovlm.cli.output import console, print_table, write_json
     from turbovlm_lab.evaluate.asking import beginning
     from turbovlm_lab.evaluate.study import run_study
 
     check_numbers(args, "batch", "seeds")
     _check_outputs(args)
     _check_options(args)
-    console = console_for_tables()
+    out = console()
     data = _checked(args, _data(args))
     if args.strength is not None:
         data = beginning(data)
     if args.check:
-        console.print(f"{data.name}: {len(data.samples)} samples, all of which can be read")
+        out.print(f"{data.name}: {len(data.samples)} samples, all of which can be read")
+        if args.json:
+            write_json(args.json, {"task": args.task, "data": data.name, "samples": len(data.samples)})
         return 0
     model = args.model or _builtin_model(args)
     settings = _settings(args, model)
@@ -158,10 +163,10 @@ def run(args: argparse.Namespace) -> int:
     options = {"batch": args.batch, "workers": args.workers, "scoring": scoring}
     with _progress(len(data.samples) * len(settings)) as advance:
         study = run_study(args.task, model, predictor, data, settings, folder, **options, on_progress=advance)
-    console.print(study_table(study))
+    print_table(out, f"{study.task}: {study.model} on {study.data}, {study.samples} samples", *study_columns(study))
     if predictor.note:
-        console.print(predictor.note, highlight=False)
-    console.print(f"predictions: {folder}")
+        out.print(predictor.note)
+    out.print(f"predictions: {folder}", soft_wrap=True)
     if args.json:
         write_json(args.json, study.to_dict() | ({"note": predictor.note} if predictor.note else {}))
     if args.plot:
@@ -171,33 +176,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def study_table(study: Study) -> Any:
-    """For a terminal."""
-    from rich.table import Table
-
-    table = Table(title=f"{study.task}: {study.model} on {study.data}, {study.samples} samples")
-    table.add_column("setting")
-    table.add_column("MACs", justify="right")
+def study_columns(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row for each setting, for a terminal."""
     first = study.rows[0]
     weighed = any(row.weights != first.weights for row in study.rows)
-    if weighed:
-        table.add_column("weights", justify="right")
-    for metric in first.metrics:
-        table.add_column(metric.name, justify="right")
-    table.add_column(f"{first.metrics[0].name} kept", justify="right")
-    table.add_column("same answer", justify="right")
+    header = ["setting", "MACs", *(["weights"] if weighed else []), *(metric.name for metric in first.metrics)]
+    rows = []
     for row in study.rows:
-        name = row.setting if row.image_size is None else f"{row.setting}, {row.image_size} pixels"
         kept = row.metrics[0].kept
-        table.add_row(
-            name,
+        cells = [
+            row.setting if row.image_size is None else f"{row.setting}, {row.image_size} pixels",
             f"{row.macs / 1e9:.2f} G, {row.ratio:.0%}",
             *([f"{row.weights / 1e6:.1f} MB"] if weighed else []),
             *(_value(metric) for metric in row.metrics),
             "" if kept is None else f"{kept.value:.1%} [{kept.low:.1%}, {kept.high:.1%}]",
             "" if row.same is None else f"{row.same.value:.1%}",
-        )
-    return table
+        ]
+        rows.append(cells)
+    return [*header, f"{first.metrics[0].name} kept", "same answer"], rows
 
 
 def _value(metric: Metric) -> str:
@@ -214,10 +210,11 @@ def _formats() -> str:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    from turbovlm.cli.measuring import check_file, check_folder, check_plot
+    from turbovlm.cli.measuring import check_folder, check_plot
+    from turbovlm.cli.output import check_json
 
     check_plot(args.plot)
-    check_file("--json", args.json)
+    check_json(args)
     check_folder("--out", str(_folder(args)))
     if args.pictures is not None:
         check_folder("--pictures", args.pictures)

@@ -8,7 +8,8 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from turbovlm.cli import macs
-from turbovlm.cli.measuring import check_file
+from turbovlm.cli.measuring import progress_bar
+from turbovlm.cli.output import check_json, console, print_table, write_json
 from turbovlm.errors import TurboError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.paper or args.model is not None:
         return macs.run(args)
     _check_paper(args)
-    check_file("--json", args.json)
+    check_json(args)
     return _paper(args)
 
 
@@ -40,42 +41,41 @@ def _check_paper(args: argparse.Namespace) -> None:
 
 
 def _paper(args: argparse.Namespace) -> int:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-
-    from turbovlm.cli.measuring import console_for_tables, write_json
     from turbovlm_lab.costs.models import COUNTS, WHOLE_ROWS, whole_costs
     from turbovlm_lab.costs.paper import ROWS, paper_costs
 
     rows = (*ROWS, *WHOLE_ROWS)
-    progress = track(rows, description="counting", console=Console(stderr=True), transient=True)
-    costs = [whole_costs(row) if row.encoder in COUNTS else paper_costs([row])[0] for row in progress]
-    table = Table(title="Costs that Turbo (ECCV 2024) prints, and ours, in GMACs", box=SIMPLE_HEAD, padding=0)
-    for column in ("table, model, data", "r", "printed", "ours", "off by", "ratio", "speed-up\nprinted"):
-        table.add_column(column, justify="left" if column.startswith("table") else "right")
-    for cost in costs:
-        row = cost.row
-        table.add_row(
-            f"{row.table} {row.model} {row.dataset}",
-            f"{row.r}{'*' if row.deduced else ''}",
-            "" if row.printed_gmacs is None else f"{row.printed_gmacs:.1f}",
-            f"{cost.gmacs:.2f}",
-            "" if cost.difference is None else f"{cost.difference:+.2%}",
-            f"{cost.full_gmacs / cost.gmacs:.2f}x" if row.r else "",
-            "" if row.printed_speedup is None else f"{row.printed_speedup:.2f}x",
-        )
-    console = console_for_tables()
-    console.print(table)
-    console.print("r*: deduced, not printed. ratio: the full model's MACs over the merged one's.")
-    console.print("Tables 1, 3 and 4 are of whole models, the others of image encoders.")
+    costs = []
+    with progress_bar(len(rows), "counting") as advance:
+        for row in rows:
+            costs.append(whole_costs(row) if row.encoder in COUNTS else paper_costs([row])[0])
+            advance()
+    header = ("table, model, data", "r", "printed", "ours", "off by", "ratio", "speed-up printed")
+    out = console()
+    print_table(
+        out, "Costs that Turbo (ECCV 2024) prints, and ours, in GMACs", header, [_cells(cost) for cost in costs]
+    )
+    out.print("r*: deduced, not printed. ratio: the full model's MACs over the merged one's.")
+    out.print("Tables 1, 3 and 4 are of whole models, the others of image encoders.")
     for row in rows:
         if row.remark:
-            console.print(f"Table {row.table}, {row.model}, {row.dataset}, r={row.r}: {row.remark}")
+            out.print(f"Table {row.table}, {row.model}, {row.dataset}, r={row.r}: {row.remark}")
     if args.json:
         write_json(args.json, {"rows": [_record(cost) for cost in costs]})
     return 0
+
+
+def _cells(cost: PaperCost) -> tuple[str, ...]:
+    row = cost.row
+    return (
+        f"{row.table} {row.model} {row.dataset}",
+        f"{row.r}{'*' if row.deduced else ''}",
+        "" if row.printed_gmacs is None else f"{row.printed_gmacs:.1f}",
+        f"{cost.gmacs:.2f}",
+        "" if cost.difference is None else f"{cost.difference:+.2%}",
+        f"{cost.full_gmacs / cost.gmacs:.2f}x" if row.r else "",
+        "" if row.printed_speedup is None else f"{row.printed_speedup:.2f}x",
+    )
 
 
 def _record(cost: PaperCost) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbovlm.cli.help import Help
+from turbovlm.cli.output import add_json_option
 from turbovlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from turbovlm_lab.reproduce.report import Sheet
     from turbovlm_lab.reproduce.sources import Sources
 
 IMAGES, QUICK = 200, 4
@@ -40,7 +41,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the paper's tables and figures, beside the printed numbers",
         description="Run the Turbo paper's tables and figures, with your models and data or built-in ones.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("what", nargs="*", metavar="WHAT", help="all, tasks, tables, figures, table5, figure4, a key …")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop there")
@@ -60,6 +61,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     how.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps … (default: cuda where there is one)")
+    add_json_option(how)
     parser.set_defaults(run=run, kept=kept)
 
 
@@ -73,17 +75,19 @@ def kept(args: argparse.Namespace) -> str | None:
 def run(args: argparse.Namespace) -> int:
     """List, write a template, check, or run and report."""
     from turbovlm.cli.measuring import check_file, check_folder, check_numbers, check_workers
+    from turbovlm.cli.output import check_json, console, write_json
     from turbovlm_lab.reproduce.sources import write_template
-    from turbovlm_lab.reproduce.studies import chosen, every_study
+    from turbovlm_lab.reproduce.studies import chosen
 
+    check_json(args)
     if args.list:
-        for study in every_study():
-            print(f"{study.key:45} {study.task:15} {study.title}")
-        return 0
+        return _list(args)
     if args.template:
         check_file("--template", args.template)
         write_template(Path(args.template))
-        print(f"{args.template}: fill in your models and data, and give it as --sources")
+        console().print(f"{args.template}: fill in your models and data, and give it as --sources", soft_wrap=True)
+        if args.json:
+            write_json(args.json, {"template": args.template})
         return 0
     check_numbers(args, "batch", "images")
     check_folder("--out", args.out)
@@ -101,7 +105,26 @@ def run(args: argparse.Namespace) -> int:
     if left_out:
         print(f"{given} has nothing for: {', '.join(left_out)}", file=sys.stderr)
     _check(sources, with_source)
-    return 0 if args.check else _run(args, with_source, sources)
+    if not args.check:
+        return _run(args, with_source, sources)
+    if args.json:
+        write_json(args.json, {"checked": [study.key for study in with_source], "left_out": left_out})
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from turbovlm.cli.output import console, write_json
+    from turbovlm_lab.reproduce.studies import every_study
+
+    every = every_study()
+    header, rows = ("key", "task", "title"), [(study.key, study.task, study.title) for study in every]
+    out = console()
+    for key, task, title in rows:
+        out.print(f"{key:45} {task}")
+        out.print(f"    {title}")
+    if args.json:
+        write_json(args.json, {"studies": [dict(zip(header, row)) for row in rows]})
+    return 0
 
 
 def _sources(args: argparse.Namespace) -> Sources:
@@ -150,12 +173,13 @@ def _check(sources: Sources, studies: Sequence[Any]) -> None:
 def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> int:
     from datetime import datetime, timezone
 
-    from turbovlm.cli.measuring import console_for_tables, versions_used
+    from turbovlm.cli.measuring import versions_used
+    from turbovlm.cli.output import console, print_table, write_json
     from turbovlm_lab.reproduce.overview import overview
     from turbovlm_lab.reproduce.report import read_entries, write_report
     from turbovlm_lab.reproduce.studies import every_study, run_studies
 
-    folder, console = Path(args.out), console_for_tables()
+    folder, out, done = Path(args.out), console(), []
     kept = read_entries(folder)
     source = f"--sources {args.sources}" if args.sources else "--builtin"
     amount = " --quick" if args.quick else f" --images {args.images}" if args.images else ""
@@ -174,17 +198,9 @@ def _run(args: argparse.Namespace, studies: Sequence[Any], sources: Sources) -> 
         if found.key.startswith("tasks/"):
             summary = overview(kept, folder)
         write_report(folder, kept, [study.key for study in every_study()], summary)
-        console.print(_table(found.sheet))
-    console.print(f"report: {folder / 'report.md'} ({(time.monotonic() - begun) / 60:.1f} minutes)")
+        print_table(out, found.sheet.title, found.sheet.header, found.sheet.rows)
+        done.append(found.key)
+    out.print(f"report: {folder / 'report.md'} ({(time.monotonic() - begun) / 60:.1f} minutes)", soft_wrap=True)
+    if args.json:
+        write_json(args.json, {"report": str(folder / "report.md"), "studies": {key: kept[key] for key in done}})
     return 0
-
-
-def _table(sheet: Sheet) -> Any:
-    from rich.table import Table
-
-    table = Table(title=sheet.title)
-    for number, name in enumerate(sheet.header):
-        table.add_column(name, justify="right" if number else "left")
-    for row in sheet.rows:
-        table.add_row(*row)
-    return table

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+
+from turbovlm_lab.demo.result import METHODS, UNMERGED, Cost
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
@@ -17,6 +19,13 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#e6e6e6",
 }
+LOOKS = {
+    "turbo": ("#0060a8", "o", "-"),
+    "tome": ("#c2410c", "s", "--"),
+    "random": ("#666666", "^", ":"),
+    "smaller": ("#2f855a", "D", "-."),
+}
+"""Of each method's curve: colour, marker and line."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,17 @@ class Curve:
     mark: str
     dash: str
     points: tuple[tuple[float, float, str], ...]
+
+
+def method_curves(values: Sequence[tuple[Cost, float]], x: Callable[[Cost], float]) -> list[Curve]:
+    """A curve for each method that was measured, from the unmerged model on; points are labelled with their MACs."""
+    curves = []
+    for method in METHODS:
+        found = [(cost, value) for cost, value in values if cost.method in (UNMERGED.key, method.key)]
+        points = tuple((x(cost), value, f"{cost.macs:.0%}") for cost, value in found)
+        if any(cost.method == method.key for cost, _ in found):
+            curves.append(Curve(method.label, *LOOKS[method.key], points))
+    return curves
 
 
 def line_chart(curves: Sequence[Curve], x_label: str, y_label: str, description: str) -> str:

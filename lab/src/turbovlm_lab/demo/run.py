@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm_lab.demo.photos import Photo
@@ -29,11 +28,12 @@ from turbovlm_lab.demo.versions import (
     Encoder,
     Run,
     Version,
+    agreement,
     costs,
     count_forwards,
     in_turn,
-    merged_version,
     timing_of,
+    trace_of,
     versions_of,
 )
 from turbovlm_lab.zoo import clip
@@ -81,7 +81,7 @@ def measure(
         pixels = {side: clip.preprocess(images, side) for side in {version.side for version in versions}}
         runs = in_turn(versions, pixels, encoder.encode, _as_it_is, settings, lambda: advance("CLIP, in turn"))
         named = [_probabilities(runs, names, method) for method in (UNMERGED, TURBO)]
-        drawn = _groups(encoder, shown, pixels[encoder.side], settings)
+        drawn = _groups(encoder, versions, shown, pixels[encoder.side], settings.batch)
         advance("CLIP, drawings")
         second = None if saliency is None else measure_saliency(saliency, photos, settings, advance)
     return Result(
@@ -105,12 +105,11 @@ def _as_it_is(version: Version, output: Tensor) -> Tensor:
 
 def _rows(runs: Mapping[Version, Run], names: ClipNames) -> tuple[Row, ...]:
     full = next(iter(runs.values())).output
-    labels, centre, rows = names.probabilities(full).argmax(dim=1), full.mean(dim=0), []
+    labels, rows = names.probabilities(full).argmax(dim=1), []
     for cost, output in costs(runs):
-        cosine = F.cosine_similarity(full, output)
-        drift = 1 - F.cosine_similarity(full - centre, output - centre).mean().item()
+        kept = agreement(full, output)
         same = int((names.probabilities(output).argmax(dim=1) == labels).sum())
-        rows.append(Row(cost, same, cosine.mean().item(), cosine.min().item(), drift if len(full) > 1 else None))
+        rows.append(Row(cost, same, kept.cosine, kept.worst, kept.drift))
     return tuple(rows)
 
 
@@ -136,18 +135,16 @@ def _likeliest(labels: Sequence[str], named: Sequence[Tensor], place: int) -> tu
 
 
 def _groups(
-    encoder: Encoder, shown: Sequence[Photo], pixels: Tensor, settings: Settings
+    encoder: Encoder, versions: Sequence[Version], shown: Sequence[Photo], pixels: Tensor, batch: int
 ) -> list[dict[int, tuple[int, Image]]]:
     """Of each photograph, which patches have become one token, by the library's defaults at the first share."""
     from turbovlm.visualize import groups
 
-    version = merged_version(encoder, settings.shares[0], trace=True)
-    assert version.handle is not None
+    version = next(version for version in versions if version.method is TURBO)
     drawn: list[dict[int, tuple[int, Image]]] = []
-    for first in range(0, len(shown), settings.batch):
-        some = shown[first : first + settings.batch]
-        encoder.encode(version.model, pixels[first : first + len(some)])
-        trace = version.handle.trace
+    for first in range(0, len(shown), batch):
+        some = shown[first : first + batch]
+        trace = trace_of(encoder, version, pixels[first : first + len(some)])
         blocks = [round(part * len(trace)) - 1 for part in SHOWN_PARTS]
         drawn += [
             {b: (trace[b].sizes.shape[1], groups(trace, photo.image, block=b, batch_index=i, cell=16)) for b in blocks}

@@ -6,33 +6,41 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import turbovlm
 from turbovlm.apply import Handle
+from turbovlm.calibration.outputs import count_images, select_images
 from turbovlm.encoder.feature import EncoderFeature
 from turbovlm.encoder.schedule import EncoderShape, spread, token_counts
+from turbovlm.encoder.state import BlockTrace
 from turbovlm.profile.macs import counting
 from turbovlm.sharing import twin
 from turbovlm_lab.demo.result import METHODS, MIN_ROUNDS, SMALLER, TURBO, UNMERGED, Cost, Method, Settings, Timing
 
-Encode = Callable[[nn.Module, Tensor], Tensor]
+Encode = Callable[[nn.Module, Any], Tensor]
 """What is timed: a version of the encoder and a batch's pixels → what it makes of the images."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder, pixels per side of its images and of its patches, and how it is run."""
+    """An encoder, pixels per side of its images and of its patches, and how it is run.
+
+    Attributes:
+        settings: of `TurboConfig`, with which it is merged by every method.
+    """
 
     model: nn.Module
     side: int
     patch: int
     encode: Encode
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def tokens(self, side: int, prefix: int) -> int:
         """Of an image of that many pixels per side."""
@@ -67,24 +75,58 @@ class Run:
     seconds: Sequence[float]
 
 
-def versions_of(encoder: Encoder, shares: Sequence[float]) -> list[Version]:
-    """The unmerged encoder, then all methods at every share; those beside `TURBO` cost what it turned out to cost."""
-    with turbovlm.apply(twin(encoder.model), r=0) as handle:
+@dataclass(frozen=True)
+class Agreement:
+    """How close outputs stay to the unmerged model's.
+
+    Attributes:
+        cosine: mean over the images; `worst`: the smallest.
+        drift: 1 − cosine with the mean of the unmerged outputs taken off both, mean; None for one image.
+    """
+
+    cosine: float
+    worst: float
+    drift: float | None
+
+
+def versions_of(
+    encoder: Encoder,
+    shares: Sequence[float],
+    methods: Sequence[Method] = METHODS,
+    advance: Callable[[], object] = lambda: None,
+) -> list[Version]:
+    """The unmerged encoder, then methods at every share, `TURBO` first; the others cost what it turned out to cost.
+
+    Args:
+        advance: called after each share.
+    """
+    with turbovlm.apply(twin(encoder.model), r=0, **encoder.settings) as handle:
         shape = _shape(handle)
     made = [_version(encoder, UNMERGED, None, f"{encoder.side} px", encoder.side, shape, None)]
     for share in shares:
         merged = merged_version(encoder, share)
         made.append(merged)
         cost = merged.macs / made[0].macs
-        made += [_at_cost(encoder, method, share, cost, shape) for method in METHODS if method is not TURBO]
+        made += [_at_cost(encoder, method, share, cost, shape) for method in methods if method is not TURBO]
+        advance()
     return made
 
 
-def merged_version(encoder: Encoder, share: float, *, trace: bool = False) -> Version:
+def merged_version(encoder: Encoder, share: float) -> Version:
     """The encoder as the library's defaults merge it."""
     model = twin(encoder.model)
-    handle = turbovlm.apply(model, flops=share, trace=trace, **TURBO.settings)
+    handle = turbovlm.apply(model, flops=share, **encoder.settings, **TURBO.settings)
     return _version(encoder, TURBO, share, f"flops={share:g}", encoder.side, _shape(handle), handle, model)
+
+
+def trace_of(encoder: Encoder, version: Version, pixels: Any) -> Sequence[BlockTrace]:
+    """Where a version's tokens go: none where nothing merges. In a copy of it, as recording takes time."""
+    if version.handle is None:
+        return ()
+    (feature,), model = version.handle.features, twin(encoder.model)
+    with turbovlm.apply(model, cast(EncoderFeature, feature).config.changed(trace=True)) as handle:
+        encoder.encode(model, pixels)
+        return handle.trace
 
 
 def equal_amounts(shape: EncoderShape, tokens: int, cost: float) -> tuple[int, ...]:
@@ -108,11 +150,11 @@ def _at_cost(encoder: Encoder, method: Method, share: float, cost: float, shape:
     if method is SMALLER:
         side = smaller_side(encoder, shape, cost)
         return _version(encoder, method, share, f"{side} px", side, shape, None)
-    with turbovlm.apply(twin(encoder.model), r=0, **method.settings) as unused:
+    with turbovlm.apply(twin(encoder.model), r=0, **encoder.settings, **method.settings) as unused:
         shape = _shape(unused)
     amounts = equal_amounts(shape, encoder.tokens(encoder.side, shape.protected), cost)
     model = twin(encoder.model)
-    handle = turbovlm.apply(model, r=amounts, **method.settings)
+    handle = turbovlm.apply(model, r=amounts, **encoder.settings, **method.settings)
     few, many = min(amounts), max(amounts)
     setting = f"r={few}" if few == many else f"r={few}–{many}"
     return _version(encoder, method, share, setting, encoder.side, shape, handle, model)
@@ -141,9 +183,9 @@ def _shape(handle: Handle) -> EncoderShape:
     return cast(EncoderFeature, feature).shape
 
 
-def count_forwards(images: int, settings: Settings) -> int:
+def count_forwards(images: int, settings: Settings, methods: int = len(METHODS)) -> int:
     """How often `in_turn` calls `advance`, for the versions of `versions_of`."""
-    return _rounds(images, settings) * (1 + len(METHODS) * len(settings.shares))
+    return _rounds(images, settings) * (1 + methods * len(settings.shares))
 
 
 def _rounds(images: int, settings: Settings) -> int:
@@ -153,7 +195,7 @@ def _rounds(images: int, settings: Settings) -> int:
 
 def in_turn(
     versions: Sequence[Version],
-    pixels: Mapping[int, Tensor],
+    pixels: Mapping[int, Any],
     encode: Encode,
     finish: Callable[[Version, Tensor], Tensor],
     settings: Settings,
@@ -164,21 +206,21 @@ def in_turn(
     Rounds walk through the images, and again from the first where they are fewer than the rounds can take.
 
     Args:
-        pixels: by side, every image, `[images, 3, side, side]`.
+        pixels: by side, every image, `[images, 3, side, side]`, or tensors by name.
         finish: what is kept of a version's output, `[batch, …]`; not timed.
         advance: called after each of `count_forwards(images, settings)` forwards, run or left out.
     """
-    images, started = len(next(iter(pixels.values()))), time.perf_counter()
+    images, started = count_images(next(iter(pixels.values()))), time.perf_counter()
     outputs: dict[Version, list[Tensor]] = {version: [] for version in versions}
     seconds: dict[Version, list[float]] = {version: [] for version in versions}
     for turn in range(_rounds(images, settings)):
         first = turn * settings.batch
         late = time.perf_counter() - started > settings.timing_seconds
         skipped = late and first >= images and turn > MIN_ROUNDS
-        places = torch.arange(first, first + settings.batch) % images
+        places = [place % images for place in range(first, first + settings.batch)]
         for version in versions[:: 1 if turn % 2 == 0 else -1]:
             if not skipped:
-                batch = pixels[version.side][places]
+                batch = select_images(pixels[version.side], places)
                 start = time.process_time()
                 output = encode(version.model, batch)
                 taken = time.process_time() - start
@@ -207,6 +249,13 @@ def costs(runs: Mapping[Version, Run]) -> Iterator[tuple[Cost, Tensor]]:
             speedup_range=_range(ratios, 0.25),
         )
         yield cost, run.output
+
+
+def agreement(whole: Tensor, output: Tensor) -> Agreement:
+    """Of a version's outputs with the unmerged model's, `[images, width]` each."""
+    cosine, centre = F.cosine_similarity(whole, output), whole.mean(dim=0)
+    drift = 1 - F.cosine_similarity(whole - centre, output - centre).mean().item()
+    return Agreement(cosine.mean().item(), cosine.min().item(), drift if len(whole) > 1 else None)
 
 
 def timing_of(runs: Mapping[Version, Run]) -> Timing:

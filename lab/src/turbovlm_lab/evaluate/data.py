@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbovlm.errors import DataError
+from turbovlm.loading.images import in_eight_bits, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +38,9 @@ class LazyImage:
             DataError: it is not there or does not decode; the message names it.
         """
         try:
-            return self.read().convert(mode)
+            return in_eight_bits(self.read(), mode)
+        except DataError as error:
+            raise DataError(f"{self.name}: {error}") from error
         except Exception as error:  # decoders raise many kinds, that of too many pixels among them
             raise DataError(f"{self.name}: {_reason(error)}") from error
 
@@ -87,9 +90,7 @@ class _File:
     path: Path
 
     def __call__(self) -> Image:
-        from PIL import Image
-
-        with Image.open(self.path) as image:
+        with open_image(self.path) as image:
             image.load()
             return image
 

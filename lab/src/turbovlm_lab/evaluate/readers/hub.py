@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from turbovlm.errors import DataError
+from turbovlm.loading.images import open_image
 from turbovlm_lab.evaluate.data import Data, LazyImage, Sample
 from turbovlm_lab.evaluate.readers.files import Record
 from turbovlm_lab.evaluate.readers.given import collect, each
@@ -59,7 +60,7 @@ class _Row:
         if isinstance(found, dict) and isinstance(found.get("bytes"), bytes):
             found = found["bytes"]
         if isinstance(found, bytes):
-            return Image.open(io.BytesIO(found))
+            return open_image(io.BytesIO(found))
         if not isinstance(found, Image.Image):
             raise ValueError("it is empty" if found is None else f"it is {found!r:.60}, no image")
         return found

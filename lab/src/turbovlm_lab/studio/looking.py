@@ -1,0 +1,392 @@
+"""The first tab: one sample, one model, and what merging does to both."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from turbovlm.errors import DataError, TurboError
+from turbovlm_lab.studio import render
+from turbovlm_lab.studio.choices import (
+    AMOUNTS,
+    DEFAULT,
+    OPTIONS,
+    RANGES,
+    SCHEDULES,
+    STEPS,
+    Choice,
+    Range,
+    number,
+    written,
+)
+from turbovlm_lab.studio.patches import as_json, payload
+from turbovlm_lab.studio.photos import demo_photos, pictures
+from turbovlm_lab.studio.subjects import IMAGE, Models, Outcome, Photo, Sample, Subject
+from turbovlm_lab.studio.uploads import FORMATS, MEGABYTES, MEGAPIXELS, inside_uploads, read_upload
+
+PAGE = Path(__file__).parent / "page"
+UPLOADED = "upload"
+SLOTS: Mapping[str, tuple[str, ...]] = {
+    "sample": ("image", "recording", "labels", "question", "prompt", "words"),
+    "ranking": ("alpha", "degree", "similarity", "partition", "visual_select"),
+    "schedule": ("schedule", "listed", "steps"),
+}
+"""Where a message stands, by the setting that it begins with; all others stand beside the amount."""
+ASK = f"Drop an image here, or choose a file ({', '.join(FORMATS)}; {MEGABYTES} MB, {MEGAPIXELS} megapixels at most)"
+
+
+@dataclass(frozen=True, eq=False)
+class _Controls:
+    """The components of the left side, which say what is run."""
+
+    model: gr.Dropdown
+    about: gr.Markdown
+    picked: gr.HTML
+    drop: gr.HTML
+    words: gr.Textbox
+    amount: gr.Radio
+    flops: gr.HTML
+    keep: gr.HTML
+    r: gr.HTML
+    visual_keep: gr.HTML
+    steps: gr.HTML
+    alpha: gr.Number
+    degree: gr.Dropdown
+    similarity: gr.Dropdown
+    partition: gr.Dropdown
+    visual_select: gr.Dropdown
+    schedule: gr.Dropdown
+    listed: gr.Textbox
+
+    def of_choice(self, choice: Choice, subject: Subject) -> dict[Any, Any]:
+        """What the controls are to show."""
+        on = subject.settings
+        updates: dict[Any, Any] = {
+            self.amount: gr.update(choices=[(AMOUNTS[name], name) for name in subject.amounts], value=choice.amount),
+            self.steps: gr.update(value=choice.steps or STEPS[0], visible=_seen(subject.steps is not None)),
+            self.alpha: gr.update(value=choice.alpha, visible=_seen("alpha" in on)),
+            self.schedule: gr.update(value=choice.schedule, visible=_seen("schedule" in on)),
+            self.listed: gr.update(value=choice.listed, visible=_seen(choice.schedule == "list")),
+        }
+        for name in AMOUNTS:
+            value = choice.value if name == choice.amount else subject.amounts.get(name, RANGES[name].high)
+            updates[getattr(self, name)] = gr.update(value=value, visible=_seen(name == choice.amount))
+        for name in OPTIONS:
+            updates[getattr(self, name)] = gr.update(value=getattr(choice, name), visible=_seen(name in on))
+        return updates
+
+    def of_subject(self, subject: Subject, choice: Choice, picked: str, words: str) -> dict[Any, Any]:
+        """The same, for another model: also what it takes."""
+        return {
+            self.model: subject.key,
+            self.about: subject.about,
+            self.picked: gr.update(items=pictures(photos_of(subject), picked), value=picked),
+            self.drop: gr.update(visible=_seen(subject.takes == IMAGE)),
+            self.words: gr.update(label=subject.words, value=words, visible=_seen(subject.words is not None)),
+            **self.of_choice(choice, subject),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Results:
+    """The components of the right side, and the lines beside the controls for what is wrong."""
+
+    costs: gr.HTML
+    answers: gr.HTML
+    view: gr.HTML
+    code: gr.HTML
+    slots: Mapping[str, gr.HTML]
+
+    @property
+    def all(self) -> list[Any]:
+        return [self.costs, self.answers, self.view, self.code, *self.slots.values()]
+
+    def of(self, outcome: Outcome, line: str, link: Mapping[str, str]) -> dict[Any, Any]:
+        """All but the times."""
+        return {
+            self.costs: render.costs(outcome, None, link),
+            self.answers: render.answers(outcome),
+            self.view: as_json({**payload(outcome.view), "link": link}),
+            self.code: render.code(line, outcome.said),
+            **dict.fromkeys(self.slots.values(), ""),
+        }
+
+    def of_error(self, error: TurboError) -> dict[Any, Any]:
+        """The message beside the control that it is about; what was shown before is gone."""
+        name = (re.match(r"\w+", str(error)) or [""])[0]
+        slot = next((slot for slot, names in SLOTS.items() if name in names), "amount")
+        shown = {
+            component: render.problem(str(error) if key == slot else None) for key, component in self.slots.items()
+        }
+        not_run = "<p class='note'>Nothing was run: see the message beside the control.</p>"
+        return {self.costs: not_run, self.answers: "", self.view: "", self.code: "", **shown}
+
+
+def _seen(on: bool) -> bool | str:
+    """A component's `visible`: what is not shown stays in the page, as Gradio loses the props of what is left out."""
+    return True if on else "hidden"
+
+
+def photos_of(subject: Subject) -> list[Photo]:
+    """The built-in images of a subject; none where it takes words alone."""
+    if subject.photos is not None:
+        return list(subject.photos())
+    return list(demo_photos()) if subject.takes == IMAGE else []
+
+
+def warm(shop: Models) -> None:
+    """Load the first model and run what the page shows at first, so that nobody waits for it.
+
+    Raises:
+        TurboError: the model cannot be loaded.
+    """
+    subject = shop.first
+    loaded, choice = shop[subject.key], Choice.default(subject)
+    photo = next(iter(photos_of(subject)), None)
+    sample = Sample("" if photo is None else photo.key, photo and photo.image, words=subject.default_words)
+    with shop.computing:
+        loaded.run(sample, choice.configs(subject, loaded)).time()
+
+
+def tab(shop: Models) -> None:
+    """Add the tab's components."""
+    first = shop.first
+    uploaded = gr.State(None, time_to_live=3600)
+    with gr.Row(elem_classes="studio"):
+        with gr.Column(scale=2, min_width=300):
+            controls, slots, reset = _left(shop, first)
+        with gr.Column(scale=4, min_width=300):
+            results = _right(slots)
+    _wire(shop, controls, results, uploaded, reset)
+
+
+def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], gr.Button]:
+    choice, slots = Choice.default(first), {"link": gr.HTML("", elem_id="problem-link")}
+    titles = [(subject.title, key) for key, subject in shop.subjects.items()]
+    model = gr.Dropdown(titles, value=first.key, label="Model", elem_id="model", filterable=False)
+    about = gr.Markdown(first.about)
+    photos = photos_of(first)
+    picked = gr.HTML(
+        photos[0].key if photos else "",
+        html_template="${items}",
+        items=pictures(photos, photos[0].key if photos else ""),
+        js_on_load=_page("picker.js"),
+        elem_id="picker",
+    )
+    drop = gr.HTML(
+        "", html_template=_page("drop.html"), js_on_load=_page("drop.js"), ask=ASK, megabytes=MEGABYTES, elem_id="drop"
+    )
+    words = gr.Textbox(
+        first.default_words,
+        label=first.words,
+        visible=_seen(first.words is not None),
+        elem_id="words",
+        max_lines=4,
+        max_length=4000,
+    )
+    slots["sample"] = gr.HTML("", elem_id="problem-sample")
+    amounts = [(AMOUNTS[name], name) for name in first.amounts]
+    amount = gr.Radio(amounts, value=choice.amount, label="How much is merged", elem_id="amount")
+    values = {
+        name: _slider(name, name, span, first.amounts.get(name, span.high), name == choice.amount)
+        for name, span in RANGES.items()
+    }
+    slots["amount"] = gr.HTML("", elem_id="problem-amount")
+    steps = _slider("steps", "denoising steps", Range(*STEPS, 1), STEPS[0], first.steps is not None)
+    with gr.Accordion("Which tokens, and where", open=False, elem_id="more"):
+        alpha = gr.Number(None, label="α · weight of the semantic value (empty: the library's)", elem_id="alpha")
+        drops = {
+            name: gr.Dropdown(
+                [("the library's", DEFAULT), *options],
+                value=DEFAULT,
+                label=name,
+                visible=_seen(name in first.settings),
+                elem_id=name,
+            )
+            for name, options in OPTIONS.items()
+        }
+        slots["ranking"] = gr.HTML("", elem_id="problem-ranking")
+        schedule = gr.Dropdown(
+            [(title, key) for key, title in SCHEDULES.items()], value=DEFAULT, label="schedule", elem_id="schedule"
+        )
+        listed = gr.Textbox("", label="tokens merged in each block", visible="hidden", elem_id="listed", max_length=400)
+        slots["schedule"] = gr.HTML("", elem_id="problem-schedule")
+    reset = gr.Button("Reset to defaults", size="sm", elem_id="reset")
+    kept = {"model": model, "about": about, "picked": picked, "drop": drop, "words": words, "amount": amount}
+    rest = {"steps": steps, "alpha": alpha, "schedule": schedule, "listed": listed}
+    return _Controls(**kept, **rest, **values, **drops), slots, reset
+
+
+def _slider(name: str, label: str, span: Range, value: float, visible: bool) -> gr.HTML:
+    parts: dict[str, Any] = {"html_template": _page("slider.html"), "js_on_load": _page("slider.js")}
+    span_of = {"label": label, "low": span.low, "high": span.high, "step": span.step}
+    return gr.HTML(value, **parts, **span_of, visible=_seen(visible), elem_id=name)
+
+
+def _right(slots: dict[str, gr.HTML]) -> _Results:
+    costs = gr.HTML("<p class='note'>Loading the model …</p>", elem_id="costs", min_height=90)
+    with gr.Row():
+        with gr.Column(scale=3, min_width=280):
+            view = gr.HTML("", html_template=_page("patches.html"), js_on_load=_page("patches.js"), elem_id="view")
+        with gr.Column(scale=2, min_width=240):
+            answers = gr.HTML("", elem_id="answers")
+    with gr.Accordion("In Python", open=False):
+        code = gr.HTML("", elem_id="code")
+    return _Results(costs, answers, view, code, slots)
+
+
+def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.State, reset: gr.Button) -> None:
+    """Run the model when something changes: one listener for all, so that the latest request wins."""
+    every = [getattr(controls, field.name) for field in fields(_Controls)]
+    names = [field.name for field in fields(_Controls) if field.name not in ("about", "drop")]
+    chosen = [getattr(controls, name) for name in names]
+    asked = gr.State(0.0)
+
+    def run(upload: Photo | None, *values: Any) -> Iterator[dict[Any, Any]]:
+        given = dict(zip(names, values))
+        subject = shop.subjects[given["model"]]
+        try:
+            if not shop.is_loaded(subject.key):
+                yield {results.costs: f"<p class='note'>Loading {subject.title} …</p>", results.answers: ""}
+            yield from _run(shop, subject, given, upload, results)
+        except TurboError as error:
+            yield results.of_error(error)
+
+    def choose_model(key: str) -> dict[Any, Any]:
+        subject = shop.subjects[key]
+        first = next((photo.key for photo in photos_of(subject)), "")
+        shown = controls.of_subject(subject, Choice.default(subject), first, subject.default_words)
+        return {**shown, asked: time.monotonic()}
+
+    def choose_amount(amount: str) -> dict[Any, Any]:
+        shown = {getattr(controls, name): gr.update(visible=_seen(name == amount)) for name in AMOUNTS}
+        return {**shown, asked: time.monotonic()}
+
+    def choose_schedule(schedule: str) -> dict[Any, Any]:
+        return {controls.listed: gr.update(visible=_seen(schedule == "list")), asked: time.monotonic()}
+
+    def go_back(key: str) -> dict[Any, Any]:
+        subject = shop.subjects[key]
+        return {**controls.of_choice(Choice.default(subject), subject), asked: time.monotonic()}
+
+    def take(value: str) -> dict[Any, Any]:
+        slot = results.slots["sample"]
+        try:
+            image = read_upload(inside_uploads(json.loads(value)["path"]))
+        except DataError as error:
+            return {slot: render.problem(str(error))}
+        photo = Photo(f"{UPLOADED}-{time.time_ns()}", "your image", image)
+        return {uploaded: photo, controls.picked: UPLOADED, asked: time.monotonic()}
+
+    def open_link(request: gr.Request) -> dict[Any, Any]:
+        return {**_linked(shop, dict(request.query_params), controls, results), asked: time.monotonic()}
+
+    quick = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+    gr.on(None, open_link, None, [*every, asked, results.slots["link"]], **quick)  # when the page loads
+    controls.model.input(choose_model, controls.model, [*every, asked], **quick)
+    controls.amount.input(choose_amount, controls.amount, [*(getattr(controls, a) for a in AMOUNTS), asked], **quick)
+    controls.schedule.input(choose_schedule, controls.schedule, [controls.listed, asked], **quick)
+    reset.click(go_back, controls.model, [*every, asked], **quick)
+    controls.drop.upload(take, controls.drop, [uploaded, controls.picked, results.slots["sample"], asked], **quick)
+    moved = (controls.picked, controls.steps, *(getattr(controls, name) for name in (*AMOUNTS, *OPTIONS)))
+    typed = (controls.words, controls.alpha, controls.listed)
+    gr.on(
+        [asked.change, *(each.input for each in moved), *(each.submit for each in typed)],
+        run,
+        [uploaded, *chosen],
+        results.all,
+        concurrency_limit=1,
+        concurrency_id="model",
+        trigger_mode="always_last",
+        api_visibility="private",
+        show_progress="minimal",
+        show_progress_on=[results.costs],
+    )
+
+
+UPLOAD_HAS_NO_LINK = "An uploaded image stays in this page: for others, this link shows a built-in one."
+
+
+def _run(
+    shop: Models, subject: Subject, given: Mapping[str, Any], upload: Photo | None, results: _Results
+) -> Iterator[dict[Any, Any]]:
+    """Run what the controls say, and then time it.
+
+    Nothing is yielded with the lock held: each part of a generator may run in another thread, or none where the page is
+    closed.
+    """
+    loaded = shop[subject.key]
+    choice = _choice(subject, given)
+    sample = _sample(subject, given, upload)
+    settings = choice.settings(subject, loaded)
+    with shop.computing:
+        outcome = loaded.run(sample, choice.configs(subject, loaded))
+    if sample.key.startswith(UPLOADED):
+        outcome = replace(outcome, notes=(*outcome.notes, UPLOAD_HAS_NO_LINK))
+    line = f"import turbovlm\n\nhandle = turbovlm.apply(model, {written(settings)})"
+    link = _link(subject, choice, sample)
+    yield results.of(outcome, line, link)
+    with shop.computing:
+        times = outcome.time()
+    yield {results.costs: render.costs(outcome, times, link)}
+
+
+def _choice(subject: Subject, given: Mapping[str, Any]) -> Choice:
+    """What the controls say.
+
+    Raises:
+        ConfigError: a number that is none.
+    """
+    values = {field.name: given[field.name] for field in fields(Choice) if field.name != "value"}
+    values |= {"value": number(given["amount"], given.get(given["amount"]))}
+    values["steps"] = None if subject.steps is None else int(number("steps", given["steps"]))
+    return Choice(**values)
+
+
+def _sample(subject: Subject, given: Mapping[str, Any], upload: Photo | None) -> Sample:
+    photos = {photo.key: photo for photo in photos_of(subject)}
+    photo = upload if given["picked"] == UPLOADED else photos.get(given["picked"])
+    words = given["words"] or ""
+    return Sample("", words=words) if photo is None else Sample(photo.key, photo.image, words=words)
+
+
+def _link(subject: Subject, choice: Choice, sample: Sample) -> dict[str, str]:
+    """Every name that a link can have, empty where it is at its default."""
+    names = ("model", "image", *(field.name for field in fields(Choice)), "words")
+    own = {"model": subject.key, **choice.to_link(subject)}
+    own["image"] = "" if sample.key.startswith(UPLOADED) else sample.key
+    own["words"] = "" if sample.words == subject.default_words else sample.words
+    return {**dict.fromkeys(names, ""), **own}
+
+
+def _linked(shop: Models, query: Mapping[str, str], controls: _Controls, results: _Results) -> dict[Any, Any]:
+    """What the controls are to show for a link, and what is wrong with it."""
+    wrong = []
+    key = query.get("model", shop.first.key)
+    if key not in shop.subjects:
+        wrong.append(f"model={key[:40]}: there is no such model here; there are {', '.join(shop.subjects)}")
+        key = shop.first.key
+    subject = shop.subjects[key]
+    choice, mistaken = Choice.of_link(subject, query)
+    photos = {photo.key: photo for photo in photos_of(subject)}
+    picked = query.get("image", next(iter(photos), ""))
+    if photos and picked not in photos:
+        wrong.append(f"image={picked[:40]}: there is no such image; there are {', '.join(photos)}")
+        picked = next(iter(photos))
+    words = query.get("words", subject.default_words)[:4000]
+    wrong += [mistaken] if mistaken else []
+    return {
+        **controls.of_subject(subject, choice, picked, words),
+        results.slots["link"]: render.problem("; ".join(wrong) or None),
+    }
+
+
+def _page(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")

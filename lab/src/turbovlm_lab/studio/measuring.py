@@ -1,0 +1,59 @@
+"""What a run costs: multiply-accumulates as the model runs, and time, the versions in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbovlm.profile.macs import counting
+
+T = TypeVar("T")
+ROUNDS, SECONDS = (3, 9), 0.4
+"""Rounds of timing at least and at most, and seconds after which no further one begins."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Median seconds per run: of the process's CPU time, all threads, and of the clock's."""
+
+    cpu: float
+    wall: float
+    runs: int
+
+
+def counted(run: Callable[[], T]) -> tuple[T, float]:
+    """What a run gives, and the 10⁹ multiply-accumulates that it took."""
+    with counting() as total:
+        made = run()
+    return made, total() / 1e9
+
+
+def timed_in_turn(
+    versions: Sequence[Callable[[], object]], rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS
+) -> list[Times]:
+    """Time each version once per round, forwards and backwards in turn, so that a busy machine slows all alike."""
+    started = time.perf_counter()
+    cpu: list[list[float]] = [[] for _ in versions]
+    wall: list[list[float]] = [[] for _ in versions]
+    for turn in range(rounds[1]):
+        if turn >= rounds[0] and time.perf_counter() - started > seconds:
+            break
+        for place in range(len(versions))[:: 1 if turn % 2 == 0 else -1]:
+            clock, process = time.perf_counter(), time.process_time()
+            versions[place]()
+            cpu[place].append(time.process_time() - process)
+            wall[place].append(time.perf_counter() - clock)
+    return [Times(statistics.median(c), statistics.median(w), len(c)) for c, w in zip(cpu, wall)]
+
+
+def drift_of(merged: Tensor, unmerged: Tensor, mean: Tensor | None = None) -> float:
+    """1 − cosine of two tensors of one shape, flattened; with a mean taken off both first, if one is given."""
+    if mean is not None:
+        merged, unmerged = merged - mean, unmerged - mean
+    return 1 - F.cosine_similarity(merged.flatten(), unmerged.flatten(), dim=0).item()
