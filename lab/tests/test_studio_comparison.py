@@ -27,6 +27,7 @@ from turbovlm_lab.studio.comparison import Comparison, compare, drawings, summar
 from turbovlm_lab.studio.encoders import ImageEncoder
 from turbovlm_lab.studio.image_sets import MOST_IMAGES, ImageSet, built_in, read_files
 from turbovlm_lab.studio.jobs import Job, Report, Stopped, in_words
+from turbovlm_lab.studio.subjects import IMAGE, Models, Subject
 from turbovlm_lab.zoo import clip, saliency
 
 QUICK = Settings(shares=(0.7, 0.5), batch=2, rounds=2, shown=2)
@@ -152,6 +153,19 @@ def test_files_that_are_no_images_are_named_and_left_out(tmp_path: Path) -> None
     with pytest.raises(DataError, match=f"at most {MOST_IMAGES}"):
         read_files([files[0]] * (MOST_IMAGES + 1))
     assert read_files([]) == ImageSet(())
+
+
+def test_a_path_that_was_not_uploaded_is_not_read(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from turbovlm_lab.studio import calibrating, comparing
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    shop = Models([Subject("small", "small", "", IMAGE, clip_like, encodes=True)])
+    mine = [str(tmp_path / "a.png")] * 2
+    with pytest.raises(DataError, match="not uploaded here"):
+        comparing._prepare(shop, "small", "upload", 2, mine, [], [0.5], 2)
+    with pytest.raises(DataError, match="not uploaded here"):
+        calibrating._prepare(shop, "small", "upload", mine, "", "flops", 0.6, 1, False, False, 1)
 
 
 def test_a_job_waits_for_its_turn_tells_how_far_it_is_and_stops() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 import time
@@ -132,8 +133,14 @@ def trace_of(encoder: Encoder, version: Version, pixels: Any) -> Sequence[BlockT
 def equal_amounts(shape: EncoderShape, tokens: int, cost: float) -> tuple[int, ...]:
     """Tokens to merge in every block, equally many by one more or less, of cost closest to a share of the encoder's."""
     full = shape.macs((tokens,) * (shape.depth + 1))
-    choices = [spread(total, shape.depth) for total in range(shape.depth * (tokens // 2) + 1)]
-    return min(choices, key=lambda r: abs(shape.macs(token_counts(r, tokens, shape.protected, 0)) / full - cost))
+
+    def share(total: int) -> float:
+        return shape.macs(token_counts(spread(total, shape.depth), tokens, shape.protected, 0)) / full
+
+    most = shape.depth * (tokens // 2)
+    about = bisect.bisect_left(range(most), -cost, key=lambda total: -share(total))
+    near = range(max(about - shape.depth, 0), min(about + shape.depth, most) + 1)  # which blocks merge one more matters
+    return spread(min(near, key=lambda total: abs(share(total) - cost)), shape.depth)
 
 
 def smaller_side(encoder: Encoder, shape: EncoderShape, cost: float) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
 
 from turbovlm.errors import TurboError
-from turbovlm_lab.studio import calibrating, comparing, encoders, looking
+from turbovlm_lab.studio import calibrating, comparing, encoders, generating, looking
 from turbovlm_lab.studio.folders import folder_subject
 from turbovlm_lab.studio.subjects import Models, Subject
 from turbovlm_lab.studio.uploads import MEGABYTES
@@ -47,7 +48,7 @@ class Settings:
 
 def subjects(settings: Settings) -> list[Subject]:
     """The built-in models and those of the folders."""
-    return [*encoders.BUILT_IN, *map(folder_subject, settings.folders)]
+    return [*encoders.BUILT_IN, *generating.BUILT_IN, *map(folder_subject, settings.folders)]
 
 
 def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:
@@ -69,28 +70,39 @@ def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:
     return page
 
 
-def serve(
-    settings: Settings,
-    ready: Callable[[str], None],
-    until: threading.Event | None = None,
-    shop: Models | None = None,
-) -> None:
-    """Serve the page until Ctrl-C, or until `until` is set.
+def serve(settings: Settings, ready: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        ready: called with the page's address once it answers.
+
+    Raises:
+        TurboError: see `serving`.
+    """
+    with serving(settings) as url:
+        ready(url)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+@contextlib.contextmanager
+def serving(settings: Settings, shop: Models | None = None) -> Iterator[str]:
+    """Serve the page inside; gives its address, with the first model loaded.
 
     Uploads lie in a folder of this process, which is removed at the end.
 
     Args:
-        ready: called with the page's address once it answers and the first model is loaded.
         shop: the models; those of the settings if None.
 
     Raises:
-        TurboError: the port is taken, or the first model cannot be loaded.
+        TurboError: the port is taken, or no model can be loaded.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     shop = Models(subjects(settings), settings.images) if shop is None else shop
     with tempfile.TemporaryDirectory(prefix="turbovlm-studio-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(settings, shop).queue(max_size=64)
+        looking.warm(shop)
         try:
             _, url, _ = page.launch(
                 server_name=settings.host,
@@ -116,11 +128,7 @@ def serve(
                 "--port 0 takes a free one"
             ) from error
         try:
-            looking.warm(shop)
-            ready(url)
-            (until or threading.Event()).wait()
-        except KeyboardInterrupt:
-            pass
+            yield url
         finally:
             page.close(verbose=False)
 

@@ -105,7 +105,7 @@ def tab(shop: Models) -> None:
     runner.wire(
         shop, partial(_prepare, shop), controls.all, lambda made: results.of(made, Path(written.name)), results.all
     )
-    again = {"queue": False, "show_progress": "hidden"}
+    again = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     depending = [
         getattr(controls, name) for name in ("images", "files", "prompts", "effort", "per_image", "dense", "steps")
     ]
@@ -122,7 +122,7 @@ def tab(shop: Models) -> None:
     def open_link(request: gr.Request) -> Updates:
         values, wrong = links.read("calibrate", _readers(shop), request)
         chosen = {name: gr.update(value=value) for name, value in values.items()}
-        model = values.get("model", next(iter(_subjects(shop))))
+        model = values.get("model", _first(shop))
         for name, update in zip(DEPENDING, _depending(shop, model, values.get("images", UPLOAD))):
             chosen[name] = {**update, **chosen.get(name, {})}
         if "target" in values:
@@ -173,10 +173,16 @@ def _subjects(shop: Models) -> dict[str, str]:
     }
 
 
+def _first(shop: Models) -> str:
+    """The first that can be loaded here, or the first."""
+    keys = list(_subjects(shop))
+    return next((key for key in keys if shop.subjects[key].needs() is None), keys[0])
+
+
 def _left(shop: Models) -> _Controls:
     models = [(title, key) for key, title in _subjects(shop).items()]
     folders = [(folder.name, f"{FOLDER}{place}") for place, folder in enumerate(shop.folders, 1)]
-    first, target = models[0][1], next(iter(TARGETS))
+    first, target = _first(shop), next(iter(TARGETS))
     images, files, prompts, effort, per_image, dense, steps = _depending(shop, first, UPLOAD)
     return _Controls(
         model=gr.Dropdown(models, value=first, label="Model", elem_id="calibrate-model", filterable=False),

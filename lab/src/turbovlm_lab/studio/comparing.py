@@ -93,7 +93,7 @@ def tab(shop: Models) -> None:
     runner.wire(
         shop, partial(_prepare, shop), controls.all, lambda found: results.of(found, Path(written.name)), results.all
     )
-    again = {"queue": False, "show_progress": "hidden"}
+    again = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     controls.images.input(partial(_of_images, shop), controls.images, [controls.count, controls.files], **again)
     shown = [results.found, results.share, results.block]
     gr.on(
@@ -115,9 +115,10 @@ def tab(shop: Models) -> None:
 def _left(shop: Models) -> _Controls:
     models = [(subject.title, key) for key, subject in shop.encoders.items()]
     folders = [(folder.name, f"{FOLDER}{place}") for place, folder in enumerate(shop.folders, 1)]
+    first = next((key for key, subject in shop.encoders.items() if subject.needs() is None), models[0][1])
     low, high, count = COUNTS
     return _Controls(
-        model=gr.Dropdown(models, value=models[0][1], label="Model", elem_id="compare-model", filterable=False),
+        model=gr.Dropdown(models, value=first, label="Model", elem_id="compare-model", filterable=False),
         images=gr.Radio(
             [("built in", DEMO), *folders, ("my own", UPLOAD)], value=DEMO, label="Images", elem_id="compare-images"
         ),

@@ -54,7 +54,8 @@ def keep(tab: str, controls: Mapping[str, Any]) -> None:
         f" [name, Array.isArray(values[place]) && !values[place].length ? '{NONE}' : String(values[place])]))); }}"
     )
     moved = [each.input for each in controls.values()]
-    gr.on(moved, None, list(controls.values()), js=script, queue=False, show_progress="hidden")
+    how = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    gr.on(moved, None, list(controls.values()), js=script, **how)
 
 
 def read(tab: str, readers: Mapping[str, Reader], request: gr.Request) -> tuple[dict[str, Any], str]:

@@ -7,31 +7,23 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from turbovlm.errors import DataError, TurboError
 from turbovlm_lab.studio import render
-from turbovlm_lab.studio.choices import (
-    AMOUNTS,
-    DEFAULT,
-    OPTIONS,
-    RANGES,
-    SCHEDULES,
-    STEPS,
-    Choice,
-    Range,
-    number,
-    written,
-)
+from turbovlm_lab.studio.choices import AMOUNTS, OPTIONS, Choice, number, written
+from turbovlm_lab.studio.controls import Controls, add_controls, page_file, seen
 from turbovlm_lab.studio.patches import as_json, payload
-from turbovlm_lab.studio.photos import demo_photos, pictures
-from turbovlm_lab.studio.subjects import IMAGE, Models, Outcome, Photo, Sample, Subject
-from turbovlm_lab.studio.uploads import FORMATS, MEGABYTES, MEGAPIXELS, inside_uploads, read_upload
+from turbovlm_lab.studio.photos import photos_of
+from turbovlm_lab.studio.subjects import RECORDING, Models, Outcome, Photo, Sample, Subject
+from turbovlm_lab.studio.uploads import (
+    inside_uploads,
+    read_recording,
+    read_upload,
+)
 
-PAGE = Path(__file__).parent / "page"
 UPLOADED = "upload"
 SLOTS: Mapping[str, tuple[str, ...]] = {
     "sample": ("image", "recording", "labels", "question", "prompt", "words"),
@@ -39,59 +31,6 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
     "schedule": ("schedule", "listed", "steps"),
 }
 """Where a message stands, by the setting that it begins with; all others stand beside the amount."""
-ASK = f"Drop an image here, or choose a file ({', '.join(FORMATS)}; {MEGABYTES} MB, {MEGAPIXELS} megapixels at most)"
-
-
-@dataclass(frozen=True, eq=False)
-class _Controls:
-    """The components of the left side, which say what is run."""
-
-    model: gr.Dropdown
-    about: gr.Markdown
-    picked: gr.HTML
-    drop: gr.HTML
-    words: gr.Textbox
-    amount: gr.Radio
-    flops: gr.HTML
-    keep: gr.HTML
-    r: gr.HTML
-    visual_keep: gr.HTML
-    steps: gr.HTML
-    alpha: gr.Number
-    degree: gr.Dropdown
-    similarity: gr.Dropdown
-    partition: gr.Dropdown
-    visual_select: gr.Dropdown
-    schedule: gr.Dropdown
-    listed: gr.Textbox
-
-    def of_choice(self, choice: Choice, subject: Subject) -> dict[Any, Any]:
-        """What the controls are to show."""
-        on = subject.settings
-        updates: dict[Any, Any] = {
-            self.amount: gr.update(choices=[(AMOUNTS[name], name) for name in subject.amounts], value=choice.amount),
-            self.steps: gr.update(value=choice.steps or STEPS[0], visible=_seen(subject.steps is not None)),
-            self.alpha: gr.update(value=choice.alpha, visible=_seen("alpha" in on)),
-            self.schedule: gr.update(value=choice.schedule, visible=_seen("schedule" in on)),
-            self.listed: gr.update(value=choice.listed, visible=_seen(choice.schedule == "list")),
-        }
-        for name in AMOUNTS:
-            value = choice.value if name == choice.amount else subject.amounts.get(name, RANGES[name].high)
-            updates[getattr(self, name)] = gr.update(value=value, visible=_seen(name == choice.amount))
-        for name in OPTIONS:
-            updates[getattr(self, name)] = gr.update(value=getattr(choice, name), visible=_seen(name in on))
-        return updates
-
-    def of_subject(self, subject: Subject, choice: Choice, picked: str, words: str) -> dict[Any, Any]:
-        """The same, for another model: also what it takes."""
-        return {
-            self.model: subject.key,
-            self.about: subject.about,
-            self.picked: gr.update(items=pictures(photos_of(subject), picked), value=picked),
-            self.drop: gr.update(visible=_seen(subject.takes == IMAGE)),
-            self.words: gr.update(label=subject.words, value=words, visible=_seen(subject.words is not None)),
-            **self.of_choice(choice, subject),
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,18 +68,6 @@ class _Results:
         return {self.costs: not_run, self.answers: "", self.view: "", self.code: "", **shown}
 
 
-def _seen(on: bool) -> bool | str:
-    """A component's `visible`: what is not shown stays in the page, as Gradio loses the props of what is left out."""
-    return True if on else "hidden"
-
-
-def photos_of(subject: Subject) -> list[Photo]:
-    """The built-in images of a subject; none where it takes words alone."""
-    if subject.photos is not None:
-        return list(subject.photos())
-    return list(demo_photos()) if subject.takes == IMAGE else []
-
-
 def warm(shop: Models) -> None:
     """Load the first model and run what the page shows at first, so that nobody waits for it.
 
@@ -161,80 +88,18 @@ def tab(shop: Models) -> None:
     uploaded = gr.State(None, time_to_live=3600)
     with gr.Row(elem_classes="studio"):
         with gr.Column(scale=2, min_width=300):
-            controls, slots, reset = _left(shop, first)
+            controls, slots, reset = add_controls(shop, first)
         with gr.Column(scale=4, min_width=300):
             results = _right(slots)
     _wire(shop, controls, results, uploaded, reset)
-
-
-def _left(shop: Models, first: Subject) -> tuple[_Controls, dict[str, gr.HTML], gr.Button]:
-    choice, slots = Choice.default(first), {"link": gr.HTML("", elem_id="problem-link")}
-    titles = [(subject.title, key) for key, subject in shop.subjects.items()]
-    model = gr.Dropdown(titles, value=first.key, label="Model", elem_id="model", filterable=False)
-    about = gr.Markdown(first.about)
-    photos = photos_of(first)
-    picked = gr.HTML(
-        photos[0].key if photos else "",
-        html_template="${items}",
-        items=pictures(photos, photos[0].key if photos else ""),
-        js_on_load=_page("picker.js"),
-        elem_id="picker",
-    )
-    drop = gr.HTML(
-        "", html_template=_page("drop.html"), js_on_load=_page("drop.js"), ask=ASK, megabytes=MEGABYTES, elem_id="drop"
-    )
-    words = gr.Textbox(
-        first.default_words,
-        label=first.words,
-        visible=_seen(first.words is not None),
-        elem_id="words",
-        max_lines=4,
-        max_length=4000,
-    )
-    slots["sample"] = gr.HTML("", elem_id="problem-sample")
-    amounts = [(AMOUNTS[name], name) for name in first.amounts]
-    amount = gr.Radio(amounts, value=choice.amount, label="How much is merged", elem_id="amount")
-    values = {
-        name: _slider(name, name, span, first.amounts.get(name, span.high), name == choice.amount)
-        for name, span in RANGES.items()
-    }
-    slots["amount"] = gr.HTML("", elem_id="problem-amount")
-    steps = _slider("steps", "denoising steps", Range(*STEPS, 1), STEPS[0], first.steps is not None)
-    with gr.Accordion("Which tokens, and where", open=False, elem_id="more"):
-        alpha = gr.Number(None, label="α · weight of the semantic value (empty: the library's)", elem_id="alpha")
-        drops = {
-            name: gr.Dropdown(
-                [("the library's", DEFAULT), *options],
-                value=DEFAULT,
-                label=name,
-                visible=_seen(name in first.settings),
-                elem_id=name,
-            )
-            for name, options in OPTIONS.items()
-        }
-        slots["ranking"] = gr.HTML("", elem_id="problem-ranking")
-        schedule = gr.Dropdown(
-            [(title, key) for key, title in SCHEDULES.items()], value=DEFAULT, label="schedule", elem_id="schedule"
-        )
-        listed = gr.Textbox("", label="tokens merged in each block", visible="hidden", elem_id="listed", max_length=400)
-        slots["schedule"] = gr.HTML("", elem_id="problem-schedule")
-    reset = gr.Button("Reset to defaults", size="sm", elem_id="reset")
-    kept = {"model": model, "about": about, "picked": picked, "drop": drop, "words": words, "amount": amount}
-    rest = {"steps": steps, "alpha": alpha, "schedule": schedule, "listed": listed}
-    return _Controls(**kept, **rest, **values, **drops), slots, reset
-
-
-def _slider(name: str, label: str, span: Range, value: float, visible: bool) -> gr.HTML:
-    parts: dict[str, Any] = {"html_template": _page("slider.html"), "js_on_load": _page("slider.js")}
-    span_of = {"label": label, "low": span.low, "high": span.high, "step": span.step}
-    return gr.HTML(value, **parts, **span_of, visible=_seen(visible), elem_id=name)
 
 
 def _right(slots: dict[str, gr.HTML]) -> _Results:
     costs = gr.HTML("<p class='note'>Loading the model …</p>", elem_id="costs", min_height=90)
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
-            view = gr.HTML("", html_template=_page("patches.html"), js_on_load=_page("patches.js"), elem_id="view")
+            drawing = {"html_template": page_file("patches.html"), "js_on_load": page_file("patches.js")}
+            view = gr.HTML("", **drawing, elem_id="view")
         with gr.Column(scale=2, min_width=240):
             answers = gr.HTML("", elem_id="answers")
     with gr.Accordion("In Python", open=False):
@@ -242,10 +107,10 @@ def _right(slots: dict[str, gr.HTML]) -> _Results:
     return _Results(costs, answers, view, code, slots)
 
 
-def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.State, reset: gr.Button) -> None:
+def _wire(shop: Models, controls: Controls, results: _Results, uploaded: gr.State, reset: gr.Button) -> None:
     """Run the model when something changes: one listener for all, so that the latest request wins."""
-    every = [getattr(controls, field.name) for field in fields(_Controls)]
-    names = [field.name for field in fields(_Controls) if field.name not in ("about", "drop")]
+    every = [getattr(controls, field.name) for field in fields(Controls)]
+    names = [field.name for field in fields(Controls) if field.name not in ("about", "drop")]
     chosen = [getattr(controls, name) for name in names]
     asked = gr.State(0.0)
 
@@ -266,23 +131,28 @@ def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.Sta
         return {**shown, asked: time.monotonic()}
 
     def choose_amount(amount: str) -> dict[Any, Any]:
-        shown = {getattr(controls, name): gr.update(visible=_seen(name == amount)) for name in AMOUNTS}
+        shown = {getattr(controls, name): gr.update(visible=seen(name == amount)) for name in AMOUNTS}
         return {**shown, asked: time.monotonic()}
 
     def choose_schedule(schedule: str) -> dict[Any, Any]:
-        return {controls.listed: gr.update(visible=_seen(schedule == "list")), asked: time.monotonic()}
+        return {controls.listed: gr.update(visible=seen(schedule == "list")), asked: time.monotonic()}
 
     def go_back(key: str) -> dict[Any, Any]:
         subject = shop.subjects[key]
         return {**controls.of_choice(Choice.default(subject), subject), asked: time.monotonic()}
 
-    def take(value: str) -> dict[Any, Any]:
+    def take(value: str, key: str) -> dict[Any, Any]:
         slot = results.slots["sample"]
+        wave = None
         try:
-            image = read_upload(inside_uploads(json.loads(value)["path"]))
+            file = inside_uploads(json.loads(value)["path"])
+            if shop.subjects[key].takes == RECORDING:
+                wave, image = read_recording(file)
+            else:
+                image = read_upload(file)
         except DataError as error:
             return {slot: render.problem(str(error))}
-        photo = Photo(f"{UPLOADED}-{time.time_ns()}", "your image", image)
+        photo = Photo(f"{UPLOADED}-{time.time_ns()}", file.name, image, wave=wave)
         return {uploaded: photo, controls.picked: UPLOADED, asked: time.monotonic()}
 
     def open_link(request: gr.Request) -> dict[Any, Any]:
@@ -294,7 +164,8 @@ def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.Sta
     controls.amount.input(choose_amount, controls.amount, [*(getattr(controls, a) for a in AMOUNTS), asked], **quick)
     controls.schedule.input(choose_schedule, controls.schedule, [controls.listed, asked], **quick)
     reset.click(go_back, controls.model, [*every, asked], **quick)
-    controls.drop.upload(take, controls.drop, [uploaded, controls.picked, results.slots["sample"], asked], **quick)
+    taken = [uploaded, controls.picked, results.slots["sample"], asked]
+    controls.drop.upload(take, [controls.drop, controls.model], taken, **quick)
     moved = (controls.picked, controls.steps, *(getattr(controls, name) for name in (*AMOUNTS, *OPTIONS)))
     typed = (controls.words, controls.alpha, controls.listed)
     gr.on(
@@ -311,7 +182,7 @@ def _wire(shop: Models, controls: _Controls, results: _Results, uploaded: gr.Sta
     )
 
 
-UPLOAD_HAS_NO_LINK = "An uploaded image stays in this page: for others, this link shows a built-in one."
+UPLOAD_HAS_NO_LINK = "What you upload stays in this page: the link leaves it out."
 
 
 def _run(
@@ -353,8 +224,11 @@ def _choice(subject: Subject, given: Mapping[str, Any]) -> Choice:
 def _sample(subject: Subject, given: Mapping[str, Any], upload: Photo | None) -> Sample:
     photos = {photo.key: photo for photo in photos_of(subject)}
     photo = upload if given["picked"] == UPLOADED else photos.get(given["picked"])
+    steps = None if subject.steps is None else int(number("steps", given["steps"]))
     words = given["words"] or ""
-    return Sample("", words=words) if photo is None else Sample(photo.key, photo.image, words=words)
+    if photo is None or (photo.wave is None) == (subject.takes == RECORDING):
+        return Sample("", words=words, steps=steps)
+    return Sample(photo.key, photo.image, photo.wave, words, steps)
 
 
 def _link(subject: Subject, choice: Choice, sample: Sample) -> dict[str, str]:
@@ -366,7 +240,7 @@ def _link(subject: Subject, choice: Choice, sample: Sample) -> dict[str, str]:
     return {**dict.fromkeys(names, ""), **own}
 
 
-def _linked(shop: Models, query: Mapping[str, str], controls: _Controls, results: _Results) -> dict[Any, Any]:
+def _linked(shop: Models, query: Mapping[str, str], controls: Controls, results: _Results) -> dict[Any, Any]:
     """What the controls are to show for a link, and what is wrong with it."""
     wrong = []
     key = query.get("model", shop.first.key)
@@ -386,7 +260,3 @@ def _linked(shop: Models, query: Mapping[str, str], controls: _Controls, results
         **controls.of_subject(subject, choice, picked, words),
         results.slots["link"]: render.problem("; ".join(wrong) or None),
     }
-
-
-def _page(name: str) -> str:
-    return (PAGE / name).read_text(encoding="utf-8")

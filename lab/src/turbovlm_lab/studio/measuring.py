@@ -37,7 +37,12 @@ def counted(run: Callable[[], T]) -> tuple[T, float]:
 def timed_in_turn(
     versions: Sequence[Callable[[], object]], rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS
 ) -> list[Times]:
-    """Time each version once per round, forwards and backwards in turn, so that a busy machine slows all alike."""
+    """Time each version once per round, forwards and backwards in turn, so that a busy machine slows all alike.
+
+    Args:
+        versions: what is timed.
+        rounds: at least and at most; `seconds`: after which no further one begins.
+    """
     started = time.perf_counter()
     cpu: list[list[float]] = [[] for _ in versions]
     wall: list[list[float]] = [[] for _ in versions]

@@ -29,7 +29,7 @@ def payload(view: View | None) -> dict[str, Any]:
     rows, columns = view.grid
     blocks, before = [], list(range(rows * columns))
     for trace in view.traces:
-        entry = _block(trace, before)
+        entry = _block(trace, before, rows * columns)
         before = entry["source"]
         blocks.append(entry)
     return {
@@ -57,9 +57,9 @@ def data_uri(image: Image, *, sharp: bool = False) -> str:
     return f"data:image/{'png' if sharp else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _block(trace: BlockTrace, before: list[int]) -> dict[str, Any]:
-    """Numbers of tokens count from the first patch: what never merges is left out."""
-    patches = slice(trace.prefix, trace.source.shape[1] - trace.suffix)
+def _block(trace: BlockTrace, before: list[int], count: int) -> dict[str, Any]:
+    """Numbers of tokens count from the first patch: what never merges is left out, and patches that are not drawn."""
+    patches = slice(trace.prefix, trace.prefix + count)
     source = (trace.source[0, patches] - trace.prefix).tolist()
     end = trace.sizes.shape[1] - trace.suffix
     values = {

@@ -8,7 +8,7 @@ from html import escape
 
 from turbovlm_lab.demo.photos import load_photos, load_surfaces
 from turbovlm_lab.studio.patches import data_uri
-from turbovlm_lab.studio.subjects import Photo
+from turbovlm_lab.studio.subjects import IMAGE, Photo, Subject
 
 WHOLE = 7
 """Photographs of `load_photos` that are no crops of another."""
@@ -53,3 +53,10 @@ def _thumbnail(photo: Photo) -> str:
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         _THUMBNAILS[id(photo)] = data_uri(small)
     return _THUMBNAILS[id(photo)]
+
+
+def photos_of(subject: Subject) -> list[Photo]:
+    """The built-in images of a subject; none where it takes words alone."""
+    if subject.photos is not None:
+        return list(subject.photos())
+    return list(demo_photos()) if subject.takes == IMAGE else []

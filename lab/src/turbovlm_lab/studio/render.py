@@ -22,7 +22,7 @@ def costs(outcome: Outcome, times: Sequence[Times] | None, link: Mapping[str, st
     whole, merged = outcome.unmerged, outcome.merged
     cards = []
     if merged.tokens:
-        cards.append(card("Tokens", f"{whole.tokens[-1]} → {merged.tokens[-1]}", "behind the last block"))
+        cards.append(card("Tokens", f"{whole.tokens[-1]} → {merged.tokens[-1]}", outcome.counted))
     share = f"{merged.gmacs / whole.gmacs:.0%} of them left" if whole.gmacs else ""
     cards.append(card("Multiply-accumulates", f"{whole.gmacs:.3g} → {merged.gmacs:.3g} G", share))
     cards.append(_time(times))

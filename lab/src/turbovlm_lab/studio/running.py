@@ -84,8 +84,9 @@ class Runner:
                 job.stop()
 
         own = [self.start, self.cancel, self.bar, self.problem, self.job]
-        self.start.click(run, list(inputs), [*own, *outputs], concurrency_limit=None, show_progress="hidden")
-        self.cancel.click(_stop, self.job, self.cancel, queue=False, show_progress="hidden")
+        how = {"show_progress": "hidden", "api_visibility": "private"}
+        self.start.click(run, list(inputs), [*own, *outputs], concurrency_limit=None, **how)
+        self.cancel.click(_stop, self.job, self.cancel, queue=False, **how)
 
     def _running(self, job: Job[Any]) -> Updates:
         return {

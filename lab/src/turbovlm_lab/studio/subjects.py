@@ -41,12 +41,14 @@ class Sample:
         image: RGB; None where the subject takes none.
         wave: a recording of 16 kHz, mono, `[samples]`.
         words: labels, a question or a prompt.
+        steps: of denoising.
     """
 
     key: str
     image: Image | None = None
     wave: Tensor | None = None
     words: str = ""
+    steps: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,7 @@ class Outcome:
         centred: the same with the mean over other samples taken off both.
         time: times both, unmerged and merged, in turn.
         said: what turbovlm says of the settings on this model: the lines of `print(handle)`.
+        counted: where the last of the tokens are that the answers have.
         notes: what must be known to read the result, in sentences.
     """
 
@@ -103,6 +106,7 @@ class Outcome:
     drift: float | None = None
     centred: float | None = None
     view: View | None = None
+    counted: str = "behind the last block"
     notes: tuple[str, ...] = ()
 
 
@@ -149,12 +153,13 @@ class Encodes(Loaded, Protocol):
 
 @dataclass(frozen=True)
 class Photo:
-    """An image that is built in, and whom to credit."""
+    """An image that is built in or was uploaded, and whom to credit; `wave`: see `Sample`."""
 
     key: str
     title: str
     image: Image
     credit: str = ""
+    wave: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Images that somebody uploads: what is taken, and why something is not."""
+"""Images and recordings that somebody uploads: what is taken, and why something is not."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,13 @@ from turbovlm.loading.images import decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Of which the first frame counts."""
 MEGABYTES, MEGAPIXELS = 25, 40
+SECONDS, RATE = 30, 16_000
+"""Of recordings, at most; samples a second that are kept."""
 KEPT_SIDE = 1024
 """Pixels of the longer side of what is kept; models see fewer."""
 
@@ -53,6 +57,51 @@ def read_upload(path: str | Path) -> Image:
         raise DataError(f"{name}: {error}") from error
     found.thumbnail((KEPT_SIDE, KEPT_SIDE))
     return found
+
+
+def read_recording(path: str | Path) -> tuple[Tensor, Image]:
+    """A WAV file as a wave, mono, 16 kHz, `[samples]`, and a picture of its spectrogram.
+
+    Raises:
+        DataError: the file is too large, is no WAV file of 8 or 16 bits, or lasts longer than `SECONDS`.
+    """
+    import wave
+
+    import numpy as np
+    import torch
+    from scipy.signal import resample_poly
+
+    path = Path(path)
+    name, megabytes = shown(path.name), path.stat().st_size / 1e6
+    if megabytes > MEGABYTES:
+        raise DataError(f"{name}: {megabytes:.1f} MB is too large; at most {MEGABYTES} MB are taken")
+    try:
+        with wave.open(str(path)) as file:
+            channels, width, rate, count, *_ = file.getparams()
+            content = file.readframes(min(count, rate * SECONDS + 1))
+    except (wave.Error, EOFError, ValueError, ZeroDivisionError) as error:
+        raise DataError(f"{name}: is not a WAV file of plain samples ({error})") from error
+    if width not in (1, 2) or not 1_000 <= rate <= 192_000 or channels < 1:
+        raise DataError(f"{name}: has {8 * width} bits at {rate} Hz; 8 or 16 bits at 1 to 192 kHz are taken")
+    if not content or count > rate * SECONDS:
+        raise DataError(f"{name}: lasts {count / rate:.0f} seconds; up to {SECONDS} are taken")
+    raw = np.frombuffer(content, np.int16 if width == 2 else np.uint8).astype(np.float32)
+    samples = raw / 32768 if width == 2 else (raw - 128) / 128
+    mono = samples[: len(samples) // channels * channels].reshape(-1, channels).mean(axis=1)
+    common = math.gcd(rate, RATE)
+    sound = torch.from_numpy(resample_poly(mono, RATE // common, rate // common).astype(np.float32))
+    return sound, spectrogram(sound)
+
+
+def spectrogram(wave: Tensor) -> Image:
+    """A picture of a recording, a column for every 10 ms, low tones at the bottom, louder is lighter."""
+    import torch
+    from PIL import Image as pillow
+
+    power = torch.stft(wave, 400, 160, window=torch.hann_window(400), return_complex=True).abs()[:128] + 1e-5
+    level = power.log10().flip(0)
+    level = (level - level.max() + 4).clamp(0, 4) / 4
+    return pillow.fromarray((255 * level).byte().numpy()).convert("RGB")
 
 
 def shown(name: str) -> str:

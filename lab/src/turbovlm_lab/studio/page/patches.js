@@ -2,6 +2,8 @@
 const view = { data: null, block: 0, patch: null };
 const NS = 'http://www.w3.org/2000/svg';
 const CELL = 10;
+// A patch is a square; a frame of sound stands upright.
+const tall = () => (view.data.rows > 1 ? CELL : (view.data.columns * CELL) / 5);
 const find = (name) => element.querySelector('.' + name);
 
 function read() {
@@ -38,10 +40,10 @@ function borders(inside) {
     for (let column = 0; column < columns; column++) {
       const own = inside(row * columns + column);
       if (column + 1 < columns && own !== inside(row * columns + column + 1)) {
-        path += `M${(column + 1) * CELL} ${row * CELL}v${CELL}`;
+        path += `M${(column + 1) * CELL} ${row * tall()}v${tall()}`;
       }
       if (row + 1 < rows && own !== inside((row + 1) * columns + column)) {
-        path += `M${column * CELL} ${(row + 1) * CELL}h${CELL}`;
+        path += `M${column * CELL} ${(row + 1) * tall()}h${CELL}`;
       }
     }
   }
@@ -55,8 +57,8 @@ function draw() {
   const { rows, columns, colors, blocks, image } = view.data;
   const svg = find('drawing');
   svg.replaceChildren();
-  svg.setAttribute('viewBox', `0 0 ${columns * CELL} ${rows * CELL}`);
-  make('image', { href: image, width: columns * CELL, height: rows * CELL, preserveAspectRatio: 'none' }, svg);
+  svg.setAttribute('viewBox', `0 0 ${columns * CELL} ${rows * tall()}`);
+  make('image', { href: image, width: columns * CELL, height: rows * tall(), preserveAspectRatio: 'none' }, svg);
   const of = tokens(), groups = new Map();
   of.forEach((token, patch) => groups.set(token, [...(groups.get(token) || []), patch]));
   const cells = make('g', { class: 'cells' }, svg);
@@ -64,21 +66,21 @@ function draw() {
     const group = groups.get(token);
     const mean = [0, 1, 2].map((c) => Math.round(group.reduce((sum, each) => sum + colors[each][c], 0) / group.length));
     make('rect', {
-      'data-patch': patch, x: (patch % columns) * CELL, y: Math.floor(patch / columns) * CELL, width: CELL,
-      height: CELL, fill: group.length > 1 ? `rgb(${mean})` : 'transparent',
+      'data-patch': patch, x: (patch % columns) * CELL, y: Math.floor(patch / columns) * tall(), width: CELL,
+      height: tall(), fill: group.length > 1 ? `rgb(${mean})` : 'transparent',
     }, cells);
   });
   make('path', { class: 'borders', d: borders((patch) => of[patch]) }, svg);
   make('path', { class: 'shade' }, svg);
   make('path', { class: 'lit' }, svg);
-  make('rect', { class: 'cursor', width: CELL, height: CELL, visibility: 'hidden' }, svg);
+  make('rect', { class: 'cursor', width: CELL, height: tall(), visibility: 'hidden' }, svg);
   const slider = find('block');
   slider.max = blocks.length;
   slider.value = view.block;
-  const said = view.block
-    ? `after block ${view.block} of ${blocks.length}: ${groups.size} tokens of ${rows * columns} ${view.data.unit}es`
-    : `before the first block: ${rows * columns} ${view.data.unit}es, one token each`;
-  find('said').textContent = said.replaceAll('framees', 'frames');
+  const units = `${rows * columns} ${view.data.unit === 'patch' ? 'patches' : `${view.data.unit}s`}`;
+  find('said').textContent = view.block
+    ? `after block ${view.block} of ${blocks.length}: ${groups.size} tokens of ${units}`
+    : `before the first block: ${units}, one token each`;
   slider.setAttribute('aria-valuetext', find('said').textContent);
   light(view.patch);
 }
@@ -100,17 +102,17 @@ function light(patch) {
     return;
   }
   const { columns, rows, blocks } = view.data, of = tokens(), token = of[patch];
-  const at = (each) => [(each % columns) * CELL, Math.floor(each / columns) * CELL];
+  const at = (each) => [(each % columns) * CELL, Math.floor(each / columns) * tall()];
   let dark = '', edge = '';
   of.forEach((each, place) => {
     const [x, y] = at(place);
-    if (each !== token) { dark += `M${x} ${y}h${CELL}v${CELL}h-${CELL}z`; return; }
+    if (each !== token) { dark += `M${x} ${y}h${CELL}v${tall()}h-${CELL}z`; return; }
     svg.querySelector(`[data-patch="${place}"]`).classList.add('on');
     const row = Math.floor(place / columns), column = place % columns;
     if (row === 0 || of[place - columns] !== token) edge += `M${x} ${y}h${CELL}`;
-    if (row === rows - 1 || of[place + columns] !== token) edge += `M${x} ${y + CELL}h${CELL}`;
-    if (column === 0 || of[place - 1] !== token) edge += `M${x} ${y}v${CELL}`;
-    if (column === columns - 1 || of[place + 1] !== token) edge += `M${x + CELL} ${y}v${CELL}`;
+    if (row === rows - 1 || of[place + columns] !== token) edge += `M${x} ${y + tall()}h${CELL}`;
+    if (column === 0 || of[place - 1] !== token) edge += `M${x} ${y}v${tall()}`;
+    if (column === columns - 1 || of[place + 1] !== token) edge += `M${x + CELL} ${y}v${tall()}`;
   });
   shade.setAttribute('d', dark);
   lit.setAttribute('d', edge);
