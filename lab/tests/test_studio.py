@@ -182,10 +182,11 @@ def test_a_folder_s_model_runs_and_is_left_as_it_was(tmp_path):
         loaded = found.load()
         outcome = loaded.run(Sample("x", image), Choice("r", 6).configs(found, loaded))
         assert len(outcome.merged.labels) == labels and outcome.drift is not None and 0 < outcome.drift < 1
-        assert outcome.merged.gmacs < outcome.unmerged.gmacs and outcome.merged.tokens[-1] == 65 - 24
+        assert outcome.complete().merged.gmacs < outcome.unmerged.gmacs and outcome.merged.tokens[-1] == 65 - 24
         unmerged, merged = outcome.time()
         assert unmerged.runs == merged.runs >= 3
         with pytest.raises(TurboError, match="not accelerated"):
             turbovlm.get_handle(loaded.model)
         whole = loaded.run(Sample("x", image), Choice("r", 0).configs(found, loaded))
         assert whole.drift == pytest.approx(0, abs=1e-5)
+        assert whole.complete().merged.gmacs == whole.unmerged.gmacs

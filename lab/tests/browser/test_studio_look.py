@@ -88,6 +88,9 @@ def test_what_a_link_has_wrong_is_said(page: Any) -> None:
     text = problem(page, "#problem-link")
     assert "image=nothing" in text and "degree=best" in text and "value=many" in text
     settled(page, "model=folder-tiny", "image=astronaut", "value=0.6")
+    assert problem(page, "#problem-link") == text
+    page.get_by_text("Reset to defaults").click()
+    page.locator("#problem-link .problem").wait_for(state="hidden")
 
 
 def test_uploads_and_what_is_refused(page: Any, tmp_path: Any) -> None:

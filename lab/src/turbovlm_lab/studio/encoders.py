@@ -89,24 +89,28 @@ class ImageEncoder(Loaded):
         whole, model = self._whole(sample), self._merged
         answer = self._answer(sample, whole.output)  # what is wrong with the words is said first
         config = next(config for config in configs if isinstance(config, TurboConfig))
-        with turbovlm.apply(model, config) as handle:
-            output, gmacs = counted(lambda: self.encode(model, whole.pixels))
-            said = repr(handle)
         with turbovlm.apply(model, config.changed(trace=True)) as handle:
-            self.encode(model, whole.pixels)  # by itself: to record A takes multiply-accumulates
-            traces = tuple(handle.trace)
+            output = self.encode(model, whole.pixels)
+            said, traces = repr(handle), tuple(handle.trace)
         view, tokens = self._view(sample.image, traces)
         return Outcome(
             unmerged=Answer(whole.gmacs, (tokens[0],) * len(tokens), **answer),
-            merged=Answer(gmacs, tokens, **self._answer(sample, output)),
+            merged=Answer(None, tokens, **self._answer(sample, output)),
             measured=self.measured,
             time=lambda: self._time(whole.pixels, configs),
+            count=lambda: self._count(whole.pixels, configs),
             said=said,
             drift=drift_of(output, whole.output),
             centred=None if self.mean is None else drift_of(output, whole.output, self.mean),
             view=view,
             notes=self._notes,
         )
+
+    @torch.inference_mode()
+    def _count(self, pixels: Any, configs: Sequence[Config]) -> float:
+        """In a forward that is not traced: to record A takes multiply-accumulates."""
+        with turbovlm.apply(self._merged, *configs):
+            return counted(lambda: self.encode(self._merged, pixels))[1]
 
     @torch.inference_mode()
     def _time(self, pixels: Any, configs: Sequence[Config]) -> list[Times]:

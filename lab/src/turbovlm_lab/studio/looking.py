@@ -54,8 +54,13 @@ class _Results:
             self.answers: render.answers(outcome),
             self.view: as_json({**payload(outcome.view), "link": link}),
             self.code: render.code(line, outcome.said),
-            **dict.fromkeys(self.slots.values(), ""),
+            **dict.fromkeys(self._of_runs.values(), ""),
         }
+
+    @property
+    def _of_runs(self) -> dict[str, gr.HTML]:
+        """The lines that a run has something to say in; what is wrong with a link stays where it is."""
+        return {key: each for key, each in self.slots.items() if key != "link"}
 
     def of_error(self, error: TurboError) -> dict[Any, Any]:
         """The message beside the control that it is about; what was shown before is gone."""
@@ -128,7 +133,7 @@ def _wire(shop: Models, controls: Controls, results: _Results, uploaded: gr.Stat
         subject = shop.subjects[key]
         first = next((photo.key for photo in photos_of(subject)), "")
         shown = controls.of_subject(subject, Choice.default(subject), first, subject.default_words)
-        return {**shown, asked: time.monotonic()}
+        return {**shown, results.slots["link"]: "", asked: time.monotonic()}
 
     def choose_amount(amount: str) -> dict[Any, Any]:
         shown = {getattr(controls, name): gr.update(visible=seen(name == amount)) for name in AMOUNTS}
@@ -139,7 +144,8 @@ def _wire(shop: Models, controls: Controls, results: _Results, uploaded: gr.Stat
 
     def go_back(key: str) -> dict[Any, Any]:
         subject = shop.subjects[key]
-        return {**controls.of_choice(Choice.default(subject), subject), asked: time.monotonic()}
+        shown = controls.of_choice(Choice.default(subject), subject)
+        return {**shown, results.slots["link"]: "", asked: time.monotonic()}
 
     def take(value: str, key: str) -> dict[Any, Any]:
         slot = results.slots["sample"]
@@ -160,10 +166,10 @@ def _wire(shop: Models, controls: Controls, results: _Results, uploaded: gr.Stat
 
     quick = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
     gr.on(None, open_link, None, [*every, asked, results.slots["link"]], **quick)  # when the page loads
-    controls.model.input(choose_model, controls.model, [*every, asked], **quick)
+    controls.model.input(choose_model, controls.model, [*every, asked, results.slots["link"]], **quick)
     controls.amount.input(choose_amount, controls.amount, [*(getattr(controls, a) for a in AMOUNTS), asked], **quick)
     controls.schedule.input(choose_schedule, controls.schedule, [controls.listed, asked], **quick)
-    reset.click(go_back, controls.model, [*every, asked], **quick)
+    reset.click(go_back, controls.model, [*every, asked, results.slots["link"]], **quick)
     taken = [uploaded, controls.picked, results.slots["sample"], asked]
     controls.drop.upload(take, [controls.drop, controls.model], taken, **quick)
     moved = (controls.picked, controls.steps, *(getattr(controls, name) for name in (*AMOUNTS, *OPTIONS)))
@@ -205,7 +211,7 @@ def _run(
     link = _link(subject, choice, sample)
     yield results.of(outcome, line, link)
     with shop.computing:
-        times = outcome.time()
+        outcome, times = outcome.complete(), outcome.time()
     yield {results.costs: render.costs(outcome, times, link)}
 
 

@@ -23,8 +23,7 @@ def costs(outcome: Outcome, times: Sequence[Times] | None, link: Mapping[str, st
     cards = []
     if merged.tokens:
         cards.append(card("Tokens", f"{whole.tokens[-1]} → {merged.tokens[-1]}", outcome.counted))
-    share = f"{merged.gmacs / whole.gmacs:.0%} of them left" if whole.gmacs else ""
-    cards.append(card("Multiply-accumulates", f"{whole.gmacs:.3g} → {merged.gmacs:.3g} G", share))
+    cards.append(_gmacs(whole.gmacs, merged.gmacs))
     cards.append(_time(times))
     if outcome.drift is not None:
         centred = "1 − cosine" if outcome.centred is None else f"1 − cosine · centred {_small(outcome.centred)}"
@@ -69,6 +68,12 @@ def problem(message: str | None) -> str:
 def card(title: str, value: str, detail: str) -> str:
     """A number with its title above and what must be known of it beneath."""
     return f"<div class='card'><span>{title}</span><b>{value}</b><small>{escape(detail)}</small></div>"
+
+
+def _gmacs(whole: float | None, merged: float | None) -> str:
+    if not whole or merged is None:
+        return card("Multiply-accumulates", "…", "being counted")
+    return card("Multiply-accumulates", f"{whole:.3g} → {merged:.3g} G", f"{merged / whole:.0%} of them left")
 
 
 def _time(times: Sequence[Times] | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,11 +56,11 @@ class Answer:
     """What a model makes of a sample: one of labels with their probabilities, a picture, or a text.
 
     Attributes:
-        gmacs: 10⁹ multiply-accumulates, counted as the model ran.
+        gmacs: 10⁹ multiply-accumulates, counted as the model ran; None where they are yet to be counted.
         tokens: of the sequence before the first block and after each.
     """
 
-    gmacs: float
+    gmacs: float | None
     tokens: tuple[int, ...] = ()
     labels: Mapping[str, float] = field(default_factory=dict)
     picture: Image | None = None
@@ -93,6 +93,7 @@ class Outcome:
         drift: 1 − cosine of what the merged model gives to what the unmerged one gives; None where there is no such.
         centred: the same with the mean over other samples taken off both.
         time: times both, unmerged and merged, in turn.
+        count: counts the merged model's 10⁹ multiply-accumulates, where its answer has none yet.
         said: what turbovlm says of the settings on this model: the lines of `print(handle)`.
         counted: where the last of the tokens are that the answers have.
         notes: what must be known to read the result, in sentences.
@@ -107,7 +108,14 @@ class Outcome:
     centred: float | None = None
     view: View | None = None
     counted: str = "behind the last block"
+    count: Callable[[], float] | None = None
     notes: tuple[str, ...] = ()
+
+    def complete(self) -> Outcome:
+        """The same with its multiply-accumulates."""
+        if self.merged.gmacs is not None or self.count is None:
+            return self
+        return replace(self, merged=replace(self.merged, gmacs=self.count()))
 
 
 class Loaded(Protocol):
