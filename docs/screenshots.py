@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 IMAGES = Path(__file__).parent / "images"
-WIDTH, MOST_BYTES = 1100, 300_000
+WIDTH, MOST_BYTES = 1280, 300_000
 PATIENCE = 600_000
 """Milliseconds that a run may take."""
 CROPS = 32
@@ -69,12 +69,14 @@ def look(page: Any, link: str, width: int, patch: int | None = None) -> bytes:
 
 
 def compare(page: Any) -> bytes:
-    open_tab(page, "compare", model="saliency", count=7, shares="0.8,0.6,0.4", rounds=8)
+    open_tab(page, "compare", model="saliency", count=7, shares="0.8,0.6,0.4", rounds=4)
     page.click("#compare-start")
     page.locator("#compare-table table").wait_for()
     page.locator("#compare-share").get_by_text("60%").click()
     page.wait_for_timeout(2000)
-    shot: bytes = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": WIDTH, "height": 1560})
+    bottom = page.locator("#compare-patches .strip").nth(2).bounding_box()
+    height = round(bottom["y"] - 12 + page.evaluate("scrollY"))
+    shot: bytes = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": WIDTH, "height": height})
     return shot
 
 

@@ -150,6 +150,11 @@ def other_methods(monkeypatch):
     return {"model": model, "images": noise(0, 1, 3, 224, 224)}
 
 
+def studio(monkeypatch):
+    turbovlm.TurboConfig(r=2).save("turbo.json")
+    return {"model": dinov2()}
+
+
 SETTINGS = {
     "index.md": start,
     "models.md": encoders,
@@ -159,6 +164,7 @@ SETTINGS = {
     "calibrate.md": calibrated,
     "compression.md": compressed,
     "migration.md": other_methods,
+    "studio.md": studio,
 }
 """What the snippets of a page find: names, and functions of libraries that make small models."""
 

@@ -26,7 +26,7 @@ from turbovlm_lab.studio.compared import chart, table
 from turbovlm_lab.studio.comparison import Comparison, compare, drawings, summary, to_csv, to_json, warnings
 from turbovlm_lab.studio.encoders import ImageEncoder
 from turbovlm_lab.studio.image_sets import MOST_IMAGES, ImageSet, built_in, read_files
-from turbovlm_lab.studio.jobs import Job, Report, Stopped, in_words
+from turbovlm_lab.studio.jobs import Job, Report, Stopped, in_words, stop_all
 from turbovlm_lab.studio.subjects import IMAGE, Models, Subject
 from turbovlm_lab.zoo import clip, saliency
 
@@ -209,6 +209,17 @@ def test_a_job_that_waits_can_be_stopped() -> None:
         assert job.wait(5)
     with pytest.raises(Stopped):
         job.result()
+
+
+def test_all_jobs_end_with_the_studio() -> None:
+    def work(report: Report) -> None:
+        while True:
+            report.check()
+            time.sleep(0.01)
+
+    jobs = [Job(work), Job(work)]
+    stop_all(5)
+    assert all(job.wait(0) for job in jobs)
 
 
 def test_durations_in_words() -> None:

@@ -134,6 +134,18 @@ def test_too_few_images_and_files_that_are_none(page: Any, images: Images) -> No
     assert "noise01.png: is not an image" in page.locator("#compare-said").inner_text()
 
 
+def test_a_pipeline_is_given_prompts_in_place_of_images(page: Any) -> None:
+    open_tab(page, "tab=calibrate&calibrate-model=emoji&calibrate-steps=3")
+    prompts = page.locator("#calibrate-prompts textarea")
+    prompts.wait_for()
+    assert len(set(prompts.input_value().splitlines())) == 30
+    assert page.locator("#calibrate-steps input[type=number]").input_value() == "3"
+    assert not page.locator("#calibrate-files").is_visible()
+    prompts.fill("red apple\n\npizza")
+    page.click("#calibrate-start")
+    assert problem(page, "calibrate").startswith("prompts: 2 are too few")
+
+
 def test_cancel_and_a_closed_page_stop_what_runs(page: Any, images: Images) -> None:
     files = images(40)
     open_tab(page, LONG)

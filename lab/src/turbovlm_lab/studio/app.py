@@ -15,10 +15,13 @@ import gradio as gr
 from turbovlm.errors import TurboError
 from turbovlm_lab.studio import calibrating, comparing, encoders, generating, looking
 from turbovlm_lab.studio.folders import folder_subject
+from turbovlm_lab.studio.jobs import stop_all
 from turbovlm_lab.studio.subjects import Models, Subject
 from turbovlm_lab.studio.uploads import MEGABYTES
 
 PAGE = Path(__file__).parent / "page"
+LAST_SECONDS = 5
+"""That what computes is waited for at the end."""
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 TABS: tuple[tuple[str, str, Callable[[Models], None]], ...] = (
     ("look", "Look", looking.tab),
@@ -131,6 +134,9 @@ def serving(settings: Settings, shop: Models | None = None) -> Iterator[str]:
             yield url
         finally:
             page.close(verbose=False)
+            stop_all(LAST_SECONDS)
+            if shop.computing.acquire(timeout=LAST_SECONDS):
+                shop.computing.release()
 
 
 def _free_port(host: str) -> int:

@@ -29,6 +29,7 @@ from turbovlm_lab.studio.calibration import (
     lines_of,
     prompts_in,
 )
+from turbovlm_lab.studio.controls import seen
 from turbovlm_lab.studio.image_sets import MOST_IMAGES, files_in, read_files
 from turbovlm_lab.studio.jobs import Report, in_words
 from turbovlm_lab.studio.running import Runner, Updates, Work
@@ -260,7 +261,7 @@ def _right() -> _Results:
     return _Results(
         gr.HTML(start, elem_id="calibrate-said"),
         gr.HTML("", elem_id="calibrate-figure"),
-        gr.DownloadButton(f"Download {FILE}", size="md", visible=False, elem_id="calibrate-settings"),
+        gr.DownloadButton(f"Download {FILE}", size="md", visible=seen(False), elem_id="calibrate-settings"),
         gr.HTML("", elem_id="calibrate-lines"),
         gr.HTML("", elem_id="calibrate-held"),
     )
@@ -270,13 +271,13 @@ def _depending(shop: Models, model: str, images: str) -> tuple[dict[str, Any], .
     """What there is of the other controls for a model and where its images are, as `DEPENDING`."""
     encodes = shop.subjects[model].encodes
     return (
-        gr.update(visible=encodes and bool(shop.folders)),
-        gr.update(visible=encodes and images == UPLOAD),
-        gr.update(visible=not encodes, **({} if encodes else {"value": "\n".join(_prompts(model))})),
-        gr.update(visible=encodes),
-        gr.update(visible=encodes),
-        gr.update(visible=encodes),
-        gr.update(visible=not encodes),
+        gr.update(visible=seen(encodes and bool(shop.folders))),
+        gr.update(visible=seen(encodes and images == UPLOAD)),
+        gr.update(visible=seen(not encodes), **({} if encodes else {"value": "\n".join(_prompts(model))})),
+        gr.update(visible=seen(encodes)),
+        gr.update(visible=seen(encodes)),
+        gr.update(visible=seen(encodes)),
+        gr.update(visible=seen(not encodes)),
     )
 
 

@@ -14,6 +14,7 @@ import gradio as gr
 from turbovlm_lab.demo.result import METHODS, TURBO, Settings
 from turbovlm_lab.studio import compared, links
 from turbovlm_lab.studio.comparison import SHARES, SHOWN, Comparison, check, compare, to_csv, to_json
+from turbovlm_lab.studio.controls import seen
 from turbovlm_lab.studio.image_sets import MOST_IMAGES, built_in, files_in, read_files
 from turbovlm_lab.studio.jobs import Report
 from turbovlm_lab.studio.running import Runner, Updates, Work
@@ -24,6 +25,8 @@ DEMO, UPLOAD, FOLDER = "demo", "upload", "folder"
 BATCH = 8
 ROUNDS = (2, 12, 4)
 """Rounds of timing: at least, at most, at first."""
+SECONDS = 300
+"""After which no further round of timing begins."""
 COUNTS = (2, 28, 7)
 """Built-in images: at least, at most, at first."""
 FIRST_SHARES = (0.8, 0.6, 0.4)
@@ -128,7 +131,7 @@ def _left(shop: Models) -> _Controls:
             file_types=["image"],
             label=f"2 to {MOST_IMAGES} images, {MEGABYTES} MB each",
             elem_id="compare-files",
-            visible=False,
+            visible=seen(False),
             height=180,
         ),
         methods=gr.CheckboxGroup(
@@ -158,10 +161,10 @@ def _right() -> _Results:
     chart = gr.HTML("", elem_id="compare-chart")
     table = gr.HTML("", elem_id="compare-table")
     with gr.Row():
-        csv = gr.DownloadButton("CSV", size="sm", visible=False, elem_id="compare-csv", min_width=100)
-        json_ = gr.DownloadButton("JSON", size="sm", visible=False, elem_id="compare-json", min_width=100)
-    share = gr.Radio([], label="What was merged, at", visible=False, elem_id="compare-share")
-    block = gr.Slider(1, 12, 12, step=1, label="behind block", visible=False, elem_id="compare-block", buttons=[])
+        csv = gr.DownloadButton("CSV", size="sm", visible=seen(False), elem_id="compare-csv", min_width=100)
+        json_ = gr.DownloadButton("JSON", size="sm", visible=seen(False), elem_id="compare-json", min_width=100)
+    share = gr.Radio([], label="What was merged, at", visible=seen(False), elem_id="compare-share")
+    block = gr.Slider(1, 12, 12, step=1, label="behind block", visible=seen(False), elem_id="compare-block", buttons=[])
     patches = gr.HTML("", elem_id="compare-patches")
     return _Results(gr.State(None, time_to_live=3600), said, chart, table, csv, json_, share, block, patches)
 
@@ -184,7 +187,8 @@ def _prepare(
         paths = files_in(shop.folders[int(images.removeprefix(FOLDER)) - 1], int(count))
     found = int(count) if images == DEMO else len(paths)
     check(found, shares)
-    settings = Settings(tuple(sorted(shares, reverse=True)), batch=min(BATCH, found), rounds=int(rounds), shown=SHOWN)
+    falling = tuple(sorted(shares, reverse=True))
+    settings = Settings(falling, min(BATCH, found), int(rounds), SECONDS, SHOWN)
     chosen = [method for method in OTHERS if method.key in methods]
     title = shop.encoders[model].title
 
@@ -204,8 +208,8 @@ def _of_images(shop: Models, images: str) -> tuple[Any, Any]:
     low, high, first = COUNTS
     if images not in (DEMO, UPLOAD):
         high, first = MOST_IMAGES, 32
-    count = gr.update(visible=images != UPLOAD, maximum=high, minimum=low, value=first)
-    return count, gr.update(visible=images == UPLOAD)
+    count = gr.update(visible=seen(images != UPLOAD), maximum=high, minimum=low, value=first)
+    return count, gr.update(visible=seen(images == UPLOAD))
 
 
 def _patches(found: Comparison | None, share: float, block: int) -> str:

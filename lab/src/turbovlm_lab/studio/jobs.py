@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from turbovlm.errors import TurboError
 
 T = TypeVar("T")
+_RUNNING: weakref.WeakSet[Job[Any]] = weakref.WeakSet()
 FEW = 0.02
 """Share of a stage after which the time that is left can be told from the time that was taken."""
 
@@ -106,6 +108,7 @@ class Job(Generic[T]):
         self._made: list[T] = []
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="turbovlm-studio-job", daemon=True)
+        _RUNNING.add(self)
         self._thread.start()
 
     def wait(self, seconds: float) -> bool:
@@ -143,6 +146,16 @@ class Job(Generic[T]):
                 self._turn.release()
         except BaseException as error:  # raised again where the result is asked for
             self._failed = error
+
+
+def stop_all(seconds: float) -> None:
+    """Ask every job to end, and wait for them, that long at the most: a process should not end in the middle of one."""
+    jobs = list(_RUNNING)
+    for job in jobs:
+        job.stop()
+    until = time.monotonic() + seconds
+    for job in jobs:
+        job.wait(max(until - time.monotonic(), 0))
 
 
 def in_words(seconds: float) -> str:

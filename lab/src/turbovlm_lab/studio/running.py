@@ -11,6 +11,7 @@ import gradio as gr
 
 from turbovlm.errors import TurboError
 from turbovlm_lab.studio import render
+from turbovlm_lab.studio.controls import seen
 from turbovlm_lab.studio.jobs import Job, Progress, Report, Stopped, in_words
 from turbovlm_lab.studio.subjects import Models
 
@@ -41,7 +42,7 @@ class Runner:
         problem = gr.HTML("", elem_id=f"problem-{name}")
         with gr.Row():
             start = gr.Button(title, variant="primary", elem_id=f"{name}-start", min_width=120)
-            cancel = gr.Button("Cancel", variant="stop", elem_id=f"{name}-cancel", min_width=120, visible=False)
+            cancel = gr.Button("Cancel", variant="stop", elem_id=f"{name}-cancel", min_width=120, visible=seen(False))
         bar = gr.HTML("", elem_id=f"{name}-bar")
         return cls(start, cancel, bar, problem, gr.State(None, time_to_live=3600))
 
@@ -98,7 +99,7 @@ class Runner:
     def _ended(self, said: str, error: TurboError | None = None) -> Updates:
         return {
             self.start: gr.update(interactive=True),
-            self.cancel: gr.update(visible=False),
+            self.cancel: gr.update(visible=seen(False)),
             self.bar: said,
             self.problem: render.problem(None if error is None else str(error)),
         }
