@@ -4,7 +4,8 @@ Writes benchmarks/results/studio.{json,md}. Needs gradio, playwright and Debian'
 
 `open`: from opening the page to the first picture and answer on it. `first`: from the first key that moves a slider to
 the new picture and answer. `change`: the median of the changes after that. `timed`: the same until the times stand
-there too, which are measured behind the answer, three runs of each version.
+there too, which are measured behind the answer, three runs of each version. `cpu`: CPU time of a change up to the
+answer, of the studio's process with all its threads, which other work on the machine moves less.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ def measured(page: Any, link: str) -> dict[str, float]:
     return {
         "open": opened,
         "first": changes[0][0],
-        "change": statistics.median(shown for shown, _ in changes[1:]),
-        "timed": statistics.median(timed for _, timed in changes[1:]),
+        "change": statistics.median(shown for shown, _, _ in changes[1:]),
+        "timed": statistics.median(timed for _, timed, _ in changes[1:]),
+        "cpu": statistics.median(cpu for _, _, cpu in changes[1:]),
     }
 
 
@@ -71,23 +73,23 @@ def visit(page: Any, link: str) -> float:
     return seconds
 
 
-def change(page: Any, value: int) -> tuple[float, float]:
-    """Seconds from the key that makes r one larger to its result, and to its times."""
-    started = time.perf_counter()
+def change(page: Any, value: int) -> tuple[float, float, float]:
+    """Seconds from the key that makes r one larger to its result, and to its times; and CPU time to its result."""
+    started, process = time.perf_counter(), time.process_time()
     page.keyboard.press("ArrowRight")
     shown = f'#costs .cards[data-state*="value={value}"]'
     page.wait_for_selector(shown, timeout=WAIT)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - process
     page.wait_for_selector(f"{shown}[data-stage=done]", timeout=WAIT)
-    return seconds, time.perf_counter() - started
+    return seconds, time.perf_counter() - started, cpu
 
 
 def table(found: dict[str, Any]) -> str:
     """As Markdown."""
     machine = found["machine"]
     lines = [
-        "| model | page opened | first change of r | a change of r | until its times are measured |",
-        "|---|---|---|---|---|",
+        "| model | page opened | first change of r | a change of r | until it is timed | its CPU time |",
+        "|---|---|---|---|---|---|",
     ]
     for key, row in found["rows"].items():
         lines.append(f"| {MODELS[key]} | " + " | ".join(f"{row[name]:.2f} s" for name in row) + " |")

@@ -14,6 +14,7 @@ from torch import Tensor
 import turbovlm
 from turbovlm.config import Config, TurboConfig
 from turbovlm.errors import ConfigError
+from turbovlm.ops.degree import needs_semantic
 from turbovlm.sharing import twin
 from turbovlm_lab.studio.measuring import Times, counted, drift_of, timed_in_turn
 from turbovlm_lab.studio.photos import demo_photos
@@ -22,6 +23,8 @@ from turbovlm_lab.zoo import clip, minilm, saliency
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from turbovlm.encoder.state import BlockTrace
 
 KEPT = 8
 """Samples of which the unmerged result is kept."""
@@ -86,10 +89,14 @@ class ImageEncoder(Loaded):
     def run(self, sample: Sample, configs: Sequence[Config]) -> Outcome:
         whole, model = self._whole(sample), self._merged
         answer = self._answer(sample, whole.output)  # what is wrong with the words is said first
-        with turbovlm.apply(model, *configs) as handle:
+        config = next(config for config in configs if isinstance(config, TurboConfig))
+        with turbovlm.apply(model, config.changed(trace=True)) as handle:
             output, gmacs = counted(lambda: self.encode(model, whole.pixels))
-            said = repr(handle)
-        view, tokens = self._trace(sample, configs, whole.pixels)
+            said, traces = repr(handle), tuple(handle.trace)
+        if not needs_semantic(config.degree):  # the trace has computed A, which this degree leaves out
+            with turbovlm.apply(model, config):
+                output, gmacs = counted(lambda: self.encode(model, whole.pixels))
+        view, tokens = self._view(sample.image, traces)
         return Outcome(
             unmerged=Answer(whole.gmacs, (tokens[0],) * len(tokens), **answer),
             merged=Answer(gmacs, tokens, **self._answer(sample, output)),
@@ -126,20 +133,16 @@ class ImageEncoder(Loaded):
                 self._wholes.popitem(last=False)
         return self._wholes[sample.key]
 
-    def _trace(self, sample: Sample, configs: Sequence[Config], pixels: Any) -> tuple[View | None, tuple[int, ...]]:
-        """What each block merged, in a forward of its own: recording takes time."""
-        config = next(config for config in configs if isinstance(config, TurboConfig))
-        with turbovlm.apply(self._merged, config.changed(trace=True)) as handle:
-            self.encode(self._merged, pixels)
-            traces = tuple(handle.trace)
+    def _view(self, image: Image | None, traces: tuple[BlockTrace, ...]) -> tuple[View | None, tuple[int, ...]]:
+        """What is drawn of a traced forward, and the tokens in front of the first block and behind each."""
         first = traces[0]
         patches = first.source.shape[1] - first.prefix - first.suffix
         tokens = (first.source.shape[1], *(trace.sizes.shape[1] for trace in traces))
-        assert sample.image is not None
-        image = self.seen(sample.image)
-        columns = round((patches * image.width / image.height) ** 0.5)
+        assert image is not None
+        shown = self.seen(image)
+        columns = round((patches * shown.width / shown.height) ** 0.5)
         rows = patches // columns
-        return (View(image, (rows, columns), traces) if rows * columns == patches else None), tokens
+        return (View(shown, (rows, columns), traces) if rows * columns == patches else None), tokens
 
 
 LABELS = "astronaut, cat, cup of coffee, rocket, motorcycle, temple, flower, dog, castle, bicycle"
