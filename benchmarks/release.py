@@ -37,6 +37,9 @@ IMPORT = "import time, torch; t = time.process_time(); import turbovlm; print(ti
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="also in an environment with nothing else, and the demo")
+    parser.add_argument(
+        "--torch", metavar="RELEASE", help="of PyTorch in it, such as 2.13.0+cpu (default: pip's choice)"
+    )
     parser.add_argument("--dist", type=Path, metavar="DIR", help="of wheels that are built already (default: build)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -45,7 +48,7 @@ def main() -> None:
         found: dict[str, Any] = {"wheels": {wheel.name: contents(wheel) for wheel in wheels}}
         found["beside"] = tried(install(folder / "beside", wheels, beside=True))
         if args.fresh:
-            found["fresh"] = fresh(folder / "fresh", wheels)
+            found["fresh"] = fresh(folder / "fresh", wheels, args.torch)
     found["machine"] = machine()
     (RESULTS / "release.json").write_text(json.dumps(found, indent=1) + "\n")
     (RESULTS / "release.md").write_text(report(found))
@@ -74,16 +77,17 @@ def contents(wheel: Path) -> dict[str, Any]:
         return {"bytes": wheel.stat().st_size, "files": len(archive.namelist()), "kinds": kinds}
 
 
-def install(folder: Path, wheels: list[Path], beside: bool) -> Path:
+def install(folder: Path, wheels: list[Path], beside: bool, *others: str) -> Path:
     """A new environment with these wheels; its Python.
 
     Args:
         beside: other packages come from the environment that this runs in, behind the new one's own.
+        others: what else pip installs.
     """
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     how = ["--no-deps", "--no-index"] if beside else []
-    run(str(python), "-m", "pip", "install", "--quiet", *how, *map(str, wheels))
+    run(str(python), "-m", "pip", "install", "--quiet", *how, *map(str, wheels), *others)
     if beside:
         packages = sysconfig.get_path("purelib")
         (site_of(python) / "beside.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
@@ -105,6 +109,7 @@ def tried(python: Path) -> dict[str, Any]:
     versions = {each["name"]: each["installed"] for each in doctor["versions"]}
     return {
         "turbovlm": versions["turbovlm"],
+        "torch": versions["torch"],
         "doctor_ok": doctor["ok"],
         "doctor_seconds": seconds,
         "self_test": checks,
@@ -112,10 +117,10 @@ def tried(python: Path) -> dict[str, Any]:
     }
 
 
-def fresh(folder: Path, wheels: list[Path]) -> dict[str, Any]:
+def fresh(folder: Path, wheels: list[Path], torch: str | None) -> dict[str, Any]:
     """Installed with all that it needs, and the demo run."""
     begun = time.perf_counter()
-    python = install(folder, wheels, beside=False)
+    python = install(folder, wheels, False, *([] if torch is None else [f"torch=={torch}"]))
     installed = time.perf_counter() - begun
     size = sum(file.stat().st_size for file in site_of(python).rglob("*") if file.is_file())
     found = {"install_seconds": installed, "installed_bytes": size, **tried(python)}
@@ -154,7 +159,10 @@ def report(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {wheel['bytes'] / 1e6:.2f} | {wheel['files']} | {unpacked / 1e6:.2f} |")
     header = "| environment | `import turbovlm` beyond torch | `turbovlm doctor` | checks passed | installed | in |"
     lines += ["", header, "|---|--:|--:|--:|--:|--:|"]
-    for name, words in (("beside", "beside installed libraries"), ("fresh", "fresh: pip installs everything")):
+    for name, words in (
+        ("beside", "beside installed libraries"),
+        ("fresh", f"fresh, torch {found['fresh']['torch']}" if "fresh" in found else ""),
+    ):
         if name in found:
             each = found[name]
             size = f"{each['installed_bytes'] / 1e9:.2f} GB" if name == "fresh" else ""

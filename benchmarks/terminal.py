@@ -25,7 +25,7 @@ def main() -> None:
         words = [sys.executable, "-m", *command.split()]
         done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
         printed = "\n".join(line.rstrip() for line in done.stdout.splitlines())
-        parts.append(f"```\n$ {command}\n{printed}\n```")
+        parts.append(f"```text\n$ {command}\n{printed}\n```")
     (RESULTS / "terminal.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

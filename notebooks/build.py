@@ -1,4 +1,4 @@
-"""Execute the notebooks and write them beside their sources, with what they print:  python notebooks/build.py [NAME …]
+"""Execute the notebooks and write them beside their sources, with what they give:  python notebooks/build.py [NAME …]
 
 A notebook's source is NAME.py, in jupytext's percent format; NAME.ipynb is made of it.
 """

@@ -91,7 +91,8 @@ assert right(answers["50%"]) >= right(before) - 2
 # %% [markdown]
 # ## Look at what was read
 #
-# The patches whose token stayed, at a quarter. What is drawn has more of them than the ground.
+# The patches whose token stayed, at a quarter. Coverage wants every kind of patch to be there: each thing keeps some,
+# and so does the ground.
 
 # %%
 cell = 224 // SIDE
@@ -113,8 +114,9 @@ shown
 # %% [markdown]
 # ## How far the logits drift
 #
-# A stricter judge than answers: the logits of the next token. Coverage is beside choosing at random, and beside the
-# tower's attention alone.
+# A stricter judge than answers: the logits of the next token, beside those with the tokens of highest attention alone,
+# and with random ones. Of six prompts one cannot say which of the first two is better; over hundreds of questions
+# [coverage is](../docs/language.md#a-small-vlm).
 
 # %%
 inputs = vlm.inputs(images[:6], questions[:6])

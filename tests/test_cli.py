@@ -27,7 +27,7 @@ def folder(tmp_path):
     return str(tmp_path / "model")
 
 
-COMMANDS = ("inspect", "bench", "calibrate", "embed", "macs", "doctor", "demo", "evaluate", "reproduce")
+COMMANDS = ("inspect", "bench", "calibrate", "embed", "macs", "doctor", "demo", "evaluate", "reproduce", "studio")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)

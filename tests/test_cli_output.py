@@ -152,6 +152,7 @@ def test_completion_without_shtab(monkeypatch, capsys):
 
 def test_the_page_shows_what_was_printed():
     root = Path(__file__).parents[1]
-    blocks = re.findall(r"^```\n(\$ .*?)^```", (root / "docs" / "terminal.md").read_text(), re.DOTALL | re.MULTILINE)
+    page = (root / "docs" / "terminal.md").read_text()
+    blocks = re.findall(r"^```text\n(\$ .*?)^```", page, re.DOTALL | re.MULTILINE)
     measured = (root / "benchmarks" / "results" / "terminal.md").read_text()
     assert blocks and all(block in measured for block in blocks)

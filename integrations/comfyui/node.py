@@ -1,4 +1,4 @@
-"""A node that merges tokens in a model's UNet while it denoises."""
+"""A node that merges tokens in a model's denoiser."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Merging:
 
 
 class TurboMerge:
-    """Merge tokens in front of the UNet's blocks and restore them behind."""
+    """Merge tokens in front of the denoiser's blocks and restore them behind."""
 
     CATEGORY = "model_patches/unet"
     DESCRIPTION = (
-        "Merges similar tokens in front of stacks of the UNet's transformer blocks and restores them behind: fewer "
-        "multiply-accumulates, nearly the same image. SD 1.x, SD 2.x and SDXL. keep = 1 changes nothing."
+        "Merges similar tokens in front of stacks of the denoiser's blocks and restores them behind: fewer "
+        "multiply-accumulates, nearly the same image. SD 1.x, SD 2.x, SDXL and FLUX.1. keep = 1 changes nothing."
     )
     FUNCTION = "merge"
     RETURN_TYPES = ("MODEL",)

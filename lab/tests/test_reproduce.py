@@ -243,9 +243,11 @@ def sources(tmp_path):
 @pytest.mark.slow
 def test_a_users_models_and_data(tmp_path, sources, capsys):
     out = tmp_path / "out"
+    document = tmp_path / "document.json"
     given = ["reproduce", "table5", "table10", "figure3", "--sources", str(sources), "--out", str(out)]
-    assert main(given) == 0, capsys.readouterr().err
+    assert main([*given, "--json", str(document)]) == 0, capsys.readouterr().err
     said = capsys.readouterr()
+    assert max(len(line) for line in said.out.splitlines() if str(tmp_path) not in line) <= 80
     left_out = said.err.partition("has nothing for: ")[2].split("\n")[0].split(", ")
     assert left_out == [
         *("table5/BLIP2/Flickr30k", "table5/BLIP2/COCO"),
@@ -253,6 +255,7 @@ def test_a_users_models_and_data(tmp_path, sources, capsys):
     ]
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["table5/BLIP-B/COCO", "table10/BLIP-B/COCO"]
+    assert json.loads(document.read_text()) == {"report": str(out / "report.md"), "studies": results}
     lines = {line["line"]: line for line in results["table5/BLIP-B/COCO"]["numbers"]["lines"]}
     assert lines["turbo, r=30*"]["printed"]["metrics"][0] == ["i2t_r1", 78.8]
     assert lines["turbo, r=30*"]["row"]["ratio"] < 1 and lines["UPop"]["row"] is None

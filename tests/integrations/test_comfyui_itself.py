@@ -13,11 +13,12 @@ if PATH is None:
     pytest.skip("TURBOVLM_TEST_COMFYUI does not say where ComfyUI is", allow_module_level=True)
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from standing_in import left_on, loaded
 
 import turbovlm
 from denoisers import livelier, noise, words
+from turbovlm.diffusion.scoped import Scoped
 
 sys.path.insert(0, PATH)
 
@@ -31,6 +32,7 @@ import comfy.ops
 import comfy.sample
 import comfy.supported_models
 import comfy.utils
+from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 TurboMerge = loaded("integrations/comfyui", "turbovlm_node").NODE_CLASS_MAPPINGS["TurboMerge"]
@@ -107,3 +109,32 @@ def test_beside_comfyuis_own_token_merging_blocks_are_whole():
     with pytest.warns(UserWarning, match="attn1_patch"):
         out = sampled(merging)
     assert torch.equal(out, sampled(model)) and 16 * 24 in seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{"keep": 0.5}, {"keep": 0.4, "span": 1}, {"keep": 0.5, "proportional": False}])
+def test_flux_is_that_of_diffusers(settings):
+    torch.manual_seed(0)
+    size = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2}
+    size |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
+    own = livelier(FluxTransformer2DModel(patch_size=1, in_channels=16, **size)).eval()
+    size = {"in_channels": 4, "out_channels": 4, "vec_in_dim": 32, "context_in_dim": 32, "hidden_size": 32}
+    size |= {"mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 3, "axes_dim": [4, 4, 8]}
+    size |= {"theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False}
+    flux = Flux(**size, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init).eval()
+    given, state = own.state_dict(), flux.state_dict()
+    for here, there in comfy.utils.flux_to_diffusers(size).items():
+        if here in given:
+            name, place, *change = (there, None) if isinstance(there, str) else there
+            value = change[0](given[here]) if change else given[here]
+            (state[name] if place is None else state[name].narrow(*place)).copy_(value)
+    flux.load_state_dict(state)
+    x, t, text, pooled = noise(0, 2, 4, 32, 48), torch.full((2,), 0.5), words(2), noise(2, 2, 32)
+    packed = x.view(2, 4, 16, 2, 24, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 16 * 24, 16)
+    places = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(16.0), torch.arange(24.0), indexing="ij"), dim=-1)
+    ids = {"img_ids": places.view(-1, 3), "txt_ids": torch.zeros(7, 3)}
+    with Scoped(turbovlm.DenoiseConfig(**settings)).on(flux), turbovlm.apply(own, **settings):
+        out = flux(x, t, text, y=pooled, transformer_options={})
+        expected = own(packed, text, pooled, t, **ids).sample.view(2, 16, 24, 4, 2, 2)
+    torch.testing.assert_close(out, expected.permute(0, 3, 1, 4, 2, 5).reshape(x.shape), rtol=0, atol=2e-5)
+    assert not left_on(flux)

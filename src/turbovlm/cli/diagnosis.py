@@ -27,6 +27,8 @@ DEVELOPMENT = "dev"
 """The extra of those who work on turbovlm: its packages are no business of users."""
 GROUPS = ("turbovlm.commands", FAMILIES, "turbovlm.models", "vllm.general_plugins", "lmms_eval.models")
 """Groups of entry points that turbovlm reads, or by which others find it."""
+STATES = ("registered", "loads")
+"""Of a plug-in that is another package's to load, and of one of turbovlm's."""
 SPACE = 1 << 30
 """Bytes that a cache of models should have left."""
 
@@ -61,8 +63,8 @@ def examine() -> Findings:
     found.facts["devices"] = list(_devices(found))
     found.facts["kernels"] = list(_kernels(found))
     found.facts["plug-ins"] = list(_plugins(found))
-    if not found.problems:  # else those of a plug-in that does not load are read in vain
-        found.facts["families"] = list(_families(found))
+    if not any(each["group"] == FAMILIES and each["state"] not in STATES for each in found.facts["plug-ins"]):
+        found.facts["families"] = list(_families(found))  # else they are asked for in vain
     found.facts["caches"] = list(_caches(found))
     return found
 
@@ -180,15 +182,16 @@ def _plugins(found: Findings) -> Iterator[dict[str, Any]]:
             if not group.startswith("turbovlm.") and "turbovlm" not in point.value:
                 continue
             package = point.dist.name if point.dist is not None else ""
-            state = "registered"
+            registered, state = STATES
             if group.startswith("turbovlm."):
                 try:
                     point.load()
-                    state = "loads"
                 except Exception as error:  # a package's own, whatever it is
                     state = f"does not load: {type(error).__name__}: {error}"
                     remedy = f"pip install --upgrade {package}, or uninstall it"
                     found.problem(f"{group} {point.name} of {package} {state}", remedy)
+            else:
+                state = registered
             yield {"group": group, "name": point.name, "package": package, "state": state}
 
 

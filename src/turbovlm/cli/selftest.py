@@ -247,7 +247,7 @@ def _off(wanted: Tensor, found: Tensor) -> float:
 
 def _formulas(device: str) -> tuple[bool, str]:
     """One merge by `turbovlm.ops`, and by loops in float64: R (6), E = −(1 − R)(1 + √(A/Ā)), means by size."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1917)  # A decides here, and nothing by a hair
     x, A = torch.randn(21, 16, generator=generator).double(), torch.rand(21, generator=generator).double()
     unit, candidates, partners, r = x / x.norm(dim=1, keepdim=True), range(2, 21, 2), range(1, 21, 2), 6
     cosines = {i: {j: float(unit[i] @ unit[j]) for j in partners} for i in candidates}

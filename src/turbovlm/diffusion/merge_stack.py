@@ -134,7 +134,9 @@ def _run(run: Run, place: Place, block: Any, original: Any, given: dict[str, Any
     for cut in kind.cuts:
         if cut.name in given:
             given[cut.name] = run.cut(stacked.key, stacked.merge, cut, given[cut.name], stacked.cuts)
-    if run.feature.config.proportional and block_slot(block) == COMPILED:
+    if run.feature.config.proportional and kind.attending is not None:
+        out = original(**{**given, kind.attending.added: _bias(run, stacked, kind, kind.attending, given)})
+    elif run.feature.config.proportional and block_slot(block) == COMPILED:
         out = _run_compiled(run, stacked, kind, block, original, given)
     else:
         out = original(**given)
@@ -142,6 +144,13 @@ def _run(run: Run, place: Place, block: Any, original: Any, given: dict[str, Any
         run.stacked = None
         out = _left(run, place.name, stacked, kind, out)
     return out
+
+
+def _bias(run: Run, stacked: Stacked, kind: Block, attending: Attending, given: dict[str, Any]) -> Tensor:
+    """What lets sizes count in a block that attends by itself."""
+    hidden = next(iter(given.values()))
+    words = given[kind.words].shape[1] if kind.text is None else hidden.shape[1] - stacked.merged.shape[1]
+    return run.biases_of(stacked.key, stacked.merge, hidden.dtype).beside(attending.text, words)
 
 
 def _enter(run: Run, place: Place, given: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from turbovlm.cli.help import Help
 from turbovlm.errors import ConfigError, TurboError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -36,7 +37,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="see in the browser which tokens merge, what it saves, and what it costs",
         description="A page in the browser: drop an image, choose a model, move a slider, and see what merging does.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "--model",

@@ -14,7 +14,6 @@ from torch import Tensor
 import turbovlm
 from turbovlm.config import Config, TurboConfig
 from turbovlm.errors import ConfigError
-from turbovlm.ops.degree import needs_semantic
 from turbovlm.sharing import twin
 from turbovlm_lab.studio.measuring import Times, counted, drift_of, timed_in_turn
 from turbovlm_lab.studio.photos import demo_photos
@@ -90,12 +89,12 @@ class ImageEncoder(Loaded):
         whole, model = self._whole(sample), self._merged
         answer = self._answer(sample, whole.output)  # what is wrong with the words is said first
         config = next(config for config in configs if isinstance(config, TurboConfig))
-        with turbovlm.apply(model, config.changed(trace=True)) as handle:
+        with turbovlm.apply(model, config) as handle:
             output, gmacs = counted(lambda: self.encode(model, whole.pixels))
-            said, traces = repr(handle), tuple(handle.trace)
-        if not needs_semantic(config.degree):  # the trace has computed A, which this degree leaves out
-            with turbovlm.apply(model, config):
-                output, gmacs = counted(lambda: self.encode(model, whole.pixels))
+            said = repr(handle)
+        with turbovlm.apply(model, config.changed(trace=True)) as handle:
+            self.encode(model, whole.pixels)  # by itself: to record A takes multiply-accumulates
+            traces = tuple(handle.trace)
         view, tokens = self._view(sample.image, traces)
         return Outcome(
             unmerged=Answer(whole.gmacs, (tokens[0],) * len(tokens), **answer),

@@ -58,6 +58,7 @@ class Block:
         by_parts: whether its parts can also merge by themselves.
         whole_if: its attributes and arguments that make it treat positions differently, where they are neither None nor
             False.
+        attending: how it attends, where no module of it does; its `added` is an argument of the block.
         reason: what says of its arguments, by name, why it has to read all tokens; None where it need not.
         in_place: whether it writes to what it is given.
     """
@@ -71,6 +72,7 @@ class Block:
     words: str = "encoder_hidden_states"
     by_parts: bool = True
     whole_if: tuple[str, ...] = ()
+    attending: Attending | None = None
     reason: Callable[[Mapping[str, Any]], str | None] | None = None
     in_place: bool = False
 
