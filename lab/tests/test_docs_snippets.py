@@ -224,6 +224,10 @@ def parser():
     return whole_parser()
 
 
+PACKAGES = {"turbovlm": ".", "turbovlm-lab": "lab"}
+"""Where the packages lie that are installed by their names."""
+
+
 def project(folder):
     import tomllib
 
@@ -242,7 +246,8 @@ def test_a_command_is_one(where, words, parser):
     elif words[:2] == ["pip", "install"]:
         for what in words[2:]:
             folder, _, named = what.partition("[")
-            known = project(folder.removeprefix("./") or ".")["optional-dependencies"]
+            place = PACKAGES.get(folder, folder.removeprefix("./") or ".")
+            known = project(place)["optional-dependencies"]
             assert not named or set(named.rstrip("]").split(",")) <= set(known)
     else:
         assert words[:2] == ["vllm", "serve"], "not a command that can be checked: <!-- not run: why --> before it"
