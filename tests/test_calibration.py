@@ -553,7 +553,7 @@ def test_saved_and_loaded(vit, images, tmp_path):
         "[1]": "holds no settings of turbovlm",
         "r=1": "holds no settings of turbovlm",
         '{"turbovlm": 99, "r": 1}': "is of format 99",
-        '{"turbovlm": 1, "r": 1, "speed": 2}': "does not know: speed",
+        '{"turbovlm": 1, "r": 1, "speed": 2}': "does not know: 'speed'",
         '{"turbovlm": 1, "r": -1}': "r=-1",
     }.items():
         (tmp_path / "bad.json").write_text(content)

@@ -345,7 +345,7 @@ def test_files_of_the_first_format_still_load(tmp_path):
         ('{"turbovlm": 5}', "is of format 5; this release reads 1 to 4"),
         ('{"turbovlm": 3}', "holds no settings of turbovlm"),
         ('{"turbovlm": 2, "kind": "Config"}', "holds no settings of turbovlm"),
-        ('{"turbovlm": 2, "kind": "TurboConfig", "settings": {"r": 1, "speed": 2}}', "does not know: speed"),
+        ('{"turbovlm": 2, "kind": "TurboConfig", "settings": {"r": 1, "speed": 2}}', "does not know: 'speed'"),
         ('{"turbovlm": 2, "kind": "TurboConfig", "settings": {"r": -1}}', "r=-1"),
     ],
 )

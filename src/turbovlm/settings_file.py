@@ -116,7 +116,9 @@ def make_config(path: str | Path, kind: type, settings: dict[str, Any]) -> Any:
     """
     unknown = settings.keys() - kind.__dataclass_fields__.keys()  # type: ignore[attr-defined]
     if unknown:
-        raise ConfigError(f"{path}: settings that this release does not know: {brief(', '.join(sorted(unknown)))}")
+        raise ConfigError(
+            f"{path}: settings that this release does not know: {', '.join(map(brief, sorted(unknown)[:5]))}"
+        )
     try:
         degree = settings.get("degree")
         if isinstance(degree, dict):
