@@ -116,7 +116,12 @@ def run(folder: Path, what: str, command: str) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     if ended.returncode:
         raise SystemExit(f"{command}: ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}")
-    return {"what": what, "command": command.replace(str(ROOT), "…"), "seconds": seconds, "said": ended.stdout}
+    return {
+        "what": what,
+        "command": command.replace(str(ROOT), "…"),
+        "seconds": seconds,
+        "said": ended.stdout.replace(sys.executable, "python3"),
+    }
 
 
 def report(results: dict[str, Any]) -> str:
