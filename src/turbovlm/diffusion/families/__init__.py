@@ -1,11 +1,11 @@
 """The families of denoisers that turbovlm knows, as data. A new one is an entry, often a copy of another with other
 paths (`dataclasses.replace`)."""
 
+from turbovlm.diffusion.families.comfyui import COMFYUI
 from turbovlm.diffusion.families.entry import Block, Denoiser, Part
 from turbovlm.diffusion.families.images import BASIC, FLUX, FLUX_DOUBLE, FLUX_SINGLE, IMAGES, SD3
-from turbovlm.diffusion.families.rows import ROWS
 from turbovlm.diffusion.families.videos import VIDEOS
 
-FAMILIES = IMAGES + VIDEOS + ROWS
+FAMILIES = IMAGES + VIDEOS + COMFYUI
 
 __all__ = ["BASIC", "FAMILIES", "FLUX", "FLUX_DOUBLE", "FLUX_SINGLE", "SD3", "Block", "Denoiser", "Part"]

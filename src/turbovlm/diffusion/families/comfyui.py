@@ -123,4 +123,4 @@ COMFY_FLUX = Denoiser(
     roots=("comfy.ldm.flux.model.Flux",),
 )
 
-ROWS = (COMFY, FORGE, COMFY_FLUX)
+COMFYUI = (COMFY, FORGE, COMFY_FLUX)
