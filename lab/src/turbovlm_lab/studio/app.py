@@ -21,8 +21,8 @@ from turbovlm_lab.studio.subjects import Models, Subject
 from turbovlm_lab.studio.uploads import MEGABYTES
 
 PAGE = Path(__file__).parent / "page"
-LAST_SECONDS = 5
-"""That what computes is waited for at the end."""
+LAST_SECONDS = 30
+"""That what computes is waited for at the end, at most: a batch of images, or a picture's denoising."""
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 TABS: tuple[tuple[str, str, Callable[[Models], None]], ...] = (
     ("look", "Look", looking.tab),
@@ -140,8 +140,7 @@ def serving(settings: Settings, shop: Models | None = None) -> Iterator[str]:
         finally:
             page.close(verbose=False)
             stop_all(LAST_SECONDS)
-            if shop.computing.acquire(timeout=LAST_SECONDS):
-                shop.computing.release()
+            shop.computing.acquire(timeout=LAST_SECONDS)  # for good: a thread that computes while Python ends aborts it
 
 
 def _free_port(host: str) -> int:
