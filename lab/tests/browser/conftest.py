@@ -47,7 +47,8 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     images = noise(tmp_path_factory.mktemp("images") / "holiday", 4)[0].parent
     (images / "broken.png").write_text("text with the name of an image")
     command = [sys.executable, "-W", "ignore", "-c", START, "studio", "--port", "0", "--threads", "1"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    temporary = tmp_path_factory.mktemp("temporary")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     process = subprocess.Popen(
         [*command, "--model", str(folder), "--images", str(images)],
         stdout=subprocess.PIPE,
@@ -59,7 +60,8 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(_address(process), folder, images)
     finally:
         process.terminate()
-        process.wait(20)
+        assert process.wait(SECONDS) == 0
+    assert [left.name for left in temporary.iterdir() if left.name.startswith("turbovlm")] == []
 
 
 def tiny_classifier(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C, or until the process is asked to end (SIGTERM).
 
     Args:
         ready: called with the page's address once it answers.
@@ -82,10 +83,14 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
     Raises:
         TurboError: see `serving`.
     """
-    with serving(settings) as url:
-        ready(url)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with serving(settings) as url:
+            ready(url)
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
