@@ -16,6 +16,7 @@ import torch
 
 import turbovlm
 from turbovlm.registry import OWN, unregister
+from turbovlm.vlm import Packed
 from vlms import IMAGE, TEXT, VIDEO, Vlm, qwen3_image, seeded
 
 transformers = pytest.importorskip("transformers")
@@ -169,6 +170,27 @@ def test_a_vision_language_model(registered):
             assert (model(**inputs).logits - own)[seen].abs().max() < 1e-5
         generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tower": "vision"}, "Cosmos3OmniModel has no vision;"),
+        ({"packed": None}, r"tower runs all images as one sequence: its VlmFamily needs packed=Packed"),
+        ({"packed": Packed(project=("q_proj", "k_proj"))}, r"has no attn\.q_proj;"),
+        ({"packed": Packed(norm="norm_1")}, "has no norm_1;"),
+    ],
+)
+def test_a_wrong_entry_of_a_vision_language_model_is_refused(wrong, message):
+    names = {"model": None}
+    exec(ENTRIES["COSMOS_3"].split("turbovlm.register(")[0], names)
+    entry = dataclasses.replace(names["COSMOS_3"], **wrong)
+    turbovlm.register(entry)
+    try:
+        with pytest.raises(turbovlm.UnsupportedModelError, match=message):
+            turbovlm.apply(seeded(cosmos), visual_keep=0.5)
+    finally:
+        unregister(entry)
 
 
 def test_a_denoiser(registered):
