@@ -309,11 +309,15 @@ def report(found: dict[str, Any]) -> str:
     photos, task, rows = found["photographs"], found["task"], found["rows"]
     at = {(row["variant"], row["turbo"]): row for row in rows}
     plain = at["none", False]
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    lines = ["# Turbo on top of compression", "", f"{described(found['machine'])}.", "", f"{versions}.", ""]
-    lines += [f"{found['date']}, seed {found['seed']}. ViT-S/14; {photos['held out']} photographs that compression"]
-    lines += [f"was not made with ({photos['given']} others); {task['pictures']} images of the task {task['name']}."]
-    lines += [f"Turbo: flops={found['flops']}. Time: {found['timing']}, a shared machine.", ""]
+    machine_says = described(found["machine"])
+    more = [f"{name} {number}" for name, number in found["versions"].items() if f"{name} {number}" not in machine_says]
+    lines = ["# Turbo on top of compression", "", f"{', '.join([machine_says, *more])}.", ""]
+    held, fitted, images = photos["held out"], photos["given"], task["pictures"]
+    lines += [
+        f"ViT-S/14, seed {found['seed']}; {held} photographs that compression was not fitted on (it was on {fitted}"
+    ]
+    lines += [f"others); {images} images of the task {task['name']}. Turbo: flops={found['flops']}."]
+    lines += [f"Time: {found['timing']}, a shared machine.", ""]
     lines += ["| model | multiply-accumulates | weights, MB | time, s | speed-up | drift of CLS | of patches "]
     lines[-1] += "| salient IoU | score kept |"
     lines.append("|---" * 9 + "|")
@@ -323,10 +327,14 @@ def report(found: dict[str, Any]) -> str:
         cells += [f"{fmean(row[name]):.4f}" for name in ("CLS", "patches", "IoU")]
         value, low, high = row["kept"]
         lines.append(f"| {' | '.join([*cells, f'{value:.1%} [{low:.1%}, {high:.1%}]'])} |")
-    lines += ["", "## Together, beside each alone", "", "Loss: over the sum of the two losses; the goal is at most"]
-    lines += [f"{SUM}. Speed-up: over the product of the two; the goal is {PRODUCT} or more. Other fate: of the merged"]
-    lines += ["tokens, by the compressed model's keys on the same input."]
-    lines += ["Beyond: what both lose of the task's score more than that sum, in points; below 0, less.", ""]
+    lines += ["", "## Both together, against each alone", ""]
+    lines += [f"- *Loss*: what both lose together, over the sum of what each loses alone; the goal is at most {SUM}."]
+    lines += ["- *Beyond*: what both lose of the task's score beyond that sum, in points; below 0, they lose less."]
+    lines += [f"- *Speed-up*: of both together, over the product of the two; the goal is {PRODUCT} or more."]
+    lines += [
+        "- *Other fate*: the share of merged tokens that the compressed model's keys, on the same input, would merge"
+    ]
+    lines += ["  elsewhere or not at all.", ""]
     lines += [f"| compression | loss: {' | '.join(LOSSES)} | beyond | speed-up | other fate |", "|---" * 8 + "|"]
     for name in dict.fromkeys(row["variant"] for row in rows):
         if name != "none":

@@ -110,12 +110,11 @@ def task_lines(found: dict[str, list[dict[str, Any]]], over: Callable[[float, fl
         "",
         "## The other built-in tasks",
         "",
-        "Score kept of the model that is neither compressed nor merged, with",
+        "*Alone* and *with Turbo*: the score as a share of that of the model that is neither compressed nor merged,",
+        "with 95 % bootstrap intervals over images. *Loss*: what both lose together, over the sum of what each loses",
+        f"alone; the goal is at most {goal}. *Beyond the sum*: in points; below 0, they lose less.",
+        "",
     ]
-    lines += [
-        "95 % bootstrap intervals over images. Loss: of both together, over the sum of the two alone; the goal is"
-    ]
-    lines += [f"at most {goal}. Beyond: what both lose more than that sum, in points; below 0, less.", ""]
     lines += ["| task | compression | alone | with Turbo | Turbo alone | loss | beyond the sum |", "|---" * 7 + "|"]
     for task, rows in found.items():
         at = {(row["variant"], row["turbo"]): row["kept"] for row in rows}
