@@ -16,7 +16,7 @@ import torch
 from turbovlm.diffusion.choose import Site, least_tokens
 from turbovlm.diffusion.grids import GridReader, Grids, Unread
 from turbovlm.diffusion.merge_stack import block_forward, block_slot
-from turbovlm.diffusion.run import Run, check_class, current_run, find_same_latents, run_within
+from turbovlm.diffusion.run import Run, check_class, current_run, find_same_latents, module_at, run_within
 from turbovlm.diffusion.whole import patches_below
 from turbovlm.errors import StateError
 from turbovlm.ops.dispatch import path_for
@@ -52,6 +52,11 @@ class Holder:
     between: tuple[str, ...] = ()
     collects: bool = False
     guided: bool = True
+
+    @property
+    def inside(self) -> str:
+        """What paths of its modules begin with in the module that was accelerated."""
+        return f"{self.name}." if self.name else ""
 
 
 def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +102,7 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         choices,
         grids,
         _tokens(latent, grids) >> 2 * holder.halved,
-        inside=f"{holder.name}." if holder.name else "",
+        inside=holder.inside,
         apart=apart,
     )
     out = run_within(run, original, *args, **kwargs)
@@ -129,10 +134,10 @@ def _grids_of(holder: Holder, model: Any, given: dict[str, Any], feature: Denois
 def _follow_parts(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
     """Patch the parts that stand where others stood, as an adapter around a layer does, and the layer after it."""
     for site in _sites_of(holder, feature):
-        part = _module_at(model, holder, site.name)
+        part = module_at(model, site.name.removeprefix(holder.inside))
         if part is None or _is_patched(part, feature):
             continue
-        if feature.places and block_slot(_module_at(model, holder, site.block)) != "forward":
+        if feature.places and block_slot(module_at(model, site.block.removeprefix(holder.inside))) != "forward":
             continue  # compiled by itself: see `merge_stack`
         with FOLLOWING:
             if not _is_patched(part, feature):  # another thread may have been here in the meantime
@@ -143,11 +148,10 @@ def _follow_parts(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
 
 def _follow_blocks(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
     """Patch blocks outside of what they were compiled to by themselves, now or meanwhile, and copies of them."""
-    inside = f"{holder.name}." if holder.name else ""
     for place in feature.places:
-        if not place.name.startswith(inside):
+        if not place.name.startswith(holder.inside):
             continue
-        block = _module_at(model, holder, place.name)
+        block = module_at(model, place.name.removeprefix(holder.inside))
         if block is None:
             continue
         called = block.__dict__.get(slot_of(block, slot := block_slot(block)))
@@ -175,22 +179,14 @@ def _is_patched(part: Any, feature: DenoiseFeature) -> bool:
 
 def _sites_of(holder: Holder, feature: DenoiseFeature) -> list[Site]:
     """The parts in a denoiser."""
-    inside = f"{holder.name}." if holder.name else ""
+    inside = holder.inside
     return [site for site in feature.sites if site.name.startswith(inside)]
 
 
 def _units_of(holder: Holder, feature: DenoiseFeature) -> list[Unit]:
     """What merges in a denoiser."""
-    inside = f"{holder.name}." if holder.name else ""
+    inside = holder.inside
     return [unit for unit in feature.units if unit.name.startswith(inside)]
-
-
-def _module_at(model: Any, holder: Holder, name: str) -> Any:
-    """The module of that path in a denoiser; None where it is gone. Much faster than `get_submodule`."""
-    module = model
-    for step in (name.removeprefix(f"{holder.name}.") if holder.name else name).split("."):
-        module = None if module is None else module._modules.get(step)
-    return module
 
 
 def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
@@ -199,9 +195,8 @@ def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> 
     Raises:
         StateError: one is.
     """
-    inside = f"{holder.name}." if holder.name else ""
     for name in feature.blocks:
-        if name.startswith(inside) and is_compiled(_module_at(model, holder, name)):
+        if name.startswith(holder.inside) and is_compiled(module_at(model, name.removeprefix(holder.inside))):
             raise StateError(f"{name} {COMPILED}")
 
 

@@ -144,14 +144,15 @@ class Run:
         return found
 
     def module_at(self, path: str) -> Any:
-        """The denoiser's module of that path, which is from the model that was accelerated; None where it is gone.
+        """The denoiser's module of that path in the model that was accelerated; None where it is gone."""
+        return module_at(self.denoiser, path.removeprefix(self.inside))
 
-        Much faster than `get_submodule`.
-        """
-        module: Any = self.denoiser
-        for step in path.removeprefix(self.inside).split("."):
-            module = None if module is None else module._modules.get(step)
-        return module
+
+def module_at(module: Any, path: str) -> Any:
+    """The module of that path in another; None where it is gone. Much faster than `get_submodule`."""
+    for step in path.split("."):
+        module = None if module is None else module._modules.get(step)
+    return module
 
 
 class _Thread(threading.local):
