@@ -69,6 +69,14 @@ def test_what_libraries_print_is_beside_the_document(monkeypatch, capsys):
     assert err == "a library says hello\n"
 
 
+def test_the_model_is_not_taken_for_a_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", "--json", "timm:test_vit"])
+    assert "'timm:test_vit' does not end in .json" in capsys.readouterr().err
+    assert main(["inspect", "--json", "-", "timm:test_vit"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "timm:test_vit"
+
+
 def test_a_failure_prints_no_document(capsys):
     assert main(["inspect", "keras:vit", "--json"]) == 2
     out, err = capsys.readouterr()

@@ -121,6 +121,13 @@ def test_peak_memory_counts_what_lives_at_once():
     assert peak_memory(forward, torch.device("meta")) is None
 
 
+def test_interleaved_ends_once_its_seconds_are_over():
+    runs = []
+    clock, wall = interleaved([lambda: runs.append("a"), lambda: runs.append("b")], CPU, 9, 0, id, 0.0, 3)
+    assert [len(seconds) for seconds in (*clock, *wall)] == [3, 3, 3, 3]
+    assert "".join(runs) == "abbaab"
+
+
 def test_interleaved_gives_the_collector_back():
     import gc
 

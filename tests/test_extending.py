@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
+import sys
+import types
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +16,17 @@ import torch
 
 import turbovlm
 from turbovlm.registry import OWN, unregister
+from turbovlm.vlm import Packed
 from vlms import IMAGE, TEXT, VIDEO, Vlm, qwen3_image, seeded
 
 transformers = pytest.importorskip("transformers")
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
-ENTRIES = {
-    re.search(r"^([A-Z]\w+) = (?:variant|VlmFamily|Denoiser)\(", text, re.M)[1]: text
-    for text in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-}
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+ENTRY = re.compile(r"^([A-Z]\w+) = (?:Layout|variant|VlmFamily|Denoiser)\(", re.M)
+ENTRIES = {ENTRY.search(text)[1]: text for text in SNIPPETS if "turbovlm.register(" in text}
+MY_MODULE = next(text for text in SNIPPETS if "class Vit(" in text)
+SAID = re.findall(r"^\| .+ \| `… (.+?)` \|$", PAGE, re.M)
+"""Messages of the checks, as the page has them."""
 
 
 @pytest.fixture
@@ -49,6 +55,68 @@ def test_own_families_are_loaded_where_one_of_their_classes_is_seen(kind):
     module, begin = OWN[kind]
     paths = [path for family in importlib.import_module(module).FAMILIES for path in family.classes]
     assert [path for path in paths if begin and not path.startswith(begin)] == []
+
+
+def my_module(monkeypatch, name, text):
+    """A module of a package of one's own, which the page's entries name."""
+    module = types.ModuleType(f"my_package.{name}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(text, module.__dict__)
+    return module
+
+
+def test_an_encoder_from_scratch(registered, monkeypatch):
+    torch.manual_seed(0)
+    model = my_module(monkeypatch, "vit", MY_MODULE).Vit().eval()
+    images = torch.randn(2, 3, 64, 64)
+    with pytest.raises(turbovlm.UnsupportedModelError, match="no layout describes them yet"):
+        turbovlm.apply(model, r=4)
+    with torch.no_grad():
+        own = model(images)
+        handle = registered("MY_VIT", model)
+        merged = model(images)
+        assert handle.schedules[0].tokens[-1] == 65 - 6 * 4 and not torch.equal(merged, own)
+        assert handle.features[0].last.sizes[:, 1:].sum(1).eq(64).all()
+        handle.remove()
+        assert torch.equal(model(images), own)
+
+
+def empty(*names):
+    return lambda tower: {name: torch.empty(1, 3, 64, 64, device="meta") for name in names}
+
+
+WRONG = {
+    "has no norm_1; this release of": {"norm1": "norm_1"},
+    "no layout describes them yet": {"block": "my_package.vit.Blocks"},
+    "not inside an encoder turbovlm knows": {"towers": ("my_package.vit.ViT",)},
+    "its forward does not take pixels, the inputs of its layout": {"inputs": empty("pixels")},
+    "65 tokens reach its first block of an input of native size, and not 66": {"prefix": 2},
+    "token 0 does not depend on the image": {"prefix": 0, "suffix": 1, "cls": False},
+    "its two halves differ from its own forward by": {"mlp": ("mlp",)},
+    r"after_attention=\(\) names no module": {"after_attention": ()},
+}
+"""What a wrong entry is refused with; the page has all but the last."""
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_entry_is_refused_as_the_page_says(message, registered, monkeypatch):
+    model = my_module(monkeypatch, "vit", MY_MODULE).Vit().eval()
+    names = {"model": model}
+    exec(ENTRIES["MY_VIT"].split("turbovlm.register(")[0], names)
+    wrong = dataclasses.replace(names["MY_VIT"], **WRONG[message])
+    turbovlm.register(wrong)
+    try:
+        with pytest.raises(turbovlm.UnsupportedModelError, match=message) as raised:
+            turbovlm.apply(model, r=4)
+    finally:
+        unregister(wrong)
+    patterns = {said: ".*".join(map(re.escape, said.split("…"))) for said in SAID}
+    found = [said for said, pattern in patterns.items() if re.search(pattern, str(raised.value))]
+    assert len(found) == (0 if "after_attention" in message else 1)
+
+
+def test_the_page_has_no_other_messages():
+    assert len(SAID) == len(WRONG) - 1
 
 
 def pixio():
@@ -104,6 +172,27 @@ def test_a_vision_language_model(registered):
     assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tower": "vision"}, "Cosmos3OmniModel has no vision;"),
+        ({"packed": None}, r"tower runs all images as one sequence: its VlmFamily needs packed=Packed"),
+        ({"packed": Packed(project=("q_proj", "k_proj"))}, r"has no attn\.q_proj;"),
+        ({"packed": Packed(norm="norm_1")}, "has no norm_1;"),
+    ],
+)
+def test_a_wrong_entry_of_a_vision_language_model_is_refused(wrong, message):
+    names = {"model": None}
+    exec(ENTRIES["COSMOS_3"].split("turbovlm.register(")[0], names)
+    entry = dataclasses.replace(names["COSMOS_3"], **wrong)
+    turbovlm.register(entry)
+    try:
+        with pytest.raises(turbovlm.UnsupportedModelError, match=message):
+            turbovlm.apply(seeded(cosmos), visual_keep=0.5)
+    finally:
+        unregister(entry)
+
+
 def test_a_denoiser(registered):
     diffusers = pytest.importorskip("diffusers")
     from turbovlm.profile import macs
@@ -134,6 +223,77 @@ def test_a_denoiser(registered):
         with turbovlm.apply(model, keep=1.0):
             assert torch.equal(model(**inputs)[0], own)
         assert torch.equal(model(**inputs)[0], own)
+
+
+MY_DIT = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, mask=None):
+        q, k, v = (layer(x).unflatten(2, (4, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x, time):
+        x = x + self.attention(self.norm1(x)) * time
+        return x + self.mlp(self.norm2(x))
+
+
+class Dit(nn.Module):
+    def __init__(self, width=32, patch=2):
+        super().__init__()
+        self.patch = patch
+        self.embed, self.out = nn.Conv2d(4, width, patch, patch), nn.Linear(width, 4 * patch**2)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(4))
+
+    def forward(self, latent, time):
+        x = self.embed(latent).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, time[:, None, None])
+        return F.fold(self.out(x).transpose(1, 2), latent.shape[2:], self.patch, stride=self.patch)
+"""
+
+
+def test_a_denoiser_from_scratch(registered, monkeypatch):
+    pytest.importorskip("diffusers")
+    from turbovlm.diffusion import Part
+    from turbovlm.profile import macs
+
+    torch.manual_seed(0)
+    model = my_module(monkeypatch, "dit", MY_DIT).Dit().eval()
+    inputs = {"latent": torch.randn(2, 4, 32, 32), "time": torch.full((2,), 0.5)}
+    with torch.no_grad():
+        own, cost = model(**inputs), macs(model, **inputs)
+        handle = registered("MY_DIT", model)
+        half = model(**inputs)
+        assert "256 → 128 tokens" in repr(handle)
+        assert half.isfinite().all() and not torch.equal(half, own) and macs(model, **inputs) < 0.75 * cost
+        handle.remove()
+        with turbovlm.apply(model, keep=1.0):
+            assert torch.equal(model(**inputs), own)
+        (entry,) = (family for family in turbovlm.registry.families("denoiser") if family.family == "my DiT")
+        unregister(entry)
+        parts = (*entry.blocks[0].parts, Part("mlp", "ffn"))
+        again = dataclasses.replace(entry, blocks=(dataclasses.replace(entry.blocks[0], parts=parts),))
+        turbovlm.register(again)
+        handle = turbovlm.apply(model, keep=0.5)
+        assert "mlp: it is a Sequential of torch.nn.modules.container" in repr(handle)
+        handle.remove()
+        unregister(again)
 
 
 def test_what_is_no_entry_is_refused():

@@ -21,6 +21,7 @@ import turbovlm
 from families import SPECTROGRAM, WAVE
 from pipelines import PIPES
 from test_docs import whisper
+from turbovlm.engines.vllm.settings import RELEASES, serving_from
 from turbovlm.patching import patches_on
 from vlms import VLMS, blip, noise, seeded
 
@@ -252,7 +253,7 @@ def test_a_command_is_one(where, words, parser):
     else:
         assert words[:2] == ["vllm", "serve"], "not a command that can be checked: <!-- not run: why --> before it"
         given = json.loads(words[words.index("--additional-config") + 1])
-        assert turbovlm.ReadConfig(**given["turbovlm"])
+        assert serving_from(given["turbovlm"], RELEASES[-1])
 
 
 @pytest.mark.parametrize("snippet", [*of("json"), *of("toml")], ids=str)

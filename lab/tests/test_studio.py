@@ -14,7 +14,9 @@ import turbovlm
 from turbovlm import TurboConfig
 from turbovlm.errors import ConfigError, DataError, TurboError
 from turbovlm_lab.studio.choices import SCHEDULES, Choice, decreasing, listed
+from turbovlm_lab.studio.generating import WHISPER
 from turbovlm_lab.studio.patches import as_json, payload
+from turbovlm_lab.studio.photos import photos_of
 from turbovlm_lab.studio.subjects import IMAGE, Models, Sample, Subject, View
 from turbovlm_lab.studio.uploads import read_recording, read_upload
 
@@ -125,6 +127,9 @@ def test_recordings(tmp_path):
     assert len(sound) == 24_000 and picture.size[1] == 128
     with pytest.raises(DataError, match=r"long\.wav: lasts 31 seconds; up to 30 are taken"):
         read_recording(write("long.wav", 31, 8_000))
+    spoken = photos_of(WHISPER)
+    assert [2 < len(each.wave) / 16_000 < 5 for each in spoken] == [True, True]
+    assert all("LibriVox" in each.credit for each in spoken)
     (tmp_path / "text.wav").write_text("RIFF but no more than a text")
     with pytest.raises(DataError, match="is not a WAV file"):
         read_recording(tmp_path / "text.wav")

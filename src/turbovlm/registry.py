@@ -63,7 +63,9 @@ def register(*entries: Any) -> None:
         for path in entry.classes:
             known = _FAMILIES[entry.kind].get(path) or new.get((entry.kind, path))
             if known is not None:
-                raise ConfigError(f"{path} is registered already, as {known.family}")
+                raise ConfigError(
+                    f"{path} is registered already, as {known.family}; turbovlm.registry.unregister forgets an entry"
+                )
             new[entry.kind, path] = entry
     for (kind, path), entry in new.items():
         _FAMILIES[kind][path] = entry

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import queue
+import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,20 +45,35 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tiny_classifier(tmp_path_factory.mktemp("models") / "tiny")
     images = noise(tmp_path_factory.mktemp("images") / "holiday", 4)[0].parent
     (images / "broken.png").write_text("text with the name of an image")
-    command = [sys.executable, "-W", "ignore", "-c", START, "studio", "--port", "0", "--threads", "1"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--model", str(folder), "--images", str(images)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
+    command = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-W",
+        "ignore",
+        "-c",
+        START,
+        "studio",
+        "--port",
+        "0",
+        "--threads",
+        "1",
+    ]
+    temporary, log = tmp_path_factory.mktemp("temporary"), tmp_path_factory.mktemp("log") / "studio.txt"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            [*command, "--model", str(folder), "--images", str(images)],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
     try:
-        yield Served(_address(process), folder, images)
+        yield Served(_address(process, log), folder, images)
     finally:
         process.terminate()
-        process.wait(20)
+        assert process.wait(SECONDS) == 0, log.read_text()
+    assert [left.name for left in temporary.iterdir() if left.name.startswith("turbovlm")] == []
 
 
 def tiny_classifier(folder: Path) -> Path:
@@ -88,25 +102,15 @@ def noise(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def _address(process: subprocess.Popen[str]) -> str:
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     """What the command prints when it answers."""
-    lines: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        for line in process.stdout or ():
-            lines.put(line)
-
-    threading.Thread(target=read, daemon=True).start()
-    said, until = [], time.monotonic() + 3 * SECONDS
-    while time.monotonic() < until and (process.poll() is None or not lines.empty()):
-        try:
-            said.append(lines.get(timeout=1))
-        except queue.Empty:
-            continue
-        if said[-1].startswith("turbovlm studio: "):
-            return said[-1].split()[2]
-    process.kill()
-    raise AssertionError("the studio did not start:\n" + "".join(said))
+    until = time.monotonic() + 3 * SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        found = re.search(r"^turbovlm studio: (\S+)", log.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+        time.sleep(0.2)
+    raise AssertionError(f"the studio did not start:\n{log.read_text()}")
 
 
 @pytest.fixture(scope="module")

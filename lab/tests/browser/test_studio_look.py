@@ -179,7 +179,7 @@ def test_another_model_brings_its_own_controls(page: Any) -> None:
     settled(page, "model=folder-tiny")
     assert not page.locator("#words").is_visible()
     assert page.locator(".cells rect").count() == 64
-    assert page.locator(".labels .label b").all_inner_texts().sort() == ["flat", "round", "square"].sort()
+    assert sorted(page.locator(".labels .label b").all_inner_texts()) == ["flat", "round", "square"]
     page.get_by_text("In Python").click()
     assert "turbovlm.apply(model, flops=0.6)" in page.inner_text("#code")
 

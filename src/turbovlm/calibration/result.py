@@ -15,6 +15,11 @@ MEASURED = ("flops", "drift", "bound", "coverage", "images")
 """Fields that are numbers in every file."""
 
 
+def format_drift(drift: float) -> str:
+    """Four digits behind the point, or two that are not zero: `"0.0123"`, `"3.5e-05"`."""
+    return f"{drift:.4f}" if drift >= 0.001 or drift <= 0 else f"{drift:.2g}"
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Settings, and what they promise: measured on samples, images or prompts, that took no part in the search.
@@ -50,9 +55,9 @@ class Calibration:
         faster += "" if self.measured_on is None else f" with {self.measured_on}"
         return (
             f"{self.config.amount}: {self.flops:.1%} of the multiply-accumulates are left{faster}. On {self.images} "
-            f"{samples} that took no part in the search the mean drift is {self.drift:.4f}. At least "
-            f"{self.coverage:.0%} of as many other {samples} like these drift no further than {self.bound:.4f}, with a "
-            "probability of 95 %."
+            f"{samples} that took no part in the search the mean drift is {format_drift(self.drift)}. At least "
+            f"{self.coverage:.0%} of as many other {samples} like these drift no further than "
+            f"{format_drift(self.bound)}, with a probability of 95 %."
         )
 
     def save(self, path: str | Path) -> None:

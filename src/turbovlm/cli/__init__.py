@@ -48,8 +48,8 @@ examples:
 
 demo, studio, evaluate, reproduce and models named zoo:… come with the package turbovlm-lab.
 
---json prints what a command has found as one JSON document, and nothing else, to standard output; --json FILE writes
-it to a file, beside what is printed. turbovlm COMMAND --help explains each command.
+--json prints what a command has found as one JSON document, and nothing else, to standard output; --json FILE.json
+writes it to a file, beside what is printed. turbovlm COMMAND --help explains each command.
 """
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STDOUT = "-"
 """What `--json` without a file means, as a file's name."""
-JSON_HELP = "the numbers as one JSON document to standard output, without tables; or to FILE, beside them"
+JSON_HELP = "the numbers as one JSON document to standard output, without tables; or to FILE.json, beside them"
 GAP = 2
 """Columns between two columns of a table."""
 NAME, CELL = 24, 28
@@ -32,8 +32,17 @@ _DOCUMENT: ContextVar[TextIO | None] = ContextVar("turbovlm_document", default=N
 
 
 def add_json_option(parser: Any) -> None:
-    """Add `--json [FILE]`."""
-    parser.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE", help=JSON_HELP)
+    """Add `--json [FILE.json]`."""
+    parser.add_argument("--json", nargs="?", const=STDOUT, type=_json_name, metavar="FILE.json", help=JSON_HELP)
+
+
+def _json_name(name: str) -> str:
+    """A file's name; the model of `--json MODEL` is none."""
+    if name != STDOUT and not name.endswith(".json"):
+        raise argparse.ArgumentTypeError(
+            f"{name!r} does not end in .json; to print the document put --json last, or write --json {STDOUT}"
+        )
+    return name
 
 
 def check_json(args: argparse.Namespace) -> None:

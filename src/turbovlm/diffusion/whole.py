@@ -240,9 +240,9 @@ def _first_of(hooks: Any) -> str | None:
 
 
 def _own_class(module: Any) -> Any:
-    """The class of a module, past what PyTorch puts in front of it, as FSDP does."""
-    kinds = type(module).__mro__
-    return next((kind for kind in kinds if not kind.__module__.startswith("torch.")), kinds[0])
+    """The class of a module, a layer of PyTorch's as well, past what PyTorch puts in front of it, as FSDP does."""
+    names = ((kind, kind.__module__) for kind in type(module).__mro__)
+    return next(kind for kind, name in names if not name.startswith("torch.") or name.startswith("torch.nn.modules."))
 
 
 def _is_of(code: Any, library: str) -> bool:

@@ -106,6 +106,11 @@ class Tower:
             layers = [(path, step) for path, step in steps if isinstance(step, nn.Module)]
             shape = next((shape for _, step in layers if (shape := matrix_shape(step)) is not None), None)
             if shape is None:
+                if not layers:
+                    raise UnsupportedModelError(
+                        f"{name} ({self.layout.family}): after_attention={self.layout.after_attention!r} names no "
+                        "module; its first is the projection behind attention"
+                    )
                 path, step = layers[0]
                 raise UnsupportedModelError(f"{name}.{path}: {_PACKED}, {type(step).__name__}")
             found.append(shape)

@@ -102,10 +102,18 @@ def _first_hidden(tower: Tower, like: Tensor) -> Tensor:
         reached.append(args[0] if args else next(iter(kwargs.values())))
         raise _FirstBlockReached
 
+    inputs = tower.random_inputs(2, like.dtype, like.device)
+    try:
+        inspect.signature(type(tower.module).forward).bind(tower.module, **inputs)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{tower.title} ({tower.layout.family}): its forward does not take {', '.join(inputs)}, the inputs of its "
+            f"layout: {error}"
+        ) from error
     hook = tower.blocks[0][1].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with contextlib.suppress(_FirstBlockReached):
-            tower.module(**tower.random_inputs(2, like.dtype, like.device))
+            tower.module(**inputs)
     finally:
         hook.remove()
     if not reached:

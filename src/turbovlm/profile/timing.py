@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -40,7 +41,13 @@ class Quartiles:
 
 
 def interleaved(
-    forwards: Sequence[Forward], device: torch.device, rounds: int, warmup: int, progress: Callable[[int], object]
+    forwards: Sequence[Forward],
+    device: torch.device,
+    rounds: int,
+    warmup: int,
+    progress: Callable[[int], object],
+    seconds: float = math.inf,
+    fewest: int = 1,
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Run every forward once per round, in turn forwards and backwards, so that a drift of the machine hits all alike.
 
@@ -49,18 +56,24 @@ def interleaved(
         device: where they run: its kind decides the clock (`CLOCKS`).
         rounds, warmup: rounds that count, and rounds before them that do not.
         progress: called with 1 after each run.
+        seconds: by the wall's clock, after which no further round begins once `fewest` of them count.
 
     Returns:
         Per forward, its seconds in every round, by the device's clock and by the wall's.
     """
-    clock, wall = [[[0.0] * rounds for _ in forwards] for _ in range(2)]
+    clock: list[list[float]] = [[] for _ in forwards]
+    wall: list[list[float]] = [[] for _ in forwards]
+    started = time.perf_counter()
     with _without_garbage_collection():
         for number in range(-warmup, rounds):
+            if number >= fewest and time.perf_counter() - started > seconds:
+                break
             order = range(len(forwards)) if number % 2 == 0 else reversed(range(len(forwards)))
             for index in order:
-                seconds = _seconds(forwards[index], device)
+                by_clock, by_wall = _seconds(forwards[index], device)
                 if number >= 0:
-                    clock[index][number], wall[index][number] = seconds
+                    clock[index].append(by_clock)
+                    wall[index].append(by_wall)
                 progress(1)
             gc.collect()
     return clock, wall

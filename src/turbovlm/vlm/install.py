@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from turbovlm.config import READINGS, ReadConfig
 from turbovlm.encoder.cross_attention import CrossAttention, check_cross_attention
-from turbovlm.encoder.layout import Layout, fetch, library_version
+from turbovlm.encoder.layout import Layout, fetch, library_version, path_of
 from turbovlm.encoder.towers import find_towers, layout_of
 from turbovlm.errors import ConfigError, TurboError, UnsupportedModelError
 from turbovlm.patching import Feature, Patch, check_forwards
@@ -204,7 +204,7 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
             f"change={config.change:g}: which visual tokens are of which frame is not known of {family.family}: leave "
             "change out"
         )
-    tower = fetch(part, family.tower)
+    tower = fetch(part, path_of(family.family, part, family.tower))
     if tower is None:
         raise UnsupportedModelError(
             f"{config.of_images}: this {type(part).__name__} reads no images: its {family.tower} is None"
@@ -228,8 +228,16 @@ def find_reading(model: nn.Module, config: ReadConfig) -> ReadFeature:
                 f"{config.of_images}: {family.family} with a tower of {type(guide).__qualname__}, whose "
                 "attention turbovlm cannot read"
             )
+        if layout.packed:
+            raise UnsupportedModelError(
+                f"{config.of_images}: {family.family}'s tower runs all images as one sequence: its VlmFamily needs "
+                "packed=Packed(…), and the cell of its visual tokens"
+            )
         cls, prefix, suffix = (layout.of_tower(field, tower) for field in ("cls", "prefix", "suffix"))
         layout = layout.resolve(guide)
+    else:
+        for spelled in family.packed.paths:
+            path_of(family.family, guide, spelled)
     if config.guidance == "cls" and not cls:
         raise ConfigError(f"guidance='cls': {family.family}'s tower has no CLS token; use 'mean' or 'auto'")
     guidance = ("cls" if cls else "mean") if config.guidance == "auto" else config.guidance

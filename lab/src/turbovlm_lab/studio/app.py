@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -20,8 +21,8 @@ from turbovlm_lab.studio.subjects import Models, Subject
 from turbovlm_lab.studio.uploads import MEGABYTES
 
 PAGE = Path(__file__).parent / "page"
-LAST_SECONDS = 5
-"""That what computes is waited for at the end."""
+LAST_SECONDS = 30
+"""That what computes is waited for at the end, at most: a batch of images, or a picture's denoising."""
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 TABS: tuple[tuple[str, str, Callable[[Models], None]], ...] = (
     ("look", "Look", looking.tab),
@@ -74,7 +75,7 @@ def build(settings: Settings, shop: Models | None = None) -> gr.Blocks:
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C, or until the process is asked to end (SIGTERM).
 
     Args:
         ready: called with the page's address once it answers.
@@ -82,10 +83,14 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
     Raises:
         TurboError: see `serving`.
     """
-    with serving(settings) as url:
-        ready(url)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with serving(settings) as url:
+            ready(url)
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -135,8 +140,7 @@ def serving(settings: Settings, shop: Models | None = None) -> Iterator[str]:
         finally:
             page.close(verbose=False)
             stop_all(LAST_SECONDS)
-            if shop.computing.acquire(timeout=LAST_SECONDS):
-                shop.computing.release()
+            shop.computing.acquire(timeout=LAST_SECONDS)  # for good: a thread that computes while Python ends aborts it
 
 
 def _free_port(host: str) -> int:

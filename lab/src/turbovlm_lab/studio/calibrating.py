@@ -15,6 +15,7 @@ import gradio as gr
 
 from turbovlm.calibration.calibrate import FEWEST, check_count
 from turbovlm.calibration.plot import save_calibration
+from turbovlm.calibration.result import format_drift
 from turbovlm.cli.calibrate import EFFORT
 from turbovlm.errors import ConfigError
 from turbovlm_lab.studio import links, render
@@ -140,8 +141,8 @@ def said(made: Calibrated) -> str:
     faster = "" if found.speedup is None else render.card("Speed-up", f"{found.speedup:.2f}×", "as measured")
     cards = (
         render.card("Multiply-accumulates", f"{found.flops:.1%}", "of them are left"),
-        render.card("Drift", f"{found.drift:.4f}", f"mean over {found.images} held out"),
-        render.card("Bound", f"{found.bound:.4f}", f"for {found.coverage:.0%} of others like these"),
+        render.card("Drift", format_drift(found.drift), f"mean over {found.images} held out"),
+        render.card("Bound", format_drift(found.bound), f"for {found.coverage:.0%} of others like these"),
         faster or render.card("Search", in_words(made.seconds), f"on {len(made.searched)} {made.noun}"),
     )
     return f"<div class='cards'>{''.join(cards)}</div><p class='promise'>{escape(str(found))}</p>{left_out}"
@@ -150,7 +151,7 @@ def said(made: Calibrated) -> str:
 def figure(made: Calibrated, path: Path) -> str:
     """The drawing of a file: drift over cost, and tokens merged in each block."""
     alt = "Drift over the share of multiply-accumulates left: " + ", ".join(
-        f"{share:.0%} {drift:.4f}" for share, drift in made.found.curve
+        f"{share:.0%} {format_drift(drift)}" for share, drift in made.found.curve
     )
     source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
     return f"<figure class='paper wider'><img src='{source}' alt='{escape(alt, quote=True)}'></figure>"

@@ -30,6 +30,7 @@ from turbovlm_lab.studio.subjects import (
     View,
     packages,
 )
+from turbovlm_lab.studio.uploads import spectrogram
 from turbovlm_lab.zoo import minilm, saliency, whisper
 
 KEPT = 8
@@ -213,6 +214,13 @@ def _load_emoji() -> Generating:
     return Generating(pipe, share_weights(pipe), 7, make, look, "the whole pipeline, all steps", where, notes)
 
 
+def _spoken() -> list[Photo]:
+    waves = {name: whisper.read_spoken(name) for name in whisper.SPOKEN}
+    return [
+        Photo(name, whisper.SPOKEN[name], spectrogram(wave), whisper.SPOKEN_BY, wave) for name, wave in waves.items()
+    ]
+
+
 def _load_whisper() -> Generating:
     loaded = whisper.load_whisper()
 
@@ -267,11 +275,12 @@ EMOJI = Subject(
 WHISPER = Subject(
     key="whisper",
     title="Whisper base · writes down speech",
-    about="OpenAI's Whisper. Drop a WAV file of up to 30 seconds, in English.",
+    about="OpenAI's Whisper. Choose a sentence, or drop a WAV file of up to 30 seconds, in English.",
     takes=RECORDING,
     load=_load_whisper,
     amounts={"keep": 0.5, "flops": 0.7, "r": 100.0},
     settings=ENCODER_SETTINGS,
     needs=packages(*whisper.PARTS),
+    photos=_spoken,
 )
 BUILT_IN = (READER, EMOJI, WHISPER)

@@ -25,6 +25,7 @@ from turbovlm_lab.studio.uploads import (
 )
 
 UPLOADED = "upload"
+WAITING = "<p class='note' role='status'>Waiting for a run in another tab or page to end …</p>"
 SLOTS: Mapping[str, tuple[str, ...]] = {
     "sample": ("image", "recording", "labels", "question", "prompt", "words"),
     "ranking": ("alpha", "degree", "similarity", "partition", "visual_select"),
@@ -123,6 +124,8 @@ def _wire(shop: Models, controls: Controls, results: _Results, uploaded: gr.Stat
         given = dict(zip(names, values))
         subject = shop.subjects[given["model"]]
         try:
+            if shop.busy:
+                yield {results.costs: WAITING, results.answers: ""}
             if not shop.is_loaded(subject.key):
                 yield {results.costs: f"<p class='note'>Loading {subject.title} …</p>", results.answers: ""}
             yield from _run(shop, subject, given, upload, results)
@@ -179,8 +182,7 @@ def _wire(shop: Models, controls: Controls, results: _Results, uploaded: gr.Stat
         run,
         [uploaded, *chosen],
         results.all,
-        concurrency_limit=1,
-        concurrency_id="model",
+        concurrency_limit=None,  # they wait for the lock, and say so
         trigger_mode="always_last",
         api_visibility="private",
         show_progress="minimal",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from turbovlm.profile.macs import counting
+from turbovlm.profile.timing import interleaved
 
 T = TypeVar("T")
 ROUNDS, SECONDS = (3, 9), 0.4
@@ -37,23 +38,14 @@ def counted(run: Callable[[], T]) -> tuple[T, float]:
 def timed_in_turn(
     versions: Sequence[Callable[[], object]], rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS
 ) -> list[Times]:
-    """Time each version once per round, forwards and backwards in turn, so that a busy machine slows all alike.
+    """Time each version once per round, in turn, so that a busy machine slows all alike.
 
     Args:
         versions: what is timed.
         rounds: at least and at most; `seconds`: after which no further one begins.
     """
-    started = time.perf_counter()
-    cpu: list[list[float]] = [[] for _ in versions]
-    wall: list[list[float]] = [[] for _ in versions]
-    for turn in range(rounds[1]):
-        if turn >= rounds[0] and time.perf_counter() - started > seconds:
-            break
-        for place in range(len(versions))[:: 1 if turn % 2 == 0 else -1]:
-            clock, process = time.perf_counter(), time.process_time()
-            versions[place]()
-            cpu[place].append(time.process_time() - process)
-            wall[place].append(time.perf_counter() - clock)
+    fewest, most = rounds
+    cpu, wall = interleaved(versions, torch.device("cpu"), most, 0, lambda _: None, seconds, fewest)
     return [Times(statistics.median(c), statistics.median(w), len(c)) for c, w in zip(cpu, wall)]
 
 

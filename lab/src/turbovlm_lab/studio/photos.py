@@ -29,10 +29,10 @@ def demo_photos() -> tuple[Photo, ...]:
 
 
 def pictures(photos: Sequence[Photo], picked: str) -> str:
-    """Radio buttons with thumbnails, as HTML."""
-    return (
-        f"<div class='picker' role='radiogroup' aria-label='Image'>{''.join(_button(p, picked) for p in photos)}</div>"
-    )
+    """Radio buttons with thumbnails, as HTML; of recordings, those of their spectrograms."""
+    buttons = "".join(_button(photo, picked) for photo in photos)
+    label = "Recording" if any(photo.wave is not None for photo in photos) else "Image"
+    return f"<div class='picker' role='radiogroup' aria-label='{label}'>{buttons}</div>"
 
 
 def _button(photo: Photo, picked: str) -> str:

@@ -264,6 +264,14 @@ class Models:
                 return self.subjects[key]
         raise TurboError("; ".join(f"{key}: {reason}" for key, reason in missing.items()))
 
+    @property
+    def busy(self) -> bool:
+        """Whether something computes just now that the calling thread would have to wait for."""
+        free = self.computing.acquire(blocking=False)
+        if free:
+            self.computing.release()
+        return not free
+
     def is_loaded(self, key: str) -> bool:
         """Whether its weights are in memory."""
         return key in self._loaded

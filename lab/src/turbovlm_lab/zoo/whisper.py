@@ -35,6 +35,13 @@ PARTS = (
 TOKENIZER = _file(_SECOND, "tokenizer.json", "7e146198186d5e3b9ce7d9d7f131b69b44569eaed9ad64a5516629a6c6a865c4")
 SETTINGS = _file(_SECOND, "config.json", "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a")
 
+SPOKEN = {
+    "austen-0880": "He was not an ill-disposed young man.",
+    "austen-0930": "He might even have been made amiable himself.",
+}
+"""Recordings in `data/`, and what is said in each."""
+SPOKEN_BY = "Jane Austen, Sense and Sensibility, read for LibriVox; public domain"
+
 SAMPLING_RATE = 16_000
 """Samples a second that Whisper hears."""
 
@@ -116,6 +123,17 @@ def load_whisper() -> Whisper:
     settings = json.loads(SETTINGS.find().read_text(encoding="utf-8"))
     model.generation_config = _generation_config(processor.tokenizer, settings)
     return Whisper(model.eval(), processor)
+
+
+def read_spoken(name: str) -> Tensor:
+    """One of the recordings of `SPOKEN`, mono, 16 kHz, `[samples]`."""
+    import wave
+
+    import numpy as np
+
+    with wave.open(str(Path(__file__).parent / "data" / f"{name}.wav")) as file:
+        samples = np.frombuffer(file.readframes(-1), dtype="<i2")
+    return torch.from_numpy(samples.astype(np.float32) / 32768)
 
 
 def read_weights(parts: list[Path]) -> dict[str, Tensor]:

@@ -47,6 +47,11 @@ class Packed:
     arguments: tuple[str, ...] = ("cu_seqlens", "position_embeddings")
     rotate: str = "apply_rotary_pos_emb_vision"
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all modules that it names, from the block."""
+        return (self.norm, self.attention, *(f"{self.attention}.{name}" for name in (*self.project, *self.norms)))
+
 
 @dataclass(frozen=True)
 class VlmFamily:
