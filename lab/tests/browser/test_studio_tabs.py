@@ -146,6 +146,19 @@ def test_a_pipeline_is_given_prompts_in_place_of_images(page: Any) -> None:
     assert problem(page, "calibrate").startswith("prompts: 2 are too few")
 
 
+def test_a_link_reaches_tabs_that_are_opened_later(page: Any) -> None:
+    page.goto("/?calibrate-model=emoji&compare-images=folder1")
+    page.locator("#costs").get_by_text("CPU time").wait_for()
+    page.get_by_role("tab", name="Calibrate").click()
+    page.locator("#calibrate-prompts textarea").wait_for()
+    assert not page.locator("#calibrate-files").is_visible()
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#compare-start").wait_for()
+    assert page.locator("#compare-images").get_by_label("holiday").is_checked()
+    assert page.locator("#compare-count").is_visible()
+    assert not page.locator("#compare-files").is_visible()
+
+
 def test_cancel_and_a_closed_page_stop_what_runs(page: Any, images: Images) -> None:
     files = images(40)
     open_tab(page, LONG)

@@ -86,7 +86,7 @@ class _Results:
         return {
             self.said: said(made),
             self.figure: figure(made, own / "turbo.png"),
-            self.settings: gr.update(value=str(own / FILE), visible=True),
+            self.settings: gr.update(value=str(own / FILE), **seen(True)),
             self.lines: f"<h3>In Python</h3><pre class='code' tabindex='0'>{escape(lines_of(made, FILE))}</pre>",
             self.held: held(made),
         }
@@ -193,14 +193,14 @@ def _left(shop: Models) -> _Controls:
             value=UPLOAD,
             label="Images",
             elem_id="calibrate-images",
-            visible=images["visible"],
+            elem_classes=images["elem_classes"],
         ),
         files=gr.File(
             file_count="multiple",
             file_types=["image"],
             label=f"{FEWEST} to {MOST_IMAGES} images, {MEGABYTES} MB each",
             elem_id="calibrate-files",
-            visible=files["visible"],
+            elem_classes=files["elem_classes"],
             height=180,
         ),
         prompts=gr.Textbox(
@@ -210,7 +210,7 @@ def _left(shop: Models) -> _Controls:
             max_length=40_000,
             label=f"{FEWEST} prompts or more, each in a line",
             elem_id="calibrate-prompts",
-            visible=prompts["visible"],
+            elem_classes=prompts["elem_classes"],
         ),
         target=gr.Radio(
             [(f"{name} · {title}", name) for name, (title, _) in TARGETS.items()],
@@ -225,19 +225,19 @@ def _left(shop: Models) -> _Controls:
             label="Effort: passes of the search",
             elem_id="calibrate-effort",
             buttons=[],
-            visible=effort["visible"],
+            elem_classes=effort["elem_classes"],
         ),
         per_image=gr.Checkbox(
             False,
             label="Images with more redundancy lose more, for images one at a time",
             elem_id="calibrate-per_image",
-            visible=per_image["visible"],
+            elem_classes=per_image["elem_classes"],
         ),
         dense=gr.Checkbox(
             False,
             label="Dense: what reads the model needs every position",
             elem_id="calibrate-dense",
-            visible=dense["visible"],
+            elem_classes=dense["elem_classes"],
         ),
         steps=gr.Slider(
             1,
@@ -247,7 +247,7 @@ def _left(shop: Models) -> _Controls:
             label="Denoising steps",
             elem_id="calibrate-steps",
             buttons=[],
-            visible=steps["visible"],
+            elem_classes=steps["elem_classes"],
         ),
     )
 
@@ -262,7 +262,7 @@ def _right() -> _Results:
     return _Results(
         gr.HTML(start, elem_id="calibrate-said"),
         gr.HTML("", elem_id="calibrate-figure"),
-        gr.DownloadButton(f"Download {FILE}", size="md", visible=seen(False), elem_id="calibrate-settings"),
+        gr.DownloadButton(f"Download {FILE}", size="md", **seen(False), elem_id="calibrate-settings"),
         gr.HTML("", elem_id="calibrate-lines"),
         gr.HTML("", elem_id="calibrate-held"),
     )
@@ -272,13 +272,13 @@ def _depending(shop: Models, model: str, images: str) -> tuple[dict[str, Any], .
     """What there is of the other controls for a model and where its images are, as `DEPENDING`."""
     encodes = shop.subjects[model].encodes
     return (
-        gr.update(visible=seen(encodes and bool(shop.folders))),
-        gr.update(visible=seen(encodes and images == UPLOAD)),
-        gr.update(visible=seen(not encodes), **({} if encodes else {"value": "\n".join(_prompts(model))})),
-        gr.update(visible=seen(encodes)),
-        gr.update(visible=seen(encodes)),
-        gr.update(visible=seen(encodes)),
-        gr.update(visible=seen(not encodes)),
+        gr.update(**seen(encodes and bool(shop.folders))),
+        gr.update(**seen(encodes and images == UPLOAD)),
+        gr.update(**seen(not encodes), **({} if encodes else {"value": "\n".join(_prompts(model))})),
+        gr.update(**seen(encodes)),
+        gr.update(**seen(encodes)),
+        gr.update(**seen(encodes)),
+        gr.update(**seen(not encodes)),
     )
 
 

@@ -73,10 +73,10 @@ class _Results:
             self.said: compared.said(found),
             self.chart: compared.chart(found),
             self.table: compared.table(found),
-            self.csv: gr.update(value=_written(folder, "comparison.csv", to_csv(found)), visible=True),
-            self.json: gr.update(value=_written(folder, "comparison.json", to_json(found)), visible=True),
-            self.share: gr.update(choices=shares, value=share, visible=True),
-            self.block: gr.update(maximum=depth, value=depth, visible=True),
+            self.csv: gr.update(value=_written(folder, "comparison.csv", to_csv(found)), **seen(True)),
+            self.json: gr.update(value=_written(folder, "comparison.json", to_json(found)), **seen(True)),
+            self.share: gr.update(choices=shares, value=share, **seen(True)),
+            self.block: gr.update(maximum=depth, value=depth, **seen(True)),
             self.patches: compared.patches(found, share, depth),
         }
 
@@ -131,7 +131,7 @@ def _left(shop: Models) -> _Controls:
             file_types=["image"],
             label=f"2 to {MOST_IMAGES} images, {MEGABYTES} MB each",
             elem_id="compare-files",
-            visible=seen(False),
+            **seen(False),
             height=180,
         ),
         methods=gr.CheckboxGroup(
@@ -161,10 +161,10 @@ def _right() -> _Results:
     chart = gr.HTML("", elem_id="compare-chart")
     table = gr.HTML("", elem_id="compare-table")
     with gr.Row():
-        csv = gr.DownloadButton("CSV", size="sm", visible=seen(False), elem_id="compare-csv", min_width=100)
-        json_ = gr.DownloadButton("JSON", size="sm", visible=seen(False), elem_id="compare-json", min_width=100)
-    share = gr.Radio([], label="What was merged, at", visible=seen(False), elem_id="compare-share")
-    block = gr.Slider(1, 12, 12, step=1, label="behind block", visible=seen(False), elem_id="compare-block", buttons=[])
+        csv = gr.DownloadButton("CSV", size="sm", **seen(False), elem_id="compare-csv", min_width=100)
+        json_ = gr.DownloadButton("JSON", size="sm", **seen(False), elem_id="compare-json", min_width=100)
+    share = gr.Radio([], label="What was merged, at", **seen(False), elem_id="compare-share")
+    block = gr.Slider(1, 12, 12, step=1, label="behind block", **seen(False), elem_id="compare-block", buttons=[])
     patches = gr.HTML("", elem_id="compare-patches")
     return _Results(gr.State(None, time_to_live=3600), said, chart, table, csv, json_, share, block, patches)
 
@@ -208,8 +208,8 @@ def _of_images(shop: Models, images: str) -> tuple[Any, Any]:
     low, high, first = COUNTS
     if images not in (DEMO, UPLOAD):
         high, first = MOST_IMAGES, 32
-    count = gr.update(visible=seen(images != UPLOAD), maximum=high, minimum=low, value=first)
-    return count, gr.update(visible=seen(images == UPLOAD))
+    count = gr.update(**seen(images != UPLOAD), maximum=high, minimum=low, value=first)
+    return count, gr.update(**seen(images == UPLOAD))
 
 
 def _patches(found: Comparison | None, share: float, block: int) -> str:

@@ -52,16 +52,16 @@ class Controls:
         on = subject.settings
         updates: dict[Any, Any] = {
             self.amount: gr.update(choices=[(AMOUNTS[name], name) for name in subject.amounts], value=choice.amount),
-            self.steps: gr.update(value=choice.steps or STEPS[0], visible=seen(subject.steps is not None)),
-            self.alpha: gr.update(value=choice.alpha, visible=seen("alpha" in on)),
-            self.schedule: gr.update(value=choice.schedule, visible=seen("schedule" in on)),
-            self.listed: gr.update(value=choice.listed, visible=seen(choice.schedule == "list")),
+            self.steps: gr.update(value=choice.steps or STEPS[0], **seen(subject.steps is not None)),
+            self.alpha: gr.update(value=choice.alpha, **seen("alpha" in on)),
+            self.schedule: gr.update(value=choice.schedule, **seen("schedule" in on)),
+            self.listed: gr.update(value=choice.listed, **seen(choice.schedule == "list")),
         }
         for name in AMOUNTS:
             value = choice.value if name == choice.amount else subject.amounts.get(name, RANGES[name].high)
-            updates[getattr(self, name)] = gr.update(value=value, visible=seen(name == choice.amount))
+            updates[getattr(self, name)] = gr.update(value=value, **seen(name == choice.amount))
         for name in OPTIONS:
-            updates[getattr(self, name)] = gr.update(value=getattr(choice, name), visible=seen(name in on))
+            updates[getattr(self, name)] = gr.update(value=getattr(choice, name), **seen(name in on))
         return updates
 
     def of_subject(self, subject: Subject, choice: Choice, picked: str, words: str) -> dict[Any, Any]:
@@ -70,8 +70,8 @@ class Controls:
             self.model: subject.key,
             self.about: subject.about,
             self.picked: gr.update(items=pictures(photos_of(subject), picked), value=picked),
-            self.drop: gr.update(visible=seen(subject.takes in ASK), **ASK.get(subject.takes, {})),
-            self.words: gr.update(label=subject.words, value=words, visible=seen(subject.words is not None)),
+            self.drop: gr.update(**seen(subject.takes in ASK), **ASK.get(subject.takes, {})),
+            self.words: gr.update(label=subject.words, value=words, **seen(subject.words is not None)),
             **self.of_choice(choice, subject),
         }
 
@@ -96,13 +96,13 @@ def add_controls(shop: Models, first: Subject) -> tuple[Controls, dict[str, gr.H
         js_on_load=page_file("drop.js"),
         megabytes=MEGABYTES,
         **ASK.get(first.takes, ASK[IMAGE]),
-        visible=seen(first.takes in ASK),
+        **seen(first.takes in ASK),
         elem_id="drop",
     )
     words = gr.Textbox(
         first.default_words,
         label=first.words,
-        visible=seen(first.words is not None),
+        **seen(first.words is not None),
         elem_id="words",
         max_lines=4,
         max_length=4000,
@@ -123,7 +123,7 @@ def add_controls(shop: Models, first: Subject) -> tuple[Controls, dict[str, gr.H
                 [("the library's", DEFAULT), *options],
                 value=DEFAULT,
                 label=name,
-                visible=seen(name in first.settings),
+                **seen(name in first.settings),
                 elem_id=name,
             )
             for name, options in OPTIONS.items()
@@ -132,7 +132,7 @@ def add_controls(shop: Models, first: Subject) -> tuple[Controls, dict[str, gr.H
         schedule = gr.Dropdown(
             [(title, key) for key, title in SCHEDULES.items()], value=DEFAULT, label="schedule", elem_id="schedule"
         )
-        listed = gr.Textbox("", label="tokens merged in each block", visible="hidden", elem_id="listed", max_length=400)
+        listed = gr.Textbox("", label="tokens merged in each block", **seen(False), elem_id="listed", max_length=400)
         slots["schedule"] = gr.HTML("", elem_id="problem-schedule")
     reset = gr.Button("Reset to defaults", size="sm", elem_id="reset")
     kept = {"model": model, "about": about, "picked": picked, "drop": drop, "words": words, "amount": amount}
@@ -143,12 +143,15 @@ def add_controls(shop: Models, first: Subject) -> tuple[Controls, dict[str, gr.H
 def _slider(name: str, label: str, span: Range, value: float, visible: bool) -> gr.HTML:
     parts: dict[str, Any] = {"html_template": page_file("slider.html"), "js_on_load": page_file("slider.js")}
     span_of = {"label": label, "low": span.low, "high": span.high, "step": span.step}
-    return gr.HTML(value, **parts, **span_of, visible=seen(visible), elem_id=name)
+    return gr.HTML(value, **parts, **span_of, **seen(visible), elem_id=name)
 
 
-def seen(on: bool) -> bool | str:
-    """A component's `visible`: what is not shown stays in the page, as Gradio loses the props of what is left out."""
-    return True if on else "hidden"
+def seen(on: bool) -> dict[str, Any]:
+    """What of a component says whether it is shown, as keywords.
+
+    Not `visible`: Gradio forgets what it is told of that while the component's tab has not been opened.
+    """
+    return {"elem_classes": [] if on else ["unseen"]}
 
 
 def page_file(name: str) -> str:

@@ -139,11 +139,11 @@ def _wire(shop: Models, controls: Controls, results: _Results, uploaded: gr.Stat
         return {**shown, results.slots["link"]: "", asked: time.monotonic()}
 
     def choose_amount(amount: str) -> dict[Any, Any]:
-        shown = {getattr(controls, name): gr.update(visible=seen(name == amount)) for name in AMOUNTS}
+        shown = {getattr(controls, name): gr.update(**seen(name == amount)) for name in AMOUNTS}
         return {**shown, asked: time.monotonic()}
 
     def choose_schedule(schedule: str) -> dict[Any, Any]:
-        return {controls.listed: gr.update(visible=seen(schedule == "list")), asked: time.monotonic()}
+        return {controls.listed: gr.update(**seen(schedule == "list")), asked: time.monotonic()}
 
     def go_back(key: str) -> dict[Any, Any]:
         subject = shop.subjects[key]

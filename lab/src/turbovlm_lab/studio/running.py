@@ -42,7 +42,7 @@ class Runner:
         problem = gr.HTML("", elem_id=f"problem-{name}")
         with gr.Row():
             start = gr.Button(title, variant="primary", elem_id=f"{name}-start", min_width=120)
-            cancel = gr.Button("Cancel", variant="stop", elem_id=f"{name}-cancel", min_width=120, visible=seen(False))
+            cancel = gr.Button("Cancel", variant="stop", elem_id=f"{name}-cancel", min_width=120, **seen(False))
         bar = gr.HTML("", elem_id=f"{name}-bar")
         return cls(start, cancel, bar, problem, gr.State(None, time_to_live=3600))
 
@@ -92,14 +92,14 @@ class Runner:
     def _running(self, job: Job[Any]) -> Updates:
         return {
             self.start: gr.update(interactive=False),
-            self.cancel: gr.update(visible=True, interactive=True, value="Cancel"),
+            self.cancel: gr.update(**seen(True), interactive=True, value="Cancel"),
             self.job: job,
         }
 
     def _ended(self, said: str, error: TurboError | None = None) -> Updates:
         return {
             self.start: gr.update(interactive=True),
-            self.cancel: gr.update(visible=seen(False)),
+            self.cancel: gr.update(**seen(False)),
             self.bar: said,
             self.problem: render.problem(None if error is None else str(error)),
         }
