@@ -13,7 +13,7 @@ from rich.console import Console
 
 import corpora
 from turbovlm.cli import inspect, main, measuring
-from turbovlm.cli.output import tables, write_json
+from turbovlm.cli.output import console, print_table, tables, write_json
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,15 +83,20 @@ def test_a_failure_prints_no_document(capsys):
     assert out == "" and err.startswith("turbovlm: keras:vit")
 
 
+def test_a_figure_has_a_title_and_no_table(capsys):
+    print_table(console(), "Figure 6", [], ())
+    assert capsys.readouterr().out == "Figure 6\n"
+
+
 @pytest.mark.parametrize("width", [40, 80, 120, 400])
 def test_every_cell_is_printed_at_any_width(width, capsys):
     header = ["setting", *(f"metric {i}" for i in range(9))]
     names = ("a setting with a long name, number 1", "another with a long name, number 2")
     rows = [[name, *(f"0.8{i} [0.7{i}, 0.9{i}]" for i in range(9))] for name in names]
     made = tables(header, rows, width)
-    console = Console(width=width)
+    terminal = Console(width=width)
     for table in made:
-        console.print(table)
+        terminal.print(table)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= width and (len(made) == 1) == (width == 400)
     assert all(cell in printed for row in rows for cell in row[1:])

@@ -95,7 +95,7 @@ def print_table(
     Args:
         out: of `console`.
         title: in the line above; none if empty.
-        header: of each column, in one line or two.
+        header: of each column, in one line or two; empty where there is a title alone, as of a figure.
         rows: a cell for each column.
         names: how many of the columns name a row; the others are numbers.
         sections: numbers of the rows that a line is drawn above.
@@ -112,6 +112,8 @@ def tables(
     header: Sequence[str], rows: Sequence[Sequence[str]], width: int, names: int = 1, sections: Sequence[int] = ()
 ) -> list[Table]:
     """The columns in as many tables as they need, each with those that name a row; see `print_table`."""
+    if not header:
+        return []
     header = _split(header, rows)
     whole = [_width(header, rows, i) for i in range(len(header))]
     widths = whole
