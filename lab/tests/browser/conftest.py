@@ -45,29 +45,12 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tiny_classifier(tmp_path_factory.mktemp("models") / "tiny")
     images = noise(tmp_path_factory.mktemp("images") / "holiday", 4)[0].parent
     (images / "broken.png").write_text("text with the name of an image")
-    command = [
-        sys.executable,
-        "-X",
-        "faulthandler",
-        "-W",
-        "ignore",
-        "-c",
-        START,
-        "studio",
-        "--port",
-        "0",
-        "--threads",
-        "1",
-    ]
+    python = [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", START]
+    command = [*python, "studio", "--port", "0", "--threads", "1", "--model", str(folder), "--images", str(images)]
     temporary, log = tmp_path_factory.mktemp("temporary"), tmp_path_factory.mktemp("log") / "studio.txt"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     with log.open("w") as said:
-        process = subprocess.Popen(
-            [*command, "--model", str(folder), "--images", str(images)],
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
     try:
         yield Served(_address(process, log), folder, images)
     finally:

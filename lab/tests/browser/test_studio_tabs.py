@@ -20,7 +20,7 @@ import turbovlm
 Images = Callable[[int], list[Path]]
 TINY = "model=folder-tiny"
 LONG = "tab=calibrate&calibrate-model=saliency&calibrate-target=max_drift&calibrate-value=0.9&calibrate-effort=16"
-"""A run of minutes, unless it is stopped: the tiny model's is over before a busy browser has pressed a button."""
+"""A run of a minute, unless it is stopped: the tiny model's is over before a busy browser has pressed a button."""
 
 
 def open_tab(page: Any, query: str) -> None:

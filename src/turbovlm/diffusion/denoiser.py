@@ -133,11 +133,12 @@ def _grids_of(holder: Holder, model: Any, given: dict[str, Any], feature: Denois
 
 def _follow_parts(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
     """Patch the parts that stand where others stood, as an adapter around a layer does, and the layer after it."""
+    inside = holder.inside
     for site in _sites_of(holder, feature):
-        part = module_at(model, site.name.removeprefix(holder.inside))
+        part = module_at(model, site.name.removeprefix(inside))
         if part is None or _is_patched(part, feature):
             continue
-        if feature.places and block_slot(module_at(model, site.block.removeprefix(holder.inside))) != "forward":
+        if feature.places and block_slot(module_at(model, site.block.removeprefix(inside))) != "forward":
             continue  # compiled by itself: see `merge_stack`
         with FOLLOWING:
             if not _is_patched(part, feature):  # another thread may have been here in the meantime
@@ -148,10 +149,11 @@ def _follow_parts(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
 
 def _follow_blocks(holder: Holder, model: Any, feature: DenoiseFeature) -> None:
     """Patch blocks outside of what they were compiled to by themselves, now or meanwhile, and copies of them."""
+    inside = holder.inside
     for place in feature.places:
-        if not place.name.startswith(holder.inside):
+        if not place.name.startswith(inside):
             continue
-        block = module_at(model, place.name.removeprefix(holder.inside))
+        block = module_at(model, place.name.removeprefix(inside))
         if block is None:
             continue
         called = block.__dict__.get(slot_of(block, slot := block_slot(block)))
@@ -195,8 +197,9 @@ def _check_not_compiled(holder: Holder, model: Any, feature: DenoiseFeature) -> 
     Raises:
         StateError: one is.
     """
+    inside = holder.inside
     for name in feature.blocks:
-        if name.startswith(holder.inside) and is_compiled(module_at(model, name.removeprefix(holder.inside))):
+        if name.startswith(inside) and is_compiled(module_at(model, name.removeprefix(inside))):
             raise StateError(f"{name} {COMPILED}")
 
 

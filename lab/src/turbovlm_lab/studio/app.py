@@ -97,7 +97,8 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
 def serving(settings: Settings, shop: Models | None = None) -> Iterator[str]:
     """Serve the page inside; gives its address, with the first model loaded.
 
-    Uploads lie in a folder of this process, which is removed at the end.
+    Uploads lie in a folder of this process, which is removed at the end. Behind it no other thread runs a model of
+    `shop`.
 
     Args:
         shop: the models; those of the settings if None.

@@ -108,9 +108,7 @@ def tab(shop: Models) -> None:
         shop, partial(_prepare, shop), controls.all, lambda made: results.of(made, Path(written.name)), results.all
     )
     again = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    depending = [
-        getattr(controls, name) for name in ("images", "files", "prompts", "effort", "per_image", "dense", "steps")
-    ]
+    depending = [getattr(controls, name) for name in DEPENDING]
     gr.on(
         [controls.model.input, controls.images.input],
         partial(_depending, shop),
