@@ -14,10 +14,12 @@ from turbovlm.diffusion.inputs import INPUTS, denoiser_inputs, denoiser_request
 pytest.importorskip("diffusers")
 
 from denoisers import DENOISERS
+from frame_denoisers import FRAMED
 from image_denoisers import IMAGE_DENOISERS
 from video_denoisers import VIDEOS
 
-ALL = {**DENOISERS, **IMAGE_DENOISERS, **{f"{name}, video": make for name, make in VIDEOS.items()}}
+FRAMES = {f"{name}, frames": FRAMED[name] for name in ("animatediff", "stable-video")}
+ALL = {**DENOISERS, **IMAGE_DENOISERS, **{f"{name}, video": make for name, make in VIDEOS.items()}, **FRAMES}
 ROWS, COLUMNS = 12, 16
 BY_VALUES = {"glm", "lumina2", "hunyuan-1.5, video", "mochi, video"}
 """Models whose own forwards look at values, which the meta device has none of."""
@@ -33,7 +35,7 @@ def asked(name, model):
 
 def test_every_denoiser_of_diffusers_that_merges_has_an_entry():
     holders = {path.rpartition(".")[2] for family in FAMILIES if not family.roots for path in family.holders}
-    assert holders - {"Transformer2DModel"} <= INPUTS.keys()  # which is in UNets
+    assert holders - {"Transformer2DModel", "TransformerSpatioTemporalModel"} <= INPUTS.keys()  # which are in UNets
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -52,7 +54,7 @@ def test_a_forward_of_the_size_that_is_asked_for(name):
     with turbovlm.apply(model, keep=0.5) as handle, torch.no_grad():
         model(**inputs)
         first = next(choice for choice in handle.features[0].last.values() if choice.merge is not None)
-    tokens = grid[0] * grid[1] * grid[2]
+    tokens = (1 if name in FRAMES else grid[0]) * grid[1] * grid[2]  # there each frame is a sequence of its own
     assert (first.tokens, first.merge.sizes.shape[1]) == (tokens, tokens // 2)
 
 

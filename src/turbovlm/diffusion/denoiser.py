@@ -40,8 +40,9 @@ class Holder:
         grid: `Denoiser.grid`; None of a denoiser that is no holder of blocks.
         halved: how often rows and columns were halved before the first block, in a denoiser.
         between: `Denoiser.between`.
-        collects: whether it keeps what each block gives, as ControlNets do.
+        collects: whether it reads what each block gives, as ControlNets do.
         guided: whether the halves of classifier-free guidance may come in one batch.
+        frames: the axis of a denoiser's latent that is of frames, where each is an image of its own to the blocks.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Holder:
     between: tuple[str, ...] = ()
     collects: bool = False
     guided: bool = True
+    frames: int | None = None
 
     @property
     def inside(self) -> str:
@@ -73,6 +75,8 @@ def denoiser_forward(patch: Patch, model: Any, original: Any, /, *args: Any, **k
         run.grids, run.apart = grids, apart
         return original(*args, **kwargs)
     latent = torch.stack(latent) if isinstance(latent, list) else latent  # some take one for each image
+    if holder.frames is not None:
+        latent = latent.movedim(holder.frames, 1).flatten(0, 1)
     steps, compiling = feature.steps, torch.compiler.is_compiling()
     if not compiling:
         steps.follow_pipeline(feature)

@@ -54,7 +54,7 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     found = {
         name: family
         for name, module in modules.items()
-        if (family := family_of("denoiser", module)) is not None and _has_images(name, family)
+        if (family := family_of("denoiser", module)) is not None and _has_images(name, family, modules)
     }
     for name, family in found.items():
         _check_holder(name, family, modules)
@@ -106,9 +106,19 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
     return DenoiseFeature(config, names, sites, tuple(found), places, holders, semantic, steps, whole)
 
 
-def _has_images(block: str, family: Denoiser) -> bool:
-    """Whether the image's tokens go through a block, as the name of its list tells."""
-    return not family.lists or block.rpartition(".")[0].rpartition(".")[2] in family.lists
+def _has_images(block: str, family: Denoiser, modules: dict[str, nn.Module]) -> bool:
+    """Whether the image's tokens go through a block, as the name of its list and what has it tell."""
+    if family.lists and block.rpartition(".")[0].rpartition(".")[2] not in family.lists:
+        return False
+    holder = _holder_of(block, modules)
+    return holder is None or not set(class_paths(holder)) & set(family.beside)
+
+
+def _holder_of(block: str, modules: dict[str, nn.Module]) -> nn.Module | None:
+    """What has a block, directly or in a list; None of a module without a path."""
+    parts = block.split(".")
+    around = [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)] if block else []
+    return next((module for module in around if not isinstance(module, nn.ModuleList)), None)
 
 
 def _check_wanted(modules: dict[str, nn.Module], found: dict[str, Denoiser], config: DenoiseConfig) -> None:
@@ -290,17 +300,16 @@ def _find_holders(
         grid = None if family is None else family.grid
         halved = _halved_before(module, name, found) if name in roots else 0
         between = () if family is None else family.between
-        collects = "ControlNet" in type(module).__name__
+        collects = "ControlNet" in type(module).__name__ or (family is not None and bool(paths & set(family.mixing)))
         guided = not isinstance(grid, OfPositions | OfShapes)  # those are guided in forwards of their own
-        holders.append((name, Holder(name, name in roots, arguments, grid, halved, between, collects, guided)))
+        frames = next((axis for each in found.values() for path, axis in each.frames if path in paths), None)
+        holders.append((name, Holder(name, name in roots, arguments, grid, halved, between, collects, guided, frames)))
     return holders
 
 
 def _check_holder(block: str, family: Denoiser, modules: dict[str, nn.Module]) -> None:
     """Refuse known blocks in other models, as of time or embeddings: only of holders is it known how tokens lie."""
-    parts = block.split(".")
-    around = [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)]
-    holder = next((module for module in around if not isinstance(module, nn.ModuleList)), None)
+    holder = _holder_of(block, modules)
     if holder is None or not set(class_paths(holder)) & set(family.holders):
         found = type(modules[""] if holder is None else holder).__name__
         known = sorted(path.rpartition(".")[2] for each in families("denoiser") for path in each.holders)

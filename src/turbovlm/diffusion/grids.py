@@ -39,7 +39,7 @@ class OfLatent:
         axes: what its axes are: `b`atch, `c`hannels, `f`rames, `h`eight and `w`idth; one more than there are here is of
             frames, in front of the height.
         patch: the field of the config that says how large a patch is: a number or two, for rows and columns, or three;
-            None for patches of one.
+            None for patches of one, which are also those of a holder without that field, or without a config.
         frames: the field of the config for the frames of a patch, where that is another.
     """
 
@@ -51,11 +51,12 @@ class OfLatent:
         latent: Tensor = next(iter(given.values()))
         axes = self.axes if latent.ndim == len(self.axes) else self.axes.replace("h", "fh")
         sizes = dict(zip(axes, latent.shape))
-        size: Any = None if self.patch is None else holder.config.get(self.patch)
+        config: Any = getattr(holder, "config", {})
+        size: Any = None if self.patch is None else config.get(self.patch)
         patch = tuple(size) if isinstance(size, tuple | list) else (int(size or 1), int(size or 1))
         patch = (1, *patch) if len(patch) == 2 else patch
         if self.frames is not None:
-            patch = (int(holder.config.get(self.frames) or 1), *patch[1:])
+            patch = (int(config.get(self.frames) or 1), *patch[1:])
         return ((sizes.get("f", 1) // patch[0], sizes["h"] // patch[1], sizes["w"] // patch[2]),)
 
 

@@ -93,6 +93,11 @@ class Denoiser:
         grid: how the holders' tokens lie, one of `turbovlm.diffusion.grids`.
         refused: dotted paths of pipelines that give it images and text in turn, in one sequence.
         between: arguments of the holder's that add something to tokens between blocks, or skip blocks.
+        mixing: holders that have other blocks between these, as those of time: each of these is a stack by itself.
+        beside: dotted paths of classes with blocks of the same kind whose tokens are no image's, but those of one place
+            in all frames: these blocks stay whole.
+        frames: by dotted paths of denoisers, the axis of their latent that is of frames, where each frame goes through
+            the blocks as an image of its own.
         lists: names of the lists of blocks that the image's tokens go through, where others of the same class have the
             text's; empty for all.
         roots: dotted paths of the denoisers, where they are no models of `diffusers`.
@@ -106,6 +111,9 @@ class Denoiser:
     grid: GridReader = field(default_factory=OfLatent)
     refused: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
+    mixing: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    frames: tuple[tuple[str, int], ...] = ()
     lists: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
 

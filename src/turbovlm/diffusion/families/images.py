@@ -10,7 +10,8 @@ from turbovlm.diffusion.grids import OfLatent, OfList, OfPositions, OfShapes
 from turbovlm.diffusion.positions import Cut
 
 MODELS = "diffusers.models"
-TRANSFORMERS = f"{MODELS}.transformers"
+TRANSFORMERS, UNETS = f"{MODELS}.transformers", f"{MODELS}.unets"
+SPATIO_TEMPORAL = f"{TRANSFORMERS}.transformer_temporal.TransformerSpatioTemporalModel"
 
 ALONE, TEXT_FIRST = Attending(mask_axes=3, keys_apart=True), Attending("front", mask_axes=4)
 TEXT_LAST = Attending("behind")
@@ -23,6 +24,7 @@ BASIC = Denoiser(
         f"{TRANSFORMERS}.transformer_2d.Transformer2DModel",
         f"{TRANSFORMERS}.pixart_transformer_2d.PixArtTransformer2DModel",
         f"{TRANSFORMERS}.dit_transformer_2d.DiTTransformer2DModel",
+        SPATIO_TEMPORAL,
     ),
     blocks=(
         Block(
@@ -31,6 +33,18 @@ BASIC = Denoiser(
             parts=(Part("attn1", "attention", attending=ALONE), Part("attn2", "cross_attention"), FEED_FORWARD),
             whole_if=("pos_embed", "fuser", "attention_mask", "_chunk_size"),
         ),
+    ),
+    mixing=(SPATIO_TEMPORAL,),
+    beside=(
+        f"{UNETS}.unet_motion_model.AnimateDiffTransformer3D",
+        f"{TRANSFORMERS}.transformer_temporal.TransformerTemporalModel",
+    ),
+    frames=(
+        (f"{UNETS}.unet_motion_model.UNetMotionModel", 2),
+        (f"{MODELS}.controlnets.controlnet_sparsectrl.SparseControlNetModel", 2),
+        (f"{UNETS}.unet_spatio_temporal_condition.UNetSpatioTemporalConditionModel", 1),
+        (f"{UNETS}.unet_3d_condition.UNet3DConditionModel", 2),
+        (f"{UNETS}.unet_i2vgen_xl.I2VGenXLUNet", 2),
     ),
 )
 SD3 = Denoiser(

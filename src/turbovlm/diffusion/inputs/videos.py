@@ -178,6 +178,32 @@ def _kandinsky5(asked: Request) -> dict[str, Any]:
     }
 
 
+def _motion(asked: Request) -> dict[str, Any]:
+    config = asked.config
+    if config.addition_embed_type is not None or config.encoder_hid_dim_type is not None:
+        raise TurboError(
+            f"UNetMotionModel with addition_embed_type={config.addition_embed_type!r} and "
+            f"encoder_hid_dim_type={config.encoder_hid_dim_type!r}: which inputs it takes is not known; give the "
+            "pipeline that it is from"
+        )
+    return {
+        "sample": asked.video(),
+        "encoder_hidden_states": asked.noise(asked.frames, 77, config.cross_attention_dim).flatten(0, 1),  # CLIP's text
+        "timestep": asked.full(500),
+    }
+
+
+def _spatio_temporal(asked: Request) -> dict[str, Any]:
+    config = asked.config
+    widths = config.cross_attention_dim
+    return {
+        "sample": asked.noise(asked.frames, config.in_channels, asked.rows, asked.columns),
+        "encoder_hidden_states": asked.noise(1, widths if isinstance(widths, int) else widths[0]),  # CLIP's image
+        "timestep": asked.full(500),
+        "added_time_ids": asked.noise(config.projection_class_embeddings_input_dim // config.addition_time_embed_dim),
+    }
+
+
 def _wan_is_small(config: Any) -> bool:
     """Whether it is the 5B of Wan 2.2, whose autoencoder halves rows and columns once more than the others'."""
     return bool(config.out_channels == 48)
@@ -217,6 +243,10 @@ VIDEOS: Mapping[str, Entry] = {
         first=4,
     ),
     "CosmosTransformer3DModel": Entry(_cosmos, size=(704, 1280), frames=121, stride=8),
+    "UNetMotionModel": Entry(_motion, sides=("sample_size",), size=(512, 512), frames=16, stride=1),
+    "UNetSpatioTemporalConditionModel": Entry(
+        _spatio_temporal, size=(576, 1024), frames=lambda config: int(config.num_frames), stride=1
+    ),
     "Kandinsky5Transformer3DModel": Entry(
         _kandinsky5,
         size=lambda config: (512, 768) if config.visual_cond else (1024, 1024),
