@@ -131,8 +131,8 @@ def test_versions_alternate_and_share_weights(pipe, monkeypatch):
 
     def noted(self):
         order.append(self)
-        assert self._denoiser is not pipe.unet
-        assert all(a is b for a, b in zip(self._denoiser.parameters(), pipe.unet.parameters()))
+        assert self._denoisers["unet"] is not pipe.unet
+        assert all(a is b for a, b in zip(self._denoisers["unet"].parameters(), pipe.unet.parameters()))
         draw(self)
 
     monkeypatch.setattr(turbovlm.profile.pipelines.WatchedPipeline, "draw", noted)

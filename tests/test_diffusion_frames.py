@@ -164,3 +164,40 @@ def test_windows_of_time_go_on_and_frames_in_chunks_are_refused():
 def test_settings_that_do_not_fit_are_refused(framed):
     with pytest.raises(ConfigError, match="whole_first=2: a UNet has convolutions"):
         turbovlm.apply(framed(), keep=0.5, whole_first=2)
+
+
+@torch.no_grad()
+def test_a_control_network_of_frames():
+    """SparseCtrl's reads all frames, and can be accelerated by itself."""
+    controlnet = diffusers.SparseControlNetModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        cross_attention_dim=32,
+        layers_per_block=1,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        norm_num_groups=8,
+        conditioning_embedding_out_channels=(8, 16),
+    ).eval()
+    for parameter in controlnet.parameters():  # what it gives begins as zeros
+        torch.nn.init.normal_(parameter, std=0.05)
+    inputs = FRAMED["animatediff"].inputs(1)
+    hints = {
+        "controlnet_cond": noise(3, 1, 4, FRAMES, ROWS, COLUMNS),
+        "conditioning_mask": noise(4, 1, 1, FRAMES, ROWS, COLUMNS),
+    }
+    given = {**inputs, **hints}
+    plain = controlnet(**given, return_dict=False)[0]
+    with turbovlm.apply(controlnet, keep=0.5) as handle:
+        merged = controlnet(**given, return_dict=False)[0]
+        assert "left whole" not in repr(handle) and f"{TOKENS} → {TOKENS // 2} tokens" in repr(handle)
+    assert any(not torch.equal(a, b) for a, b in zip(plain, merged))
+    assert all(torch.equal(a, b) for a, b in zip(plain, controlnet(**given, return_dict=False)[0]))
+    model = FRAMED["animatediff"]()
+    down, middle = controlnet(**given, return_dict=False)
+    with turbovlm.apply(model, keep=0.5):
+        assert (
+            run(model, {**inputs, "down_block_additional_residuals": down, "mid_block_additional_residual": middle})
+            .isfinite()
+            .all()
+        )

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import turbovlm
-from turbovlm import DenoiseConfig, TurboError, UnsupportedModelError
+from turbovlm import DenoiseConfig, TurboError
 from turbovlm.profile import compare_images
+from turbovlm.profile.quantize import weight_bytes
 
 pytest.importorskip("diffusers")
 
@@ -97,6 +98,48 @@ def test_a_handle_outlives_the_pipeline_but_not_its_denoisers(pipe):
     assert not handle.active and "forward" not in one.__dict__
 
 
-def test_measured_together_they_are_not(pipe):
-    with pytest.raises(UnsupportedModelError, match=r"several denoisers \(transformer, transformer_2\)"):
+@pytest.mark.parametrize("keep", [0.5, {0: 1.0, 0.5: 0.5}], ids=str)
+def test_measured_together(pipe, keep):
+    """Both run in every version: their multiply-accumulates, seconds and weights add up."""
+    _check_measured(pipe, compare_images(pipe, DenoiseConfig(keep), size=(32, 32), steps=4, rounds=1))
+
+
+@pytest.mark.slow
+def test_measured_together_and_compiled(pipe):
+    _check_measured(pipe, compare_images(pipe, DenoiseConfig(0.5), size=(32, 32), steps=4, rounds=1, compile=True))
+
+
+def _check_measured(pipe, compared):
+    own, (run,) = [pipe.transformer, pipe.transformer_2], compared.runs[1:]
+    assert compared.baseline.macs > run.macs > 0 and run.drifts[0].latent > 0
+    assert min(run.timings["step"].peak_bytes, *run.timings["step"].seconds) > 0
+    assert compared.baseline.weight_bytes == sum(map(weight_bytes, own)) == 2 * weight_bytes(own[0])
+    assert not any("forward" in module.__dict__ for each in own for module in each.modules())
+
+
+def test_multiply_accumulates_are_those_of_the_denoiser_that_runs(pipe):
+    """The second one has half of the blocks, and runs in one of two steps."""
+    from turbovlm.profile.pipelines import WatchedPipeline, inputs_of
+
+    def counted():
+        return WatchedPipeline(pipe, inputs_of(pipe, (32, 32), 1, 2, "red apple", {}), [0]).count(2)
+
+    both = counted()
+    del pipe.transformer_2.blocks[1]
+    one_block = 2 * (both - counted())
+    assert 0.3 * both < one_block < 0.6 * both
+
+
+def test_one_of_them_accelerated_is_no_baseline(pipe):
+    with turbovlm.apply(pipe.transformer_2, keep=0.5), pytest.raises(TurboError, match="accelerated already"):
         compare_images(pipe, DenoiseConfig(0.5))
+
+
+@pytest.mark.slow
+def test_calibrated_together(pipe):
+    """What is found is of both."""
+    prompts = [f"red apple, on white, moving {way}" for way in ("left", "right")] * 15
+    found = turbovlm.calibrate(pipe, prompts, flops=0.8, steps=2, size=(32, 32), scope="block")
+    with turbovlm.apply(pipe, found) as handle:
+        video(pipe)
+        assert "transformer.blocks" in repr(handle) and "transformer_2.blocks" in repr(handle)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from turbovlm.apply import denoiser_of
+from turbovlm.apply import denoisers_of
 from turbovlm.calibration import bound, search
 from turbovlm.calibration.outputs import Measure, check_different, sizes_of
 from turbovlm.calibration.result import Calibration
@@ -137,7 +137,7 @@ def calibrate(
 
 def _kind_of(model: Any, samples: Any) -> type[Subject]:
     if not isinstance(model, nn.Module):
-        if denoiser_of(model) is not None:
+        if denoisers_of(model):
             return DenoiserSubject
         raise ConfigError(f"model: must be a torch.nn.Module or a pipeline of diffusers, got {type(model).__name__}")
     listed = list(samples) if isinstance(samples, list | tuple) else [samples]
@@ -228,8 +228,8 @@ def _check_target(name: str, value: Any) -> None:
 
 
 def _check_model(model: Any) -> None:
-    module: Any = model if isinstance(model, nn.Module) else denoiser_of(model)
-    if module.training:
-        raise TurboError("the model is in training mode: dropout would be taken for drift; call model.eval() first")
-    if any(True for _ in patches_on(module)):
-        raise TurboError("this model is accelerated already: calibrate the model itself, after handle.remove()")
+    for module in [model] if isinstance(model, nn.Module) else denoisers_of(model).values():
+        if module.training:
+            raise TurboError("the model is in training mode: dropout would be taken for drift; call model.eval() first")
+        if any(True for _ in patches_on(module)):
+            raise TurboError("this model is accelerated already: calibrate the model itself, after handle.remove()")

@@ -13,7 +13,7 @@ from turbovlm.config import DenoiseConfig
 from turbovlm.errors import ConfigError
 from turbovlm.profile.compare import check_integers, named
 from turbovlm.profile.comparison import BASELINE, IMAGE, STEP, Comparison, Drift, Generation, Run, Timing, measured_on
-from turbovlm.profile.pipelines import Prompt, WatchedPipeline, find_denoiser, inputs_of
+from turbovlm.profile.pipelines import Prompt, WatchedPipeline, find_denoisers, inputs_of
 from turbovlm.profile.quantize import weight_bytes
 from turbovlm.profile.timing import interleaved
 
@@ -40,8 +40,8 @@ def compare_images(
     """Let a pipeline and accelerated versions of it make the same images in turn, A B … B A, in one process.
 
     Every version has the pipeline's own weights, of which there are no copies; the pipeline is left as it is. Timed are
-    whole calls (`"image"`: text, denoising, decoding) and, inside them, the denoiser (`"step"`), by process CPU time on
-    the CPU (all threads), CUDA events on a GPU, else the wall's clock. A safety checker is left out.
+    whole calls (`"image"`: text, denoising, decoding) and, inside them, the denoisers (`"step"`), by process CPU time
+    on the CPU (all threads), CUDA events on a GPU, else the wall's clock. A safety checker is left out.
 
     Args:
         pipe: a `diffusers` pipeline from text or classes to images, on the device and in the dtype to be measured.
@@ -65,7 +65,7 @@ def compare_images(
     """
     versions = _checked(configs)
     check_integers(batch=(batch, 1), steps=(steps, 1), rounds=(rounds, 1), warmup=(warmup, 1 if compile else 0))
-    denoiser: Any = find_denoiser(pipe)[1]
+    denoisers: list[Any] = list(find_denoisers(pipe).values())
     arguments, seeds = inputs_of(pipe, size, batch, steps, prompt, inputs or {}), range(seed, seed + batch)
     watched = [WatchedPipeline(pipe, arguments, seeds, config) for config in (None, *versions.values())]
     costs = [_macs_per_step(each, config, steps) for each, config in zip(watched, (None, *versions.values()))]
@@ -83,10 +83,10 @@ def compare_images(
     for i, name in enumerate((BASELINE, *versions)):
         step_seconds = tuple(call.step_seconds for call in watched[i].calls[-rounds:])
         timings = {IMAGE: Timing(tuple(clock[i]), peaks[i]), STEP: Timing(step_seconds, step_peaks[i])}
-        runs.append(Run(name, costs[i], timings, tuple(wall[i]), weight_bytes(denoiser), drifts[i]))
+        runs.append(Run(name, costs[i], timings, tuple(wall[i]), sum(map(weight_bytes, denoisers)), drifts[i]))
     height, width = watched[0].image.shape[-2:]
     made = Generation((height, width), steps, seed)
-    return Comparison(tuple(runs), batch, **measured_on(device, denoiser.dtype, compile), generation=made)
+    return Comparison(tuple(runs), batch, **measured_on(device, denoisers[0].dtype, compile), generation=made)
 
 
 def _checked(configs: Any) -> dict[str, DenoiseConfig]:

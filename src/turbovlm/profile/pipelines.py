@@ -38,19 +38,19 @@ Prompt = str | int | Sequence[str | int] | None
 
 @dataclass
 class Call:
-    """One call of the pipeline: marks before and after each forward of its denoiser, and its scheduler's steps."""
+    """One call of the pipeline: marks before and after each forward of its denoisers, and its scheduler's steps."""
 
     marks: list[tuple[Any, Any]] = field(default_factory=list)
     steps: int = 0
 
     @property
     def step_seconds(self) -> float:
-        """Seconds in the denoiser per step of the scheduler."""
+        """Seconds in the denoisers per step of the scheduler."""
         return sum(elapsed(start, end) for start, end in self.marks) / self.steps
 
 
 class WatchedPipeline:
-    """A twin of a pipeline: the same weights, but a denoiser and a scheduler that are objects of its own.
+    """A twin of a pipeline: the same weights, but denoisers and a scheduler that are objects of its own.
 
     So what is put into one leaves the others, and the pipeline itself, as they are. It draws no progress bar, and has
     no safety checker, which would turn an image black.
@@ -65,10 +65,11 @@ class WatchedPipeline:
     def __init__(
         self, pipe: Any, inputs: Mapping[str, Any], seeds: Sequence[int], config: DenoiseConfig | None = None
     ) -> None:
-        self._name, denoiser = find_denoiser(pipe)
         self._inputs, self._seeds = inputs, seeds
-        self._pipe, self._denoiser = copy.copy(pipe), twin(denoiser)
-        setattr(self._pipe, self._name, self._denoiser)
+        self._pipe = copy.copy(pipe)
+        self._denoisers = {name: twin(denoiser) for name, denoiser in find_denoisers(pipe).items()}
+        for name, denoiser in self._denoisers.items():
+            setattr(self._pipe, name, denoiser)
         self._pipe.scheduler = copy.deepcopy(pipe.scheduler)
         self._pipe.set_progress_bar_config(disable=True)
         if getattr(pipe, "safety_checker", None) is not None:
@@ -83,32 +84,33 @@ class WatchedPipeline:
         self.latent: Tensor
         self.image: Tensor
         self.first: tuple[Tensor, Tensor] | None = None
-        self._arguments: tuple[Any, Any] = (), {}
+        self._arguments: dict[str, tuple[Any, Any]] = {}
 
     def count(self, steps: int) -> float:
-        """Multiply-accumulates of a step's forwards of the denoiser, on average over the first `steps` of an image.
+        """Multiply-accumulates of a step's forwards of the denoisers, on average over an image of `steps` steps.
 
         They are counted as the image is made; call it before `watch`.
         """
         total = 0
 
-        def counted(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        def counted(name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal total
-            self._arguments = args, kwargs
+            self._arguments[name] = args, kwargs
             with counting() as so_far:
                 out = forward(*args, **kwargs)
             total += so_far()
             return out
 
-        taken = self._call_with(self._denoiser, counted, steps)
+        taken = self._call_with(counted, steps)
         return total / taken
 
     def watch(self, compile: bool) -> None:
-        """Compile the denoiser if that is wanted, and note from now on when it runs."""
-        module: Any = torch.compile(self._denoiser) if compile else self._denoiser
-        setattr(self._pipe, self._name, module)
-        module.register_forward_pre_hook(lambda *_: self.calls[-1].marks.append((mark(self.device), None)))
-        module.register_forward_hook(self._ended)
+        """Compile the denoisers if that is wanted, and note from now on when they run."""
+        for name, denoiser in self._denoisers.items():
+            module: Any = torch.compile(denoiser) if compile else denoiser
+            setattr(self._pipe, name, module)
+            module.register_forward_pre_hook(lambda *_: self.calls[-1].marks.append((mark(self.device), None)))
+            module.register_forward_hook(self._ended)
 
     def draw(self) -> None:
         """Make the images; the same ones every time."""
@@ -126,42 +128,45 @@ class WatchedPipeline:
 
     @torch.no_grad()
     def peak_of_step(self, steps: int) -> int | None:
-        """`peak_memory` of one forward of the denoiser, that decides anew what is merged.
+        """`peak_memory` of one forward of a denoiser, that decides anew what is merged; the most of all denoisers.
 
         Where what is kept depends on the step, the most of those of an image of `steps` steps.
         """
-        args, kwargs = self._arguments
-        module = getattr(self._pipe, self._name)
+        peaks: list[int | None] = []
         if self._over_steps:
-            peaks: list[int | None] = []
 
-            def measured(forward: Any, *args: Any, **kwargs: Any) -> Any:
+            def measured(name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
                 outs: list[Any] = []
                 peaks.append(peak_memory(lambda: outs.append(forward(*args, **kwargs)), self.device))
                 return outs[0]
 
-            self._call_with(module, measured, steps)
+            self._call_with(measured, steps)
             return max((peak for peak in peaks if peak is not None), default=None)
         self.calls.append(Call())
-        for _ in range(2):  # compiled anew, outside of an image; the second as all that follow
-            module(*args, **kwargs)
-        peak = peak_memory(lambda: module(*args, **kwargs), self.device)
+        for name, (args, kwargs) in self._arguments.items():
+            module = getattr(self._pipe, name)
+            for _ in range(2):  # compiled anew, outside of an image; the second as all that follow
+                module(*args, **kwargs)
+            peaks.append(peak_memory(lambda: module(*args, **kwargs), self.device))  # noqa: B023 - called at once
         self.calls.pop()
-        return peak
+        return max((peak for peak in peaks if peak is not None), default=None)
 
-    def _call_with(self, module: Any, function: Callable[..., Any], steps: int) -> int:
-        """Make an image in `steps` steps with `function`, given the module's forward first, in place of it.
+    def _call_with(self, function: Callable[..., Any], steps: int) -> int:
+        """Make an image in `steps` steps with `function`, given a denoiser's name and forward first, in place of it.
 
         Returns:
             How many steps were taken.
         """
-        own = module.__dict__.get("forward")
-        module.forward = functools.partial(function, module.forward)
+        modules = {name: getattr(self._pipe, name) for name in self._denoisers}
+        own = {name: module.__dict__.get("forward") for name, module in modules.items()}
+        for name, module in modules.items():
+            module.forward = functools.partial(function, name, module.forward)
         self.calls.append(Call())
         self._call(steps)
-        del module.forward
-        if own is not None:
-            module.forward = own
+        for name, module in modules.items():
+            del module.forward
+            if own[name] is not None:
+                module.forward = own[name]
         return self.calls.pop().steps
 
     def _call(self, steps: int | None = None) -> Tensor:
@@ -183,27 +188,27 @@ class WatchedPipeline:
         marks[-1] = marks[-1][0], mark(self.device)
 
 
-def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
-    """A pipeline's denoiser, and what the pipeline calls it.
+def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's denoisers, by what the pipeline calls them: Wan 2.2 has one for much noise and one for little.
 
     Raises:
-        UnsupportedModelError: it has none, or two.
-        TurboError: the denoiser is accelerated already.
+        UnsupportedModelError: it has none.
+        TurboError: one is accelerated already.
     """
     found = {} if isinstance(pipe, nn.Module) else denoisers_of(pipe)
-    for name, module in found.items():
-        if any(True for _ in patches_on(module)):
-            raise TurboError("this pipeline is accelerated already: compare against it itself, after handle.remove()")
-        if len(found) > 1:
-            raise UnsupportedModelError(
-                f"{type(pipe).__name__} has several denoisers ({', '.join(found)}), which are not measured together: "
-                "turbovlm.profile.compare measures one of them alone"
-            )
-        return name, module
-    raise UnsupportedModelError(
-        f"{type(pipe).__name__} is no pipeline with a denoiser ({' or '.join(DENOISERS)}); "
-        "turbovlm.profile.compare measures a model alone"
-    )
+    if any(True for module in found.values() for _ in patches_on(module)):
+        raise TurboError("this pipeline is accelerated already: compare against it itself, after handle.remove()")
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} is no pipeline with a denoiser ({' or '.join(DENOISERS)}); "
+            "turbovlm.profile.compare measures a model alone"
+        )
+    return found
+
+
+def find_denoiser(pipe: Any) -> nn.Module:
+    """The first of `find_denoisers`; several are alike but for their weights."""
+    return next(iter(find_denoisers(pipe).values()))
 
 
 def execution_device(pipe: Any) -> torch.device:
@@ -297,7 +302,7 @@ def own_size(pipe: Any) -> tuple[int, int] | None:
     Pipelines that pack latents into tokens, such as FLUX's, have them.
     """
     side, pixels = getattr(pipe, "default_sample_size", None), pixels_per_latent(pipe)
-    entry = INPUTS.get(type(find_denoiser(pipe)[1]).__name__)
+    entry = INPUTS.get(type(find_denoiser(pipe)).__name__)
     if entry is None or entry.packed is None or side is None or pixels is None:
         return None
     return side * pixels, side * pixels
@@ -306,7 +311,7 @@ def own_size(pipe: Any) -> tuple[int, int] | None:
 def size_multiple(pipe: Any) -> int:
     """What the sides of its images are multiples of, in pixels: of 8, and of what makes a token."""
     per_latent = pixels_per_latent(pipe) or 8
-    patch: Any = find_denoiser(pipe)[1].config.get("patch_size") or 1  # type: ignore[union-attr, operator]
+    patch: Any = find_denoiser(pipe).config.get("patch_size") or 1  # type: ignore[union-attr, operator]
     patch = int(patch[-1] if isinstance(patch, tuple | list) else patch)
     processor = getattr(getattr(pipe, "image_processor", getattr(pipe, "video_processor", None)), "config", None)
     packed = 1 if processor is None else int(processor.get("vae_scale_factor") or 1)

@@ -167,7 +167,7 @@ def _dense(config: Config) -> Config:
 
 def module_of(model: Any) -> nn.Module:
     """The model, or a pipeline's denoiser."""
-    return model if isinstance(model, nn.Module) else find_denoiser(model)[1]
+    return model if isinstance(model, nn.Module) else find_denoiser(model)
 
 
 def batches(

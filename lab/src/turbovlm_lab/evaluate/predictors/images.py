@@ -103,8 +103,8 @@ def _from_images(pipe: Any) -> Any:
 
 def _side(pipe: Any) -> int:
     """Pixels a side of the images that a pipeline makes unless told otherwise."""
-    _, denoiser = find_denoiser(pipe)
-    return int(denoiser.config.sample_size * pipe.vae_scale_factor)  # type: ignore[union-attr]
+    denoiser: Any = find_denoiser(pipe)
+    return int(denoiser.config.sample_size * pipe.vae_scale_factor)
 
 
 def _fitted(image: LazyImage, side: int) -> Any:
