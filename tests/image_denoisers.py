@@ -56,6 +56,49 @@ def qwen_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
     }
 
 
+def qwen21() -> Any:
+    size = {**SIZE, "in_channels": 16, "out_channels": 16, "num_layers": 3, "context_in_dim": 32}
+    return made("QwenImage21Transformer2DModel", **size, axes_dims_rope=(4, 4, 8))
+
+
+def qwen21_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
+    """With an image of 4×4 tokens as a reference, for which there are four among the seven words."""
+    rows, columns = rows // 2, columns // 2
+    slots = (torch.arange(7) > 0) & (torch.arange(7) < 5)
+    places = torch.cat((slots, torch.ones(rows * columns // 4, dtype=torch.bool)))
+    return {
+        "hidden_states": noise(0, batch, 16 + rows * columns, 16),
+        "encoder_hidden_states": words(batch),
+        "encoder_hidden_states_mask": padded(batch),
+        "timestep": torch.full((batch,), 0.5),
+        "img_shapes": [[(1, 4, 4), (1, rows, columns)]] * batch,
+        "img_mask": places.expand(batch, -1),
+    }
+
+
+def hidream() -> Any:
+    size = {**SIZE, "num_layers": 2, "num_single_layers": 3, "in_channels": 4, "patch_size": 2}
+    size |= {"num_routed_experts": 2, "num_activated_experts": 1, "text_emb_dim": 32, "axes_dims_rope": (8, 4, 4)}
+    text = {"caption_channels": [32, 32], "llama_layers": [0, 1, 2, 1, 0]}
+    return made("HiDreamImageTransformer2DModel", **size, **text, max_resolution=(32, 32))
+
+
+def hidream_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
+    """Square, as it fills up others."""
+    side = max(rows, columns)
+    return {
+        "hidden_states": noise(0, batch, 4, side, side),
+        "timesteps": torch.full((batch,), 500.0),
+        "encoder_hidden_states_t5": words(batch),
+        "encoder_hidden_states_llama3": noise(2, 3, batch, 5, 32),
+        "pooled_embeds": noise(3, batch, 32),
+    }
+
+
+def bria() -> Any:
+    return made("BriaTransformer2DModel", **JOINT, **DEPTH, **AXES, in_channels=16)
+
+
 def flux2() -> Any:
     size = {**JOINT, **DEPTH, "in_channels": 16, "timestep_guidance_channels": 16, "guidance_embeds": False}
     return made("Flux2Transformer2DModel", **size, axes_dims_rope=(4, 4, 4, 4))
@@ -200,12 +243,15 @@ def z_image_inputs(batch: int, rows: int, columns: int) -> dict[str, Any]:
 
 IMAGE_DENOISERS = {
     "qwen": Denoiser(qwen, qwen_inputs),
+    "qwen 2.1": Denoiser(qwen21, qwen21_inputs),
     "flux2": Denoiser(flux2, flux2_inputs),
     "chroma": Denoiser(chroma, chroma_inputs),
     "longcat": Denoiser(longcat, sequence),
     "ovis": Denoiser(ovis, sequence),
+    "bria": Denoiser(bria, sequence),
     "hunyuan": Denoiser(hunyuan, hunyuan_inputs),
     "hunyuan refiner": Denoiser(refiner, refiner_inputs),
+    "hidream": Denoiser(hidream, hidream_inputs),
     "cogview4": Denoiser(lambda: cogview("CogView4Transformer2DModel", rope_axes_dim=(32, 32)), cogview4_inputs),
     "cogview3": Denoiser(lambda: cogview("CogView3PlusTransformer2DModel", pos_embed_max_size=16), cogview_inputs),
     "glm": Denoiser(

@@ -73,8 +73,9 @@ def test_inspect_says_what_the_handle_would(model, size, frames, tmp_path, capsy
     assert any(tokens == 2 * left for tokens, left in (group["tokens"] for group in plan["groups"]))
 
 
-def test_inspect_where_nothing_can_be_counted(tmp_path, capsys):
-    argv = ["inspect", config_folder(tmp_path, IMAGE_DENOISERS["glm"]()), "--keep", "0.3"]
+@pytest.mark.parametrize("name", ["glm", "hidream", "qwen 2.1"])
+def test_inspect_where_nothing_can_be_counted(name, tmp_path, capsys):
+    argv = ["inspect", config_folder(tmp_path, IMAGE_DENOISERS[name]()), "--keep", "0.3", "--image-size", "512"]
     assert main(argv) == 0
     found = printed(capsys)
     assert "30% of the tokens in stacks" in found and "nothing can be counted without weights" in found

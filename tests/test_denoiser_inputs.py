@@ -21,21 +21,23 @@ from video_denoisers import VIDEOS
 FRAMES = {f"{name}, frames": FRAMED[name] for name in ("animatediff", "stable-video")}
 ALL = {**DENOISERS, **IMAGE_DENOISERS, **{f"{name}, video": make for name, make in VIDEOS.items()}, **FRAMES}
 ROWS, COLUMNS = 12, 16
-BY_VALUES = {"glm", "lumina2", "hunyuan-1.5, video", "mochi, video"}
+SQUARE = "dit", "hidream"
+BY_VALUES = {"glm", "lumina2", "hidream", "qwen 2.1", "hunyuan-1.5, video", "mochi, video"}
 """Models whose own forwards look at values, which the meta device has none of."""
 
 
 def asked(name, model):
-    """A size of 12×16 tokens, and frames for three latent ones; DiT's images are square."""
+    """A size of 12×16 tokens, and frames for three latent ones; those of `SQUARE` are square."""
     entry = INPUTS[type(model).__name__]
     side = entry.pixels_of(model.config) * entry.patch_of(model.config)[1]
     frames = None if entry.stride is None else max(entry.first, entry.least) + 2 * entry.stride
-    return (ROWS * side, (ROWS if name == "dit" else COLUMNS) * side), frames
+    return (ROWS * side, (ROWS if name in SQUARE else COLUMNS) * side), frames
 
 
 def test_every_denoiser_of_diffusers_that_merges_has_an_entry():
     holders = {path.rpartition(".")[2] for family in FAMILIES if not family.roots for path in family.holders}
-    assert holders - {"Transformer2DModel", "TransformerSpatioTemporalModel"} <= INPUTS.keys()  # which are in UNets
+    inside = {"Transformer2DModel", "TransformerSpatioTemporalModel"}  # of UNets
+    assert {name for name in holders - inside if "ControlNet" not in name} <= INPUTS.keys()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -43,7 +45,7 @@ def test_a_forward_of_the_size_that_is_asked_for(name):
     model = ALL[name]()
     size, frames = asked(name, model)
     grid = denoiser_request(model, size, 2, frames).grid
-    assert grid[1:] == (ROWS, ROWS if name == "dit" else COLUMNS)
+    assert grid[1:] == (ROWS, ROWS if name in SQUARE else COLUMNS)
     assert (grid[0] == 1) == (frames is None) or "refiner" in name
     inputs = denoiser_inputs(model, size, 2, frames)
     with torch.no_grad():

@@ -10,14 +10,14 @@ import torch.nn as nn
 from torch import Tensor
 
 import turbovlm
-from denoisers import Watch, noise
+from denoisers import DENOISERS, Watch, livelier, noise
 from doubled import double
 from image_denoisers import IMAGE_DENOISERS
 from turbovlm.errors import ConfigError, UnsupportedModelError
 
 diffusers = pytest.importorskip("diffusers")
 SCOPES = ({"scope": "block"}, {"scope": "stack", "span": 2}, {"scope": "stack", "span": 8})
-UNGUIDED = ("flux2", "lumina2", "kandinsky5", "kandinsky5 video", "prx", "krea2")
+UNGUIDED = ("hidream", "flux2", "lumina2", "kandinsky5", "kandinsky5 video", "prx", "krea2")
 """Those whose self-attention is not known to turbovlm by its projections."""
 ROUGH = ("kandinsky5", "kandinsky5 video")
 """Those that run in float32 only, and round queries and keys to bfloat16."""
@@ -44,10 +44,12 @@ def in_float64(value: Any) -> Any:
 
 def alone(inputs: dict[str, Any], image: int) -> dict[str, Any]:
     """What a batch of two is given, for one of its images."""
-    return {
+    given = {
         name: value[image : image + 1] if getattr(value, "ndim", 1) and len(value) == 2 else value
         for name, value in inputs.items()
     }
+    layers = given.get("encoder_hidden_states_llama3")  # each of them has the batch
+    return given if layers is None else {**given, "encoder_hidden_states_llama3": layers[:, image : image + 1]}
 
 
 @pytest.mark.parametrize("given", SCOPES, ids=str)
@@ -207,3 +209,67 @@ def test_what_is_added_between_blocks_finds_all_tokens(name):
             assert "left whole" not in repr(handle)
     torch.testing.assert_close(*found, rtol=1e-3, atol=0.05 * float(plain.std()))
     assert not torch.equal(found[0], plain)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_kept_keys_of_the_text_and_references(batch):
+    """Qwen-Image 2.1 reads them in the first step alone; behind it the image's tokens ask all that were kept."""
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+
+    family = IMAGE_DENOISERS["qwen 2.1"]
+    model, inputs = family().double(), family.inputs(batch, ROWS, COLUMNS)
+    inputs = {key: in_float64(value) for key, value in inputs.items()}
+    with turbovlm.apply(model, keep=0.5, restore="copy") as handle:
+        whole = run(model, inputs)[:, -96:]
+        kept = QwenImage21KVCache(3)
+        first = run(model, {**inputs, "kv_cache": kept, "kv_cache_mode": "extract"})[:, -96:]
+        later = run(model, {**inputs, "kv_cache": kept, "kv_cache_mode": "cached"})
+        assert "left whole" not in repr(handle) and "96 → 48 tokens" in repr(handle)
+    assert torch.equal(first, whole) and later.shape == whole.shape
+    torch.testing.assert_close(later, whole, rtol=0, atol=1e-9 * float(whole.abs().max()))
+    assert not torch.allclose(run(model, inputs)[:, -96:], whole)
+
+
+def test_masks_of_flex_attention_leave_blocks_whole():
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor
+
+    model, inputs = IMAGE_DENOISERS["qwen 2.1"](), IMAGE_DENOISERS["qwen 2.1"].inputs(1, ROWS, COLUMNS)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(QwenImage21FlexAttnProcessor())
+    plain = run(model, inputs)
+    with turbovlm.apply(model, keep=0.5), pytest.warns(UserWarning, match="its attention_mask is a BlockMask"):
+        assert torch.equal(run(model, inputs), plain)
+
+
+def test_images_that_are_filled_up_stay_whole():
+    """HiDream fills those that are not square up to a fixed length."""
+    model, inputs = IMAGE_DENOISERS["hidream"](), IMAGE_DENOISERS["hidream"].inputs(1, ROWS, COLUMNS)
+    inputs["hidden_states"] = inputs["hidden_states"][:, :, :ROWS]
+    plain = run(model, inputs)
+    with turbovlm.apply(model, keep=0.5), pytest.warns(UserWarning, match="its hidden_states_masks is set"):
+        assert torch.equal(run(model, inputs), plain)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "qwen"])
+def test_control_networks_of_transformers(kind):
+    """They keep what each block gives, so each merges by itself; and what they give may be given to a merged model."""
+    family = IMAGE_DENOISERS["qwen"] if kind == "qwen" else DENOISERS[kind]
+    model, inputs = family(), family.inputs(1, ROWS, COLUMNS)
+    name = {"flux": "Flux", "sd3": "SD3", "qwen": "QwenImage"}[kind]
+    size = {"num_layers": 2} if kind == "sd3" else {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    more = {"num_single_layers": 2} if kind == "flux" else {}
+    network = livelier(getattr(diffusers, f"{name}ControlNetModel").from_transformer(model, **size, **more))
+    cond = {"controlnet_cond": torch.randn_like(inputs["hidden_states"])}
+    if kind == "sd3":
+        cond = {"controlnet_cond": noise(9, 1, 5, ROWS, COLUMNS)}
+
+    def given() -> list[Tensor]:
+        out = network(**inputs, **cond, return_dict=False)
+        return [sample for each in out for sample in ([each] if torch.is_tensor(each) else each or ())]
+
+    plain = given()
+    with turbovlm.apply(network, keep=0.5) as handle:
+        merged = given()
+        assert "left whole" not in repr(handle) and "96 → 48 tokens" in repr(handle)
+    assert len(merged) == len(plain) and not torch.equal(merged[-1], plain[-1])
+    assert all(torch.equal(a, b) for a, b in zip(plain, given()))

@@ -22,7 +22,7 @@ from vlms import IMAGE, TEXT, VIDEO, Vlm, qwen3_image, seeded
 transformers = pytest.importorskip("transformers")
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-ENTRY = re.compile(r"^([A-Z]\w+) = (?:Layout|variant|VlmFamily|Denoiser)\(", re.M)
+ENTRY = re.compile(r"^([A-Z]\w+) = (?:Layout|variant|VlmFamily|Denoiser|replace)\(", re.M)
 ENTRIES = {ENTRY.search(text)[1]: text for text in SNIPPETS if "turbovlm.register(" in text}
 MY_MODULE = next(text for text in SNIPPETS if "class Vit(" in text)
 SAID = re.findall(r"^\| .+ \| `… (.+?)` \|$", PAGE, re.M)
@@ -198,24 +198,21 @@ def test_a_denoiser(registered):
     from turbovlm.profile import macs
 
     torch.manual_seed(0)
-    size = {"patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "axes_dims_rope": (4, 4, 8)}
-    width = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32}
-    model = diffusers.BriaTransformer2DModel(**size, **width).eval()
-    places = torch.cartesian_prod(torch.zeros(1), torch.arange(16.0), torch.arange(16.0))
+    size = {"in_channels": 4, "out_channels": 4, "num_layers": 4, "sample_width": 16, "sample_height": 16}
+    width = {"attention_head_dim": 16, "num_attention_heads": 2, "text_embed_dim": 32, "max_text_seq_length": 7}
+    model = diffusers.ConsisIDTransformer3DModel(**size, **width, sample_frames=9, time_embed_dim=8).eval()
     generator = torch.Generator().manual_seed(0)
     inputs = {
-        "hidden_states": torch.randn(2, 256, 16, generator=generator),
+        "hidden_states": torch.randn(2, 3, 4, 16, 16, generator=generator),
         "encoder_hidden_states": torch.randn(2, 7, 32, generator=generator),
-        "timestep": torch.full((2,), 0.5),
-        "img_ids": places,
-        "txt_ids": torch.zeros(7, 3),
+        "timestep": torch.full((2,), 500),
         "return_dict": False,
     }
     with pytest.raises(turbovlm.UnsupportedModelError):
         turbovlm.apply(model, keep=0.5)
     with torch.no_grad():
         own, cost = model(**inputs)[0], macs(model, **inputs)
-        handle = registered("BRIA", model)
+        handle = registered("CONSISID", model)
         half = model(**inputs)[0]
         assert half.shape == own.shape and half.isfinite().all() and not torch.equal(half, own)
         assert macs(model, **inputs) < 0.75 * cost

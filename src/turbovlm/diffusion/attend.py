@@ -35,6 +35,8 @@ class Attending:
         keys_apart: whether keys and values are made of `encoder_hidden_states`, where it is given.
         each: whether every image attends by itself, to those words that are no padding.
         asked: whether other tokens ask, as a sound's do; the image's give keys and values only.
+        any_words: whether all other keys are the words', however many there are: those of a text that are kept from
+            step to step, or a text in an argument that is not called `encoder_hidden_states`.
         added: name of the argument whose value the module itself adds to the scores, `[batch, 1, 1, keys]`; empty where
             a processor attends.
     """
@@ -44,6 +46,7 @@ class Attending:
     keys_apart: bool = False
     each: bool = False
     asked: bool = False
+    any_words: bool = False
     added: str = ""
 
 
@@ -164,6 +167,9 @@ class CountSizes(TorchFunctionMode):
         keys, alone, beside = k.shape[-2], self.alone.shape[-1], self.beside.shape[-1]
         if self.attending.each:  # how many words are no padding is not known while PyTorch compiles
             bias = beside_words(self.alone[self.counted % len(self.alone)][None], self.attending.text, keys - alone)
+        # words may attend by themselves, to fewer keys; where the text stands apart, it may be anywhere
+        elif self.attending.any_words and q.shape[-2] in (alone, keys) and (keys == beside or alone == beside <= keys):
+            bias = beside_words(self.alone, self.attending.text, keys - alone)
         # keys of other tokens, such as an image prompt's, are as many as they are; of words there may be keys only
         elif keys in (alone, beside) and (self.attending.asked or q.shape[-2] in (keys, alone)):
             bias = self.beside if keys == beside else self.alone

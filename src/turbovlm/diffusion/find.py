@@ -51,12 +51,9 @@ def find_denoiser(model: nn.Module, config: DenoiseConfig, owner: Any) -> Denois
         )
     keep_at(config.keep, 0.0)  # what a function returns is refused now rather than in the first step
     modules = dict(model.named_modules())
-    found = {
-        name: family
-        for name, module in modules.items()
-        if (family := family_of("denoiser", module)) is not None and _has_images(name, family, modules)
-    }
-    for name, family in found.items():
+    known = {name: family for name, module in modules.items() if (family := family_of("denoiser", module)) is not None}
+    found = {name: family for name, family in known.items() if _has_images(name, family, modules)}
+    for name, family in (found or known).items():
         _check_holder(name, family, modules)
         if set(class_paths(owner)) & set(family.refused):
             raise UnsupportedModelError(
@@ -115,10 +112,16 @@ def _has_images(block: str, family: Denoiser, modules: dict[str, nn.Module]) -> 
 
 
 def _holder_of(block: str, modules: dict[str, nn.Module]) -> nn.Module | None:
-    """What has a block, directly or in a list; None of a module without a path."""
+    """What has a block, directly, in a list or in a wrapper that has nothing else; None of a module without a path."""
     parts = block.split(".")
     around = [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)] if block else []
-    return next((module for module in around if not isinstance(module, nn.ModuleList)), None)
+    return next((each for each in around if not isinstance(each, nn.ModuleList) and not _is_wrapper(each)), None)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether a module has one other, which is no list."""
+    inside = list(module._modules.values())
+    return len(inside) == 1 and not isinstance(inside[0], nn.ModuleList)
 
 
 def _check_wanted(modules: dict[str, nn.Module], found: dict[str, Denoiser], config: DenoiseConfig) -> None:

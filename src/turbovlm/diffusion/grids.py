@@ -168,9 +168,11 @@ class OfShapes:
 
     Args:
         name: of the argument: a list of tuples, the images of a batch, or of lists of them, the images of sequences.
+        last: whether the last image alone has its tokens together, behind a text that the others are in.
     """
 
     name: str
+    last: bool = False
 
     def __call__(self, holder: Any, given: Mapping[str, Any], otherwise: Sides | None) -> Grids | None:
         """Raises `UnsupportedModelError` where the sequences of a batch have images of other sizes."""
@@ -183,6 +185,7 @@ class OfShapes:
                 "other sizes in batches of their own"
             )
         images = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
+        images = images[-1:] if self.last else images
         return tuple((int(frames), int(rows), int(columns)) for frames, rows, columns in images)
 
 

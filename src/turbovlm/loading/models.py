@@ -133,7 +133,7 @@ def as_far_as_shapes_go() -> Iterator[None]:
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
-        if not any(said in str(error) for said in WITHOUT_VALUES):
+        if not any(said in str(error).lower() for said in WITHOUT_VALUES):
             raise
 
 

@@ -3,9 +3,10 @@ paths (`dataclasses.replace`)."""
 
 from turbovlm.diffusion.families.comfyui import COMFYUI
 from turbovlm.diffusion.families.entry import Block, Denoiser, Part
-from turbovlm.diffusion.families.images import BASIC, FLUX, FLUX_DOUBLE, FLUX_SINGLE, IMAGES, SD3
-from turbovlm.diffusion.families.videos import VIDEOS
+from turbovlm.diffusion.families.flux import FLUX, FLUX_DOUBLE, FLUX_SINGLE, LIKE_FLUX
+from turbovlm.diffusion.families.images import BASIC, IMAGES, SD3
+from turbovlm.diffusion.families.videos import COGVIDEOX, VIDEOS
 
-FAMILIES = IMAGES + VIDEOS + COMFYUI
+FAMILIES = IMAGES + LIKE_FLUX + VIDEOS + COMFYUI
 
-__all__ = ["BASIC", "FAMILIES", "FLUX", "FLUX_DOUBLE", "FLUX_SINGLE", "SD3", "Block", "Denoiser", "Part"]
+__all__ = ["BASIC", "COGVIDEOX", "FAMILIES", "FLUX", "FLUX_DOUBLE", "FLUX_SINGLE", "SD3", "Block", "Denoiser", "Part"]

@@ -1,22 +1,33 @@
-"""Denoisers of images in `diffusers`."""
+"""Denoisers of images in `diffusers`, without FLUX and those that came of it, which are in `flux`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
 
 from turbovlm.diffusion.attend import Attending
 from turbovlm.diffusion.families.entry import Block, Denoiser, Part
+from turbovlm.diffusion.families.shared import (
+    ALONE,
+    CONTROLNETS,
+    FEED_FORWARD,
+    IMAGE_ROTARY,
+    MODELS,
+    ROTARY,
+    TEXT_AFTER,
+    TEXT_BEFORE,
+    TEXT_FIRST,
+    TEXT_LAST,
+    TRANSFORMERS,
+    UNETS,
+)
 from turbovlm.diffusion.grids import OfLatent, OfList, OfPositions, OfShapes
 from turbovlm.diffusion.positions import Cut
 
-MODELS = "diffusers.models"
-TRANSFORMERS, UNETS = f"{MODELS}.transformers", f"{MODELS}.unets"
 SPATIO_TEMPORAL = f"{TRANSFORMERS}.transformer_temporal.TransformerSpatioTemporalModel"
-
-ALONE, TEXT_FIRST = Attending(mask_axes=3, keys_apart=True), Attending("front", mask_axes=4)
-TEXT_LAST = Attending("behind")
-ROTARY = Cut("image_rotary_emb", text="front", heads=2)
-FEED_FORWARD = Part("ff", "ffn")
 
 BASIC = Denoiser(
     "UNets, PixArt and DiT",
@@ -49,7 +60,10 @@ BASIC = Denoiser(
 )
 SD3 = Denoiser(
     "Stable Diffusion 3",
-    holders=(f"{TRANSFORMERS}.transformer_sd3.SD3Transformer2DModel",),
+    holders=(
+        f"{TRANSFORMERS}.transformer_sd3.SD3Transformer2DModel",
+        f"{CONTROLNETS}.controlnet_sd3.SD3ControlNetModel",
+    ),
     blocks=(
         Block(
             f"{MODELS}.attention.JointTransformerBlock",
@@ -65,61 +79,12 @@ SD3 = Denoiser(
     ),
     between=("block_controlnet_hidden_states", "skip_layers"),
 )
-FLUX_DOUBLE = Block(
-    f"{TRANSFORMERS}.transformer_flux.FluxTransformerBlock",
-    guide="attn",
-    parts=(Part("attn", "attention", restored=(0, 2), attending=TEXT_FIRST, cuts=(ROTARY,)), FEED_FORWARD),
-    output=1,
-    cuts=(ROTARY,),
-)
-FLUX_SINGLE = Block(
-    f"{TRANSFORMERS}.transformer_flux.FluxSingleTransformerBlock",
-    guide="attn",
-    parts=(
-        Part("proj_mlp", "ffn", text="front", one_layer=True),
-        Part("attn", "attention", text="front", attending=TEXT_FIRST, cuts=(ROTARY,)),
-        Part("proj_out", "ffn", text="front", one_layer=True),
-    ),
-    output=1,
-    cuts=(ROTARY,),
-)
-FLUX = Denoiser(
-    "FLUX",
-    holders=(f"{TRANSFORMERS}.transformer_flux.FluxTransformer2DModel",),
-    blocks=(FLUX_DOUBLE, FLUX_SINGLE),
-    grid=OfPositions("img_ids"),
-    between=("controlnet_block_samples", "controlnet_single_block_samples"),
-)
-LONGCAT = replace(
-    FLUX,
-    family="LongCat-Image",
-    holders=(f"{TRANSFORMERS}.transformer_longcat_image.LongCatImageTransformer2DModel",),
-    blocks=(
-        replace(FLUX_DOUBLE, path=f"{TRANSFORMERS}.transformer_longcat_image.LongCatImageTransformerBlock"),
-        replace(FLUX_SINGLE, path=f"{TRANSFORMERS}.transformer_longcat_image.LongCatImageSingleTransformerBlock"),
-    ),
-    between=(),
-)
-OVIS = replace(
-    LONGCAT,
-    family="Ovis-Image",
-    holders=(f"{TRANSFORMERS}.transformer_ovis_image.OvisImageTransformer2DModel",),
-    blocks=(
-        replace(FLUX_DOUBLE, path=f"{TRANSFORMERS}.transformer_ovis_image.OvisImageTransformerBlock"),
-        replace(FLUX_SINGLE, path=f"{TRANSFORMERS}.transformer_ovis_image.OvisImageSingleTransformerBlock"),
-    ),
-)
-
-TEXT_BEFORE, TEXT_AFTER = (
-    Part("attn", "attention", attending=TEXT_FIRST),
-    Part("attn", "attention", attending=TEXT_LAST),
-)
-"""The attention of blocks that merge whole, by where the text's keys stand."""
-IMAGE_ROTARY = Cut("image_rotary_emb", heads=2)
-
 QWEN = Denoiser(
     "Qwen-Image",
-    holders=(f"{TRANSFORMERS}.transformer_qwenimage.QwenImageTransformer2DModel",),
+    holders=(
+        f"{TRANSFORMERS}.transformer_qwenimage.QwenImageTransformer2DModel",
+        f"{CONTROLNETS}.controlnet_qwenimage.QwenImageControlNetModel",
+    ),
     blocks=(
         Block(
             f"{TRANSFORMERS}.transformer_qwenimage.QwenImageTransformerBlock",
@@ -133,53 +98,34 @@ QWEN = Denoiser(
     grid=OfShapes("img_shapes"),
     between=("controlnet_block_samples",),
 )
-FLUX2 = Denoiser(
-    "FLUX.2",
-    holders=(f"{TRANSFORMERS}.transformer_flux2.Flux2Transformer2DModel",),
+
+
+def _masked_by_blocks(given: Mapping[str, Any]) -> str | None:
+    """Why blocks read all tokens: a mask of flex attention, which cannot be cut."""
+    mask = given.get("attention_mask")
+    return None if mask is None or isinstance(mask, Tensor) else f"its attention_mask is a {type(mask).__name__}"
+
+
+QWEN21 = Denoiser(
+    "Qwen-Image 2.1",
+    holders=(f"{TRANSFORMERS}.transformer_qwenimage21.QwenImage21Transformer2DModel",),
     blocks=(
         Block(
-            f"{TRANSFORMERS}.transformer_flux2.Flux2TransformerBlock",
+            f"{TRANSFORMERS}.transformer_qwenimage21.QwenImage21TransformerBlock",
             guide="attn",
-            parts=(TEXT_BEFORE,),
-            output=1,
-            cuts=(ROTARY,),
-            by_parts=False,
-        ),
-        Block(
-            f"{TRANSFORMERS}.transformer_flux2.Flux2SingleTransformerBlock",
-            guide="",
-            parts=(TEXT_BEFORE,),
-            cuts=(ROTARY,),
+            parts=(Part("attn", "attention", attending=Attending("front", any_words=True)),),
+            cuts=(
+                Cut("rotary_emb", text="front", heads=2),
+                Cut("target_token_mask", text="front", heads=2),
+                Cut("attention_mask", axis=3, text="front"),
+                Cut("key_valid", axis=1, text="front"),
+            ),
             text="front",
             by_parts=False,
+            reason=_masked_by_blocks,
         ),
     ),
-    grid=OfPositions("img_ids"),
-)
-CHROMA_MASK = Cut("attention_mask", axis=1, text="front")
-CHROMA = Denoiser(
-    "Chroma",
-    holders=(f"{TRANSFORMERS}.transformer_chroma.ChromaTransformer2DModel",),
-    blocks=(
-        Block(
-            f"{TRANSFORMERS}.transformer_chroma.ChromaTransformerBlock",
-            guide="attn",
-            parts=(TEXT_BEFORE,),
-            output=1,
-            cuts=(ROTARY, CHROMA_MASK),
-            by_parts=False,
-        ),
-        Block(
-            f"{TRANSFORMERS}.transformer_chroma.ChromaSingleTransformerBlock",
-            guide="attn",
-            parts=(TEXT_BEFORE,),
-            cuts=(ROTARY, CHROMA_MASK),
-            text="front",
-            by_parts=False,
-        ),
-    ),
-    grid=OfPositions("img_ids"),
-    between=("controlnet_block_samples", "controlnet_single_block_samples"),
+    grid=OfShapes("img_shapes", last=True),
 )
 HUNYUAN_DOUBLE = Block(
     f"{TRANSFORMERS}.transformer_hunyuanimage.HunyuanImageTransformerBlock",
@@ -197,6 +143,28 @@ HUNYUAN = Denoiser(
         replace(HUNYUAN_DOUBLE, path=f"{TRANSFORMERS}.transformer_hunyuanimage.HunyuanImageSingleTransformerBlock"),
     ),
     grid=OfLatent(),
+)
+HIDREAM_DOUBLE = Block(
+    f"{TRANSFORMERS}.transformer_hidream_image.HiDreamImageTransformerBlock",
+    guide="",
+    parts=(Part("attn1", "attention", attending=Attending("behind", any_words=True)),),
+    output=0,
+    cuts=(Cut("image_rotary_emb", axis=1, text="behind"),),
+    by_parts=False,
+    whole_if=("hidden_states_masks",),
+)
+HIDREAM = Denoiser(
+    "HiDream",
+    holders=(f"{TRANSFORMERS}.transformer_hidream_image.HiDreamImageTransformer2DModel",),
+    blocks=(
+        HIDREAM_DOUBLE,
+        replace(
+            HIDREAM_DOUBLE,
+            path=f"{TRANSFORMERS}.transformer_hidream_image.HiDreamImageSingleTransformerBlock",
+            output=None,
+            text="behind",
+        ),
+    ),
 )
 COGVIEW4_BLOCK = Block(
     f"{TRANSFORMERS}.transformer_cogview4.CogView4TransformerBlock",
@@ -331,6 +299,6 @@ Z_IMAGE = Denoiser(
 )
 
 IMAGES = (
-    *(BASIC, SD3, FLUX, QWEN, FLUX2, CHROMA, LONGCAT, OVIS, HUNYUAN),
-    *(COGVIEW4, COGVIEW3, GLM, AURAFLOW, LUMINA2, KANDINSKY5, PRX, KREA2, Z_IMAGE),
+    *(BASIC, SD3, QWEN, QWEN21, HUNYUAN, HIDREAM, COGVIEW4, COGVIEW3, GLM),
+    *(AURAFLOW, LUMINA2, KANDINSKY5, PRX, KREA2, Z_IMAGE),
 )

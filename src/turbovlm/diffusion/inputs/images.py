@@ -111,6 +111,34 @@ def _qwen(asked: Request) -> dict[str, Any]:
     }
 
 
+def _qwen21(asked: Request) -> dict[str, Any]:
+    _, rows, columns = asked.grid
+    if rows * columns % 4:
+        size = f"{asked.columns * asked.pixels}x{asked.rows * asked.pixels}"
+        raise ConfigError(f"--image-size {size}: QwenImage21Transformer2DModel takes multiples of four tokens")
+    places = torch.arange(PROMPT + rows * columns // 4, device=asked.model.device) >= PROMPT
+    return {
+        "hidden_states": asked.packed(),
+        "encoder_hidden_states": asked.noise(PROMPT, asked.config.context_in_dim),
+        "encoder_hidden_states_mask": asked.every(PROMPT),
+        "timestep": asked.of(0.5),
+        "img_shapes": [[asked.grid]] * asked.batch,
+        "img_mask": places.expand(asked.batch, -1),
+    }
+
+
+def _hidream(asked: Request) -> dict[str, Any]:
+    config, words = asked.config, 128
+    layers = max(config.llama_layers) + 1
+    return {
+        "hidden_states": asked.latent(),
+        "timesteps": asked.full(500),
+        "encoder_hidden_states_t5": asked.noise(words, config.caption_channels[0]),
+        "encoder_hidden_states_llama3": asked.noise(layers, words, config.caption_channels[1]).transpose(0, 1),
+        "pooled_embeds": asked.noise(config.text_emb_dim),
+    }
+
+
 def _hunyuan(asked: Request) -> dict[str, Any]:
     config = asked.config
     inputs = {**_texted(asked, PROMPT, config.text_embed_dim), "encoder_attention_mask": asked.every(PROMPT)}
@@ -197,6 +225,9 @@ IMAGES: Mapping[str, Entry] = {
     "Flux2Transformer2DModel": Entry(_flux2, packed=2),
     "ChromaTransformer2DModel": Entry(_chroma, packed=2),
     "LongCatImageTransformer2DModel": Entry(lambda asked: _sequence(asked, 512), packed=2),
+    "BriaTransformer2DModel": Entry(lambda asked: _sequence(asked, 128), packed=2),
+    "QwenImage21Transformer2DModel": Entry(_qwen21, pixels=16),
+    "HiDreamImageTransformer2DModel": Entry(_hidream),
     "OvisImageTransformer2DModel": Entry(lambda asked: _sequence(asked, 256), packed=2),
     "QwenImageTransformer2DModel": Entry(_qwen, packed=2),
     "HunyuanImageTransformer2DModel": Entry(
