@@ -273,3 +273,11 @@ def test_control_networks_of_transformers(kind):
         assert "left whole" not in repr(handle) and "96 → 48 tokens" in repr(handle)
     assert len(merged) == len(plain) and not torch.equal(merged[-1], plain[-1])
     assert all(torch.equal(a, b) for a, b in zip(plain, given()))
+
+
+def test_wrappers_of_other_libraries_are_refused():
+    """They may run the block in their own way, as what is compiled by itself does."""
+    model = IMAGE_DENOISERS["qwen"]()
+    model.transformer_blocks[1] = torch.compile(model.transformer_blocks[1], backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"transformer_blocks.1._orig_mod is in a OptimizedModule"):
+        turbovlm.apply(model, keep=0.5)

@@ -112,16 +112,17 @@ def _has_images(block: str, family: Denoiser, modules: dict[str, nn.Module]) -> 
 
 
 def _holder_of(block: str, modules: dict[str, nn.Module]) -> nn.Module | None:
-    """What has a block, directly, in a list or in a wrapper that has nothing else; None of a module without a path."""
+    """What has a block, directly, in a list or in its library's wrapper around it; None of a module without a path."""
     parts = block.split(".")
     around = [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)] if block else []
-    return next((each for each in around if not isinstance(each, nn.ModuleList) and not _is_wrapper(each)), None)
+    inside = modules[block]
+    return next((each for each in around if not isinstance(each, nn.ModuleList) and not _wraps(each, inside)), None)
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    """Whether a module has one other, which is no list."""
-    inside = list(module._modules.values())
-    return len(inside) == 1 and not isinstance(inside[0], nn.ModuleList)
+def _wraps(module: nn.Module, block: nn.Module) -> bool:
+    """Whether a module of a block's own library has nothing but the block; others, as compilers', may change it."""
+    libraries = {type(each).__module__.partition(".")[0] for each in (module, block)}
+    return list(module._modules.values()) == [block] and len(libraries) == 1
 
 
 def _check_wanted(modules: dict[str, nn.Module], found: dict[str, Denoiser], config: DenoiseConfig) -> None:
