@@ -10,6 +10,7 @@ import torch
 import turbovlm
 from denoisers import Watch, noise
 from frame_denoisers import COLUMNS, FRAMED, FRAMES, ROWS, TOKENS
+from marks import slow_but
 from pipelines import NO_TEXT, vae
 from test_diffusion import run
 from turbovlm.errors import ConfigError, StateError
@@ -99,10 +100,12 @@ def test_blocks_of_time_stand_between_the_blocks_of_a_list():
 
 
 @torch.no_grad()
-def test_a_compiled_denoiser_is_one_graph(framed):
+@pytest.mark.parametrize("name", slow_but(["animatediff"], ["animatediff", "stable-video"]))
+def test_a_compiled_denoiser_compiles_once(name):
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
+    framed = FRAMED[name]
     model, inputs, counter = framed(), framed.inputs(1), CompileCounter()
     with turbovlm.apply(model, keep=0.5):
         merged = run(model, inputs)
