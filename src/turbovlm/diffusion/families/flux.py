@@ -37,34 +37,20 @@ FLUX = Denoiser(
     grid=OfPositions("img_ids"),
     between=("controlnet_block_samples", "controlnet_single_block_samples"),
 )
-LONGCAT = replace(
-    FLUX,
-    family="LongCat-Image",
-    holders=(f"{TRANSFORMERS}.transformer_longcat_image.LongCatImageTransformer2DModel",),
-    blocks=(
-        replace(FLUX_DOUBLE, path=f"{TRANSFORMERS}.transformer_longcat_image.LongCatImageTransformerBlock"),
-        replace(FLUX_SINGLE, path=f"{TRANSFORMERS}.transformer_longcat_image.LongCatImageSingleTransformerBlock"),
-    ),
-    between=(),
-)
-OVIS = replace(
-    LONGCAT,
-    family="Ovis-Image",
-    holders=(f"{TRANSFORMERS}.transformer_ovis_image.OvisImageTransformer2DModel",),
-    blocks=(
-        replace(FLUX_DOUBLE, path=f"{TRANSFORMERS}.transformer_ovis_image.OvisImageTransformerBlock"),
-        replace(FLUX_SINGLE, path=f"{TRANSFORMERS}.transformer_ovis_image.OvisImageSingleTransformerBlock"),
-    ),
-)
-BRIA = replace(
-    FLUX,
-    family="Bria",
-    holders=(f"{TRANSFORMERS}.transformer_bria.BriaTransformer2DModel",),
-    blocks=(
-        replace(FLUX_DOUBLE, path=f"{TRANSFORMERS}.transformer_bria.BriaTransformerBlock"),
-        replace(FLUX_SINGLE, path=f"{TRANSFORMERS}.transformer_bria.BriaSingleTransformerBlock"),
-    ),
-)
+
+
+def _like_flux(family: str, module: str, prefix: str, between: tuple[str, ...] = ()) -> Denoiser:
+    """A family whose blocks are spelled as FLUX's, in a file of its own, with a prefix of its own."""
+    classes = f"{TRANSFORMERS}.{module}.{prefix}"
+    double = replace(FLUX_DOUBLE, path=f"{classes}TransformerBlock")
+    single = replace(FLUX_SINGLE, path=f"{classes}SingleTransformerBlock")
+    holders = (f"{classes}Transformer2DModel",)
+    return replace(FLUX, family=family, holders=holders, blocks=(double, single), between=between)
+
+
+LONGCAT = _like_flux("LongCat-Image", "transformer_longcat_image", "LongCatImage")
+OVIS = _like_flux("Ovis-Image", "transformer_ovis_image", "OvisImage")
+BRIA = _like_flux("Bria", "transformer_bria", "Bria", between=FLUX.between)
 FLUX2 = Denoiser(
     "FLUX.2",
     holders=(f"{TRANSFORMERS}.transformer_flux2.Flux2Transformer2DModel",),
