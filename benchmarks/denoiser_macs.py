@@ -95,6 +95,17 @@ MODELS = {
         parts=True,
         blocks=False,
     ),
+    "AnimateDiff": Model(
+        "UNetMotionModel",
+        {"sample_size": 64, "cross_attention_dim": 768, "num_attention_heads": 8},
+        size=(512, 512),
+        frames=16,
+        parts=True,
+        blocks=False,
+    ),
+    "Stable Video Diffusion": Model(
+        "UNetSpatioTemporalConditionModel", {}, size=(576, 1024), frames=25, parts=True, blocks=False
+    ),
     "Stable Diffusion 3.5 large": Model(
         "SD3Transformer2DModel",
         {
@@ -257,7 +268,7 @@ def built(model: Model) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            return getattr(diffusers, model.kind)(**model.config).eval()
+            return getattr(diffusers, model.kind)(**model.config).eval().to("meta")  # some make tensors elsewhere
     finally:
         torch.set_default_dtype(before)
 
