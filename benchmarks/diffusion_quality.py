@@ -2,6 +2,7 @@
 
     python benchmarks/diffusion_quality.py                   # drift and time of all settings, and their plot
     python benchmarks/diffusion_quality.py --frechet 2000    # Fréchet distances, hours; goes on where it was stopped
+    python benchmarks/diffusion_quality.py --frechet 500 --only itself stacks parts    # by scope
 
 On the small text-to-image model trained on emoji (turbovlm_lab.zoo.emoji), 64×64 pixels, 10 steps, guidance 3, fp32.
 Drift is the relative error of the last latent, per image; its mean and standard error. Time is process CPU time of
@@ -93,8 +94,13 @@ def measure_frechet(pipe: Any, count: int, only: list[str] | None, results: dict
     drawn = features(vit, scenes(emoji, index, torch.Generator().manual_seed(1)))
     versions: dict[str, Within] = {"the model itself": lambda pipe: contextlib.nullcontext()}
     for keep in KEEPS[:-1]:
-        versions |= {f"turbovlm, keep={keep:g}": merged(keep=keep), f"tomesd, keep={keep:g}": by_tomesd(keep)}
+        versions |= {
+            f"stacks, keep={keep:g}": merged(keep=keep),
+            f"parts, keep={keep:g}": merged(keep=keep, scope="part"),
+            f"tomesd, keep={keep:g}": by_tomesd(keep),
+        }
     done = results.setdefault("frechet", {}).setdefault(str(count), {})
+    machines = results.setdefault("frechet_machines", {}).setdefault(str(count), {})
     texts = embedded(pipe, [emoji.prompts[i] for i in index])
     for name, within in tqdm(versions.items(), unit=" settings"):
         if name in done or (only and not any(text in name for text in only)):
@@ -102,7 +108,7 @@ def measure_frechet(pipe: Any, count: int, only: list[str] | None, results: dict
         with within(pipe):
             made = latents(pipe, texts)
         done[name] = frechet_distance(features(vit, pipe.vae.decode(made)[0].clamp(-1, 1)), drawn)
-        results.setdefault("frechet_machines", {})[name] = machine()
+        machines[name] = machine()
         save(file, results)
 
 
@@ -269,7 +275,7 @@ def report(results: dict[str, Any]) -> str:
         lines += ["", f"Fréchet distance of {count} images to as many drawn ones.", "", "| | |", "|---|--:|"]
         lines += [f"| {name} | {distance:.2f} |" for name, distance in distances.items()]
         for name in distances:
-            lines += ["", f"{name}: {described(results['frechet_machines'][name])}"]
+            lines += ["", f"{name}: {described(results['frechet_machines'][count][name])}"]
     return "\n".join([*lines, ""])
 
 
