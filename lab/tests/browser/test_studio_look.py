@@ -151,7 +151,11 @@ def test_the_keyboard_alone(page: Any) -> None:
     page.goto(TINY)
     settled(page)
     reach(page, "#flops .range")
-    page.keyboard.press("ArrowLeft")
+    for _ in range(5):  # Gradio may put the value back that a run began with, in the moment in which that run ends
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_timeout(1000)
+        if page.locator("#flops .range").input_value() == "0.59":
+            break
     settled(page, "value=0.59")
     reach(page, ".drawing")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
