@@ -34,6 +34,21 @@ def run(model, inputs):
     return model(**inputs, return_dict=False)[0]
 
 
+@torch.no_grad()
+def check_merges_and_comes_back(model, inputs, told, given):
+    """It is the model itself where all is kept and behind it; in between it says `told` in its handle."""
+    plain = run(model, inputs)
+    with turbovlm.apply(model, keep=1.0, **given):
+        assert torch.equal(run(model, inputs), plain)
+    with turbovlm.apply(model, keep=0.5, **given) as handle:
+        merged = run(model, inputs)
+        assert torch.equal(run(model, inputs), merged) and merged.isfinite().all()
+        assert merged.shape == plain.shape
+        assert "left whole" not in repr(handle) and told in repr(handle)
+    assert 1e-4 * plain.std() < (merged - plain).abs().mean() < plain.std()
+    assert torch.equal(run(model, inputs), plain)
+
+
 def test_all_tokens_kept_is_the_model_itself(family, model):
     inputs = family.inputs(2, ROWS, COLUMNS)
     plain = run(model, inputs)

@@ -252,7 +252,7 @@ def test_images_that_are_filled_up_stay_whole():
 
 @pytest.mark.parametrize("kind", ["flux", "sd3", "qwen"])
 def test_control_networks_of_transformers(kind):
-    """They keep what each block gives, so each merges by itself; and what they give may be given to a merged model."""
+    """They keep what each block gives, so each merges by itself."""
     family = IMAGE_DENOISERS["qwen"] if kind == "qwen" else DENOISERS[kind]
     model, inputs = family(), family.inputs(1, ROWS, COLUMNS)
     name = {"flux": "Flux", "sd3": "SD3", "qwen": "QwenImage"}[kind]

@@ -10,7 +10,7 @@ import torch
 import turbovlm
 from denoisers import Watch, noise
 from equal_tokens import stand_for
-from test_diffusion import run
+from test_diffusion import check_merges_and_comes_back, run
 from turbovlm.errors import ConfigError, UnsupportedModelError
 from video_denoisers import (
     COLUMNS,
@@ -61,20 +61,9 @@ def test_a_stack_is_its_blocks_on_equal_tokens(video, given):
     torch.testing.assert_close(run(model, inputs), merged, rtol=0, atol=1e-9 * float(merged.abs().max()))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("given", SCOPES, ids=str)
 def test_merges_and_comes_back(video, given):
-    model, inputs = video(), video.inputs(2)
-    plain = run(model, inputs)
-    with turbovlm.apply(model, keep=1.0, **given):
-        assert torch.equal(run(model, inputs), plain)
-    with turbovlm.apply(model, keep=0.5, **given) as handle:
-        merged = run(model, inputs)
-        assert torch.equal(run(model, inputs), merged) and merged.isfinite().all()
-        assert merged.shape == plain.shape
-        assert "left whole" not in repr(handle) and f"{TOKENS} → {TOKENS // 2 + 1} tokens" in repr(handle)
-    assert 1e-4 * plain.std() < (merged - plain).abs().mean() < plain.std()
-    assert torch.equal(run(model, inputs), plain)
+    check_merges_and_comes_back(video(), video.inputs(2), f"{TOKENS} → {TOKENS // 2 + 1} tokens", given)
 
 
 @torch.no_grad()

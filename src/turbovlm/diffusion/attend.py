@@ -167,7 +167,8 @@ class CountSizes(TorchFunctionMode):
         keys, alone, beside = k.shape[-2], self.alone.shape[-1], self.beside.shape[-1]
         if self.attending.each:  # how many words are no padding is not known while PyTorch compiles
             bias = beside_words(self.alone[self.counted % len(self.alone)][None], self.attending.text, keys - alone)
-        # words may attend by themselves, to fewer keys; where the text stands apart, it may be anywhere
+        # the image asks: in a sequence with its words, to all of that (words that ask by themselves have fewer keys);
+        # alone, to as many keys of words as there are
         elif self.attending.any_words and q.shape[-2] in (alone, keys) and (keys == beside or alone == beside <= keys):
             bias = beside_words(self.alone, self.attending.text, keys - alone)
         # keys of other tokens, such as an image prompt's, are as many as they are; of words there may be keys only

@@ -93,7 +93,8 @@ class Denoiser:
         grid: how the holders' tokens lie, one of `turbovlm.diffusion.grids`.
         refused: dotted paths of pipelines that give it images and text in turn, in one sequence.
         between: arguments of the holder's that add something to tokens between blocks, or skip blocks.
-        mixing: holders that have other blocks between these, as those of time: each of these is a stack by itself.
+        mixing: dotted paths of those holders that have other blocks between these, as those of time: each of these is a
+            stack by itself.
         beside: dotted paths of classes with blocks of the same kind whose tokens are no image's, but those of one place
             in all frames: these blocks stay whole.
         frames: by dotted paths of denoisers, the axis of their latent that is of frames, where each frame goes through
